@@ -1,0 +1,1 @@
+"""Architecture maps: one YAML file per model family."""

@@ -1,0 +1,42 @@
+"""The errors a user can meet. Each has a message, a hint and the exit code the CLI ends with."""
+
+from __future__ import annotations
+
+
+class CompressError(Exception):
+    """An error with one clear message and, where possible, what to do about it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(CompressError):
+    """Bad input or usage: a recipe, an option, a damaged source checkpoint (exit code 2)."""
+
+
+class CheckError(CompressError):
+    """A check or gate failed on a finished artefact (exit code 1)."""
+
+    exit_code = 1
+
+
+class MachineError(CompressError):
+    """Memory, disk or network failed; the same command resumes (exit code 3)."""
+
+    exit_code = 3
+
+
+class Problems(InputError):
+    """Several input errors found in one look, reported together."""
+
+    def __init__(self, problems: list[CompressError]) -> None:
+        self.problems = problems
+        text = "\n".join(f"{i}. {p.message}" for i, p in enumerate(problems, 1))
+        super().__init__(
+            problems[0].message if len(problems) == 1 else f"{len(problems)} problems\n{text}",
+            hint=problems[0].hint if len(problems) == 1 else None,
+        )

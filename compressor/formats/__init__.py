@@ -1,0 +1,1 @@
+"""Codecs between QTensors and the tensors on disk: one format per file."""

@@ -1,0 +1,1 @@
+"""The arithmetic of number formats: from a float weight and a spec to a QTensor."""

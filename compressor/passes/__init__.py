@@ -1,0 +1,1 @@
+"""Compression methods: one published method per file, the file name is the recipe key."""

@@ -1,0 +1,150 @@
+"""A quantized weight, neutral between methods and formats.
+
+Codes are unpacked and unsigned, scales are multipliers. `dequantize` is the one definition of what
+a QTensor means; methods choose codes and scales, formats only lay them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Element = Literal["int", "fp4_e2m1", "fp8_e4m3"]
+Strategy = Literal["tensor", "channel", "group", "block"]
+ZeroForm = Literal["none", "subtract", "offset"]
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How one weight matrix [out, in] is quantized.
+
+    element     what a code means: an integer, an E2M1 nibble or an E4M3 byte
+    bits        bits of one code
+    strategy    what shares a scale: the tensor, an output channel, a group of `group_size`
+                neighbouring inputs of one channel, or a `block` = (rows, columns) tile
+    zero        none: q·s, with int codes centred on 2^(bits−1);
+                subtract: (q − z)·s;  offset: q·s − z, z in units of the value
+    scale_dtype dtype in which the scale is stored (the value is rounded to it before codes are
+                chosen, so the stored file is exactly what was searched)
+    second      second-level scale, always a multiplier: none, one per tensor (NVFP4's global
+                scale) or one per output channel (QoQ's level 0)
+    """
+
+    element: Element
+    bits: int
+    strategy: Strategy
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+    zero: ZeroForm = "none"
+    scale_dtype: torch.dtype = torch.float32
+    second: Literal["none", "tensor", "channel"] = "none"
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero == "none"
+
+    @property
+    def bits_per_weight_hint(self) -> float:
+        """Bits per weight of codes and scales, for estimates; zero points counted at `bits`."""
+        share = {
+            "group": self.group_size or 0,
+            "block": (self.block or (0, 0))[0] * (self.block or (0, 0))[1],
+        }
+        n = share.get(self.strategy, 0)
+        overhead = (
+            (self.scale_dtype.itemsize * 8 + (0 if self.symmetric else self.bits)) / n if n else 0.0
+        )
+        return self.bits + overhead
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of `scales` for a weight [out, in]."""
+        if self.strategy == "tensor":
+            return (1, 1)
+        if self.strategy == "channel":
+            return (out_features, 1)
+        if self.strategy == "group":
+            assert self.group_size is not None
+            return (out_features, in_features // self.group_size)
+        assert self.block is not None
+        rows, columns = self.block
+        return (-(-out_features // rows), -(-in_features // columns))
+
+
+@dataclass(frozen=True, slots=True)
+class QTensor:
+    """Codes and scales of one weight.
+
+    codes   uint8 [out, in]: int codes 0 … 2^bits − 1 (symmetric ones centred on 2^(bits−1)),
+            E2M1 codes sign<<3 | index, or E4M3 bytes
+    scales  [spec.scale_shape], in spec.scale_dtype
+    zeros   same shape as scales, or None: integers for `subtract` (uint8) and `offset`
+    second  [1, 1] or [out, 1] float32 multiplier, or None
+    """
+
+    spec: QuantSpec
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    second: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight this stands for, [out, in], computed in float32 (float64 if asked) then cast."""
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        values = decode_elements(self.codes, self.spec, work)
+        scales = spread(self.scales.to(work), self.spec, self.shape)
+        if self.zeros is None:
+            out = values * scales
+        else:
+            zeros = spread(self.zeros.to(work), self.spec, self.shape)
+            out = (
+                values * scales - zeros if self.spec.zero == "offset" else (values - zeros) * scales
+            )
+        if self.second is not None:
+            out = out * self.second.to(work)
+        return out.to(dtype)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same value with every tensor on `device`."""
+        return QTensor(
+            spec=self.spec,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
+            second=None if self.second is None else self.second.to(device),
+        )
+
+
+def decode_elements(codes: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """The number each code stands for before scaling, same shape as `codes`."""
+    if spec.element == "fp8_e4m3":
+        return codes.view(torch.float8_e4m3fn).to(dtype)
+    if spec.element == "fp4_e2m1":
+        table = torch.tensor(
+            E2M1_VALUES + tuple(-v for v in E2M1_VALUES), dtype=dtype, device=codes.device
+        )
+        return table[codes.long()]
+    centre = 2 ** (spec.bits - 1) if spec.zero == "none" else 0
+    return codes.to(dtype) - centre
+
+
+def spread(values: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    """Per-group values [scale_shape] laid over a weight of `shape` (broadcastable to it)."""
+    if spec.strategy in ("tensor", "channel"):
+        return values
+    if spec.strategy == "group":
+        assert spec.group_size is not None
+        return values.repeat_interleave(spec.group_size, dim=1)
+    assert spec.block is not None
+    rows, columns = spec.block
+    return values.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[
+        :, : shape[1]
+    ]

@@ -1,0 +1,1 @@
+"""Triton kernels: each file is a public wrapper, a plain reference, and the Triton code."""
