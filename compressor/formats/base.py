@@ -1,0 +1,112 @@
+"""What a format is: pure functions between a QTensor and the tensors of one linear on disk.
+
+A format never chooses codes or scales. Names are local to the linear ("weight_packed"); the caller
+puts the module path in front.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.qtensor import QTensor, QuantSpec
+from compressor.scheme import KVSpec, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """Dtype and shape of a tensor that is not there yet (or is only a header entry)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSchemes:
+    """All that a format's config entry is made from.
+
+    linears  module path → scheme, for every linear the runtime sees, quantized or not
+    kv       the KV cache's spec, or None
+    """
+
+    linears: Mapping[str, Scheme]
+    kv: KVSpec | None = None
+
+
+class Format(Protocol):
+    """One on-disk format. Each module in this folder holds one as `FORMAT`."""
+
+    name: str
+    """Recipe key, also the file name with - for _."""
+
+    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which this format stores the scales of `spec`."""
+        ...
+
+    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of unquantized tensors in the written checkpoint (AutoAWQ wants float16)."""
+        ...
+
+    def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """None where the format can hold `scheme` for a weight [out, in], else the reason."""
+        ...
+
+    def layout(self, spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorShape]:
+        """Names, dtypes and shapes that `encode` will give for a weight [out, in]."""
+        ...
+
+    def encode(self, q: QTensor) -> dict[str, Tensor]:
+        """The tensors on disk. Raises InputError where a value has no exact form."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """The exact inverse of `encode`."""
+        ...
+
+    def config(self, schemes: ModelSchemes) -> dict[str, Any]:
+        """The `quantization_config` entry of config.json."""
+        ...
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """True where a `quantization_config` entry is of this format."""
+        ...
+
+    def schemes(
+        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
+    ) -> ModelSchemes:
+        """The schemes a checkpoint declares.
+
+        config   its `quantization_config`
+        linears  module path → local tensor name → header entry, for every linear of the model
+        Raises InputError for what is declared but not supported, with the key that says so.
+        """
+        ...
+
+
+def format_names() -> list[str]:
+    """Names of all formats, from the folder itself."""
+    here = Path(__file__).parent
+    return sorted(
+        p.stem.replace("_", "-") for p in here.glob("*.py") if p.stem not in ("__init__", "base")
+    )
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`; InputError names the known ones."""
+    if name not in format_names():
+        raise InputError(f"unknown format {name!r}", hint=f"one of: {', '.join(format_names())}")
+    module = importlib.import_module(f"compressor.formats.{name.replace('-', '_')}")
+    found: Format = module.FORMAT
+    return found
