@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import KVSpec, Scheme
+from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,26 @@ class Format(Protocol):
         """None where the format can hold `scheme` for a weight [out, in], else the reason."""
         ...
 
-    def layout(self, spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorShape]:
+    def layout(
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        *,
+        model_dtype: torch.dtype,
+        input: ActivationSpec | None = None,
+    ) -> dict[str, TensorShape]:
         """Names, dtypes and shapes that `encode` will give for a weight [out, in]."""
         ...
 
-    def encode(self, q: QTensor) -> dict[str, Tensor]:
-        """The tensors on disk. Raises InputError where a value has no exact form."""
+    def encode(
+        self, q: QTensor, *, model_dtype: torch.dtype, input: ActivationSpec | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors on disk. Raises InputError where a value has no exact form.
+
+        model_dtype  dtype of the written checkpoint's float tensors, as `model_dtype` gives it
+        input        how the linear's input is quantized: the same int8 weight is packed where only
+                     weights are quantized and stored as int8 where inputs are too
+        """
         ...
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
