@@ -1,0 +1,1 @@
+"""The sub-formats of compressed-tensors, one per file."""

@@ -1,0 +1,103 @@
+"""What a sub-format of compressed-tensors is, and its way of writing down a quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, get_args
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.formats.base import TensorShape
+from compressor.qtensor import QTensor, QuantSpec, Strategy
+from compressor.scheme import ActivationSpec, Scheme
+
+
+class CTLayout(Protocol):
+    """One value of `format` in a compressed-tensors config; members as in `Format`."""
+
+    format: str
+
+    def holds(self, scheme: Scheme) -> bool:
+        """Whether a scheme of this kind is written in this sub-format."""
+        ...
+
+    def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why a scheme it holds cannot be written for a weight [out, in], or None."""
+        ...
+
+    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype: ...
+
+    def layout(
+        self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
+    ) -> dict[str, TensorShape]: ...
+
+    def encode(self, q: QTensor, *, input: ActivationSpec | None) -> dict[str, Tensor]: ...
+
+    def owns(self, tensors: Mapping[str, Any]) -> bool:
+        """Whether the tensors of one linear, by local name, are in this sub-format."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor: ...
+
+    def group(self, scheme: Scheme) -> dict[str, Any]:
+        """`weights` and `input_activations` of a config group."""
+        ...
+
+    def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
+        """The scheme of one linear from its config group and header entries."""
+        ...
+
+
+def arguments(
+    *,
+    bits: int,
+    type: str,
+    symmetric: bool,
+    strategy: str,
+    dynamic: bool | str = False,
+    group_size: int | None = None,
+    block: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """A QuantizationArgs entry, with only the keys that every version of the package knows."""
+    return {
+        "num_bits": bits,
+        "type": type,
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "group_size": group_size,
+        "block_structure": list(block) if block else None,
+        "dynamic": dynamic,
+        "actorder": None,
+        "observer": None if dynamic is True else "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def strategy_of(args: Mapping[str, Any]) -> Strategy:
+    """The strategy of a QuantizationArgs entry, which may leave it to the group size."""
+    named, size = args.get("strategy"), args.get("group_size")
+    if named is None:
+        return "tensor" if size is None else "channel" if size == -1 else "group"
+    for strategy in get_args(Strategy):
+        if strategy == named:
+            return cast(Strategy, strategy)
+    raise InputError(f"weights.strategy {named!r} is not supported")
+
+
+def whole_number(args: Mapping[str, Any], key: str, *, low: int, high: int) -> int:
+    """An integer key of a QuantizationArgs entry, or InputError."""
+    value = args.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise InputError(f"weights.{key} is {value!r}, not a whole number of {low} to {high}")
+    return value
+
+
+def refuse_reordering(args: Mapping[str, Any]) -> None:
+    """InputError for activation orders that change which group an input belongs to."""
+    if args.get("actorder") in (True, "group", "dynamic"):
+        raise InputError(
+            f"weights.actorder {args['actorder']!r} spreads a group over distant inputs",
+            hint="supported: null, 'weight' and 'static'",
+        )

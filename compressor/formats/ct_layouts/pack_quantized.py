@@ -1,0 +1,182 @@
+"""compressed-tensors `pack-quantized`: integer weights of 1 to 8 bits, packed along the inputs.
+
+weight_packed      int32 [out, ⌈in·bits/32⌉], the row's codes as one bit stream
+weight_scale       [out, in/G], [out, 1] or [1]
+weight_shape       int64 [2]: (out, in)
+weight_zero_point  int32 [⌈out·bits/32⌉, in/G], packed along the outputs; for one scale per tensor
+                   int8 [1], centred. Absent where symmetric
+Stored codes and packed zero points are unsigned, with the zero of a symmetric weight at 2^(bits−1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.formats.base import TensorShape
+from compressor.formats.ct_layouts.base import (
+    arguments,
+    refuse_reordering,
+    strategy_of,
+    whole_number,
+)
+from compressor.formats.packing.checks import (
+    SCALE_DTYPES,
+    check_int,
+    int_reason,
+    take,
+    take_scales,
+)
+from compressor.formats.packing.words import pack_words, unpack_words, word_count
+from compressor.qtensor import QTensor, QuantSpec
+from compressor.scheme import ActivationSpec, Scheme
+
+
+class PackQuantized:
+    """Weight-only integers."""
+
+    format = "pack-quantized"
+
+    def holds(self, scheme: Scheme) -> bool:
+        """Integer weights whose inputs stay in float."""
+        return scheme.weight is not None and scheme.weight.element == "int" and scheme.input is None
+
+    def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """1 to 8 bits with a scale per tensor, channel or whole group."""
+        assert scheme.weight is not None
+        if not 1 <= scheme.weight.bits <= 8:
+            return f"{scheme.weight.bits} bits are not 1 to 8"
+        return int_reason(scheme.weight, shape)
+
+    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
+        """The model's dtype."""
+        return model_dtype
+
+    def layout(
+        self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
+    ) -> dict[str, TensorShape]:
+        """Tensors of one linear, as the module's docstring lists them."""
+        rows, columns = shape
+        groups = spec.scale_shape(rows, columns)
+        per_tensor = spec.strategy == "tensor"
+        names = {
+            "weight_packed": TensorShape(torch.int32, (rows, word_count(columns, spec.bits))),
+            "weight_scale": TensorShape(spec.scale_dtype, (1,) if per_tensor else groups),
+            "weight_shape": TensorShape(torch.int64, (2,)),
+        }
+        if not spec.symmetric:
+            names["weight_zero_point"] = (
+                TensorShape(torch.int8, (1,))
+                if per_tensor
+                else TensorShape(torch.int32, (word_count(rows, spec.bits), groups[1]))
+            )
+        return names
+
+    def encode(self, q: QTensor, *, input: ActivationSpec | None) -> dict[str, Tensor]:
+        """Pack codes and zero points; InputError where they break the spec."""
+        check_int(q)
+        spec = q.spec
+        per_tensor = spec.strategy == "tensor"
+        tensors = {
+            "weight_packed": pack_words(q.codes, spec.bits),
+            "weight_scale": q.scales.reshape(1) if per_tensor else q.scales.contiguous(),
+            "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+        }
+        if q.zeros is not None:
+            tensors["weight_zero_point"] = (
+                (q.zeros.to(torch.int16) - 2 ** (spec.bits - 1)).to(torch.int8).reshape(1)
+                if per_tensor
+                else pack_words(q.zeros.t(), spec.bits).t().contiguous()
+            )
+        return tensors
+
+    def owns(self, tensors: Mapping[str, Any]) -> bool:
+        """Known by its packed weight and the shape beside it."""
+        return "weight_packed" in tensors and "weight_shape" in tensors
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """Unpack; InputError names the tensor that does not fit."""
+        rows, columns = _stored_shape(tensors)
+        if reason := self.accepts(Scheme(weight=spec), (rows, columns)):
+            raise InputError(f"tensor 'weight_shape': {reason}")
+        names = self.layout(spec, (rows, columns), input=None)
+        groups = spec.scale_shape(rows, columns)
+        packed = take(
+            tensors, "weight_packed", shape=names["weight_packed"].shape, dtypes=(torch.int32,)
+        )
+        scales = take_scales(
+            tensors, "weight_scale", spec=spec, shape=names["weight_scale"].shape
+        ).reshape(groups)
+        _check_order(tensors, spec, columns)
+        zeros = None
+        if not spec.symmetric:
+            expected = names["weight_zero_point"]
+            stored = take(
+                tensors, "weight_zero_point", shape=expected.shape, dtypes=(expected.dtype,)
+            )
+            if spec.strategy == "tensor":
+                centred = stored.reshape(1, 1).to(torch.int16) + 2 ** (spec.bits - 1)
+                zeros = centred.to(torch.uint8)
+            else:
+                zeros = unpack_words(stored.t(), spec.bits, rows).t().contiguous()
+        codes = unpack_words(packed, spec.bits, columns)
+        return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros)
+
+    def group(self, scheme: Scheme) -> dict[str, Any]:
+        """The weight's QuantizationArgs."""
+        spec = scheme.weight
+        assert spec is not None
+        weights = arguments(
+            bits=spec.bits,
+            type="int",
+            symmetric=spec.symmetric,
+            strategy=spec.strategy,
+            group_size=spec.group_size if spec.strategy == "group" else None,
+        )
+        return {"weights": weights, "input_activations": None}
+
+    def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
+        """The weight's spec; the scale's dtype is the stored one."""
+        args = group["weights"]
+        refuse_reordering(args)
+        strategy = strategy_of(args)
+        if args.get("type", "int") != "int" or strategy == "block":
+            raise InputError(f"weights {args.get('type')!r} by {strategy!r} in pack-quantized")
+        if group.get("input_activations") is not None:
+            raise InputError("input_activations beside packed weights are not supported")
+        scale = tensors.get("weight_scale")
+        if scale is None or scale.dtype not in SCALE_DTYPES:
+            raise InputError("tensor 'weight_scale' is missing or has an unknown dtype")
+        spec = QuantSpec(
+            element="int",
+            bits=whole_number(args, "num_bits", low=1, high=8),
+            strategy=strategy,
+            group_size=whole_number(args, "group_size", low=1, high=2**20)
+            if strategy == "group"
+            else None,
+            zero="none" if args.get("symmetric", True) else "subtract",
+            scale_dtype=scale.dtype,
+        )
+        return Scheme(weight=spec)
+
+
+def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    shape = take(tensors, "weight_shape", shape=(2,), dtypes=(torch.int64, torch.int32))
+    rows, columns = (int(n) for n in shape.tolist())
+    if rows < 1 or columns < 1:
+        raise InputError(f"tensor 'weight_shape' says [{rows}, {columns}]")
+    return rows, columns
+
+
+def _check_order(tensors: Mapping[str, Tensor], spec: QuantSpec, columns: int) -> None:
+    """Old files may name each input's group; only neighbours in order have a QTensor."""
+    order = tensors.get("weight_g_idx")
+    if order is None or spec.group_size is None:
+        return
+    expected = torch.arange(columns, device=order.device) // spec.group_size
+    if tuple(order.shape) != (columns,) or not bool((order == expected).all()):
+        raise InputError("tensor 'weight_g_idx' spreads groups over distant inputs")
