@@ -1,0 +1,320 @@
+"""A second reader of quantized weights, for verification: numpy only, written from the formats'
+descriptions, sharing no code with the writers.
+
+Arrays are as the file holds them. numpy has no bfloat16 and no float8, so bfloat16 arrives as
+uint16 bit patterns and float8 E4M3 as uint8. Every complaint is a ValueError that names the tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+FLOAT_DTYPES = ("float16", "float32", "float64", "uint16")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedWeight:
+    """One weight as it stands in a file.
+
+    weight  float64 [out, in]
+    codes   uint8 [out, in] as stored (int8 shifted by 128), or None for a float weight
+    scales  float64 multipliers [out, groups], [out, 1], [1, 1] or one per block, second level
+            included; None for a float weight
+    """
+
+    weight: Float64
+    codes: NDArray[np.uint8] | None = None
+    scales: Float64 | None = None
+
+
+def decode_linear(
+    quantization_config: Mapping[str, Any] | None, module: str, tensors: Mapping[str, Array]
+) -> DecodedWeight:
+    """The weight of linear `module` from its local tensors ("weight_packed", "qweight" …).
+
+    quantization_config  the entry of config.json, empty or None for a float checkpoint
+    """
+    config = quantization_config or {}
+    method = config.get("quant_method")
+    if method == "compressed-tensors":
+        group = _ct_group(config, module)
+        if group is not None:
+            return _compressed_tensors(config, group, tensors)
+    elif method == "awq" and "qweight" in tensors:
+        return _awq(config, tensors)
+    elif method == "gptq" and "qweight" in tensors:
+        return _gptq(config, tensors)
+    elif method not in (None, "awq", "gptq"):
+        raise ValueError(f"quantization_config.quant_method {method!r} is not known")
+    return DecodedWeight(_number(tensors, "weight", shape=None, dtypes=FLOAT_DTYPES))
+
+
+def _compressed_tensors(
+    config: Mapping[str, Any], group: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> DecodedWeight:
+    format = group.get("format") or config.get("format")
+    args = group["weights"]
+    if format == "pack-quantized":
+        return _ct_packed(args, tensors)
+    if format in ("int-quantized", "float-quantized", "naive-quantized"):
+        return _ct_plain(args, tensors)
+    if format == "nvfp4-pack-quantized":
+        return _ct_nvfp4(tensors)
+    raise ValueError(f"quantization_config.format {format!r} is not known")
+
+
+def _ct_packed(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+    bits = _bits(args, "num_bits", known=range(1, 9))
+    shape = _tensor(tensors, "weight_shape", shape=(2,), dtypes=("int64",))
+    rows, columns = int(shape[0]), int(shape[1])
+    if rows < 1 or columns < 1:
+        raise ValueError(f"weight_shape says [{rows}, {columns}]")
+    words = _tensor(
+        tensors, "weight_packed", shape=(rows, _ceil(columns * bits, 32)), dtypes=("int32",)
+    )
+    codes = _bit_stream(words, bits=bits, count=columns)
+    scale_shape = _ct_scale_shape(args, rows, columns, tensor="weight_packed")
+    scales = _number(tensors, "weight_scale", shape=scale_shape, dtypes=FLOAT_DTYPES)
+    zeros = np.full(scale_shape, 2.0 ** (bits - 1))
+    if not args.get("symmetric", True):
+        if scale_shape == (1,):
+            zeros += _tensor(tensors, "weight_zero_point", shape=(1,), dtypes=("int8",))
+        else:
+            packed = _tensor(
+                tensors,
+                "weight_zero_point",
+                shape=(_ceil(rows * bits, 32), scale_shape[1]),
+                dtypes=("int32",),
+            )
+            zeros = _bit_stream(packed.T, bits=bits, count=rows).T.astype(np.float64)
+    scales, zeros = np.atleast_2d(scales), np.atleast_2d(zeros)
+    order = np.arange(columns) * scales.shape[1] // columns
+    if "weight_g_idx" in tensors:
+        order = _group_order(tensors, "weight_g_idx", columns, groups=scales.shape[1])
+    return DecodedWeight(_affine(codes, zeros, scales, order=order), codes, scales)
+
+
+def _ct_plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+    floats = args.get("type", "int") == "float"
+    stored = _tensor(tensors, "weight", shape=None, dtypes=("uint8",) if floats else ("int8",))
+    rows, columns = stored.shape
+    shape = _ct_scale_shape(args, rows, columns, tensor="weight")
+    scales = np.atleast_2d(_number(tensors, "weight_scale", shape=shape, dtypes=FLOAT_DTYPES))
+    values = _e4m3(stored) if floats else stored.astype(np.float64)
+    codes = stored if floats else (stored.astype(np.int16) + 128).astype(np.uint8)
+    if not args.get("symmetric", True):
+        zeros = _tensor(tensors, "weight_zero_point", shape=shape, dtypes=("int8",))
+        values = values - _spread(np.atleast_2d(zeros).astype(np.float64), args, rows, columns)
+    return DecodedWeight(values * _spread(scales, args, rows, columns), codes, scales)
+
+
+def _ct_nvfp4(tensors: Mapping[str, Array]) -> DecodedWeight:
+    packed = _tensor(tensors, "weight_packed", shape=None, dtypes=("uint8",))
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    if columns % 16:
+        raise ValueError(f"weight_packed holds {columns} inputs, not a multiple of 16")
+    codes = np.empty((rows, columns), dtype=np.uint8)
+    codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
+    blocks = _tensor(tensors, "weight_scale", shape=(rows, columns // 16), dtypes=("uint8",))
+    divisor = _number(tensors, "weight_global_scale", shape=(1,), dtypes=("float32",))
+    if divisor[0] == 0:
+        raise ValueError("weight_global_scale is 0")
+    scales = _e4m3(blocks) / divisor[0]
+    values = np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7]
+    return DecodedWeight(values * np.repeat(scales, 16, axis=1), codes, scales)
+
+
+def _awq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+    _bits(config, "bits", known=(4,))
+    if str(config.get("version", "gemm")).lower() != "gemm":
+        raise ValueError(f"quantization_config.version {config['version']!r} is not known")
+    qweight = _tensor(tensors, "qweight", shape=None, dtypes=("int32",))
+    columns, rows = qweight.shape[0], qweight.shape[1] * 8
+    groups = _group_count(config, columns, tensor="qweight")
+    qzeros = _tensor(tensors, "qzeros", shape=(groups, rows // 8), dtypes=("int32",))
+    scales = _number(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
+    shifts = np.tile(np.array(AWQ_NIBBLE_OF_OUTPUT, dtype=np.uint32) * 4, rows // 8)
+
+    def nibbles(words: Array) -> NDArray[np.uint8]:
+        wide = np.repeat(words.astype("<i4").view("<u4"), 8, axis=1)
+        return ((wide >> shifts) & 15).astype(np.uint8).T
+
+    codes, zeros = nibbles(qweight), nibbles(qzeros).astype(np.float64)
+    order = np.arange(columns) * groups // columns
+    return DecodedWeight(_affine(codes, zeros, scales, order=order), codes, scales)
+
+
+def _gptq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+    bits = _bits(config, "bits", known=(2, 3, 4, 8))
+    marker = config.get("checkpoint_format") or "gptq"
+    if marker not in ("gptq", "gptq_v2"):
+        raise ValueError(f"quantization_config.checkpoint_format {marker!r} is not known")
+    qweight = _tensor(tensors, "qweight", shape=None, dtypes=("int32",))
+    columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    groups = _group_count(config, columns, tensor="qweight")
+    qzeros = _tensor(tensors, "qzeros", shape=(groups, rows * bits // 32), dtypes=("int32",))
+    scales = _number(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
+    codes = _bit_stream(qweight.T, bits=bits, count=columns)
+    zeros = _bit_stream(qzeros, bits=bits, count=rows).T.astype(np.float64)
+    if marker == "gptq":
+        zeros += 1
+    order = _group_order(tensors, "g_idx", columns, groups=groups)
+    return DecodedWeight(_affine(codes, zeros, scales, order=order), codes, scales)
+
+
+def _ct_group(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """The config group of a module: by name first, then by the class Linear."""
+    if _named(config.get("ignore") or (), module):
+        return None
+    groups: list[Mapping[str, Any]] = list(config.get("config_groups", {}).values())
+    for group in groups:
+        if _named(group["targets"], module):
+            return group
+    return next((group for group in groups if "Linear" in group["targets"]), None)
+
+
+def _named(patterns: Sequence[str], module: str) -> bool:
+    for pattern in patterns:
+        if pattern.startswith("re:") and re.match(pattern[3:], module):
+            return True
+        if pattern == module:
+            return True
+    return False
+
+
+def _ct_scale_shape(
+    args: Mapping[str, Any], rows: int, columns: int, *, tensor: str
+) -> tuple[int, ...]:
+    strategy, size = args.get("strategy"), args.get("group_size")
+    if strategy is None:
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    if strategy == "tensor":
+        return (1,)
+    if strategy == "channel":
+        return (rows, 1)
+    if strategy == "group" and isinstance(size, int) and size > 0 and columns % size == 0:
+        return (rows, columns // size)
+    if strategy == "block":
+        height, width = args["block_structure"]
+        return (_ceil(rows, height), _ceil(columns, width))
+    raise ValueError(f"{tensor}: {columns} inputs by {strategy!r} of {size} is not known")
+
+
+def _spread(values: Array, args: Mapping[str, Any], rows: int, columns: int) -> Array:
+    """Values per group or block laid over [rows, columns]."""
+    height, width = args.get("block_structure") or (
+        _ceil(rows, values.shape[0]),
+        _ceil(columns, values.shape[1]),
+    )
+    over_rows = np.arange(rows) // height
+    over_columns = np.arange(columns) // width
+    return values[over_rows][:, over_columns]
+
+
+def _group_count(config: Mapping[str, Any], columns: int, *, tensor: str) -> int:
+    size = config.get("group_size")
+    if size == -1:
+        return 1
+    if not isinstance(size, int) or size < 1 or columns % size:
+        raise ValueError(f"{tensor}: {columns} inputs do not divide into groups of {size}")
+    return columns // size
+
+
+def _group_order(
+    tensors: Mapping[str, Array], name: str, columns: int, *, groups: int
+) -> NDArray[np.int64]:
+    order = _tensor(tensors, name, shape=(columns,), dtypes=("int32", "int64"))
+    if order.min() < 0 or order.max() >= groups:
+        raise ValueError(f"{name} names groups outside 0 … {groups - 1}")
+    return order.astype(np.int64)
+
+
+def _affine(codes: Array, zeros: Array, scales: Array, *, order: NDArray[np.int64]) -> Float64:
+    """(code − zero)·scale in float64, with the group of each input in `order`."""
+    weight: Float64 = codes.astype(np.float64)
+    weight -= zeros[:, order]
+    weight *= scales[:, order]
+    return weight
+
+
+def _bit_stream(words: Array, *, bits: int, count: int) -> NDArray[np.uint8]:
+    """Codes [n, count] of int32 rows [n, words] read as one little-endian bit stream each."""
+    stream = np.ascontiguousarray(words).astype("<i4").view(np.uint8)
+    stream = np.pad(stream, ((0, 0), (0, 1)))
+    first = np.arange(count) * bits
+    low = stream[:, first // 8].astype(np.uint16)
+    high = stream[:, first // 8 + 1].astype(np.uint16)
+    window = (low | (high << 8)) >> (first % 8).astype(np.uint16)
+    return (window & ((1 << bits) - 1)).astype(np.uint8)
+
+
+def _e4m3(raw: Array) -> Float64:
+    """float8 E4M3 (finite only; 0x7F is NaN) from its bytes."""
+    byte = np.arange(256)
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    magnitude = np.where(
+        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
+    )
+    magnitude[(byte & 127) == 127] = np.nan
+    table = np.where(byte & 128, -magnitude, magnitude)
+    values: Float64 = table[raw]
+    return values
+
+
+def _number(
+    tensors: Mapping[str, Array],
+    name: str,
+    *,
+    shape: tuple[int, ...] | None,
+    dtypes: Sequence[str],
+) -> Float64:
+    """A finite float tensor as float64; uint16 is bfloat16."""
+    array = _tensor(tensors, name, shape=shape, dtypes=dtypes)
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return values
+
+
+def _tensor(
+    tensors: Mapping[str, Array],
+    name: str,
+    *,
+    shape: tuple[int, ...] | None,
+    dtypes: Sequence[str],
+) -> Array:
+    """A tensor of one of `dtypes` and of `shape`, or any matrix where no shape is given."""
+    if name not in tensors:
+        raise ValueError(f"{name} is missing")
+    array = tensors[name]
+    if array.dtype.name not in dtypes:
+        raise ValueError(f"{name} is {array.dtype.name}, not {' or '.join(dtypes)}")
+    if shape is None and array.ndim != 2:
+        raise ValueError(f"{name} is {array.shape}, not a matrix")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name} is {array.shape}, not {shape}")
+    return array
+
+
+def _bits(config: Mapping[str, Any], key: str, *, known: Sequence[int]) -> int:
+    bits = config.get(key)
+    if type(bits) is not int or bits not in known:
+        raise ValueError(f"quantization_config: {key} {bits!r} is not known")
+    return bits
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
