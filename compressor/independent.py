@@ -80,10 +80,7 @@ def _ct_packed(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> Decoded
     rows, columns = int(shape[0]), int(shape[1])
     if rows < 1 or columns < 1:
         raise ValueError(f"weight_shape says [{rows}, {columns}]")
-    words = _tensor(
-        tensors, "weight_packed", shape=(rows, _ceil(columns * bits, 32)), dtypes=("int32",)
-    )
-    codes = _bit_stream(words, bits=bits, count=columns)
+    codes = _ct_codes(tensors, "weight_packed", bits=bits, rows=rows, count=columns)
     scale_shape = _ct_scale_shape(args, rows, columns, tensor="weight_packed")
     scales = _number(tensors, "weight_scale", shape=scale_shape, dtypes=FLOAT_DTYPES)
     zeros = np.full(scale_shape, 2.0 ** (bits - 1))
@@ -91,18 +88,28 @@ def _ct_packed(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> Decoded
         if scale_shape == (1,):
             zeros += _tensor(tensors, "weight_zero_point", shape=(1,), dtypes=("int8",))
         else:
-            packed = _tensor(
-                tensors,
-                "weight_zero_point",
-                shape=(_ceil(rows * bits, 32), scale_shape[1]),
-                dtypes=("int32",),
-            )
-            zeros = _bit_stream(packed.T, bits=bits, count=rows).T.astype(np.float64)
+            turned = {key: array.T for key, array in tensors.items()}
+            zeros = _ct_codes(
+                turned, "weight_zero_point", bits=bits, rows=scale_shape[1], count=rows
+            ).T.astype(np.float64)
     scales, zeros = np.atleast_2d(scales), np.atleast_2d(zeros)
     order = np.arange(columns) * scales.shape[1] // columns
     if "weight_g_idx" in tensors:
         order = _group_order(tensors, "weight_g_idx", columns, groups=scales.shape[1])
     return DecodedWeight(_affine(codes, zeros, scales, order=order), codes, scales)
+
+
+def _ct_codes(
+    tensors: Mapping[str, Array], name: str, *, bits: int, rows: int, count: int
+) -> NDArray[np.uint8]:
+    """Codes [rows, count]; before 0.18 each word held 32 // bits whole codes, told by the width."""
+    whole = 32 // bits
+    words = _tensor(tensors, name, shape=None, dtypes=("int32",))
+    if words.shape == (rows, _ceil(count, whole)) != (rows, _ceil(count * bits, 32)):
+        each = _bit_stream(words.reshape(-1, 1), bits=bits, count=whole)
+        return each.reshape(rows, -1)[:, :count]
+    words = _tensor(tensors, name, shape=(rows, _ceil(count * bits, 32)), dtypes=("int32",))
+    return _bit_stream(words, bits=bits, count=count)
 
 
 def _ct_plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:

@@ -6,6 +6,8 @@ weight_shape       int64 [2]: (out, in)
 weight_zero_point  int32 [⌈out·bits/32⌉, in/G], packed along the outputs; for one scale per tensor
                    int8 [1], centred. Absent where symmetric
 Stored codes and packed zero points are unsigned, with the zero of a symmetric weight at 2^(bits−1).
+Files of 3, 5, 6 or 7 bits from before version 0.18 have no element cross a word's end; they are
+told by their width, which differs from 160 inputs (or outputs, for zero points) on.
 """
 
 from __future__ import annotations
@@ -95,8 +97,9 @@ class PackQuantized:
         return tensors
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
-        """Known by its packed weight and the shape beside it."""
-        return "weight_packed" in tensors and "weight_shape" in tensors
+        """Known by its packed weight or the shape beside it, without NVFP4's global scale."""
+        mine = "weight_packed" in tensors or "weight_shape" in tensors
+        return mine and "weight_global_scale" not in tensors
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Unpack; InputError names the tensor that does not fit."""
@@ -104,27 +107,11 @@ class PackQuantized:
         if reason := self.accepts(Scheme(weight=spec), (rows, columns)):
             raise InputError(f"tensor 'weight_shape': {reason}")
         names = self.layout(spec, (rows, columns), input=None)
-        groups = spec.scale_shape(rows, columns)
-        packed = take(
-            tensors, "weight_packed", shape=names["weight_packed"].shape, dtypes=(torch.int32,)
-        )
-        scales = take_scales(
-            tensors, "weight_scale", spec=spec, shape=names["weight_scale"].shape
-        ).reshape(groups)
+        scales = take_scales(tensors, "weight_scale", spec=spec, shape=names["weight_scale"].shape)
+        scales = scales.reshape(spec.scale_shape(rows, columns))
         _check_order(tensors, spec, columns)
-        zeros = None
-        if not spec.symmetric:
-            expected = names["weight_zero_point"]
-            stored = take(
-                tensors, "weight_zero_point", shape=expected.shape, dtypes=(expected.dtype,)
-            )
-            if spec.strategy == "tensor":
-                centred = stored.reshape(1, 1).to(torch.int16) + 2 ** (spec.bits - 1)
-                zeros = centred.to(torch.uint8)
-            else:
-                zeros = unpack_words(stored.t(), spec.bits, rows).t().contiguous()
-        codes = unpack_words(packed, spec.bits, columns)
-        return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros)
+        codes = _unpack(tensors, "weight_packed", bits=spec.bits, shape=(rows, columns), along=1)
+        return QTensor(spec=spec, codes=codes, scales=scales, zeros=_zeros(tensors, spec, scales))
 
     def group(self, scheme: Scheme) -> dict[str, Any]:
         """The weight's QuantizationArgs."""
@@ -170,6 +157,35 @@ def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     if rows < 1 or columns < 1:
         raise InputError(f"tensor 'weight_shape' says [{rows}, {columns}]")
     return rows, columns
+
+
+def _zeros(tensors: Mapping[str, Tensor], spec: QuantSpec, scales: Tensor) -> Tensor | None:
+    if spec.symmetric:
+        return None
+    if spec.strategy == "tensor":
+        stored = take(tensors, "weight_zero_point", shape=(1,), dtypes=(torch.int8,))
+        zero = stored.reshape(1, 1).to(torch.int16) + (1 << (spec.bits - 1))
+        if not 0 <= int(zero) < 1 << spec.bits:
+            raise InputError(f"tensor 'weight_zero_point' holds {int(stored)}")
+        return zero.to(torch.uint8)
+    rows, groups = scales.shape
+    return _unpack(tensors, "weight_zero_point", bits=spec.bits, shape=(rows, groups), along=0)
+
+
+def _unpack(
+    tensors: Mapping[str, Tensor], name: str, *, bits: int, shape: tuple[int, int], along: int
+) -> Tensor:
+    """Codes uint8 of `shape` packed along one side, in today's packing or the one before."""
+    count, other = shape[along], shape[1 - along]
+    today, before = (word_count(count, bits, crossing=crossing) for crossing in (True, False))
+    words = tensors.get(name)
+    crossing = today == before or words is None or before not in words.shape[along : along + 1]
+    length = today if crossing else before
+    expected = (other, length) if along else (length, other)
+    words = take(tensors, name, shape=expected, dtypes=(torch.int32,))
+    if along:
+        return unpack_words(words, bits, count, crossing=crossing)
+    return unpack_words(words.t(), bits, count, crossing=crossing).t().contiguous()
 
 
 def _check_order(tensors: Mapping[str, Tensor], spec: QuantSpec, columns: int) -> None:

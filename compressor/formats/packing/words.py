@@ -1,6 +1,8 @@
-"""Codes in 32-bit words: one bit stream per row, lowest bit first.
+"""Codes in 32-bit words, lowest bit first.
 
-An element may cross a word's end (3, 5, 6 and 7 bits); bits left over in the last word are zero.
+`crossing` (the rule today): one bit stream per row, in which an element of 3, 5, 6 or 7 bits may
+cross a word's end. Without it each word holds 32 // bits whole elements, as compressed-tensors
+wrote before 0.18. For other widths the two are the same. Bits left over are zero.
 """
 
 from __future__ import annotations
@@ -13,35 +15,32 @@ from torch import Tensor
 WORD = 32
 
 
-def word_count(count: int, bits: int) -> int:
+def word_count(count: int, bits: int, *, crossing: bool = True) -> int:
     """Words that `count` codes of `bits` bits fill."""
-    return -(-count * bits // WORD)
+    return -(-count * bits // WORD) if crossing else -(-count // (WORD // bits))
 
 
-def pack_words(codes: Tensor, bits: int) -> Tensor:
+def pack_words(codes: Tensor, bits: int, *, crossing: bool = True) -> Tensor:
     """Pack uint8 codes [..., count] into int32 [..., word_count]; codes are below 2^bits."""
     count = codes.shape[-1]
-    period = WORD // math.gcd(bits, WORD)  # codes after which the pattern starts a new word
+    period, per_group = _pattern(bits, crossing=crossing)
     padding = -count % period
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
     groups = codes.reshape(*codes.shape[:-1], -1, period)
-    words = torch.zeros(
-        (*groups.shape[:-1], period * bits // WORD), dtype=torch.int32, device=codes.device
-    )
+    words = torch.zeros((*groups.shape[:-1], per_group), dtype=torch.int32, device=codes.device)
     for i in range(period):
         word, offset = divmod(i * bits, WORD)
         code = groups[..., i].to(torch.int32)
         words[..., word] |= code << offset
         if offset + bits > WORD:
             words[..., word + 1] |= code >> (WORD - offset)
-    return words.flatten(-2)[..., : word_count(count, bits)].contiguous()
+    return words.flatten(-2)[..., : word_count(count, bits, crossing=crossing)].contiguous()
 
 
-def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+def unpack_words(words: Tensor, bits: int, count: int, *, crossing: bool = True) -> Tensor:
     """The first `count` codes of int32 words [..., word_count], uint8 [..., count]."""
-    period = WORD // math.gcd(bits, WORD)
-    per_group = period * bits // WORD
+    period, per_group = _pattern(bits, crossing=crossing)
     padding = -words.shape[-1] % per_group
     if padding:
         words = torch.nn.functional.pad(words, (0, padding))
@@ -55,3 +54,11 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
             code |= (groups[..., word + 1] & ((1 << (bits - low)) - 1)) << low
         codes[..., i] = code.to(torch.uint8)
     return codes.flatten(-2)[..., :count].contiguous()
+
+
+def _pattern(bits: int, *, crossing: bool) -> tuple[int, int]:
+    """Codes and words after which the placing of bits repeats."""
+    if not crossing:
+        return WORD // bits, 1
+    common = math.gcd(bits, WORD)
+    return WORD // common, bits // common

@@ -1,0 +1,106 @@
+"""Packed words equal to those of AutoAWQ, exllama and compressed-tensors, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from compressor.formats.base import get_format
+from compressor.formats.packing.words import pack_words, unpack_words
+from compressor.qtensor import QTensor, QuantSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
+F16 = torch.float16
+
+
+def vectors(name: str) -> dict[str, torch.Tensor]:
+    path = GOLDEN / "quant" / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def awq_weight(golden, case) -> QTensor:
+    """The QTensor of one packing case, made from its codes, zeros and scales [in, out]."""
+    codes, zeros = golden[f"{case}.int_weight_in_out_u8"], golden[f"{case}.int_zero_u8"]
+    size = codes.shape[0] // zeros.shape[0]
+    spec = QuantSpec("int", 4, "group", size, zero="subtract", scale_dtype=F16)
+    return QTensor(
+        spec=spec,
+        codes=codes.t().contiguous(),
+        scales=golden[f"{case}.scales"].t().contiguous(),
+        zeros=zeros.t().contiguous(),
+    )
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_awq_words(case):
+    golden, fmt = vectors("awq_gemm_packing"), get_format("autoawq")
+    q = awq_weight(golden, case)
+    tensors = fmt.encode(q, model_dtype=F16)
+    assert set(tensors) == {"qweight", "qzeros", "scales"}
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, golden[f"{case}.{name}"]), name
+    read = fmt.decode(tensors, q.spec)
+    assert torch.equal(read.codes, q.codes) and torch.equal(read.zeros, q.zeros)
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_awq_values(case):
+    """Theirs multiplies in float16: one rounding of (q − z)·s, which float32 holds exactly."""
+    golden = vectors("awq_gemm_packing")
+    q = awq_weight(golden, case)
+    assert torch.equal(q.dequantize(F16).t(), golden[f"{case}.dequantize_gemm_in_out_fp16"])
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_exllama_words_are_gptq_version_1(case):
+    golden = vectors("awq_gemm_packing")
+    q = awq_weight(golden, case)
+    if int(q.zeros.min()) == 0:
+        pytest.skip("a zero point of 0 has no form in version 1")
+    tensors = get_format("gptq").encode(q, model_dtype=F16)
+    assert torch.equal(tensors["qweight"], golden[f"{case}.exllama_qweight"])
+    assert torch.equal(tensors["qzeros"], golden[f"{case}.exllama_qzeros"])
+
+
+def unsigned(signed: torch.Tensor, bits: int) -> torch.Tensor:
+    return (signed.int() + 2 ** (bits - 1)).to(torch.uint8)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_compressed_tensors_words(bits):
+    """Theirs is from before elements crossed words, which only 3 bits could tell."""
+    golden = vectors("ct_pack_to_int32")
+    codes, zeros = unsigned(golden[f"q{bits}"], bits), unsigned(golden[f"zp{bits}"], bits)
+    words, packed_zeros = golden[f"q{bits}.packed_dim1"], golden[f"zp{bits}.packed_dim0"]
+    for crossing in (False,) if bits == 3 else (False, True):
+        assert torch.equal(pack_words(codes, bits, crossing=crossing), words)
+        assert torch.equal(unpack_words(words, bits, codes.shape[1], crossing=crossing), codes)
+        assert torch.equal(pack_words(zeros.t(), bits, crossing=crossing).t(), packed_zeros)
+        read = unpack_words(packed_zeros.t(), bits, zeros.shape[0], crossing=crossing).t()
+        assert torch.equal(read, zeros)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_compressed_tensors_files(bits):
+    golden, fmt = vectors("ct_pack_to_int32"), get_format("compressed-tensors")
+    codes, columns = unsigned(golden[f"q{bits}"], bits), unsigned(golden[f"zp{bits}"], bits)
+    rows = codes.shape[0]
+    q = QTensor(
+        spec=QuantSpec("int", bits, "group", codes.shape[1], zero="subtract"),
+        codes=codes,
+        scales=torch.ones(rows, 1),
+        zeros=columns[:rows, :1].contiguous(),
+    )
+    tensors = fmt.encode(q, model_dtype=torch.float32)
+    assert torch.equal(tensors["weight_packed"], golden[f"q{bits}.packed_dim1"])
+    full = rows * bits // 32  # words that hold nothing but these rows
+    packed = golden[f"zp{bits}.packed_dim0"]
+    assert torch.equal(tensors["weight_zero_point"][:full], packed[:full, :1])
