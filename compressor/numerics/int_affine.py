@@ -1,0 +1,214 @@
+"""Integer quantization: scales and zero points from the range of a group, then codes.
+
+Grid of a group with range [low, high], b bits, as AWQ (arXiv 2306.00978) and its reference code
+have it, with round = half to even:
+    subtract   scale = (high − low)/(2^b − 1),  zero = clamp(−round(low/scale), 0, 2^b − 1),
+               code = clamp(round(w/scale) + zero, 0, 2^b − 1)
+    none       scale = absmax/((2^b − 1)/2), or absmax/(2^(b−1) − 1) if `narrow`,
+               code = clamp(round(w/scale), −2^(b−1), 2^(b−1) − 1) + 2^(b−1)
+A scale is rounded to the dtype it is stored in before zero and codes are chosen from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.qtensor import QTensor, QuantSpec
+
+RANGE_FLOOR = 1e-5
+"""Smallest range of a group: an all-zero group gets a small positive scale, never 0/0."""
+
+
+def quantize_int(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    clip_max: Tensor | None = None,
+    clip_min: Tensor | None = None,
+    include_zero: bool = False,
+    narrow: bool = False,
+    arithmetic: torch.dtype = torch.float32,
+) -> QTensor:
+    """Round a weight [out, in] to the nearest codes of an int spec (tensor, channel or group).
+
+    clip_max      [scale_shape] bound of each group: the weight is clamped to ±clip_max first
+    clip_min      [scale_shape] lower bound, where it is not −clip_max
+    include_zero  widen each asymmetric range to contain 0; without it the zero point of a group
+                  of one sign saturates and the far end of the group is cut off, as in AWQ
+    narrow        symmetric grids whose positive end is exactly absmax
+    arithmetic    dtype of the arithmetic (lower than float32 only to reproduce others' codes)
+    Raises InputError where the spec is not an int affine one or groups do not divide the columns.
+    """
+    scales, zeros = int_grid(
+        weight,
+        spec,
+        clip_max=clip_max,
+        clip_min=clip_min,
+        include_zero=include_zero,
+        narrow=narrow,
+        arithmetic=arithmetic,
+    )
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in _row_chunks(weight):
+        chunk = _clamped(weight, spec, rows, clip_max, clip_min, arithmetic)
+        codes[rows] = _codes(chunk, spec, rows, scales, zeros).view(codes[rows].shape)
+    return QTensor(
+        spec=spec,
+        codes=codes,
+        scales=scales,
+        zeros=None if zeros is None else zeros.to(torch.uint8),
+    )
+
+
+def fake_quantize_int(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    clip_max: Tensor | None = None,
+    clip_min: Tensor | None = None,
+    include_zero: bool = False,
+    narrow: bool = False,
+    arithmetic: torch.dtype = torch.float32,
+) -> Tensor:
+    """`quantize_int(...).dequantize(weight.dtype)`, bit for bit, without the codes in between."""
+    scales, zeros = int_grid(
+        weight,
+        spec,
+        clip_max=clip_max,
+        clip_min=clip_min,
+        include_zero=include_zero,
+        narrow=narrow,
+        arithmetic=arithmetic,
+    )
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(weight)
+    for rows in _row_chunks(weight):
+        chunk = _clamped(weight, spec, rows, clip_max, clip_min, arithmetic)
+        values = _codes(chunk, spec, rows, scales, zeros).to(work)
+        if zeros is None:
+            values.sub_(2 ** (spec.bits - 1))
+        else:
+            values.sub_(_of_rows(zeros, rows).to(work).unsqueeze(-1))
+        values.mul_(_of_rows(scales, rows).to(work).unsqueeze(-1))
+        out[rows] = values.view(out[rows].shape).to(out.dtype)
+    return out
+
+
+def int_grid(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    clip_max: Tensor | None = None,
+    clip_min: Tensor | None = None,
+    include_zero: bool = False,
+    narrow: bool = False,
+    arithmetic: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [scale_shape] in spec.scale_dtype, and integer zeros [scale_shape] in `arithmetic`.
+
+    Options as in `quantize_int`; zeros are None for symmetric specs.
+    """
+    check_int_spec(spec, (weight.shape[0], weight.shape[1]))
+    low, high = group_range(weight, spec)
+    low, high = low.to(arithmetic), high.to(arithmetic)
+    if clip_max is not None:
+        upper = clip_max.to(arithmetic)
+        lower = -upper if clip_min is None else clip_min.to(arithmetic)
+        low = torch.minimum(torch.maximum(low, lower), upper)
+        high = torch.minimum(torch.maximum(high, lower), upper)
+    return grid_of_range(low, high, spec, include_zero=include_zero, narrow=narrow)
+
+
+def grid_of_range(
+    low: Tensor, high: Tensor, spec: QuantSpec, *, include_zero: bool = False, narrow: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scales in spec.scale_dtype and integer zeros in low's dtype for ranges [low, high]."""
+    levels = 2**spec.bits - 1
+    if spec.zero == "none":
+        half = 2 ** (spec.bits - 1) - 1 if narrow else levels / 2
+        absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)
+        return _storable(absmax / half, spec.scale_dtype), None
+    if include_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scales = _storable((high - low).clamp(min=RANGE_FLOOR) / levels, spec.scale_dtype)
+    return scales, torch.round(low / scales.to(low.dtype)).neg_().clamp_(0, levels)
+
+
+def group_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each group, [scale_shape] in the weight's dtype."""
+    if spec.strategy == "tensor":
+        low, high = torch.aminmax(weight)
+        return low.view(1, 1), high.view(1, 1)
+    groups = _grouped(weight, spec)
+    return groups.amin(-1), groups.amax(-1)
+
+
+def check_int_spec(spec: QuantSpec, shape: tuple[int, int]) -> None:
+    """Raises InputError unless a weight of this shape can take the spec."""
+    if spec.element != "int" or spec.zero == "offset" or spec.second != "none":
+        raise InputError("not a plain integer spec", hint=f"got {spec}")
+    if spec.strategy == "block":
+        raise InputError("integer weights have no block scales", hint="use group or channel")
+    if spec.strategy == "group" and (not spec.group_size or shape[1] % spec.group_size):
+        raise InputError(
+            f"{shape[1]} inputs do not divide into groups of {spec.group_size}",
+            hint="choose a group size that divides every targeted linear's inputs",
+        )
+
+
+def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales rounded to their storage dtype, kept positive and finite."""
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * info.eps
+    return scales.clamp(max=info.max).to(dtype).clamp_(min=smallest)
+
+
+def _codes(
+    groups: Tensor, spec: QuantSpec, rows: slice, scales: Tensor, zeros: Tensor | None
+) -> Tensor:
+    """Codes 0 … 2^bits − 1 of grouped weights [rows, n, g], as numbers; overwrites `groups`."""
+    steps = groups.div_(_of_rows(scales, rows).to(groups.dtype).unsqueeze(-1)).round_()
+    if zeros is None:
+        steps.add_(2 ** (spec.bits - 1))
+    else:
+        steps.add_(_of_rows(zeros, rows).unsqueeze(-1))
+    return steps.clamp_(0, 2**spec.bits - 1)
+
+
+def _clamped(
+    weight: Tensor,
+    spec: QuantSpec,
+    rows: slice,
+    clip_max: Tensor | None,
+    clip_min: Tensor | None,
+    arithmetic: torch.dtype,
+) -> Tensor:
+    """A copy of some rows as groups [rows, n, g], clamped to their bounds."""
+    groups = _grouped(weight[rows].to(arithmetic, copy=True), spec)
+    if clip_max is not None:
+        upper = _of_rows(clip_max, rows).to(arithmetic).unsqueeze(-1)
+        lower = -upper if clip_min is None else _of_rows(clip_min, rows).to(arithmetic)[..., None]
+        torch.minimum(torch.maximum(groups, lower, out=groups), upper, out=groups)
+    return groups
+
+
+def _grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """A view [rows, n, g] with what shares a scale last; one group a row unless groups are set."""
+    size = (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]
+    return weight.reshape(weight.shape[0], -1, size)
+
+
+def _of_rows(per_group: Tensor, rows: slice) -> Tensor:
+    """The grid entries of some rows; a per-tensor grid has one entry for all."""
+    return per_group if per_group.shape[0] == 1 else per_group[rows]
+
+
+def _row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Row ranges small enough to work on in cache (CPU) or in 64 MiB (GPU)."""
+    elements = 2**24 if weight.is_cuda else 2**18
+    step = max(1, elements // max(1, weight.shape[1]))
+    return (slice(row, row + step) for row in range(0, weight.shape[0], step))
