@@ -48,6 +48,22 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """One normalisation that multiplies by its weight, or by offset + weight.
+
+    name    module path; its tensors are name.weight and, if `bias`, name.bias
+    role    norm.attn norm.mlp (before), norm.attn.out norm.mlp.out (after, before the residual
+            sum), norm.q norm.k (per head, after the projection), norm.final
+    offset  1.0 for norms that multiply by (1 + weight)
+    """
+
+    name: str
+    role: str
+    offset: float = 0.0
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """An exact rescaling: the source's output channel j is divided by s_j, every consumer's input
     column j multiplied by it.
@@ -83,6 +99,7 @@ class AttentionShape:
 class UnitLayout:
     """One unit: the embedding, a block, or the head (final norm and lm_head).
 
+    name     "embedding", "head", or the block's module path in the checkpoint
     tensors  every checkpoint tensor that belongs to the unit, in a fixed order
     linears  its linears, routers included, in the order of `tensors`
     """
@@ -94,6 +111,7 @@ class UnitLayout:
     linears: tuple[Linear, ...] = ()
     folds: tuple[Fold, ...] = ()
     attention: AttentionShape | None = None
+    norms: tuple[Norm, ...] = ()
 
     def site_linears(self, site: str) -> tuple[Linear, ...]:
         """The linears that read `site`."""
