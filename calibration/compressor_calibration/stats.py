@@ -1,0 +1,205 @@
+"""Statistics of one input site: what enters the linears that share it.
+
+Accumulators take activations as they come and keep fp32 sums; the Gram matrix is the only large
+one, and there is never a second copy of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Rows cast to fp32 at a time where a product cannot take the input's own dtype.
+CAST_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StatNeeds:
+    """Which statistics of a site are wanted; the token count always is.
+
+    absmean      mean of |x| per channel
+    absmax       maximum of |x| per channel
+    gram         Xᵀ X, [channels, channels]
+    keep_inputs  how many input vectors to keep as they are, the first ones (0 for none)
+    """
+
+    absmean: bool = False
+    absmax: bool = False
+    gram: bool = False
+    keep_inputs: int = 0
+
+    def __or__(self, other: StatNeeds) -> StatNeeds:
+        """What serves both."""
+        return StatNeeds(
+            absmean=self.absmean or other.absmean,
+            absmax=self.absmax or other.absmax,
+            gram=self.gram or other.gram,
+            keep_inputs=max(self.keep_inputs, other.keep_inputs),
+        )
+
+
+class SiteStats:
+    """Accumulators over the input vectors of one site.
+
+    A vector with a NaN or an infinity would spoil every sum: it is left out of all statistics and
+    counted in `bad_tokens`.
+    """
+
+    def __init__(self, channels: int, needs: StatNeeds, *, device: torch.device | str) -> None:
+        self.channels = channels
+        self.needs = needs
+        self.device = torch.device(device)
+        self._seen = 0
+        self._bad = self._zeros((), torch.int64)
+        self._abssum = self._zeros((channels,)) if needs.absmean else None
+        self._absmax = self._zeros((channels,)) if needs.absmax else None
+        self._gram = self._zeros((channels, channels)) if needs.gram else None
+        self._kept: list[Tensor] = []
+        self._kept_rows = 0
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add activations [..., channels] of any float dtype. `x` is not changed.
+
+        Raises ValueError where the last dimension is not `channels`.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.channels:
+            raise ValueError(f"expected [..., {self.channels}], got {list(x.shape)}")
+        x = x.detach().to(self.device).reshape(-1, self.channels)
+        self._seen += x.shape[0]
+        if x.shape[0] == 0:
+            return
+        # Zero rows add nothing to any sum, and masking costs no wait for the device.
+        good = torch.isfinite(x).all(dim=1, keepdim=True)
+        self._bad += (~good).sum()
+        x = torch.where(good, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        if self._abssum is not None or self._absmax is not None:
+            magnitude = x.abs()
+            if self._abssum is not None:
+                self._abssum += magnitude.sum(dim=0, dtype=torch.float32)
+            if self._absmax is not None:
+                torch.maximum(self._absmax, magnitude.amax(dim=0).float(), out=self._absmax)
+        if self._gram is not None:
+            _add_gram(self._gram, x)
+        missing = self.needs.keep_inputs - self._kept_rows
+        if missing > 0:
+            self._kept.append(x[:missing].clone())
+            self._kept_rows += self._kept[-1].shape[0]
+
+    @property
+    def bad_tokens(self) -> int:
+        """Input vectors left out because they were not finite."""
+        return int(self._bad.item())
+
+    @property
+    def tokens(self) -> int:
+        """Input vectors the statistics stand for."""
+        return self._seen - self.bad_tokens
+
+    @property
+    def absmean(self) -> Tensor:
+        """Mean of |x|, fp32 [channels]; zero where no token was seen."""
+        return self._wanted(self._abssum, "absmean") / max(self.tokens, 1)
+
+    @property
+    def absmax(self) -> Tensor:
+        """Maximum of |x|, fp32 [channels]."""
+        return self._wanted(self._absmax, "absmax")
+
+    @property
+    def gram(self) -> Tensor:
+        """Sum of x xᵀ, fp32 [channels, channels]; divide by `tokens` for the mean."""
+        return self._wanted(self._gram, "gram")
+
+    @property
+    def inputs(self) -> Tensor:
+        """The kept input vectors [at most keep_inputs, channels], in the dtype they came in.
+
+        A vector that was not finite is kept as zeros.
+        """
+        if not self.needs.keep_inputs:
+            raise ValueError("inputs were not kept at this site")
+        if not self._kept:
+            return self._zeros((0, self.channels))
+        if len(self._kept) > 1:
+            self._kept = [torch.cat(self._kept)]
+        return self._kept[0]
+
+    def _wanted(self, value: Tensor | None, name: str) -> Tensor:
+        if value is None:
+            raise ValueError(f"{name} was not collected at this site")
+        return value
+
+    def merge(self, other: SiteStats) -> None:
+        """Add another accumulator of the same site. Raises ValueError for different sites."""
+        if (self.channels, self.needs) != (other.channels, other.needs):
+            raise ValueError("statistics of different sites cannot be merged")
+        self._seen += other._seen
+        self._bad += other._bad.to(self.device)
+        if self._abssum is not None:
+            self._abssum += other._wanted(other._abssum, "absmean").to(self.device)
+        if self._absmax is not None:
+            theirs = other.absmax.to(self.device)
+            torch.maximum(self._absmax, theirs, out=self._absmax)
+        if self._gram is not None:
+            self._gram += other.gram.to(self.device)
+        missing = self.needs.keep_inputs - self._kept_rows
+        if missing > 0 and other._kept_rows:
+            self._kept.append(other.inputs[:missing].to(self.device, copy=True))
+            self._kept_rows += self._kept[-1].shape[0]
+
+    def all_reduce(self) -> None:
+        """Make every rank's statistics those of all ranks; does nothing outside a process group.
+
+        Kept inputs become those of rank 0, so that every rank decides alike.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        seen = torch.tensor(self._seen, dtype=torch.int64, device=self.device)
+        dist.all_reduce(seen)
+        self._seen = int(seen.item())
+        dist.all_reduce(self._bad)
+        if self._abssum is not None:
+            dist.all_reduce(self._abssum)
+        if self._absmax is not None:
+            dist.all_reduce(self._absmax, op=dist.ReduceOp.MAX)
+        if self._gram is not None:
+            dist.all_reduce(self._gram)
+        if self.needs.keep_inputs:
+            self._kept = [_broadcast(self.inputs)]
+            self._kept_rows = self._kept[0].shape[0]
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram += xᵀ x in place, accumulated in fp32."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        try:
+            torch.addmm(gram, x.T, x, out_dtype=torch.float32, out=gram)
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):
+            # This build has no half-precision product with an fp32 result: cast instead.
+            pass
+    for start in range(0, x.shape[0], CAST_ROWS):
+        rows = x[start : start + CAST_ROWS].float()
+        gram.addmm_(rows.T, rows)
+
+
+def _broadcast(inputs: Tensor) -> Tensor:
+    """Rank 0's kept inputs on every rank."""
+    about: list[Any] = [inputs.shape[0], inputs.dtype]
+    dist.broadcast_object_list(about, src=0, device=inputs.device)
+    rows, dtype = about
+    ours = inputs.contiguous()
+    if dist.get_rank() != 0:
+        ours = torch.empty((rows, inputs.shape[1]), dtype=dtype, device=inputs.device)
+    dist.broadcast(ours, src=0)
+    return ours

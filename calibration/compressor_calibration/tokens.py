@@ -1,0 +1,272 @@
+"""Token sets: rows of equal length cut from documents, with a hash that names them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor_calibration.sources import DataError, Document
+
+Sampling = Literal["random", "consecutive"]
+
+# Characters read for each token that is wanted: about four times what most texts need.
+CHARACTERS_PER_TOKEN = 16
+# Random windows are drawn from at least this much text where there is so much.
+POOL_CHARACTERS = 8_000_000
+# Where a text is cut, its last tokens may differ from those of the whole text.
+CUT_TOKENS = 64
+SHINGLE = 32
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    bos_token_id: int | None
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """A mapping whose "input_ids" are the token ids of `text`."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """A conversation written out as the model was trained on it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSet:
+    """Rows of tokens.
+
+    ids       int64 [rows, length]
+    sha256    hash of the ids and their shape
+    source    where the text came from
+    sampling  how the rows were cut from it
+    """
+
+    ids: Tensor
+    sha256: str
+    source: str
+    sampling: str
+
+
+def make_tokens(
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    *,
+    samples: int,
+    length: int,
+    sampling: Sampling = "random",
+    seed: int = 0,
+    bos: bool = True,
+) -> TokenSet:
+    """Cut `samples` rows of `length` tokens from the documents.
+
+    Texts are joined with nothing between and tokenized as one, without special tokens; each
+    conversation is written out whole by the chat template.
+
+    consecutive  the first rows of the joined tokens, one after the other, without BOS
+    random       windows at places drawn with `seed`. They overlap only where the text is short,
+                 by at most half, and then they lie evenly. Windows into conversations begin where
+                 a conversation begins. With `bos`, a window begins with BOS if the tokenizer puts
+                 one before every text by itself
+
+    No more is read than the rows take, or for random windows the first 8 million characters
+    (16 characters for each token, if that is more). Raises DataError where the text is too short.
+    """
+    if samples < 1 or length < 1:
+        raise ValueError(f"{samples} rows of {length} tokens were asked for")
+    wanted = samples * length
+    pool = POOL_CHARACTERS if sampling == "random" else 0
+    stream = _read_stream(
+        tokenizer,
+        documents,
+        tokens=wanted,
+        characters=max(wanted * CHARACTERS_PER_TOKEN, pool),
+    )
+    if sampling == "consecutive":
+        if len(stream.ids) < wanted:
+            raise _too_short(stream, wanted)
+        rows = stream.ids[:wanted].view(samples, length)
+        return _token_set(rows, stream.source, "consecutive")
+    starts, how = _choose(stream, samples=samples, length=length, seed=seed)
+    rows = torch.stack([stream.ids[start : start + length] for start in starts])
+    first = _automatic_bos(tokenizer) if bos else None
+    if first is not None:
+        shifted = torch.cat([torch.full((samples, 1), first), rows[:, :-1]], dim=1)
+        rows = torch.where(rows[:, :1] == first, rows, shifted)
+        how += ", BOS first"
+    return _token_set(rows, stream.source, f"random with seed {seed}, {how}")
+
+
+def windows(
+    tokenizer: Tokenizer, documents: Iterable[Document], *, windows: int, length: int
+) -> TokenSet:
+    """The first `windows` consecutive rows of `length` tokens, without BOS, for evaluation."""
+    return make_tokens(tokenizer, documents, samples=windows, length=length, sampling="consecutive")
+
+
+def overlap(a: TokenSet, b: TokenSet) -> int:
+    """How many rows of `b` share a run of 32 tokens with a row of `a` (shorter rows: a whole row).
+
+    Runs are compared by a 64-bit hash.
+    """
+    size = min(SHINGLE, a.ids.shape[1], b.ids.shape[1])
+    known = np.unique(_shingles(a.ids, size))
+    return int(np.isin(_shingles(b.ids, size), known).any(axis=1).sum())
+
+
+def _shingles(ids: Tensor, size: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Hash of every run of `size` tokens, [rows, length - size + 1]."""
+    x = ids.cpu().numpy().astype(np.uint64)
+    # Spread each id over 64 bits (the finalizer of SplitMix64), so that the polynomial below,
+    # which wraps around, mixes all of them.
+    x += np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    count = x.shape[1] - size + 1
+    hashes = np.zeros((x.shape[0], count), dtype=np.uint64)
+    for offset in range(size):
+        hashes = hashes * np.uint64(0xD6E8FEB86659FD93) + x[:, offset : offset + count]
+    return hashes
+
+
+def _token_set(ids: Tensor, source: str, sampling: str) -> TokenSet:
+    ids = ids.to(torch.int64).contiguous()
+    digest = hashlib.sha256(f"{list(ids.shape)}".encode())
+    digest.update(ids.numpy().astype("<i8").tobytes())
+    return TokenSet(ids=ids, sha256=digest.hexdigest(), source=source, sampling=sampling)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stream:
+    """Ids of joined documents [tokens], where conversations begin in them, what was read."""
+
+    ids: Tensor
+    starts: Sequence[int]
+    source: str
+
+
+def _too_short(stream: _Stream, needed: int) -> DataError:
+    return DataError(
+        f"the text ({stream.source or 'no documents'}) has {len(stream.ids)} tokens where "
+        f"{needed} are needed",
+        "give more text, or ask for fewer or shorter rows",
+    )
+
+
+def _read_stream(
+    tokenizer: Tokenizer, documents: Iterable[Document], *, tokens: int, characters: int
+) -> _Stream:
+    """Read `characters` characters, and more while they gave fewer than `tokens` tokens."""
+    unread = iter(documents)
+    taken: list[Document] = []
+    size = 0
+    while True:
+        while size < characters and (document := next(unread, None)) is not None:
+            taken.append(document)
+            size += _size(document)
+        ids, starts = _tokenize(tokenizer, taken, drop=max(size - characters, 0))
+        if size < characters or len(ids) >= tokens + CUT_TOKENS:
+            source = ", ".join(dict.fromkeys(document.source for document in taken))
+            return _Stream(torch.tensor(ids, dtype=torch.int64), starts, source)
+        characters *= 4
+
+
+def _size(document: Document) -> int:
+    return len(document.text) + sum(len(str(m.get("content", ""))) for m in document.messages)
+
+
+def _tokenize(
+    tokenizer: Tokenizer, documents: Sequence[Document], *, drop: int
+) -> tuple[list[int], list[int]]:
+    """Ids of the documents without the last `drop` characters of text, and conversation starts."""
+    ids: list[int] = []
+    starts: list[int] = []
+    texts: list[str] = []
+    for document in documents:
+        if document.messages:
+            ids += _encode(tokenizer, "".join(texts))
+            texts.clear()
+            starts.append(len(ids))
+            ids += _encode(tokenizer, _written_out(tokenizer, document))
+        else:
+            texts.append(document.text)
+    rest = "".join(texts)
+    return ids + _encode(tokenizer, rest[: max(len(rest) - drop, 0)]), starts
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    if not text:
+        return []
+    # verbose=False: a long text is cut into rows afterwards and needs no warning about its length.
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def _written_out(tokenizer: Tokenizer, document: Document) -> str:
+    # A chat template is a program that came with the checkpoint: it can fail in any way.
+    try:
+        return str(tokenizer.apply_chat_template(list(document.messages), tokenize=False))
+    except Exception as error:
+        raise DataError(
+            f"the tokenizer cannot write out a conversation of {document.source}: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}",
+            "conversations need a tokenizer with a chat template that knows their roles",
+        ) from error
+
+
+def _automatic_bos(tokenizer: Tokenizer) -> int | None:
+    """The BOS id, if the tokenizer puts one before a text by itself."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return None
+    plain = _encode(tokenizer, "a")
+    return bos if tokenizer("a")["input_ids"][:1] == [bos] != plain[:1] else None
+
+
+def _choose(stream: _Stream, *, samples: int, length: int, seed: int) -> tuple[list[int], str]:
+    """Where the random windows begin, in random order, and in words how they lie."""
+    draw = torch.Generator().manual_seed(seed)
+    if stream.starts:
+        return _choose_conversations(stream, draw, samples=samples, length=length)
+    total = len(stream.ids)
+    slack = total - samples * length
+    if slack >= 0:
+        gaps = torch.randint(slack + 1, (samples,), generator=draw).sort().values
+        starts = gaps + torch.arange(samples) * length
+        how = "non-overlapping"
+    else:
+        needed = length + (samples - 1) * ((length + 1) // 2)
+        if total < needed:
+            raise _too_short(stream, needed)
+        starts = torch.arange(samples) * (total - length) // (samples - 1)
+        how = "overlapping"
+    return starts[torch.randperm(samples, generator=draw)].tolist(), how
+
+
+def _choose_conversations(
+    stream: _Stream, draw: torch.Generator, *, samples: int, length: int
+) -> tuple[list[int], str]:
+    starts = [start for start in stream.starts if start + length <= len(stream.ids)]
+    if len(starts) < samples:
+        raise DataError(
+            f"{stream.source} has {len(stream.ids)} tokens and {len(starts)} conversations that "
+            f"{length} tokens follow, where {samples} are needed",
+            "give more conversations, or ask for fewer or shorter rows",
+        )
+    free = torch.ones(len(stream.ids), dtype=torch.bool)
+    apart: list[int] = []
+    others: list[int] = []
+    for index in torch.randperm(len(starts), generator=draw).tolist():
+        window = free[starts[index] : starts[index] + length]
+        if bool(window.all()):
+            window.fill_(False)
+            apart.append(starts[index])
+        else:
+            others.append(starts[index])
+    how = "non-overlapping" if len(apart) >= samples else "overlapping"
+    return (apart + others)[:samples], f"{how}, each from where a conversation begins"

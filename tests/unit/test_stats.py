@@ -1,0 +1,146 @@
+"""Statistics of an input site, against float64."""
+
+import multiprocessing
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from compressor_calibration.stats import SiteStats, StatNeeds
+
+ALL = StatNeeds(absmean=True, absmax=True, gram=True, keep_inputs=7)
+
+
+def collect(pieces, *, needs=ALL, channels=None):
+    stats = SiteStats(channels or pieces[0].shape[-1], needs, device="cpu")
+    for piece in pieces:
+        stats.update(piece)
+    return stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 11, 33), (1, 5000, 17)])
+def test_every_statistic_is_that_of_float64(shape, dtype):
+    draw = torch.Generator().manual_seed(0)
+    pieces = [torch.randn(shape, generator=draw).to(dtype) * scale for scale in (1, 3, 0.1)]
+    stats = collect(pieces)
+    x = torch.cat([p.reshape(-1, shape[-1]) for p in pieces]).double()
+    assert stats.tokens == x.shape[0] and stats.bad_tokens == 0
+    torch.testing.assert_close(stats.absmean.double(), x.abs().mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.absmax.double(), x.abs().amax(0), rtol=0, atol=0)
+    exact = x.T @ x
+    # fp32 sums: the error is that of the summands' size, not of what may cancel in the sum.
+    size = x.abs().T @ x.abs()
+    assert ((stats.gram.double() - exact).abs() <= 1e-6 * size + 1e-30).all()
+    assert stats.gram.dtype == torch.float32
+    kept = torch.cat([p.reshape(-1, shape[-1]) for p in pieces])[:7]
+    assert stats.inputs.dtype == dtype and torch.equal(stats.inputs, kept)
+
+
+def test_a_vector_that_is_not_finite_is_left_out_and_counted():
+    draw = torch.Generator().manual_seed(1)
+    good = torch.randn(40, 9, generator=draw)
+    x = good.clone()
+    x[3, 2], x[17, 0], x[17, 5], x[39, 8] = float("nan"), float("inf"), -float("inf"), float("nan")
+    before = x.clone()
+    stats = collect([x[:20], x[20:]])
+    rest = good[[i for i in range(40) if i not in (3, 17, 39)]].double()
+    assert (stats.tokens, stats.bad_tokens) == (37, 3)
+    torch.testing.assert_close(stats.gram.double(), rest.T @ rest, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.absmean.double(), rest.abs().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.absmax.double(), rest.abs().amax(0), rtol=0, atol=0)
+    assert torch.equal(stats.inputs[3], torch.zeros(9)) and torch.isfinite(stats.inputs).all()
+    assert torch.equal(x.nan_to_num(), before.nan_to_num()), "the input was changed"
+
+
+def test_only_what_was_asked_for_is_there():
+    stats = collect([torch.ones(4, 3)], needs=StatNeeds(absmax=True))
+    assert stats.tokens == 4 and torch.equal(stats.absmax, torch.ones(3))
+    for name in ("absmean", "gram", "inputs"):
+        with pytest.raises(ValueError, match=name):
+            getattr(stats, name)
+    both = StatNeeds(absmean=True, keep_inputs=3) | StatNeeds(gram=True, keep_inputs=2)
+    assert both == StatNeeds(absmean=True, gram=True, keep_inputs=3)
+
+
+def test_a_wrong_width_is_refused_and_no_tokens_are_fine():
+    stats = collect([torch.ones(0, 3)])
+    assert stats.tokens == 0 and torch.equal(stats.absmean, torch.zeros(3))
+    assert stats.inputs.shape == (0, 3)
+    with pytest.raises(ValueError, match="3"):
+        stats.update(torch.ones(2, 4))
+
+
+def test_the_gram_is_updated_in_place():
+    stats = collect([torch.ones(4, 3)])
+    memory = stats.gram.data_ptr()
+    stats.update(torch.ones(4, 3).bfloat16())
+    assert stats.gram.data_ptr() == memory and torch.equal(stats.gram, torch.full((3, 3), 8.0))
+
+
+def test_merging_equals_one_pass():
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(2))
+    x[11] = float("nan")
+    whole, left, right = collect([x[:4], x[4:]]), collect([x[:4]]), collect([x[4:]])
+    left.merge(right)
+    assert (left.tokens, left.bad_tokens) == (29, 1)
+    for name in ("absmean", "absmax", "gram", "inputs"):
+        torch.testing.assert_close(getattr(left, name), getattr(whole, name))
+    with pytest.raises(ValueError, match="different sites"):
+        left.merge(collect([x], needs=StatNeeds(gram=True)))
+
+
+def test_the_same_input_gives_the_same_bits():
+    x = torch.randn(300, 65, generator=torch.Generator().manual_seed(3))
+    a, b = collect([x[:100], x[100:]]), collect([x[:100], x[100:]])
+    assert torch.equal(a.gram, b.gram) and torch.equal(a.absmean, b.absmean)
+
+
+def _rank(rank, port, x, queue):
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    # Unequal shares, so that a mean of means would show.
+    stats = collect([torch.from_numpy(x[:3] if rank == 0 else x[3:])])
+    stats.all_reduce()
+    found = (stats.absmean, stats.absmax, stats.gram, stats.inputs)
+    queue.put((rank, stats.tokens, stats.bad_tokens, [t.numpy() for t in found]))
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_statistics_of_all():
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(4))
+    x[9, 1] = float("inf")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, args=(r, port, x.numpy(), queue)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    results = sorted((queue.get(timeout=60) for _ in ranks), key=lambda result: result[0])
+    for process in ranks:
+        process.join(timeout=60)
+    whole = collect([x])
+    expected = [whole.absmean, whole.absmax, whole.gram, whole.inputs[:3]]
+    for _, tokens, bad, values in results:
+        assert (tokens, bad) == (19, 1)
+        for value, reference in zip(values, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), reference)
+    for ours, theirs in zip(results[0][3], results[1][3], strict=True):
+        assert (ours == theirs).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_half_precision_gram_on_a_gpu_is_accumulated_in_fp32(dtype):
+    x = torch.randn(5000, 264, generator=torch.Generator().manual_seed(5)).to(dtype)
+    stats = SiteStats(264, ALL, device="cuda")
+    stats.update(x[:2000].cuda())
+    memory = torch.cuda.memory_allocated()
+    stats.update(x[2000:].cuda())
+    assert torch.cuda.memory_allocated() - memory < stats.gram.nbytes
+    exact = x.double().T @ x.double()
+    size = x.double().abs().T @ x.double().abs()
+    assert ((stats.gram.cpu().double() - exact).abs() <= 1e-5 * size).all()
