@@ -253,6 +253,10 @@ class _Layout:
         for role, size in (row.parts or {row.role: row.shape[0]}).items():
             parts.append(Part(role, start, start + self._size(size)))
             start = parts[-1].stop
+        if start != self._size(row.shape[0]):
+            raise InputError(
+                f"the map of {self.arch.model_type} splits {row.name} into {start} rows"
+            )
         return tuple(parts)
 
     def _fold(

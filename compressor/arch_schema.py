@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from compressor.layout import Linear, UnitLayout
@@ -86,6 +86,22 @@ class Section(_Row):
     norms: tuple[NormRow, ...] = ()
     linears: tuple[LinearRow, ...]
     folds: tuple[FoldRow, ...] = ()
+
+    @model_validator(mode="after")
+    def _folds_have_ends(self) -> Self:
+        parts = {row.name: set(row.parts) for row in self.linears} | {
+            row.name: set() for row in self.norms
+        }
+        for fold in self.folds:
+            if fold.site not in {row.site for row in self.linears}:
+                raise ValueError(f"no linear reads the site {fold.site!r} of a fold")
+            if fold.source not in parts:
+                raise ValueError(
+                    f"the fold into {fold.site} has the unknown source {fold.source!r}"
+                )
+            if fold.part is not None and fold.part not in parts[fold.source]:
+                raise ValueError(f"{fold.source} has no part {fold.part!r}")
+        return self
 
 
 class EmbeddingRow(_Row):
@@ -188,7 +204,7 @@ class MapFile(_Row):
     embedding: EmbeddingRow
     layer: str
     attention: Section
-    mlp: tuple[Section, ...]
+    mlp: tuple[Section, ...] = Field(min_length=1)
     head: HeadRow
     ignored: tuple[str, ...] = ()
     runtime: RuntimeNames

@@ -66,10 +66,11 @@ def fold(
         put(name, torch.cat([value[:start], rows, value[stop:]]))
     columns = consumer_scale(fold, scale)
     for linear in unit.site_linears(fold.site):
-        value = get(f"{linear.name}.weight")
+        name = f"{linear.name}.weight"
+        value = get(name)
         if columns.shape[0] != value.shape[1]:
             raise ValueError(f"{columns.shape[0]} scales for {value.shape[1]} inputs of {name}")
-        put(f"{linear.name}.weight", value * columns.to(value.device))
+        put(name, value * columns.to(value.device))
     return changed
 
 
