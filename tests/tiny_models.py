@@ -1,0 +1,95 @@
+"""Tiny seeded checkpoints of every architecture, with a tokenizer, for tests of the whole pipeline.
+
+Sizes differ from each other wherever the family lets them, and no parameter keeps its initial
+value, so that a swapped dimension or a forgotten norm weight or bias shows.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 256
+BOS, EOS = "<s>", "</s>"
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+EXPERTS = {"num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 32},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32},
+    "phi3": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
+    "mixtral": {"num_local_experts": 4, **EXPERTS},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "head_dim": 32,
+        **EXPERTS,
+    },
+}
+TYPES = tuple(FAMILIES)
+
+
+def build(
+    model_type: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Write a tiny checkpoint of a family into `folder`; overrides go into its config."""
+    values = {**COMMON, **FAMILIES[model_type], **overrides}
+    if model_type == "opt":
+        values = {k: v for k, v in values.items() if k not in ("intermediate_size",)}
+        values.pop("num_key_value_heads")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+            elif name.endswith(".bias"):
+                parameter.copy_(noise * 0.2)
+            else:
+                # What it starts from says whether the norm multiplies by weight or 1 + weight.
+                parameter.add_(noise * 0.3)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 256 tokens: every byte UTF-8 uses, and two special tokens."""
+    never = {"À", "Á"}  # what stands for the bytes 0xC0 and 0xC1, which no UTF-8 text has
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - never)
+    vocabulary = {token: i for i, token in enumerate([BOS, EOS, *alphabet])}
+    assert len(vocabulary) == VOCAB
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=BOS, eos_token=EOS, model_max_length=256
+    )
