@@ -1,0 +1,112 @@
+"""The sign product against its reference, its gradients, and the packing's round trip."""
+
+import pytest
+import torch
+from compressor_kernels.bitdelta import (
+    DeltaTiles,
+    delta_matmul,
+    delta_matmul_ref,
+    pack_bits,
+    pack_signs,
+    unpack_bits,
+    unpack_signs,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def problem(tenants, rows, inner, outer, dtype):
+    generator = torch.Generator().manual_seed(inner * 31 + outer)
+    x = torch.randn(tenants, rows, inner, generator=generator)
+    x[..., 0] *= 50  # an outlier channel: the fixed point must keep the small inputs too
+    delta = torch.randn(tenants, outer, inner, generator=generator)
+    signs = torch.stack([pack_signs(d) for d in delta])
+    alpha = torch.rand(tenants, generator=generator) + 0.1
+    base = torch.randn(tenants, rows, outer, generator=generator)
+    return [t.to(DEVICE) for t in (x.to(dtype), signs, alpha, base.to(dtype))]
+
+
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+@pytest.mark.parametrize("rows", [1, 37, 128])
+def test_bits_round_trip(width, rows):
+    bits = torch.rand(2, rows, 5) > 0.5
+    packed = pack_bits(bits, width=width)
+    assert packed.shape == (2, -(-rows // width), 5)
+    assert torch.equal(unpack_bits(packed, rows=rows), bits)
+
+
+def test_word_k_n_bit_i_is_the_sign_of_output_n_input_32k_plus_i():
+    delta = torch.randn(3, 70)
+    delta[1, 40] = 0.0
+    words = pack_signs(delta)
+    assert words.dtype == torch.int32 and words.shape == (3, 3)
+    for n in range(3):
+        for k in range(70):
+            assert ((words[k // 32, n].item() >> (k % 32)) & 1) == (delta[n, k].item() >= 0)
+    assert torch.equal(unpack_signs(words, in_features=70), torch.where(delta >= 0, 1, -1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 19])
+@pytest.mark.parametrize("inner, outer", [(1024, 128), (1100, 72), (64, 5)])
+def test_product(rows, inner, outer):
+    x, signs, alpha, base = problem(2, rows, inner, outer, torch.float32)
+    expected = delta_matmul_ref(x.double(), signs, alpha, base_out=base)
+    y = delta_matmul(x, signs, alpha, base_out=base)
+    assert (y - expected).norm() <= 1e-5 * (expected - base).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_only_its_output(dtype):
+    x, signs, alpha, _ = problem(3, 1, 2080, 96, dtype)
+    expected = delta_matmul_ref(x.double(), signs, alpha)
+    y = delta_matmul(x, signs, alpha)
+    assert y.dtype == dtype
+    # Half of it on a device; the interpreter truncates what it stores as bf16.
+    rounding = torch.finfo(dtype).eps
+    assert ((y.double() - expected).abs() <= rounding * expected.abs() + 1e-3).all()
+
+
+def test_a_wide_tile_agrees_with_a_narrow_one():
+    x, signs, alpha, _ = problem(1, 4, 1500, 100, torch.float32)
+    wide = delta_matmul(x, signs, alpha, tiles=DeltaTiles(block_n=128, tokens=4))
+    narrow = delta_matmul(x, signs, alpha, tiles=DeltaTiles(block_n=64, tokens=2))
+    assert torch.allclose(wide, narrow, rtol=1e-5, atol=1e-4)
+
+
+def test_zero_rows_and_zero_alpha():
+    x, signs, alpha, base = problem(2, 2, 64, 32, torch.float32)
+    x[0, 1] = 0
+    alpha[1] = 0
+    y = delta_matmul(x, signs, alpha, base_out=base)
+    assert torch.equal(y[0, 1], base[0, 1]) and torch.equal(y[1], base[1])
+
+
+def test_a_nan_input_reaches_every_output_of_its_row():
+    x, signs, alpha, _ = problem(1, 2, 64, 32, torch.float32)
+    x[0, 0, 9] = float("nan")
+    y = delta_matmul(x, signs, alpha)
+    assert y[0, 0].isnan().all() and not y[0, 1].isnan().any()
+
+
+def test_gradients():
+    x, signs, alpha, base = problem(2, 3, 96, 40, torch.float32)
+    weight = torch.randn(2, 3, 40, device=DEVICE)
+    grads = []
+    for function in (delta_matmul, delta_matmul_ref):
+        leaves = [t.clone().requires_grad_() for t in (x, alpha, base)]
+        (function(leaves[0], signs, leaves[1], base_out=leaves[2]) * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_refuses_shapes_that_do_not_fit():
+    x, signs, alpha, base = problem(2, 1, 64, 8, torch.float32)
+    for arguments in (
+        (x, signs[:, :1], alpha, None),
+        (x, signs, alpha[:1], None),
+        (x, signs, alpha, base[:, :, :4]),
+        (x[0], signs, alpha, None),
+    ):
+        with pytest.raises(ValueError):
+            delta_matmul(*arguments[:3], base_out=arguments[3])
