@@ -76,16 +76,20 @@ class SiteStats:
         self._seen += x.shape[0]
         if x.shape[0] == 0:
             return
-        # Zero rows add nothing to any sum, and masking costs no wait for the device.
-        good = torch.isfinite(x).all(dim=1, keepdim=True)
+        # A vector is finite where its largest magnitude is; NaN counts as the largest. Zeroed
+        # vectors add nothing to any sum, and masking costs no wait for the device.
+        magnitude = x.abs()
+        good = torch.isfinite(magnitude.amax(dim=1, keepdim=True))
         self._bad += (~good).sum()
-        x = torch.where(good, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)
         if self._abssum is not None or self._absmax is not None:
-            magnitude = x.abs()
+            magnitude = torch.where(good, magnitude, zero)
             if self._abssum is not None:
                 self._abssum += magnitude.sum(dim=0, dtype=torch.float32)
             if self._absmax is not None:
                 torch.maximum(self._absmax, magnitude.amax(dim=0).float(), out=self._absmax)
+        del magnitude
+        x = torch.where(good, x, zero)
         if self._gram is not None:
             _add_gram(self._gram, x)
         missing = self.needs.keep_inputs - self._kept_rows
