@@ -1,0 +1,176 @@
+"""A checkpoint folder as a source: config, headers, and reads of named tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError, Problems
+from compressor.safetensors_file import Entry, read_header, read_tensor, tensor_bytes
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+READ_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint: nothing but headers has been read, and no file is kept open."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → shape."""
+        return {name: entry.spec.shape for name, entry in self.entries.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.spec.nbytes for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype: the config's, else that of most bytes."""
+        named = self.config.get("dtype", self.config.get("torch_dtype"))
+        known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if named in known:
+            return known[named]
+        sizes: dict[torch.dtype, int] = {}
+        for entry in self.entries.values():
+            if entry.spec.dtype in known.values():
+                sizes[entry.spec.dtype] = sizes.get(entry.spec.dtype, 0) + entry.spec.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.bfloat16
+
+    def read(
+        self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
+    ) -> dict[str, Tensor]:
+        """The named tensors on the CPU. Raises InputError for a name that is not there."""
+        entries = {name: self.entry(name) for name in names}
+        with ThreadPoolExecutor(threads) as pool:
+            read = pool.map(lambda entry: read_tensor(entry, pin=pin), entries.values())
+            return dict(zip(entries, read, strict=True))
+
+    def entry(self, name: str) -> Entry:
+        """Header entry of one tensor."""
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise InputError(f"the checkpoint has no tensor {name!r}") from None
+
+
+def content_hash(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> str:
+    """SHA-256 over the names and the bytes of `tensors`, in order of name."""
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(
+            lambda name: hashlib.sha256(tensor_bytes(tensors[name])).hexdigest(), sorted(tensors)
+        )
+        lines = [f"{name} {d}" for name, d in zip(sorted(tensors), digests, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def load_json(path: Path, *, what: str) -> dict[str, Any]:
+    """A JSON object from a file a stranger wrote. Raises InputError."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} {path.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what} {path.name} is not a JSON object")
+    return value
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint folder: config.json, the index (if any) and every shard's header.
+
+    Raises InputError, or Problems with all that is wrong: a missing or damaged shard, an index
+    that points outside the folder or names a tensor its shard does not have.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint="name a checkpoint folder or a Hub id")
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} has no config.json", hint="name the folder of a Hugging Face checkpoint"
+        )
+    config = load_json(folder / "config.json", what="config")
+    return Checkpoint(folder=folder, config=config, entries=read_entries(folder))
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Header entries of every tensor of a folder's checkpoint."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return _indexed_entries(folder, load_json(index, what="index"))
+    if (folder / SINGLE_NAME).is_file():
+        return read_header(folder / SINGLE_NAME)
+    pickles = sorted(
+        p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    )
+    if pickles:
+        raise InputError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which are never loaded",
+            hint="convert them once, where you trust the source: load the model with transformers "
+            "and save_pretrained(..., safe_serialization=True)",
+        )
+    shards = sorted(p.name for p in folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise InputError(
+            f"{folder} has shards but no {INDEX_NAME}",
+            hint="download the index file too; without it a missing shard cannot be noticed",
+        )
+    raise InputError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}")
+
+
+def _indexed_entries(folder: Path, index: Mapping[str, Any]) -> dict[str, Entry]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{INDEX_NAME} has no weight_map")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+        if not plain:
+            raise InputError(
+                f"{INDEX_NAME} sends {name!r} to {file!r}, which is not a .safetensors file in the "
+                "same folder"
+            )
+    problems: list[Any] = []
+    headers: dict[str, dict[str, Entry]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            count = sum(f == file for f in weight_map.values())
+            problems.append(
+                InputError(f"shard {file} is missing ({count} tensors)", hint="download it again")
+            )
+            continue
+        try:
+            headers[file] = read_header(folder / file)
+        except InputError as error:
+            problems.append(error)
+    entries: dict[str, Entry] = {}
+    for name, file in weight_map.items():
+        if file in headers:
+            if name in headers[file]:
+                entries[name] = headers[file][name]
+            else:
+                problems.append(
+                    InputError(f"{INDEX_NAME} sends {name!r} to {file}, which lacks it")
+                )
+    stray = [n for header in headers.values() for n in header if n not in weight_map]
+    if stray:
+        problems.append(
+            InputError(f"{len(stray)} tensors are not in {INDEX_NAME}, first {stray[0]!r}")
+        )
+    if problems:
+        raise Problems(problems)
+    return entries

@@ -1,0 +1,149 @@
+"""What a pass is, and how a recipe's key finds one.
+
+A pass is a frozen pydantic model whose fields are its recipe parameters; its docstring is its help
+text. It is pure: a unit and its statistics in, a new unit out. It reads no file, runs no loop over
+the model and knows no tensor names beyond those its unit's layout gives it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from compressor_calibration.stats import SiteStats, StatNeeds
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.layout import Linear, UnitLayout
+from compressor.qtensor import QTensor, QuantSpec
+from compressor.scheme import Scheme
+from compressor.targets import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One unit of the model while passes work on it.
+
+    tensors    checkpoint name → float tensor; linears that became QTensors are no longer in it
+    quantized  module path of a linear → its QTensor
+    extra      tensors a pass adds to the checkpoint, by their full name
+    """
+
+    layout: UnitLayout
+    tensors: Mapping[str, Tensor]
+    quantized: Mapping[str, QTensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, linear: Linear) -> Tensor:
+        """The float weight [out, in] of a linear that is not quantized yet."""
+        return self.tensors[f"{linear.name}.weight"]
+
+    def with_tensors(self, changed: Mapping[str, Tensor]) -> Unit:
+        """This unit with some float tensors replaced."""
+        return replace(self, tensors={**self.tensors, **changed})
+
+    def with_quantized(self, linear: Linear, q: QTensor) -> Unit:
+        """This unit with a linear's weight replaced by a QTensor."""
+        name = f"{linear.name}.weight"
+        rest = {key: value for key, value in self.tensors.items() if key != name}
+        return replace(self, tensors=rest, quantized={**self.quantized, linear.name: q})
+
+    def dequantized(self) -> dict[str, Tensor]:
+        """Every original tensor in float, quantized ones as what they stand for."""
+        weights = {f"{name}.weight": q.dequantize() for name, q in self.quantized.items()}
+        return {**self.tensors, **weights}
+
+
+@dataclass(frozen=True, slots=True)
+class PassContext:
+    """What a pass may know beside its unit.
+
+    stats        input site → statistics of this unit's calibration inputs
+    schemes      module path → what the linear will become
+    selected     the linears this pass is for
+    module_loss  (site, module path → replaced weight) → mean squared difference of the site's
+                 module output to the original's, over the kept calibration inputs
+    seed         seed of this unit and pass
+    """
+
+    stats: Mapping[str, SiteStats]
+    schemes: Mapping[str, Scheme]
+    selected: tuple[Linear, ...]
+    module_loss: Callable[[str, Mapping[str, Tensor]], float]
+    seed: int
+
+    def spec(self, linear: Linear) -> QuantSpec | None:
+        """How the linear's weight will be quantized, or None."""
+        return self.schemes.get(linear.name, Scheme()).weight
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """A new unit, and rows for the report: one dict per linear or site."""
+
+    unit: Unit
+    rows: Sequence[Mapping[str, Any]] = ()
+
+
+class Pass(BaseModel):
+    """A block pass: its fields are recipe parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: ClassVar[int] = 1
+    quantizes: ClassVar[bool] = False
+
+    targets: str | list[str] = Field("linear", description="linears this pass works on")
+    ignore: list[str] = Field(default=["lm_head"], description="linears it leaves alone")
+
+    @property
+    def selection(self) -> Selection:
+        """The linears this pass is for."""
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        return Selection(targets=tuple(targets), ignore=tuple(self.ignore))
+
+    def scheme(self) -> Scheme | None:
+        """What a targeted linear becomes, or None where the pass makes no codes."""
+        return None
+
+    def needs(self) -> StatNeeds:
+        """The statistics `apply` reads."""
+        return StatNeeds()
+
+    def check(self, linear: Linear) -> str | None:
+        """Why this pass cannot work on a linear of this shape, or None."""
+        return None
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        """The unit after this pass."""
+        raise AssertionError(f"{type(self).__name__} has no apply")
+
+
+def pass_names() -> list[str]:
+    """Names of all passes, from the folder itself."""
+    here = Path(__file__).parent
+    return sorted(p.stem for p in here.glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+def get_pass(name: str) -> type[Pass]:
+    """The pass class in the file called `name`; InputError names the known ones."""
+    if name not in pass_names():
+        raise InputError(f"unknown pass {name!r}", hint=f"one of: {', '.join(pass_names())}")
+    found: type[Pass] = importlib.import_module(f"compressor.passes.{name}").PASS
+    return found
+
+
+def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
+    """Relative squared output error tr(ΔG Δᵀ)/tr(W G Wᵀ), or of the weights where G is None."""
+    delta = (quantized - weight).float()
+    weight = weight.float()
+    if gram is None:
+        return float((delta.square().sum() / weight.square().sum().clamp(min=1e-30)).item())
+    gram = gram.to(torch.float32)
+    error = ((delta @ gram) * delta).sum()
+    return float((error / ((weight @ gram) * weight).sum().clamp(min=1e-30)).item())

@@ -1,0 +1,271 @@
+"""A recipe: a frozen value made from YAML and checked; an unknown key names the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from compressor.errors import InputError, Problems
+from compressor.passes.base import Pass, get_pass, pass_names
+
+SIZE_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes from "5GB", "512MiB" or a number."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", value.upper())
+        if not found:
+            raise ValueError(f"{value!r} is not a size such as 5GB or 512MiB")
+        return int(float(found[1]) * SIZE_UNITS[found[2] or ""])
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(Strict):
+    """The tokens that statistics are taken over."""
+
+    data: str = Field(
+        "bundled", description="bundled, a text/JSONL/parquet file, a folder, a Hub id"
+    )
+    split: str = Field("train", description="split of a Hub data set")
+    text_field: str = Field("text", description="field or column that holds the text")
+    samples: int = Field(128, ge=1, description="rows of tokens")
+    length: int = Field(512, ge=8, description="tokens per row")
+    sampling: Literal["random", "consecutive"] = "random"
+
+
+class Evaluation(Strict):
+    """Held-out text that the written files are measured on."""
+
+    data: str = Field("bundled", description="as in calibration; bundled is another work")
+    split: str = Field("test", description="split of a Hub data set")
+    text_field: str = "text"
+    windows: int = Field(16, ge=1)
+    length: int = Field(512, ge=8)
+    against_original: bool = Field(True, description="also measure the source, KL and agreement")
+    force: bool = Field(False, description="allow text that overlaps the calibration tokens")
+
+
+class Step(BaseModel):
+    """One entry of `passes`: a pass and its parameters."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    name: str
+    params: Pass
+
+
+class Recipe(Strict):
+    """Everything a run depends on."""
+
+    model: str = Field(description="folder, Hub id (id@revision pins one) or GGUF file")
+    output: str = Field(description="folder to write; it must be new or this recipe's own")
+    seed: int = 0
+    calibration: Calibration = Calibration()
+    passes: tuple[Step, ...] = Field(min_length=1)
+    format: str = "compressed-tensors"
+    propagate: Literal["quantized", "original"] = Field(
+        "quantized", description="which block's outputs the next block is calibrated on"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dequantize_source: bool = Field(False, description="accept an already quantized source")
+    max_shard_size: Size = 5 * 10**9
+    verify: bool = True
+    evaluate: Evaluation | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain data with every default filled in, without where it writes."""
+        data = self.model_dump(mode="json", exclude={"output", "passes"})
+        data["passes"] = [{s.name: s.params.model_dump(mode="json")} for s in self.passes]
+        return data
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), **top: Any) -> Recipe:
+    """Read a recipe. `overrides` are key.path=value (YAML values); `top` replaces top-level keys
+    that are not None. Raises InputError or Problems."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read recipe {path}: {error}") from error
+    data = parse_yaml(text, where=path.name)
+    for override in overrides:
+        apply_override(data, override)
+    data.update({key: value for key, value in top.items() if value is not None})
+    return make_recipe(data)
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """A YAML mapping, loaded safely, with duplicate keys refused."""
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise InputError(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is not a mapping of recipe keys", hint="see: compress recipes")
+    return value
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    pairs = [(loader.construct_object(k, deep=True), v) for k, v in node.value]
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} appears twice", node.start_mark
+            )
+    return {key: loader.construct_object(value, deep=True) for key, value in pairs}
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value`; a list index or a pass name is a path element too."""
+    path, separator, raw = override.partition("=")
+    if not separator:
+        raise InputError(f"--set {override!r} has no '='", hint="--set calibration.samples=64")
+    *parents, last = path.split(".")
+    node: Any = data
+    for key in parents:
+        node = _step_into(node, key, override)
+    if isinstance(node, list):
+        raise InputError(f"--set {override!r} ends at a list entry")
+    try:
+        node[last] = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not YAML") from error
+
+
+def _step_into(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, dict):
+        found = node.setdefault(key, {})
+        if found is None:
+            found = node[key] = {}
+    elif isinstance(node, list):
+        named = [entry for entry in node if isinstance(entry, dict) and key in entry]
+        if key.isdigit() and int(key) < len(node):
+            found = node[int(key)]
+        elif len(named) == 1:
+            found = named[0][key] = named[0][key] or {}
+        else:
+            raise InputError(f"--set {override!r}: {key!r} names no single pass of this recipe")
+    else:
+        found = None
+    if not isinstance(found, (dict, list)):
+        raise InputError(f"--set {override!r}: {key!r} is not a group of keys")
+    return found
+
+
+def make_recipe(data: Mapping[str, Any]) -> Recipe:
+    """Validate plain data. Raises Problems with everything that is wrong."""
+    problems: list[Any] = []
+    steps = []
+    entries = data.get("passes")
+    if not isinstance(entries, list) or not entries:
+        problems.append(
+            InputError("passes: at least one pass is needed", hint="passes: [{rtn: {}}]")
+        )
+        entries = []
+    for number, entry in enumerate(entries):
+        try:
+            steps.append(_make_step(entry, f"passes.{number}"))
+        except Problems as error:
+            problems.extend(error.problems)
+        except InputError as error:
+            problems.append(error)
+    try:
+        recipe = Recipe.model_validate({**data, "passes": steps or [_PLACEHOLDER]})
+    except ValidationError as error:
+        problems.extend(explain(error, Recipe, ""))
+    if problems:
+        raise Problems(problems)
+    return recipe
+
+
+def _make_step(entry: Any, where: str) -> Step:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise InputError(
+            f"{where}: a pass is one name with its parameters", hint="- awq: {bits: 4}"
+        )
+    name, params = next(iter(entry.items()))
+    if name not in pass_names():
+        raise InputError(f"{where}: unknown pass {name!r}", hint=nearest(str(name), pass_names()))
+    kind = get_pass(name)
+    try:
+        return Step(name=name, params=kind.model_validate(params or {}))
+    except ValidationError as error:
+        raise Problems(explain(error, kind, f"{where}.{name}.")) from error
+
+
+class _Nothing(Pass):
+    """Stands in for passes that were already reported as wrong."""
+
+
+_PLACEHOLDER = Step(name="", params=_Nothing())
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[Any]:
+    """One InputError for each thing pydantic found wrong."""
+    problems = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        where = prefix + ".".join(path)
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(model, path[:-1])
+            problems.append(InputError(f"unknown key {where!r}", hint=nearest(path[-1], fields)))
+        elif item["type"] == "missing":
+            problems.append(InputError(f"key {where!r} is missing"))
+        else:
+            got = repr(item.get("input"))
+            shown = got if len(got) < 60 else got[:57] + "..."
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(InputError(f"{where}: {message} (got {shown})"))
+    return problems
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for key in path:
+        field = model.model_fields.get(key)
+        found = field.annotation if field else None
+        options = [found, *getattr(found, "__args__", ())]
+        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint that names the nearest valid word, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(sorted(known))}"

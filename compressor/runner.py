@@ -1,0 +1,234 @@
+"""Runs one block of a transformers model at a time. The only file that imports transformers.
+
+The model is built on the meta device; a unit's tensors are assigned to its modules, used, and taken
+away again. Inputs of a block travel as one tensor of hidden states [rows, length, hidden].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_calibration.stats import SiteStats, StatNeeds
+from torch import Tensor, nn
+
+from compressor.arch import RuntimeNames
+from compressor.errors import InputError
+from compressor.layout import Linear, UnitLayout
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last decoder layer has been reached."""
+
+
+@dataclass(slots=True)
+class Observation:
+    """What running a block over its calibration inputs gave.
+
+    stats        site → statistics; expert sites are computed when they are asked for
+    expert_tokens  expert → how many tokens it saw
+    """
+
+    stats: Mapping[str, SiteStats]
+    module_loss: Callable[[str, Mapping[str, Tensor]], float]
+    expert_tokens: dict[int, int] = field(default_factory=dict)
+
+
+class BlockRunner:
+    """One transformers model of which at most a unit is in memory."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        names: RuntimeNames,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        values = {k: v for k, v in config.items() if k != "quantization_config"}
+        model_type = values.pop("model_type")
+        try:
+            self.config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"transformers does not accept this config.json: {error}") from error
+        self.names = names
+        self.device = device
+        self.dtype = dtype
+        # Attention logit caps exist in the eager attention only; the fused ones drop them silently.
+        eager = getattr(self.config, "attn_logit_softcapping", None) is not None
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, attn_implementation="eager" if eager else "sdpa"
+            ).eval()
+        self._rebuild_rotary()
+        self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
+        self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def _rebuild_rotary(self) -> None:
+        """Rotary tables are buffers that no checkpoint holds; on the meta device they are lost."""
+        for path, module in list(self.model.named_modules()):
+            if hasattr(module, "inv_freq") and isinstance(module.inv_freq, Tensor):
+                with torch.device("cpu"):
+                    fresh = type(module)(self.config).to(self.device)
+                parent, _, leaf = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), leaf, fresh)
+
+    def _assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors into the model under their full in-memory names."""
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            value = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+            setattr(self.model.get_submodule(path), leaf, value)
+
+    def _drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            setattr(module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False))
+
+    @torch.no_grad()
+    def embed(self, tensors: Mapping[str, Tensor], ids: Tensor, *, batch: int = 8) -> Tensor:
+        """Hidden states that enter the first block, [rows, length, hidden], for token ids.
+
+        Also keeps what the model passes to each layer beside them (masks, rotary tables), which
+        depends on the length only, since rows are never padded.
+        """
+        self._assign(tensors)
+        out = []
+        arguments: dict[int, dict[str, Any]] = {}
+        for start in range(0, ids.shape[0], batch):
+            rows = ids[start : start + batch].to(self.device)
+            if start == 0:
+                self._capture(rows[:1], arguments)
+            out.append(self._capture(rows, {}))
+        self._drop(list(tensors))
+        self._layer_arguments[ids.shape[1]] = [arguments[i] for i in range(len(self.layers))]
+        return torch.cat(out)
+
+    def _capture(self, ids: Tensor, arguments: dict[int, dict[str, Any]]) -> Tensor:
+        found: list[Tensor] = []
+
+        def stand_in(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+                if index == 0:
+                    found.append(hidden_states)
+                arguments[index] = {
+                    k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")
+                }
+                if index == len(self.layers) - 1:
+                    raise _Stop
+                return hidden_states
+
+            return forward
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = stand_in(index)  # type: ignore[method-assign]
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return found[0]
+
+    @contextmanager
+    def block(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Iterator[Block]:
+        """Block `unit.index` with these weights, for the length of a `with`."""
+        layer = self.layers[unit.index]
+        state = self.names.block_state(unit, tensors)
+        ready = {k: v.to(self.device, self.dtype) for k, v in state.items()}
+        layer.load_state_dict(ready, strict=True, assign=True)
+        try:
+            yield Block(runner=self, unit=unit, layer=layer)
+        finally:
+            layer.to("meta")
+
+    def arguments(self, index: int, length: int) -> dict[str, Any]:
+        """What layer `index` gets beside the hidden states, for rows of `length` tokens."""
+        return self._layer_arguments[length][index]
+
+    @contextmanager
+    def head(self, tensors: Mapping[str, Tensor], lm_head: Tensor) -> Iterator[Callable[..., Tensor]]:
+        """A function from hidden states [rows, length, hidden] to logits [rows, length, vocabulary].
+
+        tensors  the final norm's tensors;  lm_head  [vocabulary, hidden], the embedding when tied
+        """
+        self._assign({k: v for k, v in tensors.items() if not k.startswith("lm_head.")})
+        weight = lm_head.to(self.device, self.dtype)
+        bias = tensors.get("lm_head.bias")
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        norm = self.model.get_submodule(self.names.norm)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+
+        @torch.no_grad()
+        def logits(hidden: Tensor) -> Tensor:
+            out = nn.functional.linear(norm(hidden.to(self.device, self.dtype)), weight, bias).float()
+            return torch.tanh(out / cap) * cap if cap else out
+
+        try:
+            yield logits
+        finally:
+            norm.to("meta")
+
+
+@dataclass(slots=True)
+class Block:
+    """A decoder layer whose weights are in memory."""
+
+    runner: BlockRunner
+    unit: UnitLayout
+    layer: nn.Module
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The block's output for hidden states [rows, length, hidden]."""
+        arguments = self.runner.arguments(self.unit.index, hidden.shape[1])
+        out = self.layer(hidden.to(self.runner.device, self.runner.dtype), **arguments)
+        # Decoder layers return a tensor in new transformers and a tuple in old ones.
+        return out[0] if isinstance(out, tuple) else out
+
+    def forward_rows(self, hidden: Tensor, *, batch: int, out: Tensor | None = None) -> Tensor:
+        """`forward` over all rows, `batch` at a time, into `out` (which may be `hidden`)."""
+        result = torch.empty_like(hidden) if out is None else out
+        for start in range(0, hidden.shape[0], batch):
+            rows = hidden[start : start + batch]
+            result[start : start + batch] = self.forward(rows).to(result.dtype)
+        return result
+
+    def observe(
+        self, hidden: Tensor, *, needs: StatNeeds, batch: int, out: Tensor | None = None
+    ) -> Observation:
+        """Statistics of every site over all rows; with `out`, the block's outputs too."""
+        from compressor.observe import Observer
+
+        with Observer(self, needs=needs) as observer:
+            for start in range(0, hidden.shape[0], batch):
+                result = self.forward(hidden[start : start + batch])
+                if out is not None:
+                    out[start : start + batch] = result.to(out.dtype)
+            return observer.finish()
+
+    def module(self, linear: Linear) -> nn.Module:
+        """The module that plays a linear in memory."""
+        return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(
+            f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}",
+            hint="calibration text is tokenized with the model's own tokenizer.json",
+        ) from error

@@ -1,0 +1,209 @@
+"""Writing a checkpoint whose every byte position is known before the first unit is done.
+
+The plan knows each output tensor's dtype and shape, so shard headers are written first and each
+unit lands at its final place with positioned writes. A unit counts only once its record, a small
+JSON file put in place by rename, exists; bytes without a record are simply written again. Nothing
+is written twice and nothing unfinished looks finished: shards stay in the work folder to the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compressor.checkpoint import SINGLE_NAME
+from compressor.errors import InputError
+from compressor.formats.base import TensorShape
+from compressor.safetensors_file import encode_header, tensor_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its name, its tensors in order, its header and each tensor's offset."""
+
+    file: str
+    tensors: Mapping[str, TensorShape]
+    header: bytes
+    offsets: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """All output files, and in which one each tensor lies."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def home(self) -> dict[str, Shard]:
+        """Tensor name → its shard."""
+        return {name: shard for shard in self.shards for name in shard.tensors}
+
+    def index(self) -> bytes:
+        """The index file."""
+        total = sum(spec.nbytes for shard in self.shards for spec in shard.tensors.values())
+        weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
+        value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def plan_shards(groups: Sequence[Mapping[str, TensorShape]], *, max_bytes: int) -> ShardLayout:
+    """Fill shards of at most `max_bytes` with `groups` in order; a group is never split.
+
+    Raises InputError where one group alone is larger.
+    """
+    filled: list[dict[str, TensorShape]] = [{}]
+    used = 0
+    for group in groups:
+        size = sum(spec.nbytes for spec in group.values())
+        if size > max_bytes:
+            raise InputError(
+                f"{next(iter(group))} and its siblings take {size} bytes, more than one shard",
+                hint=f"raise max_shard_size to at least {size}",
+            )
+        if used and used + size > max_bytes:
+            filled.append({})
+            used = 0
+        filled[-1].update(group)
+        used += size
+    shards = []
+    for number, tensors in enumerate(filled, 1):
+        header, offsets = encode_header(tensors)
+        name = SINGLE_NAME
+        if len(filled) > 1:
+            name = f"model-{number:05d}-of-{len(filled):05d}.safetensors"
+        shards.append(Shard(file=name, tensors=tensors, header=header, offsets=offsets))
+    return ShardLayout(shards=tuple(shards))
+
+
+class ShardWriter:
+    """Writes units into the shards of a work folder and keeps their records.
+
+    Records live in `folder/units`, shards in `folder/shards`.
+    """
+
+    def __init__(self, layout: ShardLayout, folder: Path) -> None:
+        self.layout = layout
+        self.shards = folder / "shards"
+        self.records = folder / "units"
+        self._home = layout.home
+        self._hashes: dict[str, _RunningHash] = {}
+
+    def open(self) -> None:
+        """Create the folders and every shard that is not there yet, at its full size."""
+        self.shards.mkdir(parents=True, exist_ok=True)
+        self.records.mkdir(exist_ok=True)
+        for shard in self.layout.shards:
+            path = self.shards / shard.file
+            if not path.exists():
+                temporary = path.with_suffix(".new")
+                with temporary.open("wb") as handle:
+                    handle.write(shard.header)
+                    handle.truncate(shard.size)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                os.replace(temporary, path)
+
+    def record(self, index: int) -> dict[str, Any] | None:
+        """What `commit` recorded of a unit, or None where it is not committed."""
+        path = self.records / f"{index:05d}.json"
+        if not path.is_file():
+            return None
+        value: dict[str, Any] = json.loads(path.read_bytes())
+        return value
+
+    def commit(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write a unit's tensors, sync them, and put its record in place.
+
+        The record gets each tensor's SHA-256 under "tensors". Raises AssertionError where a tensor
+        is not what the plan said: that is a bug, never a user's error.
+        """
+        hashes: dict[str, str] = {}
+        by_shard: dict[str, list[str]] = {}
+        for name, tensor in tensors.items():
+            shard = self._home[name]
+            planned = shard.tensors[name]
+            found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
+            assert planned == found, f"{name}: planned {planned}, made {found}"
+            by_shard.setdefault(shard.file, []).append(name)
+        for file, names in by_shard.items():
+            with (self.shards / file).open("r+b", buffering=0) as handle:
+                for name in names:
+                    data = tensor_bytes(tensors[name])
+                    hashes[name] = hashlib.sha256(data).hexdigest()
+                    offset, done = self._home[name].offsets[name], 0
+                    while done < len(data):
+                        done += os.pwrite(handle.fileno(), data[done:], offset + done)
+                    self._running(file).add(offset, data)
+                os.fsync(handle.fileno())
+        write_atomically(
+            self.records / f"{index:05d}.json",
+            json.dumps({**record, "tensors": hashes}, sort_keys=True).encode(),
+        )
+
+    def file_hash(self, file: str) -> str:
+        """SHA-256 of a finished shard; bytes hashed while they were written are not read again."""
+        return self._running(file).finish()
+
+    def _running(self, file: str) -> _RunningHash:
+        if file not in self._hashes:
+            self._hashes[file] = _RunningHash(self.shards / file)
+        return self._hashes[file]
+
+
+class _RunningHash:
+    """SHA-256 of a file that is written mostly in order; gaps are read back when it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reached = 0
+        self.hash = hashlib.sha256()
+
+    def add(self, offset: int, data: memoryview) -> None:
+        if offset > self.reached:
+            self._read_to(offset)
+        if offset == self.reached:
+            self.hash.update(data)
+            self.reached += len(data)
+        elif offset < self.reached:
+            self.reached, self.hash = 0, hashlib.sha256()
+
+    def finish(self) -> str:
+        self._read_to(self.path.stat().st_size)
+        return self.hash.hexdigest()
+
+    def _read_to(self, end: int) -> None:
+        with self.path.open("rb") as handle:
+            handle.seek(self.reached)
+            while self.reached < end:
+                data = handle.read(min(1 << 22, end - self.reached))
+                if not data:
+                    break
+                self.hash.update(data)
+                self.reached += len(data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is either whole or not there, readable as the umask says."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
