@@ -7,7 +7,7 @@ come from strangers, so each size is checked before anything is built from it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compressor.arch_schema import FoldRow, LinearRow, MapFile, Section
@@ -22,7 +22,7 @@ from compressor.layout import (
     UnitLayout,
 )
 
-Headers = Mapping[str, tuple[int, ...]]
+Headers = Mapping[str, Sequence[int] | None]
 
 
 def lay(arch: MapFile, *, config: Mapping[str, Any], headers: Headers) -> ModelLayout:
@@ -154,8 +154,10 @@ class _Layout:
             self.taken[name] = None
             if name not in self.headers:
                 self.missing.append(name)
-            elif wanted is not None and tuple(self.headers[name]) != wanted:
-                self.misshapen.append(f"{name} {list(self.headers[name])}, not {list(wanted)}")
+                continue
+            found = self.headers[name]
+            if wanted is not None and found is not None and tuple(found) != wanted:
+                self.misshapen.append(f"{name} {list(found)}, not {list(wanted)}")
         return tuple(names), bias
 
     def _embedding(self) -> UnitLayout:

@@ -1,0 +1,198 @@
+"""A model on disk in any format, read one unit at a time: dense, or quantized by us or by others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.arch import ArchMap, load_map
+from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.errors import InputError, Problems
+from compressor.formats.base import Format, ModelSchemes, TensorShape, format_names, get_format
+from compressor.layout import Linear, ModelLayout, UnitLayout
+from compressor.passes.base import Unit
+from compressor.safetensors_file import Entry
+from compressor.scheme import Scheme
+
+CODE_NAMES = ("weight_packed", "qweight")
+"""Names under which formats store codes in place of a linear's `weight`."""
+
+ADDED = re.compile(r".*\.(k_scale|v_scale|q_future_proj\.weight|q_curr_proj\.weight)$")
+"""Tensors that a pass adds beside the architecture's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint with its meaning: what its tensors are, and how its linears are quantized.
+
+    added  names of tensors that a pass added, by the unit they belong to
+    """
+
+    checkpoint: Checkpoint
+    arch: ArchMap
+    layout: ModelLayout
+    format: Format
+    schemes: ModelSchemes
+    added: Mapping[str, tuple[str, ...]]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any linear is stored as codes."""
+        return any(scheme.weight is not None for scheme in self.schemes.linears.values())
+
+    def stored(self, linear: Linear) -> dict[str, TensorShape]:
+        """Tensors that hold a linear's weight: name local to the linear → dtype and shape."""
+        spec = self.schemes.linears[linear.name].weight
+        if spec is None:
+            name = f"{linear.name}.weight"
+            return {"weight": self.checkpoint.entries[name].spec}
+        return self.format.layout(
+            spec,
+            linear.shape,
+            model_dtype=self.checkpoint.dtype,
+            input=self.schemes.linears[linear.name].input,
+        )
+
+    def names(self, unit: UnitLayout) -> tuple[str, ...]:
+        """Names on disk of all of a unit's tensors, in a fixed order."""
+        coded = {
+            linear.name: linear
+            for linear in unit.linears
+            if self.schemes.linears[linear.name].weight is not None
+        }
+        names: list[str] = []
+        for name in unit.tensors:
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight" and path in coded:
+                names.extend(f"{path}.{local}" for local in self.stored(coded[path]))
+            else:
+                names.append(name)
+        return (*names, *self.added.get(unit.name, ()))
+
+    def read_unit(self, unit: UnitLayout, *, pin: bool = False) -> Unit:
+        """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded."""
+        raw = self.checkpoint.read(self.names(unit), pin=pin)
+        quantized = {}
+        for linear in unit.linears:
+            spec = self.schemes.linears[linear.name].weight
+            if spec is not None:
+                local = {n: raw.pop(f"{linear.name}.{n}") for n in self.stored(linear)}
+                quantized[linear.name] = self.format.decode(local, spec)
+        extra = {name: raw.pop(name) for name in self.added.get(unit.name, ())}
+        return Unit(layout=unit, tensors=raw, quantized=quantized, extra=extra)
+
+
+def open_source(folder: Path) -> Source:
+    """Open a checkpoint folder. Raises InputError or Problems with all that is wrong."""
+    return as_source(open_checkpoint(folder))
+
+
+def as_source(checkpoint: Checkpoint) -> Source:
+    """What an opened checkpoint (or one known by its headers alone) holds."""
+    config = checkpoint.config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError("config.json names no model_type", hint="is this a transformers model?")
+    arch = load_map(model_type)
+    declared = config.get("quantization_config")
+    quantized = isinstance(declared, dict)
+    fmt = recognise(declared) if isinstance(declared, dict) else get_format("dense")
+    headers: dict[str, tuple[int, ...] | None] = {}
+    modules: dict[str, dict[str, TensorShape]] = {}
+    for name, entry in checkpoint.entries.items():
+        path, _, leaf = name.rpartition(".")
+        modules.setdefault(path, {})[leaf] = entry.spec
+        headers[name] = entry.spec.shape
+    if quantized:
+        for path, locals_ in modules.items():
+            codes = any(code in locals_ for code in CODE_NAMES)
+            stored_low = "weight" in locals_ and not _is_float(locals_["weight"])
+            if codes or stored_low:
+                for leaf in locals_:
+                    if leaf not in ("weight", "bias"):
+                        del headers[f"{path}.{leaf}"]
+                # Codes do not show the shape of the weight they stand for: the config does.
+                headers[f"{path}.weight"] = None
+    added = [name for name in headers if ADDED.fullmatch(name)]
+    for name in added:
+        del headers[name]
+    layout = arch.layout(config, headers)
+    linears = {
+        linear.name: modules.get(linear.name, {})
+        for linear in layout.linears
+        if not (linear.role == "lm_head" and layout.tied)
+    }
+    schemes = fmt.schemes(declared if isinstance(declared, dict) else {}, linears)
+    source = Source(
+        checkpoint=checkpoint,
+        arch=arch,
+        layout=layout,
+        format=fmt,
+        schemes=_complete(schemes, layout),
+        added=_by_unit(added, layout),
+    )
+    _check_stored(source)
+    return source
+
+
+def recognise(config: Mapping[str, Any]) -> Format:
+    """The format that a `quantization_config` declares. Raises InputError for an unknown one."""
+    for name in format_names():
+        fmt = get_format(name)
+        if fmt.recognises(config):
+            return fmt
+    method = config.get("quant_method", config.get("quantization"))
+    raise InputError(
+        f"the checkpoint is quantized with {method!r}, in a form that is not known here",
+        hint=f"formats that are read: {', '.join(format_names())}",
+    )
+
+
+def _is_float(spec: TensorShape) -> bool:
+    return spec.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _complete(schemes: ModelSchemes, layout: ModelLayout) -> ModelSchemes:
+    every = {linear.name: schemes.linears.get(linear.name, Scheme()) for linear in layout.linears}
+    return ModelSchemes(linears=every, kv=schemes.kv)
+
+
+def _by_unit(names: list[str], layout: ModelLayout) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for unit in layout.units:
+        ours = tuple(sorted(n for n in names if n.startswith(f"{unit.name}.")))
+        if ours:
+            found[unit.name] = ours
+    return found
+
+
+def _check_stored(source: Source) -> None:
+    """Every tensor of a quantized linear is there, with the dtype and shape its scheme implies."""
+    problems: list[Any] = []
+    entries: Mapping[str, Entry] = source.checkpoint.entries
+    for linear in source.layout.linears:
+        spec = source.schemes.linears[linear.name].weight
+        if spec is None:
+            continue
+        reason = source.format.accepts(source.schemes.linears[linear.name], linear.shape)
+        if reason:
+            problems.append(InputError(f"{linear.name}: {reason}"))
+            continue
+        for local, planned in source.stored(linear).items():
+            name = f"{linear.name}.{local}"
+            if name not in entries:
+                problems.append(InputError(f"the checkpoint lacks {name}"))
+            elif entries[name].spec.shape != planned.shape:
+                problems.append(
+                    InputError(
+                        f"{name} has shape {list(entries[name].spec.shape)}; its scheme implies "
+                        f"{list(planned.shape)}"
+                    )
+                )
+    if problems:
+        raise Problems(problems)
