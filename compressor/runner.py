@@ -67,13 +67,16 @@ class BlockRunner:
             self.model = AutoModelForCausalLM.from_config(
                 self.config, dtype=dtype, attn_implementation="eager" if eager else "sdpa"
             ).eval()
-        self._rebuild_rotary()
+        self._rebuild_buffers()
         self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
         self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
 
-    def _rebuild_rotary(self) -> None:
-        """Rotary tables are buffers that no checkpoint holds; on the meta device they are lost."""
+    def _rebuild_buffers(self) -> None:
+        """Rotary tables and Gemma's embedding scale are buffers that no checkpoint holds; on the
+        meta device they are lost."""
         for path, module in list(self.model.named_modules()):
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
             if hasattr(module, "inv_freq") and isinstance(module.inv_freq, Tensor):
                 with torch.device("cpu"):
                     fresh = type(module)(self.config).to(self.device)
@@ -91,7 +94,9 @@ class BlockRunner:
         for name in names:
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
-            setattr(module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False))
+            setattr(
+                module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False)
+            )
 
     @torch.no_grad()
     def embed(self, tensors: Mapping[str, Tensor], ids: Tensor, *, batch: int = 8) -> Tensor:
@@ -143,11 +148,10 @@ class BlockRunner:
     def block(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Iterator[Block]:
         """Block `unit.index` with these weights, for the length of a `with`."""
         layer = self.layers[unit.index]
-        state = self.names.block_state(unit, tensors)
-        ready = {k: v.to(self.device, self.dtype) for k, v in state.items()}
-        layer.load_state_dict(ready, strict=True, assign=True)
+        block = Block(runner=self, unit=unit, layer=layer, tensors=tensors)
+        block.load(tensors)
         try:
-            yield Block(runner=self, unit=unit, layer=layer)
+            yield block
         finally:
             layer.to("meta")
 
@@ -156,8 +160,10 @@ class BlockRunner:
         return self._layer_arguments[length][index]
 
     @contextmanager
-    def head(self, tensors: Mapping[str, Tensor], lm_head: Tensor) -> Iterator[Callable[..., Tensor]]:
-        """A function from hidden states [rows, length, hidden] to logits [rows, length, vocabulary].
+    def head(
+        self, tensors: Mapping[str, Tensor], lm_head: Tensor
+    ) -> Iterator[Callable[..., Tensor]]:
+        """A function from hidden states [rows, length, hidden] to logits [..., vocabulary].
 
         tensors  the final norm's tensors;  lm_head  [vocabulary, hidden], the embedding when tied
         """
@@ -170,7 +176,9 @@ class BlockRunner:
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
-            out = nn.functional.linear(norm(hidden.to(self.device, self.dtype)), weight, bias).float()
+            out = nn.functional.linear(
+                norm(hidden.to(self.device, self.dtype)), weight, bias
+            ).float()
             return torch.tanh(out / cap) * cap if cap else out
 
         try:
@@ -186,6 +194,14 @@ class Block:
     runner: BlockRunner
     unit: UnitLayout
     layer: nn.Module
+    tensors: Mapping[str, Tensor]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the layer other weights: checkpoint name → tensor, at least those of the unit."""
+        state = self.runner.names.block_state(self.unit, tensors)
+        device, dtype = self.runner.device, self.runner.dtype
+        ready = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+        self.layer.load_state_dict(ready, strict=True, assign=True)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
@@ -193,7 +209,8 @@ class Block:
         arguments = self.runner.arguments(self.unit.index, hidden.shape[1])
         out = self.layer(hidden.to(self.runner.device, self.runner.dtype), **arguments)
         # Decoder layers return a tensor in new transformers and a tuple in old ones.
-        return out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     def forward_rows(self, hidden: Tensor, *, batch: int, out: Tensor | None = None) -> Tensor:
         """`forward` over all rows, `batch` at a time, into `out` (which may be `hidden`)."""
@@ -204,9 +221,14 @@ class Block:
         return result
 
     def observe(
-        self, hidden: Tensor, *, needs: StatNeeds, batch: int, out: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        needs: Mapping[str, StatNeeds],
+        batch: int,
+        out: Tensor | None = None,
     ) -> Observation:
-        """Statistics of every site over all rows; with `out`, the block's outputs too."""
+        """Statistics of the named sites over all rows; with `out`, the block's outputs too."""
         from compressor.observe import Observer
 
         with Observer(self, needs=needs) as observer:

@@ -1,4 +1,4 @@
-"""A model on disk in any format, read one unit at a time: dense, or quantized by us or by others."""
+"""A model on disk in any format, read unit by unit: dense, or quantized by us or by others."""
 
 from __future__ import annotations
 
