@@ -92,6 +92,7 @@ class Recipe(Strict):
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     dequantize_source: bool = Field(False, description="accept an already quantized source")
+    untie: bool = Field(False, description="write a tied lm_head as a tensor of its own")
     max_shard_size: Size = 5 * 10**9
     verify: bool = True
     evaluate: Evaluation | None = None

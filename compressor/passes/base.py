@@ -21,7 +21,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.layout import Linear, UnitLayout
 from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import Scheme
+from compressor.scheme import KVSpec, Scheme
 from compressor.targets import Selection
 
 
@@ -114,6 +114,14 @@ class Pass(BaseModel):
     def needs(self) -> StatNeeds:
         """The statistics `apply` reads."""
         return StatNeeds()
+
+    def kv(self) -> KVSpec | None:
+        """How this pass has the KV cache quantized, or None."""
+        return None
+
+    def adds(self, unit: UnitLayout, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Tensors that `apply` will put into `Unit.extra`, on the meta device, by full name."""
+        return {}
 
     def check(self, linear: Linear) -> str | None:
         """Why this pass cannot work on a linear of this shape, or None."""
