@@ -1,6 +1,6 @@
-"""What a run will do, from config.json and tensor headers alone: everything that can fail fails here.
+"""What a run will do, from config.json and tensor headers alone.
 
-All problems are collected and raised together, before a weight is read.
+Everything that can fail fails here: all problems are collected and raised together, before a weight is read.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _select(
         if not count:
             problems.append(
                 InputError(
-                    f"{step.name}: target {pattern!r} matches none of {len(layout.linears)} linears",
+                    f"{step.name}: target {pattern!r} matches no linear of this model",
                     hint=nearest(pattern, ["linear", *roles]),
                 )
             )
@@ -304,19 +304,19 @@ def _unit(
                 if linear.name in passes[i].names:
                     needs[linear.site] = needs.get(linear.site, StatNeeds()) | wanted
     outputs: dict[str, TensorShape] = {}
-    linears = {f"{linear.name}.weight": linear for linear in unit.linears}
+    by_weight = {f"{linear.name}.weight": linear for linear in unit.linears}
     tensors = list(unit.tensors)
     untie = unit.kind == "head" and recipe.untie and source.layout.tied is not None
     if untie:
         tensors += [f"{linear.name}.weight" for linear in unit.linears]
     for name in tensors:
-        linear = linears.get(name)
-        scheme = model.linears[linear.name] if linear else Scheme()
-        if linear is not None and scheme.weight is not None:
-            local = fmt.layout(scheme.weight, linear.shape, model_dtype=dtype, input=scheme.input)
-            outputs.update({f"{linear.name}.{leaf}": spec for leaf, spec in local.items()})
-        elif linear is not None:
-            outputs[name] = TensorShape(_float_dtype(name, source, recipe, dtype), linear.shape)
+        found = by_weight.get(name)
+        scheme = model.linears[found.name] if found else Scheme()
+        if found is not None and scheme.weight is not None:
+            local = fmt.layout(scheme.weight, found.shape, model_dtype=dtype, input=scheme.input)
+            outputs.update({f"{found.name}.{leaf}": spec for leaf, spec in local.items()})
+        elif found is not None:
+            outputs[name] = TensorShape(_float_dtype(name, source, recipe, dtype), found.shape)
         else:
             shape = source.checkpoint.entries[name].spec.shape
             outputs[name] = TensorShape(_float_dtype(name, source, recipe, dtype), shape)

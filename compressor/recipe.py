@@ -1,4 +1,4 @@
-"""A recipe: a frozen value made from YAML and checked; an unknown key names the nearest valid one."""
+"""A recipe: a frozen value made from YAML and checked; unknown keys name the nearest valid one."""
 
 from __future__ import annotations
 
