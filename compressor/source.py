@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor.arch import ArchMap, load_map
 from compressor.checkpoint import Checkpoint, open_checkpoint
@@ -77,14 +78,19 @@ class Source:
     def read_unit(self, unit: UnitLayout, *, pin: bool = False) -> Unit:
         """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded."""
         raw = self.checkpoint.read(self.names(unit), pin=pin)
-        quantized = {}
+        quantized, input_scales = {}, {}
         for linear in unit.linears:
             spec = self.schemes.linears[linear.name].weight
             if spec is not None:
                 local = {n: raw.pop(f"{linear.name}.{n}") for n in self.stored(linear)}
                 quantized[linear.name] = self.format.decode(local, spec)
+                scale = self.format.input_scale(local)
+                if scale is not None:
+                    input_scales[linear.name] = scale
         extra = {name: raw.pop(name) for name in self.added.get(unit.name, ())}
-        return Unit(layout=unit, tensors=raw, quantized=quantized, extra=extra)
+        return Unit(
+            layout=unit, tensors=raw, quantized=quantized, extra=extra, input_scales=input_scales
+        )
 
 
 def open_source(folder: Path) -> Source:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
 from compressor.formats.packing.checks import take, take_scales
 from compressor.formats.packing.transposed import (
     common_spec,
@@ -36,7 +36,7 @@ INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 PER_WORD = 8
 
 
-class AutoAWQ:
+class AutoAWQ(WeightsOnly):
     """One group size for the whole checkpoint, which is in float16."""
 
     name = "autoawq"
@@ -75,7 +75,12 @@ class AutoAWQ:
         }
 
     def encode(
-        self, q: QTensor, *, model_dtype: torch.dtype, input: ActivationSpec | None = None
+        self,
+        q: QTensor,
+        *,
+        model_dtype: torch.dtype,
+        input: ActivationSpec | None = None,
+        input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Pack; InputError where the spec is not one of AutoAWQ's or scales are not float16."""
         if reason := self.accepts(Scheme(weight=q.spec, input=input), q.shape):

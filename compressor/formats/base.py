@@ -75,14 +75,52 @@ class Format(Protocol):
         ...
 
     def encode(
-        self, q: QTensor, *, model_dtype: torch.dtype, input: ActivationSpec | None = None
+        self,
+        q: QTensor,
+        *,
+        model_dtype: torch.dtype,
+        input: ActivationSpec | None = None,
+        input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The tensors on disk. Raises InputError where a value has no exact form.
 
         model_dtype  dtype of the written checkpoint's float tensors, as `model_dtype` gives it
         input        how the linear's input is quantized: the same int8 weight is packed where only
                      weights are quantized and stored as int8 where inputs are too
+        input_scale  the multiplier [1] of an input whose mode is static or local, for which it has
+                     to be given; rounded once to the dtype that is stored
         """
+        ...
+
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The stored scale of a linear's input as a float32 multiplier [1], or None."""
+        ...
+
+    def kv_tensors(
+        self,
+        kv: KVSpec,
+        attention: str,
+        *,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        model_dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """The tensors that hold static scales of one layer's KV cache, by full name.
+
+        attention  path of the attention module
+        k_scale    multiplier of the keys after RoPE, [1] or [kv_heads]; likewise v_scale
+        Raises InputError where the format has no place for them. Meta tensors give shapes.
+        """
+        ...
+
+    def kv_scales(
+        self, tensors: Mapping[str, Tensor], attention: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """The inverse of `kv_tensors`: float32 scales of keys and values, or None."""
+        ...
+
+    def files(self, schemes: ModelSchemes) -> dict[str, Any]:
+        """JSON files beside config.json that the format's readers want: name → content."""
         ...
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
@@ -107,6 +145,38 @@ class Format(Protocol):
         Raises InputError for what is declared but not supported, with the key that says so.
         """
         ...
+
+
+class WeightsOnly:
+    """Defaults of a format that has no place for scales of inputs or of the KV cache."""
+
+    name: str
+
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """None."""
+        return None
+
+    def kv_tensors(
+        self,
+        kv: KVSpec,
+        attention: str,
+        *,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        model_dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """Always refused."""
+        raise InputError(f"{self.name} has no place for scales of the KV cache")
+
+    def kv_scales(
+        self, tensors: Mapping[str, Tensor], attention: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """None."""
+        return None
+
+    def files(self, schemes: ModelSchemes) -> dict[str, Any]:
+        """None beside config.json."""
+        return {}
 
 
 def format_names() -> list[str]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, TensorShape
 from compressor.formats.ct_layouts.base import CTLayout
-from compressor.formats.ct_layouts.kv_cache import kv_entry, read_kv
+from compressor.formats.ct_layouts.kv_cache import kv_entry, kv_scales, kv_tensors, read_kv
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import ActivationSpec, Scheme
+from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 VERSION = "0.20.0"
 LAYOUTS: tuple[CTLayout, ...] = (PackQuantized(),)
@@ -62,18 +62,49 @@ class CompressedTensors:
         return holder(Scheme(weight=spec, input=input)).layout(spec, shape, input=input)
 
     def encode(
-        self, q: QTensor, *, model_dtype: torch.dtype, input: ActivationSpec | None = None
+        self,
+        q: QTensor,
+        *,
+        model_dtype: torch.dtype,
+        input: ActivationSpec | None = None,
+        input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The sub-format's tensors; InputError where a value has no exact form in it."""
         scheme = Scheme(weight=q.spec, input=input)
         layout = holder(scheme)
         if reason := layout.accepts(scheme, q.shape):
             raise InputError(f"{layout.format}: {reason}")
-        return layout.encode(q, input=input)
+        return layout.encode(q, input=input, input_scale=input_scale)
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Read by the sub-format that the tensors' names show."""
         return owner(tensors).decode(tensors, spec)
+
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Read by the sub-format that the tensors' names show."""
+        return owner(tensors).input_scale(tensors)
+
+    def kv_tensors(
+        self,
+        kv: KVSpec,
+        attention: str,
+        *,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        model_dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """`k_scale` and `v_scale` of the attention module."""
+        return kv_tensors(kv, attention, k_scale=k_scale, v_scale=v_scale, model_dtype=model_dtype)
+
+    def kv_scales(
+        self, tensors: Mapping[str, Tensor], attention: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scales of keys and values."""
+        return kv_scales(tensors, attention)
+
+    def files(self, schemes: ModelSchemes) -> dict[str, Any]:
+        """None beside config.json."""
+        return {}
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
         """One group for each distinct scheme; empty where nothing is quantized."""

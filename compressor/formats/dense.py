@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 
 
-class Dense:
+class Dense(WeightsOnly):
     """One `weight` [out, in] per linear, in the model's dtype. Codes and scales are not kept."""
 
     name = "dense"
@@ -45,7 +45,12 @@ class Dense:
         return {"weight": TensorShape(model_dtype, shape)}
 
     def encode(
-        self, q: QTensor, *, model_dtype: torch.dtype, input: ActivationSpec | None = None
+        self,
+        q: QTensor,
+        *,
+        model_dtype: torch.dtype,
+        input: ActivationSpec | None = None,
+        input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The weight, dequantized in float32, then rounded once to `model_dtype`.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
 from compressor.formats.packing.checks import take, take_scales
 from compressor.formats.packing.transposed import (
     common_spec,
@@ -39,7 +39,7 @@ BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQ:
+class GPTQ(WeightsOnly):
     """One bit width and group size for the whole checkpoint, which is in float16.
 
     name    recipe key
@@ -84,7 +84,12 @@ class GPTQ:
         }
 
     def encode(
-        self, q: QTensor, *, model_dtype: torch.dtype, input: ActivationSpec | None = None
+        self,
+        q: QTensor,
+        *,
+        model_dtype: torch.dtype,
+        input: ActivationSpec | None = None,
+        input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Pack. Raises InputError where the spec does not fit, scales are not float16 or, in
         version 1, a zero point is 0; other asymmetric weights have a form there too."""

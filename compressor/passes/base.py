@@ -29,15 +29,20 @@ from compressor.targets import Selection
 class Unit:
     """One unit of the model while passes work on it.
 
-    tensors    checkpoint name → float tensor; linears that became QTensors are no longer in it
-    quantized  module path of a linear → its QTensor
-    extra      tensors a pass adds to the checkpoint, by their full name
+    tensors       checkpoint name → float tensor; linears that became QTensors are no longer in it
+    quantized     module path of a linear → its QTensor
+    extra         tensors a pass adds to the checkpoint, by their full name
+    input_scales  module path of a linear → static scale of its input, float32 [1], a multiplier
+    kv_scales     path of an attention module → static scales of keys after RoPE and of values,
+                  float32 multipliers [1] or [kv_heads]
     """
 
     layout: UnitLayout
     tensors: Mapping[str, Tensor]
     quantized: Mapping[str, QTensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    input_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    kv_scales: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def weight(self, linear: Linear) -> Tensor:
         """The float weight [out, in] of a linear that is not quantized yet."""
@@ -52,6 +57,11 @@ class Unit:
         name = f"{linear.name}.weight"
         rest = {key: value for key, value in self.tensors.items() if key != name}
         return replace(self, tensors=rest, quantized={**self.quantized, linear.name: q})
+
+    def with_input_scale(self, linear: Linear, scale: Tensor) -> Unit:
+        """This unit with the static scale of a linear's input set."""
+        scale = scale.detach().to(torch.float32).reshape(1)
+        return replace(self, input_scales={**self.input_scales, linear.name: scale})
 
     def dequantized(self) -> dict[str, Tensor]:
         """Every original tensor in float, quantized ones as what they stand for."""

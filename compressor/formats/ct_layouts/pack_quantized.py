@@ -78,7 +78,9 @@ class PackQuantized:
             )
         return names
 
-    def encode(self, q: QTensor, *, input: ActivationSpec | None) -> dict[str, Tensor]:
+    def encode(
+        self, q: QTensor, *, input: ActivationSpec | None, input_scale: Tensor | None
+    ) -> dict[str, Tensor]:
         """Pack codes and zero points; InputError where they break the spec."""
         check_int(q)
         spec = q.spec
@@ -95,6 +97,10 @@ class PackQuantized:
                 else pack_words(q.zeros.t(), spec.bits).t().contiguous()
             )
         return tensors
+
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """None: inputs stay in float."""
+        return None
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
         """Known by its packed weight or the shape beside it, without NVFP4's global scale."""
