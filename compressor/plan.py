@@ -1,6 +1,7 @@
 """What a run will do, from config.json and tensor headers alone.
 
-Everything that can fail fails here: all problems are collected and raised together, before a weight is read.
+Everything that can fail fails here: all problems are collected and raised together, before a
+weight is read.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class Plan:
     def calibrated(self) -> bool:
         """Whether any pass reads statistics, so that tokens have to be run."""
         return any(unit.needs for unit in self.units)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """Dtype in which blocks run: the model's on a GPU, where it is fast; float32 on a CPU."""
+        return self.source.checkpoint.dtype if device.type == "cuda" else torch.float32
 
     @property
     def output_bytes(self) -> int:

@@ -155,6 +155,19 @@ class BlockRunner:
         finally:
             layer.to("meta")
 
+    @torch.no_grad()
+    def head_stats(
+        self, tensors: Mapping[str, Tensor], hidden: Tensor, *, needs: StatNeeds
+    ) -> SiteStats:
+        """Statistics of what enters lm_head, row by row, for the last block's outputs."""
+        norm = self.model.get_submodule(self.names.norm)
+        self._assign({k: v for k, v in tensors.items() if not k.startswith("lm_head.")})
+        stats = SiteStats(hidden.shape[-1], needs, device=self.device)
+        for row in hidden:
+            stats.update(norm(row.to(self.device, self.dtype)))
+        norm.to("meta")
+        return stats
+
     def arguments(self, index: int, length: int) -> dict[str, Any]:
         """What layer `index` gets beside the hidden states, for rows of `length` tokens."""
         return self._layer_arguments[length][index]

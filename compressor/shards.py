@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from compressor.checkpoint import SINGLE_NAME
 from compressor.errors import InputError
 from compressor.formats.base import TensorShape
-from compressor.safetensors_file import encode_header, tensor_bytes
+from compressor.safetensors_file import Entry, encode_header, read_tensor, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,16 @@ class ShardWriter:
             self.records / f"{index:05d}.json",
             json.dumps({**record, "tensors": hashes}, sort_keys=True).encode(),
         )
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Committed tensors, read back."""
+        found = {}
+        for name in names:
+            shard = self._home[name]
+            spec, begin = shard.tensors[name], shard.offsets[name]
+            entry = Entry(self.shards / shard.file, spec, begin, begin + spec.nbytes)
+            found[name] = read_tensor(entry)
+        return found
 
     def file_hash(self, file: str) -> str:
         """SHA-256 of a finished shard; bytes hashed while they were written are not read again."""

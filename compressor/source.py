@@ -77,7 +77,11 @@ class Source:
 
     def read_unit(self, unit: UnitLayout, *, pin: bool = False) -> Unit:
         """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded."""
-        raw = self.checkpoint.read(self.names(unit), pin=pin)
+        return self.assemble(unit, self.checkpoint.read(self.names(unit), pin=pin))
+
+    def assemble(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+        """The unit that tensors read under `names(unit)` stand for."""
+        raw = dict(tensors)
         quantized, input_scales = {}, {}
         for linear in unit.linears:
             spec = self.schemes.linears[linear.name].weight

@@ -1,0 +1,93 @@
+"""The output folder while a run owns it: one writer, one fingerprint, nothing overwritten.
+
+Until the run has finished, everything it wrote lies in a hidden folder inside the output folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import InputError
+from compressor.shards import write_atomically
+
+WORK_NAME = ".compress-work"
+JOB_NAME = "job.json"
+
+
+@contextmanager
+def owned(output: Path, *, manifest: str) -> Iterator[Path]:
+    """The work folder of `output`, locked against a second run for the length of a `with`.
+
+    Raises InputError where the folder holds something that no run of ours wrote.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file", hint="name a folder with --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {output}: {error.strerror or error}") from error
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another run is writing into {output}", hint="wait for it, or write elsewhere"
+            ) from None
+        names = {path.name for path in output.iterdir()}
+        if names and WORK_NAME not in names and manifest not in names:
+            raise InputError(
+                f"{output} is not empty and holds no run of this program ({min(names)} is there)",
+                hint="name a new folder with --output; nothing is ever overwritten",
+            )
+        yield output / WORK_NAME
+    finally:
+        os.close(handle)
+
+
+def claim(work: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Write the run's fingerprint, or compare it with the one that is there.
+
+    Returns whether a run is continued. Raises InputError with the keys that differ.
+    """
+    path = work / JOB_NAME
+    if path.is_file():
+        require_same(json.loads(path.read_bytes()), fingerprint, where=work.parent)
+        return True
+    work.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+    return False
+
+
+def require_same(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
+    """Raises InputError where two fingerprints differ, with each key and both values."""
+    old, new = dict(_flat(before)), dict(_flat(json.loads(json.dumps(now))))
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if differing:
+        lines = [f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}" for key in differing]
+        raise InputError(
+            f"{where} belongs to a run that differs in " + "; ".join(lines),
+            hint="repeat that run's command to continue it, or write elsewhere with --output",
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}.{number}")
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"
