@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.passes.base import Unit
-from compressor.plan import Plan, UnitPlan
+from compressor.plan import Plan, UnitPlan, attention_path
 
 
 def encode_unit(plan: Plan, unit: UnitPlan, made: Unit) -> dict[str, Tensor]:
@@ -23,8 +23,23 @@ def encode_unit(plan: Plan, unit: UnitPlan, made: Unit) -> dict[str, Tensor]:
         if scheme.weight is not None:
             q = made.quantized[linear.name]
             assert q.spec == scheme.weight, f"{linear.name}: planned {scheme.weight}, made {q.spec}"
-            local = plan.format.encode(q, model_dtype=plan.dtype, input=scheme.input)
+            local = plan.format.encode(
+                q,
+                model_dtype=plan.dtype,
+                input=scheme.input,
+                input_scale=made.input_scales.get(linear.name),
+            )
             outputs.update({f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()})
+    kv = plan.schemes.kv
+    if made.kv_scales is not None and kv is not None:
+        keys, values = made.kv_scales
+        outputs |= plan.format.kv_tensors(
+            kv,
+            attention_path(unit.layout),
+            k_scale=keys,
+            v_scale=values,
+            model_dtype=plan.dtype,
+        )
     floats = {**made.tensors, **made.extra}
     narrow = {}
     for name, spec in unit.outputs.items():

@@ -328,9 +328,22 @@ def _unit(
     for i in range(len(passes)):
         for name, tensor in passes[i].step.params.adds(unit, dtype).items():
             outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
+    if model.kv is not None and model.kv.element != "int4" and unit.attention is not None:
+        heads = unit.attention.kv_heads if model.kv.per == "head" else 1
+        scale = torch.empty(heads, device="meta")
+        stored = fmt.kv_tensors(
+            model.kv, attention_path(unit), k_scale=scale, v_scale=scale, model_dtype=dtype
+        )
+        for name, tensor in stored.items():
+            outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
     for name in source.added.get(unit.name, ()):
         outputs.setdefault(name, source.checkpoint.entries[name].spec)
     return UnitPlan(layout=unit, steps=steps, needs=needs, outputs=outputs)
+
+
+def attention_path(unit: UnitLayout) -> str:
+    """Path of a block's attention module: the one that its output projection is in."""
+    return next(x.name.rpartition(".")[0] for x in unit.linears if x.role == "attn.o")
 
 
 def _float_dtype(name: str, source: Source, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,183 @@
+"""From what a recipe calls `model` to a checkpoint: a folder, a GGUF file, or a Hub repository.
+
+Of a Hub repository only safetensors and small text files are ever fetched, at a revision that is
+pinned to a commit before anything else is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.errors import InputError, MachineError
+from compressor.formats.base import TensorShape
+from compressor.gguf_source import convert_gguf
+from compressor.safetensors_file import DTYPES, Entry
+from compressor.source import Source, as_source
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+FETCHED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+    "README.md",
+    "manifest.json",
+    "recipe.yaml",
+    "attention_policy.*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A model that was found.
+
+    source    its checkpoint; only headers are known where `local` is false
+    identity  what it is called in records: no path of this machine
+    local     its weights are on this machine
+    """
+
+    source: Source
+    identity: dict[str, str]
+    local: bool = True
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/compressor, or ~/.cache/compressor."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "compressor"
+
+
+def locate(model: str, *, fetch: bool) -> Located:
+    """Find a model; with `fetch`, a Hub repository's weights are downloaded too.
+
+    Raises InputError for what is not there or may not be read, MachineError for a failing network.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Located(as_source(open_checkpoint(path)), {"name": path.resolve().name})
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(
+                f"{model} is a file, but not a GGUF file",
+                hint="name the checkpoint's folder, a .gguf file or a Hub id",
+            )
+        return _gguf(path)
+    looks_local = model.startswith(("/", "./", "../", "~")) or path.suffix.lower() == ".gguf"
+    if looks_local or not HUB_ID.fullmatch(model):
+        raise InputError(
+            f"there is no model at {model}",
+            hint="a model is a checkpoint folder, a GGUF file or a Hub id such as org/name@revision",
+        )
+    repo, _, revision = model.partition("@")
+    return _hub(repo, revision or None, fetch=fetch)
+
+
+def _gguf(path: Path) -> Located:
+    """A GGUF file, converted once and kept under its content's hash."""
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / digest[:32]
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        convert_gguf(path, folder)
+    identity = {"name": path.name, "gguf_sha256": digest}
+    return Located(as_source(open_checkpoint(folder)), identity)
+
+
+def _hub(repo: str, revision: str | None, *, fetch: bool) -> Located:
+    from huggingface_hub import HfApi, snapshot_download
+
+    api = HfApi()
+    with _hub_errors(repo, revision):
+        commit = api.model_info(repo, revision=revision).sha
+        assert commit is not None
+        identity = {"name": repo, "revision": commit}
+        if fetch:
+            folder = snapshot_download(repo, revision=commit, allow_patterns=list(FETCHED))
+            return Located(as_source(open_checkpoint(Path(folder))), identity)
+        config = json.loads(
+            Path(api.hf_hub_download(repo, "config.json", revision=commit)).read_bytes()
+        )
+        found = api.get_safetensors_metadata(repo, revision=commit)
+    if not isinstance(config, dict):
+        raise InputError(f"config.json of {repo} is not a JSON object")
+    entries: dict[str, Entry] = {}
+    for file, metadata in found.files_metadata.items():
+        for name, tensor in metadata.tensors.items():
+            entries[name] = _entry(file, name, tensor)
+    checkpoint = Checkpoint(folder=Path(repo), config=config, entries=entries)
+    return Located(as_source(checkpoint), identity, local=False)
+
+
+def _entry(file: str, name: str, tensor: Any) -> Entry:
+    if tensor.dtype not in DTYPES:
+        raise InputError(f"{file}: {name} is of unknown type {tensor.dtype}")
+    begin, end = tensor.data_offsets
+    spec = TensorShape(dtype=DTYPES[tensor.dtype], shape=tuple(tensor.shape))
+    if end - begin != spec.nbytes:
+        raise InputError(f"{file} is damaged: {name} claims {end - begin} bytes")
+    return Entry(file=Path(file), spec=spec, begin=begin, end=end)
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """What the Hub's client raises, as errors that say what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{repo} is gated: its licence has to be accepted first",
+            hint=f"accept it at https://huggingface.co/{repo}, then: hf auth login",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"{repo} has no revision {revision!r}", hint="name a branch, a tag or a commit"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is no model {repo!r}, neither as a folder here nor on the Hub for this user",
+            hint="check the spelling; for a private repository: hf auth login",
+        ) from error
+    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+        raise InputError(
+            f"{repo} has no safetensors weights; pickled ones are never loaded",
+            hint="look for a revision with safetensors, such as refs/pr/1, or convert it yourself",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(
+            f"{repo} has no config.json", hint="is it a transformers model?"
+        ) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{repo!r} is not a Hub id: {error}") from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MachineError(
+            f"the Hub did not answer for {repo}: {first}",
+            hint="check the network; HF_ENDPOINT names another Hub, a folder needs none",
+        ) from error
+    except Exception as error:
+        # httpx and requests raise their own classes below the client's, by version.
+        if type(error).__module__.split(".")[0] in ("httpx", "requests", "httpcore", "urllib3"):
+            raise MachineError(
+                f"the Hub did not answer for {repo}: {error}", hint="check the network"
+            ) from error
+        raise
