@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.passes.base import Unit
-from compressor.plan import Plan, UnitPlan, attention_path
+from compressor.plan import Plan, UnitPlan
 
 
 def encode_unit(plan: Plan, unit: UnitPlan, made: Unit) -> dict[str, Tensor]:
@@ -31,14 +31,9 @@ def encode_unit(plan: Plan, unit: UnitPlan, made: Unit) -> dict[str, Tensor]:
             )
             outputs.update({f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()})
     kv = plan.schemes.kv
-    if made.kv_scales is not None and kv is not None:
-        keys, values = made.kv_scales
+    for attention, (keys, values) in made.kv_scales.items() if kv is not None else ():
         outputs |= plan.format.kv_tensors(
-            kv,
-            attention_path(unit.layout),
-            k_scale=keys,
-            v_scale=values,
-            model_dtype=plan.dtype,
+            kv, attention, k_scale=keys, v_scale=values, model_dtype=plan.dtype
         )
     floats = {**made.tensors, **made.extra}
     narrow = {}

@@ -83,7 +83,7 @@ def locate(model: str, *, fetch: bool) -> Located:
     if looks_local or not HUB_ID.fullmatch(model):
         raise InputError(
             f"there is no model at {model}",
-            hint="a model is a checkpoint folder, a GGUF file or a Hub id such as org/name@revision",
+            hint="a model is a checkpoint folder, a GGUF file or a Hub id: org/name@revision",
         )
     repo, _, revision = model.partition("@")
     return _hub(repo, revision or None, fetch=fetch)
@@ -176,7 +176,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except Exception as error:
         # httpx and requests raise their own classes below the client's, by version.
-        if type(error).__module__.split(".")[0] in ("httpx", "requests", "httpcore", "urllib3"):
+        if type(error).__module__.startswith(("httpx", "requests", "httpcore", "urllib3")):
             raise MachineError(
                 f"the Hub did not answer for {repo}: {error}", hint="check the network"
             ) from error

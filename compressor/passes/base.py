@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.layout import Linear, UnitLayout
+from compressor.numerics.gram import relative_error
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import KVSpec, Scheme
 from compressor.targets import Selection
@@ -158,10 +159,7 @@ def get_pass(name: str) -> type[Pass]:
 
 def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
     """Relative squared output error tr(ΔG Δᵀ)/tr(W G Wᵀ), or of the weights where G is None."""
-    delta = (quantized - weight).float()
-    weight = weight.float()
-    if gram is None:
-        return float((delta.square().sum() / weight.square().sum().clamp(min=1e-30)).item())
-    gram = gram.to(torch.float32)
-    error = ((delta @ gram) * delta).sum()
-    return float((error / ((weight @ gram) * weight).sum().clamp(min=1e-30)).item())
+    if gram is not None:
+        return float(relative_error(weight, quantized, gram))
+    delta, weight = (quantized - weight).float(), weight.float()
+    return float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))
