@@ -31,7 +31,8 @@ def encode_unit(plan: Plan, unit: UnitPlan, made: Unit) -> dict[str, Tensor]:
             )
             outputs.update({f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()})
     kv = plan.schemes.kv
-    for attention, (keys, values) in made.kv_scales.items() if kv is not None else ():
+    for attention, (keys, values) in made.kv_scales.items():
+        assert kv is not None, f"{attention}: scales of a KV cache that no pass quantizes"
         outputs |= plan.format.kv_tensors(
             kv, attention, k_scale=keys, v_scale=values, model_dtype=plan.dtype
         )
