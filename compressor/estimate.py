@@ -1,0 +1,147 @@
+"""What a run will take: bytes, peak memory and time, from shapes alone.
+
+Memory follows what is alive at the worst moment of the largest unit. Throughputs are rough figures
+of common machines, so the time is an estimate of its order, not a promise.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from compressor.layout import UnitLayout
+from compressor.plan import Plan, UnitPlan
+
+PROCESS_BYTES = {"cpu": 500 << 20, "cuda": 1800 << 20}
+"""Resident size of a process that has imported everything and done no work."""
+
+CPU_CORE_FLOPS = 6e10
+CUDA_FLOPS = 3e14
+DISK_BYTES_PER_SECOND = 1e9
+SEARCH_CANDIDATES = 21
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """Bytes and seconds of a run; `device_bytes` is 0 on a CPU."""
+
+    source_bytes: int
+    output_bytes: int
+    host_bytes: int
+    device_bytes: int
+    batch: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> Estimates:
+    """Estimate a run on a device; `device_memory` bounds the batch as in the run itself."""
+    kind = device.type
+    batch = batch_rows(plan, device=device, device_memory=device_memory)
+    working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
+    inputs = _input_bytes(plan, device)
+    raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
+    out = [sum(spec.nbytes for spec in unit.outputs.values()) for unit in plan.units]
+    # One unit being read ahead, one being worked on, one being written.
+    streams = max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
+    host = PROCESS_BYTES[kind] + streams
+    held = 0
+    if kind == "cuda":
+        held = inputs + working + max(raw)
+    else:
+        host += inputs + working
+    return Estimates(
+        source_bytes=sum(raw),
+        output_bytes=plan.output_bytes,
+        host_bytes=host,
+        device_bytes=held,
+        batch=batch,
+        seconds=_seconds(plan, device),
+    )
+
+
+def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> int:
+    """Rows of calibration tokens in one forward pass."""
+    length, samples = plan.recipe.calibration.length, plan.recipe.calibration.samples
+    batch = min(samples, max(1, TOKENS_PER_BATCH[device.type] // length))
+    if device_memory is not None:
+        fixed = _input_bytes(plan, device)
+        fixed += max(_working_bytes(plan, unit, device=device, batch=0) for unit in plan.units)
+        row = max(_row_bytes(plan, unit.layout, device) for unit in plan.units)
+        batch = max(1, min(batch, int((device_memory - fixed) // max(row, 1))))
+    return batch
+
+
+def _source_bytes(plan: Plan, unit: UnitLayout) -> list[int]:
+    entries = plan.source.checkpoint.entries
+    return [entries[name].spec.nbytes for name in plan.source.names(unit)]
+
+
+def _input_bytes(plan: Plan, device: torch.device) -> int:
+    """The one buffer of activations."""
+    if not plan.calibrated:
+        return 0
+    wanted = plan.recipe.calibration
+    return wanted.samples * wanted.length * _hidden(plan) * plan.compute_dtype(device).itemsize
+
+
+def _hidden(plan: Plan) -> int:
+    head = plan.layout.units[-1]
+    return max(linear.in_features for linear in head.linears)
+
+
+def _row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
+    """Activations of one row while a block runs: its widest site a few times over."""
+    widest = max((max(x.shape) for x in unit.linears if x.role != "lm_head"), default=0)
+    length, size = plan.recipe.calibration.length, plan.compute_dtype(device).itemsize
+    heads = unit.attention.heads if unit.attention else 0
+    scores = heads * length * length if device.type == "cpu" else 0
+    return length * size * (4 * widest + 4 * _hidden(plan)) + scores * size
+
+
+def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: int) -> int:
+    """What is alive while passes work on a unit: weights in float32 and as the runner has them,
+    statistics, and the largest matrix a few times over."""
+    layout = unit.layout
+    entries = plan.source.checkpoint.entries
+    count = sum(torch.Size(entries[n].spec.shape).numel() for n in plan.source.names(layout))
+    runtime = plan.compute_dtype(device).itemsize * count if plan.calibrated else 0
+    if not unit.steps:
+        return runtime + 4 * count
+    grams = 0
+    shared = [site for site in unit.needs if not site.startswith("expert.") or site.endswith(".in")]
+    for site in shared:
+        if unit.needs[site].gram:
+            grams += 4 * layout.site_linears(site)[0].in_features ** 2
+    largest = max(x.out_features * x.in_features for x in layout.linears)
+    codes = sum(x.out_features * x.in_features for x in layout.linears)
+    rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
+    return runtime + 4 * count + grams + codes + max(rows, 12 * largest)
+
+
+def _seconds(plan: Plan, device: torch.device) -> float:
+    """Products of forward passes, Gram matrices and searches, or the disk where it is slower."""
+    wanted = plan.recipe.calibration
+    tokens = wanted.samples * wanted.length if plan.calibrated else 0
+    flops = 0.0
+    for unit in plan.units:
+        size = sum(x.out_features * x.in_features for x in unit.layout.linears)
+        passes = 2 if plan.recipe.propagate == "quantized" else 1
+        if unit.layout.kind == "block":
+            flops += 2.0 * passes * tokens * size
+        for site, needs in unit.needs.items():
+            if needs.gram:
+                linears = unit.layout.site_linears(site)
+                columns = linears[0].in_features
+                flops += 2.0 * tokens * columns**2
+                rows = sum(linear.out_features for linear in linears)
+                flops += 1.0 * SEARCH_CANDIDATES * rows * columns**2
+    rate = CUDA_FLOPS if device.type == "cuda" else CPU_CORE_FLOPS * (os.cpu_count() or 1)
+    moved = (plan.source.checkpoint.nbytes + plan.output_bytes) / DISK_BYTES_PER_SECOND
+    return 5.0 + max(flops / rate, moved)
