@@ -7,6 +7,7 @@ away again. Inputs of a block travel as one tensor of hidden states [rows, lengt
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor, nn
 
 from compressor.arch import RuntimeNames
+from compressor.attention import AttentionCall, AttentionHook
 from compressor.errors import InputError
 from compressor.layout import Linear, UnitLayout
 
@@ -173,12 +175,58 @@ class BlockRunner:
         return self._layer_arguments[length][index]
 
     @contextmanager
+    def attention(self, hook: AttentionHook | None) -> Iterator[None]:
+        """Let `hook` attend in place of the model's own attention, for the length of a `with`."""
+        if hook is None:
+            yield
+            return
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        config = self.model.config
+        own = config._attn_implementation
+        name = f"hooked-{id(self)}"
+
+        def attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        ) -> tuple[Tensor, None]:
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            forward = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+
+            def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                found: Tensor = forward(module, query, key, value, mask, **options)[0]
+                return found
+
+            call = AttentionCall(
+                layer=int(module.layer_idx),
+                query=query,
+                key=key,
+                value=value,
+                mask=mask,
+                scaling=float(options["scaling"]),
+                plain=plain,
+            )
+            return hook(call), None
+
+        ALL_ATTENTION_FUNCTIONS[name] = attend
+        config._attn_implementation = name
+        try:
+            yield
+        finally:
+            config._attn_implementation = own
+            del ALL_ATTENTION_FUNCTIONS[name]
+
+    @contextmanager
     def head(
-        self, tensors: Mapping[str, Tensor], lm_head: Tensor
-    ) -> Iterator[Callable[..., Tensor]]:
+        self,
+        tensors: Mapping[str, Tensor],
+        lm_head: Tensor,
+        *,
+        enter: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from hidden states [rows, length, hidden] to logits [..., vocabulary].
 
         tensors  the final norm's tensors;  lm_head  [vocabulary, hidden], the embedding when tied
+        enter    what is done to the input of lm_head
         """
         self._assign({k: v for k, v in tensors.items() if not k.startswith("lm_head.")})
         weight = lm_head.to(self.device, self.dtype)
@@ -189,9 +237,9 @@ class BlockRunner:
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
-            out = nn.functional.linear(
-                norm(hidden.to(self.device, self.dtype)), weight, bias
-            ).float()
+            normed = norm(hidden.to(self.device, self.dtype))
+            entering = normed if enter is None else enter(normed)
+            out = nn.functional.linear(entering, weight, bias).float()
             return torch.tanh(out / cap) * cap if cap else out
 
         try:

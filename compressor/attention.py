@@ -1,0 +1,34 @@
+"""One call of a block's attention, and what may stand in its place in an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a block's attention is asked, after the rotary embedding and before heads are repeated.
+
+    layer    index of the block
+    query    [rows, heads, length, head_dim]
+    key      [rows, kv_heads, length, head_dim];  value  the same shape
+    mask     additive or boolean mask [1, 1, length, length], or None for plain causal attention
+    scaling  factor of the products of query and key
+    plain    the model's own attention of (query, key, value) under the same mask, scaling and caps,
+             [rows, length, heads, head_dim]
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    plain: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+AttentionHook = Callable[[AttentionCall], Tensor]
+"""Gives the attention's output [rows, length, heads, head_dim] for one call."""

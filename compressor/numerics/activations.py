@@ -1,0 +1,77 @@
+"""What a value becomes when it is quantized as the model runs: inputs of linears, keys and values.
+
+Dynamic scales are absmax/127 (int8) and absmax/448 (fp8 e4m3), as the runtimes' kernels have them;
+4-bit keys and values are asymmetric with fp16 scale and zero (QoQ, arXiv 2405.04532).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.scheme import ActivationSpec, KVSpec
+
+LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
+
+
+def fake_quantize_activation(
+    x: Tensor, spec: ActivationSpec, scale: Tensor | None = None
+) -> Tensor:
+    """Inputs of a linear [..., channels] as their quantized form stands for them, in x's dtype.
+
+    scale  the stored multiplier of a static spec, one element
+    A dynamic scale per tensor is taken over the last two dimensions: one row of tokens. Raises
+    InputError for a form that is not known here, or a static one without its scale.
+    """
+    if spec.element not in LARGEST:
+        raise InputError(f"inputs quantized to {spec.element} are not evaluated here")
+    values = x.float()
+    if spec.mode == "static":
+        if scale is None or scale.numel() != 1:
+            raise InputError("a statically quantized input has no single stored scale")
+        return _rounded(values, spec.element, scale.to(values).reshape(())).to(x.dtype)
+    if spec.mode == "group":
+        size = spec.group_size or x.shape[-1]
+        if x.shape[-1] % size:
+            raise InputError(f"{x.shape[-1]} inputs do not divide into groups of {size}")
+        groups = values.reshape(*values.shape[:-1], -1, size)
+        return _dynamic(groups, spec.element, (-1,)).flatten(-2).to(x.dtype)
+    if spec.mode not in ("token", "tensor"):
+        raise InputError(f"{spec.element} inputs with {spec.mode} scales are not evaluated here")
+    shared = (-1,) if spec.mode == "token" or x.ndim < 2 else (-2, -1)
+    return _dynamic(values, spec.element, shared).to(x.dtype)
+
+
+def fake_quantize_kv(x: Tensor, spec: KVSpec, scale: Tensor | None = None) -> Tensor:
+    """Keys or values [rows, kv_heads, length, head_dim] as the cache gives them back, in x's dtype.
+
+    scale  the stored multiplier of fp8 and int8 caches: one element, or one for each KV head
+    Raises InputError where that scale is missing or of another shape.
+    """
+    values = x.float()
+    if spec.element == "int4":
+        low, high = torch.aminmax(values, dim=-1, keepdim=True)
+        step = ((high - low) / 15).half().float()
+        step = torch.where(step == 0, torch.ones_like(step), step)
+        zero = (-low).half().float()
+        codes = ((values + zero) / step).round_().clamp_(0, 15)
+        return (codes * step - zero).to(x.dtype)
+    if scale is None or scale.numel() not in (1, x.shape[1]):
+        raise InputError("a quantized KV cache has no stored scale for each tensor or head")
+    spread = scale.to(values).reshape(1, -1, 1, 1)
+    return _rounded(values, spec.element, spread).to(x.dtype)
+
+
+def _dynamic(values: Tensor, element: str, shared: tuple[int, ...]) -> Tensor:
+    absmax = values.abs().amax(dim=shared, keepdim=True)
+    smallest = torch.finfo(torch.float32).smallest_normal
+    return _rounded(values, element, (absmax / LARGEST[element]).clamp(min=smallest))
+
+
+def _rounded(values: Tensor, element: str, scale: Tensor) -> Tensor:
+    """values in units of `scale`, rounded to the element and back."""
+    largest = LARGEST[element]
+    scaled = (values / scale).clamp(-largest, largest)
+    codes = scaled.round() if element == "int8" else scaled.to(torch.float8_e4m3fn).float()
+    return codes * scale
