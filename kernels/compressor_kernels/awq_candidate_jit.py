@@ -1,0 +1,119 @@
+"""Triton code of `awq_candidate`: weight groups on integer grids, in registers all the way."""
+
+import triton
+import triton.language as tl
+
+RANGE_FLOOR = tl.constexpr(1e-5)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits below 1
+LARGEST = tl.constexpr(1048576.0)
+
+
+@triton.jit
+def _nearest(x):
+    """x rounded half to even, |x| <= 2^20 (more is cut off: codes end long before)."""
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    return (x + ROUND) - ROUND
+
+
+@triton.jit
+def _storable(scale, STORED: tl.constexpr):
+    """A positive scale as it will be stored, in float32."""
+    if STORED == "float16":
+        scale = tl.minimum(scale, 65504.0).to(tl.float16).to(tl.float32)
+        return tl.maximum(scale, 5.9604644775390625e-08)  # the smallest float16: never 0
+    if STORED == "bfloat16":
+        # By hand, to nearest even: the interpreter's cast cuts the low bits off.
+        word = scale.to(tl.int32, bitcast=True)
+        word = (word + 0x7FFF + ((word >> 16) & 1)) & -65536
+        return word.to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _rounded(w, low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORED: tl.constexpr):
+    """The values that codes stand for: w [R, G] on the grid of each row's range [low, high] [R].
+
+    STORED names the dtype the scale is rounded to before codes are chosen.
+    """
+    LEVELS: tl.constexpr = 2**BITS - 1
+    if SYMMETRIC:
+        scale = tl.maximum(tl.maximum(-low, high), RANGE_FLOOR) / (LEVELS / 2)
+    else:
+        scale = tl.maximum(high - low, RANGE_FLOOR) / LEVELS
+    scale = _storable(scale, STORED)
+    steps = _nearest(w / scale[:, None])
+    if SYMMETRIC:
+        HALF: tl.constexpr = 2 ** (BITS - 1)
+        return tl.minimum(tl.maximum(steps, -HALF), HALF - 1) * scale[:, None]
+    zero = tl.minimum(tl.maximum(-_nearest(low / scale), 0.0), LEVELS)[:, None]
+    return (tl.minimum(tl.maximum(steps + zero, 0.0), LEVELS) - zero) * scale[:, None]
+
+
+@triton.jit
+def delta_kernel(
+    w_ptr,
+    s_ptr,
+    out_ptr,
+    groups,
+    per_row,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    STORED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program: ROWS groups of SIZE weights. W and out are dense: groups follow each other."""
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, WIDTH)
+    inside = (group[:, None] < groups) & (j[None, :] < SIZE)
+    at = group[:, None] * SIZE + j[None, :]
+    w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    column = (group % per_row)[:, None] * SIZE + j[None, :]
+    s = tl.load(s_ptr + column, mask=inside, other=1.0)
+    scaled = w * s
+    low = tl.min(tl.where(inside, scaled, float("inf")), 1)
+    high = tl.max(tl.where(inside, scaled, float("-inf")), 1)
+    delta = _rounded(scaled, low, high, BITS, SYMMETRIC, STORED) / s - w
+    tl.store(out_ptr + at, delta.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def clip_kernel(
+    w_ptr,
+    gram_ptr,
+    bound_ptr,
+    rows,
+    columns,
+    SIZE: tl.constexpr,
+    STEPS: tl.constexpr,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    STORED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: one group of ROWS output rows. gram is [groups, SIZE, SIZE], dense."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    live = row < rows
+    j = tl.arange(0, SIZE)
+    at = row[:, None] * columns + group * SIZE + j[None, :]
+    w = tl.load(w_ptr + at, mask=live[:, None], other=0.0).to(tl.float32)
+    gram = tl.load(gram_ptr + group * (SIZE * SIZE) + j[:, None] * SIZE + j[None, :])
+    low = tl.min(w, 1)
+    high = tl.max(w, 1)
+    largest = tl.maximum(-low, high)
+    best = largest
+    least = tl.full((ROWS,), float("inf"), tl.float32)
+    for i in range(STEPS):
+        bound = largest * (1.0 - i / GRID)
+        below = tl.maximum(low, -bound)
+        above = tl.minimum(high, bound)
+        clipped = tl.minimum(tl.maximum(w, -bound[:, None]), bound[:, None])
+        delta = _rounded(clipped, below, above, BITS, SYMMETRIC, STORED) - w
+        error = tl.sum(tl.dot(delta, gram, input_precision="tf32") * delta, 1)
+        better = error < least
+        least = tl.where(better, error, least)
+        best = tl.where(better, bound, best)
+    tl.store(bound_ptr + row * (columns // SIZE) + group, best, mask=live)

@@ -1,0 +1,96 @@
+"""AWQ's candidate errors and clipping bounds against their plain references."""
+
+import pytest
+import torch
+from compressor_kernels.awq_candidate import (
+    candidate_delta,
+    candidate_delta_ref,
+    clip_bounds,
+    clip_bounds_ref,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def matrix(rows, columns, *, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.02
+    scales = torch.exp(torch.randn(columns, generator=generator))
+    return weight.to(DEVICE, dtype), scales.to(DEVICE)
+
+
+def gram_blocks(columns, size, *, seed=1):
+    x = torch.randn(columns // size, 3 * size, size, generator=torch.Generator().manual_seed(seed))
+    return (x.mT @ x).to(DEVICE)
+
+
+def assert_same_codes(found, want, *, share=1e-3):
+    """Equal but for bfloat16, and for the rare weight between two codes."""
+    off = (found.float() - want.float()).abs() > 1e-2 * want.float().abs() + 1e-6
+    assert found.isfinite().all()
+    assert off.float().mean() <= share
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((7, 96), 32), ((33, 256), 128), ((5, 100), 20), ((3, 300), None)]
+)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_candidate_delta(shape, group, symmetric, stored):
+    weight, scales = matrix(*shape)
+    options = {"bits": 4, "group_size": group, "symmetric": symmetric, "stored": stored}
+    found = candidate_delta(weight, scales, **options)
+    assert found.dtype == torch.bfloat16 and found.shape == weight.shape
+    assert_same_codes(found, candidate_delta_ref(weight, scales, **options))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bits_and_dtypes(bits, dtype):
+    weight, scales = matrix(19, 192, dtype=dtype)
+    weight[3] = 0
+    weight[4] = weight[4].abs()
+    options = {"bits": bits, "group_size": 64, "symmetric": False, "stored": torch.bfloat16}
+    found = candidate_delta(weight, scales, **options)
+    assert_same_codes(found, candidate_delta_ref(weight, scales, **options))
+    assert (found[3] == 0).all()
+
+
+def test_candidate_delta_writes_where_it_is_told():
+    weight, scales = matrix(8, 64)
+    store = torch.full((16, 64), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    options = {"bits": 4, "group_size": 32, "symmetric": True, "stored": torch.float32}
+    candidate_delta(weight, scales, out=store[4:12], **options)
+    assert (store[:4] == 7).all() and (store[12:] == 7).all()
+    assert torch.equal(store[4:12], candidate_delta(weight, scales, **options))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("size", "stored"), [(32, torch.float32), (128, torch.bfloat16)])
+def test_clip_bounds(size, symmetric, stored):
+    weight, _ = matrix(37, 2 * size)
+    weight[:, 3] *= 6
+    gram = gram_blocks(2 * size, size)
+    options = {"bits": 3, "symmetric": symmetric, "stored": stored}
+    found = clip_bounds(weight, gram, **options)
+    want = clip_bounds_ref(weight, gram, **options)
+    largest = weight.view(37, 2, size).abs().amax(-1)
+    assert (want < 0.96 * largest).float().mean() > 0.3, "nothing to clip here"
+    # Between equally good bounds rounding decides, so few may differ.
+    assert (~torch.isclose(found, want, rtol=1e-4)).float().mean() <= 0.05
+    assert (found <= largest * 1.0001).all() and (found >= 0.54 * largest).all()
+
+
+def test_what_does_not_fit_is_refused():
+    weight, scales = matrix(4, 96)
+    options = {"bits": 4, "symmetric": True, "stored": torch.float32}
+    with pytest.raises(ValueError, match="groups of 64"):
+        candidate_delta(weight, scales, group_size=64, **options)
+    with pytest.raises(ValueError, match="scales"):
+        candidate_delta(weight, scales[:5], group_size=32, **options)
+    with pytest.raises(ValueError, match="contiguous"):
+        candidate_delta(weight.t(), scales[:4], group_size=None, **options)
+    with pytest.raises(ValueError, match="9 bits"):
+        candidate_delta(weight, scales, group_size=32, **{**options, "bits": 9})
+    with pytest.raises(ValueError, match="gram"):
+        clip_bounds(weight, gram_blocks(64, 32), **options)
