@@ -1,4 +1,4 @@
-"""A recipe from its first check to its last verdict: locate, plan, run, finish, verify, evaluate."""
+"""A recipe from its first check to a finished checkpoint: locate, plan, run, finish."""
 
 from __future__ import annotations
 

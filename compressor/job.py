@@ -168,8 +168,9 @@ class _Loop:
         return unit.kind == "embedding" or self.plan.recipe.propagate == "original"
 
     def _feeds(self, index: int) -> bool:
-        """Whether any later unit needs the activations that leave this one."""
-        return any(unit.needs for unit in self.plan.units[index + 1 :])
+        """Whether a later unit that is still to be done needs the activations that leave this."""
+        later = range(index + 1, len(self.plan.units))
+        return any(self.plan.units[i].needs and self.writer.record(i) is None for i in later)
 
     def _replay(
         self,

@@ -1,76 +1,106 @@
-"""The manifest: SHA-256 and size of every file of an artefact, and of every tensor's bytes.
+"""The manifest: what a finished checkpoint consists of, byte for byte. It is written last, so its
+presence is the mark of a finished one.
 
-It is written last, so its presence says that the checkpoint is whole. It holds no time and no path:
-two runs that wrote the same bytes wrote the same manifest.
+It covers the artefact (shards, index, config, tokenizer, policy, recipe) and nothing that carries
+a time or a path, so that two runs of one recipe give the same manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from compressor.checkpoint import load_json
 from compressor.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
-SHA256 = r"^[0-9a-f]{64}$"
+VERSION = 1
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-class FileRecord(BaseModel):
-    """One file of the artefact."""
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file: SHA-256 of its content in hex, and its size in bytes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sha256: str = Field(pattern=SHA256)
-    size: int = Field(ge=0)
+    sha256: str
+    size: int
 
 
-class Manifest(BaseModel):
-    """What an artefact consists of, and what it was made from.
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a finished checkpoint consists of.
 
-    files    name → hash and size;  tensors  name → SHA-256 of the tensor's bytes
-    about    resolved recipe, source, tokens, versions: everything that decides the bytes
+    files    file name → its record, the manifest itself left out
+    tensors  tensor name → SHA-256 of its bytes as they are stored
+    about    what it was made from: recipe, source, format, versions; plain JSON data
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: int = Field(1, ge=1, le=1)
-    files: dict[str, FileRecord]
-    tensors: dict[str, str]
-    about: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("files")
-    @classmethod
-    def _plain_names(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        for name in files:
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} is not a file in this folder")
-        return files
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, str]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
 
     def to_bytes(self) -> bytes:
-        """The file's content, the same for the same artefact."""
-        return (json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n").encode()
+        """The file's content; equal manifests give equal bytes."""
+        value = {
+            "version": self.version,
+            "about": self.about,
+            "files": {n: {"sha256": r.sha256, "size": r.size} for n, r in self.files.items()},
+            "tensors": dict(self.tensors),
+        }
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+        return (text + "\n").encode()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, or None where there is none. Raises InputError for a damaged one."""
+    """The manifest of a checkpoint folder, or None where there is none.
+
+    Raises InputError for one that is damaged or of a version that is not known.
+    """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        return Manifest.model_validate(load_json(path, what="manifest"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{MANIFEST_NAME} is not a manifest: {where}: {first['msg']}") from error
+    data = load_json(path, what="manifest")
+    if data.get("version") != VERSION:
+        raise InputError(
+            f"{MANIFEST_NAME} has version {data.get('version')!r}; {VERSION} is known here",
+            hint="a newer version of this program may have written it",
+        )
+    files, tensors, about = data.get("files"), data.get("tensors"), data.get("about", {})
+    if not all(isinstance(part, dict) for part in (files, tensors, about)):
+        raise InputError(f"{MANIFEST_NAME} is damaged: files, tensors or about is not an object")
+    assert isinstance(files, dict) and isinstance(tensors, dict)
+    for name, digest in tensors.items():
+        if not _is_digest(digest):
+            raise InputError(f"{MANIFEST_NAME} is damaged: tensor {name!r} has no SHA-256")
+    return Manifest(
+        files={name: _file_record(name, value) for name, value in files.items()},
+        tensors=tensors,
+        about=about,
+    )
 
 
-def record_file(path: Path) -> FileRecord:
-    """Hash and size of a file."""
+def hash_file(path: Path) -> FileRecord:
+    """Hash and size of a file, which is read once and never whole in memory."""
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return FileRecord(sha256=digest, size=path.stat().st_size)
+        return FileRecord(sha256=digest, size=handle.tell())
+
+
+def _file_record(name: str, value: Any) -> FileRecord:
+    plain = name not in ("", ".", "..", MANIFEST_NAME) and "\0" not in name
+    if not plain or Path(name).name != name:
+        raise InputError(f"{MANIFEST_NAME} names {name!r}, which is no file of its own folder")
+    size = value.get("size") if isinstance(value, dict) else None
+    if type(size) is not int or size < 0 or not _is_digest(value.get("sha256")):
+        raise InputError(f"{MANIFEST_NAME} is damaged: the record of {name!r} is incomplete")
+    return FileRecord(sha256=value["sha256"], size=size)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
