@@ -9,15 +9,15 @@ a squared output error of tr(Δ G Δᵀ), whatever the number of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.numerics import fake_quantize
+from compressor.numerics.gram import ROWS, gram_error, work_dtype
 from compressor.qtensor import QuantSpec
 
 SCALE_FLOOR = 1e-4
@@ -50,23 +50,23 @@ def weight_magnitude(weights: Sequence[Tensor], spec: QuantSpec) -> Tensor:
 
 
 def candidate_scales(
-    x_absmean: Tensor, *, ratio: float, w_magnitude: Tensor | None = None
+    x_absmean: Tensor, *, ratios: Sequence[float], w_magnitude: Tensor | None = None
 ) -> Tensor:
-    """x^ratio, or x^ratio / w^(1−ratio), normalised so that max·min = 1: [C] float32.
+    """x^r, or x^r / w^(1−r), normalised so that max·min = 1, for each ratio r: [R, C] float32.
 
     x_absmean    [C] mean |x| of the input channels
     w_magnitude  [C] from `weight_magnitude`, for AutoAWQ's `duo` scaling
     Channels that calibration never saw (zero or not finite) keep 1 and do not shift the others.
     """
     x = x_absmean.float()
+    r = torch.tensor(ratios, dtype=torch.float32, device=x.device)[:, None]
     alive = x.isfinite() & (x > 0)
-    scales = torch.where(alive, x, 1.0).pow(ratio)
+    scales = torch.where(alive, x, 1.0) ** r
     if w_magnitude is not None:
-        scales = scales / (w_magnitude.float().pow(1 - ratio) + 1e-4)
+        scales = scales / (w_magnitude.float() ** (1 - r) + 1e-4)
     scales = scales.clamp(min=SCALE_FLOOR)
-    if not alive.any():
-        return torch.ones_like(x)
-    low, high = torch.aminmax(scales[alive])
+    low = torch.where(alive, scales, torch.inf).amin(1, keepdim=True)
+    high = torch.where(alive, scales, 0.0).amax(1, keepdim=True)
     scales = scales / (high.sqrt() * low.sqrt())
     return torch.where(alive & scales.isfinite() & (scales > 0), scales, 1.0)
 
@@ -79,22 +79,18 @@ def search_scales_reference(
     *,
     grid: int = 20,
     duo: bool = False,
-    options: Mapping[str, Any] | None = None,
+    tie: Callable[[Tensor], Tensor] | None = None,
 ) -> ScaleResult:
     """The published search: `grid` ratios from 0 below 1, judged by running tokens.
 
     weights  linears [O_i, C] that share the input
     loss_of  the replaced weights Q(W·s)/s → loss, e.g. of the module's output
-    options  keywords of `quantize`
+    tie      makes channels agree that must have one scale, [C] → [C]
     Raises InputError where no candidate has a finite loss.
     """
-    magnitude = weight_magnitude(weights, spec) if duo else None
     ratios = [i / grid for i in range(grid)]
-    candidates = [candidate_scales(x_absmean, ratio=r, w_magnitude=magnitude) for r in ratios]
-    losses = [
-        loss_of([fake_quantize(w * s, spec, **(options or {})).div_(s) for w in weights])
-        for s in candidates
-    ]
+    candidates = _candidates(weights, x_absmean, ratios, spec, duo=duo, tie=tie)
+    losses = [loss_of([fake_quantize(w * s, spec).div_(s) for w in weights]) for s in candidates]
     best = _first_minimum(losses)
     return ScaleResult(candidates[best], ratios[best], tuple(losses))
 
@@ -107,53 +103,58 @@ def search_scales_gram(
     *,
     grid: int = 20,
     duo: bool = False,
-    options: Mapping[str, Any] | None = None,
+    tie: Callable[[Tensor], Tensor] | None = None,
 ) -> ScaleResult:
     """Scales with the least Σ_i tr(Δ_i G Δ_iᵀ), Δ_i = Q(W_i·s)/s − W_i.
 
     weights  linears [O_i, C] that share the input
     gram     [C, C] of that input, any positive multiple
     grid     ratios i/grid tried, both ends included; no scaling is always one of the candidates
+    tie      as in `search_scales_reference`
     Raises InputError where no candidate has a finite loss.
     """
-    magnitude = weight_magnitude(weights, spec) if duo else None
-    ratios = [0.0] + [i / grid for i in range(0 if duo else 1, grid + 1)]
-    candidates = [torch.ones_like(x_absmean, dtype=torch.float32)] + [
-        candidate_scales(x_absmean, ratio=r, w_magnitude=magnitude) for r in ratios[1:]
-    ]
-    rows = sum(weight.shape[0] for weight in weights)
-    delta = torch.empty(rows, gram.shape[0], dtype=_matmul_dtype(gram), device=gram.device)
-    losses = []
-    for scales in candidates:
-        for weight, part in zip(
-            weights, torch.split(delta, [w.shape[0] for w in weights]), strict=True
-        ):
-            work = weight.float()
-            part.copy_(
-                fake_quantize(work * scales, spec, **(options or {})).div_(scales).sub_(work)
-            )
-        losses.append(gram_error(delta, gram))
-    found = torch.stack(losses).tolist()
+    ratios = [i / grid for i in range(0 if duo else 1, grid + 1)]
+    candidates = _candidates(weights, x_absmean, ratios, spec, duo=duo, tie=tie)
+    candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
+    losses = torch.zeros(candidates.shape[0], dtype=torch.float32, device=gram.device)
+    for rows in _row_blocks(weights):
+        height = sum(block.shape[0] for block in rows)
+        delta = torch.empty(height, gram.shape[0], dtype=work_dtype(gram), device=gram.device)
+        for i, scales in enumerate(candidates):
+            parts = torch.split(delta, [block.shape[0] for block in rows])
+            for block, part in zip(rows, parts, strict=True):
+                work = block.float()
+                part.copy_(fake_quantize(work * scales, spec).div_(scales).sub_(work))
+            losses[i] += gram_error(delta, gram)
+    found = losses.tolist()
     best = _first_minimum(found)
-    return ScaleResult(candidates[best], ratios[best], tuple(found))
+    return ScaleResult(candidates[best], [0.0, *ratios][best], tuple(found))
 
 
-def gram_error(delta: Tensor, gram: Tensor, *, columns: int = 0) -> Tensor:
-    """tr(Δ G Δᵀ) of an error Δ [O, C], as a scalar tensor.
+def _candidates(
+    weights: Sequence[Tensor],
+    x_absmean: Tensor,
+    ratios: Sequence[float],
+    spec: QuantSpec,
+    *,
+    duo: bool,
+    tie: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Scales to try, [R, C]."""
+    magnitude = weight_magnitude(weights, spec) if duo else None
+    found = candidate_scales(x_absmean, ratios=ratios, w_magnitude=magnitude)
+    return found if tie is None else torch.stack([tie(scales) for scales in found])
 
-    Computed as Σ_jk (ΔᵀΔ)_jk G_jk over the upper half only, `columns` columns at a time, so the
-    Gram matrix is never rounded: on a GPU Δ comes in bfloat16 (its 2⁻⁹ is far below what separates
-    two candidates) and the products are summed and multiplied with G in float32.
-    """
-    width = delta.shape[1]
-    step = columns or (2048 if delta.is_cuda else 192)
-    total = torch.zeros((), dtype=gram.dtype, device=delta.device)
-    for start in range(0, width, step):
-        stop = min(start + step, width)
-        products = _product(delta[:, start:stop].t(), delta[:, start:])
-        products.mul_(gram[start:stop, start:])
-        total += products[:, : stop - start].sum() + 2 * products[:, stop - start :].sum()
-    return total
+
+def _row_blocks(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of row ranges of the weights, each list `ROWS` rows together or fewer."""
+    block: list[Tensor] = []
+    for part in (part for weight in weights for part in torch.split(weight, ROWS)):
+        if block and sum(p.shape[0] for p in block) + part.shape[0] > ROWS:
+            yield block
+            block = []
+        block.append(part)
+    yield block
 
 
 def search_clip_reference(
@@ -174,7 +175,7 @@ def search_clip_reference(
     def error(delta: Tensor) -> Tensor:
         return (delta.transpose(0, 1) @ x.transpose(1, 2)).square().mean(-1).t()
 
-    return _search_clip(weight, error, spec, grid=grid, max_shrink=max_shrink, options=None)
+    return _search_clip(weight, error, spec, grid=grid, max_shrink=max_shrink)
 
 
 def search_clip_gram(
@@ -185,7 +186,6 @@ def search_clip_gram(
     scales: Tensor | None = None,
     grid: int = 20,
     max_shrink: float = 0.5,
-    options: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Bounds [O, groups] that give the least Δ_g G_gg Δ_gᵀ in each group of each row.
 
@@ -205,9 +205,7 @@ def search_clip_gram(
         errors: Tensor = ((by_group @ blocks) * by_group).sum(-1)
         return errors.t()
 
-    return _search_clip(
-        weight.float(), error, spec, grid=grid, max_shrink=max_shrink, options=options
-    )
+    return _search_clip(weight.float(), error, spec, grid=grid, max_shrink=max_shrink)
 
 
 def _search_clip(
@@ -217,7 +215,6 @@ def _search_clip(
     *,
     grid: int,
     max_shrink: float,
-    options: Mapping[str, Any] | None,
 ) -> Tensor:
     """Bounds absmax·(1 − i/grid) with the least error, for i below max_shrink·grid.
 
@@ -231,7 +228,7 @@ def _search_clip(
         best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
         for i in range(int(max_shrink * grid)):
             bound = absmax * (1 - i / grid)
-            delta = fake_quantize(chunk, spec, clip_max=bound, **(options or {})).sub_(chunk)
+            delta = fake_quantize(chunk, spec, clip_max=bound).sub_(chunk)
             error = error_of(delta.view(chunk.shape[0], -1, size))
             better = error < least
             least = torch.where(better, error, least)
@@ -259,14 +256,3 @@ def _first_minimum(losses: Sequence[float]) -> int:
             hint="the calibration inputs of this block hold NaN or Inf; try dtype bfloat16",
         )
     return min(finite, key=losses.__getitem__)
-
-
-def _matmul_dtype(gram: Tensor) -> torch.dtype:
-    return torch.bfloat16 if gram.is_cuda else gram.dtype
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right summed in float32 where the factors are bfloat16."""
-    if left.dtype == torch.bfloat16:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right

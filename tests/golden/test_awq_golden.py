@@ -11,12 +11,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
-    gram_error,
     search_clip_gram,
     search_clip_reference,
     search_scales_gram,
     search_scales_reference,
 )
+from compressor.numerics.gram import gram_error
 from compressor.qtensor import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[2]
