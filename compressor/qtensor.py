@@ -82,7 +82,8 @@ class QTensor:
     codes   uint8 [out, in]: int codes 0 … 2^bits − 1 (symmetric ones centred on 2^(bits−1)),
             E2M1 codes sign<<3 | index, or E4M3 bytes
     scales  [spec.scale_shape], in spec.scale_dtype
-    zeros   same shape as scales, or None: integers for `subtract` (uint8) and `offset`
+    zeros   same shape as scales, or None: uint8 for `subtract`, in the dtype of the scales for
+            `offset` (int8 under QoQ's int8 group scales, float16 beside float16 scales)
     second  [1, 1] or [out, 1] float32 multiplier, or None
     """
 

@@ -11,12 +11,11 @@ A scale is rounded to the dtype it is stored in before zero and codes are chosen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.numerics.chunks import row_chunks
 from compressor.qtensor import QTensor, QuantSpec
 
 RANGE_FLOOR = 1e-5
@@ -53,7 +52,7 @@ def quantize_int(
         arithmetic=arithmetic,
     )
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for rows in _row_chunks(weight):
+    for rows in row_chunks(weight):
         chunk = _clamped(weight, spec, rows, clip_max, clip_min, arithmetic)
         codes[rows] = _codes(chunk, spec, rows, scales, zeros).view(codes[rows].shape)
     return QTensor(
@@ -86,7 +85,7 @@ def fake_quantize_int(
     )
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     out = torch.empty_like(weight)
-    for rows in _row_chunks(weight):
+    for rows in row_chunks(weight):
         chunk = _clamped(weight, spec, rows, clip_max, clip_min, arithmetic)
         values = _codes(chunk, spec, rows, scales, zeros).to(work)
         if zeros is None:
@@ -96,6 +95,13 @@ def fake_quantize_int(
         values.mul_(_of_rows(scales, rows).to(work).unsqueeze(-1))
         out[rows] = values.view(out[rows].shape).to(out.dtype)
     return out
+
+
+def int_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, *, spec: QuantSpec) -> Tensor:
+    """Nearest codes uint8 on given scales and zero points; all broadcast."""
+    centre = 2 ** (spec.bits - 1) if zeros is None else zeros.float()
+    steps = (weight.float() / scales.float()).round_() + centre
+    return steps.clamp_(0, 2**spec.bits - 1).to(torch.uint8)
 
 
 def int_grid(
@@ -205,10 +211,3 @@ def _grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
 def _of_rows(per_group: Tensor, rows: slice) -> Tensor:
     """The grid entries of some rows; a per-tensor grid has one entry for all."""
     return per_group if per_group.shape[0] == 1 else per_group[rows]
-
-
-def _row_chunks(weight: Tensor) -> Iterator[slice]:
-    """Row ranges small enough to work on in cache (CPU) or in 64 MiB (GPU)."""
-    elements = 2**24 if weight.is_cuda else 2**18
-    step = max(1, elements // max(1, weight.shape[1]))
-    return (slice(row, row + step) for row in range(0, weight.shape[0], step))

@@ -1,0 +1,135 @@
+"""QoQ's weights (arXiv 2405.04532): unsigned 4-bit codes with zero points in units of the value.
+
+Progressive, per group, on two levels of scale:
+    s0 = float16(absmax_row / P)                   one per output channel
+    t  = clamp(w / s0, ±P)                         in units of an int8 value, not rounded to it
+    s1 = clamp(round((max − min)/15), ≤ 127), 0 → 1   one integer per group
+    offset      z = clamp(round(−min), −128, 127),  q = clamp(round((t + z)/s1), 0, 15),
+                int8 value = q·s1 − z
+    subtract    range widened to hold 0,  z = clamp(round(−min/s1), 0, 15),
+                q = clamp(round(t/s1 + z), 0, 15),  int8 value = (q − z)·s1
+P is the protective range, the largest at which no int8 value leaves [−128, 127]: 120 for `offset`
+(what the published configurations use) and 119 for `subtract` (the paper's form).
+
+Plain offset, per channel or group:
+    s = float16((max − min)/15), 0 → 1,  z = float16(−min),  q = clamp(round((w + z)/s), 0, 15)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.qtensor import QTensor, QuantSpec
+
+PROTECTIVE_RANGE = {"offset": 120.0, "subtract": 119.0}
+SMALLEST_HALF = 2.0**-24
+
+
+def quantize_progressive(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    clip_max: Tensor | None = None,
+    clip_min: Tensor | None = None,
+) -> QTensor:
+    """Round a weight [out, in] to 4-bit codes on int8 group scales and float16 channel scales.
+
+    clip_max, clip_min  [scale_shape] bounds in units of the weight, which is clamped to them
+                        first; clip_min is −clip_max where it is not given
+    Raises InputError for a spec of another kind and where groups do not divide the inputs.
+    """
+    _check(spec, weight, scale_dtype=torch.int8)
+    bound = PROTECTIVE_RANGE[spec.zero]
+    groups = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
+    second = _half_scales(groups.abs().amax((1, 2)) / bound).float().view(-1, 1)
+    groups = (groups / second.unsqueeze(-1)).clamp_(-bound, bound)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if spec.zero == "subtract":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scales = ((high - low) / _levels(spec)).round_().clamp_(max=127)
+    scales = torch.where(scales == 0, 1.0, scales)
+    if spec.zero == "subtract":
+        zeros = (-low / scales).round_().clamp_(0, _levels(spec)).to(torch.uint8)
+    else:
+        zeros = (-low).round_().clamp_(-128, 127).to(torch.int8)
+    scales = scales.to(torch.int8)
+    codes = offset_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec=spec)
+    codes = codes.view(weight.shape)
+    return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros, second=second)
+
+
+def progressive_codes(
+    weight: Tensor, scales: Tensor, zeros: Tensor, second: Tensor, *, spec: QuantSpec
+) -> Tensor:
+    """Nearest codes on given scales; all tensors broadcast (a column with its scales, say)."""
+    bound = PROTECTIVE_RANGE[spec.zero]
+    values = (weight.float() / second).clamp_(-bound, bound)
+    return offset_codes(values, scales, zeros, spec=spec)
+
+
+def quantize_offset(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    clip_max: Tensor | None = None,
+    clip_min: Tensor | None = None,
+) -> QTensor:
+    """Round a weight [out, in] to codes with float16 scales and zero points q·s − z, one per
+    channel or group. Options and errors as in `quantize_progressive`."""
+    _check(spec, weight, scale_dtype=torch.float16)
+    groups = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = _half_scales((high - low) / _levels(spec))
+    zeros = (-low).clamp_(-65504, 65504).to(torch.float16)
+    codes = offset_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec=spec).view(
+        weight.shape
+    )
+    return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros)
+
+
+def offset_codes(weight: Tensor, scales: Tensor, zeros: Tensor, *, spec: QuantSpec) -> Tensor:
+    """Nearest codes uint8 on given scales and zero points of either form; all tensors broadcast."""
+    scales, zeros = scales.float(), zeros.float()
+    if spec.zero == "offset":
+        steps = (weight.float() + zeros) / scales
+    else:
+        steps = weight.float() / scales + zeros
+    return steps.round_().clamp_(0, _levels(spec)).to(torch.uint8)
+
+
+def _check(spec: QuantSpec, weight: Tensor, *, scale_dtype: torch.dtype) -> None:
+    two_levels = spec.second == "channel"
+    known = spec.zero in PROTECTIVE_RANGE if two_levels else spec.zero == "offset"
+    strategies = ("group",) if two_levels else ("group", "channel")
+    if not known or spec.strategy not in strategies or spec.scale_dtype != scale_dtype:
+        raise InputError("not a spec of QoQ's weights", hint=f"got {spec}")
+    if spec.strategy == "group" and (not spec.group_size or weight.shape[1] % spec.group_size):
+        raise InputError(
+            f"{weight.shape[1]} inputs do not divide into groups of {spec.group_size}",
+            hint="choose a group size that divides every targeted linear's inputs",
+        )
+
+
+def _grouped(
+    weight: Tensor, spec: QuantSpec, *, clip_max: Tensor | None, clip_min: Tensor | None
+) -> Tensor:
+    """[out, groups, size] in float32, clamped to its bounds."""
+    size = (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]
+    groups = weight.float().reshape(weight.shape[0], -1, size)
+    if clip_max is None:
+        return groups
+    high = clip_max.float().unsqueeze(-1)
+    low = -high if clip_min is None else clip_min.float().unsqueeze(-1)
+    return torch.minimum(torch.maximum(groups, low), high)
+
+
+def _half_scales(scales: Tensor) -> Tensor:
+    """float16 scales, kept finite and positive; 1 where there is nothing to scale."""
+    stored = scales.clamp(max=65504).to(torch.float16).clamp_(min=SMALLEST_HALF)
+    return torch.where(scales == 0, torch.ones_like(stored), stored)
+
+
+def _levels(spec: QuantSpec) -> int:
+    return int(2**spec.bits - 1)
