@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint import INDEX_NAME
-from compressor.manifest import MANIFEST_NAME, FileRecord, Manifest, record_file
-from compressor.shards import ShardWriter, write_atomically
+from compressor.errors import MachineError
+from compressor.manifest import MANIFEST_NAME, FileRecord, Manifest, hash_file
+from compressor.shards import ShardWriter, sync_folder, write_atomically
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -24,13 +25,13 @@ SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "vocab.*",
     "merges.txt",
     "*.model",
     "chat_template*",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "LICENSE*",
     "NOTICE*",
     "attention_policy.*",
@@ -54,27 +55,28 @@ def finish(
     config       config.json;  extra_files  other JSON files by name
     side_files   folder whose tokenizer, templates and licence are copied
     about        what the manifest says of how the artefact was made
+    Raises MachineError where a file cannot be read or written; repeating it continues.
     """
-    files: dict[str, FileRecord] = {}
-    for shard in writer.layout.shards:
-        files[shard.file] = FileRecord(sha256=writer.file_hash(shard.file), size=shard.size)
-    tensors: dict[str, str] = {}
-    for path in sorted(writer.records.glob("*.json")):
-        tensors |= json.loads(path.read_bytes())["tensors"]
     written = {INDEX_NAME: writer.layout.index(), "config.json": _json(config)}
     written |= {name: _json(value) for name, value in (extra_files or {}).items()}
     if recipe is not None:
         written[RECIPE_NAME] = recipe
-    for path in sorted(side_files.iterdir()):
-        kept = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
-        if kept and path.is_file() and path.name not in written:
-            written[path.name] = path.read_bytes()
-    for name, data in written.items():
-        write_atomically(output / name, data)
-        files[name] = record_file(output / name)
-    manifest = Manifest(files=files, tensors=tensors, about=dict(about))
-    write_atomically(work / MANIFEST_NAME, manifest.to_bytes())
-    resume_finish(work, output)
+    try:
+        for name in side_file_names(side_files):
+            written.setdefault(name, (side_files / name).read_bytes())
+        for name, data in written.items():
+            write_atomically(output / name, data)
+        files = {name: hash_file(output / name) for name in written}
+        for shard in writer.layout.shards:
+            files[shard.file] = FileRecord(sha256=writer.file_hash(shard.file), size=shard.size)
+        manifest = Manifest(files=files, tensors=_tensor_hashes(writer), about=dict(about))
+        write_atomically(work / MANIFEST_NAME, manifest.to_bytes())
+        resume_finish(work, output)
+    except OSError as error:
+        raise MachineError(
+            f"finishing {output} failed: {error.strerror or error}",
+            hint="free some space or repair the disk; the same command continues",
+        ) from error
     return manifest
 
 
@@ -84,20 +86,30 @@ def resume_finish(work: Path, output: Path) -> None:
     if (work / MANIFEST_NAME).is_file():
         for path in sorted(shards.glob("*.safetensors")):
             os.replace(path, output / path.name)
-        _sync(output)
+        sync_folder(output)
         os.replace(work / MANIFEST_NAME, output / MANIFEST_NAME)
-        _sync(output)
+        sync_folder(output)
     if (output / MANIFEST_NAME).is_file() and work.is_dir():
         shutil.rmtree(work)
 
 
+def side_file_names(folder: Path) -> list[str]:
+    """Names of the files of a checkpoint folder that travel with its weights."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and any(fnmatch.fnmatchcase(path.name, p) for p in SIDE_FILES)
+    )
+
+
+def _tensor_hashes(writer: ShardWriter) -> dict[str, str]:
+    hashes: dict[str, str] = {}
+    for path in sorted(writer.records.glob("*.json")):
+        hashes |= json.loads(path.read_bytes())["tensors"]
+    planned = {name for shard in writer.layout.shards for name in shard.tensors}
+    assert set(hashes) == planned, f"not committed: {sorted(planned ^ set(hashes))[:4]}"
+    return hashes
+
+
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return (json.dumps(value, indent=2) + "\n").encode()
