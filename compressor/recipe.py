@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from compressor.errors import InputError, Problems
 from compressor.passes.base import Pass, get_pass, pass_names
@@ -270,3 +271,33 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """A hint that names the nearest valid word, or all of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(sorted(known))}"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe's YAML; each pass brings the schema of its parameters."""
+    schema = Recipe.model_json_schema(
+        schema_generator=_StepsLeftOut, ref_template="#/$defs/{model}", mode="validation"
+    )
+    options: list[dict[str, Any]] = [{"enum": pass_names()}]
+    for name in pass_names():
+        found = get_pass(name).model_json_schema(ref_template="#/$defs/{model}")
+        schema.setdefault("$defs", {}).update(found.pop("$defs", {}))
+        options.append(
+            {
+                "type": "object",
+                "properties": {name: {"anyOf": [found, {"type": "null"}]}},
+                "required": [name],
+                "additionalProperties": False,
+            }
+        )
+    schema["properties"]["passes"] = {"type": "array", "minItems": 1, "items": {"anyOf": options}}
+    schema["properties"]["max_shard_size"] = {"type": ["integer", "string"], "default": 5 * 10**9}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+class _StepsLeftOut(GenerateJsonSchema):
+    """Steps hold a pass of any class, whose schema is put in by name."""
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
+        return {}

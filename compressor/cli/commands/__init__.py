@@ -1,0 +1,1 @@
+"""One file for each sub-command; its `command` is what `compress NAME` runs."""

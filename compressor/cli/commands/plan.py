@@ -1,0 +1,148 @@
+"""compress plan"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressor.cli.display import duration, size
+from compressor.cli.options import device_options, json_option, recipe_options
+
+if TYPE_CHECKING:
+    from compressor.estimate import Estimates
+    from compressor.plan import Plan
+
+
+@click.command()
+@recipe_options
+@device_options
+@json_option
+def command(
+    recipe: Path,
+    model: str | None,
+    output: str | None,
+    overrides: tuple[str, ...],
+    max_shard_size: str | None,
+    device: str,
+    device_memory: str | None,
+    as_json: bool,
+) -> None:
+    """Show what a run would do and cost, and everything that is wrong with it.
+
+    Reads config.json and tensor headers only (of a Hub repository over the network): no weights,
+    no GPU. All problems are listed at once; the exit code is 2 if there are any.
+
+    \b
+    compress plan recipes/llama2-awq.yaml
+    compress plan recipes/llama2-awq.yaml --model ./my-model --set passes.awq.group_size=64
+    """
+    import torch
+
+    from compressor.estimate import estimate
+    from compressor.locate import locate
+    from compressor.plan import make_plan
+    from compressor.recipe import load_recipe, parse_size
+
+    loaded = load_recipe(
+        recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
+    )
+    located = locate(loaded.model, fetch=False)
+    plan = make_plan(loaded, located.source, output=Path(loaded.output).expanduser())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bound = parse_size(device_memory) if device_memory else None
+    costs = estimate(plan, device=torch.device(device), device_memory=bound)
+    if as_json:
+        click.echo(json.dumps({"ok": True, **describe(plan, costs)}, indent=2))
+    else:
+        show(plan, costs, device=device)
+
+
+def describe(plan: Plan, costs: Estimates) -> dict[str, Any]:
+    """The plan as plain data."""
+    return {
+        "model_type": plan.layout.model_type,
+        "recipe": plan.recipe.resolved(),
+        "passes": [
+            {
+                "pass": p.step.name,
+                "matches": dict(p.matches),
+                "ignored": dict(p.ignored),
+                "linears": len(p.names),
+            }
+            for p in plan.passes
+        ],
+        "schemes": {name: label(plan, name) for name in plan.schemes.linears},
+        "units": len(plan.units),
+        "shards": {shard.file: shard.size for shard in plan.shards.shards},
+        "estimates": costs.to_json(),
+        "notes": list(plan.notes),
+    }
+
+
+def label(plan: Plan, name: str) -> str:
+    """A linear's scheme in a few words."""
+    scheme = plan.schemes.linears[name]
+    spec = scheme.weight
+    if spec is None:
+        return "unchanged"
+    shared = {
+        "tensor": "per tensor",
+        "channel": "per channel",
+        "group": f"group {spec.group_size}",
+        "block": f"block {spec.block}",
+    }[spec.strategy]
+    kind = f"int{spec.bits}" if spec.element == "int" else spec.element
+    text = f"{kind} {shared} {'symmetric' if spec.symmetric else 'asymmetric'}"
+    if scheme.input is not None:
+        text += f", inputs {scheme.input.element} per {scheme.input.mode}"
+    return text
+
+
+def show(plan: Plan, costs: Estimates, *, device: str) -> None:
+    """The plan for people."""
+    recipe, source = plan.recipe, plan.source
+    parameters = sum(elements(entry.spec.shape) for entry in source.checkpoint.entries.values())
+    click.echo(
+        f"{recipe.model}: {plan.layout.model_type}, {len(plan.units) - 2} blocks, "
+        f"{parameters / 1e6:.1f} M parameters, {source.checkpoint.dtype}".replace("torch.", "")
+    )
+    for number, entry in enumerate(plan.passes, 1):
+        click.echo(f"pass {number}: {entry.step.name}, {len(entry.names)} linears")
+        for pattern, count in entry.matches.items():
+            click.echo(f"  target {pattern!r} matches {count}")
+        for pattern, count in entry.ignored.items():
+            click.echo(f"  ignore {pattern!r} matches {count}")
+    click.echo(f"format: {plan.format.name}")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for linear in plan.layout.linears:
+        groups.setdefault((linear.role, label(plan, linear.name)), []).append(linear.name)
+    for (role, text), names in groups.items():
+        click.echo(f"  {role:12} {len(names):5} x {text}")
+    if plan.calibrated:
+        wanted = recipe.calibration
+        click.echo(
+            f"calibration: {wanted.samples} x {wanted.length} tokens of {wanted.data}, "
+            f"{costs.batch} rows at a time"
+        )
+    files = len(plan.shards.shards)
+    click.echo(
+        f"output: {recipe.output}, {size(costs.output_bytes)} in {files} "
+        f"file{'s' if files > 1 else ''} (source {size(costs.source_bytes)}, "
+        f"{costs.source_bytes / costs.output_bytes:.2f} times smaller)"
+    )
+    click.echo(f"peak memory: host {size(costs.host_bytes)}, device {size(costs.device_bytes)}")
+    click.echo(f"time on {device}: about {duration(costs.seconds)}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Elements of a tensor of this shape."""
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,43 @@
+"""compress recipes"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import click
+
+from compressor.cli.options import json_option
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def command(name: str | None, as_json: bool) -> None:
+    """List the recipes that come with the program, or print one.
+
+    \b
+    compress recipes                       # names, and what each does
+    compress recipes llama2-awq > my.yaml  # a start for your own
+    """
+    from compressor.errors import InputError
+    from compressor.recipe import nearest
+
+    found = {
+        entry.name.removesuffix(".yaml"): entry.read_text("utf-8")
+        for entry in resources.files("compressor.recipes").iterdir()
+        if entry.name.endswith(".yaml")
+    }
+    if name is not None:
+        wanted = name.removesuffix(".yaml")
+        if wanted not in found:
+            raise InputError(f"there is no recipe {name!r}", hint=nearest(wanted, list(found)))
+        click.echo(found[wanted], nl=False)
+        return
+    titles = {key: text.split("\n", 1)[0].lstrip("# ") for key, text in sorted(found.items())}
+    if as_json:
+        click.echo(json.dumps(titles, indent=2))
+        return
+    width = max(map(len, titles), default=0)
+    for key, title in titles.items():
+        click.echo(f"{key:{width}}  {title}")

@@ -1,0 +1,65 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+RECIPE = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path)
+
+
+def recipe_options(function: Command) -> Command:
+    """RECIPE and what replaces parts of it."""
+    for decorate in (
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Replace a key: calibration.samples=64, passes.awq.bits=3. Repeatable.",
+        ),
+        click.option("--max-shard-size", help="Largest output file, such as 5GB."),
+        click.option("--output", "-o", help="Folder to write, in place of the recipe's."),
+        click.option(
+            "--model", "-m", help="Folder, GGUF file or Hub id, in place of the recipe's."
+        ),
+        click.argument("recipe", type=RECIPE),
+    ):
+        function = decorate(function)
+    return function
+
+
+def device_options(function: Command) -> Command:
+    """Where to compute."""
+    for decorate in (
+        click.option(
+            "--device-memory", help="Bound on device memory, such as 5GB: smaller batches."
+        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1."),
+    ):
+        function = decorate(function)
+    return function
+
+
+def json_option(function: Command) -> Command:
+    """Machine-readable output."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(
+        function
+    )
+
+
+def log_option(function: Command) -> Command:
+    """How progress is written."""
+    return click.option(
+        "--log-format",
+        type=click.Choice(["auto", "plain", "json"]),
+        default="auto",
+        show_default=True,
+        help="Progress on stderr: live in a terminal, plain lines, or one JSON line per event.",
+    )(function)
