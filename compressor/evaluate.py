@@ -69,7 +69,7 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in which a number that is not finite is null."""
-        found: dict[str, Any] = _finite(asdict(self))
+        found: dict[str, Any] = plain_json(asdict(self))
         return found
 
 
@@ -227,9 +227,10 @@ def _exp(estimate: Estimate) -> Estimate:
     return Estimate(value=value, error=value * estimate.error)
 
 
-def _finite(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """Plain data in which tuples are lists and a number that is not finite is None."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: plain_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [plain_json(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
