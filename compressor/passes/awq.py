@@ -1,0 +1,205 @@
+"""AWQ (arXiv 2306.00978): input channels that see large activations are scaled up before rounding.
+
+The scale of a channel is divided out again by the norm or linear that makes the input, so the model
+computes the same function until its weights are rounded. Then bounds are searched at which the
+scaled weights of each group are clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from compressor_calibration.stats import SiteStats, StatNeeds
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compressor.folding import consumer_scale, fold, source_scale
+from compressor.layout import Fold, Linear
+from compressor.numerics import fake_quantize, quantize
+from compressor.numerics.awq_search import (
+    ScaleResult,
+    search_clip_gram,
+    search_scales_gram,
+    search_scales_reference,
+)
+from compressor.passes.base import Pass, PassContext, PassResult, Unit, output_error
+from compressor.passes.rtn import int_spec, uneven_groups
+from compressor.qtensor import QuantSpec
+from compressor.scheme import Scheme
+
+
+class Awq(Pass):
+    """Scale up input channels that see large activations, clip outliers, then round to integers.
+
+    Without `bits` it only changes weights, and searches with the quantizer that comes after it.
+    """
+
+    version: ClassVar[int] = 1
+
+    bits: int | None = Field(
+        None, ge=2, le=8, description="bits of one weight; null leaves rounding to a later pass"
+    )
+    group_size: int | None = Field(
+        128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
+    )
+    symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
+    search: Literal["gram", "reference"] = Field(
+        "gram",
+        description="judge scales by the linears' output error, from the Gram matrix of their "
+        "inputs, or (reference) by the output of the module they are in, by running tokens",
+    )
+    duo: bool = Field(False, description="also divide scales by the weights' relative magnitude")
+    clip: bool = Field(True, description="search bounds at which weights of a group are clipped")
+    grid: int = Field(20, ge=1, le=1000, description="how many scales are tried for each input")
+    search_tokens: int = Field(2048, ge=1, description="tokens that the reference search runs")
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="what fewer tokens went through (a rare expert) is rounded without data",
+    )
+
+    @model_validator(mode="after")
+    def _grid_needs_bits(self) -> Awq:
+        given = {"group_size", "symmetric"} & self.model_fields_set
+        if self.bits is None and given:
+            names = " and ".join(sorted(given))
+            raise ValueError(f"{names} without bits; give them to the quantizer that comes later")
+        return self
+
+    def scheme(self) -> Scheme | None:
+        if self.bits is None:
+            return None
+        return Scheme(weight=int_spec(self.bits, self.group_size, symmetric=self.symmetric))
+
+    def needs(self) -> StatNeeds:
+        kept = self.search_tokens if self.search == "reference" else 0
+        return StatNeeds(absmean=True, gram=True, keep_inputs=kept)
+
+    def check(self, linear: Linear) -> str | None:
+        return None if self.bits is None else uneven_groups(linear, self.group_size)
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        folds = {site_fold.site: site_fold for site_fold in unit.layout.folds}
+        expert_tokens: dict[int | None, int] = {}
+        rows = {}
+        result = unit
+        # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
+        # and how many tokens an expert saw is known from its output.
+        for name in reversed(unit.layout.sites):
+            linears = [x for x in context.selected if x.site == name and context.spec(x)]
+            if not linears:
+                continue
+            site = _Site(context.stats[name])
+            if name in folds and self._scalable(folds[name], unit, context):
+                found = self._search(folds[name], unit, context)
+                changed = fold(
+                    result.tensors,
+                    folds[name],
+                    unit.layout,
+                    source_scale(folds[name], found.scales),
+                )
+                result, site = result.with_tensors(changed), _Site(site.stats, found)
+            for linear in linears:
+                if linear.role == "expert.down":
+                    expert_tokens[linear.expert] = site.stats.tokens
+                tokens = expert_tokens.get(linear.expert, site.stats.tokens)
+                result, rows[linear.name] = self._finish(
+                    result, linear, context, site, tokens=tokens
+                )
+        return PassResult(result, [rows[x.name] for x in context.selected if x.name in rows])
+
+    def _scalable(self, site_fold: Fold, unit: Unit, context: PassContext) -> bool:
+        """Whether all that reads the site takes part, and in one grid; a router always does."""
+        readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
+        specs = {context.spec(x) if x in context.selected else None for x in readers}
+        return (
+            len(specs) == 1
+            and None not in specs
+            and f"{site_fold.source}.weight" in unit.tensors
+            and context.stats[site_fold.site].tokens >= self.min_tokens
+        )
+
+    def _search(self, site_fold: Fold, unit: Unit, context: PassContext) -> ScaleResult:
+        """The scales of a site, judged on weights as they were before anything was folded."""
+        readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
+        weights = [unit.weight(x) for x in readers]
+        spec = context.spec(readers[0])
+        assert spec is not None
+        stats = context.stats[site_fold.site]
+
+        def tie(scales: Tensor) -> Tensor:
+            return consumer_scale(site_fold, source_scale(site_fold, scales, "mean"))
+
+        def loss_of(replaced: list[Tensor]) -> float:
+            named = {x.name: weight for x, weight in zip(readers, replaced, strict=True)}
+            return context.module_loss(site_fold.site, named)
+
+        shared = tie if site_fold.repeat > 1 else None
+        # Of a single linear both searches have the same loss, and the Gram matrix has all tokens.
+        if self.search == "reference" and len(readers) > 1:
+            return search_scales_reference(
+                weights, stats.absmean, loss_of, spec, grid=self.grid, duo=self.duo, tie=shared
+            )
+        return search_scales_gram(
+            weights, stats.gram, stats.absmean, spec, grid=self.grid, duo=self.duo, tie=shared
+        )
+
+    def _finish(
+        self, unit: Unit, linear: Linear, context: PassContext, site: _Site, *, tokens: int
+    ) -> tuple[Unit, Mapping[str, Any]]:
+        """Clip and, if this pass does, round one linear; its report row."""
+        spec = context.spec(linear)
+        assert spec is not None
+        weight = unit.weight(linear)
+        informed = tokens >= self.min_tokens
+        scales = None if site.found is None else site.found.scales
+        options = {}
+        if self.clip and informed and _clippable(spec):
+            gram = site.stats.gram
+            options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
+        if self.bits is None:
+            values = fake_quantize(weight, spec, **options)
+            if options:
+                clipped = _clamped(weight, options["clip_max"])
+                unit = unit.with_tensors({f"{linear.name}.weight": clipped})
+        else:
+            q = quantize(weight, spec, **options)
+            values = q.dequantize()
+            unit = unit.with_quantized(linear, q)
+        if scales is not None:
+            weight, values = weight / scales, values / scales
+        row: dict[str, Any] = {
+            "linear": linear.name,
+            "bits": spec.bits,
+            "error": output_error(weight, values, site.stats.gram if informed else None),
+            "error_of": "output" if informed else "weight",
+            "ratio": None if site.found is None else site.found.ratio,
+        }
+        if not informed:
+            row["note"] = f"{tokens} calibration tokens came here: rounded without data"
+        return unit, row
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """An input site: its statistics, and its scales where it is rescaled."""
+
+    stats: SiteStats
+    found: ScaleResult | None = None
+
+
+def _clippable(spec: QuantSpec) -> bool:
+    """Whether a grid follows from the range of a group."""
+    return spec.element == "int" and spec.second == "none" and spec.strategy in ("group", "channel")
+
+
+def _clamped(weight: Tensor, bounds: Tensor) -> Tensor:
+    """A weight [O, C] cut off at ±bounds [O, groups]."""
+    groups = weight.view(*bounds.shape, -1)
+    return torch.clamp(groups, -bounds[..., None], bounds[..., None]).view(weight.shape)
+
+
+PASS = Awq
