@@ -1,0 +1,67 @@
+"""Runs a recipe in child processes and kills them at random moments until one finishes.
+
+    python killing.py RECIPE OUTPUT SEED
+
+The parent only imports and forks, so a child costs milliseconds to start. Prints one JSON line:
+how many children were killed, and after how many committed units.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers.models.auto.modeling_auto  # noqa: F401  (imported once, before the forks)
+
+from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.recipe import load_recipe
+
+
+def child(recipe: Path, output: str) -> None:
+    torch.set_num_threads(1)
+    loaded = load_recipe(recipe, output=output)
+    compile_checkpoint(prepare(loaded, device=choose_device("cpu")))
+
+
+def start(recipe: Path, output: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(recipe, output)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(9)
+    return pid
+
+
+def main() -> None:
+    recipe, output, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    rng = random.Random(seed)
+    began = time.monotonic()
+    _, status = os.waitpid(start(recipe, f"{output}-whole"), 0)
+    assert status == 0, status
+    whole = time.monotonic() - began
+    kills, committed = 0, []
+    while True:
+        pid = start(recipe, output)
+        # Short lives first, so that many deaths come before the run gets through.
+        time.sleep(rng.uniform(0.1, 0.5 + 0.1 * kills) * whole)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0, status
+            break
+        kills += 1
+        committed.append(len(list((Path(output) / ".compress-work" / "units").glob("*.json"))))
+    print(json.dumps({"kills": kills, "committed": committed}))
+
+
+if __name__ == "__main__":
+    main()
