@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from compressor_kernels.awq_candidate import CLIP_SIZES, candidate_delta, clip_bounds
 from torch import Tensor
 
 from compressor.errors import InputError
@@ -123,12 +124,38 @@ def search_scales_gram(
         for i, scales in enumerate(candidates):
             parts = torch.split(delta, [block.shape[0] for block in rows])
             for block, part in zip(rows, parts, strict=True):
-                work = block.float()
-                part.copy_(fake_quantize(work * scales, spec).div_(scales).sub_(work))
+                _write_delta(block, scales, spec, part)
             losses[i] += gram_error(delta, gram)
     found = losses.tolist()
     best = _first_minimum(found)
     return ScaleResult(candidates[best], [0.0, *ratios][best], tuple(found))
+
+
+def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
+    """Q(W·s)/s − W of a weight [O, C] and a candidate [C], into `out`."""
+    if weight.is_cuda and is_plain_int(spec):
+        candidate_delta(
+            weight.contiguous(),
+            scales,
+            bits=spec.bits,
+            group_size=spec.group_size,
+            symmetric=spec.symmetric,
+            stored=spec.scale_dtype,
+            out=out,
+        )
+    else:
+        weight = weight.float()
+        out.copy_(fake_quantize(weight * scales, spec).div_(scales).sub_(weight))
+
+
+def is_plain_int(spec: QuantSpec) -> bool:
+    """Whether the spec is integers with one scale per group or row, chosen from the range."""
+    return (
+        spec.element == "int"
+        and spec.second == "none"
+        and spec.zero != "offset"
+        and spec.strategy in ("group", "channel")
+    )
 
 
 def _candidates(
@@ -200,6 +227,17 @@ def search_clip_gram(
         per_group = scales.view(-1, size)
         blocks = blocks / (per_group[:, :, None] * per_group[:, None, :])
 
+    if weight.is_cuda and size in CLIP_SIZES:
+        return clip_bounds(
+            weight.contiguous(),
+            blocks.contiguous(),
+            bits=spec.bits,
+            symmetric=spec.symmetric,
+            stored=spec.scale_dtype,
+            grid=grid,
+            steps=int(max_shrink * grid),
+        )
+
     def error(delta: Tensor) -> Tensor:
         by_group = delta.transpose(0, 1)
         errors: Tensor = ((by_group @ blocks) * by_group).sum(-1)
@@ -238,10 +276,10 @@ def _search_clip(
 
 
 def _clip_group_size(weight: Tensor, spec: QuantSpec) -> int:
-    """Inputs that share one bound; InputError for scales that span rows."""
-    if spec.strategy not in ("channel", "group"):
+    """Inputs that share one bound. Raises InputError for grids that no range decides."""
+    if not is_plain_int(spec):
         raise InputError(
-            f"clipping bounds need scales per group or channel, not per {spec.strategy}",
+            f"clipping bounds need an integer grid per group or channel, not {spec}",
             hint="turn clipping off for this target",
         )
     return (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]

@@ -21,13 +21,13 @@ from compressor.layout import Fold, Linear
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
     ScaleResult,
+    is_plain_int,
     search_clip_gram,
     search_scales_gram,
     search_scales_reference,
 )
 from compressor.passes.base import Pass, PassContext, PassResult, Unit, output_error
 from compressor.passes.rtn import int_spec, uneven_groups
-from compressor.qtensor import QuantSpec
 from compressor.scheme import Scheme
 
 
@@ -157,7 +157,7 @@ class Awq(Pass):
         informed = tokens >= self.min_tokens
         scales = None if site.found is None else site.found.scales
         options = {}
-        if self.clip and informed and _clippable(spec):
+        if self.clip and informed and is_plain_int(spec):
             gram = site.stats.gram
             options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
         if self.bits is None:
@@ -189,11 +189,6 @@ class _Site:
 
     stats: SiteStats
     found: ScaleResult | None = None
-
-
-def _clippable(spec: QuantSpec) -> bool:
-    """Whether a grid follows from the range of a group."""
-    return spec.element == "int" and spec.second == "none" and spec.strategy in ("group", "channel")
 
 
 def _clamped(weight: Tensor, bounds: Tensor) -> Tensor:
