@@ -75,6 +75,16 @@ class QuantSpec:
         return (-(-out_features // rows), -(-in_features // columns))
 
 
+NVFP4 = QuantSpec(
+    element="fp4_e2m1",
+    bits=4,
+    strategy="group",
+    group_size=16,
+    scale_dtype=torch.float8_e4m3fn,
+    second="tensor",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class QTensor:
     """Codes and scales of one weight.

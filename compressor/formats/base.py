@@ -51,6 +51,9 @@ class Format(Protocol):
     name: str
     """Recipe key, also the file name with - for _."""
 
+    stores_divisors: bool
+    """Whether it stores a tensor's second-level scale as its reciprocal."""
+
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """Dtype in which this format stores the scales of `spec`."""
         ...
@@ -151,6 +154,7 @@ class WeightsOnly:
     """Defaults of a format that has no place for scales of inputs or of the KV cache."""
 
     name: str
+    stores_divisors = False
 
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """None."""

@@ -17,19 +17,29 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, TensorShape
 from compressor.formats.ct_layouts.base import CTLayout
+from compressor.formats.ct_layouts.float_quantized import FloatQuantized
+from compressor.formats.ct_layouts.int_quantized import IntQuantized
 from compressor.formats.ct_layouts.kv_cache import kv_entry, kv_scales, kv_tensors, read_kv
+from compressor.formats.ct_layouts.nvfp4_pack_quantized import NVFP4PackQuantized
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 VERSION = "0.20.0"
-LAYOUTS: tuple[CTLayout, ...] = (PackQuantized(),)
+LAYOUTS: tuple[CTLayout, ...] = (
+    PackQuantized(),
+    IntQuantized(),
+    FloatQuantized("float-quantized", inputs=True),
+    FloatQuantized("naive-quantized", inputs=False),
+    NVFP4PackQuantized(),
+)
 
 
 class CompressedTensors:
     """Per linear, the one sub-format that holds its scheme."""
 
     name = "compressed-tensors"
+    stores_divisors = True
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """As the sub-format says; the model's dtype where inputs decide which one it is."""
@@ -229,10 +239,11 @@ def _scheme(
             f"{module} should be {format} by config_groups.{key}, but its tensors are "
             f"{', '.join(sorted(tensors)) or 'missing'}"
         )
-    if format not in (packed[0].format, "mixed-precision", None):
+    stored = [layout for layout in packed if format in (layout.format, "mixed-precision", None)]
+    if not stored:
         raise InputError(f"config_groups.{key} says {format}, {module} is {packed[0].format}")
     try:
-        return packed[0].scheme(group, tensors)
+        return stored[0].scheme(group, tensors)
     except InputError as error:
         raise InputError(f"config_groups.{key}, {module}: {error.message}") from error
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.numerics.chunks import row_chunks
-from compressor.qtensor import QTensor, QuantSpec
+from compressor.qtensor import NVFP4, QTensor, QuantSpec
 
 Rule = Literal["static_6", "static_4", "mse", "mae", "abs_max"]
 """How a block's scale is chosen: its largest value becomes 6, becomes 4, or whichever of the two
@@ -34,15 +34,6 @@ BLOCK = 16
 SCALE_MAX = 448.0
 DIVISOR_MAX = 2.0**110
 """Keeps 1/(second·scale) finite for tensors of almost nothing, which become zeros."""
-
-NVFP4 = QuantSpec(
-    element="fp4_e2m1",
-    bits=4,
-    strategy="group",
-    group_size=BLOCK,
-    scale_dtype=torch.float8_e4m3fn,
-    second="tensor",
-)
 
 
 def full_range(rule: Rule) -> float:

@@ -312,7 +312,7 @@ def test_refusals_before_any_work(name, change, shape, said):
     assert reason is not None and said in reason
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "autoawq", "gptq", "gptq-v2", "dense"])
+@pytest.mark.parametrize("name", ["autoawq", "gptq", "gptq-v2", "dense"])
 def test_quantized_inputs_are_refused_here_and_float_linears_taken(name):
     scheme = Scheme(
         weight=QuantSpec("int", 4, "group", 32, scale_dtype=F16),

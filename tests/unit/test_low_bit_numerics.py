@@ -8,14 +8,13 @@ import torch
 from compressor.errors import InputError
 from compressor.numerics import fake_quantize, nearest_codes, quantize
 from compressor.numerics.nvfp4 import (
-    NVFP4,
     e2m1_codes,
     full_range,
     quantize_nvfp4,
     round_e2m1,
     shared_absmax,
 )
-from compressor.qtensor import E2M1_VALUES, QuantSpec, decode_elements, spread
+from compressor.qtensor import E2M1_VALUES, NVFP4, QuantSpec, decode_elements, spread
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 I8 = torch.int8

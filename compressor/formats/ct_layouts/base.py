@@ -17,7 +17,8 @@ from compressor.scheme import ActivationSpec, Scheme
 class CTLayout(Protocol):
     """One value of `format` in a compressed-tensors config; members as in `Format`."""
 
-    format: str
+    @property
+    def format(self) -> str: ...
 
     def holds(self, scheme: Scheme) -> bool:
         """Whether a scheme of this kind is written in this sub-format."""

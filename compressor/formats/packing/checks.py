@@ -52,6 +52,28 @@ def check_int(q: QTensor) -> None:
             raise InputError(f"a zero point is above {top}")
 
 
+def check_values(q: QTensor) -> None:
+    """Raise InputError where a float-element QTensor breaks its own spec or is not finite."""
+    expected = q.spec.scale_shape(*q.shape)
+    if q.codes.dtype != torch.uint8:
+        raise InputError(f"codes are {describe(q.codes)}, not uint8")
+    if tuple(q.scales.shape) != expected or q.scales.dtype != q.spec.scale_dtype:
+        raise InputError(
+            f"scales are {describe(q.scales)}, the spec says {q.spec.scale_dtype} {list(expected)}"
+        )
+    if not finite(q.scales):
+        raise InputError("scales hold NaN or infinity")
+    if q.spec.element == "fp4_e2m1" and bool((q.codes > 15).any()):
+        raise InputError("codes are not uint8 values of 0 … 15")
+    if q.spec.element == "fp8_e4m3" and bool(((q.codes & 127) == 127).any()):
+        raise InputError("codes hold NaN")
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; float8 included, for which torch has no isfinite."""
+    return bool(torch.isfinite(tensor.float()).all())
+
+
 def take(
     tensors: Mapping[str, Tensor],
     name: str,
@@ -74,7 +96,7 @@ def take_scales(
 ) -> Tensor:
     """Finite scales in the spec's dtype."""
     scales = take(tensors, name, shape=shape, dtypes=(spec.scale_dtype,))
-    if not bool(torch.isfinite(scales).all()):
+    if not finite(scales):
         raise InputError(f"tensor {name!r} holds NaN or infinity")
     return scales
 

@@ -1,0 +1,132 @@
+"""What ModelOpt's formats share: one way of quantizing for the whole checkpoint, scalar float32
+scales that are multipliers, and a config that stands in two files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.scheme import KVSpec, Scheme
+
+KV = KVSpec("fp8_e4m3", "tensor")
+KV_ENTRY = {"dynamic": False, "num_bits": 8, "type": "float"}
+KV_NAMES = ("k_proj.k_scale", "v_proj.v_scale")
+SCALAR = TensorShape(torch.float32, ())
+
+
+def common_scheme(schemes: ModelSchemes, *, name: str) -> Scheme | None:
+    """The one scheme of all quantized linears, or None where none is.
+
+    Raises InputError where they differ or the KV cache has a form that is not ModelOpt's.
+    """
+    if schemes.kv not in (None, KV):
+        raise InputError(f"{name} has no form for a KV cache other than fp8_e4m3 per tensor")
+    found = {m: s for m, s in schemes.linears.items() if s.weight is not None}
+    if not found:
+        if schemes.kv is not None:
+            raise InputError(f"{name} cannot quantize the KV cache alone")
+        return None
+    first, scheme = next(iter(found.items()))
+    for module, other in found.items():
+        if other != scheme:
+            raise InputError(
+                f"{name} has one way of quantizing, but {first} and {module} differ",
+                hint="use the compressed-tensors format",
+            )
+    return scheme
+
+
+def config_entry(schemes: ModelSchemes, algorithm: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` of config.json; linears left alone are ignored by exact name."""
+    entry: dict[str, Any] = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "config_groups": {"group_0": {**group, "targets": ["Linear"]}},
+        "ignore": _plain(schemes),
+        "producer": _producer(),
+    }
+    if schemes.kv is not None:
+        entry["kv_cache_scheme"] = dict(KV_ENTRY)
+    return entry
+
+
+def config_file(schemes: ModelSchemes, algorithm: str, **details: Any) -> dict[str, Any]:
+    """hf_quant_config.json, which readers of earlier versions look at."""
+    return {
+        "hf_quant_config.json": {
+            "producer": _producer(),
+            "quantization": {
+                "quant_algo": algorithm,
+                "kv_cache_quant_algo": None if schemes.kv is None else "FP8",
+                **details,
+                "exclude_modules": _plain(schemes),
+            },
+        }
+    }
+
+
+def read_schemes(
+    config: Mapping[str, Any],
+    linears: Mapping[str, Mapping[str, TensorShape]],
+    *,
+    scheme: Scheme,
+    stored: torch.dtype,
+) -> ModelSchemes:
+    """The scheme for every linear whose `weight` is stored in that dtype.
+
+    Raises InputError where the config ignores a quantized linear, or quantizes a float one.
+    """
+    ignore = config.get("ignore") or []
+    found = {}
+    for module, tensors in linears.items():
+        coded = "weight" in tensors and tensors["weight"].dtype == stored
+        ignored = any(fnmatchcase(module, pattern) for pattern in ignore)
+        if coded and ignored:
+            raise InputError(f"{module} holds quantized tensors, but the config ignores it")
+        if not coded and not ignored and tensors:
+            raise InputError(f"{module} should be {config['quant_algo']}, but its weight is not")
+        found[module] = scheme if coded else Scheme()
+    kv = config.get("kv_cache_scheme")
+    if kv not in (None, KV_ENTRY, "FP8"):
+        raise InputError(f"quantization_config.kv_cache_scheme {kv!r} is not supported")
+    return ModelSchemes(linears=found, kv=None if kv is None else KV)
+
+
+def kv_tensors(
+    kv: KVSpec, attention: str, *, k_scale: Tensor, v_scale: Tensor
+) -> dict[str, Tensor]:
+    """One layer's scales, scalars beside the projections they belong to."""
+    if kv != KV:
+        raise InputError("ModelOpt has no form for a KV cache other than fp8_e4m3 per tensor")
+    names = (f"{attention}.{name}" for name in KV_NAMES)
+    return {
+        name: scale.to(torch.float32).reshape(())
+        for name, scale in zip(names, (k_scale, v_scale), strict=True)
+    }
+
+
+def kv_scales(tensors: Mapping[str, Tensor], attention: str) -> tuple[Tensor, Tensor] | None:
+    """One layer's scales of keys and values, float32 [1], or None where there are none."""
+    names = tuple(f"{attention}.{name}" for name in KV_NAMES)
+    if not any(name in tensors for name in names):
+        return None
+    for name in names:
+        if name not in tensors:
+            raise InputError(f"tensor {name!r} is missing")
+    k_scale, v_scale = (tensors[name].to(torch.float32).reshape(1) for name in names)
+    return k_scale, v_scale
+
+
+def _plain(schemes: ModelSchemes) -> list[str]:
+    return [module for module, scheme in schemes.linears.items() if scheme.weight is None]
+
+
+def _producer() -> dict[str, str]:
+    """ModelOpt's own, with the version whose form this is: readers know the format by its name."""
+    return {"name": "modelopt", "version": "0.47.0"}
