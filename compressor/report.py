@@ -1,0 +1,116 @@
+"""What a run did, as data: report.json with a stable schema, and one report.html drawn from it.
+
+Both stand outside the manifest, since they carry times and what the machine did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compressor.errors import MachineError
+from compressor.evaluate import plain_json
+from compressor.report_html import render
+from compressor.shards import write_atomically
+
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UnitReport(_Frozen):
+    """One unit of the run.
+
+    peak_rss, peak_device  bytes, of the process up to the end of this unit
+    rows                   what the passes report: one dict for each linear or site
+    """
+
+    name: str
+    seconds: float
+    peak_rss: int
+    peak_device: int = 0
+    resumed: bool = False
+    rows: tuple[dict[str, Any], ...] = ()
+
+
+class Costs(_Frozen):
+    """Bytes and seconds, planned or spent; device_bytes is 0 on a CPU."""
+
+    source_bytes: int
+    output_bytes: int
+    host_bytes: int
+    device_bytes: int = 0
+    seconds: float
+
+
+class ReportData(_Frozen):
+    """Everything a report says. Fields are added to a schema version, never changed in one.
+
+    title       name of the artefact
+    recipe      the resolved recipe
+    source      what was read: name, revision, content hash
+    format      name of the written format
+    parameters  number of weights of the model, or None
+    estimates   what `plan` said;  spent  what happened
+    phases      wall seconds by phase: run, verify, evaluate …
+    verify      verdict on the written files: {"passed": bool, "checks": [{"name", "passed",
+                "detail"}]}, with whatever else it carries
+    evaluation, passkey, gate  `to_json()` of their results
+    tasks       task of the harness → {"value", "error"}
+    hashes      what identifies the artefact: name → SHA-256
+    machine     what it ran on: name → value
+    started     ISO 8601 with a time zone
+    """
+
+    schema_version: Literal[1] = 1
+    title: str
+    recipe: dict[str, Any]
+    source: dict[str, Any]
+    format: str
+    parameters: int | None = None
+    units: tuple[UnitReport, ...] = ()
+    estimates: Costs
+    spent: Costs
+    phases: dict[str, float] = Field(default_factory=dict)
+    verify: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    passkey: dict[str, Any] | None = None
+    tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
+    gate: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+    hashes: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, str] = Field(default_factory=dict)
+    started: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data in which a number that is not finite is null."""
+        found: dict[str, Any] = plain_json(self.model_dump(mode="python"))
+        return found
+
+
+def write_report(folder: Path, data: ReportData) -> tuple[Path, Path]:
+    """Write report.json and report.html into `folder`; the paths of both.
+
+    Raises MachineError where they cannot be written.
+    """
+    plain = data.to_json()
+    files = {
+        JSON_NAME: json.dumps(plain, indent=1, allow_nan=False) + "\n",
+        HTML_NAME: render(plain),
+    }
+    try:
+        for name, text in files.items():
+            write_atomically(folder / name, text.encode())
+    except OSError as error:
+        raise MachineError(
+            f"cannot write the report into {os.fspath(folder)}: {error.strerror or error}"
+        ) from error
+    return folder / JSON_NAME, folder / HTML_NAME
