@@ -4,8 +4,12 @@ Grid of a group with range [low, high], b bits, as AWQ (arXiv 2306.00978) and it
 have it, with round = half to even:
     subtract   scale = (high − low)/(2^b − 1),  zero = clamp(−round(low/scale), 0, 2^b − 1),
                code = clamp(round(w/scale) + zero, 0, 2^b − 1)
-    none       scale = absmax/((2^b − 1)/2), or absmax/(2^(b−1) − 1) if `narrow`,
+    none       scale = −extreme/2^(b−1), where the extreme is the value of largest magnitude,
+               or absmax/(2^(b−1) − 1) if `narrow`,
                code = clamp(round(w/scale), −2^(b−1), 2^(b−1) − 1) + 2^(b−1)
+A symmetric grid has one level more on its negative side. The extreme lies exactly on that level,
+so the scale is negative where the extreme is positive (the rule of GGML's Q4_0): with absmax/7.5 or
+absmax/7 in its place, 4-bit weights lose half a level or more of a grid that has only 16.
 A scale is rounded to the dtype it is stored in before zero and codes are chosen from it.
 """
 
@@ -38,7 +42,7 @@ def quantize_int(
     clip_min      [scale_shape] lower bound, where it is not −clip_max
     include_zero  widen each asymmetric range to contain 0; without it the zero point of a group
                   of one sign saturates and the far end of the group is cut off, as in AWQ
-    narrow        symmetric grids whose positive end is exactly absmax
+    narrow        symmetric grids with a positive scale whose upper end is exactly absmax
     arithmetic    dtype of the arithmetic (lower than float32 only to reproduce others' codes)
     Raises InputError where the spec is not an int affine one or groups do not divide the columns.
     """
@@ -135,9 +139,11 @@ def grid_of_range(
     """Scales in spec.scale_dtype and integer zeros in low's dtype for ranges [low, high]."""
     levels = 2**spec.bits - 1
     if spec.zero == "none":
-        half = 2 ** (spec.bits - 1) - 1 if narrow else levels / 2
         absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)
-        return _storable(absmax / half, spec.scale_dtype), None
+        if narrow:
+            return _storable(absmax / (2 ** (spec.bits - 1) - 1), spec.scale_dtype), None
+        scales = _storable(absmax / 2 ** (spec.bits - 1), spec.scale_dtype)
+        return torch.where(high > -low, -scales, scales), None
     if include_zero:
         low, high = low.clamp(max=0), high.clamp(min=0)
     scales = _storable((high - low).clamp(min=RANGE_FLOOR) / levels, spec.scale_dtype)

@@ -3,7 +3,7 @@
 `candidate_delta` gives the error of one candidate scale as the next matrix product wants it;
 `clip_bounds` tries every clipping bound of a group while the group stays in registers. Grids are
     asymmetric  scale = (high − low)/(2^b − 1), zero = clamp(−round(low/scale), 0, 2^b − 1)
-    symmetric   scale = absmax/((2^b − 1)/2), codes −2^(b−1) … 2^(b−1) − 1
+    symmetric   scale = −extreme/2^(b−1), codes −2^(b−1) … 2^(b−1) − 1
 with the scale rounded to the dtype it is stored in before codes are chosen.
 """
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 STORED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-TILE = 4096
-"""Weights that one program of `candidate_delta` works on."""
+TILE, WARPS = 4096, 4
+"""Weights that one program of `candidate_delta` works on, and its warps."""
+CLIP_TILE, CLIP_WARPS = 4096, 8
+"""The same of `clip_bounds`."""
 CLIP_SIZES = (16, 32, 64, 128, 256)
 """Group sizes of `clip_bounds`: a group is one side of a tensor-core tile."""
 
@@ -63,7 +65,7 @@ def candidate_delta(
         STORED=STORED[stored],
         ROWS=rows,
         WIDTH=width,
-        num_warps=4 if rows * width <= TILE else 8,
+        num_warps=WARPS if rows * width <= TILE else 8,
     )
     return out
 
@@ -109,7 +111,7 @@ def clip_bounds(
     _checked(weight, bits, size, stored)
     if size not in CLIP_SIZES or gram.shape != (weight.shape[1] // size, size, size):
         raise ValueError(f"gram {list(gram.shape)} for a weight {list(weight.shape)}")
-    rows = max(16, TILE // size)
+    rows = max(16, CLIP_TILE // size)
     bounds = torch.empty(
         weight.shape[0], weight.shape[1] // size, dtype=torch.float32, device=weight.device
     )
@@ -126,7 +128,7 @@ def clip_bounds(
         SYMMETRIC=symmetric,
         STORED=STORED[stored],
         ROWS=rows,
-        num_warps=8 if size >= 128 else 4,
+        num_warps=CLIP_WARPS,
     )
     return bounds
 
@@ -171,11 +173,12 @@ def _rounded_ref(
 ) -> Tensor:
     """The values that codes stand for, for groups [..., g] with ranges [low, high] [...]."""
     levels, half = 2**bits - 1, 2 ** (bits - 1)
-    span = 2 * torch.maximum(-low, high) if symmetric else high - low
-    floor = 2e-5 if symmetric else 1e-5
+    span = torch.maximum(-low, high) / half if symmetric else (high - low) / levels
     info = torch.finfo(stored)
-    scale = (span.clamp(min=floor) / levels).clamp(max=info.max).to(stored).float()
+    scale = span.clamp(min=1e-5 / (half if symmetric else levels), max=info.max).to(stored).float()
     scale = scale.clamp(min=info.smallest_normal * info.eps)[..., None]
+    if symmetric:
+        scale = torch.where((high > -low)[..., None], -scale, scale)
     steps = torch.round(groups / scale)
     if symmetric:
         return steps.clamp(-half, half - 1) * scale

@@ -37,10 +37,10 @@ def _rounded(w, low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORED: 
     """
     LEVELS: tl.constexpr = 2**BITS - 1
     if SYMMETRIC:
-        scale = tl.maximum(tl.maximum(-low, high), RANGE_FLOOR) / (LEVELS / 2)
+        scale = _storable(tl.maximum(tl.maximum(-low, high), RANGE_FLOOR) / 2 ** (BITS - 1), STORED)
+        scale = tl.where(high > -low, -scale, scale)
     else:
-        scale = tl.maximum(high - low, RANGE_FLOOR) / LEVELS
-    scale = _storable(scale, STORED)
+        scale = _storable(tl.maximum(high - low, RANGE_FLOOR) / LEVELS, STORED)
     steps = _nearest(w / scale[:, None])
     if SYMMETRIC:
         HALF: tl.constexpr = 2 ** (BITS - 1)

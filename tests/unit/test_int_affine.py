@@ -45,7 +45,7 @@ def test_fake_quantize_is_dequantize(
         options["clip_max"] = torch.rand(s.scale_shape(rows, 48)) * 10.0**exponent
     q = quantize(w, s, **options)
     assert q.scales.shape == s.scale_shape(rows, 48) and q.scales.dtype == scale_dtype
-    assert (q.scales > 0).all() and q.scales.isfinite().all()
+    assert (q.scales != 0).all() and q.scales.isfinite().all()
     assert int(q.codes.max()) < 2**bits
     assert torch.equal(fake_quantize(w, s, **options), q.dequantize(dtype))
 
@@ -60,13 +60,26 @@ def test_error_is_at_most_half_a_step(bits, zero):
     assert steps.mean() < 0.3
 
 
-def test_wide_symmetric_grid_is_the_full_range_over_all_levels():
+def test_the_extreme_of_a_symmetric_group_lies_on_the_lowest_code():
     w = weight()
-    wide, _ = int_grid(w, spec(4))
+    groups = w.view(24, 4, 16)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    q = quantize(w, spec(4))
+    assert torch.equal(q.scales, -extreme / 8)
+    assert (q.codes.view(24, 4, 16).min(-1).values == 0).all()
+    assert (extreme > 0).any() and (extreme < 0).any()
     narrow, _ = int_grid(w, spec(4), narrow=True)
-    absmax = w.view(24, 4, 16).abs().amax(-1)
-    assert torch.equal(wide, absmax / 7.5)
-    assert torch.equal(narrow, absmax / 7)
+    assert torch.equal(narrow, extreme.abs() / 7)
+
+
+def test_negative_scales_beat_narrow_grids():
+    w = weight(64, 512)
+    for bits, gain in ((3, 1.2), (4, 1.1)):
+        error = [
+            (quantize(w, spec(bits), narrow=n).dequantize() - w).square().mean()
+            for n in (True, False)
+        ]
+        assert error[0] > gain * error[1]
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
@@ -84,7 +97,7 @@ def test_zero_and_tiny_groups(zero, scale_dtype, bits):
     w = weight(3, 32)
     w[0], w[1, :16] = 0, 1e-30
     q = quantize(w, spec(bits, zero=zero, scale_dtype=scale_dtype))
-    assert (q.scales > 0).all()
+    assert (q.scales != 0).all()
     out = q.dequantize()
     assert (out[0] == 0).all() and (out[1, :16] == 0).all()
 

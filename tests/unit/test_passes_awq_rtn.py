@@ -135,7 +135,7 @@ def test_scales_are_in_the_dtype_the_plan_chose(step, bench):
     result = b.run(step, spec=spec)
     for q in result.unit.quantized.values():
         assert q.spec == spec and q.scales.dtype == torch.float16
-        assert q.scales.isfinite().all() and (q.scales > 0).all()
+        assert q.scales.isfinite().all() and (q.scales != 0).all()
     assert all(row["error"] < 0.1 for row in result.rows)
 
 
