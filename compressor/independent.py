@@ -19,6 +19,7 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
 AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 FLOAT_DTYPES = ("float16", "float32", "float64", "uint16")
 
@@ -28,7 +29,7 @@ class DecodedWeight:
     """One weight as it stands in a file.
 
     weight  float64 [out, in]
-    codes   uint8 [out, in] as stored (int8 shifted by 128), or None for a float weight
+    codes   uint8 [out, in] as stored (int8 raised by half the codes), or None for a float weight
     scales  float64 multipliers [out, groups], [out, 1], [1, 1] or one per block, second level
             included; None for a float weight
     """
@@ -55,7 +56,11 @@ def decode_linear(
         return _awq(config, tensors)
     elif method == "gptq" and "qweight" in tensors:
         return _gptq(config, tensors)
-    elif method not in (None, "awq", "gptq"):
+    elif method == "modelopt" and "weight_scale" in tensors:
+        return _modelopt(config, tensors)
+    elif method == "qserve" and "qweight" in tensors:
+        return _qserve(config, tensors)
+    elif method not in (None, "awq", "gptq", "modelopt", "qserve"):
         raise ValueError(f"quantization_config.quant_method {method!r} is not known")
     return DecodedWeight(_number(tensors, "weight", shape=None, dtypes=FLOAT_DTYPES))
 
@@ -70,7 +75,10 @@ def _compressed_tensors(
     if format in ("int-quantized", "float-quantized", "naive-quantized"):
         return _ct_plain(args, tensors)
     if format == "nvfp4-pack-quantized":
-        return _ct_nvfp4(tensors)
+        divisor = _number(tensors, "weight_global_scale", shape=(1,), dtypes=("float32",))
+        if divisor[0] == 0:
+            raise ValueError("weight_global_scale is 0")
+        return _nvfp4(tensors, "weight_packed", multiplier=1 / divisor[0])
     raise ValueError(f"quantization_config.format {format!r} is not known")
 
 
@@ -119,27 +127,65 @@ def _ct_plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedW
     shape = _ct_scale_shape(args, rows, columns, tensor="weight")
     scales = np.atleast_2d(_number(tensors, "weight_scale", shape=shape, dtypes=FLOAT_DTYPES))
     values = _e4m3(stored) if floats else stored.astype(np.float64)
-    codes = stored if floats else (stored.astype(np.int16) + 128).astype(np.uint8)
+    half = 2 ** (int(args.get("num_bits", 8)) - 1)
+    codes = stored if floats else (stored.astype(np.int16) + half).astype(np.uint8)
     if not args.get("symmetric", True):
         zeros = _tensor(tensors, "weight_zero_point", shape=shape, dtypes=("int8",))
         values = values - _spread(np.atleast_2d(zeros).astype(np.float64), args, rows, columns)
     return DecodedWeight(values * _spread(scales, args, rows, columns), codes, scales)
 
 
-def _ct_nvfp4(tensors: Mapping[str, Array]) -> DecodedWeight:
-    packed = _tensor(tensors, "weight_packed", shape=None, dtypes=("uint8",))
+def _nvfp4(tensors: Mapping[str, Array], name: str, *, multiplier: float) -> DecodedWeight:
+    packed = _tensor(tensors, name, shape=None, dtypes=("uint8",))
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if columns % 16:
-        raise ValueError(f"weight_packed holds {columns} inputs, not a multiple of 16")
+        raise ValueError(f"{name} holds {columns} inputs, not a multiple of 16")
     codes = np.empty((rows, columns), dtype=np.uint8)
     codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
     blocks = _tensor(tensors, "weight_scale", shape=(rows, columns // 16), dtypes=("uint8",))
-    divisor = _number(tensors, "weight_global_scale", shape=(1,), dtypes=("float32",))
-    if divisor[0] == 0:
-        raise ValueError("weight_global_scale is 0")
-    scales = _e4m3(blocks) / divisor[0]
+    scales = _e4m3(blocks) * multiplier
     values = np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7]
     return DecodedWeight(values * np.repeat(scales, 16, axis=1), codes, scales)
+
+
+def _modelopt(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+    algorithm = config.get("quant_algo")
+    if algorithm in ("NVFP4", "W4A16_NVFP4"):
+        multiplier = _number(tensors, "weight_scale_2", shape=(), dtypes=("float32",))
+        return _nvfp4(tensors, "weight", multiplier=float(multiplier))
+    if algorithm != "FP8":
+        raise ValueError(f"quantization_config.quant_algo {algorithm!r} is not known")
+    raw = _tensor(tensors, "weight", shape=None, dtypes=("uint8",))
+    scale = _number(tensors, "weight_scale", shape=(), dtypes=("float32",))
+    return DecodedWeight(_e4m3(raw) * scale, raw, scale.reshape(1, 1))
+
+
+def _qserve(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+    _bits(config, "bits", known=(4,))
+    packed = _tensor(tensors, "qweight", shape=None, dtypes=("int8",))
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    if rows % 32 or columns % 32:
+        raise ValueError(f"qweight stands for [{rows}, {columns}], not whole 32x32 tiles")
+    o, i = np.arange(rows)[:, None], np.arange(columns)[None, :]
+    tile = o // 32 * (columns // 32) + i // 32
+    inside = o % 8 * 64 + i % 16 // 4 * 16 + i % 32 // 16 * 8 + o % 16 // 8 * 4 + i % 4
+    stream = np.ascontiguousarray(packed).view(np.uint8).reshape(-1)
+    codes = (stream[tile * 512 + inside] >> (o % 32 // 16 * 4)) & 15
+    first = _number(tensors, "s1_scales", shape=(rows,), dtypes=("float16",))[:, None]
+    if config.get("group_size") == -1:
+        zeros = _number(tensors, "s1_szeros", shape=(rows,), dtypes=("float16",))[:, None]
+        return DecodedWeight(codes * first - zeros, codes, first)
+    groups = _group_count(config, columns, tensor="qweight")
+    if config.get("group_scale_order") != [*QSERVE_OUTPUTS]:
+        raise ValueError("quantization_config.group_scale_order is not known")
+    place = np.argsort(QSERVE_OUTPUTS)[np.arange(rows) % 32] + np.arange(rows) // 32 * 32
+    scales, offsets = (
+        _tensor(tensors, name, shape=(groups, rows), dtypes=("int8",))[:, place].T.astype(float)
+        for name in ("s2_scales", "s2_zeros")
+    )
+    order = np.arange(columns) * groups // columns
+    weight = (codes * scales[:, order] + offsets[:, order]) * first
+    return DecodedWeight(weight, codes, scales * first)
 
 
 def _awq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:

@@ -108,7 +108,7 @@ class QTensor:
         return (self.codes.shape[0], self.codes.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight this stands for, [out, in], computed in float32 (float64 if asked) then cast."""
+        """The weight this stands for, [out, in], computed in float32, or float64 if asked."""
         work = torch.float64 if dtype == torch.float64 else torch.float32
         values = decode_elements(self.codes, self.spec, work)
         scales = spread(self.scales.to(work), self.spec, self.shape)

@@ -2,6 +2,8 @@
 
 What may have no exact form in the target is a scale (another float dtype) or a zero point (a
 format for symmetric weights only). Nothing is rounded unless that is allowed, and then only scales.
+NVFP4's global scale is a multiplier in one format and a divisor in another: it moves to the nearest
+multiplier that is some divisor's reciprocal, at most one ulp away, which is reported and no more.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import Format
+from compressor.formats.packing.e2m1 import divisor_of
 from compressor.qtensor import QTensor
 from compressor.scheme import ActivationSpec, Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class RoundingReport:
-    """Scales of one weight that were rounded to the target's dtype.
+    """Scales of one weight that were rounded to the target's dtype, or to a divisor's reciprocal.
 
     max_relative_error  largest |rounded − scale| / |scale|; it is also that of the weight itself
     """
@@ -35,6 +38,8 @@ class RoundingReport:
         source, target = (
             str(d).removeprefix("torch.") for d in (self.source_dtype, self.target_dtype)
         )
+        if source == target:
+            target = f"{target} as divisors"
         return (
             f"{self.name}: {self.rounded} of {self.total} {source} scales have no exact form in "
             f"{target}; the nearest is off by up to {self.max_relative_error:.2g} of its value"
@@ -64,14 +69,19 @@ def relayout(
     scales = q.scales.to(dtype)
     if not bool(torch.isfinite(scales.to(torch.float32)).all()):
         raise InputError(
-            f"{name}: scales up to {float(q.scales.max()):.3g} are infinite in {dtype}"
+            f"{name}: scales up to {float(q.scales.float().max()):.3g} are infinite in {dtype}"
         )
     report = _compare(q.scales, scales, name=name)
     if report is not None and not allow_rounding:
         raise InputError(
             f"{source.name} to {target.name}: {report}", hint="allow rounding to write it anyway"
         )
-    return replace(q, spec=replace(q.spec, scale_dtype=dtype), scales=scales), report
+    second = q.second
+    if target.stores_divisors and second is not None and q.spec.second == "tensor":
+        moved = divisor_of(second).reciprocal()
+        report = report or _compare(second, moved, name=name)
+        second = moved
+    return replace(q, spec=replace(q.spec, scale_dtype=dtype), scales=scales, second=second), report
 
 
 def as_asymmetric(q: QTensor) -> QTensor:

@@ -165,7 +165,7 @@ def test_damage_is_a_value_error_with_the_tensors_name(name):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "modelopt"}, "modelopt"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"quant_method": "awq", "bits": 3}, "bits"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "gemv"),
         ({"quant_method": "awq", "bits": 4, "group_size": 0}, "groups of 0"),
