@@ -1,0 +1,5 @@
+"""`python -m compressor.cli` is `compress`."""
+
+from compressor.cli.main import main
+
+main()

@@ -1,0 +1,112 @@
+"""Write a Llama checkpoint of random weights, for measuring speed and memory at real shapes.
+
+    python scripts/make_random_model.py FOLDER [--layers 32] [--shape 7b|tiny] [--device cuda]
+
+The weights are drawn one tensor at a time and mean nothing: only time and memory may be measured
+with them. The tokenizer is a byte-level one of 256 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from compressor.formats.base import TensorShape
+from compressor.safetensors_file import tensor_bytes
+from compressor.shards import plan_shards
+
+SHAPES = {
+    "7b": {"hidden": 4096, "ff": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},
+    "8b": {"hidden": 4096, "ff": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
+    "small": {"hidden": 1024, "ff": 2816, "heads": 16, "kv_heads": 8, "vocab": 8192},
+    "tiny": {"hidden": 256, "ff": 704, "heads": 8, "kv_heads": 4, "vocab": 512},
+}
+
+
+def shapes_of(size: dict[str, int], layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape, in the order of the file."""
+    hidden, ff = size["hidden"], size["ff"]
+    kv = hidden // size["heads"] * size["kv_heads"]
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size["vocab"], hidden)}
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{block}.{name}.weight"] = (hidden,)
+        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+            found[f"{block}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        found[f"{block}.mlp.gate_proj.weight"] = (ff, hidden)
+        found[f"{block}.mlp.up_proj.weight"] = (ff, hidden)
+        found[f"{block}.mlp.down_proj.weight"] = (hidden, ff)
+    found["model.norm.weight"] = (hidden,)
+    found["lm_head.weight"] = (size["vocab"], hidden)
+    return found
+
+
+def write(folder: Path, *, shape: str, layers: int, device: str) -> None:
+    """Write config, tokenizer, index and shards."""
+    size = SHAPES[shape]
+    folder.mkdir(parents=True)
+    tensors = {
+        name: TensorShape(torch.bfloat16, dims) for name, dims in shapes_of(size, layers).items()
+    }
+    plan = plan_shards([{name: spec} for name, spec in tensors.items()], max_bytes=5 * 10**9)
+    generator = torch.Generator(device).manual_seed(0)
+    for shard in plan.shards:
+        with (folder / shard.file).open("wb") as handle:
+            handle.write(shard.header)
+            for spec in shard.tensors.values():
+                noise = torch.randn(spec.shape, generator=generator, device=device)
+                scale = 0.02 if len(spec.shape) > 1 else 0.1
+                offset = 0.0 if len(spec.shape) > 1 else 1.0
+                handle.write(tensor_bytes((noise * scale + offset).to(torch.bfloat16)))
+    (folder / "model.safetensors.index.json").write_bytes(plan.index())
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": size["hidden"],
+        "intermediate_size": size["ff"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["kv_heads"],
+        "vocab_size": size["vocab"],
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    write(args.folder, shape=args.shape, layers=args.layers, device=args.device)
+
+
+if __name__ == "__main__":
+    main()
