@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def card(spec: QuantSpec | None = INT4, **changes: Any) -> CardData:
 
 
 def python_in(text: str) -> list[str]:
-    return [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    found = re.findall(r"^(`{3,})python\n(.*?)^\1$", text, re.DOTALL | re.MULTILINE)
+    return [code for _, code in found]
 
 
 def test_the_hub_reads_the_metadata() -> None:
