@@ -21,7 +21,7 @@ from compressor.layout import UnitLayout
 from compressor.source import Source
 from compressor.streaming import AttentionPolicy, Progress, Stream, StreamedModel, run_blocks
 
-LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 """Logits in memory at a time."""
 
 
