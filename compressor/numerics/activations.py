@@ -1,6 +1,7 @@
 """What a value becomes when it is quantized as the model runs: inputs of linears, keys and values.
 
 Dynamic scales are absmax/127 (int8) and absmax/448 (fp8 e4m3), as the runtimes' kernels have them;
+NVFP4 inputs are plain (static_6), as no runtime chooses between 4 and 6 for them;
 4-bit keys and values are asymmetric with fp16 scale and zero (QoQ, arXiv 2405.04532).
 """
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.numerics.nvfp4 import fake_quantize_nvfp4, full_range
 from compressor.scheme import ActivationSpec, KVSpec
 
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
@@ -20,12 +22,13 @@ def fake_quantize_activation(
 ) -> Tensor:
     """Inputs of a linear [..., channels] as their quantized form stands for them, in x's dtype.
 
-    scale  the stored multiplier of a static spec, one element
+    scale  the stored multiplier of a static spec, one element; NVFP4's global scale where its
+           mode is local
     A dynamic scale per tensor is taken over the last two dimensions: one row of tokens. Raises
     InputError for a form that is not known here, or a static one without its scale.
     """
-    if spec.element not in LARGEST:
-        raise InputError(f"inputs quantized to {spec.element} are not evaluated here")
+    if spec.element == "fp4_e2m1":
+        return _nvfp4(x, spec, scale)
     values = x.float()
     if spec.mode == "static":
         if scale is None or scale.numel() != 1:
@@ -63,6 +66,19 @@ def fake_quantize_kv(x: Tensor, spec: KVSpec, scale: Tensor | None = None) -> Te
     return _rounded(values, spec.element, spread).to(x.dtype)
 
 
+def _nvfp4(x: Tensor, spec: ActivationSpec, scale: Tensor | None) -> Tensor:
+    """Plain NVFP4 blocks under a stored global scale, or under that of each row of tokens."""
+    if spec.mode == "local":
+        if scale is None or scale.numel() != 1:
+            raise InputError("an NVFP4 input has no single stored global scale")
+        amax = scale.to(x.device, torch.float32) * full_range("static_6")
+        return fake_quantize_nvfp4(x.reshape(-1, x.shape[-1]), amax=amax).reshape(x.shape)
+    if spec.mode != "tensor":
+        raise InputError(f"NVFP4 inputs with {spec.mode} scales are not evaluated here")
+    rows = x.reshape(-1, *x.shape[-2:]) if x.ndim > 1 else x.reshape(1, 1, -1)
+    return torch.stack([fake_quantize_nvfp4(row) for row in rows]).reshape(x.shape)
+
+
 def _dynamic(values: Tensor, element: str, shared: tuple[int, ...]) -> Tensor:
     absmax = values.abs().amax(dim=shared, keepdim=True)
     smallest = torch.finfo(torch.float32).smallest_normal
@@ -72,6 +88,8 @@ def _dynamic(values: Tensor, element: str, shared: tuple[int, ...]) -> Tensor:
 def _rounded(values: Tensor, element: str, scale: Tensor) -> Tensor:
     """values in units of `scale`, rounded to the element and back."""
     largest = LARGEST[element]
-    scaled = (values / scale).clamp(-largest, largest)
+    # Only a static int8 scale lets a value reach the lowest code, which runtimes do not spare.
+    lowest = -128.0 if element == "int8" else -largest
+    scaled = (values / scale).clamp(lowest, largest)
     codes = scaled.round() if element == "int8" else scaled.to(torch.float8_e4m3fn).float()
     return codes * scale

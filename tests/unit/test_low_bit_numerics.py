@@ -7,6 +7,7 @@ import torch
 
 from compressor.errors import InputError
 from compressor.numerics import fake_quantize, nearest_codes, quantize
+from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.nvfp4 import (
     e2m1_codes,
     full_range,
@@ -15,6 +16,7 @@ from compressor.numerics.nvfp4 import (
     shared_absmax,
 )
 from compressor.qtensor import E2M1_VALUES, NVFP4, QuantSpec, decode_elements, spread
+from compressor.scheme import ActivationSpec
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 I8 = torch.int8
@@ -235,6 +237,31 @@ def test_extreme_magnitudes_stay_finite(magnitude):
     for spec in (NVFP4, FP8["channel"], FP8["block"], QOQ["offset"], QOQ["channel"]):
         q = quantize(w, spec)
         assert bool(q.dequantize(torch.float64).isfinite().all()), spec
+
+
+def test_nvfp4_inputs_are_plain_blocks_under_one_global_scale():
+    x = weight(24, 64, seed=13).view(2, 12, 64)
+    local = ActivationSpec("fp4_e2m1", "local", 16)
+    scale = x.abs().max() / 2688
+    made = fake_quantize_activation(x, local, scale)
+    expected = quantize_nvfp4(x.view(24, 64), amax=scale * 2688).dequantize()
+    assert made.dtype == x.dtype and torch.equal(made, expected.view(x.shape))
+    dynamic = ActivationSpec("fp4_e2m1", "tensor")
+    rows = [quantize_nvfp4(row).dequantize() for row in x]
+    assert torch.equal(fake_quantize_activation(x, dynamic), torch.stack(rows))
+    half = fake_quantize_activation(x.bfloat16(), dynamic)
+    assert half.dtype == BF16
+    with pytest.raises(InputError, match="global scale"):
+        fake_quantize_activation(x, local)
+    with pytest.raises(InputError, match="token"):
+        fake_quantize_activation(x, ActivationSpec("fp4_e2m1", "token"))
+
+
+def test_a_static_int8_scale_reaches_the_lowest_code():
+    x = torch.tensor([[-3.0, -1.28, 1.28, 0.004]])
+    spec = ActivationSpec("int8", "static")
+    made = fake_quantize_activation(x, spec, torch.tensor([0.01]))
+    torch.testing.assert_close(made, torch.tensor([[-1.28, -1.28, 1.27, 0.0]]))
 
 
 def test_what_is_not_possible_is_refused():
