@@ -60,8 +60,8 @@ class ReportData(_Frozen):
     parameters  number of weights of the model, or None
     estimates   what `plan` said;  spent  what happened
     phases      wall seconds by phase: run, verify, evaluate …
-    verify      verdict on the written files: {"passed": bool, "checks": [{"name", "passed",
-                "detail"}]}, with whatever else it carries
+    verify      verdict on the written files: {"ok": bool, "checks": [{"name", "ok", "detail"}]},
+                and whatever else it carries
     evaluation, passkey, gate  `to_json()` of their results
     tasks       task of the harness → {"value", "error"}
     hashes      what identifies the artefact: name → SHA-256

@@ -61,7 +61,7 @@ def _header(data: Data) -> str:
 def _badge(name: str, verdict: Data | None, *, good: str, bad: str) -> str:
     if verdict is None:
         return f'<span class="badge">no {escape(name)}</span>'
-    passed = bool(verdict.get("passed"))
+    passed = _held(verdict)
     return f'<span class="badge {"good" if passed else "bad"}">{good if passed else bad}</span>'
 
 
@@ -217,15 +217,31 @@ def _verify(data: Data) -> str:
     verify = data["verify"]
     if verify is None:
         return ""
-    rows = [
+    checks = [
         [
-            _mark(bool(check.get("passed"))),
+            _mark(_held(check)),
             escape(str(check.get("name", ""))),
             escape(str(check.get("detail", ""))),
         ]
         for check in verify.get("checks", ())
     ]
-    return _section("Verification of the written files", _table(["", "check", "found"], rows))
+    body = _table(["", "check", "found"], checks) if checks else ""
+    # What else the verdict carries: single values, and lists of messages.
+    others = [
+        [escape(key.replace("_", " ")), escape(_inline(value))]
+        for key, value in verify.items()
+        if key not in ("ok", "passed", "checks")
+        and not isinstance(value, dict)
+        and not (isinstance(value, list) and any(isinstance(entry, dict) for entry in value))
+        and value not in (None, "", [])
+    ]
+    return _section(
+        "Verification of the written files", body + (_table([], others) if others else "")
+    )
+
+
+def _held(verdict: Data) -> bool:
+    return bool(verdict.get("ok", verdict.get("passed")))
 
 
 def _done(data: Data) -> str:

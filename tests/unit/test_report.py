@@ -95,7 +95,11 @@ def report(**changes: Any) -> ReportData:
             source_bytes=2_000_000, output_bytes=600_000, host_bytes=10**9, seconds=4
         ),
         "spent": Costs(source_bytes=2_000_000, output_bytes=500_000, host_bytes=10**9, seconds=6),
-        "verify": {"passed": True, "checks": [{"name": "hashes", "passed": True, "detail": "3"}]},
+        "verify": {
+            "ok": True,
+            "checks": [{"name": "hashes", "ok": True, "detail": "3"}],
+            "sampled_tiles": 64,
+        },
         "evaluation": evaluation.to_json(),
         "gate": gate.to_json(),
         "warnings": ("one thing",),
@@ -137,6 +141,7 @@ def test_the_page_says_what_happened() -> None:
         "1 warning",
         "one thing",
         "500 kB",
+        "sampled tiles",
         f"4.00{TIMES} smaller than 2 MB, 4.00 bits per weight",
         "61.23",
         "KL divergence from the original is 0.0912 ± 0.002; the gate asks for at most 0.01",
@@ -170,7 +175,7 @@ def test_nothing_in_the_data_becomes_markup() -> None:
                 name=evil, seconds=1, peak_rss=1, rows=({"linear": f"a.0.{evil}", "error": 0.5},)
             ),
         ),
-        verify={"passed": False, "checks": [{"name": evil, "passed": False, "detail": evil}]},
+        verify={"ok": False, "checks": [{"name": evil, "ok": False, "detail": evil}]},
         gate={"passed": False, "checks": [{"passed": False, "message": evil}], "suggestion": evil},
         warnings=(evil,),
         versions={evil: evil},
