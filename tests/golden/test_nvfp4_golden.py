@@ -125,8 +125,6 @@ def test_saturation_where_the_reference_overflows():
         mine = decode_elements(q.codes, NVFP4, torch.float32)
         kept = overflows & ~free.repeat_interleave(16, 1)
         assert bool((mine[kept].abs() == 6).all()), rule
-        if rule == "static_6":
-            assert int(overflows.sum()) > 0
 
 
 def test_columns_that_do_not_fill_their_padding():

@@ -1,4 +1,4 @@
-"""QoQ's weights and QServe's tensors equal to those of deepcompressor, bit for bit."""
+"""QoQ's weights, keys and values, and QServe's tensors equal deepcompressor's, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from compressor.formats.base import get_format
 from compressor.numerics import quantize
+from compressor.numerics.activations import fake_quantize_kv
 from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import ActivationSpec
+from compressor.scheme import ActivationSpec, KVSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
@@ -21,8 +22,8 @@ FORMS = {"postscale": "offset", "prescale": "subtract"}
 INT8 = ActivationSpec("int8", "token")
 
 
-def vectors(name: str) -> dict[str, torch.Tensor]:
-    path = GOLDEN / "quant" / f"qoq_progressive_{name}.safetensors"
+def vectors(name: str, *, kind: str = "progressive_") -> dict[str, torch.Tensor]:
+    path = GOLDEN / "quant" / f"qoq_{kind}{name}.safetensors"
     if not path.is_file():
         pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
     with safe_open(path, "pt") as file:
@@ -81,3 +82,11 @@ def test_qserve_tensors(case):
         read = fmt.decode(tensors, q.spec)
         assert torch.equal(read.codes, q.codes)
         assert torch.equal(read.dequantize(), q.dequantize())
+
+
+def test_keys_and_values_of_four_bits():
+    golden = vectors("kv4_a8", kind="")
+    tokens, heads = golden["kv4.scale"].shape
+    by_head = golden["kv_fp16"].view(1, tokens, heads, -1).transpose(1, 2)
+    made = fake_quantize_kv(by_head, KVSpec("int4", "token_head"))
+    assert torch.equal(made.transpose(1, 2).reshape(tokens, -1), golden["kv4.dequant"])

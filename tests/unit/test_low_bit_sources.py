@@ -1,0 +1,94 @@
+"""A checkpoint of quantized weights and inputs opens as what was written, in every format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.errors import CompressError
+from compressor.formats.base import ModelSchemes, get_format
+from compressor.formats.packing.e2m1 import LOCAL
+from compressor.numerics import quantize
+from compressor.qtensor import NVFP4, QuantSpec
+from compressor.scheme import ActivationSpec, Scheme
+from compressor.source import open_source
+
+BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+QOQ = QuantSpec("int", 4, "group", 32, zero="subtract", scale_dtype=I8, second="channel")
+CASES = {
+    "w8a8": ("compressed-tensors", QuantSpec("int", 8, "channel"), ActivationSpec("int8", "token")),
+    "static": (
+        "compressed-tensors",
+        QuantSpec("int", 8, "tensor"),
+        ActivationSpec("int8", "static"),
+    ),
+    "fp8": ("compressed-tensors", QuantSpec("fp8_e4m3", 8, "block", block=(128, 128)), None),
+    "nvfp4": ("compressed-tensors", NVFP4, LOCAL),
+    "modelopt-nvfp4": ("modelopt-nvfp4", NVFP4, LOCAL),
+    "modelopt-nvfp4a16": ("modelopt-nvfp4", NVFP4, None),
+    "modelopt-fp8": (
+        "modelopt-fp8",
+        QuantSpec("fp8_e4m3", 8, "tensor"),
+        ActivationSpec("fp8_e4m3", "static"),
+    ),
+    "qserve": ("qserve", QOQ, ActivationSpec("int8", "token")),
+}
+
+
+def write(folder, fmt, spec, input):
+    """Quantize every linear of a tiny Llama in place; returns what was written."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors, written, schemes = load_file(folder / "model.safetensors"), {}, {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        module = name.removesuffix(".weight")
+        schemes[module] = Scheme(spec, input)
+        written[module] = quantize(tensors.pop(name), spec)
+        stored = input is not None and input.mode in ("static", "local")
+        scale = torch.tensor([0.0078125]) if stored else None
+        local = fmt.encode(written[module], model_dtype=F32, input=input, input_scale=scale)
+        tensors.update({f"{module}.{key}": tensor for key, tensor in local.items()})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"] = fmt.config(ModelSchemes({**schemes, "lm_head": Scheme()}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return written
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_opens_as_what_was_written(name, tiny_model, tmp_path):
+    format_name, spec, input = CASES[name]
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "out")
+    fmt = get_format(format_name)
+    written = write(folder, fmt, spec, input)
+    source = open_source(folder)
+    assert source.quantized and source.format.name == format_name
+    found, scales = {}, {}
+    for unit in source.layout.units:
+        read = source.read_unit(unit)
+        found |= read.quantized
+        scales |= read.input_scales
+    assert set(found) == set(written)
+    for module, q in written.items():
+        assert source.schemes.linears[module] == Scheme(spec, input)
+        assert torch.equal(found[module].codes, q.codes)
+        assert torch.equal(found[module].dequantize(), q.dequantize())
+    static = input is not None and input.mode in ("static", "local")
+    assert {float(s) for s in scales.values()} == ({0.0078125} if static else set())
+    assert set(scales) == (set(written) if static else set())
+
+
+@pytest.mark.parametrize("name", ["static", "nvfp4", "modelopt-fp8", "qserve"])
+def test_a_tensor_that_is_missing_is_named(name, tiny_model, tmp_path):
+    format_name, spec, input = CASES[name]
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "out")
+    write(folder, get_format(format_name), spec, input)
+    tensors = load_file(folder / "model.safetensors")
+    first = "model.layers.0.self_attn.q_proj."
+    for lost in [n for n in tensors if n.startswith(first)]:
+        rest = {n: t for n, t in tensors.items() if n != lost}
+        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CompressError, match="q_proj"):
+            open_source(folder)
