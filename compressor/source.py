@@ -124,7 +124,9 @@ def as_source(checkpoint: Checkpoint) -> Source:
             stored_low = "weight" in locals_ and not _is_float(locals_["weight"])
             if codes or stored_low:
                 for leaf in locals_:
-                    if leaf not in ("weight", "bias"):
+                    # ModelOpt puts the scales of keys and values into their projections.
+                    kept = leaf in ("weight", "bias") or ADDED.fullmatch(f"{path}.{leaf}")
+                    if not kept:
                         del headers[f"{path}.{leaf}"]
                 # Codes do not show the shape of the weight they stand for: the config does.
                 headers[f"{path}.weight"] = None

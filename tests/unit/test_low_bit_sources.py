@@ -14,7 +14,7 @@ from compressor.formats.base import ModelSchemes, get_format
 from compressor.formats.packing.e2m1 import LOCAL
 from compressor.numerics import quantize
 from compressor.qtensor import NVFP4, QuantSpec
-from compressor.scheme import ActivationSpec, Scheme
+from compressor.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.source import open_source
 
 BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
@@ -39,7 +39,7 @@ CASES = {
 }
 
 
-def write(folder, fmt, spec, input):
+def write(folder, fmt, spec, input, *, kv=None):
     """Quantize every linear of a tiny Llama in place; returns what was written."""
     config = json.loads((folder / "config.json").read_text())
     tensors, written, schemes = load_file(folder / "model.safetensors"), {}, {}
@@ -51,8 +51,11 @@ def write(folder, fmt, spec, input):
         scale = torch.tensor([0.0078125]) if stored else None
         local = fmt.encode(written[module], model_dtype=F32, input=input, input_scale=scale)
         tensors.update({f"{module}.{key}": tensor for key, tensor in local.items()})
+    for module in [name for name in schemes if name.endswith("k_proj")] if kv else []:
+        attention, one = module.rpartition(".")[0], torch.tensor([0.5])
+        tensors |= fmt.kv_tensors(kv, attention, k_scale=one, v_scale=one * 2, model_dtype=F32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config["quantization_config"] = fmt.config(ModelSchemes({**schemes, "lm_head": Scheme()}))
+    config["quantization_config"] = fmt.config(ModelSchemes({**schemes, "lm_head": Scheme()}, kv))
     (folder / "config.json").write_text(json.dumps(config))
     return written
 
@@ -92,3 +95,19 @@ def test_a_tensor_that_is_missing_is_named(name, tiny_model, tmp_path):
         save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CompressError, match="q_proj"):
             open_source(folder)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "modelopt-nvfp4", "modelopt-fp8"])
+def test_scales_of_the_kv_cache_are_read_with_their_block(name, tiny_model, tmp_path):
+    format_name, spec, input = CASES[name]
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "out")
+    write(folder, get_format(format_name), spec, input, kv=KVSpec("fp8_e4m3"))
+    source = open_source(folder)
+    assert source.schemes.kv == KVSpec("fp8_e4m3")
+    for unit in source.layout.units:
+        extra = source.read_unit(unit).extra
+        scales = source.format.kv_scales(extra, f"{unit.name}.self_attn")
+        if unit.kind == "block":
+            assert [float(scale) for scale in scales] == [0.5, 1.0]
+        else:
+            assert scales is None
