@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from compressor_calibration.tokens import TokenSet
 from torch import Tensor
 
 from compressor.checkpoint import content_hash
+from compressor.commit_queue import CommitQueue
 from compressor.encode import decode_unit, encode_unit
 from compressor.errors import InputError, MachineError
 from compressor.layout import UnitLayout
@@ -112,52 +113,54 @@ class _Loop:
     hidden: Tensor | None = None
     done: list[UnitDone] = field(default_factory=list)
     source_hashes: list[str] = field(default_factory=list)
+    committed: set[int] = field(default_factory=set)
 
     def run(self) -> JobResult:
         plan, units = self.plan, self.plan.units
-        if plan.calibrated:
-            self.runner = BlockRunner(
-                plan.source.checkpoint.config,
-                plan.source.arch.runtime,
-                device=self.settings.device,
-                dtype=plan.compute_dtype(self.settings.device),
-            )
-        with ThreadPoolExecutor(1) as reads, ThreadPoolExecutor(1) as writes:
+        self.committed = {i for i in range(len(units)) if self.writer.record(i) is not None}
+        with (
+            ThreadPoolExecutor(1) as reads,
+            ThreadPoolExecutor(1) as writes,
+            ThreadPoolExecutor(1) as syncs,
+        ):
             ahead = reads.submit(self._read, 0)
-            pending: Future[None] | None = None
+            output = CommitQueue(self.writer, writes, syncs)
+            if plan.calibrated:
+                self.runner = BlockRunner(
+                    plan.source.checkpoint.config,
+                    plan.source.arch.runtime,
+                    device=self.settings.device,
+                    dtype=plan.compute_dtype(self.settings.device),
+                )
             for index, unit in enumerate(units):
                 if self.settings.stopping():
-                    if pending is not None:
-                        pending.result()
+                    output.drain()
                     raise Interrupted
                 started = time.perf_counter()
                 source = ahead.result()
                 if index + 1 < len(units):
                     ahead = reads.submit(self._read, index + 1)
-                record = self.writer.record(index)
-                if record is not None:
+                if index in self.committed:
+                    record = self.writer.record(index)
+                    assert record is not None
                     self._replay(index, unit, source, record)
                     self._finished(index, unit, record["rows"], started, resumed=True)
                     continue
                 assert source is not None
                 tensors, digest = source
                 self.source_hashes.append(digest)
-                outputs, rows, batches = self._work(index, unit, tensors)
-                if pending is not None:
-                    pending.result()
-                record = {"source": digest, "rows": rows, "batches": batches}
-                pending = writes.submit(self.writer.commit, index, outputs, record)
+                outputs, rows, originals = self._work(index, unit, tensors)
+                batches = self._next_inputs(index, unit, outputs, originals)
+                output.put(index, outputs, {"source": digest, "rows": rows, "batches": batches})
                 self._finished(index, unit, rows, started)
-            if pending is not None:
-                pending.result()
+            output.drain()
         digest = hashlib.sha256("\n".join(self.source_hashes).encode()).hexdigest()
         return JobResult(writer=self.writer, source_hash=digest, units=tuple(self.done))
 
     def _read(self, index: int) -> tuple[Unit, str] | None:
         """A unit of the source and the hash of its content; None where nothing needs it."""
         unit = self.plan.units[index]
-        committed = self.writer.record(index) is not None
-        if committed and not (self._feeds(index) and self._from_source(unit.layout)):
+        if index in self.committed and not (self._feeds(index) and self._from_source(unit.layout)):
             return None
         pin = self.settings.device.type == "cuda"
         names = self.plan.source.names(unit.layout)
@@ -170,7 +173,7 @@ class _Loop:
     def _feeds(self, index: int) -> bool:
         """Whether a later unit that is still to be done needs the activations that leave this."""
         later = range(index + 1, len(self.plan.units))
-        return any(self.plan.units[i].needs and self.writer.record(i) is None for i in later)
+        return any(self.plan.units[i].needs and i not in self.committed for i in later)
 
     def _replay(
         self,
@@ -195,50 +198,60 @@ class _Loop:
         if source is not None:
             tensors = source[0].dequantized()
         else:
-            tensors = decode_unit(self.plan, unit, self.writer.read(unit.outputs)).dequantized()
+            tensors = self._as_written(unit, self.writer.read(unit.outputs))
         self._advance(unit.layout, tensors, record["batches"])
+
+    def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A unit's weights as the files say, rounding of every tensor included."""
+        dtype = self.plan.compute_dtype(self.settings.device)
+        return decode_unit(self.plan, unit, outputs).dequantized(dtype)
+
+    def _next_inputs(
+        self,
+        index: int,
+        unit: UnitPlan,
+        outputs: Mapping[str, Tensor],
+        originals: Mapping[str, Tensor],
+    ) -> list[int]:
+        """Make the inputs of the next unit, where one needs them, and return the batches."""
+        if unit.layout.kind != "block" or not self._feeds(index):
+            return []
+        seen = originals or self._as_written(unit, outputs)
+        return self._advance(unit.layout, seen, None)
 
     def _work(
         self, index: int, unit: UnitPlan, source: Unit
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], list[int]]:
-        """One unit's output tensors, its report rows, and the batches that made the next inputs."""
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Tensor]]:
+        """One unit's output tensors, its report rows, and the original weights where the next
+        unit's inputs are to come from them."""
         layout, device = unit.layout, self.settings.device
-        feeds = self._feeds(index) and layout.kind != "head"
-        tensors = {n: t.to(device, non_blocking=True) for n, t in source.dequantized().items()}
-        require_finite(tensors)
-        if layout.kind == "embedding" and feeds:
-            self._embed(tensors)
+        dtype = self.plan.compute_dtype(device)
+        moved = {n: t.to(device, non_blocking=True) for n, t in source.dequantized(dtype).items()}
+        require_finite(moved)
+        if layout.kind == "embedding" and self._feeds(index):
+            self._embed(moved)
         if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
             tied = self.plan.layout.tied
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
-            tensors |= {f"{linear.name}.weight": shared for linear in layout.linears}
-        whole = {name: tensor.float() for name, tensor in tensors.items()}
-        current = Unit(layout=layout, tensors=whole, extra=source.extra)
+            moved |= {f"{linear.name}.weight": shared for linear in layout.linears}
         rows: list[dict[str, Any]] = []
-        batches: list[int] = []
-        original = self.plan.recipe.propagate == "original"
         if unit.needs and layout.kind == "block":
-            assert self.runner is not None and self.hidden is not None
-            with self.runner.block(layout, tensors) as block:
+            assert self.runner is not None
+            with self.runner.block(layout, moved) as block:
                 observed = self._halving(
                     lambda batch: block.observe(self._inputs, needs=unit.needs, batch=batch)
                 )
-                current = self._passes(index, unit, current, observed, rows)
-        elif unit.needs:
-            assert self.runner is not None and self.hidden is not None
-            stats = self.runner.head_stats(tensors, self._inputs, needs=unit.needs["head.in"])
-            found = Observation(stats={"head.in": stats}, module_loss=_no_module_loss)
-            current = self._passes(index, unit, current, found, rows)
+                current = self._passes(index, unit, _whole(source, moved), observed, rows)
         else:
-            nothing: dict[str, SiteStats] = {}
-            found = Observation(stats=nothing, module_loss=_no_module_loss)
-            current = self._passes(index, unit, current, found, rows)
-        outputs = encode_unit(self.plan, unit, current)
-        if feeds and layout.kind == "block":
-            # What the next unit sees is what the files say, rounding of every tensor included.
-            seen = tensors if original else decode_unit(self.plan, unit, outputs).dequantized()
-            batches = self._advance(layout, seen, None)
-        return outputs, rows, batches
+            stats: dict[str, SiteStats] = {}
+            if unit.needs:
+                assert self.runner is not None
+                (site,) = unit.needs
+                stats[site] = self.runner.head_stats(moved, self._inputs, needs=unit.needs[site])
+            observed = Observation(stats=stats, module_loss=_no_module_loss)
+            current = self._passes(index, unit, _whole(source, moved), observed, rows)
+        originals = moved if self.plan.recipe.propagate == "original" else {}
+        return encode_unit(self.plan, unit, current), rows, originals
 
     @property
     def _inputs(self) -> Tensor:
@@ -334,6 +347,12 @@ class _Loop:
         )
         self.done.append(done)
         self.settings.on_unit(done)
+
+
+def _whole(source: Unit, moved: Mapping[str, Tensor]) -> Unit:
+    """A unit in float32, as passes work on it."""
+    tensors = {name: tensor.float() for name, tensor in moved.items()}
+    return Unit(layout=source.layout, tensors=tensors, extra=source.extra)
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:

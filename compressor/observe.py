@@ -46,6 +46,12 @@ class Observer:
                 self._watch_calls(site, linears, needs.keep_inputs)
         return self
 
+    def stop_after_last(self) -> None:
+        """End each forward pass at the input of the block's last linear, if that is watched."""
+        last = self.block.unit.linears[-1]
+        if last.site in self.needs:
+            self._hook(self.block.module(last), _stop)
+
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
@@ -111,6 +117,14 @@ class Observer:
             module = self.block.layer.get_submodule(".".join(common))
         self.calls[site] = _Calls(module, tokens)
         self._hook(module, self.calls[site])
+
+
+class Seen(Exception):
+    """Ends a forward pass of which everything wanted has been seen."""
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise Seen
 
 
 class _Feed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,13 +290,16 @@ class Block:
         out: Tensor | None = None,
     ) -> Observation:
         """Statistics of the named sites over all rows; with `out`, the block's outputs too."""
-        from compressor.observe import Observer
+        from compressor.observe import Observer, Seen
 
         with Observer(self, needs=needs) as observer:
+            if out is None:
+                observer.stop_after_last()
             for start in range(0, hidden.shape[0], batch):
-                result = self.forward(hidden[start : start + batch])
-                if out is not None:
-                    out[start : start + batch] = result.to(out.dtype)
+                with suppress(Seen):
+                    result = self.forward(hidden[start : start + batch])
+                    if out is not None:
+                        out[start : start + batch] = result.to(out.dtype)
             return observer.finish()
 
     def module(self, linear: Linear) -> nn.Module:

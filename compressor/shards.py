@@ -123,11 +123,11 @@ class ShardWriter:
         value: dict[str, Any] = json.loads(path.read_bytes())
         return value
 
-    def commit(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a unit's tensors, sync them, and put its record in place.
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Put tensors at their places; name → SHA-256 of its bytes. They are not committed yet.
 
-        The record gets each tensor's SHA-256 under "tensors". Raises AssertionError where a tensor
-        is not what the plan said: that is a bug, never a user's error.
+        Raises AssertionError where a tensor is not what the plan said: that is a bug, never a
+        user's error.
         """
         hashes: dict[str, str] = {}
         by_shard: dict[str, list[str]] = {}
@@ -146,10 +146,19 @@ class ShardWriter:
                     while done < len(data):
                         done += os.pwrite(handle.fileno(), data[done:], offset + done)
                     self._running(file).add(offset, data)
+        return hashes
+
+    def commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:
+        """Sync what `write` wrote of a unit and put its record in place.
+
+        The record gets each tensor's SHA-256 under "tensors".
+        """
+        for file in sorted({self._home[name].file for name in hashes}):
+            with (self.shards / file).open("rb") as handle:
                 os.fsync(handle.fileno())
         write_atomically(
             self.records / f"{index:05d}.json",
-            json.dumps({**record, "tensors": hashes}, sort_keys=True).encode(),
+            json.dumps({**record, "tensors": dict(hashes)}, sort_keys=True).encode(),
         )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ verify: false
 
 
 def settle(model: Path, *, cold: bool) -> None:
-    """Bring the model's files into the page cache, or out of it."""
+    """Bring the model's files into the page cache, or out of it, with nothing left to write."""
+    os.sync()
     for path in model.glob("*.safetensors"):
         with path.open("rb") as handle:
             if cold:
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, object]:
     watcher = DeviceMemory() if args.device != "cpu" else None
     if watcher:
         watcher.start()
-    began = time.perf_counter()
+    began, clock = time.perf_counter(), time.time()
     process = subprocess.Popen(
         [*command, *overrides, "--json", "--log-format", "json"],
         env={**os.environ, "TRITON_CACHE_DIR": cache},
@@ -103,9 +104,13 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, object]:
     if os.waitstatus_to_exitcode(status):
         raise SystemExit(f"the run failed:\n{told}\n{(scratch / 'log.jsonl').read_text()[-3000:]}")
     result = json.loads(told)
+    events = [json.loads(line) for line in (scratch / "log.jsonl").read_text().splitlines()]
+    units = [event["time"] - clock for event in events if event["event"] == "unit"]
     return {
         "seconds": round(seconds, 2),
-        "job_seconds": result["seconds"],
+        "first_unit_at": round(units[0], 2),
+        "second_unit_at": round(units[1], 2),
+        "last_unit_at": round(units[-1], 2),
         "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
         "peak_device_gb": round(watcher.peak / 1e9, 2) if watcher else 0.0,
         "peak_allocated_gb": round(result["peak_device_bytes"] / 1e9, 2),

@@ -51,6 +51,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: every error becomes one message and an exit code."""
+    # Blocks of changing sizes would otherwise leave the GPU's memory in pieces.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     wants_json = "--json" in sys.argv
     try:
         code = cli.main(standalone_mode=False)

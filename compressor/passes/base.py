@@ -64,9 +64,9 @@ class Unit:
         scale = scale.detach().to(torch.float32).reshape(1)
         return replace(self, input_scales={**self.input_scales, linear.name: scale})
 
-    def dequantized(self) -> dict[str, Tensor]:
-        """Every original tensor in float, quantized ones as what they stand for."""
-        weights = {f"{name}.weight": q.dequantize() for name, q in self.quantized.items()}
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""
+        weights = {f"{name}.weight": q.dequantize(dtype) for name, q in self.quantized.items()}
         return {**self.tensors, **weights}
 
 
