@@ -231,6 +231,6 @@ def _judge(name: str, value: Estimate | None, limit: float, *, highest: bool) ->
     if not math.isfinite(number):
         message = f"{what} is not finite; the gate asks for {side} {limit:g}"
         return GateCheck(name, False, None, 0.0, limit, message)
-    spread = f" ± {value.error:.2g}" if value.error else ""
+    spread = f" ± {value.error:.2g}" if value.error > 0 else ""
     message = f"{what} is {number:.4g}{spread}; the gate asks for {side} {limit:g}"
     return GateCheck(name, passed, number, value.error, limit, message)
