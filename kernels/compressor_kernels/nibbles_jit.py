@@ -1,0 +1,97 @@
+"""Packed int4 words to fp16 or bf16 values, without a conversion.
+
+A nibble beside the bits of 1024 in fp16, or of 128 in bf16, is that number plus the nibble, and
+subtracting a zero point kept in the same way leaves an exact small integer.
+"""
+
+import triton
+import triton.language as tl
+
+
+def _unpack_asm(*, bf16: bool, scaled: bool) -> str:
+    """PTX: words $8, $9, biased zeros $10 and scales $11 to nibbles 0..7 in $0..$7.
+
+    Each register of $0..$7, $10 and $11 holds two values: one for each of the two words.
+    """
+    kind, magic, step = ("bf16x2", "0x43004300", 4) if bf16 else ("f16x2", "0x64006400", 8)
+    lines = [
+        ".reg .b32 half0, half1, high_zero, sixteenth;",
+        "prmt.b32 half0, $8, $9, 0x5410;",  # nibbles 0..3 of both words
+        "prmt.b32 half1, $8, $9, 0x7632;",  # nibbles 4..7
+    ]
+    if not bf16:
+        lines += [
+            "mov.b32 high_zero, 0x63806380;",  # 960 - (1024 + z) = -(1024 / 16 + z)
+            "sub.f16x2 high_zero, high_zero, $10;",
+            "mov.b32 sixteenth, 0x2c002c00;",
+        ]
+    for p in range(8):
+        half = f"half{p // 4}"
+        # fp16 has the bits to hold the odd nibble where it lies, sixteen times too large.
+        in_place = p % 2 and not bf16
+        if p % 4 and not in_place:
+            lines.append(f"shr.u32 {half}, {half}, {step};")
+        mask = "0x00f000f0" if in_place else "0x000f000f"
+        lines.append(f"lop3.b32 ${p}, {half}, {mask}, {magic}, 0xea;")
+        if in_place:
+            lines.append(f"fma.rn.f16x2 ${p}, ${p}, sixteenth, high_zero;")
+        else:
+            lines.append(f"sub.{kind} ${p}, ${p}, $10;")
+        if scaled:
+            lines.append(f"mul.{kind} ${p}, ${p}, $11;")
+    return "{" + "\n".join(lines) + "}"
+
+
+FP16 = tl.constexpr(_unpack_asm(bf16=False, scaled=False))
+BF16 = tl.constexpr(_unpack_asm(bf16=True, scaled=False))
+FP16_SCALED = tl.constexpr(_unpack_asm(bf16=False, scaled=True))
+BF16_SCALED = tl.constexpr(_unpack_asm(bf16=True, scaled=True))
+REGISTERS = tl.constexpr(",".join(["=&r"] * 8) + ",r,r,r,r")
+
+
+@triton.jit
+def biased_zeros(zeros, dtype: tl.constexpr):
+    """int32 0..15 to 1024 + z in fp16 or 128 + z in bf16."""
+    if dtype == tl.float16:
+        return (zeros | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        return (zeros | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def biased_eight(shape: tl.constexpr, dtype: tl.constexpr):
+    """The zero of symmetric weights, as a constant that the compiler can see through."""
+    return tl.full(shape, 1032.0 if dtype == tl.float16 else 136.0, dtype)
+
+
+@triton.jit
+def unpack(words, biased, scales, dtype: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr):
+    """int32 words, biased zeros and scales of one shape to eight tensors of u - z, u nibble p.
+
+    SCALED multiplies by `scales`. ASM=False says the same in plain fp32, for the interpreter.
+    """
+    if not ASM:
+        plain = ()
+        bias: tl.constexpr = 1024.0 if dtype == tl.float16 else 128.0
+        for p in tl.static_range(8):
+            q = ((words >> (4 * p)) & 15).to(tl.float32) - (biased.to(tl.float32) - bias)
+            plain = plain + (q * scales.to(tl.float32) if SCALED else q,)  # noqa: RUF005
+        return plain
+    elif dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            FP16_SCALED if SCALED else FP16,
+            REGISTERS,
+            [words, biased, scales.to(tl.float16)],
+            dtype=(tl.float16,) * 8,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            BF16_SCALED if SCALED else BF16,
+            REGISTERS,
+            [words, biased, scales.to(tl.bfloat16)],
+            dtype=(tl.bfloat16,) * 8,
+            is_pure=True,
+            pack=2,
+        )

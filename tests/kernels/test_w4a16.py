@@ -1,0 +1,174 @@
+"""Products with packed int4 weights against float64, over every layout the format allows."""
+
+import pytest
+import torch
+from compressor_kernels.w4a16 import (
+    DecodeTiles,
+    TiledTiles,
+    w4a16,
+    w4a16_dequantize,
+    w4a16_dequantize_ref,
+    w4a16_ref,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def pack(codes):
+    """[R, C] codes to int32 [R, ceil(C/8)], word by word as the format's text says."""
+    rows, columns = codes.shape
+    words = torch.zeros(rows, -(-columns // 8), dtype=torch.int64)
+    for c in range(columns):
+        words[:, c // 8] |= codes[:, c] << (4 * (c % 8))
+    return (words - (words >> 31 << 32)).to(torch.int32)  # the sign bit is nibble 7's highest
+
+
+def problem(count, outputs, inner, group, dtype, *, zeros, seed=0):
+    """x, packed, scales and zeros, and the weight in float64."""
+    generator = torch.Generator().manual_seed(seed + 7 * outputs + inner)
+    groups = 1 if group is None else inner // group
+    codes = torch.randint(0, 16, (outputs, inner), generator=generator)
+    points = torch.full((outputs, groups), 8)
+    if zeros:
+        points = torch.randint(0, 16, (outputs, groups), generator=generator)
+    scales = (torch.rand(outputs, groups, generator=generator) * 0.05 + 0.01).to(dtype)
+    x = torch.randn(count, inner, generator=generator).to(dtype)
+    each = torch.arange(inner) // (group or inner)
+    weight = (codes - points[:, each]).double() * scales.double()[:, each]
+    packed_zeros = pack(points.mT).mT.contiguous().to(DEVICE) if zeros else None
+    tensors = (x.to(DEVICE), pack(codes).to(DEVICE), scales.to(DEVICE), packed_zeros)
+    return tensors, weight.to(DEVICE)
+
+
+def assert_close(y, x, weight, *, bias=0.0, rounded_weight=False):
+    """As exact as fp32 sums rounded once, or as weights rounded to x's dtype before that."""
+    expected = x.double() @ weight.mT + bias
+    # What sums may lose, against the sum of magnitudes; the interpreter truncates bf16 stores.
+    step = torch.finfo(y.dtype).eps
+    magnitudes = x.double().abs() @ weight.abs().mT
+    loss = torch.finfo(x.dtype).eps if rounded_weight else 1e-5
+    assert ((y.double() - expected).abs() <= step * expected.abs() + loss * magnitudes).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, 256, None])
+def test_decode(group, zeros, dtype):
+    tensors, weight = problem(3, 44, 1024, group, dtype, zeros=zeros)
+    y = w4a16(*tensors, group_size=group)
+    assert y.dtype == dtype
+    assert_close(y, tensors[0], weight, rounded_weight=group in (32, 64))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 11, 16])
+@pytest.mark.parametrize(
+    "outputs, inner, group", [(5, 576, 64), (33, 96, 32), (17, 640, 128), (9, 20, None)]
+)
+def test_decode_of_odd_shapes(outputs, inner, group, count):
+    tensors, weight = problem(count, outputs, inner, group, torch.float16, zeros=True)
+    bias = torch.randn(outputs, dtype=torch.float16).to(DEVICE)
+    y = w4a16(*tensors, group_size=group, bias=bias)
+    assert_close(y, tensors[0], weight, bias=bias.double(), rounded_weight=group in (32, 64))
+
+
+@pytest.mark.parametrize("block_n, slices, split", [(16, 2, 1), (32, 4, 2), (16, 2, 4), (64, 4, 3)])
+@pytest.mark.parametrize("group", [64, 128])
+def test_decode_tiles_agree(group, block_n, slices, split):
+    tensors, weight = problem(5, 40, 1408, group, torch.float16, zeros=True)
+    bias = torch.randn(40).to(DEVICE)
+    tiles = DecodeTiles(block_n=block_n, slices=slices, split=split, num_warps=slices)
+    y = w4a16(*tensors, group_size=group, bias=bias, out_dtype=torch.float32, tiles=tiles)
+    assert_close(y, tensors[0], weight, bias=bias.double(), rounded_weight=group == 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("inner, group", [(512, 64), (384, 128), (96, 32), (200, None)])
+def test_tiled(inner, group, zeros, dtype):
+    tensors, weight = problem(37, 70, inner, group, dtype, zeros=zeros)
+    bias = torch.randn(70).to(dtype).to(DEVICE)
+    for split in (1, 2):
+        tiles = TiledTiles(block_n=64, block_m=32, split=split)
+        y = w4a16(*tensors, group_size=group, bias=bias, tiles=tiles)
+        rounded = group in (32, 64)
+        assert_close(y, tensors[0], weight, bias=bias.double(), rounded_weight=rounded)
+
+
+@pytest.mark.parametrize("count", [20, 300])
+def test_many_tokens(count):
+    tensors, weight = problem(count, 24, 256, 128, torch.float16, zeros=True)
+    bias = torch.randn(24, dtype=torch.float16).to(DEVICE)
+    y = w4a16(*tensors, group_size=128, bias=bias)
+    assert_close(y, tensors[0], weight, bias=bias.double(), rounded_weight=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    "outputs, inner, group", [(20, 1280, 128), (7, 576, 64), (3, 32, 32), (11, 20, None)]
+)
+def test_dequantize(outputs, inner, group, zeros, dtype):
+    tensors, weight = problem(1, outputs, inner, group, dtype, zeros=zeros)
+    dense = w4a16_dequantize(*tensors[1:], in_features=inner, group_size=group)
+    assert dense.dtype == dtype and dense.shape == (outputs, inner)
+    if DEVICE == "cuda":  # the interpreter truncates bf16 stores
+        assert torch.equal(dense, weight.to(dtype))
+    assert ((dense.double() - weight).abs() <= torch.finfo(dtype).eps * weight.abs()).all()
+    exact = w4a16_dequantize_ref(
+        *tensors[1:], in_features=inner, group_size=group, dtype=torch.float64
+    )
+    assert torch.equal(exact, weight)
+
+
+def test_reference_is_the_product_with_the_weight():
+    (x, *weights), weight = problem(4, 13, 128, 32, torch.bfloat16, zeros=True)
+    bias = torch.randn(13, dtype=torch.float64).to(DEVICE)
+    y = w4a16_ref(x.double(), *weights, group_size=32, bias=bias)
+    assert torch.allclose(y, x.double() @ weight.mT + bias, rtol=1e-12, atol=1e-12)
+
+
+def test_leading_dimensions_and_strides():
+    (x, *weights), weight = problem(6, 16, 256, 128, torch.float16, zeros=False)
+    wide = torch.stack((x, x), dim=1).view(3, 2, 2, 256)[:, :, 0]
+    y = w4a16(wide, *weights, group_size=128)
+    assert y.shape == (3, 2, 16)
+    assert_close(y.view(6, 16), x, weight)
+    assert w4a16(x[:0], *weights, group_size=128).shape == (0, 16)
+
+
+def test_a_nan_scale_spoils_its_output_alone():
+    tensors, _ = problem(2, 19, 256, 128, torch.float16, zeros=True)
+    tensors[2][7, 1] = float("nan")
+    bad = w4a16(*tensors, group_size=128).isnan()
+    assert bad[:, 7].all() and bad.sum() == 2
+
+
+def test_refuses_tensors_that_do_not_fit():
+    (x, packed, scales, zeros), _ = problem(2, 16, 256, 64, torch.float16, zeros=True)
+    for arguments, group in (
+        ((x, packed[:, :-1], scales, zeros), 64),
+        ((x, packed.to(torch.int64), scales, zeros), 64),
+        ((x, packed, scales[:, :-1], zeros), 64),
+        ((x, packed, scales, zeros[:, :-1]), 64),
+        ((x, packed, scales, zeros), 48),
+        ((x, packed, scales, zeros), None),
+        ((x.float(), packed, scales, zeros), 64),
+    ):
+        with pytest.raises(ValueError):
+            w4a16(*arguments, group_size=group)
+    with pytest.raises(ValueError):
+        w4a16(x, packed, scales, zeros, group_size=64, bias=torch.zeros(15))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, None])
+@pytest.mark.parametrize("outputs, inner", [(14336, 4096), (4096, 14336), (576, 1536)])
+def test_real_shapes(outputs, inner, group, zeros, dtype):
+    for count in (1, 5, 16, 64, 1000):
+        tensors, weight = problem(count, outputs, inner, group, dtype, zeros=zeros)
+        y = w4a16(*tensors, group_size=group)
+        assert_close(y, tensors[0], weight, rounded_weight=count > 16 or group in (32, 64))
+        assert torch.equal(y, w4a16(*tensors, group_size=group))
