@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressor.cli.commands.eval import lines
 from compressor.cli.display import Display, LogFormat, duration, size
 from compressor.cli.options import device_options, json_option, log_option, recipe_options
 
@@ -158,19 +159,8 @@ def report(
             click.echo(f"  high error  {row['linear']}  {row['error']:.4g}")
     if verdict is None:
         return
-    found = verdict.evaluation
-    if found is not None:
-        line = f"  perplexity  {found.perplexity.value:.3f} ± {found.perplexity.error:.3f}"
-        if found.original_perplexity is not None and found.perplexity_ratio is not None:
-            line += (
-                f"  (original {found.original_perplexity.value:.3f}, ratio "
-                f"{found.perplexity_ratio.value:.4f} ± {found.perplexity_ratio.error:.4f})"
-            )
-        click.echo(line)
-        if found.kl is not None and found.top1 is not None:
-            click.echo(
-                f"  to original KL {found.kl.value:.4f} nats, top-1 agreement "
-                f"{found.top1.value:.1%}, over {found.tokens} tokens"
-            )
+    if verdict.evaluation is not None:
+        for line in lines(verdict.evaluation):
+            click.echo(f"  {line}")
     if verdict.verified is not None:
         click.echo(f"  verify      {'passed' if verdict.verified.ok else 'FAILED'}")
