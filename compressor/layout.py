@@ -22,7 +22,7 @@ class Part:
 class Linear:
     """One nn.Linear as the checkpoint names it.
 
-    name     module path, e.g. model.layers.0.self_attn.q_proj; its tensors are name.weight, name.bias
+    name     module path, e.g. model.layers.0.self_attn.q_proj; tensors: name.weight, name.bias
     role     attn.q attn.k attn.v attn.qkv attn.o mlp.gate mlp.up mlp.gate_up mlp.down
              expert.gate expert.up expert.down router lm_head
     site     id of the input it reads, unique in its unit: attn.in, attn.out, mlp.in, mlp.out,

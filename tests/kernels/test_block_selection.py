@@ -98,9 +98,7 @@ def test_forecast_score_is_the_best_window_that_touches_a_block():
                 for j in range(compressed.shape[2])
                 if 4 * j <= i and 4 * j < 16 * block + 16 and 4 * j + 8 > 16 * block
             ]
-            assert out[0, 0, i, block].item() == pytest.approx(
-                max(touching, default=-float("inf"))
-            )
+            assert out[0, 0, i, block].item() == pytest.approx(max(touching, default=-float("inf")))
 
 
 def test_attention_score_is_the_best_share_of_finished_windows():
