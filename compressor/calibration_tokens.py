@@ -8,7 +8,8 @@ from compressor_calibration.sources import DataError, read_documents
 from compressor_calibration.tokens import TokenSet, make_tokens, overlap
 
 from compressor.errors import InputError, MachineError
-from compressor.recipe import Calibration, Evaluation
+from compressor.passkey import haystack_characters, make_rows
+from compressor.sections import Calibration, Evaluation
 
 
 def calibration_tokens(tokenizer: Any, wanted: Calibration, *, seed: int) -> TokenSet:
@@ -32,6 +33,33 @@ def calibration_tokens(tokenizer: Any, wanted: Calibration, *, seed: int) -> Tok
         raise InputError(f"calibration.data: {error}", hint=error.hint) from error
     except (ConnectionError, TimeoutError) as error:
         raise MachineError(f"calibration.data: {error}", hint="check the network") from error
+
+
+def passkey_text(tokenizer: Any, wanted: Evaluation) -> str:
+    """The held-out text that the passkey probe hides its key in; empty without a probe. Raises
+    InputError where it is too short for the rows."""
+    task = wanted.passkey
+    if task is None:
+        return ""
+    characters = haystack_characters(task)
+    found, length = [], 0
+    try:
+        for document in read_documents(
+            wanted.data, part="held_out", split=wanted.split, text_field=wanted.text_field
+        ):
+            found.append(document.text)
+            length += len(document.text)
+            if length >= characters:
+                break
+    except DataError as error:
+        raise InputError(f"evaluate.data: {error}", hint=error.hint) from error
+    text = "".join(found)[:characters]
+    try:
+        for length in task.lengths:
+            make_rows(tokenizer, text, task=task, length=length)
+    except InputError as error:
+        raise InputError(f"evaluate.passkey: {error.message}", hint=error.hint) from error
+    return text
 
 
 def evaluation_tokens(

@@ -14,7 +14,7 @@ import torch
 import yaml
 from compressor_calibration.tokens import TokenSet
 
-from compressor.calibration_tokens import calibration_tokens, evaluation_tokens
+from compressor.calibration_tokens import calibration_tokens, evaluation_tokens, passkey_text
 from compressor.errors import InputError
 from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, resume_finish
@@ -22,7 +22,7 @@ from compressor.job import JobSettings, UnitDone, run_units
 from compressor.locate import Located, locate
 from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.plan import Plan, make_plan
-from compressor.recipe import Recipe
+from compressor.recipe import AFTERWARDS, Recipe
 from compressor.runner import load_tokenizer
 from compressor.workspace import claim, owned, require_same
 
@@ -31,7 +31,11 @@ VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run of which everything that can be known beforehand is known and right."""
+    """A run of which everything that can be known beforehand is known and right.
+
+    calibration, evaluation  token sets;  haystack  text that the passkey probe hides its key in
+    batch                    rows of calibration tokens in one forward pass
+    """
 
     recipe: Recipe
     located: Located
@@ -39,6 +43,7 @@ class Prepared:
     estimates: Estimates
     calibration: TokenSet | None
     evaluation: TokenSet | None
+    haystack: str
     device: torch.device
     batch: int
 
@@ -80,12 +85,14 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
     plan = make_plan(recipe, located.source, output=Path(recipe.output).expanduser())
     folder = located.source.checkpoint.folder
     calibration = evaluation = None
+    haystack = ""
     if plan.calibrated or recipe.evaluate is not None:
         tokenizer = load_tokenizer(folder)
         if plan.calibrated:
             calibration = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
         if recipe.evaluate is not None:
             evaluation = evaluation_tokens(tokenizer, recipe.evaluate, calibration=calibration)
+            haystack = passkey_text(tokenizer, recipe.evaluate)
     _check_vocabulary(plan, calibration, evaluation)
     return Prepared(
         recipe=recipe,
@@ -94,6 +101,7 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
         estimates=estimate(plan, device=device, device_memory=device_memory),
         calibration=calibration,
         evaluation=evaluation,
+        haystack=haystack,
         device=device,
         batch=batch_rows(plan, device=device, device_memory=device_memory),
     )
@@ -118,7 +126,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     ]
     config = prepared.located.source.checkpoint.config
     return {
-        "recipe": portable(prepared.recipe),
+        "recipe": {k: v for k, v in portable(prepared.recipe).items() if k not in AFTERWARDS},
         "source": {
             **prepared.located.identity,
             "config": _digest(config),

@@ -43,11 +43,16 @@ class Gate(BaseModel):
         return self
 
     def unmeasured(
-        self, *, against_original: bool, passkey: bool, tasks: Sequence[str] = ()
+        self,
+        *,
+        evaluated: bool = True,
+        against_original: bool,
+        passkey: bool,
+        tasks: Sequence[str] = (),
     ) -> list[str]:
         """Limits that a run which measures no more than this could never judge."""
-        missing = []
-        if not against_original:
+        missing = ["ppl"] if not evaluated and self.ppl is not None else []
+        if not (evaluated and against_original):
             missing += [n for n in ("ppl_ratio", "kl", "top1") if getattr(self, n) is not None]
         if not passkey and self.passkey is not None:
             missing.append("passkey")
@@ -55,7 +60,7 @@ class Gate(BaseModel):
 
     def check(
         self,
-        evaluation: EvaluationResult,
+        evaluation: EvaluationResult | None,
         rows: Sequence[Mapping[str, Any]] = (),
         *,
         passkey: PasskeyResult | None = None,
@@ -73,11 +78,15 @@ class Gate(BaseModel):
         """
         ranked = rank_layers(rows)
         worst = Estimate(ranked[0].error, 0.0) if ranked else None
-        found = {
-            "ppl": (evaluation.perplexity, self.ppl, True),
-            "ppl_ratio": (evaluation.perplexity_ratio, self.ppl_ratio, True),
-            "kl": (evaluation.kl, self.kl, True),
-            "top1": (evaluation.top1, self.top1, False),
+        found: dict[str, tuple[Estimate | None, float | None, bool]] = {
+            "ppl": (evaluation.perplexity if evaluation else None, self.ppl, True),
+            "ppl_ratio": (
+                evaluation.perplexity_ratio if evaluation else None,
+                self.ppl_ratio,
+                True,
+            ),
+            "kl": (evaluation.kl if evaluation else None, self.kl, True),
+            "top1": (evaluation.top1 if evaluation else None, self.top1, False),
             "passkey": (passkey.accuracy if passkey else None, self.passkey, False),
             "layer_error": (worst, self.layer_error, True),
         }

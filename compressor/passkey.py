@@ -76,6 +76,11 @@ class Passkey(BaseModel):
         return value
 
 
+def haystack_characters(task: Passkey) -> int:
+    """How much text the rows are cut from."""
+    return max(40 * max(task.lengths), 4096)
+
+
 class Encoder(Protocol):
     """The part of a transformers tokenizer that is used here."""
 

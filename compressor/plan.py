@@ -19,6 +19,7 @@ from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, TensorShape, get_format
 from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.recipe import Recipe, Step, nearest
+from compressor.recipe_checks import check_recipe
 from compressor.scheme import KVSpec, Scheme
 from compressor.shards import ShardLayout, plan_shards
 from compressor.source import Source
@@ -126,6 +127,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
     _check_tied(recipe, source.layout, passes, problems)
     _check_fused(source.layout, schemes, problems)
     kv = _kv(passes, problems)
+    problems += check_recipe(recipe, source)
     if problems:
         raise Problems(problems)
     model = ModelSchemes(linears=schemes, kv=kv)

@@ -13,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.json_schema import GenerateJsonSchema
 
 from compressor.errors import InputError, Problems
+from compressor.gate import Gate
 from compressor.passes.base import Pass, get_pass, pass_names
+from compressor.sections import Calibration, CardSection, Evaluation, Publish, Strict
 
 SIZE_UNITS = {
     "": 1,
@@ -37,37 +39,6 @@ def parse_size(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-
-
-class Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Calibration(Strict):
-    """The tokens that statistics are taken over."""
-
-    data: str = Field(
-        "bundled", description="bundled, a text/JSONL/parquet file, a folder, a Hub id"
-    )
-    split: str = Field("train", description="split of a Hub data set")
-    text_field: str = Field("text", description="field or column that holds the text")
-    samples: int = Field(128, ge=1, description="rows of tokens")
-    length: int = Field(512, ge=8, description="tokens per row")
-    sampling: Literal["random", "consecutive"] = "random"
-
-
-class Evaluation(Strict):
-    """Held-out text that the written files are measured on."""
-
-    data: str = Field("bundled", description="as in calibration; bundled is another work")
-    split: str = Field("test", description="split of a Hub data set")
-    text_field: str = "text"
-    windows: int = Field(16, ge=1)
-    length: int = Field(512, ge=8)
-    against_original: bool = Field(True, description="also measure the source, KL and agreement")
-    force: bool = Field(False, description="allow text that overlaps the calibration tokens")
 
 
 class Step(BaseModel):
@@ -95,14 +66,22 @@ class Recipe(Strict):
     dequantize_source: bool = Field(False, description="accept an already quantized source")
     untie: bool = Field(False, description="write a tied lm_head as a tensor of its own")
     max_shard_size: Size = 5 * 10**9
-    verify: bool = True
-    evaluate: Evaluation | None = None
+    verify: bool = Field(True, description="reopen the written files and prove them")
+    evaluate: Evaluation | None = Field(None, description="measure the written files; {} will do")
+    gate: Gate | None = Field(None, description="limits; a run that misses one ends with exit 1")
+    report: bool = Field(True, description="write report.html, report.json and the model card")
+    card: CardSection = CardSection()
+    publish: Publish | None = Field(None, description="upload a checkpoint that passed everything")
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data with every default filled in, without where it writes."""
-        data = self.model_dump(mode="json", exclude={"output", "passes"})
+        data = self.model_dump(mode="json", exclude={"output", "passes", "publish"})
         data["passes"] = [{s.name: s.params.model_dump(mode="json")} for s in self.passes]
         return data
+
+
+AFTERWARDS = ("verify", "evaluate", "gate", "report", "card")
+"""Keys that decide nothing of the artefact: a finished one can be judged by other limits."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), **top: Any) -> Recipe:

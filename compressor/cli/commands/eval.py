@@ -65,8 +65,8 @@ def command(
     from compressor.errors import InputError
     from compressor.evaluate import evaluate, strided
     from compressor.locate import locate
-    from compressor.recipe import Evaluation
     from compressor.runner import load_tokenizer
+    from compressor.sections import Evaluation
     from compressor.source import open_source
 
     where = choose_device(device)
