@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+
+class PlainAttention(Protocol):
+    """A model's own attention under its own scaling and caps."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """[rows, length, heads, head_dim]; `mask` [rows or 1, heads or 1, length, keys] takes the
+        place of the model's own where it is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +28,8 @@ class AttentionCall:
     key      [rows, kv_heads, length, head_dim];  value  the same shape
     mask     additive or boolean mask [1, 1, length, length], or None for plain causal attention
     scaling  factor of the products of query and key
-    plain    the model's own attention of (query, key, value) under the same mask, scaling and caps,
-             [rows, length, heads, head_dim]
+    plain    the model's own attention of (query, key, value) under the same mask, scaling and caps
+    rotary   cosine and sine [length, channels] of the rotary embedding by position, or None
     """
 
     layer: int
@@ -27,7 +38,8 @@ class AttentionCall:
     value: Tensor
     mask: Tensor | None
     scaling: float
-    plain: Callable[[Tensor, Tensor, Tensor], Tensor]
+    plain: PlainAttention
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 AttentionHook = Callable[[AttentionCall], Tensor]

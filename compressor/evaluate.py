@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.layout import UnitLayout
 from compressor.source import Source
-from compressor.streaming import AttentionPolicy, Progress, Stream, StreamedModel, run_blocks
+from compressor.streaming import Attending, Progress, Stream, StreamedModel, run_blocks
 
 LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 """Logits in memory at a time."""
@@ -81,7 +81,7 @@ def evaluate(
     dtype: torch.dtype,
     against: Source | None = None,
     scored: Tensor | None = None,
-    attention: AttentionPolicy | None = None,
+    attention: Attending | None = None,
     batch: int = 8,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -90,7 +90,7 @@ def evaluate(
     tokens     ids [windows, length]; each window is read alone
     against    the original
     scored     bool [windows, length − 1]: which targets count (all); `strided` makes one
-    attention  the checkpoint's attention policy
+    attention  what attends in its blocks; the policy that the checkpoint carries, if None
     Raises InputError for tokens that the models cannot take.
     """
     start = time.perf_counter()

@@ -21,7 +21,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.evaluate import Estimate
 from compressor.source import Source
-from compressor.streaming import AttentionPolicy, Progress, StreamedModel, run_blocks
+from compressor.streaming import Attending, Progress, StreamedModel, run_blocks
 
 HIDDEN_BYTES = 2 << 30
 """Hidden states that are held at a time; the model is read once for each such part."""
@@ -51,7 +51,7 @@ class StreamedLM(LM):  # type: ignore[misc]
         dtype: torch.dtype,
         batch: int = 8,
         length: int | None = None,
-        attention: AttentionPolicy | None = None,
+        attention: Attending | None = None,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.evaluate import Estimate
 from compressor.source import Source
-from compressor.streaming import AttentionPolicy, Progress, Stream, StreamedModel, run_blocks
+from compressor.streaming import Attending, Progress, Stream, StreamedModel, run_blocks
 
 # fmt: off
 WORDS = (
@@ -138,7 +138,7 @@ def passkey(
     device: torch.device,
     dtype: torch.dtype,
     against: Source | None = None,
-    attention: AttentionPolicy | None = None,
+    attention: Attending | None = None,
     batch: int = 4,
     progress: Progress | None = None,
 ) -> PasskeyResult:

@@ -183,17 +183,20 @@ class BlockRunner:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         config = self.model.config
-        own = config._attn_implementation
+        usual = config._attn_implementation
         name = f"hooked-{id(self)}"
 
         def attend(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+            module: Any, query: Tensor, key: Tensor, value: Tensor, own: Any, **options: Any
         ) -> tuple[Tensor, None]:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            forward = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+            forward = ALL_ATTENTION_FUNCTIONS.get_interface(usual, eager)
 
-            def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                found: Tensor = forward(module, query, key, value, mask, **options)[0]
+            def plain(
+                query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+            ) -> Tensor:
+                under = own if mask is None else mask
+                found: Tensor = forward(module, query, key, value, under, **options)[0]
                 return found
 
             call = AttentionCall(
@@ -201,9 +204,10 @@ class BlockRunner:
                 query=query,
                 key=key,
                 value=value,
-                mask=mask,
+                mask=own,
                 scaling=float(options["scaling"]),
                 plain=plain,
+                rotary=self._rotary(int(module.layer_idx), query.shape[2]),
             )
             return hook(call), None
 
@@ -212,8 +216,14 @@ class BlockRunner:
         try:
             yield
         finally:
-            config._attn_implementation = own
+            config._attn_implementation = usual
             del ALL_ATTENTION_FUNCTIONS[name]
+
+    def _rotary(self, index: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """The tables [length, channels] that turn queries and keys of layer `index`, if any."""
+        found = self._layer_arguments.get(length)
+        tables = found[index].get("position_embeddings") if found else None
+        return (tables[0][0], tables[1][0]) if tables is not None else None
 
     @contextmanager
     def head(

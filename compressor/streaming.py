@@ -19,31 +19,34 @@ from compressor.errors import InputError
 from compressor.fake_quant import quantized_inputs, quantized_kv, stored_inputs
 from compressor.layout import UnitLayout
 from compressor.passes.base import Unit
+from compressor.policy_attention import stored_attention
 from compressor.runner import Block, BlockRunner
 from compressor.source import Source
 
 Progress = Callable[[str, int, int], None]
 """Called with a unit's name, how many units are done, and how many there are."""
 
-AttentionPolicy = Callable[[Unit], AttentionHook | None]
+Attending = Callable[[Unit], AttentionHook | None]
 """What attends in a block in place of the model's own attention, from the block's tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedModel:
-    """A checkpoint to be run, and how its blocks attend (None: as the model does)."""
+    """A checkpoint to be run, and how its blocks attend (None: as its stored policy says)."""
 
     source: Source
-    attention: AttentionPolicy | None = None
+    attention: Attending | None = None
 
 
 @dataclass(slots=True)
 class Stream:
-    """One checkpoint's run: its hidden states [rows, length, hidden], float32 in main memory."""
+    """One checkpoint's run: its hidden states [rows, length, hidden], float32 in main memory, and
+    how its blocks attend."""
 
     model: StreamedModel
     runner: BlockRunner
     hidden: Tensor
+    attention: Attending | None = None
 
     @contextmanager
     def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -126,13 +129,18 @@ def _embed(
     source = model.source
     runner = BlockRunner(source.checkpoint.config, source.arch.runtime, device=device, dtype=dtype)
     hidden = runner.embed(floats(unit, runner), ids, batch=batch)
-    return Stream(model=model, runner=runner, hidden=hidden.to("cpu", torch.float32))
+    return Stream(
+        model=model,
+        runner=runner,
+        hidden=hidden.to("cpu", torch.float32),
+        attention=model.attention or stored_attention(source.checkpoint.folder, source.layout),
+    )
 
 
 def _run_block(stream: Stream, unit: Unit, *, batch: int) -> int:
     """Replace the stream's hidden states by the block's outputs; the batch that memory allowed."""
     source, runner = stream.model.source, stream.runner
-    hook = stream.model.attention(unit) if stream.model.attention else None
+    hook = stream.attention(unit) if stream.attention else None
     if source.schemes.kv is not None:
         hook = quantized_kv(source.schemes.kv, unit, hook)
     inputs = stored_inputs(source, unit.layout)
