@@ -19,6 +19,7 @@ from compressor.errors import InputError
 from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, resume_finish
 from compressor.job import JobSettings, UnitDone, run_units
+from compressor.kernel_checks import interpreter_runs
 from compressor.locate import Located, locate
 from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.plan import Plan, make_plan
@@ -73,6 +74,8 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"there is no {name}", hint=f"GPUs: {torch.cuda.device_count()}")
         return torch.device("cuda", device.index or 0)
+    # Said now, since others import Triton, and it looks only once.
+    interpreter_runs()
     return device
 
 

@@ -1,0 +1,243 @@
+"""Which kernel multiplies by a packed layer, and how its product is held against float64.
+
+One entry for each kind of scheme. On a GPU the whole layer runs; on a CPU one seeded tile of it
+runs in Triton's interpreter, and the whole layer through the kernel's plain reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compressor.formats.ct_layouts.pack_quantized import PackQuantized
+from compressor.qtensor import QTensor
+from compressor.scheme import Scheme
+
+GPU_TOKENS = (1, 16, 64)
+TILE_OUTPUTS, TILE_INPUTS = 32, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One packed linear.
+
+    tensors  what the file holds, by local name;  q  the same as a QTensor
+    weight   float64 [out, in] as the second reader decoded it
+    """
+
+    name: str
+    scheme: Scheme
+    tensors: Mapping[str, Tensor]
+    q: QTensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Outputs and inputs of a layer that a product is limited to."""
+
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What a kernel made of x, and what float64 makes of it, both [tokens, outputs].
+
+    bound  how far the kernel's arithmetic may be off, elementwise
+    """
+
+    found: Tensor
+    expected: Tensor
+    bound: Tensor
+
+
+class KernelCheck(Protocol):
+    """How one kernel is checked."""
+
+    name: str
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        """Whether this kernel multiplies by weights of this scheme and shape."""
+        ...
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        """The Triton kernel's product with inputs x [tokens, columns] float32 of a tile."""
+        ...
+
+    def reference(self, layer: Layer, x: Tensor) -> Product:
+        """The plain reference's product with the whole layer."""
+        ...
+
+
+class W4A16:
+    """4-bit integers, float inputs: any int4 layout, re-laid to `pack-quantized` where it is not.
+
+    Only words move in a re-layout: no code, zero point or scale changes.
+    """
+
+    name = "w4a16"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec = scheme.weight
+        if spec is None or scheme.input is not None or (spec.element, spec.bits) != ("int", 4):
+            return False
+        if spec.second != "none" or spec.zero == "offset":
+            return False
+        if spec.strategy == "channel":
+            return True
+        size = spec.group_size or 0
+        whole = size >= 8 and (128 % size == 0 or size % 128 == 0)
+        return spec.strategy == "group" and whole
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.w4a16 import w4a16
+
+        packed, scales, zeros = self._operands(layer, tile, x.device)
+        half = torch.float16 if scales.dtype == torch.float16 else torch.bfloat16
+        x = x.to(half)
+        found = w4a16(
+            x,
+            packed,
+            scales,
+            zeros,
+            group_size=layer.q.spec.group_size,
+            out_dtype=torch.float32,
+        )
+        weight = layer.weight[tile.rows, tile.columns].to(x.device)
+        # The kernel may round a scale, and then its product with a code, to the inputs' dtype.
+        magnitudes = x.double().abs() @ weight.abs().mT
+        bound = (2 * torch.finfo(half).eps + 1e-5) * magnitudes + 1e-30
+        return Product(found=found, expected=x.double() @ weight.mT, bound=bound)
+
+    def reference(self, layer: Layer, x: Tensor) -> Product:
+        from compressor_kernels.w4a16 import w4a16_ref
+
+        x = x.double()
+        everything = Tile(rows=slice(None), columns=slice(None))
+        packed, scales, zeros = self._operands(layer, everything, x.device)
+        found = w4a16_ref(x, packed, scales, zeros, group_size=layer.q.spec.group_size)
+        weight = layer.weight.to(x.device)
+        bound = 1e-11 * (x.abs() @ weight.abs().mT) + 1e-30
+        return Product(found=found, expected=x @ weight.mT, bound=bound)
+
+    def _operands(
+        self, layer: Layer, tile: Tile, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed words, scales and zero points of a tile, which starts at whole words."""
+        tensors = layer.tensors
+        if "weight_packed" not in tensors:
+            tensors = PackQuantized().encode(layer.q, input=None, input_scale=None)
+        outputs, inputs = layer.q.shape
+        first, last, _ = tile.rows.indices(outputs)
+        left, right, _ = tile.columns.indices(inputs)
+        groups = tensors["weight_scale"].shape[1]
+        size = inputs // groups
+        among = slice(left // size, -(-right // size))
+        packed = tensors["weight_packed"][first:last, left // 8 : -(-right // 8)]
+        scales = tensors["weight_scale"][first:last, among]
+        zeros = tensors.get("weight_zero_point")
+        if zeros is not None:
+            zeros = zeros[first // 8 : -(-last // 8), among].to(device).contiguous()
+        return packed.to(device).contiguous(), scales.to(device).contiguous(), zeros
+
+
+CHECKS: tuple[KernelCheck, ...] = (W4A16(),)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelResult:
+    """One layer's product against float64.
+
+    kernel  the kernel's name;  triton  whether the Triton code itself ran
+    error   largest relative error of a product (RMS over its outputs);  problem  why it failed
+    """
+
+    kernel: str
+    triton: bool
+    error: float
+    problem: str = ""
+
+
+def kernel_for(scheme: Scheme, shape: tuple[int, int]) -> KernelCheck | None:
+    """The kernel that multiplies by such weights, or None."""
+    return next((check for check in CHECKS if check.holds(scheme, shape)), None)
+
+
+def interpreter_runs() -> bool:
+    """Whether Triton code can run on the CPU, which has to be decided before Triton is imported.
+
+    A process that may use a GPU leaves Triton to it.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    if "triton" in sys.modules or torch.cuda.is_available():
+        return False
+    os.environ["TRITON_INTERPRET"] = "1"
+    return True
+
+
+def check_kernel(
+    check: KernelCheck, layer: Layer, *, device: torch.device, seed: int
+) -> KernelResult:
+    """Run a layer's product as far as the device lets it, and compare with float64."""
+    generator = torch.Generator().manual_seed(_layer_seed(layer.name, seed))
+    outputs, inputs = layer.q.shape
+    products: list[Product] = []
+    triton = device.type == "cuda" or interpreter_runs()
+    everything = Tile(rows=slice(0, outputs), columns=slice(0, inputs))
+    if device.type == "cuda":
+        layer = replace(layer, weight=layer.weight.to(device))
+        for tokens in GPU_TOKENS:
+            x = torch.randn(tokens, inputs, generator=generator).to(device)
+            products.append(check.kernel(layer, x, everything))
+    else:
+        if triton:
+            tile = seeded_tile(layer, generator)
+            columns = tile.columns.stop - tile.columns.start
+            x = torch.randn(1, columns, generator=generator)
+            products.append(check.kernel(layer, x, tile))
+        products.append(check.reference(layer, torch.randn(2, inputs, generator=generator)))
+    errors, problem = [], ""
+    for product in products:
+        found, expected = product.found.double(), product.expected
+        difference = (found - expected).abs()
+        scale = expected.square().mean().sqrt().clamp(min=1e-30)
+        errors.append(float(difference.square().mean().sqrt() / scale))
+        wrong = ~(difference <= product.bound)
+        if bool(wrong.any()):
+            token, output = (int(i) for i in wrong.nonzero()[0])
+            gives, should = float(found[token, output]), float(expected[token, output])
+            problem = problem or (
+                f"{check.name} gives {gives:.6g} for an output that is {should:.6g} "
+                f"({int(wrong.sum())} of {wrong.numel()} wrong)"
+            )
+    return KernelResult(kernel=check.name, triton=triton, error=max(errors), problem=problem)
+
+
+def seeded_tile(layer: Layer, generator: torch.Generator) -> Tile:
+    """Up to TILE_OUTPUTS x TILE_INPUTS of a layer, at whole words and whole groups."""
+    outputs, inputs = layer.q.shape
+    size = layer.q.spec.group_size or inputs
+    width = max(TILE_INPUTS // size, 1) * size
+    row = _start(outputs, TILE_OUTPUTS, generator)
+    column = _start(inputs, width, generator)
+    return Tile(
+        rows=slice(row, min(row + TILE_OUTPUTS, outputs)),
+        columns=slice(column, min(column + width, inputs)),
+    )
+
+
+def _start(count: int, step: int, generator: torch.Generator) -> int:
+    return int(torch.randint(0, -(-count // step), (1,), generator=generator)) * step
+
+
+def _layer_seed(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "little")

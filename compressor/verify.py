@@ -1,0 +1,143 @@
+"""A verdict on the files of a checkpoint: reopen them, trust nothing, name what is damaged.
+
+Nothing is taken from the run that wrote them. A checkpoint without a manifest, written by others,
+gets every check but that of its hashes. Memory is one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from compressor.checkpoint import INDEX_NAME, load_json
+from compressor.errors import InputError, Problems
+from compressor.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
+from compressor.source import Source, open_source
+from compressor.verify_report import Check, Findings, LayerVerdict, VerifyReport
+from compressor.verify_units import Progress, UnitChecks
+
+__all__ = ["Check", "LayerVerdict", "VerifyReport", "verify"]
+
+
+def verify(
+    folder: Path,
+    *,
+    against: Path | Source | None = None,
+    device: torch.device,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check a checkpoint folder; `against` is the original that its layers are compared with.
+
+    Raises InputError where there is no checkpoint to read, or `against` is none.
+    """
+    _require_checkpoint(folder)
+    original = open_source(against) if isinstance(against, Path) else against
+    found = Findings()
+    manifest = _check_manifest(folder, found)
+    try:
+        source = open_source(folder)
+    except InputError as error:
+        problems = error.problems if isinstance(error, Problems) else [error]
+        found.add("headers and tensors", [p.message for p in problems], "")
+        return found.report(folder)
+    entries = source.checkpoint.entries
+    shards = len({entry.file for entry in entries.values()})
+    detail = f"{len(entries)} tensors in {shards} files, all that {source.arch.model_type} needs"
+    found.add("headers and tensors", _wrong_dtypes(source), detail)
+    UnitChecks(source, manifest, original, device, seed, found).run(progress)
+    return found.report(folder)
+
+
+def _require_checkpoint(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint="name a checkpoint's folder")
+    signs = ("config.json", MANIFEST_NAME, INDEX_NAME)
+    if not any((folder / name).is_file() for name in signs) and not any(
+        folder.glob("*.safetensors")
+    ):
+        raise InputError(f"{folder} holds no checkpoint", hint="name a checkpoint's folder")
+
+
+def _check_manifest(folder: Path, found: Findings) -> Manifest | None:
+    """Every file's size and hash; the tensors of a broken shard are named where an index can."""
+    try:
+        manifest = read_manifest(folder)
+    except InputError as error:
+        found.add("file hashes", [error.message], "")
+        return None
+    if manifest is None:
+        found.add("file hashes", [], f"no {MANIFEST_NAME}: written by others, nothing to compare")
+        return None
+    problems = []
+    homes = _index_homes(folder)
+    for name, record in manifest.files.items():
+        path = folder / name
+        inside = _some(homes.get(name, ()), "holds")
+        if not path.is_file():
+            whose = inside if name != INDEX_NAME else _some(tuple(manifest.tensors), "places")
+            problems.append(f"{name} is missing{whose}")
+        elif path.stat().st_size != record.size:
+            size = path.stat().st_size
+            problems.append(f"{name} has {size} bytes, not {record.size}{inside}")
+        elif hash_file(path).sha256 != record.sha256:
+            # Which of its tensors changed is told by their own hashes below.
+            problems.append(f"{name} has another SHA-256 than when it was written")
+    strays = sorted(
+        path.name for path in folder.glob("*.safetensors") if path.name not in manifest.files
+    )
+    problems += [f"{name} does not belong to this checkpoint" for name in strays]
+    size = sum(record.size for record in manifest.files.values())
+    found.add("file hashes", problems, f"{len(manifest.files)} files, {size} bytes")
+    return manifest
+
+
+def _index_homes(folder: Path) -> dict[str, tuple[str, ...]]:
+    """File → tensors it should hold, as far as an index says."""
+    try:
+        weight_map = load_json(folder / INDEX_NAME, what="index").get("weight_map")
+    except InputError:
+        return {}
+    homes: dict[str, tuple[str, ...]] = {}
+    if isinstance(weight_map, dict):
+        for name, file in weight_map.items():
+            if isinstance(file, str):
+                homes[file] = (*homes.get(file, ()), name)
+    return homes
+
+
+def _some(names: Sequence[str], verb: str) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" ({verb} {', '.join(names[:3])}{more})"
+
+
+def _wrong_dtypes(source: Source) -> list[str]:
+    """Tensors whose dtype is not what their linear's scheme or a float tensor calls for."""
+    expected: dict[str, torch.dtype] = {}
+    for linear in source.layout.linears:
+        if source.schemes.linears[linear.name].weight is not None:
+            stored = source.stored(linear)
+            expected |= {f"{linear.name}.{leaf}": spec.dtype for leaf, spec in stored.items()}
+    problems = []
+    for name, entry in source.checkpoint.entries.items():
+        dtype, wanted = entry.spec.dtype, expected.get(name)
+        if wanted is not None and dtype != wanted:
+            problems.append(f"{name} is {_plain(dtype)}, its scheme implies {_plain(wanted)}")
+    for unit in source.layout.units:
+        for name in unit.tensors:
+            entry_ = source.checkpoint.entries.get(name)
+            if (
+                entry_ is not None
+                and name not in expected
+                and not entry_.spec.dtype.is_floating_point
+            ):
+                problems.append(f"{name} is {_plain(entry_.spec.dtype)}, not a float tensor")
+    return problems
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

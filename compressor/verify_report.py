@@ -1,0 +1,84 @@
+"""What a verification found: checks, one verdict for each packed layer, every complaint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAMED = 8
+"""Damaged tensors that a check's text names; `damage` has all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was checked: `detail` says what was found, or what is wrong."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerVerdict:
+    """One packed layer.
+
+    kernel        kernel that its product ran through, or "" where there is none
+    triton        whether the Triton code ran (else its plain reference alone)
+    kernel_error  relative RMS error of the product to float64
+    error         ‖written − original‖ / ‖original‖ with exact rescalings undone, or None
+    """
+
+    linear: str
+    kernel: str = ""
+    triton: bool = False
+    kernel_error: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The verdict. `damage` is every complaint, each with the name of the tensor or file."""
+
+    folder: str
+    checks: tuple[Check, ...]
+    layers: tuple[LayerVerdict, ...]
+    damage: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Every check held."""
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "checks": [asdict(check) for check in self.checks],
+            "layers": [asdict(layer) for layer in self.layers],
+            "damage": list(self.damage),
+        }
+
+
+@dataclass(slots=True)
+class Findings:
+    checks: list[Check] = field(default_factory=list)
+    layers: dict[str, LayerVerdict] = field(default_factory=dict)
+    damage: list[str] = field(default_factory=list)
+
+    def add(self, name: str, problems: Sequence[str], detail: str) -> None:
+        """One check: its problems, or what it found where there are none."""
+        self.damage += problems
+        if problems:
+            more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+            detail = "; ".join(problems[:NAMED]) + more
+        self.checks.append(Check(name=name, ok=not problems, detail=detail))
+
+    def report(self, folder: Path) -> VerifyReport:
+        return VerifyReport(
+            folder=os.fspath(folder),
+            checks=tuple(self.checks),
+            layers=tuple(self.layers.values()),
+            damage=tuple(self.damage),
+        )

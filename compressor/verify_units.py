@@ -1,0 +1,255 @@
+"""The checks of `verify` that read weights: unit by unit, each tensor once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compressor.compare_weights import COMPARABLE, MISFIT, layer_errors
+from compressor.errors import InputError
+from compressor.independent import DecodedWeight, decode_linear
+from compressor.kernel_checks import Layer, check_kernel, interpreter_runs, kernel_for
+from compressor.layout import Linear, UnitLayout
+from compressor.manifest import MANIFEST_NAME, Manifest
+from compressor.passes.base import Unit
+from compressor.safetensors_file import tensor_bytes
+from compressor.source import Source
+from compressor.verify_report import Findings, LayerVerdict
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class UnitChecks:
+    """One checkpoint; `original` is None where nothing is compared."""
+
+    source: Source
+    manifest: Manifest | None
+    original: Source | None
+    device: torch.device
+    seed: int
+    found: Findings
+    hashes: list[str] = field(default_factory=list)
+    finite: list[str] = field(default_factory=list)
+    decoded: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    without_kernel: int = 0
+    misfits: dict[str, float] = field(default_factory=dict)
+
+    def run(self, progress: Progress | None) -> None:
+        units = self.source.layout.units
+        if self.original is not None:
+            _require_same_model(self.source, self.original)
+        for done, unit in enumerate(units, 1):
+            try:
+                self._unit(done - 1, unit)
+            except InputError as error:
+                self.decoded.append(f"{unit.name}: {error.message}")
+            if progress is not None:
+                progress(unit.name, done, len(units))
+        self._conclude()
+
+    def _unit(self, place: int, unit: UnitLayout) -> None:
+        raw = self.source.checkpoint.read(self.source.names(unit))
+        self._hash(raw)
+        for name, tensor in raw.items():
+            if tensor.is_floating_point() and not _finite(tensor):
+                self.finite.append(f"{name} holds NaN or infinity")
+        packed = [x for x in unit.linears if self.source.schemes.linears[x.name].weight is not None]
+        for linear, decoded in self._decode(packed, raw):
+            self._layer(linear, decoded, raw)
+        if self.original is not None:
+            self._compare(place, unit, self.source.assemble(unit, raw))
+
+    def _hash(self, raw: dict[str, Tensor]) -> None:
+        self.seen |= set(raw)
+        if self.manifest is None:
+            return
+        known = self.manifest.tensors
+        with ThreadPoolExecutor(4) as pool:
+            digests = pool.map(lambda t: hashlib.sha256(tensor_bytes(t)).hexdigest(), raw.values())
+            for name, digest in zip(raw, digests, strict=True):
+                if name not in known:
+                    self.hashes.append(f"{name} is not in {MANIFEST_NAME}")
+                elif digest != known[name]:
+                    self.hashes.append(f"{name} is not what was written")
+
+    def _decode(
+        self, linears: Sequence[Linear], raw: dict[str, Tensor]
+    ) -> Iterator[tuple[Linear, DecodedWeight | str]]:
+        """Each layer by the second reader, a few at a time: its weight or what is wrong."""
+        config = self.source.checkpoint.config.get("quantization_config")
+
+        def decode(linear: Linear) -> DecodedWeight | str:
+            arrays = {leaf: _array(t) for leaf, t in _local(linear, raw).items()}
+            try:
+                return decode_linear(config, linear.name, arrays)
+            except ValueError as error:
+                return f"{linear.name}.{error}"
+
+        workers = min(4, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            for start in range(0, len(linears), workers):
+                few = linears[start : start + workers]
+                yield from zip(few, pool.map(decode, few), strict=True)
+
+    def _layer(self, linear: Linear, decoded: DecodedWeight | str, raw: dict[str, Tensor]) -> None:
+        scheme = self.source.schemes.linears[linear.name]
+        assert scheme.weight is not None
+        verdict = LayerVerdict(linear=linear.name)
+        self.found.layers[linear.name] = verdict
+        if isinstance(decoded, str):
+            self.decoded.append(decoded)
+            return
+        tensors = _local(linear, raw)
+        q = self.source.format.decode(tensors, scheme.weight)
+        weight = torch.from_numpy(decoded.weight)
+        ours = q.dequantize(torch.float64)
+        if weight.shape != ours.shape or not torch.allclose(weight, ours, rtol=1e-12, atol=0):
+            self.decoded.append(f"{linear.name}: two readers see different weights")
+            return
+        check = kernel_for(scheme, linear.shape)
+        if check is None:
+            self.without_kernel += 1
+            return
+        layer = Layer(name=linear.name, scheme=scheme, tensors=tensors, q=q, weight=weight)
+        result = check_kernel(check, layer, device=self.device, seed=self.seed)
+        if result.problem:
+            self.kernels.append(f"{linear.name}: {result.problem}")
+        self.found.layers[linear.name] = LayerVerdict(
+            linear=linear.name,
+            kernel=result.kernel,
+            triton=result.triton,
+            kernel_error=result.error,
+        )
+
+    def _compare(self, place: int, unit: UnitLayout, written: Unit) -> None:
+        assert self.original is not None
+        before = self.original.read_unit(self.original.layout.units[place]).dequantized()
+        after = written.dequantized()
+        tied = self.original.layout.tied
+        for linear in unit.linears:
+            name = f"{linear.name}.weight"
+            if name in after and name not in before and tied is not None:
+                before[name] = self.original.checkpoint.read([tied])[tied]
+        compared = [x for x in unit.linears if f"{x.name}.weight" in after]
+        if not compared:
+            return
+        moved = ({n: t.to(self.device) for n, t in part.items()} for part in (after, before))
+        after, before = moved
+        for row in layer_errors(unit, written=after, original=before, quantized=written.quantized):
+            known = self.found.layers.get(row.linear, LayerVerdict(linear=row.linear))
+            self.found.layers[row.linear] = LayerVerdict(**{**asdict(known), "error": row.error})
+            if row.misfit is not None:
+                self.misfits[row.linear] = row.misfit
+
+    def _conclude(self) -> None:
+        layers = self.found.layers.values()
+        packed = [x for x in layers if self.source.schemes.linears[x.linear].weight is not None]
+        if self.manifest is not None:
+            lost = sorted(set(self.manifest.tensors) - self.seen)
+            self.hashes += [f"{name} is in {MANIFEST_NAME}, but not in the model" for name in lost]
+            self.found.add("tensor hashes", self.hashes, f"{len(self.manifest.tensors)} tensors")
+        self.found.add("finite", self.finite, "no NaN and no infinity in any float tensor")
+        detail = f"{len(packed)} layers, by a reader that shares no code with the writer"
+        self.found.add("codes and scales", self.decoded, detail)
+        self.found.add("kernels", self.kernels, self._kernel_detail(packed))
+        if self.original is not None:
+            self._judge_errors()
+
+    def _kernel_detail(self, packed: Sequence[LayerVerdict]) -> str:
+        """What ran, and how much of it."""
+        ran = [layer for layer in packed if layer.kernel]
+        triton = [layer for layer in ran if layer.triton]
+        parts = []
+        worst = max((layer.kernel_error or 0.0 for layer in ran), default=0.0)
+        names = ", ".join(sorted({layer.kernel for layer in ran}))
+        if self.device.type == "cuda" and triton:
+            parts.append(f"{len(triton)} whole layers through {names} on the GPU")
+        elif ran:
+            if triton:
+                parts.append(
+                    f"one seeded tile of each of {len(triton)} layers through {names} in Triton's "
+                    "interpreter (at most 32 outputs by 1024 inputs, one token)"
+                )
+            elif not interpreter_runs():
+                parts.append("Triton was loaded for a GPU, so no interpreter")
+            parts.append(f"{len(ran)} whole layers through the plain reference")
+        if self.without_kernel:
+            parts.append(f"{self.without_kernel} layers have no kernel here: decoded only")
+        if ran:
+            parts.append(f"largest relative error {worst:.2g}")
+        return "; ".join(parts) or "no packed layers"
+
+    def _judge_errors(self) -> None:
+        errors = {x.linear: x.error for x in self.found.layers.values() if x.error is not None}
+        coded = [errors[name] for name in self.misfits]
+        values = coded or list(errors.values()) or [0.0]
+        middle = statistics.median(values)
+        if not math.isfinite(middle) or middle > COMPARABLE:
+            detail = (
+                f"median {middle:.3g}: a transform moved the weights by more than rescaling, so "
+                "they cannot be compared one by one; compress eval --against compares the models"
+            )
+            self.found.add("error to the original", [], detail)
+            return
+        problems = [
+            f"{name}: its scales are off by {off:.0%} against the original's weights"
+            for name, off in self.misfits.items()
+            if not off <= MISFIT
+        ]
+        problems += [
+            f"{name} is {error:.2g} of its own size from the original"
+            for name, error in errors.items()
+            if not error <= 1 and self.misfits.get(name, 0.0) <= MISFIT
+        ]
+        worst = sorted(errors, key=lambda name: -errors[name])[:3]
+        shown = ", ".join(f"{name} {errors[name]:.3g}" for name in worst)
+        detail = f"median {middle:.3g} of {len(values)} layers; largest {shown}"
+        self.found.add("error to the original", problems, detail)
+
+
+def _require_same_model(source: Source, original: Source) -> None:
+    names = [[u.name for u in s.layout.units] for s in (source, original)]
+    if names[0] != names[1]:
+        raise InputError(
+            f"{original.checkpoint.folder} has other blocks than {source.checkpoint.folder}",
+            hint="--against names the checkpoint that was quantized",
+        )
+
+
+def _local(linear: Linear, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A linear's own tensors, by local name."""
+    prefix = f"{linear.name}."
+    return {n.removeprefix(prefix): t for n, t in raw.items() if n.startswith(prefix)}
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's bytes as numpy holds them: bfloat16 as uint16, float8 as uint8."""
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(tensor.view(torch.uint16).numpy())
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return np.asarray(tensor.view(torch.uint8).numpy())
+    return np.asarray(tensor.numpy())
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether every value is; in chunks, so that no copy of a large tensor is made."""
+    flat, step = tensor.reshape(-1), 1 << 22
+    return all(
+        bool(flat[start : start + step].float().isfinite().all())
+        for start in range(0, flat.numel(), step)
+    )
