@@ -67,7 +67,8 @@ class CardData:
     base_model  Hub id of the source, or None where it has none
     inherited   metadata of the source's card (`source_metadata`)
     recipe      the resolved recipe as plain data
-    evaluation  `EvaluationResult.to_json()`, or None;  tasks  task → {"value", "error"}
+    evaluation, passkey  `to_json()` of their results, or None
+    tasks       task of the harness → {"value", "error"}
     verified    whether `verify` passed, or None where it did not run
     """
 
@@ -81,6 +82,7 @@ class CardData:
     source_bytes: int
     output_bytes: int
     evaluation: Mapping[str, Any] | None = None
+    passkey: Mapping[str, Any] | None = None
     tasks: Mapping[str, Mapping[str, float]] | None = None
     verified: bool | None = None
 
@@ -213,6 +215,9 @@ def _measured(data: CardData) -> str:
     ):
         if found.get(key):
             rows.append((title, _estimate(found[key]), _estimate(found.get(original))))
+    if data.passkey:
+        accuracy, theirs = data.passkey["accuracy"], data.passkey.get("original_accuracy")
+        rows.append(("passkey retrieval, tokens found", _estimate(accuracy), _estimate(theirs)))
     rows += [(name, _estimate(value), MISSING) for name, value in (data.tasks or {}).items()]
     if not rows:
         return ""

@@ -75,9 +75,13 @@ class Recipe(Strict):
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data with every default filled in, without where it writes."""
-        data = self.model_dump(mode="json", exclude={"output", "passes", "publish"})
-        data["passes"] = [{s.name: s.params.model_dump(mode="json")} for s in self.passes]
-        return data
+        data = self.model_dump(
+            mode="json", exclude={"output", "passes", "publish"}, exclude_none=True
+        )
+        data["passes"] = [
+            {s.name: s.params.model_dump(mode="json", exclude_none=True)} for s in self.passes
+        ]
+        return {key: value for key, value in data.items() if value != {}}
 
 
 AFTERWARDS = ("verify", "evaluate", "gate", "report", "card")

@@ -63,3 +63,13 @@ def log_option(function: Command) -> Command:
         show_default=True,
         help="Progress on stderr: live in a terminal, plain lines, or one JSON line per event.",
     )(function)
+
+
+def junit_option(function: Command) -> Command:
+    """Checks as a test report."""
+    return click.option(
+        "--junit",
+        "junit_path",
+        type=click.Path(path_type=Path),
+        help="Also write what was checked as JUnit XML, for CI systems.",
+    )(function)

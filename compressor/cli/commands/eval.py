@@ -12,7 +12,7 @@ from compressor.cli.display import Display, LogFormat
 from compressor.cli.options import FOLDER, json_option, log_option
 
 if TYPE_CHECKING:
-    from compressor.evaluate import EvaluationResult
+    from compressor.evaluate import Estimate, EvaluationResult
 
 
 @click.command(name="eval")
@@ -98,6 +98,11 @@ def command(
     else:
         for line in lines(result):
             click.echo(line)
+
+
+def estimate(found: Estimate) -> str:
+    """A share with its standard error."""
+    return f"{found.value:.1%} ± {found.error:.1%}"
 
 
 def lines(found: EvaluationResult) -> list[str]:

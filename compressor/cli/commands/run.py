@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressor.cli.commands.eval import lines
+from compressor.cli.commands.eval import estimate, lines
 from compressor.cli.display import Display, LogFormat, duration, size
-from compressor.cli.options import device_options, json_option, log_option, recipe_options
+from compressor.cli.junit import Case, junit, verdict_cases
+from compressor.cli.options import (
+    device_options,
+    json_option,
+    junit_option,
+    log_option,
+    recipe_options,
+)
 
 if TYPE_CHECKING:
     from compressor.compile import Compiled, Prepared
     from compressor.job import UnitDone
+    from compressor.recipe import Recipe
+    from compressor.release import Released
     from compressor.verdict import Verdict
+
+WORST = 3
+"""Linears with the largest errors that a run names."""
 
 
 @click.command()
@@ -24,6 +38,7 @@ if TYPE_CHECKING:
 @device_options
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; like compress plan.")
 @log_option
+@junit_option
 @json_option
 @click.pass_context
 def command(
@@ -37,12 +52,14 @@ def command(
     device_memory: str | None,
     dry_run: bool,
     log_format: LogFormat,
+    junit_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Run a recipe: write the packed checkpoint, verify and evaluate it.
+    """Run a recipe: write the packed checkpoint, verify and evaluate it, hold it to the gate.
 
-    The same command continues an interrupted run after the last finished unit, and leaves a
-    finished output as it is. The exit code is 0 only if every check passed.
+    The same command continues an interrupted run after the last finished unit; a finished output
+    is judged again and otherwise left as it is. The exit code is 0 only if every check passed. A
+    failed one keeps the files; report.html beside them says what was found.
 
     \b
     compress run recipes/smollm2-awq.yaml
@@ -64,103 +81,166 @@ def command(
             as_json=as_json,
         )
         return
+    from compressor.recipe import load_recipe
+
+    display = Display(log_format=log_format)
+    with junit(junit_path, "run") as cases:
+        loaded = load_recipe(
+            recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
+        )
+        run = execute(
+            loaded, device=device, device_memory=device_memory, display=display, cases=cases
+        )
+    if run is None:
+        context.exit(130)
+    if as_json:
+        click.echo(json.dumps(summary(run), indent=2))
+    else:
+        report(run)
+    context.exit(0 if run.ok else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that came to its end: what was made and what was found."""
+
+    prepared: Prepared
+    compiled: Compiled
+    released: Released
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Every check passed."""
+        return self.released.verdict.ok
+
+
+def execute(
+    recipe: Recipe, *, device: str, device_memory: str | None, display: Display, cases: list[Case]
+) -> Run | None:
+    """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
     from compressor.cli.main import interruptible
     from compressor.compile import choose_device, compile_checkpoint, prepare
     from compressor.job import Interrupted
-    from compressor.recipe import load_recipe, parse_size
+    from compressor.recipe import parse_size
 
     started = time.perf_counter()
-    display = Display(log_format=log_format)
-    loaded = load_recipe(
-        recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
-    )
     prepared = prepare(
-        loaded,
+        recipe,
         device=choose_device(device),
         device_memory=parse_size(device_memory) if device_memory else None,
     )
+    cases.append(Case("plan", "recipe and model", seconds=time.perf_counter() - started))
     for note in prepared.plan.notes:
         display.event("note", text=note)
-
-    def on_unit(done: UnitDone) -> None:
-        fields: dict[str, Any] = {"seconds": done.seconds, "memory": done.peak_rss}
-        if done.peak_device:
-            fields["device"] = done.peak_device
-        errors = [row["error"] for row in done.rows if row.get("error") is not None]
-        if errors:
-            fields["error"] = sum(errors) / len(errors)
-        if done.resumed:
-            fields["resumed"] = "yes"
-        display.unit(done.name, done.index + 1, done.total, **fields)
-
     stopping = interruptible()
     try:
         with display.stage("compress", len(prepared.plan.units)):
-            compiled = compile_checkpoint(prepared, on_unit=on_unit, stopping=stopping)
+            compiled = compile_checkpoint(
+                prepared, on_unit=lambda done: show_unit(display, done), stopping=stopping
+            )
     except Interrupted:
         display.event("interrupted", hint="the same command continues after the last unit")
-        context.exit(130)
+        cases.append(Case("compress", "ran to its end", error="interrupted"))
+        return None
     seconds = time.perf_counter() - started
+    cases.append(Case("compress", "checkpoint written", seconds=seconds))
     if compiled.already:
         display.event("already done", output=str(compiled.output))
-    verdict = None
-    if loaded.verify or loaded.evaluate is not None:
-        # Imported only here: it brings kernels, which a run without checks does not need.
-        from compressor.verdict import judge
+    # Imported only here: it brings kernels, which nothing needs before.
+    from compressor.release import conclude
 
-        with display.stage("verify and evaluate", 0):
-            verdict = judge(prepared, compiled)
-    if as_json:
-        result = summary(prepared, compiled, verdict, seconds=seconds)
-        click.echo(json.dumps(result, indent=2))
-    else:
-        report(prepared, compiled, verdict, seconds=seconds)
-    context.exit(0 if verdict is None or verdict.ok else 1)
+    released = conclude(prepared, compiled, seconds=seconds, watch=display)
+    cases += verdict_cases(released.verdict)
+    return Run(
+        prepared=prepared,
+        compiled=compiled,
+        released=released,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def summary(
-    prepared: Prepared, compiled: Compiled, verdict: Verdict | None, *, seconds: float
-) -> dict[str, Any]:
+def show_unit(display: Display, done: UnitDone) -> None:
+    """One more unit of a run."""
+    fields: dict[str, Any] = {"seconds": done.seconds, "memory": done.peak_rss}
+    if done.peak_device:
+        fields["device"] = done.peak_device
+    errors = [row["error"] for row in done.rows if row.get("error") is not None]
+    if errors:
+        fields["error"] = sum(errors) / len(errors)
+    if done.resumed:
+        fields["resumed"] = "yes"
+    display.unit(done.name, done.index + 1, done.total, **fields)
+
+
+def summary(run: Run) -> dict[str, Any]:
     """What a machine wants to know of a run."""
+    units = run.released.units
     return {
-        "ok": verdict is None or verdict.ok,
-        "output": str(compiled.output),
-        "already_done": compiled.already,
-        "seconds": round(seconds, 3),
-        "output_bytes": prepared.plan.output_bytes,
-        "source_bytes": prepared.estimates.source_bytes,
-        "peak_host_bytes": max((unit.peak_rss for unit in compiled.units), default=0),
-        "peak_device_bytes": max((unit.peak_device for unit in compiled.units), default=0),
-        "rows": [{"unit": unit.name, **row} for unit in compiled.units for row in unit.rows],
-        **({} if verdict is None else verdict.to_json()),
+        "ok": run.ok,
+        "output": str(run.compiled.output),
+        "already_done": run.compiled.already,
+        "seconds": round(run.seconds, 3),
+        "output_bytes": run.prepared.plan.output_bytes,
+        "source_bytes": run.prepared.estimates.source_bytes,
+        "peak_host_bytes": max((unit.peak_rss for unit in units), default=0),
+        "peak_device_bytes": max((unit.peak_device for unit in units), default=0),
+        "rows": [{"unit": unit.name, **row} for unit in units for row in unit.rows],
+        **run.released.verdict.to_json(),
+        "report": str(run.released.report) if run.released.report else None,
     }
 
 
-def report(
-    prepared: Prepared, compiled: Compiled, verdict: Verdict | None, *, seconds: float
-) -> None:
+def report(run: Run) -> None:
     """What a person wants to know of a run."""
-    plan = prepared.plan
-    before, after = prepared.estimates.source_bytes, plan.output_bytes
-    click.echo(f"\n{compiled.output}")
+    planned, after = run.prepared.estimates, run.prepared.plan.output_bytes
+    before, units = planned.source_bytes, run.released.units
+    click.echo(f"\n{run.compiled.output}")
     click.echo(f"  size        {size(after)} from {size(before)} ({before / after:.2f} times)")
-    if compiled.units:
-        rss = max(unit.peak_rss for unit in compiled.units)
-        planned = prepared.estimates.host_bytes
-        click.echo(f"  time        {duration(seconds)}")
-        click.echo(f"  host peak   {size(rss)} (planned {size(planned)})")
-        peak = max(unit.peak_device for unit in compiled.units)
+    if run.compiled.units:
+        rss = max(unit.peak_rss for unit in units)
+        click.echo(f"  time        {duration(run.seconds)}")
+        click.echo(f"  host peak   {size(rss)} (planned {size(planned.host_bytes)})")
+        peak = max(unit.peak_device for unit in units)
         if peak:
-            planned = prepared.estimates.device_bytes
-            click.echo(f"  device peak {size(peak)} (planned {size(planned)})")
-        rows = [row for unit in compiled.units for row in unit.rows if row.get("error") is not None]
-        worst = sorted(rows, key=lambda row: -row["error"])[:3]
-        for row in worst:
-            click.echo(f"  high error  {row['linear']}  {row['error']:.4g}")
-    if verdict is None:
-        return
+            click.echo(f"  device peak {size(peak)} (planned {size(planned.device_bytes)})")
+    show_verdict(run.released.verdict, [row for unit in units for row in unit.rows])
+    if run.released.report is not None:
+        click.echo(f"  report      {run.released.report}")
+
+
+def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What was found, and where the error is."""
+    from compressor.gate import rank_layers
+
     if verdict.evaluation is not None:
         for line in lines(verdict.evaluation):
             click.echo(f"  {line}")
+    if verdict.passkey is not None:
+        click.echo(f"  passkey     {estimate(verdict.passkey.accuracy)} of the tokens found")
+    for name, accuracy in verdict.tasks.items():
+        click.echo(f"  {name:11} {estimate(accuracy)}")
+    for layer in rank_layers(rows)[:WORST]:
+        share = f"{layer.share:.1%} of all" if layer.share else ""
+        click.echo(f"  high error  {layer.linear}  {layer.error:.4g}  {share}".rstrip())
     if verdict.verified is not None:
-        click.echo(f"  verify      {'passed' if verdict.verified.ok else 'FAILED'}")
+        click.echo(f"  verify      {mark(verdict.verified.ok)}")
+        for check in verdict.verified.checks:
+            if not check.ok:
+                click.echo(f"              {check.name}: {check.detail}")
+    if verdict.gate is None:
+        return
+    click.echo(f"  gate        {mark(verdict.gate.passed)}")
+    for limit in verdict.gate.checks:
+        click.echo(f"              {'' if limit.passed else 'MISSED: '}{limit.message}")
+    if verdict.gate.suggestion:
+        click.echo(
+            "\nThe files are kept. More bits where most of the error is; in the recipe:\n\n"
+            + verdict.gate.suggestion
+        )
+
+
+def mark(passed: bool) -> str:
+    """A verdict in a word."""
+    word = "passed" if passed else "FAILED"
+    return click.style(word, fg="green" if passed else "red", bold=not passed)

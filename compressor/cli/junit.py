@@ -1,0 +1,135 @@
+"""JUnit XML: what was checked, as the test reports that CI systems show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from compressor.errors import CompressError, MachineError, Problems
+
+if TYPE_CHECKING:
+    from compressor.verdict import Verdict
+    from compressor.verify_report import VerifyReport
+
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing that was checked.
+
+    group    what it belongs to: plan, compress, verify, gate …
+    failure  why a check did not hold;  error  why it could not be made;  output  what it found
+    """
+
+    group: str
+    name: str
+    seconds: float = 0.0
+    failure: str = ""
+    error: str = ""
+    output: str = ""
+
+
+@contextmanager
+def junit(path: Path | None, command: str) -> Iterator[list[Case]]:
+    """A list of cases that is written to `path` when the context ends, however it ends.
+
+    An error that ends it becomes a case of its own. Without a path nothing is written.
+    """
+    cases: list[Case] = []
+    try:
+        yield cases
+    except CompressError as error:
+        for problem in error.problems if isinstance(error, Problems) else [error]:
+            hint = f"\nhint: {problem.hint}" if problem.hint else ""
+            first = problem.message.splitlines()[0]
+            cases.append(Case(command, first, error=problem.message + hint))
+        raise
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}"
+        cases.append(Case(command, "ran to its end", error=text))
+        raise
+    finally:
+        if path is not None:
+            _write(path, cases, command)
+
+
+def verify_cases(found: VerifyReport, *, seconds: float = 0.0) -> list[Case]:
+    """One case for each check of a verification."""
+    return [
+        Case(
+            "verify",
+            check.name,
+            seconds=seconds / max(len(found.checks), 1),
+            failure="" if check.ok else check.detail,
+            output=check.detail if check.ok else "",
+        )
+        for check in found.checks
+    ]
+
+
+def verdict_cases(verdict: Verdict) -> list[Case]:
+    """One case for each check, measurement and limit of a verdict."""
+    cases: list[Case] = []
+    if verdict.verified is not None:
+        cases += verify_cases(verdict.verified, seconds=verdict.seconds.get("verify", 0.0))
+    found = verdict.evaluation
+    if found is not None:
+        text = f"perplexity {found.perplexity.value:.4f} ± {found.perplexity.error:.4f}"
+        if found.kl is not None:
+            text += f", KL {found.kl.value:.5f} ± {found.kl.error:.5f}"
+        cases.append(Case("evaluate", "perplexity", seconds=found.seconds, output=text))
+    if verdict.gate is not None:
+        cases += [
+            Case(
+                "gate",
+                check.name,
+                failure="" if check.passed else check.message,
+                output=check.message if check.passed else "",
+            )
+            for check in verdict.gate.checks
+        ]
+    return cases
+
+
+def _write(path: Path, cases: Sequence[Case], command: str) -> None:
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"compress {command}",
+        tests=str(len(cases)),
+        failures=str(sum(bool(case.failure) for case in cases)),
+        errors=str(sum(bool(case.error) for case in cases)),
+        skipped="0",
+        time=f"{sum(case.seconds for case in cases):.3f}",
+    )
+    for case in cases:
+        element = ElementTree.SubElement(
+            suite,
+            "testcase",
+            classname=f"compress.{_clean(case.group)}",
+            name=_clean(case.name),
+            time=f"{case.seconds:.3f}",
+        )
+        for tag, text in (("failure", case.failure), ("error", case.error)):
+            if text:
+                child = ElementTree.SubElement(element, tag, message=_clean(text.splitlines()[0]))
+                child.text = _clean(text)
+        if case.output:
+            ElementTree.SubElement(element, "system-out").text = _clean(case.output)
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _clean(text: str) -> str:
+    """Text without what XML cannot hold."""
+    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
