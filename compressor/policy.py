@@ -140,11 +140,12 @@ class AttentionPolicy(_Value):
         return mask
 
     def cached_tokens(self, length: int) -> int:
-        """Key/value pairs kept for a text of `length` tokens, over all layers and KV heads."""
+        """Key/value pairs kept after a text of `length` tokens, over all layers and KV heads: the
+        next query's own token makes a window full."""
         total = 0
         for layer in self.layers:
             held = layer.streaming
-            kept = min(length, held.sinks + held.window) if held else 0
+            kept = min(length, held.sinks + held.window - 1) if held else 0
             streaming = len(held.heads) if held else 0
             total += streaming * kept + (self.kv_heads - streaming) * length
         return total

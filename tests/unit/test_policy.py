@@ -82,7 +82,7 @@ def test_files_give_the_policy_back(tmp_path: Path) -> None:
 def test_the_cache_is_as_small_as_the_policy_says() -> None:
     policy = some_policy()
     assert policy.streaming_share == 0.5
-    assert policy.cached_tokens(100) == 2 * 100 + 2 * 7
+    assert policy.cached_tokens(100) == 2 * 100 + 2 * 6
     assert policy.cached_tokens(6) == 4 * 6
 
 
