@@ -1,0 +1,188 @@
+"""Attention of queries to their chosen key blocks alone: a step of decoding, or a prompt.
+
+What InfLLM-V2, SparDA (arXiv 2606.04511) and Quest (arXiv 2406.10774) do once blocks are chosen
+(`block_selection`): exact softmax attention, causal by token, over the tokens of the chosen blocks.
+Queries of one set (the query heads of a KV head, or one query head) read its blocks together.
+
+Layouts: q [B, H, Tq, D], k and v [B, G, T, D] with H a multiple of G, blocks int32 [B, S, Tq, K]
+ascending and then -1, with S = G sets (one for each KV head) or S = H (one for each query head).
+Queries are the last Tq tokens of the text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor_kernels.block_selection import positions, pow2
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTiles:
+    """Tile shape of the kernel; `programs_per_sm` sets the number of splits of a decoding step."""
+
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 4
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    *,
+    block_size: int,
+    lengths: Tensor | None = None,
+    tokens: int | None = None,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+    tiles: BlockTiles | None = None,
+) -> Tensor:
+    """Attention over chosen blocks, [B, H, Tq, D] in q's dtype.
+
+    tokens: keys in the text if k has room for more; lengths int32 [B]: keys of each batch row if
+    they differ. slots [B, S, Tq, K]: where each chosen block lies if k and v are a cache of blocks
+    (`block_cache`) and not the text in order. scale is 1/sqrt(D) if not given. Every query needs a
+    block with a key at or before it. The same inputs give the same bits.
+    """
+    from compressor_kernels import block_attention_jit as jit
+    from compressor_kernels.head_attention_jit import combine_kernel
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    blocks = blocks.contiguous()
+    places = blocks if slots is None else slots.contiguous()
+    tokens = k.shape[2] if tokens is None else tokens
+    _check(q, k, v, blocks, places)
+    tiles = tiles or BlockTiles()
+    (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
+    sets, chosen = blocks.shape[1], blocks.shape[3]
+    group = heads // sets
+    splits = _splits(blocks, block_size, tiles) if q_len == 1 else 1
+    out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    part = lse = None
+    if splits > 1:
+        part = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
+    jit.attend_kernel[(q_len * splits, batch * sets)](
+        q,
+        k,
+        v,
+        blocks,
+        places,
+        lengths,
+        out,
+        part,
+        lse,
+        tokens,
+        q_len,
+        sets,
+        (dim**-0.5 if scale is None else scale) * LOG2_E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        GROUP=group,
+        PER_KEY=sets // groups,
+        K=chosen,
+        BLOCK=block_size,
+        D=dim,
+        SPLITS=splits,
+        BLOCK_G=max(16, pow2(group)),
+        BLOCK_N=max(16, min(tiles.block_n, pow2(chosen * block_size))),
+        BLOCK_D=max(16, pow2(dim)),
+        K_POW2=pow2(chosen),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if splits > 1:
+        combine_kernel[(batch * heads,)](
+            part,
+            lse,
+            None,
+            out,
+            sets,
+            heads,
+            D=dim,
+            GROUP=group,
+            SPLITS=splits,
+            BLOCK_S=pow2(splits),
+            BLOCK_D=pow2(dim),
+            num_warps=4,
+        )
+    return out
+
+
+def block_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    *,
+    block_size: int,
+    lengths: Tensor | None = None,
+    tokens: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`block_attention` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
+    _check(q, k, v, blocks, blocks)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    seen = block_mask(blocks, k.shape[2], block_size=block_size, lengths=lengths, tokens=tokens)
+    seen = seen.repeat_interleave(q.shape[1] // blocks.shape[1], dim=1)
+    k, v = (x.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    logits = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    used = seen.any(2)[..., None]  # tokens that no query sees may hold anything
+    return (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ torch.where(used, v, 0)).to(q.dtype)
+
+
+def block_mask(
+    blocks: Tensor,
+    capacity: int,
+    *,
+    block_size: int,
+    lengths: Tensor | None = None,
+    tokens: int | None = None,
+    behind: int = 0,
+) -> Tensor:
+    """Which keys each query sees, bool [B, S, Tq, capacity]: chosen, and at or before it.
+
+    behind: tokens after the last query, as in `top_blocks`.
+    """
+    count = -(-capacity // block_size)
+    shape = (*blocks.shape[:3], count + 1)
+    chosen = torch.zeros(shape, dtype=torch.bool, device=blocks.device)
+    chosen.scatter_(-1, torch.where(blocks < 0, count, blocks).long(), True)
+    by_token = chosen[..., :count].repeat_interleave(block_size, dim=-1)[..., :capacity]
+    position = positions(
+        blocks, tokens=capacity if tokens is None else tokens, lengths=lengths, behind=behind
+    )[1]
+    return by_token & (torch.arange(capacity, device=blocks.device) <= position)
+
+
+def _splits(blocks: Tensor, block_size: int, tiles: BlockTiles) -> int:
+    """Ranges that the blocks of one set are cut into: enough programs to fill the device."""
+    batch, sets, _, chosen = blocks.shape
+    processors = 4
+    if blocks.is_cuda:
+        processors = torch.cuda.get_device_properties(blocks.device).multi_processor_count
+    most = max(1, chosen * block_size // (2 * tiles.block_n))
+    return max(1, min(processors * tiles.programs_per_sm // max(1, batch * sets), most, 128))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, places: Tensor) -> None:
+    (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
+    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (batch, dim) or heads % groups:
+        raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}, v {tuple(v.shape)}")
+    sets = blocks.shape[1]
+    if blocks.shape[0] != batch or sets not in (groups, heads) or blocks.shape[2] != q_len:
+        raise ValueError(
+            f"blocks {tuple(blocks.shape)} do not fit q {tuple(q.shape)} with {groups} KV heads"
+        )
+    if places.shape != blocks.shape:
+        raise ValueError(f"slots {tuple(places.shape)} do not fit blocks {tuple(blocks.shape)}")
+    if dim > 256:
+        raise ValueError(f"head dimension {dim} is over 256")

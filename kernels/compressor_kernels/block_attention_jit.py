@@ -1,0 +1,107 @@
+"""Triton code of `block_attention`: softmax over the tokens of chosen blocks."""
+
+import triton
+import triton.language as tl
+
+from compressor_kernels.head_attention_jit import HIDDEN, _online_softmax
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,  # [B, H, Tq, D]
+    k_ptr,  # [B, G, T, D], or a cache of blocks
+    v_ptr,
+    block_ptr,  # [B, S, Tq, K] int32, ascending, then -1
+    place_ptr,  # [B, S, Tq, K]: where a block lies in k and v
+    len_ptr,  # [B] or None
+    out_ptr,  # [B, H, Tq, D], dense
+    part_ptr,  # [B, H, SPLITS, D] fp32, or None where nothing is split
+    lse_ptr,  # [B, H, SPLITS]
+    k_len,
+    q_len,
+    sets,
+    scale,  # holds log2(e)
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_g,
+    k_t,
+    v_b,
+    v_g,
+    v_t,
+    GROUP: tl.constexpr,  # query heads of one set
+    PER_KEY: tl.constexpr,  # sets of one KV head
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    K_POW2: tl.constexpr,
+):
+    """One token's query heads of one set over one range of its chosen blocks."""
+    lane = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(0) % SPLITS
+    token = tl.program_id(0) // SPLITS
+    b = lane // sets
+    s = lane % sets
+    g = s // PER_KEY
+    length = k_len
+    if len_ptr is not None:
+        length = tl.load(len_ptr + b).to(tl.int32)
+    position = length - q_len + token
+
+    row = (lane * q_len + token) * K
+    slot = tl.arange(0, K_POW2)
+    ids = tl.load(block_ptr + row + slot, mask=slot < K, other=-1)
+    count = tl.sum((ids >= 0).to(tl.int32), 0)
+    # A split is a range of tokens of the chosen blocks put one behind another, in whole tiles.
+    chunk = tl.cdiv(tl.cdiv(count * BLOCK, SPLITS), BLOCK_N) * BLOCK_N
+    start = split * chunk
+    end = tl.minimum(count * BLOCK, start + chunk)
+
+    member = tl.arange(0, BLOCK_G)
+    dim = tl.arange(0, BLOCK_D)
+    h = s * GROUP + member
+    mask = (member < GROUP)[:, None] & (dim < D)[None, :]
+    q_at = q_ptr + b * q_b + h[:, None] * q_h + token.to(tl.int64) * q_t + dim[None, :]
+    q = tl.load(q_at, mask=mask, other=0.0)
+    k_base = k_ptr + b * k_b + g * k_g + dim[None, :]
+    v_base = v_ptr + b * v_b + g * v_g + dim[None, :]
+    m = tl.full([BLOCK_G], HIDDEN, tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    inner = tl.arange(0, BLOCK_N)
+    for base in tl.range(start, end, BLOCK_N):
+        if BLOCK % BLOCK_N == 0:  # a tile lies in one block
+            block = tl.load(block_ptr + row + base // BLOCK)
+            place = tl.load(place_ptr + row + base // BLOCK).to(tl.int64)
+            offset = base % BLOCK + inner
+            live = block * BLOCK + offset <= position
+            at = place * BLOCK + offset
+        else:
+            flat = base + inner
+            inside = flat < end
+            block = tl.load(block_ptr + row + flat // BLOCK, mask=inside, other=0)
+            place = tl.load(place_ptr + row + flat // BLOCK, mask=inside, other=0).to(tl.int64)
+            offset = flat % BLOCK
+            live = inside & (block * BLOCK + offset <= position)
+            at = place * BLOCK + offset
+        tile = live[:, None] & (dim < D)[None, :]
+        k = tl.load(k_base + at[:, None] * k_t, mask=tile, other=0.0)
+        scores = tl.where(live[None, :], tl.dot(q, tl.trans(k)), HIDDEN)
+        p, m, l, acc = _online_softmax(scores, m, l, acc, scale)
+        v = tl.load(v_base + at[:, None] * v_t, mask=tile, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc)
+    some = tl.maximum(l, 1.0e-30)  # an empty range has l = 0 and weighs nothing in the combine
+    mean = acc / some[:, None]
+    head = b * sets * GROUP + h
+    if SPLITS == 1:
+        out = out_ptr + (head * q_len + token)[:, None] * D + dim[None, :]
+        tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        part = head * SPLITS + split
+        tl.store(part_ptr + part[:, None] * D + dim[None, :], mean, mask=mask)
+        tl.store(lse_ptr + part, m + tl.math.log2(some), mask=member < GROUP)
