@@ -135,7 +135,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
         _unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
     )
     try:
-        groups = [group for unit in units for group in _groups(unit)]
+        groups = [group for unit in units for group in module_groups(unit.outputs)]
         shards = plan_shards(groups, max_bytes=recipe.max_shard_size)
         plan = Plan(
             recipe=recipe,
@@ -152,7 +152,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
     except CompressError as error:
         raise Problems([error]) from error
     if output is not None:
-        _check_room(output, plan.output_bytes)
+        check_room(output, plan.output_bytes)
     return plan
 
 
@@ -357,15 +357,16 @@ def _float_dtype(name: str, source: Source, recipe: Recipe, dtype: torch.dtype) 
     return dtype
 
 
-def _groups(unit: UnitPlan) -> list[dict[str, TensorShape]]:
+def module_groups(outputs: Mapping[str, TensorShape]) -> list[dict[str, TensorShape]]:
     """Tensors that must lie in one shard: those of one module."""
     modules: dict[str, dict[str, TensorShape]] = {}
-    for name, spec in unit.outputs.items():
+    for name, spec in outputs.items():
         modules.setdefault(name.rpartition(".")[0], {})[name] = spec
     return list(modules.values())
 
 
-def _check_room(output: Path, needed: int) -> None:
+def check_room(output: Path, needed: int) -> None:
+    """Raises InputError where a checkpoint of `needed` bytes does not fit beside `output`."""
     folder = output
     while not folder.exists():
         folder = folder.parent

@@ -22,7 +22,8 @@ from compressor.scheme import ActivationSpec, Scheme
 
 @dataclass(frozen=True, slots=True)
 class RoundingReport:
-    """Scales of one weight that were rounded to the target's dtype, or to a divisor's reciprocal.
+    """Values (a weight's scales) that were rounded to the target's dtype, or to the reciprocal of
+    a divisor.
 
     max_relative_error  largest |rounded − scale| / |scale|; it is also that of the weight itself
     """
@@ -41,7 +42,7 @@ class RoundingReport:
         if source == target:
             target = f"{target} as divisors"
         return (
-            f"{self.name}: {self.rounded} of {self.total} {source} scales have no exact form in "
+            f"{self.name}: {self.rounded} of {self.total} {source} values have no exact form in "
             f"{target}; the nearest is off by up to {self.max_relative_error:.2g} of its value"
         )
 
@@ -71,7 +72,7 @@ def relayout(
         raise InputError(
             f"{name}: scales up to {float(q.scales.float().max()):.3g} are infinite in {dtype}"
         )
-    report = _compare(q.scales, scales, name=name)
+    report = compare(q.scales, scales, name=name)
     if report is not None and not allow_rounding:
         raise InputError(
             f"{source.name} to {target.name}: {report}", hint="allow rounding to write it anyway"
@@ -79,7 +80,7 @@ def relayout(
     second = q.second
     if target.stores_divisors and second is not None and q.spec.second == "tensor":
         moved = divisor_of(second).reciprocal()
-        report = report or _compare(second, moved, name=name)
+        report = report or compare(second, moved, name=name)
         second = moved
     return replace(q, spec=replace(q.spec, scale_dtype=dtype), scales=scales, second=second), report
 
@@ -119,7 +120,8 @@ def _accepted(
     raise InputError(f"{name}: {source.name} to {target.name}: {reason}")
 
 
-def _compare(before: Tensor, after: Tensor, *, name: str) -> RoundingReport | None:
+def compare(before: Tensor, after: Tensor, *, name: str) -> RoundingReport | None:
+    """What was rounded between a tensor and the same in another dtype; None for nothing."""
     old, new = before.to(torch.float64), after.to(torch.float64)
     changed = old != new
     if not bool(changed.any()):

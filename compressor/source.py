@@ -87,8 +87,12 @@ class Source:
             spec = self.schemes.linears[linear.name].weight
             if spec is not None:
                 local = {n: raw.pop(f"{linear.name}.{n}") for n in self.stored(linear)}
-                quantized[linear.name] = self.format.decode(local, spec)
-                scale = self.format.input_scale(local)
+                try:
+                    quantized[linear.name] = self.format.decode(local, spec)
+                    scale = self.format.input_scale(local)
+                except InputError as error:
+                    where = f"{linear.name}: {error.message}"
+                    raise InputError(where, hint=error.hint) from error
                 if scale is not None:
                     input_scales[linear.name] = scale
         extra = {name: raw.pop(name) for name in self.added.get(unit.name, ())}

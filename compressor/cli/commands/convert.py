@@ -1,0 +1,80 @@
+"""compress convert"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.options import FOLDER, json_option, log_option
+
+SHOWN = 5
+
+
+@click.command()
+@click.argument("source")
+@click.argument("output", type=FOLDER)
+@click.option("--format", "target", required=True, help="Format to write; dense dequantizes.")
+@click.option(
+    "--allow-rounding",
+    is_flag=True,
+    help="Write the nearest value where none is exact; say so.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@log_option
+@json_option
+def command(
+    source: str,
+    output: Path,
+    target: str,
+    allow_rounding: bool,
+    max_shard_size: str,
+    log_format: LogFormat,
+    as_json: bool,
+) -> None:
+    """Write a checkpoint in another format without choosing its codes again.
+
+    SOURCE is a checkpoint folder, a GGUF file or a Hub id; OUTPUT a new folder. Codes never
+    change; a value without an exact form in the target is refused by name, or rounded and reported
+    with --allow-rounding. `--format dense` writes the weights that the codes stand for.
+
+    \b
+    compress convert out/llama2-awq out/llama2-autoawq --format autoawq
+    compress convert out/llama2-awq out/llama2-float --format dense
+    """
+    from compressor.convert import convert
+    from compressor.errors import InputError
+    from compressor.locate import locate
+    from compressor.recipe import parse_size
+
+    try:
+        limit = int(parse_size(max_shard_size))
+    except ValueError as error:
+        raise InputError(f"--max-shard-size: {error}") from error
+    display = Display(log_format=log_format)
+    located = locate(source, fetch=True)
+    with display.stage("convert", 2 * len(located.source.layout.units)):
+        done = convert(
+            located,
+            output.expanduser(),
+            format=target,
+            allow_rounding=allow_rounding,
+            max_shard_size=limit,
+            progress=lambda name, count, total: display.unit(name, count, total),
+        )
+    if as_json:
+        click.echo(json.dumps({"ok": True, **done.to_json()}, indent=2))
+        return
+    click.echo(f"{done.output}: {done.source_format} to {done.target_format}, {size(done.nbytes)}")
+    if done.already:
+        click.echo("  it was finished before and is left as it is")
+    for note in done.notes:
+        click.echo(f"  note: {note}")
+    if not done.rounded:
+        click.echo("  nothing was rounded" if target != "dense" else "  dequantized")
+    for report in sorted(done.rounded, key=lambda r: -r.max_relative_error)[:SHOWN]:
+        click.echo(f"  rounded {report}")
+    if len(done.rounded) > SHOWN:
+        click.echo(f"  and {len(done.rounded) - SHOWN} more tensors, rounded by less")

@@ -1,0 +1,284 @@
+"""Whole checkpoints between formats: no code changes, nothing is rounded in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from compressor.cli.main import cli
+from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.convert import Converted, convert
+from compressor.errors import InputError, Problems
+from compressor.locate import locate
+from compressor.qtensor import QTensor
+from compressor.recipe import make_recipe
+from compressor.source import open_source
+from compressor.verify import verify
+
+CPU = choose_device("cpu")
+INT4 = ("compressed-tensors", "autoawq", "gptq", "gptq-v2")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float16 model, whose floats every int4 format holds as they are."""
+    return Path(tiny_models.build("llama", tmp_path_factory.mktemp("m"), dtype=torch.float16))
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+    """packed(format, symmetric) → checkpoint, made once."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def get(name: str, symmetric: bool) -> Path:
+        if (name, symmetric) not in made:
+            output = tmp_path_factory.mktemp("packed") / "out"
+            run(model, output, format=name, symmetric=symmetric)
+            made[name, symmetric] = output
+        return made[name, symmetric]
+
+    return get
+
+
+def run(model: Path, output: Path, *, format: str, symmetric: bool, **top: Any) -> None:
+    passes = [{"rtn": {"bits": 4, "group_size": 32, "symmetric": symmetric}}]
+    recipe = {"model": str(model), "output": str(output), "passes": passes, "format": format}
+    compile_checkpoint(prepare(make_recipe({**recipe, **top}), device=CPU))
+
+
+def to(source: Path, output: Path, name: str, **options: Any) -> Converted:
+    return convert(locate(str(source), fetch=True), output, format=name, **options)
+
+
+def weights(folder: Path) -> dict[str, QTensor]:
+    source = open_source(folder)
+    found: dict[str, QTensor] = {}
+    for unit in source.layout.units:
+        found |= source.read_unit(unit).quantized
+    return found
+
+
+def floats(folder: Path) -> dict[str, torch.Tensor]:
+    source = open_source(folder)
+    found: dict[str, torch.Tensor] = {}
+    for unit in source.layout.units:
+        found |= source.read_unit(unit).tensors
+    return found
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    before, after = weights(one), weights(two)
+    assert set(before) == set(after) and before
+    for name, q in before.items():
+        assert torch.equal(q.codes, after[name].codes), name
+        expected, found = q.dequantize(torch.float64), after[name].dequantize(torch.float64)
+        assert torch.equal(expected, found), name
+    before_floats, after_floats = floats(one), floats(two)
+    assert set(before_floats) == set(after_floats)
+    for name, tensor in before_floats.items():
+        assert torch.equal(tensor, after_floats[name]), name
+
+
+@pytest.mark.parametrize("target", INT4)
+@pytest.mark.parametrize("source", INT4)
+def test_int4_there_and_back_to_the_same_bytes(
+    source: str, target: str, packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    origin = packed(source, True)
+    there = tmp_path / "there"
+    done = to(origin, there, target, max_shard_size=90_000)
+    assert not done.rounded and done.target_format == target
+    assert not (there / ".compress-work").exists()
+    assert_same_weights(origin, there)
+    assert (there / "tokenizer.json").read_bytes() == (origin / "tokenizer.json").read_bytes()
+    back = tmp_path / "back"
+    to(there, back, source)
+    for path in sorted(origin.glob("*.safetensors")):
+        assert path.read_bytes() == (back / path.name).read_bytes()
+    one, two = (json.loads((f / "config.json").read_text()) for f in (origin, back))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("compressed-tensors", "autoawq"), ("autoawq", "gptq-v2"), ("gptq-v2", "compressed-tensors")],
+)
+def test_asymmetric_weights_keep_their_zero_points(
+    source: str, target: str, packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    to(packed(source, False), tmp_path / "out", target)
+    assert_same_weights(packed(source, False), tmp_path / "out")
+    assert any(q.zeros is not None for q in weights(tmp_path / "out").values())
+    assert verify(tmp_path / "out", device=CPU).ok
+
+
+def test_what_the_target_cannot_hold_is_named_before_anything_is_written(
+    packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Problems) as caught:
+        to(packed("autoawq", False), tmp_path / "out", "gptq", allow_rounding=True)
+    problems = [problem.message for problem in caught.value.problems]
+    assert len(problems) == 14 and all("gptq-v2" in text for text in problems)
+    assert "model.layers.1.mlp.down_proj" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rounding_is_refused_by_name_or_reported(tiny_models: Any, tmp_path: Path) -> None:
+    """bfloat16 reaches further than float16, for scales and for what is not quantized."""
+    model = tiny_models.build("llama", tmp_path / "model", dtype=torch.bfloat16)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = 1 + 2.0**-7
+    tensors["model.embed_tokens.weight"] = torch.randint(-8, 8, (256, 64)).bfloat16() / 16
+    tensors["lm_head.weight"] = torch.randint(-8, 8, (256, 64)).bfloat16() / 16
+    tensors["model.embed_tokens.weight"][5, 7] = 2.0**-24 * 1.25
+    save_file(tensors, file, metadata={"format": "pt"})
+    run(model, tmp_path / "packed", format="compressed-tensors", symmetric=True)
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight: 1 of 16384 bfloat16"):
+        to(tmp_path / "packed", tmp_path / "out", "autoawq")
+    done = to(tmp_path / "packed", tmp_path / "out", "autoawq", allow_rounding=True)
+    (report,) = done.rounded
+    assert report.max_relative_error == pytest.approx(0.2)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    tensors["model.embed_tokens.weight"][5, 7] = 1e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    run(model, tmp_path / "large", format="compressed-tensors", symmetric=True)
+    with pytest.raises(InputError, match=r"embed_tokens\.weight holds values beyond the range"):
+        to(tmp_path / "large", tmp_path / "never", "autoawq", allow_rounding=True)
+
+
+@pytest.mark.parametrize("source", INT4)
+def test_dequantized_weights_are_what_the_codes_stand_for(
+    source: str, packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    origin = packed(source, True)
+    to(origin, tmp_path / "dense", "dense")
+    dense = floats(tmp_path / "dense")
+    for name, q in weights(origin).items():
+        assert torch.equal(dense[f"{name}.weight"], q.dequantize(torch.float16)), name
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert loaded(torch.arange(8)[None]).logits.isfinite().all()
+    assert verify(tmp_path / "dense", device=CPU).ok
+
+
+def test_float_weights_get_no_codes(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="chooses no codes"):
+        to(model, tmp_path / "out", "gptq")
+    to(model, tmp_path / "copy", "dense")
+    assert all(torch.equal(t, floats(model)[n]) for n, t in floats(tmp_path / "copy").items())
+
+
+def test_an_input_order_is_refused_by_name(
+    packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(packed("gptq", True), tmp_path / "copy"))
+    (folder / "manifest.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.g_idx"
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj.*g_idx"):
+        to(folder, tmp_path / "out", "compressed-tensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_others_and_other_conversions_are_refused(
+    packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        to(packed("gptq", True), tmp_path, "dense")
+    output = tmp_path / "out"
+    to(packed("gptq", True), output, "dense")
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert to(packed("gptq", True), output, "dense").already
+    assert before == {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    with pytest.raises(InputError, match=r"convert\.format"):
+        to(packed("gptq", True), output, "autoawq")
+    with pytest.raises(InputError, match=r"source\.format"):
+        to(packed("autoawq", True), output, "dense")
+
+
+def test_an_interrupted_conversion_continues(
+    packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    origin, output = packed("autoawq", False), tmp_path / "out"
+    seen: list[str] = []
+
+    def stop(name: str, done: int, total: int) -> None:
+        seen.append(name)
+        if done == total - 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to(origin, output, "gptq-v2", progress=stop)
+    assert not (output / "manifest.json").exists()
+    assert len(list((output / ".compress-work" / "units").glob("*.json"))) == 2
+    to(origin, output, "gptq-v2")
+    to(origin, tmp_path / "whole", "gptq-v2")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (output / path.name).read_bytes()
+
+
+def test_the_command_says_what_it_did(packed: Callable[[str, bool], Path], tmp_path: Path) -> None:
+    runner = CliRunner()
+    arguments = ["convert", str(packed("gptq", True)), str(tmp_path / "a"), "--format", "autoawq"]
+    done = runner.invoke(cli, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rounded"] == []
+    text = runner.invoke(cli, arguments)
+    assert "left as it is" in text.stdout and "nothing was rounded" in text.stdout
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("source", ["autoawq", "gptq", "gptq-v2"])
+def test_what_was_converted_loads_in_transformers(
+    source: str, packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    """compressed-tensors computes with the converted codes what the source's codes stand for."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    origin = packed(source, True)
+    to(origin, tmp_path / "packed", "compressed-tensors")
+    to(origin, tmp_path / "dense", "dense")
+    ids = torch.arange(2, 34)[None]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)(ids)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    exact = {f"{name}.weight": q.dequantize() for name, q in weights(origin).items()}
+    reference.load_state_dict(exact, strict=False)
+    torch.testing.assert_close(found.logits, reference(ids).logits, atol=2e-4, rtol=2e-4)
+    original = tmp_path / "packed" / "config.json"
+    entry = json.loads(original.read_text())["quantization_config"]
+    assert entry["config_groups"]["group_0"]["weights"]["symmetric"] is True
+
+
+@pytest.mark.interop
+def test_a_package_of_others_makes_the_same_conversion(
+    packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    """compressed-tensors' own converter of AutoAWQ files, tensor by tensor."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
+
+    origin = packed("autoawq", False)
+    config = json.loads((origin / "config.json").read_text())["quantization_config"]
+    theirs = AutoAWQConverter.from_autoawq_config(config).process(
+        load_file(origin / "model.safetensors")
+    )
+    to(origin, tmp_path / "out", "compressed-tensors")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
