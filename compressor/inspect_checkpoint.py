@@ -104,9 +104,7 @@ def inspect(located: Located) -> CheckpointInfo:
         blocks=len(layout.units) - 2,
         parameters=floats - doubled + weights,
         quantized=weights,
-        quantized_bytes=sum(
-            x.nbytes for x, y in zip(layers, layout.linears, strict=True) if y in coded
-        ),
+        quantized_bytes=sum(layer.nbytes for layer in layers if layer.name in names),
         nbytes=checkpoint.nbytes,
         tensors=len(checkpoint.entries),
         shards=len({entry.file for entry in checkpoint.entries.values()}),
