@@ -112,6 +112,19 @@ def write_card(folder: Path, data: CardData) -> Path:
     return path
 
 
+def name_repository(folder: Path, repository: str) -> None:
+    """Have a card's examples load the checkpoint from a Hub repository. A card that was rewritten
+    by hand, whose examples are others, stays as it is."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return
+    before = path.read_text("utf-8")
+    after = re.sub(r'(?m)^name = ".*"$', lambda _: f"name = {json.dumps(repository)}", before)
+    after = re.sub(r"(?m)^vllm serve \S.*$", lambda _: f"vllm serve {_line(repository)}", after)
+    if after != before:
+        write_atomically(path, after.encode())
+
+
 def make_card(data: CardData) -> str:
     """The card's text."""
     front = yaml.safe_dump(metadata(data), sort_keys=False, allow_unicode=True, width=1000)

@@ -6,7 +6,6 @@ that finds its checkpoint finished judges it again.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import torch
 from compressor.card import CardData, source_metadata, write_card
 from compressor.compile import Compiled, Prepared, portable, versions
 from compressor.manifest import MANIFEST_NAME, hash_file, read_manifest
-from compressor.report import JSON_NAME, Costs, ReportData, UnitReport, write_report
+from compressor.report import Costs, ReportData, UnitReport, read_report, write_report
 from compressor.verdict import Unwatched, Verdict, Watch, judge
 
 
@@ -78,14 +77,6 @@ def unit_reports(compiled: Compiled) -> tuple[UnitReport, ...]:
         )
     before = read_report(compiled.output)
     return () if before is None else before.units
-
-
-def read_report(folder: Path) -> ReportData | None:
-    """The report in a checkpoint folder; None where there is none that can be read."""
-    try:
-        return ReportData.model_validate(json.loads((folder / JSON_NAME).read_bytes()))
-    except (OSError, ValueError):
-        return None
 
 
 def report_data(

@@ -114,3 +114,11 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path]:
             f"cannot write the report into {os.fspath(folder)}: {error.strerror or error}"
         ) from error
     return folder / JSON_NAME, folder / HTML_NAME
+
+
+def read_report(folder: Path) -> ReportData | None:
+    """The report in a checkpoint folder; None where there is none that can be read."""
+    try:
+        return ReportData.model_validate_json((folder / JSON_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None

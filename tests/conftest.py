@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,16 +12,25 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
-def tiny_models() -> ModuleType:
-    """The module tests/tiny_models.py, which is on no path."""
-    spec = importlib.util.spec_from_file_location(
-        "tiny_models", Path(__file__).with_name("tiny_models.py")
-    )
+def beside(name: str) -> ModuleType:
+    """A module of this folder, which is on no path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """The module tests/tiny_models.py."""
+    return beside("tiny_models")
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> ModuleType:
+    """The module tests/hub_server.py."""
+    return beside("hub_server")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from compressor.cli.options import (
 if TYPE_CHECKING:
     from compressor.compile import Compiled, Prepared
     from compressor.job import UnitDone
+    from compressor.publish import Pushed
     from compressor.recipe import Recipe
     from compressor.release import Released
     from compressor.verdict import Verdict
@@ -102,11 +103,12 @@ def command(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that came to its end: what was made and what was found."""
+    """A run that came to its end: what was made, what was found, where it went."""
 
     prepared: Prepared
     compiled: Compiled
     released: Released
+    pushed: Pushed | None
     seconds: float
 
     @property
@@ -125,6 +127,10 @@ def execute(
     from compressor.recipe import parse_size
 
     started = time.perf_counter()
+    if recipe.publish is not None:
+        from compressor.publish import check_token
+
+        check_token()
     prepared = prepare(
         recipe,
         device=choose_device(device),
@@ -152,10 +158,19 @@ def execute(
 
     released = conclude(prepared, compiled, seconds=seconds, watch=display)
     cases += verdict_cases(released.verdict)
+    pushed = None
+    if recipe.publish is not None and released.verdict.ok:
+        from compressor.publish import list_upload, push
+
+        listing = list_upload(compiled.output)
+        with display.stage("upload", len(listing.files)):
+            pushed = push(listing, recipe.publish, progress=display.unit)
+        cases.append(Case("publish", recipe.publish.repo, output=f"commit {pushed.commit}"))
     return Run(
         prepared=prepared,
         compiled=compiled,
         released=released,
+        pushed=pushed,
         seconds=time.perf_counter() - started,
     )
 
@@ -188,6 +203,7 @@ def summary(run: Run) -> dict[str, Any]:
         "rows": [{"unit": unit.name, **row} for unit in units for row in unit.rows],
         **run.released.verdict.to_json(),
         "report": str(run.released.report) if run.released.report else None,
+        "published": None if run.pushed is None else asdict(run.pushed),
     }
 
 
@@ -207,6 +223,10 @@ def report(run: Run) -> None:
     show_verdict(run.released.verdict, [row for unit in units for row in unit.rows])
     if run.released.report is not None:
         click.echo(f"  report      {run.released.report}")
+    if run.pushed is not None:
+        click.echo(f"  published   {run.pushed.url}  commit {run.pushed.commit}")
+    elif run.prepared.recipe.publish is not None:
+        click.echo(f"  published   {mark(False)}: only what passes goes up; compress push --force")
 
 
 def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
