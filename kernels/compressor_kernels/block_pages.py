@@ -73,6 +73,8 @@ def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False
 
     q, low, high = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, low, high))
     _check(q, low, high)
+    if q.shape[2] != 1:
+        raise ValueError(f"pages are scored for one query a row, not {q.shape[2]}")
     (batch, heads, _, dim), (groups, pages) = q.shape, low.shape[1:3]
     sets = groups if group_max else heads
     out = torch.empty((batch, sets, 1, pages), dtype=torch.float32, device=q.device)
@@ -97,14 +99,17 @@ def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False
 
 
 def page_scores_ref(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False) -> Tensor:
-    """`page_scores` in plain PyTorch."""
+    """`page_scores` in plain PyTorch, for any number of queries: [B, H or G, Tq, pages].
+
+    The larger of q*min and q*max is q*max where q is positive and q*min elsewhere: two products.
+    """
     _check(q, low, high)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (batch, heads, _, dim), groups = q.shape, low.shape[1]
-    query = q.to(wide).view(batch, groups, heads // groups, 1, dim)
-    low, high = (x.to(wide)[:, :, None] for x in (low, high))
-    scores = torch.maximum(query * low, query * high).sum(-1)
-    return scores.amax(2)[:, :, None] if group_max else scores.flatten(1, 2)[:, :, None]
+    (batch, heads, q_len, dim), groups = q.shape, low.shape[1]
+    query = q.to(wide).view(batch, groups, heads // groups, q_len, dim)
+    low, high = (x.to(wide)[:, :, None].transpose(-1, -2) for x in (low, high))
+    scores = query.clamp(min=0) @ high + query.clamp(max=0) @ low
+    return scores.amax(2) if group_max else scores.flatten(1, 2)
 
 
 def _check(q: Tensor, low: Tensor, high: Tensor) -> None:
@@ -113,5 +118,3 @@ def _check(q: Tensor, low: Tensor, high: Tensor) -> None:
         raise ValueError(
             f"q {tuple(q.shape)} does not fit bounds {tuple(low.shape)}, {tuple(high.shape)}"
         )
-    if q.shape[2] != 1:
-        raise ValueError(f"pages are scored for one query a row, not {q.shape[2]}")
