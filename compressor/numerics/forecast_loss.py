@@ -65,7 +65,8 @@ def student_shares(
     )
     # The first window starts at the first token: every row has one that it sees.
     shares = logits.masked_fill(unseen, -torch.inf).softmax(-1)
-    return shares / (shares.sum(-1, keepdim=True) + SMALLEST)
+    student: Tensor = shares / (shares.sum(-1, keepdim=True) + SMALLEST)
+    return student
 
 
 def chosen_by(
