@@ -24,12 +24,13 @@ from compressor.layout import Linear, UnitLayout
 from compressor.locate import Located
 from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.passes.base import Unit
-from compressor.plan import attention_path, check_room, module_groups
+from compressor.plan import check_room
 from compressor.qtensor import QTensor
 from compressor.relayout import RoundingReport, as_symmetric, compare, relayout
 from compressor.scheme import KVSpec, Scheme
 from compressor.shards import ShardWriter, plan_shards
 from compressor.source import Source
+from compressor.unit_plan import attention_path, module_groups
 from compressor.workspace import claim, owned, require_same
 
 Progress = Callable[[str, int, int], None]

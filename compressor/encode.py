@@ -9,7 +9,8 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.passes.base import Unit
-from compressor.plan import Plan, UnitPlan
+from compressor.plan import Plan
+from compressor.unit_plan import UnitPlan
 
 
 def encode_unit(plan: Plan, unit: UnitPlan, made: Unit) -> dict[str, Tensor]:

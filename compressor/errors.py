@@ -40,3 +40,7 @@ class Problems(InputError):
             problems[0].message if len(problems) == 1 else f"{len(problems)} problems\n{text}",
             hint=problems[0].hint if len(problems) == 1 else None,
         )
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; what is committed stays and the same command continues."""

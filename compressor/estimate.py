@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from compressor.layout import UnitLayout
-from compressor.plan import Plan, UnitPlan
+from compressor.plan import Plan
+from compressor.unit_plan import UnitPlan
 
 PROCESS_BYTES = {"cpu": 500 << 20, "cuda": 1800 << 20}
 """Resident size of a process that has imported everything and done no work."""

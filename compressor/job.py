@@ -8,29 +8,30 @@ written files, with the same batches, and so arrives at the same inputs bit for 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from compressor_calibration.stats import SiteStats
 from compressor_calibration.tokens import TokenSet
 from torch import Tensor
 
 from compressor.checkpoint import content_hash
 from compressor.commit_queue import CommitQueue
 from compressor.encode import decode_unit, encode_unit
-from compressor.errors import InputError, MachineError
+from compressor.errors import InputError, Interrupted, MachineError
 from compressor.layout import UnitLayout
-from compressor.passes.base import PassContext, Unit
-from compressor.plan import Plan, UnitPlan
+from compressor.passes.base import Learned, Unit
+from compressor.plan import Plan
+from compressor.process_memory import peak_rss
 from compressor.runner import BlockRunner, Observation
 from compressor.shards import ShardWriter
+from compressor.unit_passes import Observe, apply_passes
+from compressor.unit_plan import Observable, UnitPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,6 @@ class UnitDone:
     peak_rss: int
     peak_device: int
     resumed: bool = False
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; what is committed stays and the same command continues."""
 
 
 @dataclass(slots=True)
@@ -81,16 +78,26 @@ class JobResult:
     units: tuple[UnitDone, ...]
 
 
-def run_units(plan: Plan, tokens: TokenSet | None, work: Path, settings: JobSettings) -> JobResult:
+def run_units(
+    plan: Plan,
+    tokens: TokenSet | None,
+    work: Path,
+    settings: JobSettings,
+    learned: Mapping[int, Learned] | None = None,
+) -> JobResult:
     """Run the plan's units into `work`, continuing after what is committed there.
 
+    learned  what model passes found, by the index of the pass
     Raises InputError for a source that is not finite or has changed, MachineError where memory or
     disk fail, Interrupted when asked to stop.
     """
     writer = ShardWriter(plan.shards, work)
     try:
         writer.open()
-        return _Loop(plan=plan, tokens=tokens, writer=writer, settings=settings).run()
+        loop = _Loop(
+            plan=plan, tokens=tokens, writer=writer, settings=settings, learned=learned or {}
+        )
+        return loop.run()
     except OSError as error:
         raise MachineError(
             f"writing {work} failed: {error.strerror or error}",
@@ -109,6 +116,7 @@ class _Loop:
     tokens: TokenSet | None
     writer: ShardWriter
     settings: JobSettings
+    learned: Mapping[int, Learned]
     runner: BlockRunner | None = None
     hidden: Tensor | None = None
     done: list[UnitDone] = field(default_factory=list)
@@ -160,20 +168,23 @@ class _Loop:
     def _read(self, index: int) -> tuple[Unit, str] | None:
         """A unit of the source and the hash of its content; None where nothing needs it."""
         unit = self.plan.units[index]
-        if index in self.committed and not (self._feeds(index) and self._from_source(unit.layout)):
+        if index in self.committed and not (self._feeds(index) and self._from_source(unit)):
             return None
         pin = self.settings.device.type == "cuda"
         names = self.plan.source.names(unit.layout)
         raw = self.plan.source.checkpoint.read(names, pin=pin)
         return self.plan.source.assemble(unit.layout, raw), content_hash(raw)
 
-    def _from_source(self, unit: UnitLayout) -> bool:
-        return unit.kind == "embedding" or self.plan.recipe.propagate == "original"
+    def _from_source(self, unit: UnitPlan) -> bool:
+        """Whether the next unit's inputs come from the source's weights, not the written ones."""
+        if unit.layout.kind == "embedding":
+            return not unit.steps
+        return self.plan.recipe.propagate == "original"
 
     def _feeds(self, index: int) -> bool:
         """Whether a later unit that is still to be done needs the activations that leave this."""
         later = range(index + 1, len(self.plan.units))
-        return any(self.plan.units[i].needs and i not in self.committed for i in later)
+        return any(self.plan.units[i].calibrated and i not in self.committed for i in later)
 
     def _replay(
         self,
@@ -191,14 +202,13 @@ class _Loop:
             )
         if not self._feeds(index) or unit.layout.kind == "head":
             return
-        if unit.layout.kind == "embedding":
-            assert source is not None
-            self._embed(source[0].dequantized())
-            return
         if source is not None:
             tensors = source[0].dequantized()
         else:
             tensors = self._as_written(unit, self.writer.read(unit.outputs))
+        if unit.layout.kind == "embedding":
+            self._embed(tensors)
+            return
         self._advance(unit.layout, tensors, record["batches"])
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,9 +224,12 @@ class _Loop:
         originals: Mapping[str, Tensor],
     ) -> list[int]:
         """Make the inputs of the next unit, where one needs them, and return the batches."""
-        if unit.layout.kind != "block" or not self._feeds(index):
+        if unit.layout.kind == "head" or not self._feeds(index):
             return []
         seen = originals or self._as_written(unit, outputs)
+        if unit.layout.kind == "embedding":
+            self._embed(seen)
+            return []
         return self._advance(unit.layout, seen, None)
 
     def _work(
@@ -228,57 +241,66 @@ class _Loop:
         dtype = self.plan.compute_dtype(device)
         moved = {n: t.to(device, non_blocking=True) for n, t in source.dequantized(dtype).items()}
         require_finite(moved)
-        if layout.kind == "embedding" and self._feeds(index):
-            self._embed(moved)
         if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
             tied = self.plan.layout.tied
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
             moved |= {f"{linear.name}.weight": shared for linear in layout.linears}
-        rows: list[dict[str, Any]] = []
-        if unit.needs and layout.kind == "block":
-            assert self.runner is not None
-            with self.runner.block(layout, moved) as block:
-                observed = self._halving(
-                    lambda batch: block.observe(self._inputs, needs=unit.needs, batch=batch)
+        with ExitStack() as stack:
+            current, rows = apply_passes(
+                self.plan,
+                index,
+                unit,
+                self._start(unit, source, moved),
+                observe=self._observer(unit, moved, stack),
+                learned=self.learned,
+            )
+        kept = moved if self._from_source(unit) else {}
+        return encode_unit(self.plan, unit, current), rows, kept
+
+    def _start(self, unit: UnitPlan, source: Unit, moved: Mapping[str, Tensor]) -> Unit:
+        """A unit in float32, as passes work on it, with what model passes add to it."""
+        added = {
+            name: tensor
+            for found in self.learned.values()
+            for name, tensor in found.extra.items()
+            if name in unit.outputs
+        }
+        tensors = {name: tensor.float() for name, tensor in moved.items()}
+        return Unit(layout=source.layout, tensors=tensors, extra={**source.extra, **added})
+
+    def _observer(self, unit: UnitPlan, tensors: Mapping[str, Tensor], stack: ExitStack) -> Observe:
+        """What observes the unit; `tensors` are its weights before any pass."""
+        if not unit.calibrated:
+            return _nothing
+        assert self.runner is not None
+        runner = self.runner
+        if unit.layout.kind == "head":
+
+            def observe_head(current: Unit, changed: bool, wanted: Observable) -> Observation:
+                (site,) = wanted.sites
+                known = current.dequantized() if changed else tensors
+                stats = runner.head_stats(known, self._inputs, needs=wanted.sites[site])
+                return Observation(stats={site: stats}, module_loss=_no_module_loss)
+
+            return observe_head
+        block = stack.enter_context(runner.block(unit.layout, tensors))
+
+        def observe(current: Unit, changed: bool, wanted: Observable) -> Observation:
+            if changed:
+                block.tensors = current.dequantized()
+                block.load(block.tensors)
+            return self._halving(
+                lambda batch: block.observe(
+                    self._inputs, needs=wanted.sites, batch=batch, kv=wanted.kv
                 )
-                current = self._passes(index, unit, _whole(source, moved), observed, rows)
-        else:
-            stats: dict[str, SiteStats] = {}
-            if unit.needs:
-                assert self.runner is not None
-                (site,) = unit.needs
-                stats[site] = self.runner.head_stats(moved, self._inputs, needs=unit.needs[site])
-            observed = Observation(stats=stats, module_loss=_no_module_loss)
-            current = self._passes(index, unit, _whole(source, moved), observed, rows)
-        originals = moved if self.plan.recipe.propagate == "original" else {}
-        return encode_unit(self.plan, unit, current), rows, originals
+            )
+
+        return observe
 
     @property
     def _inputs(self) -> Tensor:
         assert self.hidden is not None
         return self.hidden
-
-    def _passes(
-        self,
-        index: int,
-        unit: UnitPlan,
-        current: Unit,
-        observed: Observation,
-        rows: list[dict[str, Any]],
-    ) -> Unit:
-        for number in unit.steps:
-            step = self.plan.passes[number]
-            context = PassContext(
-                stats=observed.stats,
-                schemes=self.plan.schemes.linears,
-                selected=tuple(x for x in unit.layout.linears if x.name in step.names),
-                module_loss=observed.module_loss,
-                seed=unit_seed(self.plan.recipe.seed, index, number),
-            )
-            result = step.step.params.apply(current, context)
-            current = result.unit
-            rows.extend({"pass": step.step.name, **row} for row in result.rows)
-        return current
 
     def _embed(self, tensors: Mapping[str, Tensor]) -> None:
         assert self.runner is not None and self.tokens is not None
@@ -349,12 +371,6 @@ class _Loop:
         self.settings.on_unit(done)
 
 
-def _whole(source: Unit, moved: Mapping[str, Tensor]) -> Unit:
-    """A unit in float32, as passes work on it."""
-    tensors = {name: tensor.float() for name, tensor in moved.items()}
-    return Unit(layout=source.layout, tensors=tensors, extra=source.extra)
-
-
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raises InputError naming the tensors that hold NaN or an infinity."""
     # The largest magnitude is finite exactly where all values are; NaN counts as the largest.
@@ -371,20 +387,8 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def unit_seed(seed: int, unit: int, step: int) -> int:
-    """A seed of its own for each unit and pass, so that redoing one gives the same bytes."""
-    digest = hashlib.sha256(f"{seed}/{unit}/{step}".encode()).digest()
-    return int.from_bytes(digest[:6], "little")
-
-
-def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    try:
-        with open("/proc/self/status") as status:
-            lines = [line for line in status if line.startswith("VmHWM:")]
-        return int(lines[0].split()[1]) * 1024
-    except (OSError, IndexError):
-        return int(psutil.Process(os.getpid()).memory_info().rss)
+def _nothing(current: Unit, changed: bool, wanted: Observable) -> Observation:
+    raise AssertionError(f"{current.layout.name} is not calibrated")
 
 
 def _no_module_loss(site: str, weights: Mapping[str, Tensor]) -> float:

@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from compressor_calibration.stats import SiteStats, StatNeeds
+from compressor_calibration.stats import KVStats, SiteStats, StatNeeds
 from torch import Tensor, nn
 
+from compressor.attention import AttentionCall, AttentionHook
 from compressor.layout import Linear
 
 if TYPE_CHECKING:
@@ -117,6 +118,16 @@ class Observer:
             module = self.block.layer.get_submodule(".".join(common))
         self.calls[site] = _Calls(module, tokens)
         self._hook(module, self.calls[site])
+
+
+def watch_kv(stats: KVStats) -> AttentionHook:
+    """An attention hook that adds a block's keys and values to `stats` and attends as before."""
+
+    def attend(call: AttentionCall) -> Tensor:
+        stats.update(call.key, call.value)
+        return call.plain(call.query, call.key, call.value)
+
+    return attend
 
 
 class Seen(Exception):

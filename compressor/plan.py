@@ -13,47 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_calibration.stats import StatNeeds
 
 from compressor.errors import CompressError, InputError, Problems
-from compressor.formats.base import Format, ModelSchemes, TensorShape, get_format
-from compressor.layout import Linear, ModelLayout, UnitLayout
+from compressor.formats.base import Format, ModelSchemes, get_format
+from compressor.layout import Linear, ModelLayout
+from compressor.passes.base import ModelPass
 from compressor.recipe import Recipe, Step, nearest
 from compressor.recipe_checks import check_recipe
 from compressor.scheme import KVSpec, Scheme
 from compressor.shards import ShardLayout, plan_shards
 from compressor.source import Source
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class PassPlan:
-    """One pass over the whole model.
-
-    matches  target pattern → how many linears it means;  ignored  the same for `ignore`
-    names    the linears it works on
-    """
-
-    step: Step
-    matches: Mapping[str, int]
-    ignored: Mapping[str, int]
-    names: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class UnitPlan:
-    """One unit: what passes select in it, which statistics they read, what it writes.
-
-    steps    indices into Plan.passes of those that select a linear here, in order
-    needs    input site → statistics
-    outputs  tensor name → dtype and shape, in the order of the shards
-    """
-
-    layout: UnitLayout
-    steps: tuple[int, ...]
-    needs: Mapping[str, StatNeeds]
-    outputs: Mapping[str, TensorShape]
+from compressor.unit_plan import DTYPES, PassPlan, UnitPlan, module_groups, plan_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +48,10 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether any pass reads statistics, so that tokens have to be run."""
-        return any(unit.needs for unit in self.units)
+        learned = (p.step.params for p in self.passes)
+        return any(unit.calibrated for unit in self.units) or any(
+            isinstance(params, ModelPass) and params.reads_tokens for params in learned
+        )
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype in which blocks run: the model's on a GPU, where it is fast; float32 on a CPU."""
@@ -100,6 +73,8 @@ class Plan:
         entry = self.format.config(self.schemes)
         if entry:
             config["quantization_config"] = entry
+        for plan in self.passes:
+            config.update(plan.step.params.config_entries(self.layout))
         return config
 
 
@@ -125,6 +100,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
     passes = tuple(_select(step, source.layout, problems, notes) for step in recipe.passes)
     schemes = _schemes(passes, source.layout, fmt, dtype, problems)
     _check_tied(recipe, source.layout, passes, problems)
+    _check_order(recipe, passes, problems)
     _check_fused(source.layout, schemes, problems)
     kv = _kv(passes, problems)
     problems += check_recipe(recipe, source)
@@ -132,7 +108,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
         raise Problems(problems)
     model = ModelSchemes(linears=schemes, kv=kv)
     units = tuple(
-        _unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
+        plan_unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
     )
     try:
         groups = [group for unit in units for group in module_groups(unit.outputs)]
@@ -172,7 +148,7 @@ def _select(
     try:
         matches = selection.counts(layout.linears)
         ignored = selection.ignored_counts(layout.linears)
-        picked = selection.pick(layout.linears)
+        picked = selection.pick(layout.linears) if step.params.works_on_blocks else ()
     except InputError as error:
         problems.append(InputError(f"{step.name}: {error.message}", hint=error.hint))
         return PassPlan(step, {}, {}, frozenset())
@@ -188,7 +164,7 @@ def _select(
     for pattern, count in ignored.items():
         if not count:
             notes.append(f"{step.name}: ignore {pattern!r} matches nothing")
-    if not picked and all(matches.values()):
+    if not picked and all(matches.values()) and step.params.works_on_blocks:
         problems.append(
             InputError(f"{step.name}: everything it targets is ignored", hint="shorten `ignore`")
         )
@@ -265,6 +241,30 @@ def _check_tied(
             )
 
 
+def _check_order(recipe: Recipe, passes: Sequence[PassPlan], problems: list[CompressError]) -> None:
+    """Model passes see the source's weights; a rotated block wants rotated inputs."""
+    block = None
+    for plan in passes:
+        params = plan.step.params
+        if isinstance(params, ModelPass) and block is not None:
+            problems.append(
+                InputError(
+                    f"{plan.step.name} learns from the whole source model, but comes after {block}",
+                    hint=f"put {plan.step.name} before it",
+                )
+            )
+        elif not isinstance(params, ModelPass):
+            block = block or plan.step.name
+        if params.rotates_residual and recipe.propagate == "original":
+            problems.append(
+                InputError(
+                    f"{plan.step.name} changes the basis of the hidden states, so blocks cannot be "
+                    "calibrated on the original ones",
+                    hint="propagate: quantized",
+                )
+            )
+
+
 def _check_fused(
     layout: ModelLayout, schemes: Mapping[str, Scheme], problems: list[CompressError]
 ) -> None:
@@ -290,79 +290,6 @@ def _kv(passes: Sequence[PassPlan], problems: list[CompressError]) -> KVSpec | N
         names = " and ".join(name for name, _ in found)
         problems.append(InputError(f"{names} both quantize the KV cache", hint="keep one"))
     return found[0][1] if found else None
-
-
-def _unit(
-    unit: UnitLayout,
-    passes: Sequence[PassPlan],
-    model: ModelSchemes,
-    source: Source,
-    recipe: Recipe,
-    fmt: Format,
-    dtype: torch.dtype,
-) -> UnitPlan:
-    names = {linear.name for linear in unit.linears}
-    steps = tuple(i for i, plan in enumerate(passes) if plan.names & names)
-    needs: dict[str, StatNeeds] = {}
-    for i in steps:
-        wanted = passes[i].step.params.needs()
-        if wanted != StatNeeds():
-            for linear in unit.linears:
-                if linear.name in passes[i].names:
-                    needs[linear.site] = needs.get(linear.site, StatNeeds()) | wanted
-    outputs: dict[str, TensorShape] = {}
-    by_weight = {f"{linear.name}.weight": linear for linear in unit.linears}
-    tensors = list(unit.tensors)
-    untie = unit.kind == "head" and recipe.untie and source.layout.tied is not None
-    if untie:
-        tensors += [f"{linear.name}.weight" for linear in unit.linears]
-    for name in tensors:
-        found = by_weight.get(name)
-        scheme = model.linears[found.name] if found else Scheme()
-        if found is not None and scheme.weight is not None:
-            local = fmt.layout(scheme.weight, found.shape, model_dtype=dtype, input=scheme.input)
-            outputs.update({f"{found.name}.{leaf}": spec for leaf, spec in local.items()})
-        elif found is not None:
-            outputs[name] = TensorShape(_float_dtype(name, source, recipe, dtype), found.shape)
-        else:
-            shape = source.checkpoint.entries[name].spec.shape
-            outputs[name] = TensorShape(_float_dtype(name, source, recipe, dtype), shape)
-    for i in range(len(passes)):
-        for name, tensor in passes[i].step.params.adds(unit, dtype).items():
-            outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
-    if model.kv is not None and model.kv.element != "int4" and unit.attention is not None:
-        heads = unit.attention.kv_heads if model.kv.per == "head" else 1
-        scale = torch.empty(heads, device="meta")
-        stored = fmt.kv_tensors(
-            model.kv, attention_path(unit), k_scale=scale, v_scale=scale, model_dtype=dtype
-        )
-        for name, tensor in stored.items():
-            outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
-    for name in source.added.get(unit.name, ()):
-        outputs.setdefault(name, source.checkpoint.entries[name].spec)
-    return UnitPlan(layout=unit, steps=steps, needs=needs, outputs=outputs)
-
-
-def attention_path(unit: UnitLayout) -> str:
-    """Path of a block's attention module: the one that its output projection is in."""
-    return next(x.name.rpartition(".")[0] for x in unit.linears if x.role == "attn.o")
-
-
-def _float_dtype(name: str, source: Source, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
-    """A float tensor keeps its own dtype unless the recipe or the format asks for one."""
-    entry = source.checkpoint.entries.get(name)
-    kept = recipe.dtype == "auto" and dtype == source.checkpoint.dtype
-    if kept and entry is not None and entry.spec.dtype in DTYPES.values():
-        return entry.spec.dtype
-    return dtype
-
-
-def module_groups(outputs: Mapping[str, TensorShape]) -> list[dict[str, TensorShape]]:
-    """Tensors that must lie in one shard: those of one module."""
-    modules: dict[str, dict[str, TensorShape]] = {}
-    for name, spec in outputs.items():
-        modules.setdefault(name.rpartition(".")[0], {})[name] = spec
-    return list(modules.values())
 
 
 def check_room(output: Path, needed: int) -> None:

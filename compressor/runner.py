@@ -10,12 +10,12 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_calibration.stats import SiteStats, StatNeeds
+from compressor_calibration.stats import KVStats, SiteStats, StatNeeds
 from torch import Tensor, nn
 
 from compressor.arch import RuntimeNames
@@ -34,11 +34,13 @@ class Observation:
 
     stats        site → statistics; expert sites are computed when they are asked for
     expert_tokens  expert → how many tokens it saw
+    kv           statistics of keys and values, where they were asked for
     """
 
     stats: Mapping[str, SiteStats]
     module_loss: Callable[[str, Mapping[str, Tensor]], float]
     expert_tokens: dict[int, int] = field(default_factory=dict)
+    kv: KVStats | None = None
 
 
 class BlockRunner:
@@ -298,11 +300,20 @@ class Block:
         needs: Mapping[str, StatNeeds],
         batch: int,
         out: Tensor | None = None,
+        kv: bool = False,
     ) -> Observation:
-        """Statistics of the named sites over all rows; with `out`, the block's outputs too."""
-        from compressor.observe import Observer, Seen
+        """Statistics of the named sites over all rows, and with `kv` of keys and values; with
+        `out`, the block's outputs too."""
+        from compressor.observe import Observer, Seen, watch_kv
 
-        with Observer(self, needs=needs) as observer:
+        shape = self.unit.attention
+        seen = (
+            KVStats(shape.kv_heads, shape.head_dim, device=self.runner.device)
+            if (kv and shape)
+            else None
+        )
+        hook = None if seen is None else watch_kv(seen)
+        with self.runner.attention(hook), Observer(self, needs=needs) as observer:
             if out is None:
                 observer.stop_after_last()
             for start in range(0, hidden.shape[0], batch):
@@ -310,7 +321,10 @@ class Block:
                     result = self.forward(hidden[start : start + batch])
                     if out is not None:
                         out[start : start + batch] = result.to(out.dtype)
-            return observer.finish()
+            found = observer.finish()
+            if seen is not None:
+                seen.all_reduce()
+            return replace(found, kv=seen)
 
     def module(self, linear: Linear) -> nn.Module:
         """The module that plays a linear in memory."""

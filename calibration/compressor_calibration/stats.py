@@ -181,6 +181,33 @@ class SiteStats:
             self._kept_rows = self._kept[0].shape[0]
 
 
+class KVStats:
+    """Largest magnitudes of a block's keys (after RoPE) and values, float32 [kv_heads, head_dim].
+
+    keys, values  zero where nothing was seen
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, *, device: torch.device | str) -> None:
+        self.keys = torch.zeros(kv_heads, head_dim, device=device)
+        self.values = torch.zeros(kv_heads, head_dim, device=device)
+
+    @torch.no_grad()
+    def update(self, keys: Tensor, values: Tensor) -> None:
+        """Add keys and values [rows, kv_heads, length, head_dim]; vectors that are not finite do
+        not count."""
+        for most, x in ((self.keys, keys), (self.values, values)):
+            magnitude = x.detach().abs()
+            good = torch.isfinite(magnitude.amax(dim=-1, keepdim=True))
+            seen = torch.where(good, magnitude, 0.0).amax(dim=(0, 2)).float()
+            torch.maximum(most, seen.to(most.device), out=most)
+
+    def all_reduce(self) -> None:
+        """Make every rank's statistics those of all ranks; nothing outside a process group."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for most in (self.keys, self.values):
+                dist.all_reduce(most, op=dist.ReduceOp.MAX)
+
+
 def _add_gram(gram: Tensor, x: Tensor) -> None:
     """gram += xᵀ x in place, accumulated in fp32."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):

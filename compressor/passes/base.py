@@ -11,15 +11,16 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
-from compressor_calibration.stats import SiteStats, StatNeeds
+from compressor_calibration.stats import KVStats, SiteStats, StatNeeds
+from compressor_calibration.tokens import TokenSet
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.layout import Linear, UnitLayout
+from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.numerics.gram import relative_error
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import KVSpec, Scheme
@@ -80,6 +81,8 @@ class PassContext:
     module_loss  (site, module path → replaced weight) → mean squared difference of the site's
                  module output to the original's, over the kept calibration inputs
     seed         seed of this unit and pass
+    kv           statistics of keys and values, where `needs_kv` asks for them
+    learned      `Learned.values` of this pass, where it is a model pass
     """
 
     stats: Mapping[str, SiteStats]
@@ -87,6 +90,8 @@ class PassContext:
     selected: tuple[Linear, ...]
     module_loss: Callable[[str, Mapping[str, Tensor]], float]
     seed: int
+    kv: KVStats | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
     def spec(self, linear: Linear) -> QuantSpec | None:
         """How the linear's weight will be quantized, or None."""
@@ -108,6 +113,10 @@ class Pass(BaseModel):
 
     version: ClassVar[int] = 1
     quantizes: ClassVar[bool] = False
+    works_on_blocks: ClassVar[bool] = True
+    """Whether `apply` is run on units; a model pass may do without."""
+    rotates_residual: ClassVar[bool] = False
+    """Whether it changes the basis of the hidden states that flow from block to block."""
 
     targets: str | list[str] = Field("linear", description="linears this pass works on")
     ignore: list[str] = Field(default=["lm_head"], description="linears it leaves alone")
@@ -122,9 +131,26 @@ class Pass(BaseModel):
         """What a targeted linear becomes, or None where the pass makes no codes."""
         return None
 
+    @property
+    def transforms(self) -> bool:
+        """Whether it changes weights and leaves rounding them to a later pass."""
+        return self.scheme() is None
+
+    def touches(self, unit: UnitLayout) -> bool:
+        """Whether `apply` changes a unit even where it targets no linear of it."""
+        return False
+
     def needs(self) -> StatNeeds:
-        """The statistics `apply` reads."""
+        """The statistics `apply` reads at the input sites of its targets."""
         return StatNeeds()
+
+    def needs_kv(self) -> bool:
+        """Whether `apply` reads statistics of keys and values."""
+        return False
+
+    def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
+        """What this pass adds to config.json."""
+        return {}
 
     def kv(self) -> KVSpec | None:
         """How this pass has the KV cache quantized, or None."""
@@ -141,6 +167,88 @@ class Pass(BaseModel):
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         """The unit after this pass."""
         raise AssertionError(f"{type(self).__name__} has no apply")
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a model pass found.
+
+    policy  entries of attention_policy.json
+    values  what the pass's own `apply` reads as `context.learned`
+    extra   tensors for the checkpoint by full name, as `adds` announced them
+    rows    rows for the report
+    files   files of the artefact beside the shards, by name
+    plots   pictures beside the artefact that no manifest covers, by name
+    """
+
+    policy: Mapping[str, Any] | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    plots: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class FrozenModel(Protocol):
+    """The source model as a model pass sees it; its weights are never changed."""
+
+    layout: ModelLayout
+    config: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    runner: Any
+    """The BlockRunner that runs its blocks one at a time."""
+
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        ...
+
+    def read_unit(self, index: int) -> Unit:
+        """A unit's weights, on the CPU."""
+        ...
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """A unit's weights in float on the device, as the runner takes them."""
+        ...
+
+    def whole(self) -> Any:
+        """A transformers model with all weights on the device, in evaluation mode; none of its
+        parameters requires a gradient."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LearnContext:
+    """What a model pass may know and use beside the model.
+
+    tokens    the calibration tokens, where `reads_tokens` asks for them
+    seed      seed of this pass
+    batch     rows in one forward pass
+    scratch   an empty or half-filled folder of this pass, kept until the run has finished
+    progress  called with what is done, how much of it, and how much there is
+    stopping  asked now and then; the pass then raises Interrupted
+    """
+
+    tokens: TokenSet | None
+    seed: int
+    batch: int
+    scratch: Path
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    stopping: Callable[[], bool] = lambda: False
+
+
+class ModelPass(Pass):
+    """A pass that learns a few values from the whole frozen source, before any block changes.
+
+    It may have a block step too (`works_on_blocks`), which reads what was learned.
+    """
+
+    works_on_blocks: ClassVar[bool] = False
+    reads_tokens: ClassVar[bool] = True
+
+    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
+        """Learn. What is costly is kept in `context.scratch`, so that a killed run continues."""
+        raise AssertionError(f"{type(self).__name__} learns nothing")
 
 
 def pass_names() -> list[str]:

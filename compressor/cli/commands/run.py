@@ -123,7 +123,7 @@ def execute(
     """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
     from compressor.cli.main import interruptible
     from compressor.compile import choose_device, compile_checkpoint, prepare
-    from compressor.job import Interrupted
+    from compressor.errors import Interrupted
     from compressor.recipe import parse_size
 
     started = time.perf_counter()

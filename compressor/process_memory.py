@@ -1,0 +1,17 @@
+"""How much memory this process has used."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    try:
+        with open("/proc/self/status") as status:
+            lines = [line for line in status if line.startswith("VmHWM:")]
+        return int(lines[0].split()[1]) * 1024
+    except (OSError, IndexError):
+        return int(psutil.Process(os.getpid()).memory_info().rss)
