@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, resume_finish
 from compressor.job import JobSettings, UnitDone, run_units
 from compressor.kernel_checks import interpreter_runs
+from compressor.learn import learn, policy_of
 from compressor.locate import Located, locate
 from compressor.manifest import MANIFEST_NAME, read_manifest
+from compressor.passes.base import Learned
 from compressor.plan import Plan, make_plan
 from compressor.recipe import AFTERWARDS, Recipe
 from compressor.runner import load_tokenizer
+from compressor.shards import write_atomically
 from compressor.workspace import claim, owned, require_same
 
 VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
@@ -51,11 +54,15 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A finished checkpoint. `units` is empty where it was finished before."""
+    """A finished checkpoint. `units` and `learned` are empty where it was finished before.
+
+    learned  what model passes found, by the index of the pass
+    """
 
     output: Path
     units: tuple[UnitDone, ...]
     already: bool
+    learned: Mapping[int, Learned] = field(default_factory=dict)
 
 
 def choose_device(name: str) -> torch.device:
@@ -186,6 +193,7 @@ def compile_checkpoint(
     prepared: Prepared,
     *,
     on_unit: Callable[[UnitDone], None] = lambda done: None,
+    on_learning: Callable[[str, int, int], None] = lambda name, done, total: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compiled:
     """Write the checkpoint into the recipe's output folder, continuing an interrupted run.
@@ -208,18 +216,24 @@ def compile_checkpoint(
         settings = JobSettings(
             device=prepared.device, batch=prepared.batch, on_unit=on_unit, stopping=stopping
         )
-        result = run_units(prepared.plan, prepared.calibration, work, settings)
+        learned = learn(prepared.plan, prepared.calibration, work, settings, on_learning)
+        result = run_units(prepared.plan, prepared.calibration, work, settings, learned)
         finish(
             work,
             output,
             writer=result.writer,
             config=prepared.plan.config,
             extra_files=prepared.plan.format.files(prepared.plan.schemes),
+            files=policy_of(prepared.located.source, learned),
             side_files=prepared.located.source.checkpoint.folder,
             recipe=yaml.safe_dump(portable(prepared.recipe), sort_keys=False).encode(),
             about={**about, "source": {**about["source"], "content": result.source_hash}},
         )
-    return Compiled(output=output, units=result.units, already=False)
+        for found in learned.values():
+            for name, data in found.plots.items():
+                (output / "plots").mkdir(exist_ok=True)
+                write_atomically(output / "plots" / name, data)
+    return Compiled(output=output, units=result.units, already=False, learned=learned)
 
 
 def _comparable(about: Mapping[str, Any]) -> dict[str, Any]:

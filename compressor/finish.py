@@ -48,17 +48,19 @@ def finish(
     side_files: Path,
     about: Mapping[str, Any],
     extra_files: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
     recipe: bytes | None = None,
 ) -> Manifest:
     """Put a complete work folder's shards in place, and write everything beside them.
 
-    config       config.json;  extra_files  other JSON files by name
+    config       config.json;  extra_files  other JSON files by name;  files  any others
     side_files   folder whose tokenizer, templates and licence are copied
     about        what the manifest says of how the artefact was made
     Raises MachineError where a file cannot be read or written; repeating it continues.
     """
     written = {INDEX_NAME: writer.layout.index(), "config.json": _json(config)}
     written |= {name: _json(value) for name, value in (extra_files or {}).items()}
+    written |= files or {}
     if recipe is not None:
         written[RECIPE_NAME] = recipe
     try:
@@ -66,10 +68,10 @@ def finish(
             written.setdefault(name, (side_files / name).read_bytes())
         for name, data in written.items():
             write_atomically(output / name, data)
-        files = {name: hash_file(output / name) for name in written}
+        records = {name: hash_file(output / name) for name in written}
         for shard in writer.layout.shards:
-            files[shard.file] = FileRecord(sha256=writer.file_hash(shard.file), size=shard.size)
-        manifest = Manifest(files=files, tensors=_tensor_hashes(writer), about=dict(about))
+            records[shard.file] = FileRecord(sha256=writer.file_hash(shard.file), size=shard.size)
+        manifest = Manifest(files=records, tensors=_tensor_hashes(writer), about=dict(about))
         write_atomically(work / MANIFEST_NAME, manifest.to_bytes())
         resume_finish(work, output)
     except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,6 +171,21 @@ class BlockRunner:
             stats.update(norm(row.to(self.device, self.dtype)))
         norm.to("meta")
         return stats
+
+    def fill(self, units: Iterable[tuple[UnitLayout, Mapping[str, Tensor]]]) -> None:
+        """Put all units into the model, so that it runs whole: (unit, its tensors in float)."""
+        embedding = self.names.embedding
+        for unit, tensors in units:
+            if unit.kind == "block":
+                state = self.names.block_state(unit, tensors)
+                ready = {k: v.to(self.device, self.dtype) for k, v in state.items()}
+                self.layers[unit.index].load_state_dict(ready, strict=True, assign=True)
+            else:
+                self._assign(tensors)
+        head = self.model.get_submodule(self.names.lm_head)
+        if head.weight.is_meta:
+            head.weight = self.model.get_submodule(embedding).weight
+        self.model.requires_grad_(False)
 
     def arguments(self, index: int, length: int) -> dict[str, Any]:
         """What layer `index` gets beside the hidden states, for rows of `length` tokens."""

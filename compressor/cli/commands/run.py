@@ -143,7 +143,10 @@ def execute(
     try:
         with display.stage("compress", len(prepared.plan.units)):
             compiled = compile_checkpoint(
-                prepared, on_unit=lambda done: show_unit(display, done), stopping=stopping
+                prepared,
+                on_unit=lambda done: show_unit(display, done),
+                on_learning=display.unit,
+                stopping=stopping,
             )
     except Interrupted:
         display.event("interrupted", hint="the same command continues after the last unit")
