@@ -30,6 +30,8 @@ class AttentionCall:
     scaling  factor of the products of query and key
     plain    the model's own attention of (query, key, value) under the same mask, scaling and caps
     rotary   cosine and sine [length, channels] of the rotary embedding by position, or None
+    hidden   what enters the attention, [rows, length, hidden], or None where that is not known
+    first_row  number of the first of these rows among all that are run
     """
 
     layer: int
@@ -40,6 +42,8 @@ class AttentionCall:
     scaling: float
     plain: PlainAttention
     rotary: tuple[Tensor, Tensor] | None = None
+    hidden: Tensor | None = None
+    first_row: int = 0
 
 
 AttentionHook = Callable[[AttentionCall], Tensor]

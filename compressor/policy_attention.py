@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.attention import AttentionCall, AttentionHook
+from compressor.block_attending import BlockAttending
 from compressor.errors import InputError
 from compressor.layout import ModelLayout
 from compressor.passes.base import Unit
@@ -34,14 +35,14 @@ def stored_attention(
 
 
 def policy_attention(policy: AttentionPolicy) -> Callable[[Unit], AttentionHook | None]:
-    """How blocks attend under a policy."""
+    """How blocks attend under a policy, in one run over a model."""
+    blocks = BlockAttending(policy)
 
     def of_block(unit: Unit) -> AttentionHook | None:
         layer = policy.layers[unit.layout.index]
-        if layer.blocks is not None:
-            raise InputError(
-                f"{unit.layout.name} selects blocks of keys, which evaluation does not run"
-            )
+        choosing = blocks.hook(unit)
+        if choosing is not None:
+            return choosing
         if layer.streaming is None:
             return None
         if policy.positions == "slot":

@@ -74,6 +74,7 @@ class BlockRunner:
         self._rebuild_buffers()
         self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
         self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
+        self.first_row = 0  # of the rows that run, for hooks that carry something between blocks
 
     def _rebuild_buffers(self) -> None:
         """Rotary tables and Gemma's embedding scale are buffers that no checkpoint holds; on the
@@ -202,6 +203,10 @@ class BlockRunner:
         config = self.model.config
         usual = config._attn_implementation
         name = f"hooked-{id(self)}"
+        entered: dict[int, Tensor] = {}
+
+        def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered[id(module)] = args[0] if args else kwargs["hidden_states"]
 
         def attend(
             module: Any, query: Tensor, key: Tensor, value: Tensor, own: Any, **options: Any
@@ -225,14 +230,20 @@ class BlockRunner:
                 scaling=float(options["scaling"]),
                 plain=plain,
                 rotary=self._rotary(int(module.layer_idx), query.shape[2]),
+                hidden=entered.pop(id(module), None),
+                first_row=self.first_row,
             )
             return hook(call), None
 
         ALL_ATTENTION_FUNCTIONS[name] = attend
         config._attn_implementation = name
+        modules = [m for layer in self.layers for m in layer.modules() if hasattr(m, "layer_idx")]
+        watched = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
         try:
             yield
         finally:
+            for handle in watched:
+                handle.remove()
             config._attn_implementation = usual
             del ALL_ATTENTION_FUNCTIONS[name]
 

@@ -151,6 +151,7 @@ def _run_block(stream: Stream, unit: Unit, *, batch: int) -> int:
     ):
         start = 0
         while start < stream.hidden.shape[0]:
+            runner.first_row = start
             out = _forward(block, stream.hidden[start : start + batch])
             if out is None:
                 batch = batch // 2
