@@ -120,7 +120,7 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
     for site in shared:
         if unit.needs[site].gram:
             grams += 4 * layout.site_linears(site)[0].in_features ** 2
-    largest = max(x.out_features * x.in_features for x in layout.linears)
+    largest = max((x.out_features * x.in_features for x in layout.linears), default=count)
     codes = sum(x.out_features * x.in_features for x in layout.linears)
     rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
     return runtime + 4 * count + grams + codes + max(rows, 12 * largest)

@@ -101,6 +101,12 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
     schemes = _schemes(passes, source.layout, fmt, dtype, problems)
     _check_tied(recipe, source.layout, passes, problems)
     _check_order(recipe, passes, problems)
+    for step in recipe.passes:
+        refused = step.params.check_model(
+            source.layout, source.checkpoint.config, untied=recipe.untie
+        )
+        if refused is not None:
+            problems.append(InputError(f"{step.name}: {refused.message}", hint=refused.hint))
     _check_fused(source.layout, schemes, problems)
     kv = _kv(passes, problems)
     problems += check_recipe(recipe, source)
@@ -253,8 +259,14 @@ def _check_order(recipe: Recipe, passes: Sequence[PassPlan], problems: list[Comp
                     hint=f"put {plan.step.name} before it",
                 )
             )
-        elif not isinstance(params, ModelPass):
-            block = block or plan.step.name
+        if params.rotates_residual and block is not None:
+            problems.append(
+                InputError(
+                    f"{plan.step.name} rotates what enters a block, which {block} sees before the "
+                    "block itself is rotated",
+                    hint=f"put {plan.step.name} first",
+                )
+            )
         if params.rotates_residual and recipe.propagate == "original":
             problems.append(
                 InputError(
@@ -263,6 +275,8 @@ def _check_order(recipe: Recipe, passes: Sequence[PassPlan], problems: list[Comp
                     hint="propagate: quantized",
                 )
             )
+        if not isinstance(params, ModelPass):
+            block = block or plan.step.name
 
 
 def _check_fused(

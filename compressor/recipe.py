@@ -181,7 +181,7 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
         entries = []
     for number, entry in enumerate(entries):
         try:
-            steps.append(_make_step(entry, f"passes.{number}"))
+            steps.extend(_make_steps(entry, f"passes.{number}"))
         except Problems as error:
             problems.extend(error.problems)
         except InputError as error:
@@ -193,6 +193,13 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
     if problems:
         raise Problems(problems)
     return recipe
+
+
+def _make_steps(entry: Any, where: str) -> list[Step]:
+    """A pass, or the passes that it stands for."""
+    step = _make_step(entry, where)
+    parts = step.params.steps()
+    return [_make_step({name: dict(params)}, where) for name, params in parts] or [step]
 
 
 def _make_step(entry: Any, where: str) -> Step:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compressor.numerics import nearest_codes
-from compressor.qtensor import QTensor, QuantSpec, decode_elements
+from compressor.qtensor import QTensor, decode_elements
 
 BLOCK = 128
 """Inputs after which corrections are passed on to all later inputs in one product."""
@@ -54,10 +54,17 @@ class InverseFactor:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A weight's codes. `kept` counts the rows that keep the codes of rounding to nearest."""
+    """A weight's codes.
+
+    kept     rows that keep the codes of rounding to nearest
+    error    squared error of the output, relative to the output's square
+    nearest  the same for rounding to nearest
+    """
 
     q: QTensor
     kept: int
+    error: float
+    nearest: float
 
 
 def inverse_factor(
@@ -100,18 +107,25 @@ def inverse_factor(
 
 
 def gptq(
-    weights: Sequence[Tensor], nearest: Sequence[QTensor], inverse: InverseFactor
+    weights: Sequence[Tensor],
+    nearest: Sequence[QTensor],
+    inverse: InverseFactor,
+    *,
+    lowest: int = 0,
 ) -> list[Rounded]:
     """Round weights [O_i, C] that read one input, on the grids of their nearest codes.
 
     nearest  of each weight: `quantize(weight, spec)`; all of one spec
+    lowest   codes below it are not used (1 on a narrow symmetric grid)
     Every row's error in the Hessian's norm is at most that of its nearest codes.
     """
     codes = [torch.empty_like(q.codes) for q in nearest]
-    kept = [0] * len(weights)
+    # Of each weight: rows kept, and the squares of our error, the nearest codes' and the output.
+    sums = torch.zeros(len(weights), 4, dtype=torch.float64, device=inverse.gram.device)
     for batch in _batches(weights):
         rows = [(weights[i][part].float(), _rows(nearest[i], part)) for i, part in batch]
-        found = _solve(torch.cat([w for w, _ in rows]), [q for _, q in rows], inverse)
+        grids = [q for _, q in rows]
+        found = _solve(torch.cat([w for w, _ in rows]), grids, inverse, lowest=lowest)
         start = 0
         for (i, part), (weight, q) in zip(batch, rows, strict=True):
             ours = replace(q, codes=found[start : start + weight.shape[0]])
@@ -119,10 +133,17 @@ def gptq(
             errors = [row_errors(x.dequantize() - weight, inverse.gram) for x in (ours, q)]
             better = errors[0] < errors[1]
             codes[i][part] = torch.where(better[:, None], ours.codes, q.codes)
-            kept[i] += int((~better).sum())
+            least = torch.where(better, errors[0], errors[1])
+            power = row_errors(weight, inverse.gram)
+            sums[i] += torch.stack([x.double().sum() for x in (~better, least, errors[1], power)])
     return [
-        Rounded(q=replace(q, codes=made), kept=count)
-        for q, made, count in zip(nearest, codes, kept, strict=True)
+        Rounded(
+            q=replace(q, codes=made),
+            kept=int(kept),
+            error=error / max(power, 1e-30),
+            nearest=plain / max(power, 1e-30),
+        )
+        for q, made, (kept, error, plain, power) in zip(nearest, codes, sums.tolist(), strict=True)
     ]
 
 
@@ -131,9 +152,11 @@ def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     return ((delta @ gram) * delta).sum(1)
 
 
-def _solve(weight: Tensor, grids: Sequence[QTensor], inverse: InverseFactor) -> Tensor:
-    """Codes uint8 [O, C] of rows [O, C] float32, in the model's order; `weight` is overwritten."""
-    spec, columns = grids[0].spec, _Columns(grids)
+def _solve(
+    weight: Tensor, grids: Sequence[QTensor], inverse: InverseFactor, *, lowest: int
+) -> Tensor:
+    """Codes uint8 [O, C] of rows [O, C] float32, in the model's order."""
+    columns = _Columns(grids, lowest=lowest)
     order, factor = inverse.order, inverse.factor
     count = weight.shape[1]
     # Transposed, so that one input's weights lie together.
@@ -148,7 +171,7 @@ def _solve(weight: Tensor, grids: Sequence[QTensor], inverse: InverseFactor) -> 
         local = local / local.diagonal()[:, None]
         for j in range(stop - start):
             value = left[start + j]
-            code, rounded = columns.round(value, places[start + j], spec)
+            code, rounded = columns.round(value, places[start + j])
             codes[start + j] = code
             torch.sub(value, rounded, out=errors[j])
             rest = left[start + j + 1 : stop]
@@ -164,8 +187,9 @@ def _solve(weight: Tensor, grids: Sequence[QTensor], inverse: InverseFactor) -> 
 class _Columns:
     """The grids of stacked weights, one input at a time."""
 
-    def __init__(self, grids: Sequence[QTensor]) -> None:
-        spec = grids[0].spec
+    def __init__(self, grids: Sequence[QTensor], *, lowest: int) -> None:
+        self.spec = spec = grids[0].spec
+        self.lowest = lowest
         width = {"group": spec.group_size, "block": (spec.block or (0, 0))[1]}
         self.size = width.get(spec.strategy) or grids[0].shape[1]
         self.scales = _stacked(grids, [q.scales for q in grids])
@@ -176,15 +200,17 @@ class _Columns:
         every = torch.arange(2**spec.bits, dtype=torch.uint8, device=self.scales.device)
         self.elements = decode_elements(every, spec, torch.float32)
 
-    def round(self, value: Tensor, column: int, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    def round(self, value: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Nearest codes of one input's weights [O], and what they stand for."""
         scales = self.scales[column // self.size]
         zeros = None if self.zeros is None else self.zeros[column // self.size]
-        codes = nearest_codes(value, spec, scales=scales, zeros=zeros, second=self.second)
+        codes = nearest_codes(value, self.spec, scales=scales, zeros=zeros, second=self.second)
+        if self.lowest:
+            codes.clamp_(min=self.lowest)
         values = self.elements[codes.int()]
         if zeros is None:
             values = values * scales
-        elif spec.zero == "offset":
+        elif self.spec.zero == "offset":
             values = values * scales - zeros
         else:
             values = (values - zeros) * scales

@@ -164,6 +164,17 @@ class Pass(BaseModel):
         """Why this pass cannot work on a linear of this shape, or None."""
         return None
 
+    def check_model(
+        self, layout: ModelLayout, config: Mapping[str, Any], *, untied: bool
+    ) -> InputError | None:
+        """Why this pass cannot work on a model, or None; `untied`: a tied head is written apart."""
+        return None
+
+    def steps(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Names and parameters of the passes that this one stands for; none where it works
+        itself."""
+        return ()
+
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         """The unit after this pass."""
         raise AssertionError(f"{type(self).__name__} has no apply")

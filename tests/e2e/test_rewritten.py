@@ -1,0 +1,78 @@
+"""rotate, reorder and smooth_attention through whole runs: the written model is the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.errors import Problems
+from compressor.recipe import make_recipe
+
+CPU = choose_device("cpu")
+IDS = torch.arange(2, 42)[None]
+
+
+def run(model: Path, output: Path, passes: list[Any], **top: Any) -> Path:
+    recipe = make_recipe(
+        {
+            "model": str(model),
+            "output": str(output),
+            "calibration": {"samples": 8, "length": 32},
+            "passes": passes,
+            "format": "dense",
+            **top,
+        }
+    )
+    return compile_checkpoint(prepare(recipe, device=CPU)).output
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+STEPS = [{"rotate": {}}, {"reorder": {}}, {"smooth_attention": {}}]
+
+
+@pytest.mark.parametrize(
+    "model_type, passes, top",
+    [
+        ("llama", STEPS, {}),
+        ("qwen2", STEPS, {"untie": True}),
+        ("qwen3", [{"rotate": {"seed": 4}}, {"smooth_attention": {"alpha": 0.8}}], {}),
+        ("gemma", STEPS, {"untie": True}),
+        ("opt", [{"rotate": {"keep_mean": True}}, *STEPS[1:]], {"untie": True}),
+        ("mixtral", STEPS, {}),
+        ("gemma2", STEPS[1:], {}),
+    ],
+)
+def test_what_is_written_is_the_original(
+    model_type: str,
+    passes: list[Any],
+    top: dict[str, Any],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = tiny_model(model_type)
+    found = logits(run(model, tmp_path / "out", passes, **top))
+    expected = logits(model)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_plan_says_what_cannot_be_rotated(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    for model_type, passes, top, message in (
+        ("qwen2", ["rotate"], {}, "lm_head, which shares its weight"),
+        ("gemma2", ["rotate"], {"untie": True}, "does not commute"),
+        ("opt", ["rotate"], {"untie": True}, "LayerNorm"),
+        ("llama", ["reorder", "rotate"], {}, "which reorder sees"),
+        ("llama", ["rotate"], {"propagate": "original"}, "basis of the hidden states"),
+    ):
+        with pytest.raises(Problems, match=message):
+            run(tiny_model(model_type), tmp_path / "out", passes, **top)
