@@ -198,7 +198,7 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
 def _make_steps(entry: Any, where: str) -> list[Step]:
     """A pass, or the passes that it stands for."""
     step = _make_step(entry, where)
-    parts = step.params.steps()
+    parts = step.params.stands_for()
     return [_make_step({name: dict(params)}, where) for name, params in parts] or [step]
 
 

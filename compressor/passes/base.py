@@ -170,7 +170,7 @@ class Pass(BaseModel):
         """Why this pass cannot work on a model, or None; `untied`: a tied head is written apart."""
         return None
 
-    def steps(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+    def stands_for(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """Names and parameters of the passes that this one stands for; none where it works
         itself."""
         return ()
