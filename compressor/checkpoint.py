@@ -44,7 +44,7 @@ class Checkpoint:
         """The model's dtype: the config's, else that of most bytes."""
         named = self.config.get("dtype", self.config.get("torch_dtype"))
         known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-        if named in known:
+        if isinstance(named, str) and named in known:
             return known[named]
         sizes: dict[torch.dtype, int] = {}
         for entry in self.entries.values():

@@ -7,7 +7,6 @@ pinned to a commit before anything else is read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.checkpoint import Checkpoint, load_json, open_checkpoint
 from compressor.errors import InputError, MachineError
 from compressor.formats.base import TensorShape
 from compressor.gguf_source import convert_gguf
@@ -112,12 +111,9 @@ def _hub(repo: str, revision: str | None, *, fetch: bool) -> Located:
         if fetch:
             folder = snapshot_download(repo, revision=commit, allow_patterns=list(FETCHED))
             return Located(as_source(open_checkpoint(Path(folder))), identity)
-        config = json.loads(
-            Path(api.hf_hub_download(repo, "config.json", revision=commit)).read_bytes()
-        )
+        path = Path(api.hf_hub_download(repo, "config.json", revision=commit))
         found = api.get_safetensors_metadata(repo, revision=commit)
-    if not isinstance(config, dict):
-        raise InputError(f"config.json of {repo} is not a JSON object")
+    config = load_json(path, what=f"config of {repo}")
     entries: dict[str, Entry] = {}
     for file, metadata in found.files_metadata.items():
         for name, tensor in metadata.tensors.items():

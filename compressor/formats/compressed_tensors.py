@@ -168,10 +168,18 @@ class CompressedTensors:
         for key, group in groups.items():
             if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
                 raise InputError(f"quantization_config.config_groups.{key} has no list of targets")
+            if not all(isinstance(target, str) for target in group["targets"]):
+                raise InputError(f"config_groups.{key}.targets holds what is no name")
+            for part in ("weights", "input_activations"):
+                if not isinstance(group.get(part), Mapping | None):
+                    raise InputError(f"config_groups.{key}.{part} is not a mapping")
             if group.get("output_activations") is not None:
                 raise InputError(f"config_groups.{key}.output_activations is not supported")
-        ignore = [str(pattern) for pattern in config.get("ignore") or []]
-        kv = config.get("kv_cache_scheme")
+        ignore, kv = config.get("ignore") or [], config.get("kv_cache_scheme")
+        if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+            raise InputError("quantization_config.ignore is not a list of names")
+        if not isinstance(kv, Mapping | None):
+            raise InputError("quantization_config.kv_cache_scheme is not a mapping")
         return ModelSchemes(
             linears={
                 module: _scheme(module, tensors, groups, ignore, config.get("format"))
