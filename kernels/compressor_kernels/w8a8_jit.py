@@ -1,0 +1,181 @@
+"""Triton code of `w8a8`: tiles fetched by the bulk copy engine, 8-bit products in tensor cores."""
+
+import triton
+import triton.language as tl
+
+from compressor_kernels.rounding_jit import e4m3_value
+
+
+@triton.jit
+def _place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of a tile: GROUP_M rows of tiles side by side, which share weights in L2."""
+    down = tl.cdiv(M, BM)
+    across = tl.cdiv(N, BN)
+    group = tile // (GROUP_M * across)
+    first = group * GROUP_M
+    height = tl.minimum(down - first, GROUP_M)
+    inside = tile - group * GROUP_M * across
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _product(a, w, sums, INT8: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """sums + a wᵀ, in int32 or fp32; EXACT: what one tile adds is summed apart."""
+    if INT8 and ASM:
+        return tl.dot(a, w.T, sums, out_dtype=tl.int32)
+    elif INT8:
+        return sums + tl.dot(a.to(tl.float32), w.to(tl.float32).T).to(tl.int32)
+    elif ASM and EXACT:
+        return tl.dot(a, w.T, sums, max_num_imprecise_acc=a.shape[1])
+    elif ASM:
+        return tl.dot(a, w.T, sums)  # the default: not at all apart
+    else:
+        a = e4m3_value(a.to(tl.uint8, bitcast=True), False)
+        w = e4m3_value(w.to(tl.uint8, bitcast=True), False)
+        return tl.dot(a, w.T, sums)
+
+
+@triton.jit
+def _store(
+    sums,
+    row_scales_ptr,
+    column_scales_ptr,
+    bias_ptr,
+    out_ptr,
+    row,
+    column,
+    M,
+    N,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    m = row * BM + tl.arange(0, BM)
+    n = column * BN + tl.arange(0, BN)
+    y = sums.to(tl.float32)
+    if ROWS:
+        y = y * tl.load(row_scales_ptr + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    else:
+        y = y * tl.load(row_scales_ptr).to(tl.float32)
+    if COLUMNS:
+        y = y * tl.load(column_scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    else:
+        y = y * tl.load(column_scales_ptr).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def product_kernel(
+    a_desc,  # [M, K] in tiles of BM x BK
+    w_desc,  # [N, K] in tiles of BN x BK
+    row_scales_ptr,  # fp32 [M] or [1]
+    column_scales_ptr,  # [N] or [1]
+    bias_ptr,  # [N] or None
+    out_ptr,  # [M, N]
+    M,
+    N,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INT8: tl.constexpr,
+    EXACT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One program: one tile of the product. What tiles have past the edges is read as zeros."""
+    row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    sums = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
+    for k in tl.range(0, K, BK):
+        a = a_desc.load([row * BM, k])
+        w = w_desc.load([column * BN, k])
+        sums = _product(a, w, sums, INT8, EXACT, ASM)
+    _store(
+        sums, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+        row, column, M, N, ROWS, COLUMNS, BM, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def persistent_kernel(
+    a_desc,
+    w_desc,
+    row_scales_ptr,
+    column_scales_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INT8: tl.constexpr,
+    EXACT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`product_kernel` by programs that stay: the next tile is fetched as one is written."""
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = _place(tile, M, N, BM, BN, GROUP_M)
+        sums = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
+        for k in tl.range(0, K, BK):
+            a = a_desc.load([row * BM, k])
+            w = w_desc.load([column * BN, k])
+            sums = _product(a, w, sums, INT8, EXACT, ASM)
+        _store(
+            sums, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+            row, column, M, N, ROWS, COLUMNS, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def blocks_kernel(
+    a_desc,  # [M, K] in tiles of BM x BK
+    w_desc,  # [N, K] in tiles of BN x BK
+    input_scales_ptr,  # fp32 [M, INPUT_BLOCKS]
+    weight_scales_ptr,  # [ceil(N/128), BLOCKS] if TALL, else [N, BLOCKS]
+    bias_ptr,  # [N] or None
+    out_ptr,  # [M, N]
+    M,
+    N,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INPUT_BLOCKS: tl.constexpr,  # BLOCKS or 1
+    TALL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INT8: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One program: one tile, whose part of each block of 128 inputs is scaled by itself."""
+    row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    m = row * BM + tl.arange(0, BM)
+    n = column * BN + tl.arange(0, BN)
+    input_ptrs = input_scales_ptr + m.to(tl.int64) * INPUT_BLOCKS
+    weight_ptrs = weight_scales_ptr + (n // 128 if TALL else n).to(tl.int64) * BLOCKS
+    total = tl.zeros((BM, BN), tl.float32)
+    for block in tl.range(0, BLOCKS):
+        a = a_desc.load([row * BM, block * BK])
+        w = w_desc.load([column * BN, block * BK])
+        down = tl.load(input_ptrs + (block if INPUT_BLOCKS > 1 else 0), mask=m < M, other=0.0)
+        across = tl.load(weight_ptrs + block, mask=n < N, other=0.0).to(tl.float32)
+        none = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
+        part = _product(a, w, none, INT8, False, ASM)
+        total += part.to(tl.float32) * down.to(tl.float32)[:, None] * across[None, :]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
