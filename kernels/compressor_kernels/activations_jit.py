@@ -38,8 +38,5 @@ def tokens_kernel(
     if STATIC or not INT8:
         lowest: tl.constexpr = -128.0 if INT8 else -448.0
         steps = tl.where(steps < lowest, lowest, tl.where(steps > largest, largest, steps))
-    if INT8:
-        codes = int8_nearest(steps)
-    else:
-        codes = e4m3_nearest(steps, ASM)
+    codes = int8_nearest(steps) if INT8 else e4m3_nearest(steps, ASM)
     tl.store(codes_ptr + at, codes, mask=inside)

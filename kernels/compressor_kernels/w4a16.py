@@ -75,16 +75,16 @@ def w4a16(
         None if zeros is None else zeros.contiguous(),
     )
     if tiles is None and len(rows) > TILED_TOKENS and out_dtype == x.dtype:
-        dense = _dequantize(*weight, inner=x.shape[-1], group=group, dtype=x.dtype)
+        dense = dense_weight(*weight, inner=x.shape[-1], group=group, dtype=x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(rows, dense, bias).view(*x.shape[:-1], outputs)
     y = torch.empty((len(rows), outputs), dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y.view(*x.shape[:-1], outputs)
     if tiles is None:
-        choose = _decode_tiles if len(rows) <= DECODE_TOKENS else _tiled_tiles
+        choose = decode_tiles if len(rows) <= DECODE_TOKENS else tiled_tiles
         tiles = choose(len(rows), outputs, x.shape[-1], group)
-    launch = _decode if isinstance(tiles, DecodeTiles) else _tiled
+    launch = decode_product if isinstance(tiles, DecodeTiles) else tiled_product
     launch(rows, *weight, bias, y, group=group, tiles=tiles)
     return y.view(*x.shape[:-1], outputs)
 
@@ -126,7 +126,7 @@ def w4a16_dequantize(
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"w4a16_dequantize gives fp16 or bf16, not {dtype}")
     zeros = None if zeros is None else zeros.contiguous()
-    return _dequantize(
+    return dense_weight(
         packed.contiguous(), scales.contiguous(), zeros, inner=in_features, group=group, dtype=dtype
     )
 
@@ -154,7 +154,7 @@ def _nibbles(words: Tensor) -> Tensor:
     return ((words[:, :, None] >> shifts) & 15).flatten(1)
 
 
-def _decode(
+def decode_product(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -164,7 +164,9 @@ def _decode(
     *,
     group: int,
     tiles: DecodeTiles,
+    second: Tensor | None = None,
 ) -> None:
+    """Write x W^T into y for few tokens; `second`: NVFP4's global scale, for codes of that kind."""
     from compressor_kernels import w4a16_jit as jit
 
     count, inner = x.shape
@@ -176,6 +178,7 @@ def _decode(
         packed,
         scales,
         packed if zeros is None else zeros,
+        second,
         y if bias is None else bias,
         out,
         count,
@@ -197,7 +200,7 @@ def _decode(
         _reduce(out, bias, y)
 
 
-def _tiled(
+def tiled_product(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -207,7 +210,9 @@ def _tiled(
     *,
     group: int,
     tiles: TiledTiles,
+    second: Tensor | None = None,
 ) -> None:
+    """`decode_product` for more tokens."""
     from compressor_kernels import w4a16_jit as jit
 
     count, inner = x.shape
@@ -226,6 +231,7 @@ def _tiled(
         packed,
         scales,
         packed if zeros is None else zeros,
+        second,
         y if bias is None else bias,
         out,
         count,
@@ -263,7 +269,7 @@ def _reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     )
 
 
-def _dequantize(
+def dense_weight(
     packed: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -271,7 +277,9 @@ def _dequantize(
     inner: int,
     group: int,
     dtype: torch.dtype,
+    second: Tensor | None = None,
 ) -> Tensor:
+    """The weight [O, I] in `dtype`, rounded once after its scale was."""
     from compressor_kernels import w4a16_jit as jit
 
     outputs, words = packed.shape
@@ -281,6 +289,7 @@ def _dequantize(
             packed,
             scales,
             packed if zeros is None else zeros,
+            second,
             dense,
             outputs,
             I=inner,
@@ -295,7 +304,7 @@ def _dequantize(
     return dense
 
 
-def _decode_tiles(count: int, outputs: int, inner: int, group: int) -> DecodeTiles:
+def decode_tiles(count: int, outputs: int, inner: int, group: int) -> DecodeTiles:
     """Chosen from shapes alone."""
     if count > 8:
         programs = -(-outputs // 64)
@@ -309,7 +318,7 @@ def _decode_tiles(count: int, outputs: int, inner: int, group: int) -> DecodeTil
     )
 
 
-def _tiled_tiles(count: int, outputs: int, inner: int, group: int) -> TiledTiles:
+def tiled_tiles(count: int, outputs: int, inner: int, group: int) -> TiledTiles:
     """Chosen from shapes alone."""
     block_m = 32 if count <= 32 else 64
     programs = -(-outputs // 128) * -(-count // block_m)

@@ -8,11 +8,15 @@ itself. W stands on the left of the product: tokens then need no padding to 64 o
 The compiler moves the words' layout from the product back to their load only if all that enters
 the unpacking is loaded or constant. Zero points of a whole slice therefore stay out of it: the
 product is with u - 8, and (8 - z) times the slice's sum of inputs comes on top.
+
+NVFP4 weights run on the same kernels: their words are laid out alike, a group is 16 inputs, and
+`second_ptr`, the global scale, says that codes are E2M1 and scales E4M3.
 """
 
 import triton
 import triton.language as tl
 
+from compressor_kernels.e2m1_jit import code_scales, left_over, unpack_e2m1
 from compressor_kernels.nibbles_jit import biased_eight, biased_zeros, unpack
 
 
@@ -46,6 +50,7 @@ def decode_kernel(
     words_ptr,  # [O, ceil(I/8)]
     scales_ptr,  # [O, GROUPS]
     zeros_ptr,  # [ceil(O/8), GROUPS]
+    second_ptr,  # fp32 [1], or None for int4
     bias_ptr,  # [O]
     out_ptr,  # [M, O], or fp32 [SPLIT, M, O] partial sums
     M,
@@ -74,6 +79,7 @@ def decode_kernel(
     GS: tl.constexpr = G // 128 if G > 128 else 1  # slices of a group
     STEPS: tl.constexpr = (I + KS * 128 * SPLIT - 1) // (KS * 128 * SPLIT)
     EVEN: tl.constexpr = I % (KS * 128 * SPLIT) == 0
+    FP4: tl.constexpr = second_ptr is not None
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     token = tl.program_id(0) * MB
     first = tl.program_id(1).to(tl.int64) * BN
@@ -93,7 +99,8 @@ def decode_kernel(
     scales_ptrs = scales_ptr + first * GROUPS + row * GROUPS
     zeros_ptrs = zeros_ptr + (first // 8) * GROUPS + (first % 8 + row) // 8 * GROUPS
     nibble = (first + row) % 8 * 4
-    scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
+    if SG == 1:
+        scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
     eight = biased_eight((KS, BN, 16), dtype)
     ones = tl.full((KS, 16, 16), 1.0, dtype if ASM else tl.float32)
     total = tl.zeros((KS, BN, N), tl.float32)
@@ -116,9 +123,13 @@ def decode_kernel(
             x = tl.reshape(x, (KS, 8, 128))
         places = _every_eighth(x, KS, N)
         if SG > 1:
-            scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
-            biased = _per_word(biased_zeros(zeros, dtype), KS, BN, SG) if HAS_ZEROS else eight
-            q = unpack(words, biased, _per_word(scales, KS, BN, SG), dtype, True, ASM)
+            scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0)
+            if FP4:
+                wide = _per_word(code_scales(scales, dtype, ASM), KS, BN, SG)
+                q = unpack_e2m1(words, wide, dtype, ASM)
+            else:
+                biased = _per_word(biased_zeros(zeros, dtype), KS, BN, SG) if HAS_ZEROS else eight
+                q = unpack(words, biased, _per_word(scales, KS, BN, SG), dtype, True, ASM)
             for p in tl.static_range(8):
                 total = tl.dot(q[p], places[p], total)
         else:
@@ -138,6 +149,8 @@ def decode_kernel(
         words_ptrs += KS * 16
         x_ptrs += KS * 128
     y = tl.sum(total, 0)
+    if FP4:
+        y *= tl.load(second_ptr) * left_over(dtype)
     column = tl.arange(0, N)
     m = token + column
     n = first + tl.arange(0, BN)
@@ -193,6 +206,7 @@ def tiled_kernel(
     words_ptr,  # [O, ceil(I/8)]
     scales_ptr,  # [O, GROUPS]
     zeros_ptr,  # [ceil(O/8), GROUPS]
+    second_ptr,  # fp32 [1], or None for int4
     bias_ptr,  # [O]
     out_ptr,  # [M, O], or fp32 [SPLIT, M, O] partial sums
     M,
@@ -214,6 +228,7 @@ def tiled_kernel(
     STEPS: tl.constexpr = (SLICES + SPLIT - 1) // SPLIT
     SG: tl.constexpr = 128 // G if G < 128 else 1  # groups of a slice
     GS: tl.constexpr = G // 128 if G > 128 else 1  # slices of a group
+    FP4: tl.constexpr = second_ptr is not None
     dtype: tl.constexpr = places_ptr.dtype.element_ty
     token = tl.program_id(0) * MB
     first = tl.program_id(1).to(tl.int64) * BN
@@ -234,7 +249,8 @@ def tiled_kernel(
     nibble = (first + row) % 8 * 4
     eight = biased_eight((BN, 16), dtype)
     group = start // GS * SG + g
-    scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
+    if SG == 1:
+        scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
     total = tl.zeros((BN, MB), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         if I % (128 * SPLIT) == 0:
@@ -247,13 +263,18 @@ def tiled_kernel(
             octets = tl.load(zeros_ptrs + group, mask=group < GROUPS, other=0)
             zeros = (octets >> nibble).to(tl.int32) & 15
         if SG > 1:
-            scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
+            scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0)
+            if FP4:
+                scales = code_scales(scales, dtype, ASM)
             wide = tl.reshape(_per_word(scales[None, :, :], 1, BN, SG), (BN, 16))
-            biased = eight
-            if HAS_ZEROS:
-                biased = _per_word(biased_zeros(zeros, dtype)[None, :, :], 1, BN, SG)
-                biased = tl.reshape(biased, (BN, 16))
-            q = unpack(words, biased, wide, dtype, True, ASM)
+            if FP4:
+                q = unpack_e2m1(words, wide, dtype, ASM)
+            else:
+                biased = eight
+                if HAS_ZEROS:
+                    biased = _per_word(biased_zeros(zeros, dtype)[None, :, :], 1, BN, SG)
+                    biased = tl.reshape(biased, (BN, 16))
+                q = unpack(words, biased, wide, dtype, True, ASM)
             sums = total
         else:
             q = unpack(words, eight, eight, dtype, False, ASM)
@@ -273,6 +294,8 @@ def tiled_kernel(
             scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
         words_ptrs += 16
         places_ptrs += 128
+    if FP4:
+        total *= tl.load(second_ptr) * left_over(dtype)
     m = (token + tl.arange(0, MB)).to(tl.int64)[None, :]
     n = first + tl.arange(0, BN)
     if HAS_BIAS and SPLIT == 1:
@@ -287,6 +310,7 @@ def dequantize_kernel(
     words_ptr,  # [O, ceil(I/8)]
     scales_ptr,  # [O, GROUPS]
     zeros_ptr,  # [ceil(O/8), GROUPS]
+    second_ptr,  # fp32 [1], or None for int4
     out_ptr,  # [O, I]
     O,
     I: tl.constexpr,
@@ -305,14 +329,19 @@ def dequantize_kernel(
     inside = (n < O) & (word < WORDS)
     words = tl.load(words_ptr + n * WORDS + word, mask=inside, other=0)
     group = tl.minimum(word * 8 // G, GROUPS - 1)
-    scales = tl.load(scales_ptr + n * GROUPS + group, mask=inside, other=0.0)
-    biased = biased_eight((BN, COLS), dtype)
-    if HAS_ZEROS:
-        octets = tl.load(zeros_ptr + n // 8 * GROUPS + group, mask=inside, other=0)
-        biased = biased_zeros((octets >> (n % 8 * 4).to(tl.int32)) & 15, dtype)
-    q = unpack(words, biased, scales, dtype, True, ASM)
+    scales = tl.load(scales_ptr + n * GROUPS + group, mask=inside, other=0)
+    if second_ptr is not None:
+        q = unpack_e2m1(words, code_scales(scales, dtype, ASM), dtype, ASM)
+    else:
+        biased = biased_eight((BN, COLS), dtype)
+        if HAS_ZEROS:
+            octets = tl.load(zeros_ptr + n // 8 * GROUPS + group, mask=inside, other=0)
+            biased = biased_zeros((octets >> (n % 8 * 4).to(tl.int32)) & 15, dtype)
+        q = unpack(words, biased, scales, dtype, True, ASM)
     even = tl.join(tl.join(q[0], q[4]), tl.join(q[2], q[6]))
     odd = tl.join(tl.join(q[1], q[5]), tl.join(q[3], q[7]))
     dense = tl.reshape(tl.join(even, odd), (BN, 8 * COLS))
+    if second_ptr is not None:
+        dense = dense.to(tl.float32) * (tl.load(second_ptr) * left_over(dtype))
     k = tl.program_id(0) * (8 * COLS) + tl.arange(0, 8 * COLS)[None, :]
     tl.store(out_ptr + n * I + k, dense.to(dtype), mask=(n < O) & (k < I))

@@ -49,7 +49,7 @@ def w8a8(
     out_dtype      fp16, bf16 or fp32
     int8 sums are exact in int32 up to K = 131,072. Raises ValueError on what does not fit.
     """
-    rows, count, outputs, inner = _check(a, weight, bias, out_dtype)
+    rows, count, outputs, _ = _check(a, weight, bias, out_dtype)
     row_scales = _spread(row_scales, count, "row_scales")
     column_scales = _spread(column_scales, outputs, "column_scales")
     y = torch.empty((count, outputs), dtype=out_dtype, device=a.device)
