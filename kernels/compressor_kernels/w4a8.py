@@ -290,6 +290,6 @@ def _check(
         if tensor.dtype != torch.int8 or tensor.shape != (groups, outputs):
             raise ValueError(f"level 2 {tensor.dtype} {list(tensor.shape)} is not int8 [G, O]")
     group = inner // groups if groups else 0
-    if group not in (32, 64) and (group % 128 or not group) or group * groups != inner:
+    if (group not in (32, 64) and (group % 128 or not group)) or group * groups != inner:
         raise ValueError(f"{inner} inputs in {groups} groups: of 32, 64 or a multiple of 128")
     return outputs, inner, group
