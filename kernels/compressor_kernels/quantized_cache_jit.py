@@ -56,6 +56,7 @@ def kv8_kernel(
     lane = tl.program_id(0).to(tl.int64)
     b = lane // G
     dtype: tl.constexpr = q_ptr.dtype.element_ty if ASM else tl.float32
+    vtype: tl.constexpr = tl.float16 if ASM else tl.float32  # weights keep more bits than in bf16
     member = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
     head = lane * GROUP + member  # of [B, H]
@@ -74,8 +75,8 @@ def kv8_kernel(
         inside = live[:, None] & (dim < D)[None, :]
         k = _value(tl.load(k_ptr + at, mask=inside, other=0), dtype, FP8, ASM)
         p, m, l, fade = _fold(tl.dot(q, tl.trans(k)) * scale, m, l, live)
-        v = _value(tl.load(v_ptr + at, mask=inside, other=0), dtype, FP8, ASM)
-        acc = tl.dot(p.to(dtype), v, acc * fade[:, None])
+        v = _value(tl.load(v_ptr + at, mask=inside, other=0), vtype, FP8, ASM)
+        acc = tl.dot(p.to(vtype), v, acc * fade[:, None])
     acc = acc * tl.load(v_scales_ptr + lane % G)
     _leave(acc, m, l, head, mine, dim, parts_ptr, weights_ptr, D, SPLITS)
 
@@ -124,9 +125,9 @@ def kv4_kernel(
     head = lane * GROUP + member
     mine = member < GROUP
     q_ptrs = q_ptr + head[:, None] * D + 2 * pair[None, :]
-    inside = mine[:, None] & (pair < D // 2)[None, :]
-    even = tl.load(q_ptrs, mask=inside, other=0.0).to(dtype)
-    odd = tl.load(q_ptrs + 1, mask=inside, other=0.0).to(dtype)
+    mine_inside = mine[:, None] & (pair < D // 2)[None, :]
+    even = tl.load(q_ptrs, mask=mine_inside, other=0.0).to(dtype)
+    odd = tl.load(q_ptrs + 1, mask=mine_inside, other=0.0).to(dtype)
     q_sum = tl.sum(even.to(tl.float32), 1) + tl.sum(odd.to(tl.float32), 1)
     start, end = _range(lengths_ptr, b, T, SPLITS, BLOCK_N)
     m = tl.full([BLOCK_G], HIDDEN, tl.float32)
