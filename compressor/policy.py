@@ -199,6 +199,12 @@ def combine(first: AttentionPolicy | None, second: AttentionPolicy) -> Attention
     shape = (first.heads, first.kv_heads, len(first.layers))
     if shape != (second.heads, second.kv_heads, len(second.layers)):
         raise InputError("two attention policies of one model disagree about its heads")
+    if second.reordered and any(layer.streaming or layer.blocks for layer in first.layers):
+        raise InputError(
+            "a pass that sorts heads in the weights would change which heads an earlier policy "
+            "means",
+            hint="reorder: false, or learn from a checkpoint without a policy",
+        )
     layers = []
     for number, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
         for part in ("streaming", "blocks"):
@@ -326,3 +332,19 @@ def describe(policy: AttentionPolicy) -> list[str]:
     if policy.reordered:
         lines.append("KV heads are reordered in the weights, full ones first")
     return lines or ["every head is full"]
+
+
+def streaming_policy(
+    layout: ModelLayout, streaming: Tensor, *, sinks: int, window: int, **options: Any
+) -> AttentionPolicy:
+    """A model's policy from which KV heads stream, bool [layers, kv_heads], with one window.
+
+    options  further fields of the policy
+    """
+    shape = next(unit.attention for unit in layout.units if unit.attention is not None)
+    return AttentionPolicy(
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        layers=head_layers(streaming, sinks=sinks, window=window),
+        **options,
+    )

@@ -46,7 +46,7 @@ def policy_attention(policy: AttentionPolicy) -> Callable[[Unit], AttentionHook 
         if layer.streaming is None:
             return None
         if policy.positions == "slot":
-            return _by_slot(sinks=layer.streaming.sinks, window=layer.streaming.window)
+            return by_slot(sinks=layer.streaming.sinks, window=layer.streaming.window)
         return _by_text(layer)
 
     return of_block
@@ -63,7 +63,7 @@ def _by_text(layer: LayerPolicy) -> AttentionHook:
     return hook
 
 
-def _by_slot(*, sinks: int, window: int) -> AttentionHook:
+def by_slot(*, sinks: int, window: int) -> AttentionHook:
     """Every head streaming, positions by cache slot.
 
     Between recent tokens slots are as far apart as places in the text. A sink is nearer than in

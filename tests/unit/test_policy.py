@@ -143,6 +143,8 @@ def test_policies_of_two_passes_combine() -> None:
     assert list(both.made_by) == ["duo_attention", "sparda"]
     with pytest.raises(InputError, match="both decide `streaming` of layer 0"):
         combine(heads, heads)
+    with pytest.raises(InputError, match="sorts heads"):
+        combine(heads, blocks.model_copy(update={"reordered": True}))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "mistral", "gemma2", "phi3"])

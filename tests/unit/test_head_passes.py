@@ -1,0 +1,372 @@
+"""Which heads stream: passkey rows, gates through two streams, copy scores, sorted heads."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from compressor_calibration.bundled import bundled_text
+from compressor_calibration.tokens import TokenSet
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from compressor.copy_scores import copied, copy_scores
+from compressor.errors import InputError, Interrupted
+from compressor.evaluate import evaluate
+from compressor.frozen_model import SourceModel
+from compressor.gate_training import Penalty, start_gates
+from compressor.needles import Needles, Row, make_row
+from compressor.numerics.head_gates import (
+    gap_at,
+    hoyer_square,
+    hoyer_threshold,
+    keep_full,
+    schedule,
+    threshold_full,
+)
+from compressor.passes.base import LearnContext, PassContext
+from compressor.passes.duo_attention import ORDER, DuoAttention
+from compressor.passes.retrieval_heads import RetrievalHeads
+from compressor.passes.streaming import Streaming
+from compressor.policy import make_policy, streaming_policy
+from compressor.policy_attention import policy_attention
+from compressor.source import open_source
+from compressor.two_stream import TwoStream
+
+CPU = torch.device("cpu")
+MODELS = Path(os.environ.get("MODELS_DIR", Path(__file__).parents[2] / "../shared/models"))
+GOLDEN = os.environ.get("GOLDEN_DIR")
+if GOLDEN and "MODELS_DIR" not in os.environ:
+    MODELS = Path(GOLDEN).parent / "models"
+TINY = Needles(
+    keys=2, words=1, min_length=180, max_length=200, lengths=2, prefix="", suffix="", separator="",
+    needle=" {ordinal} key: {passkey}.", question=" {ordinal}? {passkey}",
+)  # fmt: skip
+OWN = Needles(
+    keys=4, words=4, min_length=512, max_length=512, lengths=1, prefix="", suffix="", separator="",
+    needle="\n\nRemember this, the {ordinal} passkey is: {passkey}.\n\n",
+    question="\n\nWhat is the {ordinal} passkey? It is: {passkey}",
+)  # fmt: skip
+
+
+def frozen(folder: Path) -> SourceModel:
+    return SourceModel(open_source(folder), device=CPU, dtype=torch.float32)
+
+
+def context(ids: Tensor, scratch: Path, **options: Any) -> LearnContext:
+    tokens = TokenSet(ids=ids, sha256="", source="", sampling="random")
+    return LearnContext(tokens=tokens, seed=7, batch=2, scratch=scratch, **options)
+
+
+def random_ids(rows: int = 4, length: int = 100) -> Tensor:
+    return torch.randint(2, 256, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def test_rows_hold_their_keys_twice(tiny_models: ModuleType) -> None:
+    tokenizer = tiny_models.tokenizer()
+    haystack = tokenizer("It was a bright day. " * 60)["input_ids"]
+    row = make_row(tokenizer, haystack, data=TINY, length=200, draw=random.Random(1))
+    assert row.ids.shape == (200,)
+    text = tokenizer.decode(row.ids)
+    for ordinal, answer in zip(("first", "second"), row.answers, strict=True):
+        hidden, given = (row.ids[slice(*span)] for span in (answer.hidden, answer.given))
+        assert torch.equal(hidden, given)
+        word = tokenizer.decode(given)
+        assert f" {ordinal} key:{word}." in text and f" {ordinal}?{word}" in text
+        assert answer.hidden[1] < 200 - int(row.scored.sum()) <= answer.given[0]
+    answers = TINY.model_copy(update={"supervise": "answers"})
+    same = make_row(tokenizer, haystack, data=answers, length=200, draw=random.Random(1))
+    assert torch.equal(same.ids, row.ids)
+    marked = same.scored.nonzero()[:, 0].tolist()
+    assert marked == [i - 1 for a in same.answers for i in range(*a.given)]
+    with pytest.raises(InputError, match="no room"):
+        make_row(tokenizer, haystack, data=TINY, length=40, draw=random.Random(1))
+    with pytest.raises(InputError, match="haystack has 50 tokens"):
+        make_row(tokenizer, haystack[:50], data=TINY, length=200, draw=random.Random(1))
+    with pytest.raises(ValidationError, match="passkey"):
+        Needles(needle="nothing")
+
+
+def test_hoyer_square_is_the_number_of_active_gates() -> None:
+    assert float(hoyer_square(torch.tensor([0.0, 3.0, 0.0]))) == pytest.approx(1)
+    assert float(hoyer_square(torch.full((5,), 0.2))) == pytest.approx(5)
+    assert float(hoyer_square(torch.tensor([1.0, 1, 0, 0]))) == pytest.approx(2)
+    gates = torch.rand(20, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.testing.assert_close(hoyer_square(7 * gates), hoyer_square(gates))
+    (grad,) = torch.autograd.grad(hoyer_square(gates), gates)
+    # Gates below the threshold are pushed down, those above it up.
+    assert torch.equal(grad > 0, gates < hoyer_threshold(gates.detach()))
+    assert torch.isfinite(hoyer_square(torch.zeros(3)))
+
+
+def test_penalties_and_schedule_are_the_published_ones() -> None:
+    gates = torch.tensor([[0.5, -0.1], [1.0, 0.0]])
+    assert float(Penalty("l1", 0.05)(gates)) == pytest.approx(0.05 * 0.4)
+    even = torch.ones(2, 2)
+    assert float(Penalty("hoyer2", 0.1)(even)) == pytest.approx(0.1)
+    assert float(Penalty("hoyer2", 0.1, budget=0.75)(even)) == pytest.approx(0.1 * 1.25)
+    factors = [schedule(step, 2000) for step in range(2000)]
+    assert factors[0] == factors[20] == 0.1 and factors[399] == 1 and factors[1000] == 1
+    assert factors[1800] == pytest.approx(0.5) and factors[-1] == pytest.approx(0.1)
+
+
+def test_heads_are_chosen_by_share_or_threshold() -> None:
+    gates = torch.tensor([[0.9, 0.1], [0.4, 0.4]])
+    assert keep_full(gates, 0).all() and not keep_full(gates, 1).any()
+    # Of equal heads the later one stays.
+    assert keep_full(gates, 0.5).tolist() == [[True, False], [False, True]]
+    assert threshold_full(gates, 0.4).tolist() == [[True, False], [True, True]]
+    assert gap_at(gates, 0.4) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "mistral", "phi3"])
+def test_gates_at_their_ends_are_full_and_streaming(
+    family: str, tiny_model: Callable[..., Path]
+) -> None:
+    """Open gates change nothing; shut gates give what evaluation under the policy gives."""
+    model: Any = frozen(tiny_model(family))
+    shape = model.layout.units[1].attention
+    ids = random_ids(2, 48)
+    with TwoStream(model, sinks=2, window=6).loaded() as streams:
+        opened = streams.run(ids, torch.ones(2, shape.kv_heads))
+        torch.testing.assert_close(opened.gated, opened.full)
+        shut = streams.run(ids, torch.zeros(2, shape.kv_heads))
+    rows = torch.ones(2, shape.kv_heads, dtype=torch.bool)
+    attending = policy_attention(streaming_policy(model.layout, rows, sinks=2, window=6))
+    hidden = model.runner.embed(model.tensors(0), ids)
+    for number, unit in enumerate(model.layout.units[1:-1], 1):
+        with (
+            model.runner.block(unit, model.tensors(number)) as block,
+            model.runner.attention(attending(model.source.read_unit(unit))),
+        ):
+            hidden = block.forward(hidden)
+    tensors = model.tensors(3)
+    with model.runner.head(tensors, torch.empty(0)):
+        norm = model.runner.model.get_submodule(model.runner.names.norm)
+        torch.testing.assert_close(shut.gated, norm(hidden), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(shut.gated, shut.full, atol=1e-2)
+
+
+def test_gradients_are_those_of_finite_differences(tiny_model: Callable[..., Path]) -> None:
+    model: Any = frozen(tiny_model("llama"))
+    model.dtype = model.runner.dtype = torch.float64
+    gates = torch.tensor([[0.3, 0.8], [0.6, 0.2]], dtype=torch.float64, requires_grad=True)
+
+    def loss(gates: Tensor) -> Tensor:
+        pair = streams.run(random_ids(1, 40), gates)
+        return (pair.full - pair.gated).square().mean()
+
+    with TwoStream(model, sinks=2, window=6).loaded() as streams:
+        for layer in streams.layers:
+            layer.double()
+        (grad,) = torch.autograd.grad(loss(gates), gates)
+        for index in ((0, 0), (1, 1)):
+            step = torch.zeros_like(gates)
+            step[index] = 1e-4
+            with torch.no_grad():
+                slope = (loss(gates + step) - loss(gates - step)) / 2e-4
+            assert float(slope) == pytest.approx(float(grad[index]), rel=2e-2)
+
+
+def duo(**options: Any) -> DuoAttention:
+    values = {"data": TINY, "sinks": 2, "window": 8, "num_steps": 6, **options}
+    return DuoAttention(**values)
+
+
+def test_training_resumes_to_the_same_gates(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.gate_training.SAVE_EVERY", 2)
+    model: Any = frozen(tiny_model("llama"))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    whole = duo().learn(model, context(random_ids(), tmp_path / "one"))
+    done = 0
+
+    def progress(name: str, step: int, steps: int) -> None:
+        nonlocal done
+        done = step
+
+    broken = context(random_ids(), tmp_path / "two", stopping=lambda: done == 3, progress=progress)
+    with pytest.raises(Interrupted):
+        duo().learn(model, broken)
+    assert done == 3
+    again = duo().learn(model, context(random_ids(), tmp_path / "two"))
+    name = "duo_attention.gates"
+    assert torch.equal(again.values[name], whole.values[name])
+    assert again.policy == whole.policy and again.rows == whole.rows
+    assert not torch.equal(whole.values[name], torch.ones(2, 2)), "nothing was learned"
+
+
+@pytest.mark.parametrize("options", [{"regularizer": "hoyer2", "share": None}, {"share": 0.5}])
+def test_what_is_learned_is_a_policy(
+    options: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model: Any = frozen(tiny_model("llama"))
+    given = duo(deploy_sinks=1, deploy_window=5, num_steps=3, **options)
+    found = given.learn(model, context(random_ids(), tmp_path))
+    assert found.policy is not None
+    policy = make_policy(found.policy)
+    gates, about = found.values["duo_attention.gates"], policy.made_by["duo_attention"]
+    assert torch.equal(~policy.streaming_mask(), gates >= about["threshold"])
+    assert {(x.streaming.sinks, x.streaming.window) for x in policy.layers if x.streaming} == {
+        (1, 5)
+    }
+    if options.get("share"):
+        assert policy.streaming_share == 0.5
+    else:
+        assert about["threshold"] == pytest.approx(hoyer_threshold(gates))
+    assert found.plots["duo_attention_gates.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "opt", "gemma2"])
+def test_sorted_heads_are_the_same_function(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_model(family)
+    source = open_source(folder)
+    shape = source.layout.units[1].attention
+    assert shape is not None
+    generator = torch.Generator().manual_seed(1)
+    order = torch.stack([torch.randperm(shape.kv_heads, generator=generator) for _ in range(2)])
+    order[0] = order[0].flip(0) if torch.equal(order[0].sort().values, order[0]) else order[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    before = model(random_ids()).logits
+    state = {}
+    for unit in source.layout.units[1:-1]:
+        ready = PassContext(
+            stats={}, schemes={}, selected=(), module_loss=lambda site, weights: 0.0, seed=0,
+            learned={ORDER: order},
+        )  # fmt: skip
+        state |= duo(reorder=True).apply(source.read_unit(unit), ready).unit.tensors
+    moved = [n for n, t in state.items() if not torch.equal(t, model.state_dict()[n])]
+    assert any("attn" in name for name in moved)
+    model.load_state_dict({**model.state_dict(), **state})
+    torch.testing.assert_close(model(random_ids()).logits, before, atol=1e-5, rtol=1e-4)
+
+
+def test_bad_parameters_are_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    for wrong in (
+        {"sinks": 8}, {"share": 0.5, "threshold": 0.5}, {"budget": 0.5}, {"deploy_window": 2},
+    ):  # fmt: skip
+        with pytest.raises(ValidationError):
+            duo(**wrong)
+    model: Any = frozen(tiny_model("llama"))
+    long = duo(data=TINY.model_copy(update={"max_length": 300}))
+    with pytest.raises(InputError, match="300 tokens are longer than the model's 256 positions"):
+        long.learn(model, context(random_ids(), tmp_path))
+    with pytest.raises(InputError, match="rotary"):
+        Streaming().config_entries(open_source(tiny_model("opt")).layout)
+    with pytest.raises(ValidationError, match="not fewer"):
+        Streaming(sinks=9, window=9)
+    with pytest.raises(InputError, match="too short to see a window of 60"):
+        Streaming(sinks="measured", window=60).learn(model, context(random_ids(), tmp_path))
+    with pytest.raises(InputError, match="answers none of the 16 passkeys"):
+        RetrievalHeads(data=TINY).learn(model, context(random_ids(), tmp_path))
+
+
+@pytest.mark.parametrize("positions", ["slot", "text"])
+def test_measured_sinks_are_those_of_evaluation(
+    positions: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("llama")
+    model: Any = frozen(folder)
+    ids = random_ids(2, 90)
+    given = Streaming(sinks="measured", window=12, candidates=(0, 3), positions=positions)
+    found = given.learn(model, context(ids, tmp_path))
+    assert found.policy is not None
+    policy = make_policy(found.policy)
+    measured = policy.made_by["streaming"]["perplexity"]
+    assert policy.streaming_share == 1 and policy.positions == positions
+    scored = torch.zeros(2, 89, dtype=torch.bool)
+    scored[:, 12:] = True
+    for sinks in (0, 3):
+        every = given._policy(model.layout, sinks, {})
+        result = evaluate(
+            open_source(folder), ids, device=CPU, dtype=torch.float32, scored=scored,
+            attention=policy_attention(every),
+        )  # fmt: skip
+        assert measured[str(sinks)] == pytest.approx(result.perplexity.value, rel=1e-4)
+
+
+def own_rows(tokenizer: Any, count: int) -> list[Row]:
+    haystack = tokenizer(bundled_text("held_out")[:60000])["input_ids"]
+    return [
+        make_row(tokenizer, haystack, data=OWN, length=512, draw=random.Random(i))
+        for i in range(count)
+    ]
+
+
+def test_decoding_and_teacher_forcing_agree_on_copy_scores() -> None:
+    """The reference's way: greedy decoding with whole attention matrices, one token at a time."""
+    folder = MODELS / "llama"
+    if not folder.exists():
+        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
+    model: Any = frozen(folder)
+    (row,) = rows = own_rows(model.tokenizer(), 1)
+    found = copy_scores(model, rows, batch=1)
+    assert found.accepted == found.answers == 4
+    decoder = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    keyword = "cache" if "cache" in inspect.signature(decoder.forward).parameters else None
+    options = {keyword or "past_key_values": DynamicCache(), "output_attentions": True}
+    wanted, done = [], 0
+    for answer in row.answers:
+        begin, end = answer.given
+        fed, hits, said = row.ids[None, done:begin], torch.zeros(8, 8), []
+        for _ in range(begin, end):
+            with torch.no_grad():
+                out = decoder(fed, **options)
+            said.append(int(out.logits[0, -1].argmax()))
+            looked = torch.stack([layer[0, :, -1].argmax(-1) for layer in out.attentions])
+            hits += copied(looked, row.ids, said[-1], hidden=answer.hidden)
+            fed = torch.tensor([[said[-1]]])
+        # The model gives every word of every answer, so that its cache holds the row itself.
+        assert said == row.ids[begin:end].tolist()
+        wanted.append(hits / (end - begin))
+        done = end - 1
+    torch.testing.assert_close(torch.stack(wanted, dim=1), found.per_answer)
+    assert float(found.scores.max()) > 0.15
+
+
+def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
+    folder = MODELS / "llama"
+    if not folder.exists():
+        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
+    model: Any = frozen(folder)
+    text = model.tokenizer()(bundled_text("calibration")[:30000])["input_ids"][:2048]
+    ids = torch.tensor(text).reshape(4, 512)
+    found = RetrievalHeads(data=OWN, rows=2, share=0.5, sinks=4, window=32).learn(
+        model, context(ids, tmp_path)
+    )
+    assert found.policy is not None
+    policy = make_policy(found.policy)
+    scores = found.values["retrieval_heads.scores"]
+    by_kv = scores.reshape(8, 4, 2).amax(-1)
+    kept = by_kv[~policy.streaming_mask()]
+    assert policy.streaming_share == 0.5
+    assert float(kept.min()) >= float(by_kv[policy.streaming_mask()].max())
+    table = json.loads(found.files["retrieval_heads.json"])
+    assert set(table) == {f"{i}-{h}" for i in range(8) for h in range(8)}
+    strongest = max(table, key=lambda name: sum(table[name]))
+    assert found.rows[0]["top"][0].startswith(f"{strongest}: ")
+
+
+def test_first_gates() -> None:
+    assert torch.equal(start_gates((2, 3), spread=0, seed=0), torch.ones(2, 3))
+    spread = start_gates((2, 3), spread=0.1, seed=0)
+    assert 0.9 <= float(spread.min()) < float(spread.max()) <= 1
+    scores = torch.tensor([[0.1, 0.4]])
+    assert torch.allclose(
+        start_gates((1, 2), spread=0, seed=0, scores=scores), torch.tensor([[0.25, 1.0]])
+    )
