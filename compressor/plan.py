@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from compressor.composition import composition_problems
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.layout import Linear, ModelLayout
@@ -108,6 +109,8 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
         if refused is not None:
             problems.append(InputError(f"{step.name}: {refused.message}", hint=refused.hint))
     _check_fused(source.layout, schemes, problems)
+    if not problems:
+        problems += composition_problems(passes, source.layout, schemes)
     kv = _kv(passes, problems)
     problems += check_recipe(recipe, source)
     if problems:
@@ -198,7 +201,7 @@ def _schemes(
     for number, plan in enumerate(passes):
         name, scheme = f"{plan.step.name} (pass {number + 1})", plan.step.params.scheme()
         taken = sorted(n for n in plan.names if n in owner)
-        if taken:
+        if taken and (scheme is not None or plan.step.params.transforms):
             what = "is a second quantizer for" if scheme else "changes weights after"
             problems.append(
                 InputError(

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from compressor.composition import rounding_of
 from compressor.passes.base import Learned, PassContext, Unit
 from compressor.plan import Plan
 from compressor.runner import Observation
@@ -33,6 +34,7 @@ def apply_passes(
     learned  what model passes found, by the index of the pass
     """
     rows: list[dict[str, Any]] = []
+    rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
     seen: Observation | None = None
     changed = False
     for number, wanted in zip(unit.steps, unit.seen, strict=True):
@@ -46,6 +48,8 @@ def apply_passes(
             selected=tuple(x for x in unit.layout.linears if x.name in step.names),
             module_loss=_unseen if seen is None else seen.module_loss,
             seed=unit_seed(plan.recipe.seed, index, number),
+            rounding=rounding,
+            model_type=plan.layout.model_type,
             kv=None if seen is None else seen.kv,
             learned=learned[number].values if number in learned else {},
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,12 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.numerics.fp8 import fp8_codes, quantize_fp8
 from compressor.numerics.int_affine import fake_quantize_int, int_codes, quantize_int
-from compressor.numerics.nvfp4 import fake_quantize_nvfp4, nvfp4_codes, quantize_nvfp4
+from compressor.numerics.nvfp4 import (
+    fake_quantize_nvfp4,
+    nvfp4_codes,
+    quantize_nvfp4,
+    shared_absmax,
+)
 from compressor.numerics.progressive import (
     offset_codes,
     progressive_codes,
@@ -57,6 +62,25 @@ def fake_quantize(weight: Tensor, spec: QuantSpec, **options: Any) -> Tensor:
     if function is None:
         return quantize(weight, spec, **options).dequantize(weight.dtype)
     return function(weight, spec, **options)
+
+
+def shared_options(
+    weights: Sequence[Tensor], specs: Sequence[QuantSpec], groups: Sequence[Hashable]
+) -> list[dict[str, Any]]:
+    """Options of `quantize` for weights that runtimes fuse: those of one group share the scale
+    that their matrix has as a whole (NVFP4's global scale, FP8's scale per tensor).
+
+    groups  equal for what is fused; None stands alone
+    """
+    found: list[dict[str, Any]] = []
+    for weight, spec, group in zip(weights, specs, groups, strict=True):
+        whole = spec.second == "tensor" or (spec.element, spec.strategy) == ("fp8_e4m3", "tensor")
+        if not whole:
+            found.append({})
+            continue
+        same = [w for w, g in zip(weights, groups, strict=True) if group is not None and g == group]
+        found.append({"amax": shared_absmax(same or [weight])})
+    return found
 
 
 def nearest_codes(

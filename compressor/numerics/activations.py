@@ -17,6 +17,12 @@ from compressor.scheme import ActivationSpec, KVSpec
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
 
 
+def stored_scale(absmax: Tensor, spec: ActivationSpec) -> Tensor:
+    """The multiplier [1] float32 of a static or local spec, for a calibrated absmax (any shape)."""
+    largest = full_range("static_6") if spec.element == "fp4_e2m1" else LARGEST[spec.element]
+    return (absmax.float().amax() / largest).reshape(1)
+
+
 def fake_quantize_activation(
     x: Tensor, spec: ActivationSpec, scale: Tensor | None = None
 ) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.numerics import fake_quantize
 from compressor.numerics.gram import ROWS, gram_error, work_dtype
+from compressor.numerics.migration import Quantizer
 from compressor.qtensor import QuantSpec
 
 SCALE_FLOOR = 1e-4
@@ -81,17 +82,26 @@ def search_scales_reference(
     grid: int = 20,
     duo: bool = False,
     tie: Callable[[Tensor], Tensor] | None = None,
+    quantizer: Quantizer | None = None,
 ) -> ScaleResult:
     """The published search: `grid` ratios from 0 below 1, judged by running tokens.
 
     weights  linears [O_i, C] that share the input
     loss_of  the replaced weights Q(W·s)/s → loss, e.g. of the module's output
     tie      makes channels agree that must have one scale, [C] → [C]
+    quantizer  rounds them together; each by its spec alone if None
     Raises InputError where no candidate has a finite loss.
     """
     ratios = [i / grid for i in range(grid)]
     candidates = _candidates(weights, x_absmean, ratios, spec, duo=duo, tie=tie)
-    losses = [loss_of([fake_quantize(w * s, spec).div_(s) for w in weights]) for s in candidates]
+
+    def rounded(scales: Tensor) -> list[Tensor]:
+        scaled = [weight * scales for weight in weights]
+        if quantizer is None:
+            return [fake_quantize(weight, spec).div_(scales) for weight in scaled]
+        return [weight / scales for weight in quantizer(scaled)]
+
+    losses = [loss_of(rounded(scales)) for scales in candidates]
     best = _first_minimum(losses)
     return ScaleResult(candidates[best], ratios[best], tuple(losses))
 
@@ -105,20 +115,27 @@ def search_scales_gram(
     grid: int = 20,
     duo: bool = False,
     tie: Callable[[Tensor], Tensor] | None = None,
+    quantizer: Quantizer | None = None,
 ) -> ScaleResult:
     """Scales with the least Σ_i tr(Δ_i G Δ_iᵀ), Δ_i = Q(W_i·s)/s − W_i.
 
     weights  linears [O_i, C] that share the input
     gram     [C, C] of that input, any positive multiple
     grid     ratios i/grid tried, both ends included; no scaling is always one of the candidates
-    tie      as in `search_scales_reference`
+    tie, quantizer  as in `search_scales_reference`
     Raises InputError where no candidate has a finite loss.
     """
     ratios = [i / grid for i in range(0 if duo else 1, grid + 1)]
     candidates = _candidates(weights, x_absmean, ratios, spec, duo=duo, tie=tie)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
     losses = torch.zeros(candidates.shape[0], dtype=torch.float32, device=gram.device)
-    for rows in _row_blocks(weights):
+    if quantizer is not None:
+        for i, scales in enumerate(candidates):
+            for old, new in zip(
+                weights, quantizer([w.float() * scales for w in weights]), strict=True
+            ):
+                losses[i] += _gram_loss(old, new / scales, gram)
+    for rows in _row_blocks(weights) if quantizer is None else ():
         height = sum(block.shape[0] for block in rows)
         delta = torch.empty(height, gram.shape[0], dtype=work_dtype(gram), device=gram.device)
         for i, scales in enumerate(candidates):
@@ -129,6 +146,14 @@ def search_scales_gram(
     found = losses.tolist()
     best = _first_minimum(found)
     return ScaleResult(candidates[best], [0.0, *ratios][best], tuple(found))
+
+
+def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:
+    """tr(Δ G Δᵀ) of a weight [O, C] in row blocks."""
+    total = torch.zeros((), dtype=torch.float32, device=gram.device)
+    for a, b in zip(torch.split(old, ROWS), torch.split(new, ROWS), strict=True):
+        total += gram_error((b - a.float()).to(work_dtype(gram)), gram)
+    return total
 
 
 def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:

@@ -16,13 +16,21 @@ from compressor.qtensor import QTensor, QuantSpec, spread
 E4M3_MAX = 448.0
 
 
-def quantize_fp8(weight: Tensor, spec: QuantSpec, *, clip_max: Tensor | None = None) -> QTensor:
+def quantize_fp8(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    clip_max: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> QTensor:
     """Round a weight [out, in] to E4M3 codes on the scales of its spec.
 
     clip_max  [scale_shape] bound of each scale's share of the weight, which is clamped to it
+    amax      absmax [1, 1] in place of the weight's own, for a scale per tensor that several
+              weights share
     Raises InputError where groups do not divide the inputs or the weight is not finite.
     """
-    absmax = fp8_absmax(weight, spec)
+    absmax = fp8_absmax(weight, spec) if amax is None else amax.float().reshape(1, 1)
     if not bool(torch.isfinite(absmax).all()):
         raise InputError("the weight holds NaN or infinity")
     if clip_max is not None:

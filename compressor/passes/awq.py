@@ -21,13 +21,16 @@ from compressor.layout import Fold, Linear
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
     ScaleResult,
+    candidate_scales,
     is_plain_int,
     search_clip_gram,
     search_scales_gram,
     search_scales_reference,
 )
+from compressor.numerics.migration import search_scales_with_inputs
 from compressor.passes.base import Pass, PassContext, PassResult, Unit, output_error
 from compressor.passes.rtn import int_spec, uneven_groups
+from compressor.rounding import enter_of, quantizer_of
 from compressor.scheme import Scheme
 
 
@@ -46,15 +49,16 @@ class Awq(Pass):
         128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
     )
     symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
-    search: Literal["gram", "reference"] = Field(
+    search: Literal["gram", "reference", "inputs"] = Field(
         "gram",
         description="judge scales by the linears' output error, from the Gram matrix of their "
-        "inputs, or (reference) by the output of the module they are in, by running tokens",
+        "inputs; or (reference) by the output of the module they are in, by running tokens; or "
+        "(inputs) by the linears' output error on tokens whose inputs are quantized too",
     )
     duo: bool = Field(False, description="also divide scales by the weights' relative magnitude")
     clip: bool = Field(True, description="search bounds at which weights of a group are clipped")
     grid: int = Field(20, ge=1, le=1000, description="how many scales are tried for each input")
-    search_tokens: int = Field(2048, ge=1, description="tokens that the reference search runs")
+    search_tokens: int = Field(2048, ge=1, description="tokens that a search other than gram runs")
     min_tokens: int = Field(
         64,
         ge=1,
@@ -74,9 +78,13 @@ class Awq(Pass):
             return None
         return Scheme(weight=int_spec(self.bits, self.group_size, symmetric=self.symmetric))
 
+    @property
+    def searches(self) -> bool:
+        return self.bits is None
+
     def needs(self) -> StatNeeds:
-        kept = self.search_tokens if self.search == "reference" else 0
-        return StatNeeds(absmean=True, gram=True, keep_inputs=kept)
+        kept = 0 if self.search == "gram" else self.search_tokens
+        return StatNeeds(absmean=True, absmax=self.search == "inputs", gram=True, keep_inputs=kept)
 
     def check(self, linear: Linear) -> str | None:
         return None if self.bits is None else uneven_groups(linear, self.group_size)
@@ -138,14 +146,25 @@ class Awq(Pass):
             return context.module_loss(site_fold.site, named)
 
         shared = tie if site_fold.repeat > 1 else None
+        if self.search == "inputs":
+            ratios = [i / self.grid for i in range(1, self.grid + 1)]
+            tried = candidate_scales(stats.absmean, ratios=ratios)
+            best = search_scales_with_inputs(
+                weights,
+                stats.inputs,
+                tried if shared is None else torch.stack([shared(scales) for scales in tried]),
+                ratios,
+                quantizer=quantizer_of(context, readers),
+                enter=enter_of(context.schemes[readers[0].name].input, stats.absmax),
+            )
+            return ScaleResult(best.scales, best.ratio or 0.0, best.losses)
+        options: dict[str, Any] = {"grid": self.grid, "duo": self.duo, "tie": shared}
+        if not is_plain_int(spec) or any(context.rounding.get(x.name) for x in readers):
+            options["quantizer"] = quantizer_of(context, readers)
         # Of a single linear both searches have the same loss, and the Gram matrix has all tokens.
         if self.search == "reference" and len(readers) > 1:
-            return search_scales_reference(
-                weights, stats.absmean, loss_of, spec, grid=self.grid, duo=self.duo, tie=shared
-            )
-        return search_scales_gram(
-            weights, stats.gram, stats.absmean, spec, grid=self.grid, duo=self.duo, tie=shared
-        )
+            return search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
+        return search_scales_gram(weights, stats.gram, stats.absmean, spec, **options)
 
     def _finish(
         self, unit: Unit, linear: Linear, context: PassContext, site: _Site, *, tokens: int
@@ -161,7 +180,7 @@ class Awq(Pass):
             gram = site.stats.gram
             options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
         if self.bits is None:
-            values = fake_quantize(weight, spec, **options)
+            values = fake_quantize(weight, spec, **options, **context.rounding.get(linear.name, {}))
             if options:
                 clipped = _clamped(weight, options["clip_max"])
                 unit = unit.with_tensors({f"{linear.name}.weight": clipped})

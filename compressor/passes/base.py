@@ -83,6 +83,8 @@ class PassContext:
     seed         seed of this unit and pass
     kv           statistics of keys and values, where `needs_kv` asks for them
     learned      `Learned.values` of this pass, where it is a model pass
+    rounding     module path → options of `quantize` that its quantizer rounds with
+    model_type   of the model's config
     """
 
     stats: Mapping[str, SiteStats]
@@ -92,6 +94,8 @@ class PassContext:
     seed: int
     kv: KVStats | None = None
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    model_type: str = ""
 
     def spec(self, linear: Linear) -> QuantSpec | None:
         """How the linear's weight will be quantized, or None."""
@@ -139,6 +143,16 @@ class Pass(BaseModel):
     def touches(self, unit: UnitLayout) -> bool:
         """Whether `apply` changes a unit even where it targets no linear of it."""
         return False
+
+    @property
+    def searches(self) -> bool:
+        """Whether it needs to know how a later pass will quantize its targets."""
+        return False
+
+    def rounding(self) -> Mapping[str, Any]:
+        """Options of `numerics.quantize` that this quantizer rounds with, for those who search with
+        it."""
+        return {}
 
     def needs(self) -> StatNeeds:
         """The statistics `apply` reads at the input sites of its targets."""

@@ -1,19 +1,19 @@
-"""Round-to-nearest: integer weights without calibration."""
+"""Round-to-nearest: integer weights without calibration, and int8 inputs where asked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from compressor_calibration.stats import SiteStats
+from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field
 from torch import Tensor
 
 from compressor.layout import Linear
-from compressor.numerics import quantize
 from compressor.passes.base import Pass, PassContext, PassResult, Unit, output_error
 from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import Scheme
+from compressor.rounding import quantize_all, with_input_scales
+from compressor.scheme import ActivationSpec, Scheme
 
 
 class Rtn(Pass):
@@ -27,21 +27,31 @@ class Rtn(Pass):
         128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
     )
     symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
+    activations: Literal["token", "tensor", "static"] | None = Field(
+        None,
+        description="int8 inputs: with a dynamic scale per token or tensor, or a calibrated one",
+    )
 
     def scheme(self) -> Scheme:
-        return Scheme(weight=int_spec(self.bits, self.group_size, symmetric=self.symmetric))
+        weight = int_spec(self.bits, self.group_size, symmetric=self.symmetric)
+        return Scheme(weight=weight, input=input_spec(self.activations))
+
+    def rounding(self) -> Mapping[str, Any]:
+        return narrow_beside_inputs(self.bits, self.activations, symmetric=self.symmetric)
+
+    def needs(self) -> StatNeeds:
+        return StatNeeds(absmax=self.activations == "static")
 
     def check(self, linear: Linear) -> str | None:
         return uneven_groups(linear, self.group_size)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         rows = []
-        for linear in context.selected:
-            spec = context.spec(linear)
-            if spec is None:
-                continue
+        linears = [linear for linear in context.selected if context.spec(linear) is not None]
+        unit = with_input_scales(unit, linears, context)
+        for linear in linears:
             weight = unit.weight(linear)
-            q = quantize(weight, spec)
+            (q,) = quantize_all(context, [linear], [weight])
             rows.append(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))
             unit = unit.with_quantized(linear, q)
         return PassResult(unit, rows)
@@ -56,6 +66,17 @@ def int_spec(bits: int, group_size: int | None, *, symmetric: bool) -> QuantSpec
         group_size=group_size,
         zero="none" if symmetric else "subtract",
     )
+
+
+def input_spec(mode: Literal["token", "tensor", "static"] | None) -> ActivationSpec | None:
+    """int8 inputs, or float ones."""
+    return None if mode is None else ActivationSpec("int8", mode)
+
+
+def narrow_beside_inputs(bits: int, activations: str | None, *, symmetric: bool) -> dict[str, Any]:
+    """Options of the rounding: eight-bit weights that are multiplied with int8 inputs have the
+    codes −127 … 127 on a positive scale, which every int8 kernel takes."""
+    return {"narrow": True} if bits == 8 and symmetric and activations is not None else {}
 
 
 def uneven_groups(linear: Linear, group_size: int | None) -> str | None:

@@ -16,7 +16,7 @@ from compressor.errors import InputError
 from compressor.formats.base import TensorShape
 from compressor.formats.ct_layouts.base import arguments
 from compressor.formats.packing.checks import SCALE_DTYPES
-from compressor.formats.packing.e2m1 import LOCAL
+from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
 from compressor.qtensor import QuantSpec
 from compressor.scheme import ActivationSpec
 
@@ -26,13 +26,13 @@ STRATEGIES = {"token": "token", "tensor": "tensor", "static": "tensor", "group":
 
 def input_entry(input: ActivationSpec) -> dict[str, Any]:
     """The QuantizationArgs of an input. Raises InputError for what has no form here."""
-    if input == LOCAL:
+    if input in (LOCAL, DYNAMIC):
         return arguments(
             bits=4,
             type="float",
             symmetric=True,
             strategy="tensor_group",
-            dynamic="local",
+            dynamic="local" if input == LOCAL else True,
             group_size=input.group_size,
         )
     if input.element not in TYPES or input.mode not in STRATEGIES:
@@ -52,7 +52,7 @@ def input_entry(input: ActivationSpec) -> dict[str, Any]:
 def read_input(args: Mapping[str, Any]) -> ActivationSpec:
     """The inverse of `input_entry`. Raises InputError for what is not supported."""
     size = args.get("group_size")
-    known = [LOCAL] + [
+    known = [LOCAL, DYNAMIC] + [
         ActivationSpec(element, mode, size if mode == "group" else None)
         for element in ("int8", "fp8_e4m3")
         for mode in ("token", "tensor", "static", "group")

@@ -3,7 +3,8 @@
 weight_packed        uint8 [out, in/2], two codes a byte, the even input in the low half
 weight_scale         float8_e4m3fn [out, in/16], in plain rows
 weight_global_scale  float32 [1], a divisor: w = code · weight_scale / weight_global_scale
-input_global_scale   float32 [1], also a divisor; absent where inputs stay in float
+input_global_scale   float32 [1], also a divisor; absent where inputs stay in float or their global
+                     scale is dynamic, which transformers simulates with a global scale of 1
 
 Four over Six is plain NVFP4 to every reader: it only chooses other scales and codes.
 """
@@ -22,6 +23,7 @@ from compressor.formats.ct_layouts.base import arguments
 from compressor.formats.ct_layouts.inputs import input_entry, positive_scale, read_input
 from compressor.formats.packing.e2m1 import (
     BLOCK,
+    LOCAL,
     SCALE_DTYPE,
     check_nvfp4,
     divisor_of,
@@ -46,9 +48,9 @@ class NVFP4PackQuantized:
         return mine and (input is None or input.element == "fp4_e2m1")
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        """Whole blocks of 16, and a calibrated global scale where inputs are quantized."""
+        """Whole blocks of 16, and a calibrated or dynamic global scale of inputs."""
         assert scheme.weight is not None
-        return nvfp4_reason(scheme.weight, scheme.input, shape)
+        return nvfp4_reason(scheme.weight, scheme.input, shape, dynamic=True)
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """float8_e4m3fn."""
@@ -63,7 +65,7 @@ class NVFP4PackQuantized:
             "weight_scale": TensorShape(SCALE_DTYPE, spec.scale_shape(*shape)),
             "weight_global_scale": TensorShape(torch.float32, (1,)),
         }
-        if input is not None:
+        if input == LOCAL:
             names["input_global_scale"] = TensorShape(torch.float32, (1,))
         return names
 
@@ -85,13 +87,13 @@ class NVFP4PackQuantized:
             "weight_scale": q.scales.contiguous(),
             "weight_global_scale": divisor.reshape(1),
         }
-        if input is not None:
+        if input == LOCAL:
             scale = positive_scale(input_scale).to(torch.float32)
             tensors["input_global_scale"] = divisor_of(scale)
         return tensors
 
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The reciprocal of `input_global_scale`, if inputs are quantized."""
+        """The reciprocal of `input_global_scale`, if it is stored."""
         if "input_global_scale" not in tensors:
             return None
         return take_number(tensors, "input_global_scale", shape=(1,)).reciprocal()

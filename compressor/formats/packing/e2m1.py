@@ -17,17 +17,26 @@ BLOCK = 16
 SCALE_DTYPE = torch.float8_e4m3fn
 LOCAL = ActivationSpec("fp4_e2m1", "local", BLOCK)
 """Inputs with a calibrated global scale and block scales made as the model runs."""
+DYNAMIC = ActivationSpec("fp4_e2m1", "tensor", BLOCK)
+"""Inputs whose global scale is made as the model runs, too."""
 
 
 def nvfp4_reason(
-    spec: QuantSpec, input: ActivationSpec | None, shape: tuple[int, int]
+    spec: QuantSpec,
+    input: ActivationSpec | None,
+    shape: tuple[int, int],
+    *,
+    dynamic: bool = False,
 ) -> str | None:
-    """Why a weight [out, in] and its input are not NVFP4 as files have it, or None."""
+    """Why a weight [out, in] and its input are not NVFP4 as files have it, or None.
+
+    dynamic  whether the file has a way to say that inputs have no stored global scale
+    """
     if spec != NVFP4:
         return f"it holds E2M1 weights with an E4M3 scale per {BLOCK} inputs and one global scale"
     if shape[1] % BLOCK:
         return f"{shape[1]} inputs do not divide into blocks of {BLOCK}"
-    if input is not None and input != LOCAL:
+    if input is not None and input != LOCAL and not (dynamic and input == DYNAMIC):
         return "inputs are in float, or E2M1 with a calibrated global scale"
     return None
 

@@ -1,0 +1,58 @@
+"""compress allocate"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from compressor.cli.options import json_option
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--bits-per-weight",
+    required=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Mean over all measured weights, scales and zero points included.",
+)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe here."
+)
+@json_option
+def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bool) -> None:
+    """Make a mixed-precision recipe from what `compress measure` wrote.
+
+    Reads no model. Bits go where they lower the summed error most.
+
+    \b
+    compress allocate sensitivity.json --bits-per-weight 4.5 --output mixed.yaml
+    compress plan mixed.yaml
+    """
+    import yaml
+
+    from compressor.allocate import allocate, mixed_recipe, parse_sensitivity
+    from compressor.recipe import make_recipe
+    from compressor.shards import write_atomically
+
+    found = parse_sensitivity(file.read_text("utf-8"), where=str(file))
+    choice = allocate(found, bits_per_weight)
+    recipe = mixed_recipe(found, choice)
+    make_recipe(recipe)
+    text = yaml.safe_dump(recipe, sort_keys=False, width=100)
+    spent = found.bits_per_weight(choice)
+    chosen = [group.options[i] for group, i in zip(found.groups, choice, strict=True)]
+    counts = Counter("as it is" if o.bits is None else f"{o.bits} bits" for o in chosen)
+    if output is not None:
+        write_atomically(output, text.encode())
+    if as_json:
+        about = {"bits_per_weight": spent, "groups": dict(counts), "recipe": recipe}
+        click.echo(json.dumps({"ok": True, **about}, indent=2))
+        return
+    if output is None:
+        click.echo(text, nl=False)
+    shares = ", ".join(f"{count} groups {what}" for what, count in sorted(counts.items()))
+    click.echo(f"{spent:.3f} bits per weight: {shares}", err=True)

@@ -1,0 +1,123 @@
+"""compress measure"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compressor.cli.display import Display, LogFormat
+from compressor.cli.options import json_option, log_option
+
+
+@click.command()
+@click.argument("subject", metavar="RECIPE|MODEL")
+@click.option(
+    "--bits",
+    multiple=True,
+    type=click.IntRange(2, 8),
+    default=(3, 4, 8),
+    show_default=True,
+    help="Bits to try; repeat the option.",
+)
+@click.option("--group-size", type=click.IntRange(1), help="Of a MODEL's round-to-nearest.")
+@click.option("--samples", type=click.IntRange(1), help="Rows of calibration tokens.")
+@click.option("--length", type=click.IntRange(8), help="Tokens of each row.")
+@click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("sensitivity.json"),
+    show_default=True,
+    help="The file to write.",
+)
+@log_option
+@json_option
+def command(
+    subject: str,
+    bits: tuple[int, ...],
+    group_size: int | None,
+    samples: int | None,
+    length: int | None,
+    batch: int,
+    device: str,
+    out: Path,
+    log_format: LogFormat,
+    as_json: bool,
+) -> None:
+    """Measure how much each layer costs at each number of bits; write it as a file.
+
+    Of a RECIPE (a .yaml file) the quantizer is tried with each number of bits, after its
+    transforms; of a MODEL, rounding to nearest. Nothing is compressed. `compress allocate` makes a
+    recipe of the file.
+
+    \b
+    compress measure recipes/smollm2-awq.yaml --bits 3 --bits 4 --bits 8
+    compress allocate sensitivity.json --bits-per-weight 4.5 > mixed.yaml
+    """
+    from compressor.calibration_tokens import calibration_tokens
+    from compressor.compile import choose_device
+    from compressor.locate import locate
+    from compressor.recipe import make_recipe, parse_yaml
+    from compressor.runner import load_tokenizer
+    from compressor.sensitivity import measure_sensitivity, plans_of_bits
+    from compressor.shards import write_atomically
+
+    where = choose_device(device)
+    if subject.endswith((".yaml", ".yml")):
+        data = parse_yaml(_read(Path(subject)), where=subject)
+    else:
+        data = {"model": subject, "output": "out/mixed", "passes": [{"rtn": {}}]}
+    calibration = data.setdefault("calibration", {})
+    given = {"samples": samples, "length": length}
+    calibration.update({key: value for key, value in given.items() if value is not None})
+    recipe = make_recipe(data)
+    source = locate(recipe.model, fetch=True).source
+    if not subject.endswith((".yaml", ".yml")):
+        data["passes"] = [{"rtn": {"group_size": group_size or _group_size(source.layout.linears)}}]
+    plans_of_bits(data, source, bits)
+    tokenizer = load_tokenizer(source.checkpoint.folder)
+    tokens = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
+    display = Display(log_format=log_format)
+    with display.stage("measure", len(source.layout.units) - 2):
+        found = measure_sensitivity(
+            data,
+            source,
+            bits,
+            tokens.ids,
+            device=where,
+            batch=batch,
+            progress=lambda name, done, total: display.unit(name, done, total),
+        )
+    write_atomically(out, (found.model_dump_json(indent=1) + "\n").encode())
+    if as_json:
+        click.echo(json.dumps({"ok": True, "file": str(out), "groups": len(found.groups)}))
+        return
+    tried = sorted(set(bits))
+    click.echo(f"{'error at bits':>12} " + " ".join(f"{b:>9}" for b in tried) + "  the costliest")
+    for group in sorted(found.groups, key=lambda g: -g.options[0].error)[:10]:
+        row = " ".join(f"{option.error:9.2e}" for option in group.options if option.bits)
+        click.echo(f"{'':>13} {row}  {group.linears[0]}{_more(len(group.linears) - 1)}")
+    click.echo(f"written to {out}: {len(found.groups)} groups")
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count else ""
+
+
+def _read(path: Path) -> str:
+    from compressor.errors import InputError
+
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read recipe {path}: {error}") from error
+
+
+def _group_size(linears: Any) -> int:
+    """The largest usual group that divides the inputs of every linear."""
+    sizes = {linear.in_features for linear in linears if linear.role not in ("router", "lm_head")}
+    return next((g for g in (128, 64, 32, 16) if all(n % g == 0 for n in sizes)), 1)

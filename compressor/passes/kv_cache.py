@@ -1,0 +1,85 @@
+"""The KV cache in fewer bits: keys (after the rotary embedding) and values are rounded as they are
+stored. It changes no weight.
+
+fp8 and int8 have static scales, absmax/448 and absmax/127 over the calibration tokens; int4 has a
+scale and a zero for each token and head, made as the model runs (QoQ, arXiv 2405.04532), and
+stores none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compressor.numerics.activations import LARGEST
+from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.scheme import KVSpec
+
+ELEMENTS: dict[str, Literal["fp8_e4m3", "int8", "int4"]] = {
+    "fp8": "fp8_e4m3",
+    "int8": "int8",
+    "int4": "int4",
+}
+
+
+class KvCache(Pass):
+    """Have keys and values of the whole model quantized in the cache."""
+
+    version: ClassVar[int] = 1
+
+    targets: str | list[str] = Field("attn.k", description="always all attention of the model")
+    element: Literal["fp8", "int8", "int4"] = Field(
+        "fp8",
+        description="fp8 and int8: static scales from calibration; int4: a dynamic scale and zero "
+        "for each token and head",
+    )
+    scales: Literal["tensor", "head"] = Field(
+        "tensor", description="what shares a static scale: all keys of a layer, or those of a head"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KvCache:
+        if self.targets != "attn.k" or self.ignore != ["lm_head"]:
+            raise ValueError("the cache has one form in the whole model: no targets, no ignore")
+        if self.element == "int4" and "scales" in self.model_fields_set:
+            raise ValueError("int4 stores no scales: they are dynamic, per token and head")
+        return self
+
+    @property
+    def transforms(self) -> bool:
+        return False
+
+    def needs_kv(self) -> bool:
+        return self.element != "int4"
+
+    def kv(self) -> KVSpec:
+        per: Literal["tensor", "head", "token_head"] = self.scales
+        return KVSpec(ELEMENTS[self.element], "token_head" if self.element == "int4" else per)
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        if self.element == "int4" or unit.layout.attention is None:
+            return PassResult(unit)
+        assert context.kv is not None
+        output = next(x for x in unit.layout.linears if x.role == "attn.o")
+        path = output.name.rpartition(".")[0]
+        scales = (self._scale(context.kv.keys), self._scale(context.kv.values))
+        made = replace(unit, kv_scales={**unit.kv_scales, path: scales})
+        row = {
+            "attention": path,
+            "k_scale": scales[0].tolist(),
+            "v_scale": scales[1].tolist(),
+        }
+        return PassResult(made, [row])
+
+    def _scale(self, absmax: Tensor) -> Tensor:
+        """Multipliers [1] or [kv_heads] of an absmax [kv_heads, head_dim]; 1 for nothing."""
+        most = absmax.amax(1) if self.scales == "head" else absmax.amax().reshape(1)
+        scale = most.float() / LARGEST[ELEMENTS[self.element]]
+        return torch.where(scale > 0, scale, 1.0)
+
+
+PASS = KvCache

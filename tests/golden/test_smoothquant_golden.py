@@ -1,0 +1,96 @@
+"""SmoothQuant's migration and its W8A8 quantizers equal the published code's.
+
+That code takes the dead channel 5 to a scale of 1e-5, which overflows in float16; ours keeps 1.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from compressor.folding import fold
+from compressor.layout import Fold, Linear, UnitLayout
+from compressor.numerics import quantize
+from compressor.numerics.activations import fake_quantize_activation
+from compressor.numerics.migration import smooth_scales
+from compressor.qtensor import QuantSpec
+from compressor.scheme import ActivationSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
+DEAD = 5
+
+
+def vectors(name: str) -> dict[str, torch.Tensor]:
+    path = GOLDEN / "quant" / f"smoothquant_{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("dtype, rtol", [("fp32", 1e-6), ("fp16", 2e-3)])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("alpha", [0.5, 0.75, 0.85])
+def test_migration(dtype, rtol, norm, alpha):
+    golden = vectors(f"smooth_{dtype}")
+    names = [f"fc{i}" for i in range(3)]
+    tensors = {f"{n}.weight": golden[f"{n}.weight"] for n in ("ln", *names)}
+    if norm == "layernorm":
+        tensors["ln.bias"] = golden["ln.bias"]
+    layout = UnitLayout(
+        name="block",
+        kind="block",
+        index=0,
+        tensors=tuple(tensors),
+        linears=tuple(
+            Linear(n, "mlp.up", *tensors[f"{n}.weight"].shape, site="mlp.in") for n in names
+        ),
+    )
+    weights = [tensors[f"{n}.weight"] for n in names]
+    scales = smooth_scales(golden["act_scales"], weights, alpha)
+    assert scales[DEAD] == 1
+    found = fold(tensors, Fold("mlp.in", "ln", "norm"), layout, scales)
+    alive = torch.arange(64) != DEAD
+    for name, tensor in found.items():
+        expected = golden.get(f"{norm}.a{alpha}.{name}")
+        if expected is None:
+            continue
+        ours, theirs = tensor[..., alive].float(), expected[..., alive].float()
+        assert bool(theirs.isfinite().all())
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=6e-8 if rtol > 1e-4 else 0)
+        assert torch.equal(tensor[..., DEAD], tensors[name][..., DEAD])
+
+
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+@pytest.mark.parametrize("inputs", ["token", "tensor"])
+def test_w8a8(weights, inputs):
+    golden = vectors("w8a8_fp32")
+    q = quantize(golden["weight"], QuantSpec("int", 8, weights), narrow=True)
+    torch.testing.assert_close(q.dequantize(), golden[f"weight.per_{weights}"], rtol=1e-6, atol=0)
+    if weights == "channel":
+        codes = golden["weight.per_channel.codes_i8"]
+        assert torch.equal(q.codes.to(torch.int16) - 128, codes.to(torch.int16))
+        torch.testing.assert_close(q.scales, golden["weight.per_channel.scale"], rtol=1e-7, atol=0)
+    # Theirs takes a dynamic scale per tensor over the whole batch, ours over each row of tokens.
+    x = golden["x"] if inputs == "token" else golden["x"].flatten(0, 1)
+    seen = fake_quantize_activation(x, ActivationSpec("int8", inputs)).view(golden["x"].shape)
+    torch.testing.assert_close(seen, golden[f"x.per_{inputs}"], rtol=1e-6, atol=0)
+    out = torch.nn.functional.linear(seen, q.dequantize(), golden["bias"])
+    wanted = golden[f"linear.w_per_{weights}.a_per_{inputs}.outq_0"]
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_w8a8_in_half_precision(dtype):
+    """Theirs rounds in half precision, so a few codes are the neighbouring ones."""
+    golden = vectors(f"w8a8_{dtype}")
+    weight = golden["weight"]
+    spec = QuantSpec("int", 8, "channel", scale_dtype=weight.dtype)
+    q = quantize(weight, spec, narrow=True, arithmetic=weight.dtype)
+    off = (q.codes.int() - 128 - golden["weight.per_channel.codes_i8"].int()).abs()
+    assert int(off.max()) <= 1 and float(off.float().mean()) < 0.02
