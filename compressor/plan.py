@@ -113,6 +113,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
         problems += composition_problems(passes, source.layout, schemes)
     kv = _kv(passes, problems)
     problems += check_recipe(recipe, source)
+    scratch = _outlooks(passes, source, recipe, problems, notes)
     if problems:
         raise Problems(problems)
     model = ModelSchemes(linears=schemes, kv=kv)
@@ -137,8 +138,33 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
     except CompressError as error:
         raise Problems([error]) from error
     if output is not None:
-        check_room(output, plan.output_bytes)
+        check_room(output, plan.output_bytes, scratch=scratch)
     return plan
+
+
+def _outlooks(
+    passes: Sequence[PassPlan],
+    source: Source,
+    recipe: Recipe,
+    problems: list[CompressError],
+    notes: list[str],
+) -> int:
+    """What passes say of the run; the most bytes that one of them keeps in the work folder."""
+    most = 0
+    for plan in passes:
+        found = plan.step.params.outlook(
+            source.layout,
+            parameters=sum(
+                torch.Size(entry.spec.shape).numel() for entry in source.checkpoint.entries.values()
+            ),
+            rows=recipe.calibration.samples,
+            length=recipe.calibration.length,
+            dtype=source.checkpoint.dtype,
+        )
+        problems += found.problems
+        notes += [f"{plan.step.name}: {note}" for note in found.notes]
+        most = max(most, found.scratch_bytes)
+    return most
 
 
 def _format(recipe: Recipe, problems: list[CompressError]) -> Format:
@@ -309,8 +335,9 @@ def _kv(passes: Sequence[PassPlan], problems: list[CompressError]) -> KVSpec | N
     return found[0][1] if found else None
 
 
-def check_room(output: Path, needed: int) -> None:
-    """Raises InputError where a checkpoint of `needed` bytes does not fit beside `output`."""
+def check_room(output: Path, needed: int, *, scratch: int = 0) -> None:
+    """Raises InputError where a checkpoint of `needed` bytes does not fit beside `output`, or what
+    a pass keeps while it learns, which is gone before the checkpoint is written."""
     folder = output
     while not folder.exists():
         folder = folder.parent
@@ -319,6 +346,13 @@ def check_room(output: Path, needed: int) -> None:
         raise InputError(
             f"the checkpoint takes {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB left",
             hint="free some space, or write elsewhere with --output",
+        )
+    if scratch * 1.02 > free:
+        raise InputError(
+            f"learning keeps {scratch / 1e9:.2f} GB of activations; {folder} has "
+            f"{free / 1e9:.2f} GB left",
+            hint="fewer or shorter rows (calibration.samples, calibration.length), or another "
+            "disk with --output",
         )
 
 

@@ -110,6 +110,20 @@ class PassResult:
     rows: Sequence[Mapping[str, Any]] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a pass says of a run in `plan`.
+
+    notes          for people
+    scratch_bytes  what it keeps in the work folder while it learns
+    problems       why it cannot work on this model, or with these tokens
+    """
+
+    notes: tuple[str, ...] = ()
+    scratch_bytes: int = 0
+    problems: tuple[InputError, ...] = ()
+
+
 class Pass(BaseModel):
     """A block pass: its fields are recipe parameters."""
 
@@ -165,6 +179,13 @@ class Pass(BaseModel):
     def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
         """What this pass adds to config.json."""
         return {}
+
+    def outlook(
+        self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
+    ) -> Outlook:
+        """What is known of the pass before it runs on `parameters` weights of `dtype`, with `rows`
+        of `length` calibration tokens."""
+        return Outlook()
 
     def kv(self) -> KVSpec | None:
         """How this pass has the KV cache quantized, or None."""
