@@ -229,7 +229,7 @@ class BlockRunner:
                 mask=own,
                 scaling=float(options["scaling"]),
                 plain=plain,
-                rotary=self._rotary(int(module.layer_idx), query.shape[2]),
+                rotary=self.rotary(int(module.layer_idx), query.shape[2]),
                 hidden=entered.pop(id(module), None),
                 first_row=self.first_row,
             )
@@ -247,7 +247,7 @@ class BlockRunner:
             config._attn_implementation = usual
             del ALL_ATTENTION_FUNCTIONS[name]
 
-    def _rotary(self, index: int, length: int) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, index: int, length: int) -> tuple[Tensor, Tensor] | None:
         """The tables [length, channels] that turn queries and keys of layer `index`, if any."""
         found = self._layer_arguments.get(length)
         tables = found[index].get("position_embeddings") if found else None

@@ -78,8 +78,8 @@ def reads(selection: BlockSelection, length: int = 65536) -> str:
     """What a selection saves, for people."""
     share = share_read(selection, length)
     return (
-        f"{selection.top_k} blocks of {selection.block_size}: a token after {length:,} others reads "
-        f"{share:.1%} of their keys and values"
+        f"{selection.top_k} blocks of {selection.block_size} keys: after {length:,} tokens a "
+        f"query reads {share:.1%} of them"
     )
 
 
