@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.display import Display, LogFormat
-from compressor.cli.options import FOLDER, json_option, log_option
+from compressor.cli.junit import junit, verify_cases
+from compressor.cli.options import FOLDER, json_option, junit_option, log_option
 
 if TYPE_CHECKING:
     from compressor.verify import VerifyReport
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True, help="Which tiles of the layers are sampled.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
 @log_option
+@junit_option
 @json_option
 @click.pass_context
 def command(
@@ -30,6 +32,7 @@ def command(
     seed: int,
     device: str,
     log_format: LogFormat,
+    junit_path: Path | None,
     as_json: bool,
 ) -> None:
     """Reopen a checkpoint's files and prove them.
@@ -49,16 +52,17 @@ def command(
     from compressor.verify import verify
 
     where = choose_device(device)
-    original = locate(against, fetch=True).source if against else None
     display = Display(log_format=log_format)
-    with display.stage("verify", 0):
+    with junit(junit_path, "verify") as cases, display.stage("verify", 0):
+        original = locate(against, fetch=True).source if against else None
         report = verify(
             checkpoint,
             against=original,
             device=where,
             seed=seed,
-            progress=lambda name, done, total: display.unit(name, done, total),
+            progress=display.unit,
         )
+        cases += verify_cases(report)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
