@@ -186,6 +186,9 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
             problems.extend(error.problems)
         except InputError as error:
             problems.append(error)
+    only = [step.params.only_format for step in steps if step.params.only_format is not None]
+    if only and "format" not in data:
+        data = {**data, "format": only[0]}
     try:
         recipe = Recipe.model_validate({**data, "passes": steps or [_PLACEHOLDER]})
     except ValidationError as error:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--against", help="The original: folder, GGUF file or Hub id.")
+@click.option("--base", help="Base of a delta, if it is not the recorded one.")
 @click.option("--seed", default=0, show_default=True, help="Which tiles of the layers are sampled.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
 @log_option
@@ -29,6 +30,7 @@ def command(
     context: click.Context,
     checkpoint: Path,
     against: str | None,
+    base: str | None,
     seed: int,
     device: str,
     log_format: LogFormat,
@@ -49,14 +51,15 @@ def command(
     """
     from compressor.compile import choose_device
     from compressor.locate import locate
-    from compressor.verify import verify
+    from compressor.verify_delta import verify_model
 
     where = choose_device(device)
     display = Display(log_format=log_format)
     with junit(junit_path, "verify") as cases, display.stage("verify", 0):
         original = locate(against, fetch=True).source if against else None
-        report = verify(
+        report = verify_model(
             checkpoint,
+            base=base,
             against=original,
             device=where,
             seed=seed,
