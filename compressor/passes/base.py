@@ -154,6 +154,12 @@ class Pass(BaseModel):
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         return Selection(targets=tuple(targets), ignore=tuple(self.ignore))
 
+    def altered(self, *names: str) -> list[str]:
+        """Those of the parameters that have another value than by default. What a recipe spells
+        out is not looked at: a resolved recipe spells out everything."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].get_default()]
+
     def scheme(self) -> Scheme | None:
         """What a targeted linear becomes, or None where the pass makes no codes."""
         return None
