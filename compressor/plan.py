@@ -21,6 +21,7 @@ from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.layout import Linear, ModelLayout
 from compressor.passes.base import ModelPass
+from compressor.policy import combine
 from compressor.recipe import Recipe, Step, nearest
 from compressor.recipe_checks import check_recipe
 from compressor.scheme import KVSpec, Scheme
@@ -166,6 +167,7 @@ def _outlooks(
 ) -> int:
     """What passes say of the run; the most bytes that one of them keeps in the work folder."""
     most = 0
+    policy = None
     for plan in passes:
         found = plan.step.params.outlook(
             source.layout,
@@ -177,6 +179,11 @@ def _outlooks(
             dtype=source.checkpoint.dtype,
         )
         problems += found.problems
+        if found.policy is not None:
+            try:
+                policy = combine(policy, found.policy)
+            except InputError as error:
+                problems.append(error)
         notes += [f"{plan.step.name}: {note}" for note in found.notes]
         most = max(most, found.scratch_bytes)
     return most

@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.numerics.gram import relative_error
+from compressor.policy import AttentionPolicy
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import KVSpec, Scheme
 from compressor.targets import Selection
@@ -123,11 +124,13 @@ class Outlook:
 
     notes          for people
     scratch_bytes  what it keeps in the work folder while it learns
+    policy         an attention policy that decides what its own will
     problems       why it cannot work on this model, or with these tokens
     """
 
     notes: tuple[str, ...] = ()
     scratch_bytes: int = 0
+    policy: AttentionPolicy | None = None
     problems: tuple[InputError, ...] = ()
 
 
