@@ -119,7 +119,7 @@ def kv4_decode(
     """`kv8_decode` over packed 4-bit k and v [B, G, T, D/2], params [B, G, T, 2]."""
     _check_kv4(q, k, v, k_params, v_params)
     _check(q, k.shape[-1] * 2, k, v, lengths)
-    params = (k_params.contiguous(), v_params.contiguous())
+    params = (p.contiguous().view(torch.int32) for p in (k_params, v_params))
     return _launch(q, k, v, *params, lengths, scale, tiles, packed=True)
 
 

@@ -96,7 +96,7 @@ def kv4_kernel(
     q_ptr,  # [B, H, D]
     k_ptr,  # uint8 [B, G, T, D/2]
     v_ptr,
-    k_params_ptr,  # fp16 [B, G, T, 2]
+    k_params_ptr,  # fp16 [B, G, T, 2] as int32 [B, G, T]
     v_params_ptr,
     lengths_ptr,
     parts_ptr,
@@ -142,15 +142,13 @@ def kv4_kernel(
         at = row[:, None] * (D // 2) + pair[None, :]
         inside = live[:, None] & (pair < D // 2)[None, :]
         k = tl.load(k_ptr + at, mask=inside, other=0)
-        step = tl.load(k_params_ptr + 2 * row, mask=live, other=0.0).to(tl.float32)
-        zero = tl.load(k_params_ptr + 2 * row + 1, mask=live, other=0.0).to(tl.float32)
+        step, zero = _params(k_params_ptr, row, live)
         scores = tl.dot(even, tl.trans(_nibble(k, 0, dtype)))
         scores = tl.dot(odd, tl.trans(_nibble(k, 4, dtype)), scores)
         scores = scores * step[None, :] - q_sum[:, None] * zero[None, :]
         p, m, l, fade = _fold(scores * scale, m, l, live)
         v = tl.load(v_ptr + at, mask=inside, other=0)
-        step = tl.load(v_params_ptr + 2 * row, mask=live, other=0.0).to(tl.float32)
-        zero = tl.load(v_params_ptr + 2 * row + 1, mask=live, other=0.0).to(tl.float32)
+        step, zero = _params(v_params_ptr, row, live)
         weight = (p * step[None, :]).to(vtype)
         acc_even = tl.dot(weight, _nibble(v, 0, vtype), acc_even * fade[:, None])
         acc_odd = tl.dot(weight, _nibble(v, 4, vtype), acc_odd * fade[:, None])
@@ -162,7 +160,22 @@ def kv4_kernel(
 
 @triton.jit
 def _nibble(bytes, shift: tl.constexpr, dtype: tl.constexpr):
-    return ((bytes >> shift) & 15).to(dtype)
+    """A number beside the bits of 1024 in fp16, or of 128 in bf16, is their sum."""
+    codes = (bytes >> shift) & 15
+    if dtype == tl.float16:
+        return (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    elif dtype == tl.bfloat16:
+        return (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 128.0
+    else:
+        return codes.to(dtype)
+
+
+@triton.jit
+def _params(ptr, row, live):
+    """Step and zero of tokens, fp32; read as one word, wide enough for an asynchronous copy."""
+    words = tl.load(ptr + row, mask=live, other=0)
+    step = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return step, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
