@@ -15,7 +15,6 @@ import yaml
 from compressor_calibration.tokens import TokenSet
 
 from compressor.calibration_tokens import calibration_tokens, evaluation_tokens, passkey_text
-from compressor.delta import locate_base, survey
 from compressor.errors import InputError
 from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, resume_finish
@@ -29,7 +28,6 @@ from compressor.plan import Plan, make_plan
 from compressor.recipe import AFTERWARDS, Recipe
 from compressor.runner import load_tokenizer
 from compressor.shards import write_atomically
-from compressor.source import Source
 from compressor.workspace import claim, owned, require_same
 
 VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
@@ -94,7 +92,7 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
     Raises InputError or Problems with all that is wrong, before any weight is read.
     """
     located = locate(recipe.model, fetch=True)
-    plan = _plan(recipe, located.source)
+    plan = make_plan(recipe, located.source, output=Path(recipe.output).expanduser())
     folder = located.source.checkpoint.folder
     calibration = evaluation = None
     haystack = ""
@@ -119,18 +117,6 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
     )
 
 
-def _plan(recipe: Recipe, source: Source) -> Plan:
-    """The plan; a base is read once, for its hashes and for what the fine-tune shares with it."""
-    output = Path(recipe.output).expanduser()
-    named = [step.params.base_model() for step in recipe.passes]
-    base = next((locate_base(name, fetch=True) for name in named if name is not None), None)
-    plan = make_plan(recipe, source, output=output, base=base)
-    if plan.delta is None:
-        return plan
-    found = survey(plan.delta.base, source.checkpoint)
-    return make_plan(recipe, source, output=output, base=found)
-
-
 def _check_vocabulary(plan: Plan, *sets: TokenSet | None) -> None:
     size = int(plan.source.checkpoint.config.get("vocab_size", 0))
     largest = max((int(tokens.ids.max()) for tokens in sets if tokens is not None), default=-1)
@@ -149,7 +135,6 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         for name, e in sorted(entries.items())
     ]
     config = prepared.located.source.checkpoint.config
-    delta = prepared.plan.delta
     return {
         "recipe": {k: v for k, v in portable(prepared.recipe).items() if k not in AFTERWARDS},
         "source": {
@@ -157,7 +142,6 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             "config": _digest(config),
             "headers": _digest(shapes),
         },
-        **({"base": delta.config()["base"]} if delta is not None else {}),
         "tokens": prepared.calibration.sha256 if prepared.calibration else None,
         "passes": {
             f"{i}.{p.step.name}": p.step.params.version for i, p in enumerate(prepared.plan.passes)
@@ -178,10 +162,6 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     for section in (data["calibration"], data.get("evaluate") or {}):
         if "data" in section:
             section["data"] = _last_name(section["data"])
-    for entry in data["passes"]:
-        for params in entry.values():
-            if "base" in params:
-                params["base"] = _last_name(params["base"])
     return data
 
 
@@ -237,14 +217,16 @@ def compile_checkpoint(
             device=prepared.device, batch=prepared.batch, on_unit=on_unit, stopping=stopping
         )
         learned = learn(prepared.plan, prepared.calibration, work, settings, on_learning)
+        # Passes that contradict each other are refused before any block is worked on.
+        files = policy_of(prepared.located.source, learned)
         result = run_units(prepared.plan, prepared.calibration, work, settings, learned)
         finish(
             work,
             output,
             writer=result.writer,
             config=prepared.plan.config,
-            extra_files=prepared.plan.files,
-            files=policy_of(prepared.located.source, learned),
+            extra_files=prepared.plan.format.files(prepared.plan.schemes),
+            files=files,
             side_files=prepared.located.source.checkpoint.folder,
             recipe=yaml.safe_dump(portable(prepared.recipe), sort_keys=False).encode(),
             about={**about, "source": {**about["source"], "content": result.source_hash}},

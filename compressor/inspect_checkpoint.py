@@ -9,6 +9,8 @@ from typing import Any
 from compressor.layout import Linear
 from compressor.locate import Located
 from compressor.manifest import read_manifest
+from compressor.policy import describe as describe_policy
+from compressor.policy import read_policy
 from compressor.qtensor import QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.source import Source
@@ -37,6 +39,7 @@ class CheckpointInfo:
     parameters  weights of the model, a tied head once
     nbytes      of all tensors;  quantized_bytes  of packed linears;  quantized  their weights
     added       tensors beside the architecture's own
+    policy      what its attention policy says, a line each
     about       what the manifest says of how it was made, or None
     """
 
@@ -56,6 +59,7 @@ class CheckpointInfo:
     added: tuple[str, ...]
     layers: tuple[LayerInfo, ...]
     about: Mapping[str, Any] | None
+    policy: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         plain = ("model_type", "format", "dtype", "blocks", "parameters", "quantized", "nbytes")
@@ -65,6 +69,7 @@ class CheckpointInfo:
             **{key: getattr(self, key) for key in (*plain, *more)},
             "bits_per_weight": round(8 * self.nbytes / max(self.parameters, 1), 4),
             "added": list(self.added),
+            "attention_policy": list(self.policy),
             "about": self.about,
             "layers": [
                 {
@@ -81,7 +86,8 @@ class CheckpointInfo:
 
 
 def inspect(located: Located) -> CheckpointInfo:
-    """Everything that headers say of a checkpoint. Raises InputError for a damaged manifest."""
+    """Everything that headers say of a checkpoint. Raises InputError for a damaged
+    manifest or attention policy."""
     source = located.source
     checkpoint, layout = source.checkpoint, source.layout
     coded = [x for x in layout.linears if source.schemes.linears[x.name].weight is not None]
@@ -89,6 +95,7 @@ def inspect(located: Located) -> CheckpointInfo:
     own = {name for unit in layout.units for name in unit.tensors}
     floats = sum(_count(e.spec.shape) for n, e in checkpoint.entries.items() if n in own)
     manifest = read_manifest(checkpoint.folder) if located.local else None
+    policy = read_policy(checkpoint.folder) if located.local else None
     codes = {f"{linear.name}.weight" for linear in coded}
     # A format that keeps codes under the name of the weight was counted with the floats.
     doubled = sum(
@@ -113,6 +120,7 @@ def inspect(located: Located) -> CheckpointInfo:
         added=tuple(sorted(name for names in source.added.values() for name in names)),
         layers=layers,
         about=None if manifest is None else manifest.about,
+        policy=() if policy is None else tuple(describe_policy(policy)),
     )
 
 

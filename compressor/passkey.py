@@ -51,7 +51,7 @@ class Passkey(BaseModel):
         "\n\nWhat is the first passkey? It is: {passkey}",
         description="what ends a row; {passkey} comes last",
     )
-    seed: int = Field(0, description="of the words and places")
+    seed: int = 0
 
     @field_validator("needle", "question")
     @classmethod

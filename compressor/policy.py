@@ -304,6 +304,20 @@ def check_policy(policy: AttentionPolicy, layout: ModelLayout) -> None:
         )
 
 
+def tensor_problems(policy: AttentionPolicy, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the tensors stored with a policy: [layers, …], nothing but numbers."""
+    problems = []
+    for name, tensor in tensors.items():
+        if tensor.dim() < 1 or tensor.shape[0] != len(policy.layers):
+            problems.append(
+                f"{name} of {TENSORS_NAME} has shape {list(tensor.shape)}, not one row for each of "
+                f"{len(policy.layers)} layers"
+            )
+        elif not bool(torch.isfinite(tensor.float()).all()):
+            problems.append(f"{name} of {TENSORS_NAME} holds NaN or infinity")
+    return problems
+
+
 def learned_positions(layout: ModelLayout) -> bool:
     """Whether the embedding holds a table of positions."""
     return len(layout.units[0].tensors) > 1

@@ -14,6 +14,13 @@ import torch
 from compressor.checkpoint import INDEX_NAME, load_json
 from compressor.errors import InputError, Problems
 from compressor.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
+from compressor.policy import (
+    check_policy,
+    describe,
+    read_policy,
+    read_policy_tensors,
+    tensor_problems,
+)
 from compressor.source import Source, open_source
 from compressor.verify_report import Check, Findings, LayerVerdict, VerifyReport
 from compressor.verify_units import Progress, UnitChecks
@@ -36,7 +43,7 @@ def verify(
     _require_checkpoint(folder)
     original = open_source(against) if isinstance(against, Path) else against
     found = Findings()
-    manifest = check_manifest(folder, found)
+    manifest = _check_manifest(folder, found)
     try:
         source = open_source(folder)
     except InputError as error:
@@ -47,6 +54,7 @@ def verify(
     shards = len({entry.file for entry in entries.values()})
     detail = f"{len(entries)} tensors in {shards} files, all that {source.arch.model_type} needs"
     found.add("headers and tensors", _wrong_dtypes(source), detail)
+    _check_attention(folder, source, found)
     UnitChecks(source, manifest, original, device, seed, found).run(progress)
     return found.report(folder)
 
@@ -61,7 +69,7 @@ def _require_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder} holds no checkpoint", hint="name a checkpoint's folder")
 
 
-def check_manifest(folder: Path, found: Findings) -> Manifest | None:
+def _check_manifest(folder: Path, found: Findings) -> Manifest | None:
     """Every file's size and hash; the tensors of a broken shard are named where an index can."""
     try:
         manifest = read_manifest(folder)
@@ -92,6 +100,20 @@ def check_manifest(folder: Path, found: Findings) -> Manifest | None:
     size = sum(record.size for record in manifest.files.values())
     found.add("file hashes", problems, f"{len(manifest.files)} files, {size} bytes")
     return manifest
+
+
+def _check_attention(folder: Path, source: Source, found: Findings) -> None:
+    """The attention policy, where there is one: valid, for this model, its tensors whole."""
+    try:
+        policy = read_policy(folder)
+        if policy is None:
+            return
+        check_policy(policy, source.layout)
+        problems = tensor_problems(policy, read_policy_tensors(folder))
+    except InputError as error:
+        found.add("attention policy", [error.message], "")
+        return
+    found.add("attention policy", problems, "; ".join(describe(policy)))
 
 
 def _index_homes(folder: Path) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ dense model loses what its attention spreads over more blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -45,11 +45,8 @@ class InfLLM(ModelPass):
     @property
     def block_choice(self) -> BlockSelection:
         """What layers do."""
-        return self._choice("infllm")
-
-    def _choice(self, scorer: Literal["infllm", "forecast"]) -> BlockSelection:
         return BlockSelection(
-            scorer=scorer,
+            scorer="infllm",
             block_size=self.block_size,
             kernel_size=self.kernel_size,
             stride=self.stride,
@@ -63,10 +60,10 @@ class InfLLM(ModelPass):
         self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
     ) -> Outlook:
         try:
-            policy = block_policy(layout, self.block_choice, made_by={"infllm": {}})
+            block_policy(layout, self.block_choice, made_by={})
         except InputError as error:
             return Outlook(problems=(error,))
-        return Outlook(notes=(reads(self.block_choice),), policy=policy)
+        return Outlook(notes=(reads(self.block_choice),))
 
     def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
         return {"sparse_config": sparse_config(self.block_choice)}

@@ -58,6 +58,7 @@ def lines(info: CheckpointInfo, *, every: bool = False) -> list[str]:
         shown.append(f"  tied        lm_head shares {info.tied}")
     if info.kv:
         shown.append(f"  KV cache    {info.kv}")
+    shown += [f"  attention   {line}" for line in info.policy]
     if info.added:
         leaves = Counter(name.rpartition(".")[2] for name in info.added)
         shown.append("  added       " + ", ".join(f"{n} {leaf}" for leaf, n in leaves.items()))

@@ -1,0 +1,85 @@
+"""compress policy"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from compressor.cli.options import FOLDER, json_option
+
+if TYPE_CHECKING:
+    from compressor.policy import AttentionPolicy
+
+
+@click.group()
+def command() -> None:
+    """Show a checkpoint's attention policy, or export it for another runtime."""
+
+
+@command.command()
+@click.argument("checkpoint", type=FOLDER)
+@json_option
+def show(checkpoint: Path, as_json: bool) -> None:
+    """Which heads stream, which blocks of keys are chosen, and what the cache saves."""
+    from compressor.policy import describe
+
+    policy = _policy(checkpoint)
+    if as_json:
+        click.echo(json.dumps({"ok": True, **policy.to_json()}, indent=2))
+        return
+    for line in describe(policy):
+        click.echo(line)
+    for length in (4096, 32768):
+        whole = length * len(policy.layers) * policy.kv_heads
+        share = policy.cached_tokens(length) / whole
+        click.echo(f"a text of {length} tokens keeps {share:.1%} of its keys and values")
+    for number, layer in enumerate(policy.layers):
+        streaming = layer.streaming.heads if layer.streaming else ()
+        marks = "".join("." if g in streaming else "#" for g in range(policy.kv_heads))
+        click.echo(f"  layer {number:>3}  {marks}")
+
+
+@command.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--form",
+    type=click.Choice(["duo-attention"]),
+    default="duo-attention",
+    show_default=True,
+    help="duo-attention: full_attention_heads.tsv and config.json, which LServe reads too.",
+)
+@json_option
+def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
+    """Write the policy of CHECKPOINT into FOLDER, a new one, as another runtime reads it."""
+    from compressor.errors import InputError
+    from compressor.policy import read_policy_tensors
+    from compressor.policy_export import duo_attention_files
+
+    policy = _policy(checkpoint)
+    tensors = read_policy_tensors(checkpoint)
+    files = duo_attention_files(policy, tensors, model=checkpoint.resolve().name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not a new folder", hint="nothing is ever overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    if as_json:
+        click.echo(json.dumps({"ok": True, "form": form, "files": sorted(files)}))
+    else:
+        click.echo(f"wrote {', '.join(sorted(files))} into {folder}")
+
+
+def _policy(checkpoint: Path) -> AttentionPolicy:
+    from compressor.errors import InputError
+    from compressor.policy import check_policy, read_policy
+    from compressor.source import open_source
+
+    policy = read_policy(checkpoint)
+    if policy is None:
+        raise InputError(f"{checkpoint} carries no attention policy", hint="compress recipes")
+    check_policy(policy, open_source(checkpoint).layout)
+    return policy

@@ -1,0 +1,247 @@
+"""Which heads need the whole context, and what it costs to let the others stream.
+
+Trains DuoAttention's gates on a model, scores its retrieval heads, and compares at several shares
+of streaming heads: trained gates, copy scores in place of gates, and heads at random over several
+seeds. Each by passkey retrieval and by perplexity on held-out text. Prints a table and JSON, and
+writes heat maps and curves as PNG.
+
+    python scripts/measure_heads.py MODEL --out heads
+    python scripts/measure_heads.py MODEL --out heads --device cuda --lengths 2048 4096 8192 \\
+        --train-lengths 1024 4096 --window 256 --sinks 16 --num-steps 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_calibration.bundled import bundled_text
+from compressor_calibration.tokens import TokenSet
+from torch import Tensor
+
+from compressor.compile import choose_device
+from compressor.errors import InputError
+from compressor.evaluate import evaluate
+from compressor.frozen_model import SourceModel
+from compressor.head_plots import curves, heat_map
+from compressor.locate import locate
+from compressor.needles import Needles
+from compressor.numerics.head_gates import keep_full
+from compressor.passes.base import LearnContext
+from compressor.passes.duo_attention import DuoAttention
+from compressor.passes.retrieval_heads import RetrievalHeads
+from compressor.passkey import Passkey, passkey
+from compressor.policy import streaming_policy
+from compressor.policy_attention import policy_attention
+from compressor.source import Source
+
+NEEDLE = "\n\nRemember this, the {ordinal} passkey is: {passkey}.\n\n"
+QUESTION = "\n\nWhat is the {ordinal} passkey? It is: {passkey}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="checkpoint folder, GGUF file or Hub id")
+    parser.add_argument("--out", type=Path, required=True, help="folder for PNG and JSON files")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--num-steps", type=int, default=120)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--reg-weight", type=float, default=0.05)
+    parser.add_argument("--regularizer", default="l1", choices=["l1", "hoyer2"])
+    parser.add_argument("--batch", type=int, default=1, help="rows in a training step")
+    parser.add_argument("--train-lengths", type=int, nargs=2, default=(384, 768))
+    parser.add_argument("--keys", type=int, default=4)
+    parser.add_argument("--words", type=int, default=4)
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024],
+        help="passkey rows; lengths at which full attention retrieves less than --floor are named "
+        "and left out",
+    )  # fmt: skip
+    parser.add_argument("--floor", type=float, default=0.9)
+    parser.add_argument("--rows", type=int, default=2, help="passkey rows for each depth")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--seeds", type=int, default=3, help="random choices for each share")
+    parser.add_argument("--windows", type=int, default=4, help="rows of the perplexity")
+    parser.add_argument("--ppl-length", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+class Measure:
+    """One model with its texts and its two yardsticks."""
+
+    def __init__(self, source: Source, tokenizer: Any, options: argparse.Namespace) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.options = options
+        self.device = choose_device(options.device)
+        cuda = self.device.type == "cuda"
+        self.dtype = source.checkpoint.dtype if cuda else torch.float32
+        self.lengths = tuple(options.lengths)
+        self.text = bundled_text("held_out")
+        ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows, length = options.windows, options.ppl_length
+        self.ids = torch.tensor(ids[: rows * length]).reshape(-1, length)
+
+    def passkeys(self, streaming: Tensor | None, lengths: tuple[int, ...]) -> dict[str, float]:
+        """Passkey accuracy by length and depth, and its mean."""
+        task = Passkey(lengths=lengths, rows=self.options.rows, seed=self.options.seed)
+        found = passkey(
+            self.source, self.tokenizer, haystack=self.text, task=task, device=self.device,
+            dtype=self.dtype, attention=self._attention(streaming),
+        )  # fmt: skip
+        cells = {f"{c.length}@{c.depth:g}": c.accuracy for c in found.cells}
+        return {"accuracy": found.accuracy.value, **cells}
+
+    def perplexity(self, streaming: Tensor | None) -> float:
+        """Perplexity over held-out text."""
+        found = evaluate(
+            self.source, self.ids, device=self.device, dtype=self.dtype,
+            attention=self._attention(streaming),
+        )  # fmt: skip
+        return found.perplexity.value
+
+    def _attention(self, streaming: Tensor | None) -> Any:
+        if streaming is None:
+            return lambda unit: None
+        policy = streaming_policy(
+            self.source.layout, streaming, sinks=self.options.sinks, window=self.options.window
+        )
+        return policy_attention(policy)
+
+
+def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Trained gates and copy scores, both [layers, kv_heads], and what there is to say of them."""
+    model = SourceModel(measure.source, device=measure.device, dtype=measure.dtype)
+    shortest, longest = options.train_lengths
+    data = Needles(
+        keys=options.keys, words=options.words, min_length=shortest, max_length=longest, lengths=8,
+        prefix="", suffix="", separator="", needle=NEEDLE, question=QUESTION,
+    )  # fmt: skip
+    text = bundled_text("calibration")[: 40 * longest + 200_000]
+    ids = torch.tensor(measure.tokenizer(text, add_special_tokens=False)["input_ids"])[None]
+    tokens = TokenSet(ids=ids, sha256="", source="bundled", sampling="consecutive")
+    about: dict[str, Any] = {}
+    started = time.perf_counter()
+
+    def progress(name: str, done: int, total: int) -> None:
+        if name == "duo_attention" and done % 20 == 0:
+            print(f"  step {done}/{total}  {time.perf_counter() - started:.0f} s", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        context = LearnContext(
+            tokens=tokens, seed=options.seed, batch=2, scratch=Path(scratch), progress=progress
+        )
+        scoring = data.model_copy(update={"min_length": longest, "lengths": 1})
+        heads = RetrievalHeads(
+            data=scoring, rows=4, sinks=options.sinks, window=options.window
+        ).learn(model, context)
+        about["scores_seconds"] = time.perf_counter() - started
+        started = time.perf_counter()
+        gates = DuoAttention(
+            data=data, sinks=options.sinks, window=options.window, num_steps=options.num_steps,
+            lr=options.lr, reg_weight=options.reg_weight, regularizer=options.regularizer,
+            batch=options.batch,
+        ).learn(model, context)  # fmt: skip
+        about["gates_seconds"] = time.perf_counter() - started
+    for name, data_ in {**heads.plots, **gates.plots}.items():
+        (options.out / name).write_bytes(data_)
+    trained = gates.values["duo_attention.gates"]
+    scores = heads.values["retrieval_heads.scores"]
+    about["copy_scores"] = heads.rows[0]
+    about["gates"] = gates.rows[-1]
+    by_kv = scores.reshape(len(scores), trained.shape[1], -1).amax(-1)
+    picture = heat_map(by_kv / by_kv.max(), title="Copy scores of KV heads, relative")
+    if picture is not None:
+        (options.out / "copy_scores_kv.png").write_bytes(picture)
+    return trained, by_kv, about
+
+
+def choices(options: argparse.Namespace, gates: Tensor, scores: Tensor, share: float) -> Any:
+    """Name → which heads stream, for one share."""
+    full = keep_full(gates, share)
+    yield "gates", ~full
+    yield "copy scores", ~keep_full(scores, share)
+    for seed in range(options.seeds):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        order = torch.randperm(gates.numel(), generator=generator)
+        streaming = torch.zeros(gates.numel(), dtype=torch.bool)
+        streaming[order[: int((~full).sum())]] = True
+        yield f"random {seed}", streaming.reshape(gates.shape)
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    random.seed(options.seed)
+    located = locate(options.model, fetch=True)
+    source = located.source
+    from compressor.runner import load_tokenizer
+
+    measure = Measure(source, load_tokenizer(source.checkpoint.folder), options)
+    kept = []
+    for length in options.lengths:
+        accuracy = measure.passkeys(None, (length,))["accuracy"]
+        print(f"full attention at {length} tokens: passkey accuracy {accuracy:.3f}", flush=True)
+        if accuracy >= options.floor:
+            kept.append(length)
+    if not kept:
+        raise InputError("full attention retrieves at none of these lengths", hint="shorter ones")
+    measure.lengths = tuple(kept)
+    gates, scores, about = learned(measure, options)
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, share: float, streaming: Tensor | None) -> None:
+        found = measure.passkeys(streaming, measure.lengths)
+        row = {"heads": name, "share": share, "perplexity": measure.perplexity(streaming), **found}
+        rows.append(row)
+        print(
+            f"{name:12} {share:5.0%} streaming  passkey {row['accuracy']:.3f}  "
+            f"perplexity {row['perplexity']:.2f}",
+            flush=True,
+        )
+
+    add("full", 0.0, None)
+    for share in options.shares:
+        for name, streaming in choices(options, gates, scores, share):
+            add(name, share, streaming)
+    add("all", 1.0, torch.ones_like(gates, dtype=torch.bool))
+    draw(options, rows)
+    result = {
+        "model": source.checkpoint.folder.name, "device": str(measure.device),
+        "sinks": options.sinks, "window": options.window, "lengths": kept, **about,
+        "gate_values": gates.tolist(), "copy_scores_kv": scores.tolist(), "rows": rows,
+    }  # fmt: skip
+    (options.out / "heads.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps({"gates_seconds": about["gates_seconds"], "lengths": kept}))
+
+
+def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Curves of both yardsticks over the share of streaming heads."""
+    ends = {0.0: rows[0], 1.0: rows[-1]}
+    for what in ("accuracy", "perplexity"):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for name in ("gates", "copy scores", "random"):
+            points = [(0.0, ends[0.0][what])]
+            for share in options.shares:
+                values = [
+                    r[what] for r in rows if r["heads"].startswith(name) and r["share"] == share
+                ]
+                points.append((share, sum(values) / len(values)))
+            lines[name] = [*points, (1.0, ends[1.0][what])]
+        title = "passkey accuracy" if what == "accuracy" else "held-out perplexity"
+        picture = curves(lines, title=title, x="share of streaming KV heads", y=title)
+        if picture is not None:
+            (options.out / f"{what}.png").write_bytes(picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""An attention policy from a recipe to a generating model: with W4 weights and an 8-bit cache in
+one run, carried by later runs and conversions, checked, shown, exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from compressor.cli.main import cli
+from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.convert import convert
+from compressor.errors import InputError, Problems
+from compressor.evaluate import evaluate
+from compressor.locate import locate
+from compressor.manifest import read_manifest
+from compressor.policy import policy_files, read_policy, read_policy_tensors
+from compressor.recipe import make_recipe
+from compressor.source import open_source
+from compressor.verify import verify
+
+CPU = choose_device("cpu")
+DATA = {
+    "keys": 2, "words": 1, "min_length": 180, "max_length": 200, "lengths": 2, "prefix": "",
+    "suffix": "", "separator": "", "needle": " {ordinal} key: {passkey}.",
+    "question": " {ordinal}? {passkey}",
+}  # fmt: skip
+DUO = {"duo_attention": {"data": DATA, "sinks": 2, "window": 8, "num_steps": 2}}
+FILES = ("attention_policy.json", "attention_policy.safetensors")
+
+
+def run(model: Path, output: Path, passes: list[Any], **top: Any) -> Path:
+    data = {"model": str(model), "output": str(output), "passes": passes, **top}
+    data.setdefault("calibration", {"samples": 8, "length": 64})
+    return compile_checkpoint(prepare(make_recipe(data), device=CPU)).output
+
+
+@pytest.fixture(scope="module")
+def composed(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AWQ W4, head gates and an int8 cache, in one recipe and one run."""
+    output = tmp_path_factory.mktemp("composed") / "out"
+    passes = [DUO, {"awq": {"bits": 4, "group_size": 32}}, {"kv_cache": {"element": "int8"}}]
+    return run(tiny_model("llama"), output, passes)
+
+
+def nll(folder: Path, **options: Any) -> float:
+    ids = torch.randint(2, 256, (2, 60), generator=torch.Generator().manual_seed(3))
+    found = evaluate(open_source(folder), ids, device=CPU, dtype=torch.float32, **options)
+    return found.nll.value
+
+
+def test_weights_gates_and_cache_are_one_run(composed: Path, tmp_path: Path) -> None:
+    source = open_source(composed)
+    policy = read_policy(composed)
+    assert policy is not None and policy.streaming_share == 0.5
+    assert source.quantized and source.schemes.kv is not None
+    assert source.schemes.kv.element == "int8"
+    assert read_policy_tensors(composed)["duo_attention.gates"].shape == (2, 2)
+    manifest = read_manifest(composed)
+    assert manifest is not None and set(FILES) <= set(manifest.files)
+    report = verify(composed, device=CPU)
+    assert report.ok, report.damage
+    assert any(
+        c.name == "attention policy" and "2 of 4 KV heads" in c.detail for c in report.checks
+    )
+    # Evaluation applies all three: each alone gives something else.
+    both, without = nll(composed), nll(composed, attention=lambda unit: None)
+    assert abs(both - without) > 1e-4
+
+
+def test_a_recipe_with_a_policy_is_repeatable(
+    composed: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    passes = [DUO, {"awq": {"bits": 4, "group_size": 32}}, {"kv_cache": {"element": "int8"}}]
+    again = run(tiny_model("llama"), tmp_path / "again", passes)
+    for name in (*FILES, "manifest.json"):
+        assert (again / name).read_bytes() == (composed / name).read_bytes(), name
+
+
+def test_later_runs_and_conversions_carry_it(
+    composed: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    gated = run(tiny_model("llama"), tmp_path / "gated", [DUO], format="dense")
+    rounded = run(gated, tmp_path / "rtn", [{"rtn": {"bits": 4, "group_size": 32}}])
+    for name in FILES:
+        assert (rounded / name).read_bytes() == (gated / name).read_bytes()
+    dense = convert(locate(str(rounded), fetch=True), tmp_path / "dense", format="dense").output
+    assert read_policy(dense) == read_policy(gated)
+    manifest = read_manifest(dense)
+    assert manifest is not None and set(FILES) <= set(manifest.files)
+    with pytest.raises(InputError, match="both decide `streaming`"):
+        run(gated, tmp_path / "twice", [{"streaming": {"window": 64}}], format="dense")
+
+
+def test_damage_and_other_models_are_told(
+    composed: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = run(tiny_model("llama"), tmp_path / "own", [{"streaming": {"window": 64}}],
+                 format="dense")  # fmt: skip
+    policy = read_policy(folder)
+    assert policy is not None and policy.positions == "slot"
+    (folder / "manifest.json").unlink()
+    wrong = policy.model_copy(update={"layers": policy.layers[:1]})
+    for name, data in policy_files(wrong).items():
+        (folder / name).write_bytes(data)
+    report = verify(folder, device=CPU)
+    assert not report.ok and any("for 1 layers, the model has 2" in d for d in report.damage)
+    for name, data in policy_files(policy, {"x.y": torch.full((2, 1), torch.nan)}).items():
+        (folder / name).write_bytes(data)
+    assert any("NaN" in d for d in verify(folder, device=CPU).damage)
+    with pytest.raises(Problems, match="rotary"):
+        run(tiny_model("opt"), tmp_path / "opt", [{"streaming": {}}], format="dense")
+    with pytest.raises(Problems, match="20 sinks are not fewer"):
+        run(tiny_model("llama"), tmp_path / "bad", [{"streaming": {"sinks": 20, "window": 20}}])
+
+
+def test_sorted_heads_are_the_same_model(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Heads sorted in the weights give what the unsorted ones give under their own policy."""
+    model = tiny_model("llama")
+    plain = run(model, tmp_path / "plain", [DUO], format="dense")
+    moved = run(
+        model, tmp_path / "moved", [{"duo_attention": {**DUO["duo_attention"], "reorder": True}}],
+        format="dense",
+    )  # fmt: skip
+    policy = read_policy(moved)
+    assert policy is not None and policy.reordered
+    mask = policy.streaming_mask()
+    assert torch.equal(mask, mask.sort(dim=1).values), "full heads come first"
+    assert nll(moved) == pytest.approx(nll(plain), abs=1e-5)
+    assert verify(moved, device=CPU).ok
+
+
+def test_the_command_line_shows_and_exports(composed: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    shown = runner.invoke(cli, ["policy", "show", str(composed)])
+    assert "2 of 4 KV heads streaming (2 sinks + 8 recent; positions by text)" in shown.output
+    inspected = runner.invoke(cli, ["inspect", str(composed)])
+    assert "attention   2 of 4 KV heads streaming" in inspected.output
+    data = json.loads(runner.invoke(cli, ["policy", "show", str(composed), "--json"]).output)
+    assert data["ok"] and data["version"] == 1
+    out = tmp_path / "duo"
+    assert runner.invoke(cli, ["policy", "export", str(composed), str(out)]).exit_code == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["sink_size"], config["recent_size"], config["sparsity"]) == (2, 8, 0.5)
+    # As the readers do it: a quantile of all values.
+    values = np.loadtxt(out / "full_attention_heads.tsv", delimiter="\t")
+    full = values >= np.quantile(np.clip(values, 0, 1), config["sparsity"])
+    policy = read_policy(composed)
+    assert policy is not None and (full == ~policy.streaming_mask().numpy()).all()
+    again = runner.invoke(cli, ["policy", "export", str(composed), str(out)])
+    assert isinstance(again.exception, InputError)
+
+
+@pytest.mark.interop
+def test_the_composed_checkpoint_generates_in_transformers(composed: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    from compressor.attention_runtime import attach
+
+    model = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32).eval()
+    runtime = attach(model)
+    ids = torch.randint(2, 256, (1, 50), generator=torch.Generator().manual_seed(3))
+    small = runtime.options()
+    (cache,) = small.values()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **small, **options)
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
+    assert torch.equal(out, whole)
+    assert cache.nbytes == runtime.policy.cached_tokens(57) * 2 * 16 * 4
