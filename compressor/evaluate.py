@@ -115,7 +115,7 @@ def evaluate(
         progress=progress,
         after_block=after_block,
     )
-    ours, original, kl, same = _score(streams, tokens, counted)
+    ours, original, kl, same = token_scores(streams, tokens, counted)
     nll = _mean(ours, counted)
     result: dict[str, Any] = {}
     if original is not None:
@@ -164,11 +164,14 @@ def strided(ids: Tensor, *, length: int, stride: int) -> tuple[Tensor, Tensor]:
     return rows, scored
 
 
-def _score(
+def token_scores(
     streams: Sequence[Stream], tokens: Tensor, counted: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """For every counted target [windows, length − 1] (zero elsewhere), in float64: our negative
-    log-likelihood, the original's, KL(original ‖ ours), and whether the best token is the same."""
+    log-likelihood, the original's, KL(original ‖ ours), and whether the best token is the same.
+
+    streams  of `run_blocks` over `tokens`: ours, and the original's if there are two
+    """
     targets = tokens[:, 1:]
     nlls = [torch.zeros(targets.shape, dtype=torch.float64) for _ in streams]
     kl, same = torch.zeros_like(nlls[0]), torch.zeros_like(nlls[0])
