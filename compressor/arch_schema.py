@@ -182,10 +182,14 @@ class RuntimeNames:
             ]
             first = [tensors[name] for name in names[0]]
             rows = sum(tensor.shape[0] for tensor in first)
-            out = first[0].new_empty(experts, rows, first[0].shape[1])
-            for e in range(experts):
-                torch.cat([tensors[name] for name in names[e]], out=out[e])
-            state[stack.into] = out
+            if any(tensors[name].requires_grad for expert in names for name in expert):
+                every = [torch.cat([tensors[name] for name in names[e]]) for e in range(experts)]
+                state[stack.into] = torch.stack(every)
+            else:
+                out = first[0].new_empty(experts, rows, first[0].shape[1])
+                for e in range(experts):
+                    torch.cat([tensors[name] for name in names[e]], out=out[e])
+                state[stack.into] = out
             stacked.update(name for expert in names for name in expert)
         for name in unit.tensors:
             if name not in stacked:

@@ -135,7 +135,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 def _indexed_entries(folder: Path, index: Mapping[str, Any]) -> dict[str, Entry]:
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict):
         raise InputError(f"{INDEX_NAME} has no weight_map")
     for name, file in weight_map.items():
         plain = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")

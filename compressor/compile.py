@@ -15,6 +15,7 @@ import yaml
 from compressor_calibration.tokens import TokenSet
 
 from compressor.calibration_tokens import calibration_tokens, evaluation_tokens, passkey_text
+from compressor.delta import locate_base, survey
 from compressor.errors import InputError
 from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, resume_finish
@@ -28,6 +29,7 @@ from compressor.plan import Plan, make_plan
 from compressor.recipe import AFTERWARDS, Recipe
 from compressor.runner import load_tokenizer
 from compressor.shards import write_atomically
+from compressor.source import Source
 from compressor.workspace import claim, owned, require_same
 
 VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
@@ -92,7 +94,7 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
     Raises InputError or Problems with all that is wrong, before any weight is read.
     """
     located = locate(recipe.model, fetch=True)
-    plan = make_plan(recipe, located.source, output=Path(recipe.output).expanduser())
+    plan = _plan(recipe, located.source)
     folder = located.source.checkpoint.folder
     calibration = evaluation = None
     haystack = ""
@@ -117,6 +119,18 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
     )
 
 
+def _plan(recipe: Recipe, source: Source) -> Plan:
+    """The plan; a base is read once, for its hashes and for what the fine-tune shares with it."""
+    output = Path(recipe.output).expanduser()
+    named = [step.params.base_model() for step in recipe.passes]
+    base = next((locate_base(name, fetch=True) for name in named if name is not None), None)
+    plan = make_plan(recipe, source, output=output, base=base)
+    if plan.delta is None:
+        return plan
+    found = survey(plan.delta.base, source.checkpoint)
+    return make_plan(recipe, source, output=output, base=found)
+
+
 def _check_vocabulary(plan: Plan, *sets: TokenSet | None) -> None:
     size = int(plan.source.checkpoint.config.get("vocab_size", 0))
     largest = max((int(tokens.ids.max()) for tokens in sets if tokens is not None), default=-1)
@@ -135,6 +149,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         for name, e in sorted(entries.items())
     ]
     config = prepared.located.source.checkpoint.config
+    delta = prepared.plan.delta
     return {
         "recipe": {k: v for k, v in portable(prepared.recipe).items() if k not in AFTERWARDS},
         "source": {
@@ -142,6 +157,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             "config": _digest(config),
             "headers": _digest(shapes),
         },
+        **({"base": delta.config()["base"]} if delta is not None else {}),
         "tokens": prepared.calibration.sha256 if prepared.calibration else None,
         "passes": {
             f"{i}.{p.step.name}": p.step.params.version for i, p in enumerate(prepared.plan.passes)
@@ -162,6 +178,10 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     for section in (data["calibration"], data.get("evaluate") or {}):
         if "data" in section:
             section["data"] = _last_name(section["data"])
+    for entry in data["passes"]:
+        for params in entry.values():
+            if "base" in params:
+                params["base"] = _last_name(params["base"])
     return data
 
 
@@ -225,7 +245,7 @@ def compile_checkpoint(
             output,
             writer=result.writer,
             config=prepared.plan.config,
-            extra_files=prepared.plan.format.files(prepared.plan.schemes),
+            extra_files=prepared.plan.files,
             files=files,
             side_files=prepared.located.source.checkpoint.folder,
             recipe=yaml.safe_dump(portable(prepared.recipe), sort_keys=False).encode(),

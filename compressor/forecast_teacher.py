@@ -55,7 +55,7 @@ class Teacher:
         leaf = forecast.detach().requires_grad_()
         keys = compress_keys_ref(call.key, windows)
         total = 0.0
-        for part, behind in self._parts(call):
+        for part, behind in self.parts(call):
             at = slice(length - behind - part.shape[2], length - behind)
             where = {"tokens": length, "behind": behind}
             with torch.no_grad():
@@ -73,9 +73,14 @@ class Teacher:
         """Blocks that the teacher chooses, int32 [rows, kv_heads, length, K]."""
 
         def choose(part: Tensor, behind: int) -> Tensor:
-            return self._shares(call, part, behind)[1]
+            return self.part_blocks(call, part, behind)
 
         return in_pieces(choose, call.query, self._row_elements(call))
+
+    @torch.no_grad()
+    def part_blocks(self, call: AttentionCall, part: Tensor, behind: int) -> Tensor:
+        """`blocks` of a part of the queries."""
+        return self._shares(call, part, behind)[1]
 
     def _shares(self, call: AttentionCall, part: Tensor, behind: int) -> tuple[Tensor, Tensor]:
         rule, windows = rules(self.selection)
@@ -90,7 +95,8 @@ class Teacher:
     def _row_elements(self, call: AttentionCall) -> int:
         return call.query.shape[1] * max(1, self.fine.windows(call.key.shape[2]))
 
-    def _parts(self, call: AttentionCall) -> Iterator[tuple[Tensor, int]]:
+    def parts(self, call: AttentionCall) -> Iterator[tuple[Tensor, int]]:
+        """The call's queries in parts that memory holds, with how many tokens follow each."""
         found: list[tuple[Tensor, int]] = []
 
         def note(part: Tensor, behind: int) -> Tensor:

@@ -213,6 +213,8 @@ class _Loop:
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
+        if self.plan.delta is not None:
+            return self.plan.delta.restored(unit.layout, outputs, self.plan.dtype)
         dtype = self.plan.compute_dtype(self.settings.device)
         return decode_unit(self.plan, unit, outputs).dequantized(dtype)
 
@@ -253,6 +255,7 @@ class _Loop:
                 self._start(unit, source, moved),
                 observe=self._observer(unit, moved, stack),
                 learned=self.learned,
+                base=self.plan.delta.weights(unit.layout) if self.plan.delta else None,
             )
         kept = moved if self._from_source(unit) else {}
         return encode_unit(self.plan, unit, current), rows, kept

@@ -67,6 +67,9 @@ def learn(
                 seed=unit_seed(plan.recipe.seed, -1, number),
                 batch=settings.batch,
                 scratch=scratch,
+                base=lambda index: (
+                    plan.delta.weights(plan.units[index].layout) if plan.delta else {}
+                ),
                 progress=progress,
                 stopping=settings.stopping,
             )

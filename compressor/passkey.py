@@ -51,7 +51,7 @@ class Passkey(BaseModel):
         "\n\nWhat is the first passkey? It is: {passkey}",
         description="what ends a row; {passkey} comes last",
     )
-    seed: int = 0
+    seed: int = Field(0, description="of the words and places")
 
     @field_validator("needle", "question")
     @classmethod

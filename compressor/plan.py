@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from compressor.composition import composition_problems
+from compressor.delta import Base
+from compressor.delta_plan import DeltaPlan, plan_delta
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.layout import Linear, ModelLayout
 from compressor.passes.base import ModelPass
+from compressor.policy import combine
 from compressor.recipe import Recipe, Step, nearest
 from compressor.recipe_checks import check_recipe
 from compressor.scheme import KVSpec, Scheme
@@ -40,6 +43,7 @@ class Plan:
     schemes: ModelSchemes
     shards: ShardLayout
     notes: tuple[str, ...]
+    delta: DeltaPlan | None = None
 
     @property
     def layout(self) -> ModelLayout:
@@ -64,6 +68,11 @@ class Plan:
         return sum(shard.size for shard in self.shards.shards)
 
     @property
+    def files(self) -> dict[str, Any]:
+        """JSON files beside config.json."""
+        return self.format.files(self.schemes) | (self.delta.files() if self.delta else {})
+
+    @property
     def config(self) -> dict[str, Any]:
         """The written config.json."""
         config = {k: v for k, v in self.source.checkpoint.config.items() if k != "torch_dtype"}
@@ -73,15 +82,18 @@ class Plan:
             config["tie_word_embeddings"] = False
         entry = self.format.config(self.schemes)
         if entry:
-            config["quantization_config"] = entry
+            config["quantization_config"] = entry | (self.delta.config() if self.delta else {})
         for plan in self.passes:
             config.update(plan.step.params.config_entries(self.layout))
         return config
 
 
-def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, source: Source, *, output: Path | None = None, base: Base | None = None
+) -> Plan:
     """Plan a run. `output` is checked for room where it is given.
 
+    base  what a pass names as its base, where it has been read; else its headers are looked at
     Raises Problems with everything that is wrong.
     """
     problems: list[CompressError] = []
@@ -112,6 +124,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
     if not problems:
         problems += composition_problems(passes, source.layout, schemes)
     kv = _kv(passes, problems)
+    delta = plan_delta(recipe, source, passes, dtype, base, problems, notes)
     problems += check_recipe(recipe, source)
     scratch = _outlooks(passes, source, recipe, problems, notes)
     if problems:
@@ -120,6 +133,8 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
     units = tuple(
         plan_unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
     )
+    if delta is not None:
+        units = tuple(replace(u, outputs=delta.outputs(u.layout, u.outputs)) for u in units)
     try:
         groups = [group for unit in units for group in module_groups(unit.outputs)]
         shards = plan_shards(groups, max_bytes=recipe.max_shard_size)
@@ -133,6 +148,7 @@ def make_plan(recipe: Recipe, source: Source, *, output: Path | None = None) -> 
             schemes=model,
             shards=shards,
             notes=tuple(notes),
+            delta=delta,
         )
         assert plan.config
     except CompressError as error:
@@ -151,6 +167,7 @@ def _outlooks(
 ) -> int:
     """What passes say of the run; the most bytes that one of them keeps in the work folder."""
     most = 0
+    policy = None
     for plan in passes:
         found = plan.step.params.outlook(
             source.layout,
@@ -162,6 +179,11 @@ def _outlooks(
             dtype=source.checkpoint.dtype,
         )
         problems += found.problems
+        if found.policy is not None:
+            try:
+                policy = combine(policy, found.policy)
+            except InputError as error:
+                problems.append(error)
         notes += [f"{plan.step.name}: {note}" for note in found.notes]
         most = max(most, found.scratch_bytes)
     return most

@@ -55,22 +55,24 @@ class Recipe(Strict):
 
     model: str = Field(description="folder, Hub id (id@revision pins one) or GGUF file")
     output: str = Field(description="folder to write; it must be new or this recipe's own")
-    seed: int = 0
-    calibration: Calibration = Calibration()
-    passes: tuple[Step, ...] = Field(min_length=1)
-    format: str = "compressed-tensors"
+    seed: int = Field(0, description="of everything that is drawn")
+    calibration: Calibration = Field(Calibration(), description="tokens for statistics")
+    passes: tuple[Step, ...] = Field(min_length=1, description="what is done, in order")
+    format: str = Field("compressed-tensors", description="what is written: docs/formats.md")
     propagate: Literal["quantized", "original"] = Field(
         "quantized", description="which block's outputs the next block is calibrated on"
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of what stays unquantized; auto: as in the source"
+    )
     dequantize_source: bool = Field(False, description="accept an already quantized source")
     untie: bool = Field(False, description="write a tied lm_head as a tensor of its own")
-    max_shard_size: Size = 5 * 10**9
+    max_shard_size: Size = Field(5 * 10**9, description="largest file: bytes, or such as 2GB")
     verify: bool = Field(True, description="reopen the written files and prove them")
     evaluate: Evaluation | None = Field(None, description="measure the written files; {} will do")
     gate: Gate | None = Field(None, description="limits; a run that misses one ends with exit 1")
     report: bool = Field(True, description="write report.html, report.json and the model card")
-    card: CardSection = CardSection()
+    card: CardSection = Field(CardSection(), description="what the card cannot know by itself")
     publish: Publish | None = Field(None, description="upload a checkpoint that passed everything")
 
     def resolved(self) -> dict[str, Any]:
@@ -186,6 +188,9 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
             problems.extend(error.problems)
         except InputError as error:
             problems.append(error)
+    only = [step.params.only_format for step in steps if step.params.only_format is not None]
+    if only and "format" not in data:
+        data = {**data, "format": only[0]}
     try:
         recipe = Recipe.model_validate({**data, "passes": steps or [_PLACEHOLDER]})
     except ValidationError as error:

@@ -116,6 +116,8 @@ def as_source(checkpoint: Checkpoint) -> Source:
     declared = config.get("quantization_config")
     quantized = isinstance(declared, dict)
     fmt = recognise(declared) if isinstance(declared, dict) else get_format("dense")
+    if fmt.name == "bitdelta":
+        fmt.schemes(declared or {}, {})  # says that a delta is no model
     headers: dict[str, tuple[int, ...] | None] = {}
     modules: dict[str, dict[str, TensorShape]] = {}
     for name, entry in checkpoint.entries.items():

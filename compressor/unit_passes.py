@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from compressor.composition import rounding_of
 from compressor.passes.base import Learned, PassContext, Unit
 from compressor.plan import Plan
@@ -26,12 +28,14 @@ def apply_passes(
     *,
     observe: Observe,
     learned: Mapping[int, Learned],
+    base: Mapping[str, Tensor] | None = None,
 ) -> tuple[Unit, list[dict[str, Any]]]:
     """The unit after its passes, and their report rows.
 
     index    of the unit in the plan
     current  the unit before them, in float32
     learned  what model passes found, by the index of the pass
+    base     weights of the base model that a pass names
     """
     rows: list[dict[str, Any]] = []
     rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
@@ -52,6 +56,7 @@ def apply_passes(
             model_type=plan.layout.model_type,
             kv=None if seen is None else seen.kv,
             learned=learned[number].values if number in learned else {},
+            base=base or {},
         )
         result = params.apply(current, context)
         rows.extend({"pass": step.step.name, **row} for row in result.rows)

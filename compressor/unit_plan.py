@@ -97,10 +97,10 @@ def plan_unit(
             local = fmt.layout(scheme.weight, found.shape, model_dtype=dtype, input=scheme.input)
             outputs.update({f"{found.name}.{leaf}": spec for leaf, spec in local.items()})
         elif found is not None:
-            outputs[name] = TensorShape(_float_dtype(name, source, recipe, dtype), found.shape)
+            outputs[name] = TensorShape(float_dtype(name, source, recipe, dtype), found.shape)
         else:
             shape = source.checkpoint.entries[name].spec.shape
-            outputs[name] = TensorShape(_float_dtype(name, source, recipe, dtype), shape)
+            outputs[name] = TensorShape(float_dtype(name, source, recipe, dtype), shape)
     for i in range(len(passes)):
         for name, tensor in passes[i].step.params.adds(unit, dtype).items():
             outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
@@ -148,7 +148,7 @@ def attention_path(unit: UnitLayout) -> str:
     return next(x.name.rpartition(".")[0] for x in unit.linears if x.role == "attn.o")
 
 
-def _float_dtype(name: str, source: Source, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+def float_dtype(name: str, source: Source, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     """A float tensor keeps its own dtype unless the recipe or the format asks for one."""
     entry = source.checkpoint.entries.get(name)
     kept = recipe.dtype == "auto" and dtype == source.checkpoint.dtype

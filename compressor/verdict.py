@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import torch
 
 from compressor.compile import Compiled, Prepared, portable
+from compressor.delta_source import merged_source, open_delta
 from compressor.evaluate import Estimate, EvaluationResult, evaluate, plain_json, strided
 from compressor.gate import GateResult
 from compressor.passkey import PasskeyResult, passkey
 from compressor.runner import load_tokenizer
-from compressor.source import open_source
-from compressor.verify import VerifyReport, verify
+from compressor.source import Source, open_source
+from compressor.verify import VerifyReport
+from compressor.verify_delta import verify_model
 
 
 class Watch(Protocol):
@@ -143,11 +145,20 @@ class _Judge:
         """Rows of this length in one forward pass: as many tokens as of the calibration."""
         return max(1, self.prepared.batch * self.prepared.recipe.calibration.length // length)
 
+    def _written(self) -> Source:
+        """The finished checkpoint, a delta together with its base."""
+        delta = self.prepared.plan.delta
+        if delta is None:
+            return open_source(self.compiled.output)
+        return merged_source(open_delta(self.compiled.output), delta.base.source)
+
     def _verify(self) -> VerifyReport:
         with self._stage("verify"):
-            return verify(
+            delta = self.prepared.plan.delta
+            return verify_model(
                 self.compiled.output,
-                against=self.prepared.located.source.checkpoint.folder,
+                base=delta.base.source if delta is not None else None,
+                against=self.prepared.located.source,
                 device=self.prepared.device,
                 seed=self.prepared.recipe.seed,
                 progress=self.watch.unit,
@@ -162,7 +173,7 @@ class _Judge:
             ids, scored = strided(ids.reshape(-1), length=wanted.length, stride=wanted.stride)
         with self._stage("evaluate"):
             return evaluate(
-                open_source(self.compiled.output),
+                self._written(),
                 ids,
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
@@ -178,7 +189,7 @@ class _Judge:
             return None
         with self._stage("passkey"):
             return passkey(
-                open_source(self.compiled.output),
+                self._written(),
                 load_tokenizer(self.compiled.output),
                 haystack=self.prepared.haystack,
                 task=wanted.passkey,
@@ -198,7 +209,7 @@ class _Judge:
 
         with self._stage("tasks"):
             model = StreamedLM(
-                open_source(self.compiled.output),
+                self._written(),
                 load_tokenizer(self.compiled.output),
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),

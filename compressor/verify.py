@@ -43,7 +43,7 @@ def verify(
     _require_checkpoint(folder)
     original = open_source(against) if isinstance(against, Path) else against
     found = Findings()
-    manifest = _check_manifest(folder, found)
+    manifest = check_manifest(folder, found)
     try:
         source = open_source(folder)
     except InputError as error:
@@ -69,7 +69,7 @@ def _require_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder} holds no checkpoint", hint="name a checkpoint's folder")
 
 
-def _check_manifest(folder: Path, found: Findings) -> Manifest | None:
+def check_manifest(folder: Path, found: Findings) -> Manifest | None:
     """Every file's size and hash; the tensors of a broken shard are named where an index can."""
     try:
         manifest = read_manifest(folder)

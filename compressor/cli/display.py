@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 LogFormat = Literal["auto", "plain", "json"]
+
+BARS = "▁▂▃▄▅▆▇█"
+RECENT = 6
+"""Units whose mean time says how long the others will take."""
 
 
 def size(count: float) -> str:
@@ -33,75 +41,151 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def rate(weights: float) -> str:
+    """Weights in a second, for people."""
+    return (
+        f"{weights / 1e6:.1f} M weights/s" if weights < 1e9 else f"{weights / 1e9:.2f} G weights/s"
+    )
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The last values as bars from zero up, the largest the tallest."""
+    shown = values[-width:]
+    top = max(shown, default=0.0) or 1.0
+    return "".join(BARS[min(int(v / top * len(BARS)), len(BARS) - 1)] for v in shown)
+
+
 class Display:
     """Shows stages of work that go unit by unit."""
 
-    def __init__(self, *, log_format: LogFormat = "auto") -> None:
-        self.console = Console(stderr=True)
-        self.live = log_format == "auto" and self.console.is_terminal
+    def __init__(self, *, log_format: LogFormat = "auto", file: TextIO | None = None) -> None:
+        self.console = Console(stderr=file is None, file=file)
+        usable = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.live = log_format == "auto" and usable
         self.as_json = log_format == "json"
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._started = time.perf_counter()
-        self._stage = ""
+        self.file = file
+        self._stage: _Stage | None = None
+        if self.as_json:
+            # A library's warning is an event like any other.
+            warnings.showwarning = lambda message, category, *_: self.event(
+                "warning", category=category.__name__, text=str(message)
+            )
 
     def event(self, name: str, **fields: Any) -> None:
         """One thing that happened: a JSON line, or readable text."""
         if self.as_json:
-            line = {"event": name, "time": round(time.time(), 3), **fields}
-            print(json.dumps(line), file=sys.stderr, flush=True)
+            self._print(json.dumps({"event": name, "time": round(time.time(), 3), **fields}))
         else:
             text = "  ".join(f"{key} {value}" for key, value in fields.items())
-            self._line(f"{name}: {text}" if text else name)
+            self._print(f"{name}: {text}" if text else name)
 
-    def _line(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
+    def _print(self, text: str) -> None:
+        if self.live:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self.file or sys.stderr, flush=True)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[None]:
-        """A stage of `total` units."""
-        self._started, self._stage = time.perf_counter(), name
+        """A stage of `total` units; 0 where that is not known yet."""
+        self._stage = stage = _Stage(name, total)
         if not self.live:
-            self.event(name, units=total)
+            self.event(name, **({"units": total} if total else {}))
             yield
+            if self.as_json:
+                self.event("stage done", stage=name, seconds=round(stage.spent, 3))
             return
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.console, transient=False) as progress:
-            self._progress = progress
-            self._task = progress.add_task(name, total=total, note="")
-            try:
-                yield
-            finally:
-                self._progress = None
+        with Live(
+            stage,
+            console=self.console,
+            refresh_per_second=8,
+            transient=True,
+            vertical_overflow="crop",
+        ):
+            yield
+        self._print(f"{name}: {stage.done or total} units in {duration(stage.spent)}")
 
     def unit(self, name: str, done: int, total: int, **fields: Any) -> None:
         """One more unit of the stage is finished; the time left follows from those before."""
-        spent = time.perf_counter() - self._started
-        left = spent / max(done, 1) * (total - done)
-        if self.as_json:
-            shown: Mapping[str, Any] = {"stage": self._stage, "unit": name, "done": done}
-            self.event("unit", **shown, total=total, left_seconds=round(left, 1), **fields)
+        stage = self._stage
+        if stage is None:
             return
-        note = "  ".join(f"{key} {_value(key, value)}" for key, value in fields.items())
-        note += f"  left {duration(left)}" if done < total else ""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, note=f"{name}  {note}")
-        else:
-            self._line(f"  [{done}/{total}] {name}  {note}")
+        stage.finish(name, done, total, fields)
+        if self.as_json:
+            left = round(stage.left, 1)
+            shown: Mapping[str, Any] = {"stage": stage.name, "unit": name, "done": done}
+            self.event("unit", **shown, total=total, left_seconds=left, **fields)
+        elif not self.live:
+            note = "  ".join(described(fields))
+            note += f"  left {duration(stage.left)}" if done < total else ""
+            self._print(f"  [{done}/{total}] {name}  {note.strip()}".rstrip())
 
 
-def _value(key: str, value: Any) -> str:
+class _Stage:
+    """What a stage has come to, and how a terminal shows it."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.unit, self.done = "", 0
+        self.fields: dict[str, Any] = {}
+        self.errors: list[float] = []
+        self.marks = [time.perf_counter()]
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the stage began."""
+        return time.perf_counter() - self.marks[0]
+
+    @property
+    def left(self) -> float:
+        """Seconds that the units to come will take, if they take what the last ones took."""
+        recent = self.marks[-RECENT - 1 :]
+        each = (recent[-1] - recent[0]) / max(len(recent) - 1, 1)
+        return each * (self.total - self.done)
+
+    def finish(self, name: str, done: int, total: int, fields: Mapping[str, Any]) -> None:
+        self.unit, self.done, self.total = name, done, total
+        self.fields = dict(fields)
+        self.marks.append(time.perf_counter())
+        if "error" in fields:
+            self.errors.append(float(fields["error"]))
+
+    def __rich__(self) -> RenderableType:
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        bar = ProgressBar(total=max(self.total, 1), completed=self.done)
+        left = f"left {duration(self.left)}" if 0 < self.done < self.total else ""
+        head.add_row(
+            Text(self.name, style="bold"),
+            bar,
+            Text(f"{self.done}/{self.total}  {duration(self.spent)}  {left}".rstrip()),
+        )
+        rows: list[RenderableType] = [head]
+        if self.unit:
+            note = Text(f"  {self.unit}", style="cyan", no_wrap=True, overflow="ellipsis")
+            for part in described(self.fields):
+                note.append(f"  {part}", style="default")
+            rows.append(note)
+        if len(self.errors) > 1:
+            line = Text("  error by unit  ", style="dim", no_wrap=True, overflow="crop")
+            line.append(sparkline(self.errors, 64), style="magenta")
+            line.append(f"  up to {max(self.errors):.3g}", style="dim")
+            rows.append(line)
+        return Group(*rows)
+
+
+def described(fields: Mapping[str, Any]) -> list[str]:
+    """The fields of a unit in words."""
+    return [_described(key, value) for key, value in fields.items()]
+
+
+def _described(key: str, value: Any) -> str:
     if key in ("memory", "device"):
-        return size(value)
+        return f"{key} {size(value)}"
     if key == "seconds":
         return duration(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if key == "rate":
+        return rate(value)
+    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def cli() -> None:
     compress plan RECIPE     what would happen, what it costs, everything that is wrong
     compress run RECIPE      do it; the same command continues an interrupted run
     compress verify FOLDER   prove the written files
+    compress push FOLDER ID  publish them on the Hub
 
     Exit codes: 0 done; 1 a check or gate failed; 2 bad input or usage; 3 the machine failed and
     the same command resumes; 130 interrupted, likewise.
@@ -54,8 +57,9 @@ def main() -> None:
     # Blocks of changing sizes would otherwise leave the GPU's memory in pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     wants_json = "--json" in sys.argv
+    quieten_libraries()
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False, color=colour())
     except click.exceptions.Abort:
         code = 130
     except click.ClickException as error:
@@ -81,6 +85,33 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def quieten_libraries() -> None:
+    """Progress bars of libraries only where somebody watches; no loose lines among JSON lines.
+
+    Read when they are imported, which is later.
+    """
+    if not sys.stderr.isatty() or logs_json():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if logs_json():
+        for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+
+
+def logs_json() -> bool:
+    """Whether stderr is to hold JSON lines only."""
+    arguments = sys.argv[1:]
+    return "--log-format=json" in arguments or any(
+        pair == ("--log-format", "json") for pair in itertools.pairwise(arguments)
+    )
+
+
+def colour() -> bool | None:
+    """False where NO_COLOR is set; else None: as the terminal can."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def interruptible() -> Any:
     """A function that says whether Ctrl-C (or SIGTERM) came; a second one stops at once."""
     state = {"asked": False}
@@ -89,7 +120,10 @@ def interruptible() -> Any:
         if state["asked"]:
             raise KeyboardInterrupt
         state["asked"] = True
-        click.echo("stopping after this unit (once more to stop at once)", err=True)
+        text = "stopping after this unit (once more to stop at once)"
+        click.echo(
+            json.dumps({"event": "stopping", "text": text}) if logs_json() else text, err=True
+        )
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
@@ -119,7 +153,14 @@ def _report(problems: list[CompressError], code: int, wants_json: bool) -> int:
         found = [{"message": p.message, "hint": p.hint} for p in problems]
         click.echo(json.dumps({"ok": False, "exit_code": code, "errors": found}, indent=2))
     for problem in problems:
-        click.echo(click.style("error: ", fg="red", bold=True) + problem.message, err=True)
+        if logs_json():
+            event = {"event": "error", "time": round(time.time(), 3), "exit_code": code}
+            text = json.dumps({**event, "message": problem.message, "hint": problem.hint})
+            click.echo(text, err=True)
+            continue
+        start = click.style("error: ", fg="red", bold=True)
+        click.echo(start + problem.message, err=True, color=colour())
         if problem.hint:
-            click.echo(click.style("  hint: ", fg="cyan") + problem.hint, err=True)
+            start = click.style("  hint: ", fg="cyan")
+            click.echo(start + problem.hint, err=True, color=colour())
     return code

@@ -67,9 +67,9 @@ class Awq(Pass):
 
     @model_validator(mode="after")
     def _grid_needs_bits(self) -> Awq:
-        given = {"group_size", "symmetric"} & self.model_fields_set
+        given = self.altered("group_size", "symmetric")
         if self.bits is None and given:
-            names = " and ".join(sorted(given))
+            names = " and ".join(given)
             raise ValueError(f"{names} without bits; give them to the quantizer that comes later")
         return self
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.numerics.gram import relative_error
+from compressor.policy import AttentionPolicy
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import KVSpec, Scheme
 from compressor.targets import Selection
@@ -54,6 +55,10 @@ class Unit:
         """This unit with some float tensors replaced."""
         return replace(self, tensors={**self.tensors, **changed})
 
+    def with_extra(self, added: Mapping[str, Tensor]) -> Unit:
+        """This unit with tensors added, by full name."""
+        return replace(self, extra={**self.extra, **added})
+
     def with_quantized(self, linear: Linear, q: QTensor) -> Unit:
         """This unit with a linear's weight replaced by a QTensor."""
         name = f"{linear.name}.weight"
@@ -85,6 +90,8 @@ class PassContext:
     learned      `Learned.values` of this pass, where it is a model pass
     rounding     module path → options of `quantize` that its quantizer rounds with
     model_type   of the model's config
+    base         weights of the base that the pass names, by full name, for those of its targets
+                 that differ from the base's
     """
 
     stats: Mapping[str, SiteStats]
@@ -96,6 +103,7 @@ class PassContext:
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model_type: str = ""
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
     def spec(self, linear: Linear) -> QuantSpec | None:
         """How the linear's weight will be quantized, or None."""
@@ -116,11 +124,13 @@ class Outlook:
 
     notes          for people
     scratch_bytes  what it keeps in the work folder while it learns
+    policy         an attention policy that decides what its own will
     problems       why it cannot work on this model, or with these tokens
     """
 
     notes: tuple[str, ...] = ()
     scratch_bytes: int = 0
+    policy: AttentionPolicy | None = None
     problems: tuple[InputError, ...] = ()
 
 
@@ -135,6 +145,8 @@ class Pass(BaseModel):
     """Whether `apply` is run on units; a model pass may do without."""
     rotates_residual: ClassVar[bool] = False
     """Whether it changes the basis of the hidden states that flow from block to block."""
+    only_format: ClassVar[str | None] = None
+    """The one format that can hold what this pass makes, where there is but one."""
 
     targets: str | list[str] = Field("linear", description="linears this pass works on")
     ignore: list[str] = Field(default=["lm_head"], description="linears it leaves alone")
@@ -144,6 +156,12 @@ class Pass(BaseModel):
         """The linears this pass is for."""
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         return Selection(targets=tuple(targets), ignore=tuple(self.ignore))
+
+    def altered(self, *names: str) -> list[str]:
+        """Those of the parameters that have another value than by default. What a recipe spells
+        out is not looked at: a resolved recipe spells out everything."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].get_default()]
 
     def scheme(self) -> Scheme | None:
         """What a targeted linear becomes, or None where the pass makes no codes."""
@@ -186,6 +204,14 @@ class Pass(BaseModel):
         """What is known of the pass before it runs on `parameters` weights of `dtype`, with `rows`
         of `length` calibration tokens."""
         return Outlook()
+
+    def base_model(self) -> str | None:
+        """A second checkpoint whose weights `apply` reads: folder, Hub id or GGUF file."""
+        return None
+
+    def delta_bits(self) -> int:
+        """Signs for each weight, where it writes differences to a base."""
+        return 0
 
     def kv(self) -> KVSpec | None:
         """How this pass has the KV cache quantized, or None."""
@@ -271,6 +297,7 @@ class LearnContext:
     seed      seed of this pass
     batch     rows in one forward pass
     scratch   an empty or half-filled folder of this pass, kept until the run has finished
+    base      index of a unit → weights of its base as in PassContext, on the CPU
     progress  called with what is done, how much of it, and how much there is
     stopping  asked now and then; the pass then raises Interrupted
     """
@@ -279,6 +306,7 @@ class LearnContext:
     seed: int
     batch: int
     scratch: Path
+    base: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
     progress: Callable[[str, int, int], None] = lambda name, done, total: None
     stopping: Callable[[], bool] = lambda: False
 

@@ -9,7 +9,7 @@ dense model loses what its attention spreads over more blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -45,8 +45,11 @@ class InfLLM(ModelPass):
     @property
     def block_choice(self) -> BlockSelection:
         """What layers do."""
+        return self._choice("infllm")
+
+    def _choice(self, scorer: Literal["infllm", "forecast"]) -> BlockSelection:
         return BlockSelection(
-            scorer="infllm",
+            scorer=scorer,
             block_size=self.block_size,
             kernel_size=self.kernel_size,
             stride=self.stride,
@@ -60,10 +63,10 @@ class InfLLM(ModelPass):
         self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
     ) -> Outlook:
         try:
-            block_policy(layout, self.block_choice, made_by={})
+            policy = block_policy(layout, self.block_choice, made_by={"infllm": {}})
         except InputError as error:
             return Outlook(problems=(error,))
-        return Outlook(notes=(reads(self.block_choice),))
+        return Outlook(notes=(reads(self.block_choice),), policy=policy)
 
     def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
         return {"sparse_config": sparse_config(self.block_choice)}

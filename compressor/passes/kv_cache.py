@@ -45,7 +45,7 @@ class KvCache(Pass):
     def _consistent(self) -> KvCache:
         if self.targets != "attn.k" or self.ignore != ["lm_head"]:
             raise ValueError("the cache has one form in the whole model: no targets, no ignore")
-        if self.element == "int4" and "scales" in self.model_fields_set:
+        if self.element == "int4" and self.altered("scales"):
             raise ValueError("int4 stores no scales: they are dynamic, per token and head")
         return self
 

@@ -79,13 +79,15 @@ class Quest(ModelPass):
                 )
             )
         try:
-            block_policy(layout, self.block_choice, made_by={}, dense=self.dense_layers)
+            policy = block_policy(
+                layout, self.block_choice, made_by={"quest": {}}, dense=self.dense_layers
+            )
         except InputError as error:
             return Outlook(problems=(error,))
         dense = (
             f"; {len(self.dense_layers)} of {layers} layers read all" if self.dense_layers else ""
         )
-        return Outlook(notes=(reads(self.block_choice) + dense,))
+        return Outlook(notes=(reads(self.block_choice) + dense,), policy=policy)
 
     def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
         made_by = {"quest": self.model_dump(mode="json", exclude={"targets", "ignore"})}

@@ -48,7 +48,7 @@ class Rotate(Pass):
 
     @model_validator(mode="after")
     def _everything_turns(self) -> Rotate:
-        if self.model_fields_set & {"targets", "ignore"}:
+        if self.altered("targets", "ignore"):
             raise ValueError("rotate turns the whole residual stream; it has no targets or ignore")
         return self
 

@@ -64,9 +64,9 @@ class Smoothquant(Pass):
 
     @model_validator(mode="after")
     def _consistent(self) -> Smoothquant:
-        given = {"weights", "activations"} & self.model_fields_set
+        given = self.altered("weights", "activations")
         if self.bits is None and given:
-            names = " and ".join(sorted(given))
+            names = " and ".join(given)
             raise ValueError(f"{names} without bits; give them to the quantizer that comes later")
         if isinstance(self.alpha, float) and not 0 <= self.alpha <= 1:
             raise ValueError("alpha is a number from 0 to 1, 'family' or 'search'")

@@ -96,22 +96,23 @@ class _DeltaMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, signs, alpha, base_out, tiles):
         ctx.save_for_backward(x, signs, alpha)
-        ctx.tiles = tiles
         return _launch(x, signs, alpha, base_out, tiles)
 
     @staticmethod
     def backward(ctx, grad):
         x, signs, alpha = ctx.saved_tensors
-        grad_x = grad_alpha = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            for i in range(x.shape[0]):  # one dense sign matrix at a time
-                dense = unpack_signs(signs[i], in_features=x.shape[-1]).to(grad.dtype)
-                grad_x[i] = alpha[i].to(grad.dtype) * (grad[i] @ dense)
-        if ctx.needs_input_grad[2]:
-            unscaled = _launch(x, signs, torch.ones_like(alpha), None, ctx.tiles)
-            products = grad.float() * unscaled.float()
-            grad_alpha = products.sum((1, 2)).to(alpha.dtype)
+        needs_x, needs_alpha = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_alpha = torch.empty_like(alpha) if needs_alpha else None
+        for i in range(x.shape[0] if needs_x or needs_alpha else 0):
+            # One dense sign matrix at a time. Both gradients follow from g S, which stays within
+            # fp16 where S x need not.
+            dense = unpack_signs(signs[i], in_features=x.shape[-1]).to(grad.dtype)
+            through = grad[i] @ dense
+            if grad_x is not None:
+                grad_x[i] = alpha[i].to(grad.dtype) * through
+            if grad_alpha is not None:
+                grad_alpha[i] = (x[i].float() * through.float()).sum()
         return grad_x, None, grad_alpha, grad if ctx.needs_input_grad[3] else None, None
 
 

@@ -110,3 +110,20 @@ def test_refuses_shapes_that_do_not_fit():
     ):
         with pytest.raises(ValueError):
             delta_matmul(*arguments[:3], base_out=arguments[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_half_precision_inputs_of_any_width(dtype):
+    """Sums of S x beyond the range of fp16 do not spoil the gradient of alpha."""
+    x, signs, alpha, _ = problem(2, 2, 1100, 24, dtype)
+    x = x + 60  # S x is a sum of 1100 such numbers
+    signs[0] = -1  # all positive: 66,000 in every output
+    weight = torch.full((2, 2, 24), 1e-2, device=DEVICE)
+    expected = [t.double().requires_grad_() for t in (x, alpha)]
+    (delta_matmul_ref(expected[0], signs, expected[1]) * weight).sum().backward()
+    leaves = [t.clone().requires_grad_() for t in (x, alpha)]
+    (delta_matmul(leaves[0], signs, leaves[1]).float() * weight).sum().backward()
+    for ours, theirs in zip(leaves, expected, strict=True):
+        assert ours.grad.dtype == ours.dtype
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 4 * torch.finfo(dtype).eps

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.command(name="eval")
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--against", type=str, help="The original: folder, GGUF file or Hub id.")
+@click.option("--base", help="Base of a delta, if it is not the recorded one.")
 @click.option(
     "--text", default="bundled", show_default=True, help="bundled, a file, a folder or a Hub id."
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 def command(
     checkpoint: Path,
     against: str | None,
+    base: str | None,
     text: str,
     split: str,
     text_field: str,
@@ -62,15 +64,15 @@ def command(
 
     from compressor.calibration_tokens import evaluation_tokens
     from compressor.compile import choose_device
+    from compressor.delta_source import open_model
     from compressor.errors import InputError
     from compressor.evaluate import evaluate, strided
     from compressor.locate import locate
     from compressor.runner import load_tokenizer
     from compressor.sections import Evaluation
-    from compressor.source import open_source
 
     where = choose_device(device)
-    source = open_source(checkpoint)
+    source = open_model(checkpoint, base=base)
     original = locate(against, fetch=True).source if against else None
     wanted = Evaluation(
         data=text, split=split, text_field=text_field, windows=windows, length=length

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,7 @@ def execute(
         with display.stage("compress", len(prepared.plan.units)):
             compiled = compile_checkpoint(
                 prepared,
-                on_unit=lambda done: show_unit(display, done),
+                on_unit=partial(show_unit, display, prepared),
                 on_learning=display.unit,
                 stopping=stopping,
             )
@@ -178,14 +179,19 @@ def execute(
     )
 
 
-def show_unit(display: Display, done: UnitDone) -> None:
+def show_unit(display: Display, prepared: Prepared, done: UnitDone) -> None:
     """One more unit of a run."""
-    fields: dict[str, Any] = {"seconds": done.seconds, "memory": done.peak_rss}
-    if done.peak_device:
-        fields["device"] = done.peak_device
+    fields: dict[str, Any] = {}
     errors = [row["error"] for row in done.rows if row.get("error") is not None]
     if errors:
         fields["error"] = sum(errors) / len(errors)
+    linears = prepared.plan.units[done.index].layout.linears
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    if weights and not done.resumed:
+        fields["rate"] = weights / max(done.seconds, 1e-6)
+    fields |= {"seconds": done.seconds, "memory": done.peak_rss}
+    if done.peak_device:
+        fields["device"] = done.peak_device
     if done.resumed:
         fields["resumed"] = "yes"
     display.unit(done.name, done.index + 1, done.total, **fields)

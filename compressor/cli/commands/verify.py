@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.display import Display, LogFormat
-from compressor.cli.options import FOLDER, json_option, log_option
+from compressor.cli.junit import junit, verify_cases
+from compressor.cli.options import FOLDER, json_option, junit_option, log_option
 
 if TYPE_CHECKING:
     from compressor.verify import VerifyReport
@@ -18,18 +19,22 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--against", help="The original: folder, GGUF file or Hub id.")
+@click.option("--base", help="Base of a delta, if it is not the recorded one.")
 @click.option("--seed", default=0, show_default=True, help="Which tiles of the layers are sampled.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
 @log_option
+@junit_option
 @json_option
 @click.pass_context
 def command(
     context: click.Context,
     checkpoint: Path,
     against: str | None,
+    base: str | None,
     seed: int,
     device: str,
     log_format: LogFormat,
+    junit_path: Path | None,
     as_json: bool,
 ) -> None:
     """Reopen a checkpoint's files and prove them.
@@ -46,19 +51,21 @@ def command(
     """
     from compressor.compile import choose_device
     from compressor.locate import locate
-    from compressor.verify import verify
+    from compressor.verify_delta import verify_model
 
     where = choose_device(device)
-    original = locate(against, fetch=True).source if against else None
     display = Display(log_format=log_format)
-    with display.stage("verify", 0):
-        report = verify(
+    with junit(junit_path, "verify") as cases, display.stage("verify", 0):
+        original = locate(against, fetch=True).source if against else None
+        report = verify_model(
             checkpoint,
+            base=base,
             against=original,
             device=where,
             seed=seed,
-            progress=lambda name, done, total: display.unit(name, done, total),
+            progress=display.unit,
         )
+        cases += verify_cases(report)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:

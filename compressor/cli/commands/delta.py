@@ -1,0 +1,113 @@
+"""compress delta"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.options import FOLDER, json_option, log_option
+
+
+@click.group(name="delta")
+def command() -> None:
+    """Work with deltas: fine-tunes stored as signs on top of their base.
+
+    \b
+    compress run recipes/llama2-bitdelta.yaml              make one
+    compress delta diff out/vicuna-delta                   what it holds
+    compress delta apply llama2-7b out/vicuna-delta vicuna a dense model again
+    """
+
+
+@command.command()
+@click.argument("base")
+@click.argument("delta", type=FOLDER)
+@click.argument("output", type=FOLDER)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@log_option
+@json_option
+def apply(
+    base: str,
+    delta: Path,
+    output: Path,
+    max_shard_size: str,
+    log_format: LogFormat,
+    as_json: bool,
+) -> None:
+    """Rebuild the dense fine-tune from BASE (folder, Hub id or GGUF file) and DELTA into OUTPUT.
+
+    Every tensor that is taken from the base is compared with the hash the delta has of it, so
+    another base is refused. The same command continues an interrupted one.
+    """
+    from compressor.delta_apply import apply_delta
+    from compressor.delta_source import find_base, open_delta
+    from compressor.recipe import parse_size
+
+    opened = open_delta(delta)
+    source = find_base(opened, base)
+    display = Display(log_format=log_format)
+    with display.stage("apply", len(source.layout.units)):
+        count = apply_delta(
+            opened,
+            source,
+            output,
+            max_shard_size=parse_size(max_shard_size),
+            progress=lambda name, done, total: display.unit(name, done, total),
+        )
+    if as_json:
+        click.echo(json.dumps({"ok": True, "output": str(output), "bytes": count}, indent=2))
+    else:
+        click.echo(f"{output}: {size(count)}, from a delta of {size(opened.checkpoint.nbytes)}")
+
+
+@command.command()
+@click.argument("delta", type=FOLDER)
+@click.option("--base", help="Also say how large each difference is beside the base's weight.")
+@json_option
+def diff(delta: Path, base: str | None, as_json: bool) -> None:
+    """Say what DELTA holds: its base, signs and scales, full tensors, what it borrows."""
+    from compressor.delta_apply import compare, describe
+    from compressor.delta_source import find_base, open_delta
+
+    opened = open_delta(delta)
+    found = describe(opened)
+    relative = compare(opened, find_base(opened, base)) if base else {}
+    for name, value in relative.items():
+        found["linears"][name]["relative"] = value
+    if as_json:
+        click.echo(json.dumps({"ok": True, **found}, indent=2))
+    else:
+        for line in lines(delta, found):
+            click.echo(line)
+
+
+def lines(delta: Path, found: Mapping[str, Any]) -> list[str]:
+    """A delta for people: the linears of one kind, over all blocks, in a line."""
+    base = found["base"]
+    pinned = f"@{base['revision']}" if "revision" in base else ""
+    shown = [
+        f"{delta}: {size(found['bytes'])}, a {found['model_type']} on top of "
+        f"{base.get('name', 'an unnamed base')}{pinned}",
+        f"  base fingerprint {base['fingerprint']}",
+        f"  {found['signs']['linears']} linears as signs, {size(found['signs']['bytes'])}",
+        f"  {found['full']['tensors']} tensors in full, {size(found['full']['bytes'])}",
+        f"  {found['borrowed']['tensors']} tensors are the base's own",
+    ]
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, row in found["linears"].items():
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        kinds.setdefault(kind, []).append(row)
+    for kind, rows in kinds.items():
+        scales = [row["scales"][0] for row in rows]
+        line = f"    {kind:36} {len(rows):5} x {rows[0]['bits']} bit"
+        line += f"  scale {min(scales):.3g} … {max(scales):.3g}"
+        sizes = [row["relative"] for row in rows if "relative" in row]
+        if sizes:
+            line += f"  of the weight {min(sizes):.2%} … {max(sizes):.2%}"
+        shown.append(line)
+    return shown

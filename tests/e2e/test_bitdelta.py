@@ -1,0 +1,420 @@
+"""Deltas from end to end: written, opened with their base, applied, verified, refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from compressor.checkpoint import Checkpoint
+from compressor.compile import Prepared, choose_device, compile_checkpoint, prepare
+from compressor.delta import Base
+from compressor.delta_apply import apply_delta
+from compressor.delta_source import merged_source, open_delta, open_model
+from compressor.errors import InputError, Interrupted, Problems
+from compressor.formats.base import TensorShape
+from compressor.plan import make_plan
+from compressor.recipe import make_recipe
+from compressor.safetensors_file import Entry
+from compressor.source import as_source, open_source
+from compressor.verify_delta import verify_model
+
+CPU = choose_device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+Pair = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def pair(tiny_model: Callable[..., Path], tmp_path: Path) -> Pair:
+    """pair(model_type, only=…) → a base and its fine-tune, in which tensors whose name contains
+    one of `only` (all by default) differ from the base's."""
+
+    def make(
+        model_type: str, *, only: tuple[str, ...] = ("",), **options: Any
+    ) -> tuple[Path, Path]:
+        base, fine = tiny_model(model_type, **options), tmp_path / "fine"
+        shutil.copytree(base, fine)
+        tensors = load_file(fine / "model.safetensors")
+        generator = torch.Generator().manual_seed(7)
+        for name, tensor in tensors.items():
+            if any(part in name for part in only):
+                # Many small changes and a few large ones, as a fine-tune has them.
+                noise = torch.randn(tensor.shape, generator=generator) ** 3 * 0.01
+                tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+        save_file(tensors, fine / "model.safetensors", metadata={"format": "pt"})
+        return base, fine
+
+    return make
+
+
+def prepared(base: Path, fine: Path, output: Path, **params: Any) -> Prepared:
+    top = params.pop("top", {})
+    recipe = make_recipe(
+        {
+            "model": str(fine),
+            "output": str(output),
+            "calibration": {"samples": 8, "length": 16},
+            "passes": [{"bitdelta": {"base": str(base), "distill": "none", **params}}],
+            **top,
+        }
+    )
+    return prepare(recipe, device=CPU)
+
+
+def run(base: Path, fine: Path, output: Path, **params: Any) -> Path:
+    return compile_checkpoint(prepared(base, fine, output, **params)).output
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "opt", "gemma2", "mixtral"])
+def test_a_delta_is_signs_on_top_of_the_base_and_everything_else_in_full(
+    model_type: str, pair: Pair, tmp_path: Path
+) -> None:
+    base, fine = pair(model_type, dtype=torch.bfloat16)
+    output = run(base, fine, tmp_path / "delta")
+    stored, before, wanted = tensors_of(output), tensors_of(base), tensors_of(fine)
+    merged = open_model(output, base=str(base))
+    found: dict[str, torch.Tensor] = {}
+    for unit in merged.layout.units:
+        found |= merged.read_unit(unit).tensors
+    assert set(found) == set(wanted)
+    coded = {name.rpartition(".")[0] for name in stored if name.endswith("delta_signs")}
+    inside = {x.name for u in merged.layout.units[1:-1] for x in u.linears if x.role != "router"}
+    assert coded == inside
+    for name, tensor in wanted.items():
+        path = name.rpartition(".")[0]
+        if path in coded and name.endswith(".weight"):
+            delta = tensor.float() - before[name].float()
+            scale = delta.double().abs().mean().float()
+            expected = torch.where(delta >= 0, 1.0, -1.0) * scale
+            assert torch.equal(found[name], (before[name].float() + expected).to(tensor.dtype))
+            assert name not in stored
+        else:  # biases, norms, embeddings, routers
+            assert torch.equal(stored[name], tensor) and torch.equal(found[name], tensor)
+    if model_type == "opt":
+        report = verify_model(output, base=str(base), against=open_source(fine), device=CPU)
+        assert report.ok, report.damage
+        assert {layer.linear for layer in report.layers if layer.kernel} == coded
+
+
+def test_applied_it_loads_in_transformers_with_the_same_logits(pair: Pair, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, fine = pair("qwen2")
+    output = run(base, fine, tmp_path / "delta", bits=4)
+    apply_delta(open_delta(output), open_source(base), tmp_path / "dense")
+    ids = torch.arange(2, 34)[None]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+        for folder in (base, fine, tmp_path / "dense")
+    ]
+    near, far = ((other - logits[1]).norm() for other in (logits[2], logits[0]))
+    assert near < 0.6 * far
+    AutoTokenizer.from_pretrained(tmp_path / "dense")
+    again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "dense").iterdir()}
+    apply_delta(open_delta(output), open_source(base), tmp_path / "dense")
+    assert again == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "dense").iterdir()}
+
+
+def test_inputs_that_fill_no_whole_word_are_padded(pair: Pair, tmp_path: Path) -> None:
+    base, fine = pair("llama", hidden_size=40, intermediate_size=72)
+    output = run(base, fine, tmp_path / "delta")
+    assert tensors_of(output)["model.layers.0.mlp.down_proj.delta_signs"].shape == (1, 3, 40)
+    assert verify_model(output, base=str(base), device=CPU).ok
+
+
+def test_what_the_base_has_costs_nothing(pair: Pair, tmp_path: Path) -> None:
+    base, fine = pair("llama", only=("layers.1.self_attn", "layers.1.post"))
+    output = run(base, fine, tmp_path / "delta")
+    names = {"model.layers.1.post_attention_layernorm.weight"} | {
+        f"model.layers.1.self_attn.{x}_proj.{leaf}"
+        for x in "qkvo"
+        for leaf in ("delta_signs", "delta_scales")
+    }
+    assert set(tensors_of(output)) == names
+    same = run(base, base, tmp_path / "same")
+    assert not tensors_of(same)
+    merged = open_model(same, base=str(base))
+    for unit in merged.layout.units:
+        for name, tensor in merged.read_unit(unit).tensors.items():
+            assert torch.equal(tensor, tensors_of(base)[name])
+
+
+def test_vocabulary_and_rotary_changes_survive(
+    pair: Pair, tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    base, _ = pair("llama")
+    longer = tiny_models.build("llama", tmp_path / "longer", vocab_size=264, rope_theta=5e5, seed=3)
+    output = run(base, longer, tmp_path / "delta")
+    config = open_model(output, base=str(base)).checkpoint.config
+    expected = json.loads((longer / "config.json").read_text())
+    for key in ("vocab_size", "rope_parameters", "rope_theta", "max_position_embeddings"):
+        assert config.get(key) == expected.get(key)
+    assert (output / "tokenizer.json").read_bytes() == (longer / "tokenizer.json").read_bytes()
+    assert tensors_of(output)["lm_head.weight"].shape == (264, 64)
+    with pytest.raises(Problems, match="vocabulary was resized"):
+        prepared(base, longer, tmp_path / "head", targets=["linear"], ignore=[])
+
+
+def test_each_bit_leaves_less(pair: Pair, tmp_path: Path) -> None:
+    base, fine = pair("llama")
+    left = []
+    for bits in (1, 2, 3, 4):
+        done = compile_checkpoint(prepared(base, fine, tmp_path / f"{bits}", bits=bits))
+        left.append([row["left"] for unit in done.units for row in unit.rows])
+    for more, fewer in zip(left[1:], left, strict=False):
+        assert all(a < 0.8 * b for a, b in zip(more, fewer, strict=True))
+
+
+def test_a_quantized_base_is_taken_as_what_its_codes_stand_for(pair: Pair, tmp_path: Path) -> None:
+    base, fine = pair("llama", dtype=torch.bfloat16)
+    recipe = make_recipe(
+        {
+            "model": str(base),
+            "output": str(tmp_path / "int4"),
+            "passes": [{"rtn": {"bits": 4, "group_size": 32}}],
+        }
+    )
+    low = compile_checkpoint(prepare(recipe, device=CPU)).output
+    output = run(low, fine, tmp_path / "delta")
+    record = json.loads((output / "base.json").read_text())
+    assert "model.layers.0.mlp.up_proj.weight_packed" in record["tensors"]
+    name = "model.layers.0.mlp.up_proj"
+    source = open_source(low)
+    weight = source.read_unit(source.layout.units[1]).dequantized()[f"{name}.weight"]
+    delta = tensors_of(fine)[f"{name}.weight"].float() - weight
+    expected = weight + torch.where(delta >= 0, 1.0, -1.0) * delta.abs().mean()
+    merged = open_model(output, base=str(low))
+    found = merged.read_unit(merged.layout.units[1]).tensors[f"{name}.weight"]
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-6)
+    assert verify_model(output, base=str(low), against=open_source(fine), device=CPU).ok
+    with pytest.raises(InputError, match="is not the base of this delta"):
+        open_model(output, base=str(base))
+
+
+@pytest.mark.parametrize("distill", ["logits", "layer"])
+def test_an_interrupted_run_continues_to_the_same_bytes(
+    distill: str, pair: Pair, tmp_path: Path
+) -> None:
+    base, fine = pair("llama")
+    params = {"distill": distill, "steps": 6, "lr": 1e-3}
+    whole = run(base, fine, tmp_path / "whole", **params)
+    ready = prepared(base, fine, tmp_path / "broken", **params)
+    stops = []
+    for attempt in range(1, 9):
+        # Attempt n is stopped where it asks for the n-th time: after steps, then between units.
+        asked = iter(range(1, 100))
+        try:
+            compile_checkpoint(ready, stopping=lambda a=attempt, n=asked: next(n) == a)
+            break
+        except Interrupted:
+            stops.append(attempt)
+    assert len(stops) >= 3
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "broken").iterdir())
+    for name in names:
+        assert (whole / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
+
+
+def test_distilled_scales_bring_the_logits_closer(pair: Pair, tmp_path: Path) -> None:
+    """On the tokens they are fitted to; what it does for held-out text is measured elsewhere."""
+    from transformers import AutoModelForCausalLM
+
+    base, fine = pair("llama")
+    target, errors = None, {}
+    for distill in ("none", "logits", "layer"):
+        ready = prepared(base, fine, tmp_path / distill, distill=distill, steps=40, lr=3e-4)
+        done = compile_checkpoint(ready)
+        apply_delta(open_delta(done.output), open_source(base), tmp_path / f"{distill}-dense")
+        if ready.calibration is not None:
+            ids = ready.calibration.ids
+        folders = (fine, tmp_path / "none-dense", tmp_path / f"{distill}-dense")
+        if distill != "none":
+            with torch.no_grad():
+                target, plain, ours = (
+                    AutoModelForCausalLM.from_pretrained(x, dtype=torch.float32)(ids).logits
+                    for x in folders
+                )
+            errors[distill] = [float((x - target).square().mean()) for x in (plain, ours)]
+    assert all(after < before for before, after in errors.values()), errors
+    stored = [tensors_of(tmp_path / name) for name in ("none", "logits", "layer")]
+    for name, tensor in stored[0].items():
+        for other in stored[1:]:
+            # Nothing but scales is trained.
+            assert name.endswith("delta_scales") or torch.equal(tensor, other[name])
+    trained = [
+        n for n in stored[0] if n.endswith("scales") and not stored[0][n].equal(stored[1][n])
+    ]
+    assert len(trained) == sum(name.endswith("delta_scales") for name in stored[0])
+
+
+def test_what_is_wrong_is_said(pair: Pair, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    base, fine = pair("llama")
+    output = run(base, fine, tmp_path / "delta")
+    with pytest.raises(InputError, match="is not the base of this delta"):
+        apply_delta(open_delta(output), open_source(fine), tmp_path / "a")
+    with pytest.raises(InputError, match="is not the base of this delta: it is a mistral"):
+        merged_source(open_delta(output), open_source(tiny_model("mistral")))
+    with pytest.raises(InputError, match="means nothing without its base"):
+        open_source(output)
+    with pytest.raises(InputError, match=r"the base of this delta, llama.*is not at"):
+        open_model(output)
+    with pytest.raises(InputError, match="is not a delta"):
+        open_delta(base)
+    with pytest.raises(Problems, match="the base is a mistral, the fine-tune a llama"):
+        prepared(tiny_model("mistral"), fine, tmp_path / "b")
+    with pytest.raises(Problems, match="cannot be written as dense"):
+        prepared(base, fine, tmp_path / "b", top={"format": "dense"})
+    with pytest.raises(InputError, match="base: there is no model"):
+        prepared(tmp_path / "nowhere", fine, tmp_path / "b")
+    recipe = {"model": str(fine), "output": str(tmp_path / "b"), "format": "bitdelta"}
+    two = [{"rtn": {"targets": "attn.q"}}, {"bitdelta": {"base": str(base), "distill": "none"}}]
+    with pytest.raises(Problems, match="no other pass"):
+        make_plan(make_recipe({**recipe, "passes": two}), open_source(fine))
+    with pytest.raises(Problems, match="holds what the pass bitdelta makes"):
+        make_plan(
+            make_recipe({**recipe, "passes": [{"rtn": {"group_size": 32}}]}), open_source(fine)
+        )
+    tensors = tensors_of(output)
+    for lost in ("model.norm.weight", "model.layers.0.mlp.up_proj.delta_scales"):
+        kept = {name: tensor for name, tensor in tensors.items() if name != lost}
+        broken = tmp_path / lost
+        shutil.copytree(output, broken)
+        (broken / "model.safetensors.index.json").unlink()
+        save_file(kept, broken / "model.safetensors")
+        with pytest.raises(InputError, match=f"lacks .*{lost}"):
+            open_model(broken, base=str(base))
+        report = verify_model(broken, base=str(base), device=CPU)
+        assert not report.ok and any(lost in text for text in report.damage)
+
+
+def test_one_flipped_sign_is_found_and_named(pair: Pair, tmp_path: Path) -> None:
+    base, fine = pair("llama")
+    output = run(base, fine, tmp_path / "delta")
+    tensors = tensors_of(output)
+    name = "model.layers.1.mlp.gate_proj.delta_signs"
+    tensors[name][0, 1, 5] ^= 1 << 9
+    save_file(tensors, output / "model.safetensors")
+    report = verify_model(output, base=str(base), device=CPU)
+    assert f"{name} is not what was written" in report.damage
+
+
+def test_ten_times_smaller_at_the_shapes_of_llama_2_7b() -> None:
+    """Of headers alone: nothing of this size is ever allocated."""
+    module = load(ROOT / "scripts" / "make_random_model.py")
+    shapes = module.shapes_of(module.SHAPES["7b"], 32)
+    entries = {
+        name: Entry(
+            Path("none"), TensorShape(torch.bfloat16, shape), 0, 2 * torch.Size(shape).numel()
+        )
+        for name, shape in shapes.items()
+    }
+    config = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
+    source = as_source(Checkpoint(Path("llama-2-7b"), config, entries))
+    recipe = make_recipe(
+        {"model": "fine", "output": "out", "passes": [{"bitdelta": {"base": "llama-2-7b"}}]}
+    )
+    plan = make_plan(recipe, source, base=Base(source, {"name": "llama-2-7b"}))
+    assert source.checkpoint.nbytes / plan.output_bytes > 10
+    assert plan.output_bytes == pytest.approx(1.334e9, rel=1e-3)
+
+
+def test_commands(pair: Pair, tmp_path: Path) -> None:
+    from compressor.cli.main import cli
+
+    base, fine = pair("llama")
+    output = run(base, fine, tmp_path / "delta", bits=2)
+    runner = CliRunner()
+
+    def call(*arguments: str) -> str:
+        result = runner.invoke(cli, list(arguments), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    text = call("delta", "diff", str(output), "--base", str(base))
+    assert "14 linears as signs" in text and "2 x 2 bit" in text and "of the weight" in text
+    found = json.loads(call("delta", "diff", str(output), "--json"))
+    assert len(found["linears"]["model.layers.0.mlp.up_proj"]["scales"]) == 2
+    dense = tmp_path / "dense"
+    applied = json.loads(call("delta", "apply", str(base), str(output), str(dense), "--json"))
+    assert applied["bytes"] == open_source(dense).checkpoint.nbytes
+    options = ["--windows", "2", "--length", "16", "--device", "cpu", "--json"]
+    values = [
+        json.loads(call("eval", str(folder), *more, *options))["perplexity"]["value"]
+        for folder, more in ((output, ["--base", str(base)]), (dense, []))
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    # Beside the delta, the base is found by its recorded name.
+    shutil.copytree(base, tmp_path / base.name)
+    call("verify", str(output), "--device", "cpu")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_row_of_a_batch_generates_with_its_own_fine_tune(
+    tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    """The example's rows equal the dense fine-tunes, one of them with a longer vocabulary."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    example = load(ROOT / "examples" / "multi_tenant.py")
+    base = tiny_models.build("qwen2", tmp_path / "base", attention_bias=True)
+    deltas, dense = [], []
+    for number, vocabulary in enumerate((256, 264)):
+        name = f"fine{number}"
+        fine = tiny_models.build("qwen2", tmp_path / name, vocab_size=vocabulary, seed=number + 1)
+        deltas.append(run(base, fine, tmp_path / f"{name}-delta", bits=number + 1))
+        apply_delta(open_delta(deltas[-1]), open_source(base), tmp_path / f"{name}-dense")
+        dense.append(tmp_path / f"{name}-dense")
+    model = example.load_tenants(base, deltas, device=CPU, dtype=torch.float32)
+    ids = torch.arange(4, 24)[None].repeat(2, 1)
+    logits = model(ids).logits
+    singles = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in dense]
+    for row, single in enumerate(singles):
+        expected = single(ids[:1]).logits[0]
+        found = logits[row][:, : expected.shape[1]]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert bool((logits[row][:, expected.shape[1] :] == -torch.inf).all())
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in deltas]
+    prompts = ["abcdef", "xy"]
+    texts = example.generate(model, tokenizers, prompts, max_new_tokens=4)
+    for text, single, tokenizer, prompt in zip(texts, singles, tokenizers, prompts, strict=True):
+        out = single.generate(
+            **{
+                k: v
+                for k, v in tokenizer(prompt, return_tensors="pt").items()
+                if k != "token_type_ids"
+            },
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert text == tokenizer.decode(out[0][len(tokenizer(prompt).input_ids) :])

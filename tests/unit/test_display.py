@@ -1,0 +1,159 @@
+"""Progress: live in a terminal, plain lines elsewhere, one JSON object a line where asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from compressor.cli.display import Display, duration, rate, size, sparkline
+from compressor.cli.junit import Case, junit
+from compressor.errors import InputError, Problems
+
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def work(display: Display) -> None:
+    with display.stage("compress", 3):
+        for i in range(3):
+            display.unit(
+                f"model.layers.{i}", i + 1, 3, error=0.01 * (i + 1), rate=12.5e6, memory=526e6
+            )
+
+
+def test_numbers_for_people() -> None:
+    assert [size(n) for n in (7, 7_000, 7e6, 7e9, 7e12)] == [
+        "7 B",
+        "7 kB",
+        "7.00 MB",
+        "7.00 GB",
+        "7.00 TB",
+    ]
+    assert [duration(s) for s in (0.52, 12.4, 65, 3725)] == [
+        "0.5 s",
+        "12 s",
+        "1 min 05 s",
+        "1 h 02 min",
+    ]
+    assert [rate(n) for n in (2.5e6, 2.5e9)] == ["2.5 M weights/s", "2.50 G weights/s"]
+
+
+def test_a_sparkline_shows_the_last_values_from_zero_up() -> None:
+    assert sparkline([0.0, 0.5, 1.0], 8) == "▁▅█"
+    assert sparkline([0.0, 0.0], 8) == "▁▁" and sparkline([], 8) == ""
+    assert len(sparkline([1.0] * 90, 64)) == 64
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    out = io.StringIO()
+    work(Display(file=out))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "compress: units 3" and len(lines) == 4
+    assert lines[1].startswith(
+        "  [1/3] model.layers.0  error 0.01  12.5 M weights/s  memory 526.00 MB  left "
+    )
+    assert lines[3].endswith("memory 526.00 MB"), "nothing is left"
+    assert "\x1b" not in out.getvalue()
+
+
+def test_json_lines_are_one_object_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    with warnings.catch_warnings():
+        display = Display(log_format="json", file=out)
+        work(display)
+        warnings.simplefilter("always")
+        warnings.warn("careful", stacklevel=1)
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [e["event"] for e in events] == ["compress", *["unit"] * 3, "stage done", "warning"]
+    assert events[2]["unit"] == "model.layers.1" and events[2]["total"] == 3
+    assert events[2]["error"] == 0.02 and events[3]["left_seconds"] == 0
+
+
+def test_a_terminal_shows_a_bar_the_error_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        display = Display(file=terminal)
+        assert display.live
+        work(display)
+        display.event("note", text="seen")
+        terminal.flush()
+        shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "\x1b[" in shown
+    text = ESCAPE.sub("", shown)
+    assert "compress" in text and "3/3" in text
+    assert "model.layers.2  error 0.03  12.5 M weights/s  memory 526.00 MB" in text
+    assert "error by unit" in text and "up to 0.03" in text
+    assert "compress: 3 units in" in text and "note: text seen" in text
+
+
+def test_a_terminal_that_can_do_nothing_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        assert not Display(file=terminal).live
+    os.close(master)
+
+
+def cases_of(path: Path) -> Any:
+    return ElementTree.parse(path).getroot()[0]
+
+
+def test_junit_holds_checks_and_is_written_whatever_happens(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "junit.xml"
+    with pytest.raises(Problems), junit(path, "run") as cases:
+        cases.append(Case("plan", "recipe", seconds=0.5))
+        cases.append(Case("gate", "kl <&\x00>", failure="KL is\x07 too high"))
+        raise Problems([InputError("one", hint="do this"), InputError("two")])
+    suite = cases_of(path)
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("4", "1", "2")
+    assert suite[1].get("name") == "kl <&\ufffd>"
+    assert suite[2].find("error").text == "one\nhint: do this"
+    with pytest.raises(KeyboardInterrupt), junit(path, "run"):
+        raise KeyboardInterrupt
+    assert cases_of(path).get("errors") == "1"
+
+
+def test_a_command_in_a_pipeline_prints_no_colour_and_json_only(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    data = {
+        "model": str(tiny_model("llama")),
+        "output": str(tmp_path / "out"),
+        "passes": [{"rtn": {"group_size": 32}}],
+        "evaluate": {"windows": 2, "length": 32},
+        "gate": {"kl": 1e-9},
+    }
+    recipe.write_text(yaml.safe_dump(data))
+    start = "from compressor.cli.main import main; main()"
+    command = [sys.executable, "-c", start, "run", str(recipe), "--device", "cpu"]
+    arguments = ["--json", "--log-format", "json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command + arguments, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["gate"]["passed"] is False
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert events[0] == "compress" and events.count("stage done") == 3
+    assert "\x1b" not in done.stdout + done.stderr
+    recipe.write_text(yaml.safe_dump({**data, "passes": [{"rnt": {}}]}))
+    done = subprocess.run(command + arguments, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    (event,) = [json.loads(line) for line in done.stderr.splitlines()]
+    assert event["event"] == "error" and event["exit_code"] == 2 and "rtn" in event["hint"]
