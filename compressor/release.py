@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from compressor.card import CardData, source_metadata, write_card
+from compressor.choice_record import read_record
 from compressor.compile import Compiled, Prepared, portable, versions
 from compressor.manifest import MANIFEST_NAME, hash_file, read_manifest
 from compressor.report import Costs, ReportData, UnitReport, read_report, write_report
@@ -92,6 +93,7 @@ def report_data(
     plan, planned = prepared.plan, prepared.estimates
     manifest = read_manifest(compiled.output)
     about = manifest.about if manifest else {}
+    choices = read_record(compiled.output)
     notes = list(plan.notes)
     if any(unit.resumed for unit in units):
         notes.append("the run was interrupted and continued: times of resumed units are of that")
@@ -114,6 +116,7 @@ def report_data(
         verify=None if verdict.verified is None else verdict.verified.to_json(),
         evaluation=None if verdict.evaluation is None else verdict.evaluation.to_json(),
         passkey=None if verdict.passkey is None else verdict.passkey.to_json(),
+        choices=None if choices is None else choices.to_json(),
         tasks=verdict.tasks_json(),
         gate=None if verdict.gate is None else verdict.gate.to_json(),
         warnings=tuple(notes),

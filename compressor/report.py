@@ -63,6 +63,7 @@ class ReportData(_Frozen):
     verify      verdict on the written files: {"ok": bool, "checks": [{"name", "ok", "detail"}]},
                 and whatever else it carries
     evaluation, passkey, gate  `to_json()` of their results
+    choices     which key blocks scorers choose, by layer (forecast_recall.json)
     tasks       task of the harness → {"value", "error"}
     hashes      what identifies the artefact: name → SHA-256
     machine     what it ran on: name → value
@@ -82,6 +83,7 @@ class ReportData(_Frozen):
     verify: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     passkey: dict[str, Any] | None = None
+    choices: dict[str, Any] | None = None
     tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
     gate: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from compressor.report_choices import choices
 from compressor.report_plots import Point, columns, dots, lines
 from compressor.report_text import counted, duration, factor, number, share, size, with_error
 
@@ -29,6 +30,7 @@ def render(data: Data) -> str:
         _gate(data),
         _evaluation(data),
         _passkey(data),
+        _choices(data),
         _layers(data),
         _verify(data),
         _done(data),
@@ -168,6 +170,10 @@ def _passkey(data: Data) -> str:
         f"{share(passkey['exact']['value'])} of the passkeys whole.</p>"
     )
     return _section("Passkey retrieval", body + _table(header, rows, numbers=range(len(header))))
+
+
+def _choices(data: Data) -> str:
+    return _section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
 
 
 def _layers(data: Data) -> str:

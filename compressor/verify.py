@@ -22,6 +22,7 @@ from compressor.policy import (
     tensor_problems,
 )
 from compressor.source import Source, open_source
+from compressor.verify_forecast import check_forecasts
 from compressor.verify_report import Check, Findings, LayerVerdict, VerifyReport
 from compressor.verify_units import Progress, UnitChecks
 
@@ -56,6 +57,8 @@ def verify(
     found.add("headers and tensors", _wrong_dtypes(source), detail)
     _check_attention(folder, source, found)
     UnitChecks(source, manifest, original, device, seed, found).run(progress)
+    if not found.damage:
+        check_forecasts(source, device, found)
     return found.report(folder)
 
 

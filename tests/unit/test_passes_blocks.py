@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from compressor.choice_record import check_record, read_record
+from compressor.choice_record import RECORD_NAME, check_record, read_record
 from compressor.compile import compile_checkpoint, prepare
 from compressor.errors import InputError, Interrupted, Problems
 from compressor.evaluate import evaluate
@@ -18,7 +19,11 @@ from compressor.frozen_model import SourceModel
 from compressor.plan import make_plan
 from compressor.policy import read_policy
 from compressor.recipe import load_recipe
+from compressor.release import report_data
+from compressor.report_html import render
 from compressor.source import open_source
+from compressor.verdict import Verdict
+from compressor.verify import verify
 from tests.tiny_models import build
 
 BLOCKS = {"block_size": 8, "kernel_size": 4, "stride": 2, "local_blocks": 1, "top_k": 4}
@@ -221,3 +226,30 @@ def _ids() -> torch.Tensor:
 
 def _model(source: Any) -> SourceModel:
     return SourceModel(source, device=_cpu(), dtype=torch.float32)
+
+
+def test_verify_measures_the_forecast_and_the_report_draws_it(
+    model: Path, trained: Path, tmp_path: Path
+) -> None:
+    good = verify(trained, device=_cpu())
+    (check,) = [check for check in good.checks if check.name == "forecast recall"]
+    assert check.ok
+    assert good.ok, good.damage
+    prepared = prepare(recipe(model, trained, {"sparda": SPARDA}), device=_cpu())
+    compiled = compile_checkpoint(prepared)
+    assert compiled.already
+    data = report_data(prepared, compiled, Verdict(), (), datetime.now(UTC), seconds=1.0)
+    page = render(data.to_json())
+    assert "Chosen key blocks" in page
+    assert page.count("<polyline") == 2 * 2 * 4  # two plots at two widths, a line for each scorer
+    record = json.loads((trained / RECORD_NAME).read_text())
+    for layer in record["layers"]:
+        if layer["scorer"] == "forecast":
+            layer["recall"] += 0.1
+    for path in trained.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / RECORD_NAME).write_text(json.dumps(record))
+    (tmp_path / "manifest.json").unlink()
+    bad = verify(tmp_path, device=_cpu())
+    assert [check.name for check in bad.checks if not check.ok] == ["forecast recall"]
