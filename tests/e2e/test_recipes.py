@@ -1,0 +1,82 @@
+"""Every recipe of the repository plans on every tiny architecture that can take it, and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.errors import Problems
+from compressor.manifest import MANIFEST_NAME
+from compressor.passes.base import get_pass
+from compressor.plan import make_plan
+from compressor.recipe import make_recipe
+from compressor.source import open_source
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+CPU = choose_device("cpu")
+TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt"),
+    *("mixtral", "qwen3_moe"),
+)
+# What a plan may say of a recipe on an architecture that it is not for.
+UNFIT = ("does not commute with a rotation", "LayerNorm")
+
+
+def block_recipes() -> list[Path]:
+    """Those that need no training: what is trained has tests of its own."""
+    found = []
+    for path in RECIPES:
+        passes = yaml.safe_load(path.read_text("utf-8"))["passes"]
+        kinds = [get_pass(x if isinstance(x, str) else next(iter(x))) for x in passes]
+        if all(kind.works_on_blocks for kind in kinds):
+            found.append(path)
+    return found
+
+
+def small(path: Path, model: Path, output: Path, *, tied: bool) -> dict[str, Any]:
+    """The recipe for a tiny model: groups of 32, little text, nothing from the network."""
+    data = yaml.safe_load(path.read_text("utf-8"))
+    for entry in data["passes"]:
+        for params in entry.values() if isinstance(entry, dict) else ():
+            if (params or {}).get("group_size"):
+                params["group_size"] = 32
+    data["calibration"] = {"samples": 8, "length": 32}
+    data["evaluate"] = {"windows": 2, "length": 32}
+    for key in ("gate", "publish"):
+        data.pop(key, None)
+    if tied and any("rotate" in str(x) or "qoq" in str(x) for x in data["passes"]):
+        data["untie"] = True
+    return {**data, "model": str(model), "output": str(output)}
+
+
+@pytest.mark.parametrize("path", block_recipes(), ids=lambda path: path.stem)
+def test_it_plans_on_every_architecture_it_is_for(
+    path: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    planned = []
+    for model_type in TYPES:
+        source = open_source(tiny_model(model_type))
+        data = small(path, tmp_path, tmp_path / "out", tied=source.layout.tied is not None)
+        try:
+            plan = make_plan(make_recipe(data), source)
+        except Problems as error:
+            assert all(any(u in p.message for u in UNFIT) for p in error.problems), error
+            continue
+        assert plan.output_bytes > 0
+        planned.append(model_type)
+    assert set(planned) >= set(TYPES) - {"gemma2", "opt"}
+
+
+@pytest.mark.parametrize("path", block_recipes(), ids=lambda path: path.stem)
+def test_it_runs(path: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("qwen3" if "smollm2" in path.stem else "llama")
+    recipe = make_recipe(small(path, model, tmp_path / "out", tied=False))
+    prepared = prepare(recipe, device=CPU)
+    assert prepared.evaluation is not None
+    done = compile_checkpoint(prepared)
+    assert (done.output / MANIFEST_NAME).is_file()
