@@ -9,72 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
-from compressor.qtensor import QTensor
+from compressor.kernel_layer import KernelCheck, Layer, Product, Tile
+from compressor.kernel_lowbit import NVFP4, W4A8, W8A8
 from compressor.scheme import Scheme
 
 GPU_TOKENS = (1, 16, 64)
 TILE_OUTPUTS, TILE_INPUTS = 32, 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One packed linear.
-
-    tensors  what the file holds, by local name;  q  the same as a QTensor
-    weight   float64 [out, in] as the second reader decoded it
-    """
-
-    name: str
-    scheme: Scheme
-    tensors: Mapping[str, Tensor]
-    q: QTensor
-    weight: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Outputs and inputs of a layer that a product is limited to."""
-
-    rows: slice
-    columns: slice
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """What a kernel made of x, and what float64 makes of it, both [tokens, outputs].
-
-    bound  how far the kernel's arithmetic may be off, elementwise
-    """
-
-    found: Tensor
-    expected: Tensor
-    bound: Tensor
-
-
-class KernelCheck(Protocol):
-    """How one kernel is checked."""
-
-    name: str
-
-    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
-        """Whether this kernel multiplies by weights of this scheme and shape."""
-        ...
-
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        """The Triton kernel's product with inputs x [tokens, columns] float32 of a tile."""
-        ...
-
-    def reference(self, layer: Layer, x: Tensor) -> Product:
-        """The plain reference's product with the whole layer."""
-        ...
 
 
 class W4A16:
@@ -149,7 +95,7 @@ class W4A16:
         return packed.to(device).contiguous(), scales.to(device).contiguous(), zeros
 
 
-CHECKS: tuple[KernelCheck, ...] = (W4A16(),)
+CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), W4A8())
 
 
 @dataclass(frozen=True, slots=True)

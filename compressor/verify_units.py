@@ -19,7 +19,8 @@ from torch import Tensor
 from compressor.compare_weights import COMPARABLE, MISFIT, layer_errors
 from compressor.errors import InputError
 from compressor.independent import DecodedWeight, decode_linear
-from compressor.kernel_checks import Layer, check_kernel, interpreter_runs, kernel_for
+from compressor.kernel_checks import check_kernel, interpreter_runs, kernel_for
+from compressor.kernel_layer import Layer
 from compressor.layout import Linear, UnitLayout
 from compressor.manifest import MANIFEST_NAME, Manifest
 from compressor.passes.base import Unit

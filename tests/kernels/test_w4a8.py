@@ -146,8 +146,10 @@ def test_refuses_tensors_that_do_not_fit():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [64, 128, None])
-@pytest.mark.parametrize("outputs, inner", [(14336, 4096), (576, 1536)])
+@pytest.mark.parametrize(
+    "outputs, inner, group",
+    [(14336, 4096, 128), (4096, 4096, None), (576, 1536, 64), (576, 1536, 128)],
+)
 def test_real_shapes(outputs, inner, group):
     tensors, weight = stored(outputs, inner, group)
     for count in (1, 16, 300):

@@ -1,0 +1,306 @@
+"""Checks of the kernels whose inputs are quantized too, and of NVFP4 weights.
+
+Inputs go through the activation quantizer's kernel; what is expected is the float64 product of
+what its plain reference makes of them, so that a wrong code shows as a wrong product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.kernel_layer import Layer, Product, Tile
+from compressor.qtensor import QTensor
+from compressor.scheme import ActivationSpec, Scheme
+
+DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
+BLOCK = 128
+SUMS = 1e-5
+"""Of the sum of magnitudes: what fp32 sums may lose."""
+FP8_SUMS = 2.0**-10
+"""The same for tensor cores, which keep 13 bits below the largest term of a sum of E4M3."""
+
+
+class W8A8:
+    """int8 or E4M3 weights, a byte each, with inputs of the same kind: scales per tensor, channel,
+    128 inputs or 128 × 128 block; inputs per token, tensor (static or not) or 128 inputs."""
+
+    name = "w8a8"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec, input = scheme.weight, scheme.input
+        if spec is None or input is None or input.element not in DTYPES:
+            return False
+        if spec.element != {"int8": "int", "fp8_e4m3": "fp8_e4m3"}[input.element]:
+            return False
+        if spec.zero != "none" or spec.second != "none":
+            return False
+        if input.mode == "group":
+            return _blocked(scheme) and input.group_size == BLOCK
+        return spec.strategy in ("tensor", "channel") or _blocked(scheme)
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.activations import quantize_tokens
+        from compressor_kernels.w8a8 import w8a8, w8a8_blocks
+
+        input = _input(layer.scheme)
+        scale = _scale(layer, input, x)
+        group = input.group_size if input.mode == "group" else None
+        codes, scales = quantize_tokens(
+            x, dtype=DTYPES[input.element], group_size=group, scale=scale
+        )
+        weight, weight_scales = _bytes(layer.q, tile, x.device)
+        if _blocked(layer.scheme):
+            found = w8a8_blocks(
+                codes,
+                weight,
+                input_scales=scales,
+                weight_scales=weight_scales,
+                out_dtype=torch.float32,
+            )
+        else:
+            found = w8a8(
+                codes,
+                weight,
+                row_scales=scales,
+                column_scales=weight_scales,
+                out_dtype=torch.float32,
+            )
+        seen = _seen(layer, x)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        loss = FP8_SUMS if input.element == "fp8_e4m3" and x.is_cuda else SUMS
+        return _product(found, seen, dense, loss)
+
+    def reference(self, layer: Layer, x: Tensor) -> Product:
+        from compressor_kernels.activations import quantize_tokens_ref
+        from compressor_kernels.w8a8 import w8a8_blocks_ref, w8a8_ref
+
+        input = _input(layer.scheme)
+        group = input.group_size if input.mode == "group" else None
+        codes, scales = quantize_tokens_ref(
+            x, dtype=DTYPES[input.element], group_size=group, scale=_scale(layer, input, x)
+        )
+        everything = Tile(rows=slice(None), columns=slice(None))
+        weight, weight_scales = _bytes(layer.q, everything, x.device)
+        if _blocked(layer.scheme):
+            found = w8a8_blocks_ref(
+                codes,
+                weight,
+                input_scales=scales,
+                weight_scales=weight_scales,
+                out_dtype=torch.float32,
+            )
+        else:
+            found = w8a8_ref(
+                codes,
+                weight,
+                row_scales=scales,
+                column_scales=weight_scales,
+                out_dtype=torch.float32,
+            )
+        return _product(found, _seen(layer, x), layer.weight.to(x.device), SUMS)
+
+
+class NVFP4:
+    """NVFP4 weights, whose inputs are float, or NVFP4 with a calibrated or own global scale.
+
+    Rounded inputs are exact in bf16 but for their global scale, which multiplies the product.
+    """
+
+    name = "nvfp4"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec, input = scheme.weight, scheme.input
+        if spec is None or spec.element != "fp4_e2m1" or spec.second != "tensor":
+            return False
+        return input is None or input.element == "fp4_e2m1"
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.nvfp4 import nvfp4_matmul
+        from compressor_kernels.nvfp4_inputs import quantize_nvfp4_inputs
+
+        operands = self._operands(layer.q, tile, x.device)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        if layer.scheme.input is None:
+            x = x.to(torch.bfloat16)
+            found = nvfp4_matmul(x, *operands, out_dtype=torch.float32)
+            return _product(found, x.double(), dense, SUMS)
+        parts = quantize_nvfp4_inputs(x, amax=_amax(layer, x))
+        units, second = _units(parts)
+        found = nvfp4_matmul(units.to(torch.bfloat16), *operands, out_dtype=torch.float32) * second
+        return _product(found, self._seen(layer, x), dense, SUMS)
+
+    def reference(self, layer: Layer, x: Tensor) -> Product:
+        from compressor_kernels.nvfp4 import nvfp4_matmul_ref
+
+        everything = Tile(rows=slice(None), columns=slice(None))
+        operands = self._operands(layer.q, everything, x.device)
+        seen = x.double() if layer.scheme.input is None else self._seen(layer, x)
+        found = nvfp4_matmul_ref(seen, *operands)
+        return _product(found, seen, layer.weight.to(x.device), 1e-11)
+
+    def _seen(self, layer: Layer, x: Tensor) -> Tensor:
+        from compressor_kernels.nvfp4_inputs import quantize_nvfp4_inputs_ref
+
+        units, second = _units(quantize_nvfp4_inputs_ref(x, amax=_amax(layer, x)))
+        return units.double() * second.double()
+
+    def _operands(
+        self, q: QTensor, tile: Tile, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert q.second is not None and q.spec.group_size is not None
+        codes = q.codes[tile.rows, tile.columns]
+        left, right, _ = tile.columns.indices(q.shape[1])
+        blocks = slice(left // q.spec.group_size, right // q.spec.group_size)
+        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        scales = q.scales[tile.rows, blocks].contiguous()
+        return packed.to(device), scales.to(device), q.second.reshape(1).to(device)
+
+
+class W4A8:
+    """QServe's tiles with int8 inputs per token."""
+
+    name = "w4a8"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec, input = scheme.weight, scheme.input
+        if spec is None or input != ActivationSpec("int8", "token"):
+            return False
+        if (spec.element, spec.bits) != ("int", 4) or any(side % 32 for side in shape):
+            return False
+        if spec.strategy == "channel":
+            return spec.zero == "offset" and spec.second == "none"
+        size = spec.group_size or 0
+        return spec.second == "channel" and (size in (32, 64) or (size > 0 and size % 128 == 0))
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.activations import quantize_tokens
+        from compressor_kernels.w4a8 import w4a8
+
+        codes, scales = quantize_tokens(x, dtype=torch.int8)
+        operands = self._operands(layer, tile, x.device)
+        found = w4a8(codes, **operands, row_scales=scales, out_dtype=torch.float32)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        return _product(found, _seen(layer, x), dense, SUMS)
+
+    def reference(self, layer: Layer, x: Tensor) -> Product:
+        from compressor_kernels.activations import quantize_tokens_ref
+        from compressor_kernels.w4a8 import w4a8_ref
+
+        codes, scales = quantize_tokens_ref(x, dtype=torch.int8)
+        operands = self._operands(layer, Tile(rows=slice(None), columns=slice(None)), x.device)
+        found = w4a8_ref(codes, **operands, row_scales=scales, out_dtype=torch.float32)
+        return _product(found, _seen(layer, x), layer.weight.to(x.device), SUMS)
+
+    def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
+        """Stored tensors of a part of the layer, which starts and ends at whole tiles."""
+        tensors = layer.tensors
+        if "qweight" not in tensors:
+            from compressor.formats.qserve import FORMAT, INPUT
+
+            tensors = FORMAT.encode(layer.q, model_dtype=torch.float16, input=INPUT)
+        outputs, inputs = layer.q.shape
+        top, bottom, _ = tile.rows.indices(outputs)
+        left, right, _ = tile.columns.indices(inputs)
+        blocks = tensors["qweight"].reshape(outputs // 32, inputs // 32, 512)
+        blocks = blocks[top // 32 : bottom // 32, left // 32 : right // 32].contiguous()
+        found = {"qweight": blocks.reshape(bottom - top, (right - left) // 2)}
+        for name in ("s1_scales", "s1_szeros"):
+            if name in tensors:
+                found[name] = tensors[name].reshape(-1)[top:bottom]
+        for name in ("s2_scales", "s2_zeros"):
+            if name in tensors:
+                size = inputs // tensors[name].shape[0]
+                found[name] = tensors[name][left // size : right // size, top:bottom].contiguous()
+        return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def _blocked(scheme: Scheme) -> bool:
+    """Whether a scale belongs to 128 inputs of one output, or to a 128 × 128 block."""
+    spec = scheme.weight
+    assert spec is not None
+    groups = spec.strategy == "group" and spec.group_size == BLOCK
+    return groups or (spec.strategy == "block" and spec.block == (BLOCK, BLOCK))
+
+
+def _input(scheme: Scheme) -> ActivationSpec:
+    assert scheme.input is not None
+    return scheme.input
+
+
+def _bytes(q: QTensor, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes of a tile as the kernel reads them, and the scales that belong to it."""
+    codes = q.codes[tile.rows, tile.columns]
+    if q.spec.element == "int":
+        codes = (codes.to(torch.int16) - (1 << (q.spec.bits - 1))).to(torch.int8)
+    else:
+        codes = codes.contiguous().view(torch.float8_e4m3fn)
+    top, bottom, _ = tile.rows.indices(q.shape[0])
+    left, right, _ = tile.columns.indices(q.shape[1])
+    among = slice(left // BLOCK, -(-right // BLOCK))
+    scales = {
+        "tensor": q.scales,
+        "channel": q.scales[tile.rows],
+        "group": q.scales[tile.rows, among],
+        "block": q.scales[top // BLOCK : -(-bottom // BLOCK), among],
+    }[q.spec.strategy]
+    return codes.contiguous().to(device), scales.contiguous().to(device)
+
+
+def _scale(layer: Layer, input: ActivationSpec, x: Tensor) -> Tensor | None:
+    """The scale of all inputs [1], or None where each token or group has its own."""
+    if input.mode == "static":
+        return _stored(layer, "input_scale").to(x.device)
+    if input.mode != "tensor":
+        return None
+    absmax = x.abs().amax().float().reshape(1)
+    return absmax / torch.full_like(absmax, LARGEST[input.element])
+
+
+def _amax(layer: Layer, x: Tensor) -> Tensor:
+    """The absmax [1] that the global scale of NVFP4 inputs stands for."""
+    if _input(layer.scheme).mode == "tensor":
+        return x.abs().amax().float().reshape(1)
+    if "input_global_scale" in layer.tensors:
+        scale = _stored(layer, "input_global_scale").reciprocal()
+    else:
+        scale = _stored(layer, "input_scale")
+    return (scale * 2688.0).to(x.device)
+
+
+def _stored(layer: Layer, name: str) -> Tensor:
+    if name not in layer.tensors:
+        raise InputError(f"the checkpoint has no {layer.name}.{name}")
+    return layer.tensors[name].float().reshape(1)
+
+
+def _seen(layer: Layer, x: Tensor) -> Tensor:
+    """float64 [tokens, inputs]: what the plain reference makes of 8-bit inputs."""
+    from compressor_kernels.activations import quantize_tokens_ref
+
+    input = _input(layer.scheme)
+    group = input.group_size if input.mode == "group" else None
+    codes, scales = quantize_tokens_ref(
+        x, dtype=DTYPES[input.element], group_size=group, scale=_scale(layer, input, x)
+    )
+    if group is not None:
+        scales = scales.repeat_interleave(group, dim=-1)
+    return codes.double() * scales.double()
+
+
+def _units(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """NVFP4 inputs less their global scale, float32, and that scale."""
+    from compressor_kernels.nvfp4 import nvfp4_dequantize_ref
+
+    codes, scales, second = parts
+    one = torch.ones_like(second)
+    return nvfp4_dequantize_ref(codes, scales, one, dtype=torch.float32), second
+
+
+def _product(found: Tensor, seen: Tensor, weight: Tensor, loss: float) -> Product:
+    magnitudes = seen.abs() @ weight.abs().mT
+    return Product(found=found, expected=seen @ weight.mT, bound=loss * magnitudes + 1e-30)

@@ -1,0 +1,131 @@
+"""The kernel that verify runs for each kind of scheme, on what the formats store."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compressor.formats.compressed_tensors import FORMAT as COMPRESSED_TENSORS
+from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
+from compressor.formats.qserve import FORMAT as QSERVE
+from compressor.kernel_checks import check_kernel, kernel_for
+from compressor.kernel_layer import Layer
+from compressor.numerics.fp8 import quantize_fp8
+from compressor.numerics.int_affine import quantize_int
+from compressor.numerics.nvfp4 import quantize_nvfp4
+from compressor.numerics.progressive import quantize_offset, quantize_progressive
+from compressor.qtensor import NVFP4, QuantSpec
+from compressor.scheme import ActivationSpec, Scheme
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = (192, 256)
+TOKEN, TENSOR, STATIC = (ActivationSpec("int8", mode) for mode in ("token", "tensor", "static"))
+FP8_TOKEN, FP8_STATIC = (ActivationSpec("fp8_e4m3", mode) for mode in ("token", "static"))
+FP8_GROUP = ActivationSpec("fp8_e4m3", "group", 128)
+
+
+def integer(strategy, *, bits=8, group=None):
+    return QuantSpec(
+        element="int", bits=bits, strategy=strategy, group_size=group, scale_dtype=torch.bfloat16
+    )
+
+
+def fp8(strategy, *, block=None, group=None):
+    return QuantSpec(
+        element="fp8_e4m3",
+        bits=8,
+        strategy=strategy,
+        block=block,
+        group_size=group,
+        scale_dtype=torch.bfloat16,
+    )
+
+
+def qoq(group, zero="offset"):
+    return QuantSpec(
+        element="int",
+        bits=4,
+        strategy="group" if group else "channel",
+        group_size=group,
+        zero=zero,
+        scale_dtype=torch.int8 if group else torch.float16,
+        second="channel" if group else "none",
+    )
+
+
+def layer(scheme):
+    """A random weight as its format stores it."""
+    spec = scheme.weight
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(*SHAPE, generator=generator) * 0.05
+    if spec.element == "fp8_e4m3":
+        q = quantize_fp8(weight, spec)
+    elif spec.element == "fp4_e2m1":
+        q = quantize_nvfp4(weight, spec, rule="mse")
+    elif spec.zero == "none":
+        q = quantize_int(weight, spec)
+    else:
+        q = (quantize_progressive if spec.second == "channel" else quantize_offset)(weight, spec)
+    if spec.element == "fp4_e2m1":
+        q = replace(q, second=q.second.reciprocal().reciprocal())
+    stored = scheme.input is not None and scheme.input.mode in ("static", "local")
+    encode = (QSERVE if spec.zero != "none" else COMPRESSED_TENSORS).encode
+    tensors = encode(
+        q,
+        model_dtype=torch.bfloat16,
+        input=scheme.input,
+        input_scale=torch.tensor([0.015]) if stored else None,
+    )
+    return Layer("a", scheme, tensors, q, q.dequantize(torch.float64))
+
+
+SCHEMES = {
+    "w8a8 int8 channel, token": (Scheme(integer("channel"), TOKEN), "w8a8"),
+    "w8a8 int8 tensor, tensor": (Scheme(integer("tensor"), TENSOR), "w8a8"),
+    "w8a8 int8 tensor, static": (Scheme(integer("tensor"), STATIC), "w8a8"),
+    "w8a8 int8 groups, token": (Scheme(integer("group", group=128), TOKEN), "w8a8"),
+    "w4a8 in bytes": (Scheme(integer("channel", bits=4), TOKEN), "w8a8"),
+    "fp8 tensor, static": (Scheme(fp8("tensor"), FP8_STATIC), "w8a8"),
+    "fp8 channel, token": (Scheme(fp8("channel"), FP8_TOKEN), "w8a8"),
+    "fp8 blocks": (Scheme(fp8("block", block=(128, 128)), FP8_GROUP), "w8a8"),
+    "fp8 groups": (Scheme(fp8("group", group=128), FP8_GROUP), "w8a8"),
+    "nvfp4 weight only": (Scheme(NVFP4), "nvfp4"),
+    "nvfp4 calibrated": (Scheme(NVFP4, LOCAL), "nvfp4"),
+    "nvfp4 dynamic": (Scheme(NVFP4, DYNAMIC), "nvfp4"),
+    "qoq g128": (Scheme(qoq(128), TOKEN), "w4a8"),
+    "qoq g64 subtract": (Scheme(qoq(64, "subtract"), TOKEN), "w4a8"),
+    "qoq channel": (Scheme(qoq(None), TOKEN), "w4a8"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_kernel_of_each_scheme_agrees_with_float64(name):
+    scheme, kernel = SCHEMES[name]
+    check = kernel_for(scheme, SHAPE)
+    assert check is not None and check.name == kernel
+    made = layer(scheme)
+    for seed in range(3):  # another tile each
+        result = check_kernel(check, made, device=DEVICE, seed=seed)
+        assert not result.problem and result.triton and 0 <= result.error < 2e-2
+    other = made.weight.clone()
+    other[:, ::7] *= 1.02  # what another reader would have to see for the product to be wrong
+    found = check_kernel(check, replace(made, weight=other), device=DEVICE, seed=0)
+    assert "gives" in found.problem
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(),
+        Scheme(integer("channel")),
+        Scheme(integer("group", group=64), TOKEN),
+        Scheme(replace(integer("channel"), zero="subtract"), TOKEN),
+        Scheme(integer("channel"), FP8_TOKEN),
+        Scheme(fp8("block", block=(64, 128)), FP8_GROUP),
+        Scheme(fp8("channel"), FP8_GROUP),
+        Scheme(qoq(96), TOKEN),
+        Scheme(qoq(128), STATIC),
+    ],
+)
+def test_what_no_kernel_multiplies_has_none(scheme):
+    assert kernel_for(scheme, SHAPE) is None
