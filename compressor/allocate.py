@@ -191,24 +191,29 @@ def split_bits(passes: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, A
 
 def mixed_recipe(sensitivity: Sensitivity, choice: Sequence[int]) -> dict[str, Any]:
     """The measured recipe with the chosen bits: its transforms, then its quantizer once for each
-    number of bits, on exact names."""
+    number of bits. The most usual one keeps the recipe's targets and ignores the other linears,
+    which the others have by exact names."""
     recipe = copy.deepcopy(sensitivity.recipe)
     before, quantizer = split_bits(recipe["passes"])
     ((name, params),) = quantizer.items()
-    targets: dict[int, list[str]] = {}
+    chosen: dict[int | None, list[str]] = {}
     for group, option in zip(sensitivity.groups, choice, strict=True):
-        bits = group.options[option].bits
-        if bits is not None:
-            targets.setdefault(bits, []).extend(group.linears)
-    if not targets:
+        chosen.setdefault(group.options[option].bits, []).extend(group.linears)
+    alone = chosen.pop(None, [])
+    if not chosen:
         raise InputError("nothing would be quantized", hint="allow fewer bits per weight")
-    kept = {key: value for key, value in params.items() if key not in ("targets", "ignore", "bits")}
-    chosen = [name for names in targets.values() for name in names]
+    usual = max(chosen, key=lambda bits: len(chosen[bits]))
+    others = {bits: names for bits, names in chosen.items() if bits != usual}
     for entry in before:
         ((_, given),) = entry.items()
-        given |= {"targets": chosen, "ignore": []}
-    recipe["passes"] = before + [
-        {name: {"bits": bits, **kept, "targets": names, "ignore": []}}
-        for bits, names in sorted(targets.items())
+        if alone:
+            given["ignore"] = [*given.get("ignore", ["lm_head"]), *alone]
+    apart = [*alone, *(linear for names in others.values() for linear in names)]
+    kept = {key: value for key, value in params.items() if key not in ("targets", "ignore", "bits")}
+    main = {**params, "bits": usual, "ignore": [*params.get("ignore", ["lm_head"]), *apart]}
+    recipe["passes"] = [
+        *before,
+        {name: main},
+        *({name: {"bits": bits, **kept, "targets": names}} for bits, names in others.items()),
     ]
     return recipe

@@ -102,11 +102,27 @@ def test_the_recipe_names_every_group_once():
     made = mixed_recipe(sensitivity([left, right]), [0, 1])
     recipe = make_recipe(made)
     assert [step.name for step in recipe.passes] == ["awq", "rtn"]
-    assert recipe.passes[0].params.targets == recipe.passes[1].params.targets == ["a", "b"]
+    for step in recipe.passes:
+        assert step.params.targets == "linear" and step.params.ignore == ["lm_head", "c"]
     assert recipe.passes[1].params.group_size == 64
     assert recipe.calibration.samples == 4
+    assert len(make_recipe(mixed_recipe(sensitivity([left, left]), [0, 0])).passes) == 2
     with pytest.raises(InputError, match="nothing"):
         mixed_recipe(sensitivity([left, right]), [1, 1])
+
+
+def test_unusual_bits_have_names():
+    hard, easy = (
+        group(i, 10, [(4, error), (8, error / 100)]) for i, error in ((0, 0.9), (1, 0.01))
+    )
+    made = mixed_recipe(
+        sensitivity([easy, hard, easy.model_copy(update={"linears": ("x",)})]), [0, 1, 0]
+    )
+    awq, usual, other = make_recipe(made).passes
+    assert awq.params.ignore == ["lm_head"]
+    assert usual.params.bits == 4 and usual.params.ignore == ["lm_head", "layers.0"]
+    assert other.params.bits == 8 and other.params.targets == ["layers.0"]
+    assert other.params.group_size == 64
 
 
 def test_which_pass_has_bits_to_choose():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,9 @@ import click
 
 from compressor.cli.display import duration, size
 from compressor.cli.options import device_options, json_option, recipe_options
+
+MANY = 8
+"""Patterns of a pass that are listed."""
 
 if TYPE_CHECKING:
     from compressor.estimate import Estimates
@@ -112,16 +117,11 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
     )
     for number, entry in enumerate(plan.passes, 1):
         click.echo(f"pass {number}: {entry.step.name}, {len(entry.names)} linears")
-        for pattern, count in entry.matches.items():
-            click.echo(f"  target {pattern!r} matches {count}")
-        for pattern, count in entry.ignored.items():
-            click.echo(f"  ignore {pattern!r} matches {count}")
+        patterns("target", entry.matches)
+        patterns("ignore", entry.ignored)
     click.echo(f"format: {plan.format.name}")
-    groups: dict[tuple[str, str], list[str]] = {}
-    for linear in plan.layout.linears:
-        groups.setdefault((linear.role, label(plan, linear.name)), []).append(linear.name)
-    for (role, text), names in groups.items():
-        click.echo(f"  {role:12} {len(names):5} x {text}")
+    for line in layers(plan):
+        click.echo(line)
     if plan.calibrated:
         wanted = recipe.calibration
         click.echo(
@@ -138,6 +138,48 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
     click.echo(f"time on {device}: about {duration(costs.seconds)}")
     for note in plan.notes:
         click.echo(f"note: {note}")
+
+
+def patterns(what: str, counts: Mapping[str, int]) -> None:
+    """What each pattern of a pass matches; of many only the first ones."""
+    for pattern, count in list(counts.items())[:MANY]:
+        click.echo(f"  {what} {pattern!r} matches {count}")
+    if len(counts) > MANY:
+        click.echo(f"  and {len(counts) - MANY} more, of which each {what}s one or more linears")
+
+
+def layers(plan: Plan) -> list[str]:
+    """What every linear becomes, by role; where a role has several forms, in which blocks."""
+    groups: dict[tuple[str, str], list[int | None]] = {}
+    for unit in plan.layout.units:
+        block = unit.index if unit.kind == "block" else None
+        for linear in unit.linears:
+            groups.setdefault((linear.role, label(plan, linear.name)), []).append(block)
+    forms = Counter(role for role, _ in groups)
+    first = {role: place for place, role in enumerate(dict.fromkeys(role for role, _ in groups))}
+    lines = []
+    for (role, text), blocks in sorted(groups.items(), key=lambda entry: first[entry[0][0]]):
+        line = f"  {role:12} {len(blocks):5} x {text}"
+        if forms[role] > 1:
+            line += f", blocks {ranges(sorted({b for b in blocks if b is not None}))}"
+        lines.append(line)
+    kv = plan.schemes.kv
+    if kv is not None:
+        lines.append(
+            f"  KV cache           {kv.element}, scales per {kv.per.replace('_', ' and ')}"
+        )
+    return lines
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few words: 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def elements(shape: tuple[int, ...]) -> int:

@@ -1,0 +1,95 @@
+"""`compress measure` and `compress allocate` from a model to a recipe that runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from compressor.allocate import parse_sensitivity
+from compressor.cli.main import cli
+from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.errors import InputError, Problems
+from compressor.plan import make_plan
+from compressor.recipe import make_recipe
+from compressor.sensitivity import measure_sensitivity
+from compressor.source import open_source
+
+CPU = choose_device("cpu")
+IDS = torch.randint(2, 256, (4, 32), generator=torch.Generator().manual_seed(3))
+
+
+def measure(model: Path, passes: list[object], bits: tuple[int, ...] = (3, 8)):
+    recipe = {"model": str(model), "output": "out", "passes": passes}
+    return measure_sensitivity(recipe, open_source(model), bits, IDS, device=CPU, batch=2)
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [{"rtn": {"group_size": 32}}],
+        [{"awq": {"bits": 4, "group_size": 32}}],
+        ["smoothquant", {"rtn": {"group_size": 32, "activations": "token"}}],
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_every_group_is_measured(
+    model_type: str, passes: list[object], tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model(model_type)
+    found = measure(model, passes)
+    layout = open_source(model).layout
+    wanted = [x.name for x in layout.linears if x.role not in ("router", "lm_head")]
+    measured = [name for group in found.groups for name in group.linears]
+    assert sorted(measured) == sorted(wanted)
+    fused = {x.name: x.fused or x.name for x in layout.linears}
+    for group in found.groups:
+        assert len({fused[name] for name in group.linears}) == 1
+        three, eight, plain = group.options
+        assert (three.bits, eight.bits, plain.bits) == (3, 8, None)
+        assert plain.error == 0 and plain.bits_per_weight == 32
+        assert 0 < eight.error < 0.2 * three.error < 0.2
+
+
+def test_sizes_are_those_of_the_files(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    found = measure(model, [{"rtn": {"group_size": 32}}], bits=(4,))
+    recipe = dict(found.recipe) | {"output": str(tmp_path / "out")}
+    output = compile_checkpoint(prepare(make_recipe(recipe), device=CPU)).output
+    entries = open_source(output).checkpoint.entries
+    stored = sum(entry.spec.nbytes for name, entry in entries.items() if "_proj.weight" in name)
+    weights = sum(group.weights for group in found.groups)
+    assert found.bits_per_weight([0] * len(found.groups)) == pytest.approx(8 * stored / weights)
+
+
+def test_from_a_model_to_a_mixed_recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, runner = tiny_model("llama"), CliRunner()
+    file, recipe = tmp_path / "sensitivity.json", tmp_path / "mixed.yaml"
+    arguments = ["measure", str(model), "--bits", "3", "--bits", "8", "--out", str(file)]
+    result = runner.invoke(cli, [*arguments, "--samples", "4", "--length", "32", "--json"])
+    assert result.exit_code == 0, result.output
+    found = parse_sensitivity(file.read_text(), where=str(file))
+    least, most = (found.bits_per_weight([i] * len(found.groups)) for i in (0, 1))
+    middle = (least + most) / 2
+    arguments = ["allocate", str(file), "--bits-per-weight", f"{middle}", "--output", str(recipe)]
+    result = runner.invoke(cli, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    assert least < json.loads(result.stdout)["bits_per_weight"] <= middle
+    plan = make_plan(make_recipe(yaml.safe_load(recipe.read_text())), open_source(model))
+    bits = [s.weight.bits for s in plan.schemes.linears.values() if s.weight is not None]
+    assert set(bits) == {3, 8}
+
+
+def test_what_cannot_be_measured(tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match="no `bits`"):
+        measure(model, ["fp8"])
+    with pytest.raises(InputError, match="no block"):
+        measure(model, [{"rtn": {"group_size": 32, "ignore": []}}])
+    with pytest.raises(Problems, match="does not divide"):
+        measure(model, [{"rtn": {"group_size": 128}}])
