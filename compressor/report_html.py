@@ -17,6 +17,7 @@ from compressor.report_text import counted, duration, factor, number, share, siz
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 WORST = 12
+GATE_LAYERS = 3
 
 Data = Mapping[str, Any]
 
@@ -107,7 +108,17 @@ def _gate(data: Data) -> str:
     if gate is None:
         return ""
     rows = [[_mark(check["passed"]), escape(check["message"])] for check in gate.get("checks", ())]
-    body = _table(["", "limit"], rows)
+    body = _table(["", "limit"], rows, texts=(1,))
+    layers = gate.get("layers") or []
+    if not gate.get("passed") and layers and layers[0].get("share"):
+        worst = ", ".join(
+            f"<code>{_breakable(layer['linear'])}</code> ({layer['share']:.1%})"
+            for layer in layers[:GATE_LAYERS]
+        )
+        body += (
+            '<p class="after">Largest shares of the summed error of '
+            f"{len(layers)} linears: {worst}.</p>"
+        )
     if gate.get("suggestion"):
         body += (
             "<h3>What may help</h3><p>More bits where most of the error is; in the recipe, "
@@ -231,7 +242,7 @@ def _verify(data: Data) -> str:
         ]
         for check in verify.get("checks", ())
     ]
-    body = _table(["", "check", "found"], checks) if checks else ""
+    body = _table(["", "check", "found"], checks, texts=(2,)) if checks else ""
     # What else the verdict carries: single values, and lists of messages.
     others = [
         [escape(key.replace("_", " ")), escape(_inline(value))]
@@ -242,7 +253,8 @@ def _verify(data: Data) -> str:
         and value not in (None, "", [])
     ]
     return _section(
-        "Verification of the written files", body + (_table([], others) if others else "")
+        "Verification of the written files",
+        body + (_table([], others, texts=(1,)) if others else ""),
     )
 
 
@@ -257,7 +269,7 @@ def _done(data: Data) -> str:
     ]
     text = yaml.safe_dump(dict(data["recipe"]), sort_keys=False, width=100, allow_unicode=True)
     details = f"<details><summary>The recipe in full</summary><pre>{escape(text)}</pre></details>"
-    table = _table(["", "pass", "parameters"], rows)
+    table = _table(["", "pass", "parameters"], rows, texts=(2,))
     return _section("What was done", table + details)
 
 
@@ -362,10 +374,15 @@ def _table(
     *,
     numbers: Iterable[int] = (),
     names: Iterable[int] = (),
+    texts: Iterable[int] = (),
 ) -> str:
-    """A table of cells that are HTML already."""
+    """A table of cells that are HTML already; `names` and `texts` may break anywhere."""
     numbers, names = tuple(numbers), tuple(names)
-    kinds = {**dict.fromkeys(numbers, ' class="n"'), **dict.fromkeys(names, ' class="name"')}
+    kinds = {
+        **dict.fromkeys(numbers, ' class="n"'),
+        **dict.fromkeys(names, ' class="name"'),
+        **dict.fromkeys(texts, ' class="text"'),
+    }
     head = "".join(
         f"<th{kinds.get(i, '') if i in set(kinds) else ''}>{cell}</th>"
         for i, cell in enumerate(header)
