@@ -109,7 +109,11 @@ def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise InputError(f"{where} is not valid YAML: {error}") from error
+        shown = str(error).replace('"<unicode string>"', where)
+        raise InputError(
+            f"{where} is not valid YAML: {shown}",
+            hint="indent with spaces; quote text that holds ': ' or begins with a sign",
+        ) from error
     if not isinstance(value, dict):
         raise InputError(f"{where} is not a mapping of recipe keys", hint="see: compress recipes")
     return value
@@ -122,12 +126,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
     pairs = [(loader.construct_object(k, deep=True), v) for k, v in node.value]
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    seen = set()
+    for (key, _), (key_node, _) in zip(pairs, node.value, strict=True):
+        if key in seen:
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} appears twice", node.start_mark
+                None, None, f"key {key!r} appears twice", key_node.start_mark
             )
+        seen.add(key)
     return {key: loader.construct_object(value, deep=True) for key, value in pairs}
 
 
@@ -241,7 +246,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list
             fields = _fields_at(model, path[:-1])
             problems.append(InputError(f"unknown key {where!r}", hint=nearest(path[-1], fields)))
         elif item["type"] == "missing":
-            problems.append(InputError(f"key {where!r} is missing"))
+            problems.append(InputError(f"key {where!r} is missing", hint=_meaning(model, path)))
         else:
             got = repr(item.get("input"))
             shown = got if len(got) < 60 else got[:57] + "..."
@@ -260,6 +265,12 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
             return []
         model = models[0]
     return list(model.model_fields)
+
+
+def _meaning(model: type[BaseModel], path: Sequence[str]) -> str | None:
+    """What a key at the top of a model stands for."""
+    field = model.model_fields.get(path[-1]) if len(path) == 1 else None
+    return f"{path[-1]}: {field.description}" if field and field.description else None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
