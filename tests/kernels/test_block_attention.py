@@ -117,8 +117,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("block_size", "dtype"), [(64, torch.bfloat16), (16, torch.float16)])
 def test_published_shapes_on_a_device(block_size, dtype):
     torch.manual_seed(6)
     rule = BlockRule(block_size=block_size, init_blocks=1, local_blocks=32, top_k=96)

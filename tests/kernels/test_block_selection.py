@@ -269,9 +269,9 @@ def test_what_does_not_fit_is_refused(make, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_published_shapes_on_a_device(dtype):
+def test_published_shapes_on_a_device():
     torch.manual_seed(11)
+    dtype = torch.bfloat16
     rule, windows, tokens = BlockRule(), WindowRule(), 20011
     q, k = randn(2, 8, 300, 128, dtype=dtype), randn(2, 2, tokens, 128, dtype=dtype)
     compressed = compress_keys(k, windows)
