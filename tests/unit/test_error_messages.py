@@ -383,7 +383,6 @@ def typed(
     ("typing", "says"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
 )
 def test_a_mistake_is_answered(
-    mistake: str,
     typing: Callable[[Desk], Sequence[Any]],
     says: Sequence[str],
     desk: Desk,
