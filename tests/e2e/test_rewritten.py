@@ -11,15 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.errors import Problems
-from compressor.recipe import make_recipe
+from compressor.errors import Interrupted, Problems
+from compressor.recipe import Recipe, make_recipe
 
 CPU = choose_device("cpu")
 IDS = torch.arange(2, 42)[None]
 
 
-def run(model: Path, output: Path, passes: list[Any], **top: Any) -> Path:
-    recipe = make_recipe(
+def recipe(model: Path, output: Path, passes: list[Any], **top: Any) -> Recipe:
+    return make_recipe(
         {
             "model": str(model),
             "output": str(output),
@@ -29,7 +29,10 @@ def run(model: Path, output: Path, passes: list[Any], **top: Any) -> Path:
             **top,
         }
     )
-    return compile_checkpoint(prepare(recipe, device=CPU)).output
+
+
+def run(model: Path, output: Path, passes: list[Any], **top: Any) -> Path:
+    return compile_checkpoint(prepare(recipe(model, output, passes, **top), device=CPU)).output
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -64,6 +67,23 @@ def test_what_is_written_is_the_original(
     found = logits(run(model, tmp_path / "out", passes, **top))
     expected = logits(model)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_rotated_run_continues_where_it_stopped(
+    after: int, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A resumed run makes its inputs from the rotated embedding and blocks that it wrote."""
+    passes = [{"rotate": {}}, {"gptq": {"bits": 4, "group_size": 32}}]
+    model, top = tiny_model("llama"), {"format": "compressed-tensors"}
+    whole = run(model, tmp_path / "whole", passes, **top)
+    calls = iter(range(100))
+    prepared = prepare(recipe(model, tmp_path / "parts", passes, **top), device=CPU)
+    with pytest.raises(Interrupted):
+        compile_checkpoint(prepared, stopping=lambda: next(calls) >= after)
+    parts = run(model, tmp_path / "parts", passes, **top)
+    for shard in whole.glob("*.safetensors"):
+        assert shard.read_bytes() == (parts / shard.name).read_bytes()
 
 
 def test_plan_says_what_cannot_be_rotated(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
