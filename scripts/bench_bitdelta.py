@@ -12,8 +12,10 @@ OUT/bitdelta*.json.
 import argparse
 
 import torch
+from bench_sass import issued
 from bench_timing import copy_gbps, graph_ms, relative_error, require, save
-from compressor_kernels.bitdelta import DeltaTiles, delta_matmul, delta_matmul_ref
+from compressor_kernels.bitdelta import DeltaTiles, _tiles, delta_matmul, delta_matmul_ref
+from compressor_kernels.bitdelta_jit import delta_kernel
 from torch import Tensor
 
 TENANTS, INNER, OUTER, SETS = 16, 4096, 4096, 4
@@ -95,6 +97,11 @@ def bench() -> dict[str, object]:
             f" {rate / ceiling:>7.0%}"
         )
         results[f"rows_{rows}"] = {"dense_us": dense, "delta_us": ours, "gbps": rate}
+        # A program takes 1,024 inputs of its outputs a step.
+        signs = 1024 * _tiles(TENANTS, rows, OUTER).block_n
+        counted = issued(delta_kernel, items=signs)
+        print(f"       {moved / (TENANTS * INNER * OUTER):.4f} bytes a sign; {counted}")
+        results[f"rows_{rows} instructions per sign"] = counted
     return results
 
 

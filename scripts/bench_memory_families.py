@@ -6,7 +6,9 @@ from functools import partial
 
 import torch
 from bench_rows import Row, gate, per_call_us
+from bench_sass import issued
 from bench_timing import relative_error
+from compressor_kernels import activations_jit, nvfp4_inputs_jit, w4a8_jit, w4a16_jit
 from compressor_kernels import nvfp4_inputs as fp4
 from compressor_kernels import w4a8 as q
 from compressor_kernels import w4a16 as w
@@ -102,6 +104,9 @@ def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
                     want=want, limit=1e-3, moved=nbytes(weights[0]), peer="cuBLAS fp16",
                     peer_us=dense, target=None if tiles else target,
                 )  # fmt: skip
+                if tiles is None:
+                    t = w.decode_tiles(count, outputs, inner, 128)
+                    _issued("weight", w4a16_jit.decode_kernel, 128 * t.slices * t.block_n)
     outputs, inner, count = *WIDE[0], 2048
     many = int4(outputs, inner)
     x = torch.randn(count, inner, dtype=FP16, device="cuda")
@@ -160,6 +165,9 @@ def nvfp4_family(ceiling: float, sweep: bool) -> list[Row]:
                 want=want, limit=2e-3, moved=nbytes(weights[0]), peer="our W4A16", peer_us=ours,
                 target=0.8 if count == 1 and tiles is None else None,
             )  # fmt: skip
+            if tiles is None and count <= w.DECODE_TOKENS:
+                t = w.decode_tiles(count, outputs, inner, 16)
+                _issued("weight", w4a16_jit.decode_kernel, 128 * t.slices * t.block_n)
         moved = nbytes(weights[0]) / us / 1e3
         rows.append(
             Row("nvfp4", "weight only", shape, us, moved, "GB/s", "cuBLAS fp16", dense / us)
@@ -197,6 +205,9 @@ def w4a8_family(ceiling: float, sweep: bool) -> list[Row]:
                 want=want, limit=1e-3, moved=nbytes(tuple(weights[0].values())),
                 peer="cuBLAS fp16", peer_us=dense, target=None if tiles else target,
             )  # fmt: skip
+            if tiles is None and count <= q.DECODE_TOKENS:
+                t = q.decode_tiles(count, outputs, inner)
+                _issued("weight", w4a8_jit.decode_kernel, 128 * t.slices * t.block_n)
     return rows
 
 
@@ -215,6 +226,9 @@ def inputs(ceiling: float, sweep: bool) -> list[Row]:
             us = per_call_us(lambda i, x=x, d=dtype: quantize_tokens(x[i], dtype=d), sets=2)
             moved = nbytes((x[0], *ours))
             rows.append(_part(name, shape, us, moved, ceiling, 0.8))
+            _issued(
+                "value", activations_jit.tokens_kernel, max(4096, 1 << (width - 1).bit_length())
+            )
         amax = x[0].abs().amax().float().reshape(1)
         for rule, target in (("static_6", 0.6), ("mse", 0.4), ("mae", 0.4), ("abs_max", 0.4)):
             options = {"rule": rule, "amax": amax}
@@ -226,7 +240,12 @@ def inputs(ceiling: float, sweep: bool) -> list[Row]:
                 continue
             us = per_call_us(lambda i, x=x, o=options: fp4.quantize_nvfp4_inputs(x[i], **o), sets=2)
             rows.append(_part(f"NVFP4 {rule}", shape, us, nbytes((x[0], *ours)), ceiling, target))
+            _issued("value", nvfp4_inputs_jit.inputs_kernel, 16 * fp4.rows_of_program(rule))
     return rows
+
+
+def _issued(item: str, kernel: object, items: int) -> None:
+    print(f"    per {item}: {issued(kernel, items=items)}")
 
 
 def _part(

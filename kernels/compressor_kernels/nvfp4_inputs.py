@@ -27,6 +27,11 @@ def full_range(rule: Rule) -> float:
     return 6.0 * 448.0 if rule == "static_6" else 6.0 * 256.0
 
 
+def rows_of_program(rule: Rule) -> int:
+    """Blocks that one program rounds."""
+    return 256 if rule == "static_6" else 128
+
+
 def quantize_nvfp4_inputs(
     x: Tensor, *, rule: Rule = "static_6", amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +52,7 @@ def quantize_nvfp4_inputs(
     scales = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK), dtype=torch.uint8, device=x.device)
     second = torch.empty(1, dtype=torch.float32, device=x.device)
     blocks = scales.numel()
-    rows = 256 if rule == "static_6" else 128  # blocks of a program
+    rows = rows_of_program(rule)
     # An empty input still has a global scale.
     jit.inputs_kernel[(max(1, -(-blocks // rows)),)](
         flat,

@@ -75,7 +75,7 @@ def w4a8(
     if not y.numel():
         return y.view(*a.shape[:-1], outputs)
     if tiles is None:
-        tiles = _decode_tiles(count, outputs, inner) if count <= DECODE_TOKENS else TiledTiles()
+        tiles = decode_tiles(count, outputs, inner) if count <= DECODE_TOKENS else TiledTiles()
     if group:
         level2 = tuple(t.contiguous().view(torch.int32) for t in (s2_scales, s2_zeros))
     else:
@@ -248,7 +248,7 @@ def _slice(group: int) -> int:
     return group if group in (32, 64) else 128
 
 
-def _decode_tiles(count: int, outputs: int, inner: int) -> DecodeTiles:
+def decode_tiles(count: int, outputs: int, inner: int) -> DecodeTiles:
     """Chosen from shapes alone."""
     programs = -(-outputs // 64)
     split = next((s for s in (1, 2, 4) if programs * s >= 2 * PROCESSORS), 8)
