@@ -61,6 +61,8 @@ def distill(
     end. A killed run continues at the last record in `context.scratch`.
     """
     student = Student(model, context.base, bits=bits)
+    if not student.rows:  # the base has every weight
+        return Trained(scales={}, before=0.0, after=0.0)
     try:
         scales = student.scales
         optimizer = torch.optim.AdamW([scales], lr=settings.lr)
@@ -131,7 +133,8 @@ class Student:
                 self._layers[unit.index] = _Merging(self, unit, layer, tensors, parts)  # type: ignore[index,operator]
             else:
                 self.head = parts
-        self.scales = nn.Parameter(torch.stack(initial).to(self.device, torch.float32))
+        scales = torch.stack(initial) if initial else torch.zeros(0, bits)
+        self.scales = nn.Parameter(scales.to(self.device, torch.float32))
 
     def close(self) -> None:
         """Take the student's blocks out of the model again."""

@@ -51,12 +51,14 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
     out = [sum(spec.nbytes for spec in unit.outputs.values()) for unit in plan.units]
     # One unit being read ahead, one being worked on, one being written.
     streams = max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
+    if plan.delta is not None:
+        streams += max(plan.delta.base_bytes(unit.layout) for unit in plan.units)
     host = PROCESS_BYTES[kind] + streams
-    held = 0
+    held, learning = 0, _learning_bytes(plan, device)
     if kind == "cuda":
-        held = inputs + working + max(raw)
+        held = max(inputs + working + max(raw), learning)
     else:
-        host += inputs + working
+        host += max(inputs + working, learning)
     return Estimates(
         source_bytes=sum(raw),
         output_bytes=plan.output_bytes,
@@ -65,6 +67,30 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
         batch=batch,
         seconds=_seconds(plan, device),
     )
+
+
+def _learning_bytes(plan: Plan, device: torch.device) -> int:
+    """The whole model, and its base where there is one, for passes that learn through its depth."""
+    passes = [p.step.params for p in plan.passes if p.step.params.holds_model]
+    if not passes:
+        return 0
+    entries = plan.source.checkpoint.entries.values()
+    count = sum(torch.Size(entry.spec.shape).numel() for entry in entries)
+    size = plan.compute_dtype(device).itemsize
+    base = 0
+    if plan.delta is not None:
+        coded = plan.delta.bits
+        base = sum(x.out_features * x.in_features for x in plan.layout.linears if x.name in coded)
+    rows = max(getattr(params, "batch", 1) for params in passes)
+    vocabulary = int(plan.source.checkpoint.config.get("vocab_size", 0))
+    logits = 4 * 4 * rows * plan.recipe.calibration.length * vocabulary
+    # Beside both there are the signs, and one block twice: its weights and their gradients.
+    block = max(
+        sum(x.out_features * x.in_features for x in unit.layout.linears)
+        for unit in plan.units
+        if unit.layout.kind == "block"
+    )
+    return size * (count + base + 2 * block) + base // 8 + logits
 
 
 def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> int:

@@ -205,6 +205,11 @@ class Pass(BaseModel):
         of `length` calibration tokens."""
         return Outlook()
 
+    @property
+    def holds_model(self) -> bool:
+        """Whether it has the whole model in memory while it learns."""
+        return False
+
     def base_model(self) -> str | None:
         """A second checkpoint whose weights `apply` reads: folder, Hub id or GGUF file."""
         return None

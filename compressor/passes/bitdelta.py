@@ -51,6 +51,10 @@ class Bitdelta(ModelPass):
     batch: int = Field(4, ge=1, description="rows of calibration tokens in one step")
     lr: float = Field(1e-4, gt=0, description="learning rate, annealed to 0 by a cosine")
 
+    @property
+    def holds_model(self) -> bool:
+        return self.distill == "logits"
+
     def base_model(self) -> str | None:
         return self.base
 

@@ -355,6 +355,7 @@ def test_commands(pair: Pair, tmp_path: Path) -> None:
 
     text = call("delta", "diff", str(output), "--base", str(base))
     assert "14 linears as signs" in text and "2 x 2 bit" in text and "of the weight" in text
+    assert "14 linears as signs" in call("inspect", str(output))
     found = json.loads(call("delta", "diff", str(output), "--json"))
     assert len(found["linears"]["model.layers.0.mlp.up_proj"]["scales"]) == 2
     dense = tmp_path / "dense"

@@ -38,13 +38,17 @@ def block_recipes() -> list[Path]:
     return found
 
 
-def small(path: Path, model: Path, output: Path, *, tied: bool) -> dict[str, Any]:
+def small(path: Path, model: Path, output: Path, *, tied: bool, base: Path) -> dict[str, Any]:
     """The recipe for a tiny model: groups of 32, little text, nothing from the network."""
     data = yaml.safe_load(path.read_text("utf-8"))
     for entry in data["passes"]:
         for params in entry.values() if isinstance(entry, dict) else ():
             if (params or {}).get("group_size"):
                 params["group_size"] = 32
+            if (params or {}).get("base"):
+                params["base"] = str(base)
+            if (params or {}).get("steps"):
+                params["steps"] = 2
     data["calibration"] = {"samples": 8, "length": 32}
     data["evaluate"] = {"windows": 2, "length": 32}
     for key in ("gate", "publish"):
@@ -61,7 +65,9 @@ def test_it_plans_on_every_architecture_it_is_for(
     planned = []
     for model_type in TYPES:
         source = open_source(tiny_model(model_type))
-        data = small(path, tmp_path, tmp_path / "out", tied=source.layout.tied is not None)
+        base = tiny_model(model_type, seed=1)
+        tied = source.layout.tied is not None
+        data = small(path, tmp_path, tmp_path / "out", tied=tied, base=base)
         try:
             plan = make_plan(make_recipe(data), source)
         except Problems as error:
@@ -75,7 +81,8 @@ def test_it_plans_on_every_architecture_it_is_for(
 @pytest.mark.parametrize("path", block_recipes(), ids=lambda path: path.stem)
 def test_it_runs(path: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("qwen3" if "smollm2" in path.stem else "llama")
-    recipe = make_recipe(small(path, model, tmp_path / "out", tied=False))
+    base = tiny_model("qwen3" if "smollm2" in path.stem else "llama", seed=1)
+    recipe = make_recipe(small(path, model, tmp_path / "out", tied=False, base=base))
     prepared = prepare(recipe, device=CPU)
     assert prepared.evaluation is not None
     done = compile_checkpoint(prepared)

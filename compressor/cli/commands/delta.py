@@ -71,6 +71,11 @@ def apply(
 @json_option
 def diff(delta: Path, base: str | None, as_json: bool) -> None:
     """Say what DELTA holds: its base, signs and scales, full tensors, what it borrows."""
+    show(delta, base=base, as_json=as_json)
+
+
+def show(delta: Path, *, base: str | None, as_json: bool) -> None:
+    """Print what a delta holds."""
     from compressor.delta_apply import compare, describe
     from compressor.delta_source import find_base, open_delta
 

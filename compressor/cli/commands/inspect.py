@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -23,15 +24,22 @@ def command(checkpoint: str, layers: bool, as_json: bool) -> None:
     """Show what is in a checkpoint: architecture, format, bits, schemes, sizes, origin.
 
     CHECKPOINT is a folder, a GGUF file, or a Hub id, of which headers are read over the network
-    and no weights.
+    and no weights. Of a delta it shows what compress delta diff does.
 
     \b
     compress inspect out/smollm2-135m-awq
     compress inspect meta-llama/Llama-2-7b-hf --json
     """
+    from compressor.delta_source import is_delta
     from compressor.inspect_checkpoint import inspect
     from compressor.locate import locate
 
+    folder = Path(checkpoint).expanduser()
+    if is_delta(folder):
+        from compressor.cli.commands.delta import show
+
+        show(folder, base=None, as_json=as_json)
+        return
     info = inspect(locate(checkpoint, fetch=False))
     if as_json:
         click.echo(json.dumps({"ok": True, **info.to_json()}, indent=2))

@@ -92,6 +92,10 @@ def label(plan: Plan, name: str) -> str:
     """A linear's scheme in a few words."""
     scheme = plan.schemes.linears[name]
     spec = scheme.weight
+    if plan.delta is not None and name in plan.delta.bits:
+        return f"{plan.delta.bits[name]}-bit difference to the base"
+    if plan.delta is not None and f"{name}.weight" in plan.delta.borrowed:
+        return "the base's own"
     if spec is None:
         return "unchanged"
     shared = {
