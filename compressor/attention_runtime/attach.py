@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from compressor.attention_runtime.attend import Rule, Tables, by_slot, full, streaming
+from compressor.attention_runtime.blocks import ForecastsInUse, over_blocks, stored_forecasts
 from compressor.attention_runtime.cache import HeadLayer, Held, PolicyCache
 from compressor.errors import InputError
-from compressor.policy import AttentionPolicy, read_policy
+from compressor.policy import AttentionPolicy, LayerPolicy, read_policy
 
 NAME = "attention_policy"
 """The name under which the attention function is registered."""
@@ -22,10 +24,16 @@ NAME = "attention_policy"
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, Runtime] = weakref.WeakKeyDictionary()
 
 
-def attach(model: Any, policy: AttentionPolicy | Path | str | None = None) -> Runtime:
+def attach(
+    model: Any,
+    policy: AttentionPolicy | Path | str | None = None,
+    *,
+    forecasts: Mapping[str, Tensor] | None = None,
+) -> Runtime:
     """Have a loaded model attend by a policy: a value, or that of a checkpoint folder (the one that
     the model was loaded from, if none is given).
 
+    forecasts  tensors that choose blocks, by name, if not those of the folder
     Raises InputError where there is no policy, or it is not for this model.
     """
     if not isinstance(policy, AttentionPolicy):
@@ -34,7 +42,8 @@ def attach(model: Any, policy: AttentionPolicy | Path | str | None = None) -> Ru
         if found is None:
             raise InputError(f"{folder} carries no attention policy")
         policy = found
-    return Runtime(model, policy)
+        forecasts = stored_forecasts(folder) if forecasts is None else forecasts
+    return Runtime(model, policy, forecasts)
 
 
 class Runtime:
@@ -44,8 +53,11 @@ class Runtime:
     cache a text is attended to in one pass under the same mask.
     """
 
-    def __init__(self, model: Any, policy: AttentionPolicy) -> None:
+    def __init__(
+        self, model: Any, policy: AttentionPolicy, forecasts: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.policy = policy
+        self._forecasts = ForecastsInUse(policy, forecasts or {})
         self.modules = _attention_modules(model)
         _check(model, policy, len(self.modules))
         self.rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
@@ -93,6 +105,12 @@ class Runtime:
                 hint="call generate(..., **runtime.options()), or pass use_cache=False",
             )
         self._caches[module.layer_idx] = cache
+        tables = kwargs.get("position_embeddings")
+        self._forecasts.enter(
+            module.layer_idx,
+            args[0] if args else kwargs["hidden_states"],
+            None if tables is None else (tables[0][0], tables[1][0]),
+        )
         if self.policy.positions == "slot":
             cos, sin = kwargs["position_embeddings"]
             still = (torch.ones_like(cos), torch.zeros_like(sin))
@@ -102,15 +120,13 @@ class Runtime:
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """One call of a layer's attention: [rows, heads, length, head_dim]."""
         layer = self.policy.layers[module.layer_idx]
-        if layer.blocks is not None:
-            raise InputError(f"layer {module.layer_idx} selects blocks, which is not run here")
+        forecast = self._forecasts.take(module.layer_idx)
         cache = self._caches[module.layer_idx]
         held = cache.layers[module.layer_idx] if cache is not None else None
         assert held is None or isinstance(held, HeadLayer)
         if layer.streaming is None:
-            return (
-                full(query, held.keys, held.values, rule) if held else full(query, key, value, rule)
-            )
+            whole = (held.keys, held.values) if held else (key, value)
+            return self._attend_full(layer, query, *whole, rule, forecast)
         kind = HeadLayer(layer, kv_heads=self.policy.kv_heads)
         if held is not None:
             whole, step = (held.keys, held.values), held.take()
@@ -129,8 +145,23 @@ class Runtime:
         else:
             out[:, few] = streaming(query[:, few], *kept, sinks=sinks, window=window)
         if many:
-            out[:, many] = full(query[:, many], *whole, rule)
+            said = None if forecast is None else forecast[:, kind.full]
+            out[:, many] = self._attend_full(layer, query[:, many], *whole, rule, said)
         return out
+
+    def _attend_full(
+        self,
+        layer: LayerPolicy,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: Rule,
+        forecast: Tensor | None,
+    ) -> Tensor:
+        """Heads that do not stream: over the blocks they choose, or over everything."""
+        if layer.blocks is None or k.shape[2] < layer.blocks.dense_below:
+            return full(q, k, v, rule)
+        return over_blocks(q, k, v, layer.blocks, rule, forecast=forecast)
 
     def _tables(self, like: Tensor, slots: int) -> Tables:
         assert self.rotary is not None

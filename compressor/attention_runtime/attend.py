@@ -50,13 +50,13 @@ def full(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """Causal attention; the last query sits at the last key."""
     q_len, k_len = q.shape[2], k.shape[2]
     if rule.window is None and q_len in (1, k_len):
-        return _softmax(q, k, v, None, rule, causal=q_len > 1)
+        return softmax_attention(q, k, v, None, rule, causal=q_len > 1)
     keys = torch.arange(k_len, device=q.device)
     distance = keys[k_len - q_len :, None] - keys[None, :]
     mask = distance >= 0
     if rule.window is not None:
         mask &= distance < rule.window
-    return _softmax(q, k, v, mask, rule)
+    return softmax_attention(q, k, v, mask, rule)
 
 
 def streaming(
@@ -76,7 +76,7 @@ def streaming(
         mask = token_mask(own, at, sinks=sinks, window=window)
         if rule.window is not None:
             mask &= own[:, None] - at[None, :] < rule.window
-        out[:, :, start:stop] = _softmax(
+        out[:, :, start:stop] = softmax_attention(
             q[:, :, start:stop], k[:, :, index], v[:, :, index], mask, rule
         )
     return out
@@ -117,12 +117,13 @@ def by_slot(
     mask = token_mask(own, places, sinks=sinks, window=window)
     if rule.window is not None:
         mask &= own[:, None] - places[None, :] < rule.window
-    return _softmax(query, keys, v, mask, rule)
+    return softmax_attention(query, keys, v, mask, rule)
 
 
-def _softmax(
+def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, *, causal: bool = False
 ) -> Tensor:
+    """Attention under a mask [rows or 1, heads or 1, Tq, Tk] or [Tq, Tk], or none."""
     group = q.shape[1] // k.shape[1]
     if rule.softcap is None:
         return scaled_dot_product_attention(
