@@ -24,7 +24,7 @@ TYPES = (
     *("mixtral", "qwen3_moe"),
 )
 # What a plan may say of a recipe on an architecture that it is not for.
-UNFIT = ("does not commute with a rotation", "LayerNorm")
+UNFIT = ("does not commute with a rotation", "LayerNorm", "'mlp.down' matches no linear")
 
 
 def block_recipes() -> list[Path]:
@@ -75,7 +75,8 @@ def test_it_plans_on_every_architecture_it_is_for(
             continue
         assert plan.output_bytes > 0
         planned.append(model_type)
-    assert set(planned) >= set(TYPES) - {"gemma2", "opt"}
+    mixtures = {"mixtral", "qwen3_moe"} if "mixed" in path.stem else set()
+    assert set(planned) >= set(TYPES) - {"gemma2", "opt"} - mixtures
 
 
 @pytest.mark.parametrize("path", block_recipes(), ids=lambda path: path.stem)
