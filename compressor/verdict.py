@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -172,7 +172,7 @@ class _Judge:
         if wanted.stride is not None:
             ids, scored = strided(ids.reshape(-1), length=wanted.length, stride=wanted.stride)
         with self._stage("evaluate"):
-            return evaluate(
+            found = evaluate(
                 self._written(),
                 ids,
                 device=self.prepared.device,
@@ -182,6 +182,10 @@ class _Judge:
                 batch=self._rows(wanted.length),
                 progress=self.watch.unit,
             )
+        if any(step.params.rotates_residual for step in self.prepared.recipe.passes):
+            # Hidden states in two bases: their difference says nothing.
+            found = replace(found, blocks=())
+        return found
 
     def _passkey(self) -> PasskeyResult | None:
         wanted = self.prepared.recipe.evaluate

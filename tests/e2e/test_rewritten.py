@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import Interrupted, Problems
 from compressor.recipe import Recipe, make_recipe
+from compressor.verdict import judge
 
 CPU = choose_device("cpu")
 IDS = torch.arange(2, 42)[None]
@@ -96,3 +97,16 @@ def test_plan_says_what_cannot_be_rotated(tiny_model: Callable[..., Path], tmp_p
     ):
         with pytest.raises(Problems, match=message):
             run(tiny_model(model_type), tmp_path / "out", passes, **top)
+
+
+def test_a_report_compares_no_hidden_states_of_two_bases(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The rotated model's perplexity is compared with the original's, its hidden states are not."""
+    for passes, blocks in ((["rotate"], 0), (["reorder"], 2)):
+        top = {"evaluate": {"windows": 2, "length": 32}, "verify": False}
+        made = recipe(tiny_model("llama"), tmp_path / passes[0], passes, **top)
+        prepared = prepare(made, device=CPU)
+        found = judge(prepared, compile_checkpoint(prepared)).evaluation
+        assert found is not None and found.kl is not None and found.kl.value < 1e-6
+        assert len(found.blocks) == blocks
