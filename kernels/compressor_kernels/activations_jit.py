@@ -35,7 +35,8 @@ def tokens_kernel(
         tl.store(scales_ptr + row, scale, mask=row < count)
     reciprocal = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
     steps = divide(x, scale[:, None], reciprocal[:, None], ASM)
-    if STATIC or not INT8:
+    # The conversion to E4M3 saturates; int8 codes of a scale of their own need not.
+    if STATIC if INT8 else not ASM:
         lowest: tl.constexpr = -128.0 if INT8 else -448.0
         steps = tl.where(steps < lowest, lowest, tl.where(steps > largest, largest, steps))
     codes = int8_nearest(steps) if INT8 else e4m3_nearest(steps, ASM)
