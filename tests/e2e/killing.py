@@ -53,7 +53,7 @@ def main() -> None:
     while True:
         pid = start(recipe, output)
         # Short lives first, so that many deaths come before the run gets through.
-        time.sleep(rng.uniform(0.1, 0.5 + 0.1 * kills) * whole)
+        time.sleep(rng.uniform(0.02, 0.1 + 0.08 * kills) * whole)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status):
