@@ -184,11 +184,10 @@ class WeightsOnly:
 
 
 def format_names() -> list[str]:
-    """Names of all formats, from the folder itself."""
-    here = Path(__file__).parent
-    return sorted(
-        p.stem.replace("_", "-") for p in here.glob("*.py") if p.stem not in ("__init__", "base")
-    )
+    """Names of all formats, from the package's folder itself."""
+    folders = importlib.import_module("compressor.formats").__path__
+    found = {path.stem for folder in folders for path in Path(folder).glob("*.py")}
+    return sorted(stem.replace("_", "-") for stem in found - {"__init__", "base"})
 
 
 def get_format(name: str) -> Format:

@@ -331,9 +331,10 @@ class ModelPass(Pass):
 
 
 def pass_names() -> list[str]:
-    """Names of all passes, from the folder itself."""
-    here = Path(__file__).parent
-    return sorted(p.stem for p in here.glob("*.py") if p.stem not in ("__init__", "base"))
+    """Names of all passes, from the package's folder itself."""
+    folders = importlib.import_module("compressor.passes").__path__
+    found = {path.stem for folder in folders for path in Path(folder).glob("*.py")}
+    return sorted(found - {"__init__", "base"})
 
 
 def get_pass(name: str) -> type[Pass]:
