@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
+import yaml
 
+from compressor.card import LOADING
+from compressor.cli.main import cli
+from compressor.formats.base import format_names
 from compressor.passes.base import pass_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,3 +52,95 @@ def test_links_lead_somewhere(page: Path) -> None:
     # A method's page is missed by its own test.
     local = [t for t in targets if "://" not in t and not t.startswith("methods/")]
     assert not [target for target in local if not (page.parent / target).exists()]
+
+
+ERRORS = {"InputError", "MachineError", "CheckError", "DataError"}
+
+
+def template(node: ast.expr) -> str:
+    """A message with … for what differs."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(template, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return template(node.left) + template(node.right)
+    return "…"
+
+
+def messages() -> Iterator[str]:
+    """Every error message of the program."""
+    for package in ("compressor", "calibration"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+                if named and node.func.id in ERRORS and node.args:
+                    yield template(node.args[0])
+
+
+def test_every_message_that_is_explained_is_said() -> None:
+    page = (DOCS / "troubleshooting.md").read_text("utf-8")
+    explained = re.findall(r"^### `(.*)`$", page, flags=re.MULTILINE)
+    assert len(explained) == len(set(explained)) >= 30
+    unsaid = sorted(set(explained) - set(messages()))
+    assert not unsaid, "docs/troubleshooting.md explains what no longer is said: " + str(unsaid)
+
+
+def test_the_table_of_formats_is_whole_and_says_what_cards_say() -> None:
+    page = (DOCS / "formats.md").read_text("utf-8")
+    (head, _, *rows) = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+    assert head[:4] == ["format", "what it holds", "transformers", "vLLM"]
+    assert sorted(row[0] for row in rows) == format_names()
+    for row in rows:
+        assert len(row) == len(head)
+        for cell in row[2:6]:
+            assert cell.startswith(("**run**", "**reader**", "*documented*", "no")), cell
+        how = LOADING.get(row[0])
+        if how is not None:
+            assert how.transformers == (not row[2].startswith("no")), row[0]
+            assert how.vllm == (not row[3].startswith("no")), row[0]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Command lines in code blocks of the documentation, and of the example for pipelines."""
+    for page in PAGES:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                yield page.name, line
+    example = yaml.safe_load((DOCS / "examples" / "github-actions.yml").read_text("utf-8"))
+    for job in example["jobs"].values():
+        for step in job["steps"]:
+            for line in str(step.get("run", "")).replace("\\\n", " ").splitlines():
+                yield "github-actions.yml", line
+
+
+def test_commands_that_are_shown_exist_with_their_options() -> None:
+    seen = 0
+    context = click.Context(cli, info_name="compress")
+    for page, line in commands():
+        words = shlex.split(line, comments=True)
+        if not words or words[0] != "compress":
+            continue
+        seen += 1
+        command: click.Command | None = cli
+        while isinstance(command, click.Group) and len(words) > 1 and words[1][0] != "-":
+            command = command.get_command(context, words.pop(1))
+        assert command is not None, f"{page}: {line}"
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        used = {word.split("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)}
+        assert used <= known | {"--help", "-h", "--version"}, f"{page}: {line}"
+    assert seen >= 5
+
+
+def test_the_container_installs_what_the_project_is() -> None:
+    """It cannot be built here; at least it copies what exists and runs the command by name."""
+    lines = (ROOT / "Dockerfile").read_text("utf-8").splitlines()
+    copied = [w for x in lines if re.match(r"COPY (?!--from)", x) for w in x.split()[1:-1]]
+    assert {"compressor", "kernels", "calibration", "recipes", "pyproject.toml"} <= set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    assert 'ENTRYPOINT ["compress"]' in lines
+    assert any(line.startswith("USER ") for line in lines)
