@@ -48,12 +48,14 @@ class Row:
     """One measured recipe.
 
     outliers  on the copy with planted outliers
+    untie     write a tied lm_head apart, which a rotation needs
     """
 
     name: str
     passes: tuple[Any, ...] = ()
     format: str = "compressed-tensors"
     outliers: bool = False
+    untie: bool = False
 
 
 def rows_of(group: int) -> list[Row]:
@@ -98,7 +100,7 @@ def rows_of(group: int) -> list[Row]:
         *(Row(f"int{bits} rtn", (rtn(bits),)) for bits in (4, 3)),
         *(Row(f"int{bits} gptq", (gptq(bits),)) for bits in (4, 3)),
         *(Row(f"int{bits} awq", ({"awq": {}}, rtn(bits))) for bits in (4, 3)),
-        Row("int4 rotated gptq", ("rotate", gptq(4))),
+        Row("int4 rotated gptq", ("rotate", gptq(4)), untie=True),
         Row(
             "w4a8kv4 naive",
             (
@@ -107,7 +109,7 @@ def rows_of(group: int) -> list[Row]:
             ),
             format="qserve",
         ),
-        Row("w4a8kv4 qoq", ({"qoq": {"group_size": group}},), format="qserve"),
+        Row("w4a8kv4 qoq", ({"qoq": {"group_size": group}},), format="qserve", untie=True),
         Row("outliers: baseline", outliers=True),
         Row("outliers: w8a8 naive", (naive,), outliers=True),
         Row("outliers: w8a8 smoothquant", (smooth(alpha="search"),), outliers=True),
@@ -202,6 +204,7 @@ class Bench:
             },
             "passes": list(row.passes),
             "format": row.format,
+            "untie": row.untie,
         }
         compiled = compile_checkpoint(prepare(make_recipe(data), device=self.device))
         errors: dict[str, list[float]] = {}
