@@ -174,34 +174,52 @@ def bench_decode(shape: Shape, results: dict[str, float]) -> None:
 
 
 def bench_prefill(shape: Shape, results: dict[str, float], *, queries: int = 4096) -> None:
-    """The last piece of a prompt, which sees the most keys."""
+    """The last piece of a prompt, which sees the most keys; what its tokens forecast is as alike
+    from one to the next as the correlation says (0: not at all, the hardest case)."""
     rule, windows, tokens = shape.rule, shape.windows, shape.tokens
     queries = min(queries, tokens // 2)
     q = shape.randn(1, shape.heads, queries, shape.dim)
-    forecast = shape.randn(1, shape.groups, queries, shape.dim)
     k, v = (shape.randn(1, shape.groups, tokens, shape.dim) for _ in range(2))
     compressed = compress_keys(k, windows)
-    scores = forecast_scores(forecast, compressed, rule, windows, tokens=tokens)
-    blocks = top_blocks(scores, rule, tokens=tokens)
-    out = block_attention(q, k, v, blocks, block_size=rule.block_size)
-    tail = {"block_size": rule.block_size}
-    want = block_attention_ref(q[:, :, -2:], k, v, blocks[:, :, -2:], **tail)
-    require("prefill, last two queries", relative_error(out[:, :, -2:], want), 6e-3)
+    none = torch.zeros(shape.groups, dtype=torch.bool, device=shape.device)
+    parts = {"full": lambda: head_prefill(q, k, v, streaming=none, sink=0, window=1)}
+    for alike in (0.0, 0.9, 0.99):
+        forecast = walk(shape, queries, alike)
+        scores = forecast_scores(forecast, compressed, rule, windows, tokens=tokens)
+        blocks = top_blocks(scores, rule, tokens=tokens)
+        out = block_attention(q, k, v, blocks, block_size=rule.block_size)
+        want = block_attention_ref(
+            q[:, :, -2:], k, v, blocks[:, :, -2:], block_size=rule.block_size
+        )
+        name = f"prefill, correlation {alike}, last two queries"
+        require(name, relative_error(out[:, :, -2:], want), 6e-3)
+
+        def choose(forecast: Tensor = forecast) -> Tensor:
+            found = forecast_scores(forecast, compressed, rule, windows, tokens=tokens)
+            return top_blocks(found, rule, tokens=tokens)
+
+        def attend(blocks: Tensor = blocks) -> Tensor:
+            return block_attention(q, k, v, blocks, block_size=rule.block_size)
+
+        parts |= {
+            f"selection, correlation {alike}": choose,
+            f"attention, correlation {alike}": attend,
+        }
     if shape.device != "cuda":
         return
-    none = torch.zeros(shape.groups, dtype=torch.bool, device=shape.device)
-    parts = {
-        "full attention": lambda: head_prefill(q, k, v, streaming=none, sink=0, window=1),
-        "forecast scores": lambda: forecast_scores(
-            forecast, compressed, rule, windows, tokens=tokens
-        ),
-        "top-k": lambda: top_blocks(scores, rule, tokens=tokens),
-        "attention over chosen blocks": lambda: block_attention(q, k, v, blocks, **tail),
-    }
     print(f"\nPrefill, the last {queries} of {tokens} tokens, batch 1")
     for name, run in parts.items():
         results[f"prefill {name} ms"] = ms = graph_ms(run, repeats=5)
-        print(f"  {name:<44} {ms:8.3f} ms")
+        print(f"  {name:<44} {ms:8.3f} ms  {results['prefill full ms'] / ms:6.2f}x full")
+
+
+def walk(shape: Shape, queries: int, alike: float) -> Tensor:
+    """Forecasts [1, G, queries, D] of which neighbours correlate by `alike`."""
+    out = shape.randn(1, shape.groups, queries, shape.dim)
+    for token in range(1, queries if alike else 0):
+        fresh = out[:, :, token] * (1 - alike**2) ** 0.5
+        out[:, :, token] = alike * out[:, :, token - 1] + fresh
+    return out
 
 
 def tune(shape: Shape, results: dict[str, float]) -> None:

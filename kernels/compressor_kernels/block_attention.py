@@ -17,6 +17,8 @@ from torch import Tensor
 from compressor_kernels.block_selection import positions, pow2
 
 LOG2_E = 1.4426950408889634
+PREFILL_ROWS = 64
+"""Rows (tokens times query heads of a set) of a tile of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,12 @@ def block_attention(
     out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
+    scale = (dim**-0.5 if scale is None else scale) * LOG2_E
+    if q_len > 1 and slots is None and block_size >= 16 and block_size == pow2(block_size):
+        _attend_tiles(
+            q, k, v, blocks, out, block_size=block_size, lengths=lengths, tokens=tokens, scale=scale
+        )
+        return out
     part = lse = None
     if splits > 1:
         part = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
@@ -82,7 +90,7 @@ def block_attention(
         tokens,
         q_len,
         sets,
-        (dim**-0.5 if scale is None else scale) * LOG2_E,
+        scale,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -115,6 +123,62 @@ def block_attention(
             num_warps=4,
         )
     return out
+
+
+def _attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    *,
+    block_size: int,
+    lengths: Tensor | None,
+    tokens: int,
+    scale: float,
+) -> None:
+    """Several neighbouring tokens of a prompt together: each block that any of them chose is read
+    once, and hidden from those that did not choose it."""
+    from compressor_kernels import block_attention_jit as jit
+
+    (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
+    sets, count = blocks.shape[1], -(-tokens // block_size)
+    group_pow2 = pow2(heads // sets)
+    tile = max(1, PREFILL_ROWS // group_pow2)
+    tiles = -(-q_len // tile)
+    chosen = torch.zeros((batch, sets, tiles * tile, count + 1), dtype=torch.uint8, device=q.device)
+    chosen[:, :, :q_len].scatter_(-1, torch.where(blocks < 0, count, blocks).long(), 1)
+    wanted = chosen.view(batch, sets, tiles, tile, count + 1)[..., :count].amax(3)
+    # Blocks that some token of a tile chose, ascending, before the others.
+    listed = wanted.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    jit.tile_kernel[(tiles, batch * sets)](
+        q,
+        k,
+        v,
+        chosen,
+        listed,
+        wanted.sum(-1, dtype=torch.int32),
+        lengths,
+        out,
+        tokens,
+        q_len,
+        sets,
+        count,
+        scale,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        GROUP=heads // sets,
+        GROUP_POW2=group_pow2,
+        PER_KEY=sets // groups,
+        TILE=tile,
+        BLOCK=block_size,
+        BLOCK_N=min(64, block_size),
+        D=dim,
+        BLOCK_D=max(16, pow2(dim)),
+        num_warps=4,
+        num_stages=3,
+    )
 
 
 def block_attention_ref(

@@ -105,3 +105,86 @@ def attend_kernel(
         part = head * SPLITS + split
         tl.store(part_ptr + part[:, None] * D + dim[None, :], mean, mask=mask)
         tl.store(lse_ptr + part, m + tl.math.log2(some), mask=member < GROUP)
+
+
+@triton.jit
+def tile_kernel(
+    q_ptr,  # [B, H, Tq, D]
+    k_ptr,  # [B, G, T, D]
+    v_ptr,
+    chosen_ptr,  # [B, S, tiles * TILE, blocks + 1] uint8: whether a token chose a block
+    list_ptr,  # [B, S, tiles, blocks] int32: blocks that any token of a tile chose come first
+    count_ptr,  # [B, S, tiles] int32: how many those are
+    len_ptr,  # [B] or None
+    out_ptr,  # [B, H, Tq, D], dense
+    k_len,
+    q_len,
+    sets,
+    blocks,
+    scale,  # holds log2(e)
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_g,
+    k_t,
+    v_b,
+    v_g,
+    v_t,
+    GROUP: tl.constexpr,
+    GROUP_POW2: tl.constexpr,
+    PER_KEY: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The query heads of one set at TILE neighbouring tokens, over all that any of them chose."""
+    ROWS: tl.constexpr = TILE * GROUP_POW2
+    tiles = tl.num_programs(0)
+    # Later tiles have more blocks: they go first.
+    tile = tiles - 1 - tl.program_id(0)
+    lane = tl.program_id(1).to(tl.int64)
+    b = lane // sets
+    s = lane % sets
+    g = s // PER_KEY
+    length = k_len
+    if len_ptr is not None:
+        length = tl.load(len_ptr + b).to(tl.int32)
+    row = tl.arange(0, ROWS)
+    token = tile * TILE + row // GROUP_POW2
+    member = row % GROUP_POW2
+    position = length - q_len + token
+    h = s * GROUP + member
+    dim = tl.arange(0, BLOCK_D)
+    mask = ((member < GROUP) & (token < q_len))[:, None] & (dim < D)[None, :]
+    q_at = q_ptr + b * q_b + h[:, None] * q_h + token[:, None].to(tl.int64) * q_t + dim[None, :]
+    q = tl.load(q_at, mask=mask, other=0.0)
+    k_base = k_ptr + b * k_b + g * k_g + dim[None, :]
+    v_base = v_ptr + b * v_b + g * v_g + dim[None, :]
+    chosen = chosen_ptr + (lane * tiles * TILE + token) * (blocks + 1)
+    listed = list_ptr + (lane * tiles + tile) * blocks
+    count = tl.load(count_ptr + lane * tiles + tile)
+
+    m = tl.full([ROWS], HIDDEN, tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    inner = tl.arange(0, BLOCK_N)
+    for step in tl.range(0, count * (BLOCK // BLOCK_N)):
+        block = tl.load(listed + step // (BLOCK // BLOCK_N))
+        mine = tl.load(chosen + block) > 0
+        key = block * BLOCK + step % (BLOCK // BLOCK_N) * BLOCK_N + inner
+        some = (key < length)[:, None] & (dim < D)[None, :]
+        at = key[:, None].to(tl.int64)
+        k = tl.load(k_base + at * k_t, mask=some, other=0.0)
+        seen = mine[:, None] & (key[None, :] <= position[:, None])
+        scores = tl.where(seen, tl.dot(q, tl.trans(k)), HIDDEN)
+        p, m, l, acc = _online_softmax(scores, m, l, acc, scale)
+        v = tl.load(v_base + at * v_t, mask=some, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc)
+    # A row of no token may have seen nothing; it is not stored.
+    mean = acc / tl.maximum(l, 1.0e-30)[:, None]
+    head = b * sets * GROUP + h
+    out = out_ptr + (head * q_len + token)[:, None] * D + dim[None, :]
+    tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=mask)

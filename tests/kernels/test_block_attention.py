@@ -32,7 +32,10 @@ def choose(sets: int, q_len: int, rule: BlockRule, *, tokens: int, lengths=None,
         (290, 1, 64, [290, 3]),
         (130, 1, 24, None),  # blocks that are no power of two
         (7, 3, 16, [7, 5]),
-        (150, 4, 24, [150, 88]),
+        (150, 4, 24, [150, 88]),  # a prompt token by token
+        (301, 37, 16, [301, 77]),  # and in tiles of tokens
+        (70, 70, 64, None),
+        (290, 9, 128, None),
     ],
 )
 @pytest.mark.parametrize("per_head", [False, True], ids=["per KV head", "per head"])
