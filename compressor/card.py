@@ -49,6 +49,13 @@ LOADING = {
     "modelopt-nvfp4": Loading(transformers=False),
     "qserve": Loading(transformers=False, vllm=False),
     "dense": Loading(),
+    "bitdelta": Loading(
+        transformers=False,
+        vllm=False,
+        note="It is a difference to another model, which config.json names. With that model in the "
+        "folder BASE, `compress delta apply BASE DELTA OUT` makes a dense checkpoint that "
+        "everything loads.",
+    ),
 }
 ASYMMETRIC = Loading(
     install="pip install compressed-tensors",
@@ -214,6 +221,8 @@ def _loading(data: CardData) -> str:
         parts += ["With vLLM:", _fenced(f"vllm serve {_line(data.repository)}", "bash")]
     else:
         parts.append(f"vLLM does not read the {data.format} format.")
+    if how.note and not how.transformers:
+        parts.append(how.note)
     return "\n\n".join(parts)
 
 
