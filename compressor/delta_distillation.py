@@ -30,17 +30,22 @@ from compressor.layout import UnitLayout
 from compressor.numerics.bitdelta import merge, sign_delta
 from compressor.passes.base import FrozenModel, LearnContext
 
+OWN_LR = 0.03
 KEEP_EVERY = 20
 """Steps between two records of the training's state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Steps, rows of tokens in one, and the learning rate that falls from `lr` to 0."""
+    """Steps, rows of tokens in one, and the learning rate that falls from `lr` to 0.
+
+    Adam moves every scale by about the learning rate in a step, however small the scale: where
+    `lr` is None, it is OWN_LR of the median initial scale.
+    """
 
     steps: int
     batch: int
-    lr: float
+    lr: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +70,17 @@ def distill(
         return Trained(scales={}, before=0.0, after=0.0)
     try:
         scales = student.scales
-        optimizer = torch.optim.AdamW([scales], lr=settings.lr)
+        top = settings.lr
+        if top is None:
+            top = max(OWN_LR * float(scales.detach()[:, 0].median()), 1e-12)
+        optimizer = torch.optim.AdamW([scales], lr=top)
         record = context.scratch / "distillation.safetensors"
         with torch.no_grad():
             first = student.loss(_rows(ids, 0, settings.batch))
         done, before = _resume(record, optimizer, scales, float(first))
         for step in range(done, settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
+                group["lr"] = top * (1 + math.cos(math.pi * step / settings.steps)) / 2
             optimizer.zero_grad()
             student.loss(_rows(ids, step, settings.batch)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=800, help="rows of tokens to fit scales on")
     parser.add_argument("--length", type=int, default=128, help="tokens of one")
     parser.add_argument("--steps", type=int, default=200, help="of distillation, 4 rows each")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, help="if not 3 %% of the median initial scale")
     parser.add_argument("--propagate", choices=("quantized", "original"), default="quantized")
     parser.add_argument("--more", action="store_true", help="also distil two bits")
     parser.add_argument("--device", default="auto")

@@ -49,7 +49,12 @@ class Bitdelta(ModelPass):
     )
     steps: int = Field(200, ge=1, description="steps of AdamW over the logits")
     batch: int = Field(4, ge=1, description="rows of calibration tokens in one step")
-    lr: float = Field(1e-4, gt=0, description="learning rate, annealed to 0 by a cosine")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate, annealed to 0 by a cosine; null for 3 % of the median initial "
+        "scale (1e-4 is the published one, for differences of 7B models)",
+    )
 
     @property
     def holds_model(self) -> bool:
