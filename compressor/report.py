@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.errors import MachineError
 from compressor.evaluate import plain_json
+from compressor.report_attention import attention
 from compressor.report_html import render
 from compressor.shards import write_atomically
 
@@ -106,7 +107,7 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path]:
     plain = data.to_json()
     files = {
         JSON_NAME: json.dumps(plain, indent=1, allow_nan=False) + "\n",
-        HTML_NAME: render(plain),
+        HTML_NAME: render(plain, attention=attention(folder)),
     }
     try:
         for name, text in files.items():

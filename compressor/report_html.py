@@ -22,8 +22,9 @@ GATE_LAYERS = 3
 Data = Mapping[str, Any]
 
 
-def render(data: Data) -> str:
-    """The page for a report's plain data (`ReportData.to_json`)."""
+def render(data: Data, *, attention: str = "") -> str:
+    """The page for a report's plain data (`ReportData.to_json`); `attention` is HTML about the
+    checkpoint's policy."""
     parts = [
         _header(data),
         _tiles(data),
@@ -32,6 +33,7 @@ def render(data: Data) -> str:
         _evaluation(data),
         _passkey(data),
         _choices(data),
+        _section("Attention", attention) if attention else "",
         _layers(data),
         _verify(data),
         _done(data),

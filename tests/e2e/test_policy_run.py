@@ -3,6 +3,7 @@ one run, carried by later runs and conversions, checked, shown, exported."""
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from compressor.locate import locate
 from compressor.manifest import read_manifest
 from compressor.policy import policy_files, read_policy, read_policy_tensors
 from compressor.recipe import make_recipe
+from compressor.report_attention import attention
 from compressor.source import open_source
 from compressor.verify import verify
 
@@ -72,6 +74,15 @@ def test_weights_gates_and_cache_are_one_run(composed: Path, tmp_path: Path) -> 
     # Evaluation applies all three: each alone gives something else.
     both, without = nll(composed), nll(composed, attention=lambda unit: None)
     assert abs(both - without) > 1e-4
+
+
+def test_the_report_shows_heads_and_pictures(composed: Path) -> None:
+    page = attention(composed)
+    assert "2 of 4 KV heads streaming" in page
+    for name in ("duo_attention_gates", "duo_attention_losses"):
+        data = base64.b64encode((composed / "plots" / f"{name}.png").read_bytes()).decode()
+        assert data in page
+    assert attention(composed.parent) == ""
 
 
 def test_a_recipe_with_a_policy_is_repeatable(
