@@ -20,7 +20,8 @@ CANDIDATES = [
     ProductTiles(128, 128, 128, num_warps=4, num_stages=3),
     ProductTiles(128, 128, 128, num_warps=8, num_stages=3),
     ProductTiles(128, 128, 128, num_warps=8, num_stages=4),
-    ProductTiles(128, 256, 64, num_stages=5),
+    ProductTiles(128, 256, 256, num_stages=2),
+    ProductTiles(64, 256, 128, num_warps=4, num_stages=2),
     ProductTiles(128, 128, 128, num_warps=8, num_stages=4, persistent=True),
 ]
 EXACT_CANDIDATES = [
