@@ -1,7 +1,8 @@
-"""How far the written weights of a unit are from the original's, with exact rescalings undone.
+"""How far the written weights of a unit are from the original's, exact rescalings aside.
 
 A pass may divide what makes an input by a scale and multiply what reads it. The model is the same,
-its weights are not: so the scale of every fold is read off the two checkpoints and taken back.
+its weights are not: so the scale of every fold is read off the two checkpoints, and the original is
+rescaled by it before the two are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ only where codes and scales do not belong together."""
 class LayerError:
     """One linear against the original.
 
-    error   ‖written − original‖ / ‖original‖ (Frobenius)
+    error   ‖written − original‖ / ‖original‖ (Frobenius), the original rescaled like the written
     misfit  median over groups of |best scale / stored scale − 1|; None for a float weight
     """
 
@@ -48,39 +49,45 @@ def layer_errors(
     """Errors of a unit's linears; both mappings hold every float weight by its full name."""
     after = {name: tensor.float() for name, tensor in written.items()}
     before = {name: tensor.float() for name, tensor in original.items()}
-    # What makes a linear's rows is known only once its columns are back in place.
+    # What makes a linear's rows can be compared only once its columns are rescaled alike.
     for site in sorted(unit.folds, key=lambda f: f.kind != "norm"):
-        after |= _undone(site, unit, after, before)
+        before |= _rescaled(site, unit, after, before)
     return [_error(linear, after, before, quantized.get(linear.name)) for linear in unit.linears]
 
 
-def _undone(
+def _rescaled(
     site: Fold, unit: UnitLayout, after: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a fold with its scale taken back, where that explains them better."""
+    """The original's tensors of a fold, rescaled as the written ones are.
+
+    Taking the scale back from the written ones instead would blow up the rounding of columns that
+    a dead channel made small.
+    """
     name = f"{site.source}.weight"
     if name not in after or name not in before:
         return {}
     start, stop = site.rows or (0, after[name].shape[0])
     new, old = after[name][start:stop], before[name][start:stop]
     if site.kind == "norm":
-        ratio = (old + site.norm_offset) / (new + site.norm_offset)
-    else:
-        ratio = old.square().sum(1) / (old * new).sum(1)
-    good = ratio.isfinite() & (ratio > 0)
-    inverse = 1 / torch.where(good, ratio, torch.ones_like(ratio))
-    changed = fold(after, site, unit, inverse)
+        # No pass changes a norm but by a fold, so what the norm lost its readers have.
+        return fold(before, site, unit, _plain((old + site.norm_offset) / (new + site.norm_offset)))
+    moved = fold(before, site, unit, _plain(old.square().sum(1) / (old * new).sum(1)))
     readers = unit.site_linears(site.site)
-    if _distance(readers, changed, before) < _distance(readers, after, before):
-        return changed
-    return {}
+    return moved if _distance(readers, after, moved) < _distance(readers, after, before) else {}
+
+
+def _plain(ratio: Tensor) -> Tensor:
+    """1 where a ratio means nothing."""
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
 
 
 def _distance(
-    linears: tuple[Linear, ...], weights: Mapping[str, Tensor], before: Mapping[str, Tensor]
+    linears: tuple[Linear, ...], after: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> float:
+    """Squared distance of the linears' weights, relative to their size in `before`."""
     names = [f"{linear.name}.weight" for linear in linears]
-    return sum(float((weights[name] - before[name]).square().sum()) for name in names)
+    gap = sum(float((after[name] - before[name]).square().sum()) for name in names)
+    return gap / max(sum(float(before[name].square().sum()) for name in names), 1e-30)
 
 
 def _error(
