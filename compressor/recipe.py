@@ -49,6 +49,12 @@ class Step(BaseModel):
     name: str
     params: Pass
 
+    def plain(self) -> dict[str, Any]:
+        """The parameters as plain data; one that is null by default and left so is left out."""
+        fields = type(self.params).model_fields
+        data = self.params.model_dump(mode="json")
+        return {k: v for k, v in data.items() if v is not None or fields[k].default is not None}
+
 
 class Recipe(Strict):
     """Everything a run depends on."""
@@ -80,9 +86,7 @@ class Recipe(Strict):
         data = self.model_dump(
             mode="json", exclude={"output", "passes", "publish"}, exclude_none=True
         )
-        data["passes"] = [
-            {s.name: s.params.model_dump(mode="json", exclude_none=True)} for s in self.passes
-        ]
+        data["passes"] = [{s.name: s.plain()} for s in self.passes]
         return {key: value for key, value in data.items() if value != {}}
 
 

@@ -241,3 +241,31 @@ def test_push_verifies_what_no_report_speaks_of(
     assert result.exit_code == 0 and "would go to me/tiny-w4" in result.stdout
     assert "verify" in result.stderr
     assert not hub.repos
+
+
+def test_what_is_measured_by_itself_is_what_the_recipe_measures(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    probe = {"lengths": [224]}
+    wanted = {"windows": 3, "length": 32, "stride": 8, "passkey": probe}
+    recipe = write_recipe(tmp_path, tiny_model("llama"), evaluate=wanted)
+    _, found = run(recipe)
+    arguments = ["--windows", 3, "--length", 32, "--stride", 8, "--passkey-length", 224]
+    against = ["--against", tiny_model("llama"), "--device", "cpu", "--json"]
+    alone = json.loads(compress("eval", tmp_path / "out", *arguments, *against).stdout)
+    assert alone["perplexity"]["value"] == pytest.approx(found["evaluate"]["perplexity"]["value"])
+    assert alone["kl"]["value"] == pytest.approx(found["evaluate"]["kl"]["value"])
+    assert alone["passkey"]["cells"] == found["passkey"]["cells"]
+
+
+def test_the_recipe_in_the_folder_makes_the_same_checkpoint_again(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where a parameter is null on purpose."""
+    passes = [{"rtn": {"bits": 8, "group_size": None}}]
+    model = tiny_model("llama")
+    run(write_recipe(tmp_path, model, passes=passes))
+    again = [tmp_path / "out" / "recipe.yaml", "--model", model, "--output", tmp_path / "again"]
+    assert run(*again)[0] == 0
+    one, two = ((tmp_path / name / "manifest.json").read_bytes() for name in ("out", "again"))
+    assert one == two

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +13,10 @@ from compressor.cli.display import Display, LogFormat
 from compressor.cli.options import FOLDER, json_option, log_option
 
 if TYPE_CHECKING:
+    import torch
+
     from compressor.evaluate import Estimate, EvaluationResult
+    from compressor.source import Source
 
 
 @click.command(name="eval")
@@ -32,6 +36,21 @@ if TYPE_CHECKING:
     help="Windows overlap and score only what the one before did not; the first WINDOWS x LENGTH "
     "tokens are scored once each.",
 )
+@click.option("--passkey", is_flag=True, help="Also probe the retrieval of a hidden passkey.")
+@click.option(
+    "--passkey-length",
+    "lengths",
+    type=click.IntRange(16),
+    multiple=True,
+    help="Tokens of the probe's rows, 512 and 1024 by default. Repeatable.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help="Multiple-choice task of lm-evaluation-harness, such as arc_easy. Repeatable.",
+)
+@click.option("--task-limit", type=click.IntRange(1), help="Documents of each task.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
 @log_option
@@ -46,6 +65,10 @@ def command(
     windows: int,
     length: int,
     stride: int | None,
+    passkey: bool,
+    lengths: tuple[int, ...],
+    tasks: tuple[str, ...],
+    task_limit: int | None,
     batch: int,
     device: str,
     log_format: LogFormat,
@@ -58,48 +81,110 @@ def command(
 
     \b
     compress eval out/smollm2-135m-awq --against ~/.cache/compressor/smollm2-135m
-    compress eval my-model --text my.txt --windows 64 --length 2048
+    compress eval my-model --text my.txt --windows 64 --length 2048 --stride 512
+    compress eval my-model --passkey --task arc_easy --task-limit 200
     """
     import torch
 
-    from compressor.calibration_tokens import evaluation_tokens
+    from compressor.calibration_tokens import evaluation_tokens, passkey_text
     from compressor.compile import choose_device
     from compressor.delta_source import open_model
     from compressor.errors import InputError
-    from compressor.evaluate import evaluate, strided
+    from compressor.evaluate import evaluate, plain_json, strided
     from compressor.locate import locate
+    from compressor.passkey import Passkey
+    from compressor.passkey import passkey as probe
     from compressor.runner import load_tokenizer
     from compressor.sections import Evaluation
 
+    if stride is not None and stride >= length:
+        raise InputError("--stride is not below --length", hint=f"at most {length - 1}")
     where = choose_device(device)
     source = open_model(checkpoint, base=base)
     original = locate(against, fetch=True).source if against else None
+    probed = Passkey(**({"lengths": lengths} if lengths else {}))
     wanted = Evaluation(
-        data=text, split=split, text_field=text_field, windows=windows, length=length
+        data=text,
+        split=split,
+        text_field=text_field,
+        windows=windows,
+        length=length,
+        passkey=probed if passkey or lengths else None,
     )
-    tokens = evaluation_tokens(load_tokenizer(checkpoint), wanted, calibration=None).ids
+    tokenizer = load_tokenizer(checkpoint)
+    tokens = evaluation_tokens(tokenizer, wanted, calibration=None).ids
+    haystack = passkey_text(tokenizer, wanted)
     scored = None
     if stride is not None:
-        if stride > length:
-            raise InputError("--stride is longer than a window", hint=f"at most {length}")
         tokens, scored = strided(tokens.reshape(-1), length=length, stride=stride)
     display = Display(log_format=log_format)
+    dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
     with display.stage("evaluate", len(source.layout.units)):
         result = evaluate(
             source,
             tokens,
             device=where,
-            dtype=source.checkpoint.dtype if where.type == "cuda" else torch.float32,
+            dtype=dtype,
             against=original,
             scored=scored,
             batch=batch,
-            progress=lambda name, done, total: display.unit(name, done, total),
+            progress=display.unit,
         )
+    found: dict[str, Any] = {"ok": True, **result.to_json()}
+    shown = lines(result)
+    if wanted.passkey is not None:
+        with display.stage("passkey", len(source.layout.units)):
+            retrieved = probe(
+                source,
+                tokenizer,
+                haystack=haystack,
+                task=wanted.passkey,
+                device=where,
+                dtype=dtype,
+                against=original,
+                batch=batch,
+                progress=display.unit,
+            )
+        found["passkey"] = retrieved.to_json()
+        shown.append(f"passkey     {estimate(retrieved.accuracy)} of the tokens found")
+    if tasks:
+        results = answer(source, tokenizer, tasks, task_limit, where, batch, display)
+        found["tasks"] = plain_json({name: asdict(value) for name, value in results.items()})
+        shown += [f"{name:11} {estimate(value)}" for name, value in results.items()]
     if as_json:
-        click.echo(json.dumps({"ok": True, **result.to_json()}, indent=2))
+        click.echo(json.dumps(found, indent=2))
     else:
-        for line in lines(result):
+        for line in shown:
             click.echo(line)
+
+
+def answer(
+    source: Source,
+    tokenizer: Any,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    device: torch.device,
+    batch: int,
+    display: Display,
+) -> dict[str, Estimate]:
+    """Accuracy in the harness's tasks, which is an extra."""
+    import torch
+
+    from compressor.errors import InputError
+
+    try:
+        from compressor.harness import StreamedLM, run_tasks
+    except ImportError as error:
+        raise InputError(
+            "--task needs lm-evaluation-harness, which is not installed",
+            hint="pip install 'compressor[harness]'",
+        ) from error
+    dtype = source.checkpoint.dtype if device.type == "cuda" else torch.float32
+    with display.stage("tasks", len(source.layout.units)):
+        model = StreamedLM(
+            source, tokenizer, device=device, dtype=dtype, batch=batch, progress=display.unit
+        )
+        return run_tasks(model, tasks, limit=limit)
 
 
 def estimate(found: Estimate) -> str:
