@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.convert import convert
+from compressor.locate import locate
 from compressor.numerics.nvfp4 import fake_quantize_nvfp4, full_range
 from compressor.recipe import make_recipe
 from compressor.scheme import ActivationSpec
@@ -145,3 +147,26 @@ def test_kv_scales_of_a_run_are_where_they_look_for_them(
             assert getattr(attention, name).flatten().tolist() == pytest.approx(stored.tolist())
     original = our_logits(source)
     assert 0 < float((our_logits(output) - original).square().mean().sqrt()) < float(original.std())
+
+
+@pytest.mark.parametrize(
+    "passes, fmt",
+    [
+        ([{"fp8": {"scales": "static"}}], "modelopt-fp8"),
+        ([{"nvfp4": {"activations": "calibrated"}}], "modelopt-nvfp4"),
+        (["nvfp4"], "modelopt-nvfp4"),
+    ],
+)
+def test_modelopt_files_of_a_run_mean_the_same_as_compressed_tensors(
+    passes: list[Any], fmt: str, source: Path, tmp_path: Path
+) -> None:
+    """transformers reads neither of ModelOpt's formats, so it reads what they convert to."""
+    pytest.importorskip("compressed_tensors")
+    output = run(source, tmp_path / "out", passes, format=fmt)
+    convert(locate(str(output), fetch=True), tmp_path / "ct", format="compressed-tensors")
+    original, ours = our_logits(source), our_logits(output)
+    error = float((ours - original).square().mean().sqrt())
+    assert 0 < error < 0.6 * float(original.std())
+    theirs = their_logits(tmp_path / "ct", bfloat16="nvfp4" in fmt)
+    difference = float((theirs - ours).square().mean().sqrt())
+    assert difference < 0.05 * error
