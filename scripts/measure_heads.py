@@ -196,6 +196,9 @@ def main() -> None:
     if not kept:
         raise InputError("full attention retrieves at none of these lengths", hint="shorter ones")
     measure.lengths = tuple(kept)
+    shortest, longest = options.train_lengths
+    # Rows that the model cannot answer teach nothing.
+    options.train_lengths = (min(shortest, max(kept)), min(longest, max(kept)))
     gates, scores, about = learned(measure, options)
     rows: list[dict[str, Any]] = []
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from compressor.attention_runtime import fused
 from compressor.attention_runtime.attend import Rule, Tables, by_slot, full, streaming
 from compressor.attention_runtime.blocks import ForecastsInUse, over_blocks, stored_forecasts
 from compressor.attention_runtime.cache import HeadLayer, Held, PolicyCache
@@ -29,11 +30,14 @@ def attach(
     policy: AttentionPolicy | Path | str | None = None,
     *,
     forecasts: Mapping[str, Tensor] | None = None,
+    kernels: bool | None = None,
 ) -> Runtime:
     """Have a loaded model attend by a policy: a value, or that of a checkpoint folder (the one that
     the model was loaded from, if none is given).
 
     forecasts  tensors that choose blocks, by name, if not those of the folder
+    kernels    whether the kernels of full and streaming heads are used; None: on a GPU, in half
+               precision
     Raises InputError where there is no policy, or it is not for this model.
     """
     if not isinstance(policy, AttentionPolicy):
@@ -43,7 +47,7 @@ def attach(
             raise InputError(f"{folder} carries no attention policy")
         policy = found
         forecasts = stored_forecasts(folder) if forecasts is None else forecasts
-    return Runtime(model, policy, forecasts)
+    return Runtime(model, policy, forecasts, kernels=kernels)
 
 
 class Runtime:
@@ -54,9 +58,15 @@ class Runtime:
     """
 
     def __init__(
-        self, model: Any, policy: AttentionPolicy, forecasts: Mapping[str, Tensor] | None = None
+        self,
+        model: Any,
+        policy: AttentionPolicy,
+        forecasts: Mapping[str, Tensor] | None = None,
+        *,
+        kernels: bool | None = None,
     ) -> None:
         self.policy = policy
+        self.kernels = kernels
         self._forecasts = ForecastsInUse(policy, forecasts or {})
         self.modules = _attention_modules(model)
         _check(model, policy, len(self.modules))
@@ -135,6 +145,15 @@ class Runtime:
             whole = (key[:, kind.full], value[:, kind.full])
             step = Held(key[:, kind.streaming], value[:, kind.streaming], places)
         sinks, window = layer.streaming.sinks, layer.streaming.window
+        if self._fused(layer, query, rule) and kind.full:
+            heads = {"streaming": kind.streaming, "full": kind.full}
+            if query.shape[2] == 1:
+                return fused.decode(query, whole, step, rule, **heads)
+            if query.shape[2] == step.places.shape[0]:
+                return fused.prefill(
+                    query, key, value, rule,
+                    streaming=kind.streaming, sinks=sinks, window=window,
+                )  # fmt: skip
         group = query.shape[1] // self.policy.kv_heads
         few, many = (_query_heads(heads, group) for heads in (kind.streaming, kind.full))
         out = torch.empty((*query.shape[:3], value.shape[-1]), dtype=query.dtype, device=key.device)
@@ -148,6 +167,11 @@ class Runtime:
             said = None if forecast is None else forecast[:, kind.full]
             out[:, many] = self._attend_full(layer, query[:, many], *whole, rule, said)
         return out
+
+    def _fused(self, layer: LayerPolicy, query: Tensor, rule: Rule) -> bool:
+        wanted = query.is_cuda if self.kernels is None else self.kernels
+        ordinary = layer.blocks is None and self.policy.positions == "text"
+        return wanted and ordinary and fused.fits(query, rule)
 
     def _attend_full(
         self,

@@ -1,0 +1,58 @@
+"""Generating under a policy through the kernels gives what plain PyTorch gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compressor.attention_runtime import attach, fused
+from compressor.policy import AttentionPolicy, head_layers
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_kernels_give_the_same_logits(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
+    model.to(DEVICE)
+    layers = head_layers([[True, False], [False, True]], sinks=3, window=9)
+    policy = AttentionPolicy(heads=4, kv_heads=2, layers=layers)
+    ids = torch.randint(2, 256, (2, 41), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    calls = {"prefill": 0, "decode": 0}
+
+    def counted(name: str) -> None:
+        make = getattr(fused, name)
+
+        def call(*args: Any, **options: Any) -> Tensor:
+            calls[name] += 1
+            return make(*args, **options)
+
+        monkeypatch.setattr(fused, name, call)
+
+    counted("prefill")
+    counted("decode")
+
+    @torch.no_grad()
+    def logits(kernels: bool) -> Tensor:
+        runtime = attach(model, policy, kernels=kernels)
+        options = runtime.options()
+        parts = [ids[:, :38], *ids[:, 38:].split(1, dim=1)]
+        out = [model(part, **options, use_cache=True).logits for part in parts]
+        runtime.detach()
+        return torch.cat(out, dim=1).float()
+
+    plain = logits(kernels=False)
+    assert calls == {"prefill": 0, "decode": 0}
+    found = logits(kernels=True)
+    assert calls == {"prefill": 2, "decode": 6}
+    error = (found - plain).norm() / plain.norm()
+    assert float(error) < 5e-3
