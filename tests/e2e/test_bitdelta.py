@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +22,33 @@ from compressor.delta import Base
 from compressor.delta_apply import apply_delta
 from compressor.delta_source import merged_source, open_delta, open_model
 from compressor.errors import InputError, Interrupted, Problems
+from compressor.evaluate import evaluate
 from compressor.formats.base import TensorShape
 from compressor.plan import make_plan
 from compressor.recipe import make_recipe
+from compressor.runner import load_tokenizer
 from compressor.safetensors_file import Entry
 from compressor.source import as_source, open_source
 from compressor.verify_delta import verify_model
 
 CPU = choose_device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
+WHALE = """Secondly: It is well known in the Sperm Whale Fishery, however ignorant the world
+ashore may be of it, that there have been several memorable historical instances
+where a particular whale in the ocean has been at distant times and places popularly
+cognisable. Why such a whale became thus marked was not altogether and originally
+owing to his bodily peculiarities as distinguished from other whales; for however
+peculiar in that respect any chance whale may be, they soon put an end to his
+peculiarities by killing him, and boiling him down into a peculiarly valuable oil.
+No: the reason was this: that from the fatal experiences of the fishery there hung a
+terrible prestige of perilousness about such a whale as there did about Rinaldo
+Rinaldini, insomuch that most fishermen were content to recognise him by merely
+touching their tarpaulins when he would be discovered lounging by them on the sea,
+without seeking to cultivate a more intimate acquaintance. Like some poor devils
+ashore that happen to know an irascible great man, they make distant unobtrusive
+salutations to him in the street, lest if they pursued the acquaintance further,
+they might receive a summary thump for their presumption."""
 Pair = Callable[..., tuple[Path, Path]]
 
 
@@ -258,6 +277,61 @@ def test_distilled_scales_bring_the_logits_closer(pair: Pair, tmp_path: Path) ->
         n for n in stored[0] if n.endswith("scales") and not stored[0][n].equal(stored[1][n])
     ]
     assert len(trained) == sum(name.endswith("delta_scales") for name in stored[0])
+
+
+def test_the_base_is_read_a_unit_at_a_time(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, fine = pair("llama", num_hidden_layers=3)
+    asked: list[set[str]] = []
+    original = Base.weights
+
+    def weights(self: Base, names: Any) -> dict[str, torch.Tensor]:
+        found = original(self, names)
+        asked.append({name.rsplit(".", 3)[0] for name in found})
+        return found
+
+    monkeypatch.setattr(Base, "weights", weights)
+    run(base, fine, tmp_path / "delta", distill="layer")
+    blocks = [f"model.layers.{i}" for i in range(3)]
+    # Once for the differences, once more for what the next block's inputs are made with.
+    assert [names for names in asked if names] == [{blocks[i]} for i in (0, 0, 1, 1, 2)]
+
+
+@pytest.mark.slow
+def test_on_a_real_pair_the_published_order_comes_out(tmp_path: Path) -> None:
+    """KL to the fine-tune on a paragraph of its novel that neither model was trained on."""
+    folder = Path(os.environ.get("MODELS_DIR", GOLDEN / ".." / "models"))
+    base, fine = folder / "llama", folder / "llama-ft"
+    if not fine.is_dir():
+        pytest.skip(f"no models in {folder}; set MODELS_DIR")
+    ids = load_tokenizer(fine)(WHALE).input_ids
+    tokens = torch.tensor(ids[: len(ids) // 2 * 2]).view(2, -1)
+    found = {}
+    for name, params in {
+        "none": {"distill": "none"},
+        "layer": {"distill": "layer"},
+        "logits": {"distill": "logits", "steps": 15},
+        "two": {"distill": "none", "bits": 2},
+    }.items():
+        params |= {"top": {"calibration": {"samples": 60, "length": 64}}}
+        output = run(base, fine, tmp_path / name, **params)
+        result = evaluate(
+            open_model(output, base=str(base)),
+            tokens,
+            device=CPU,
+            dtype=torch.float32,
+            against=open_source(fine),
+        )
+        assert result.kl is not None
+        found[name] = result.kl.value
+    plain = evaluate(
+        open_source(base), tokens, device=CPU, dtype=torch.float32, against=open_source(fine)
+    )
+    assert plain.kl is not None
+    assert found["none"] < 0.2 * plain.kl.value
+    assert max(found["layer"], found["logits"]) < 0.8 * found["none"]
+    assert found["two"] < 0.5 * found["none"]
 
 
 def test_what_is_wrong_is_said(pair: Pair, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
