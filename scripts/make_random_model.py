@@ -23,6 +23,7 @@ from compressor.shards import plan_shards
 SHAPES = {
     "7b": {"hidden": 4096, "ff": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},
     "8b": {"hidden": 4096, "ff": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
+    "wide": {"hidden": 768, "ff": 2048, "heads": 12, "kv_heads": 6, "vocab": 4096},
     "small": {"hidden": 1024, "ff": 2816, "heads": 16, "kv_heads": 8, "vocab": 8192},
     "tiny": {"hidden": 256, "ff": 704, "heads": 8, "kv_heads": 4, "vocab": 512},
 }

@@ -8,6 +8,7 @@ compared at 4 and 3 bits, symmetric and asymmetric. Nothing is written: each blo
 changed by the pass, rounded to the checkpoint's dtype, and run over the held-out tokens, as a run
 and an evaluation of its files would. Texts are the bundled ones, cut from their beginning.
 
+The ratio is that of the perplexity to the unquantized model's, with its standard error over tokens.
 KL is the mean divergence of the next token's distribution from the unquantized model's, in nats; on
 as little text as this it tells settings apart far better than perplexity. Time is that of the
 calibration and the pass, without reading the checkpoint and without the evaluation.
@@ -42,6 +43,8 @@ class Result:
 
     setting: str
     perplexity: float
+    ratio: float
+    ratio_error: float
     kl: float
     seconds: float
 
@@ -134,20 +137,26 @@ class Measure:
             tensors = self.apply(step, layout, hidden)
             seconds += time.perf_counter() - start
             self.forward(layout, tensors, held_out)
-        perplexity, kl = self.evaluate(held_out)
-        return Result(setting, perplexity, kl, seconds)
+        perplexity, ratio, error, kl = self.evaluate(held_out)
+        return Result(setting, perplexity, ratio, error, kl, seconds)
 
     @torch.no_grad()
-    def evaluate(self, hidden: Tensor) -> tuple[float, float]:
-        """Perplexity and KL to the original of what the blocks made of the held-out tokens."""
-        loss = divergence = 0.0
+    def evaluate(self, hidden: Tensor) -> tuple[float, float, float, float]:
+        """Perplexity, its ratio to the original's with a standard error, and the KL divergence
+        from the original, of what the blocks made of the held-out tokens."""
+        losses, differences, divergence = [], [], 0.0
         with self.runner.head(self.head, self.lm_head) as logits:
             for row, target in enumerate(self.targets):
                 ours = torch.log_softmax(logits(hidden[row : row + 1])[0, :-1], -1)
                 base = torch.log_softmax(logits(self.original[row : row + 1])[0, :-1], -1)
-                loss -= float(ours.gather(1, target[1:, None].to(ours.device)).mean())
+                at = target[1:, None].to(ours.device)
+                losses.append(-ours.gather(1, at))
+                differences.append((base - ours).gather(1, at))
                 divergence += float((base.exp() * (base - ours)).sum(-1).mean())
-        return math.exp(loss / len(self.targets)), divergence / len(self.targets)
+        loss, difference = torch.cat(losses).double(), torch.cat(differences).double()
+        ratio = math.exp(float(difference.mean()))
+        error = ratio * float(difference.std()) / math.sqrt(difference.numel())
+        return math.exp(float(loss.mean())), ratio, error, divergence / len(self.targets)
 
 
 def default_settings(group_size: int) -> list[str]:
@@ -177,14 +186,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     measure = Measure(options)
-    perplexity, _ = measure.evaluate(measure.original)
-    print(f"{'perplexity':>10} {'KL':>8} {'seconds':>8}  setting")
-    print(f"{perplexity:>10.3f} {0:>8.4f} {'':>8}  unquantized", flush=True)
+    perplexity, *_ = measure.evaluate(measure.original)
+    print(f"{'perplexity':>10} {'ratio':>17} {'KL':>8} {'seconds':>8}  setting")
+    print(f"{perplexity:>10.3f} {'':>17} {0:>8.4f} {'':>8}  unquantized", flush=True)
     rows = []
     for setting in options.settings or default_settings(options.group_size):
         row = measure.run(setting)
         rows.append(asdict(row))
-        print(f"{row.perplexity:>10.3f} {row.kl:>8.4f} {row.seconds:>8.1f}  {setting}", flush=True)
+        ratio = f"{row.ratio:.4f} ± {row.ratio_error:.4f}"
+        figures = f"{row.perplexity:>10.3f} {ratio:>17} {row.kl:>8.4f} {row.seconds:>8.1f}"
+        print(f"{figures}  {setting}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"unquantized": perplexity, "rows": rows}, indent=1))
 
