@@ -21,6 +21,7 @@ import math
 import shutil
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,10 @@ def main() -> None:
                     found[row.name] = {"skipped": reason, "passes": passes}
                 except CompressError as error:
                     found[row.name] = {"skipped": error.message, "passes": passes}
+                except RuntimeError as error:  # one row's failure is no reason to lose the others
+                    traceback.print_exc()
+                    reason = f"failed: {str(error).splitlines()[0]}"
+                    found[row.name] = {"skipped": reason, "passes": passes}
                 if options.json:
                     data = {"settings": settings, "rows": found, "comparisons": compare(found)}
                     options.json.write_text(json.dumps(data, indent=1))
