@@ -39,7 +39,7 @@ def assert_close(y, x, weight, *, bias=0.0, rounded_weight=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 3, 11])
+@pytest.mark.parametrize("count", [1, 11])
 @pytest.mark.parametrize("outputs, inner", [(5, 576), (33, 96), (44, 1024), (9, 16)])
 def test_decode(outputs, inner, count, dtype):
     tensors, weight = problem(count, outputs, inner, dtype)
@@ -52,8 +52,8 @@ def test_decode(outputs, inner, count, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inner", [512, 208])
 def test_tiles_agree(inner, dtype):
-    tensors, weight = problem(21, 70, inner, dtype)
-    bias = torch.randn(70).to(DEVICE)
+    tensors, weight = problem(21, 40, inner, dtype)
+    bias = torch.randn(40).to(DEVICE)
     for tiles in (
         TiledTiles(block_n=64, block_m=32),
         TiledTiles(block_n=64, block_m=32, split=2),

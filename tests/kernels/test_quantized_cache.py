@@ -51,7 +51,7 @@ def assert_close(out, exact):
     assert (out.double() - exact.double()).norm() <= rounding * exact.double().norm()
 
 
-SHAPES = [(2, 4, 2, 300, 64), (1, 8, 1, 130, 128), (3, 3, 3, 1, 32), (1, 6, 2, 77, 80)]
+SHAPES = [(2, 4, 2, 150, 64), (1, 8, 1, 70, 128), (3, 3, 3, 1, 32), (1, 6, 2, 77, 80)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,9 +95,9 @@ def test_tokens_past_the_length_are_not_read(bits):
     assert_close(out, exact)
 
 
-@pytest.mark.parametrize("tiles", [CacheTiles(32, 4, 2, 1), CacheTiles(128, 4, 2, 64)])
+@pytest.mark.parametrize("tiles", [CacheTiles(64, 4, 2, 1), CacheTiles(128, 4, 2, 64)])
 def test_splits_agree(tiles):
-    arguments, params = kv4(*problem(1, 4, 2, 1000, 64, torch.float16))
+    arguments, params = kv4(*problem(1, 4, 2, 500, 64, torch.float16))
     out = kv4_decode(*arguments, **params, tiles=tiles)
     assert_close(out, kv4_decode_ref(*arguments, **params))
     assert torch.equal(out, kv4_decode(*arguments, **params, tiles=tiles))

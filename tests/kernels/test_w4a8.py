@@ -73,8 +73,8 @@ def test_decode(outputs, inner, group, count):
 
 @pytest.mark.parametrize("group", [128, None])
 def test_tiles_agree(group):
-    tensors, weight = stored(96, 1024, group)
-    a, scales = inputs(21, 1024)
+    tensors, weight = stored(96, 640, group)
+    a, scales = inputs(21, 640)
     bias = torch.randn(96).to(DEVICE)
     for tiles in (
         DecodeTiles(block_n=32, slices=2),
