@@ -30,7 +30,7 @@ class DecodeTiles:
     block_n: int = 64
     slices: int = 4
     split: int = 1
-    num_stages: int = 4
+    num_stages: int = 3
 
 
 @dataclass(frozen=True, slots=True)
