@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from compressor_calibration.store import ActivationStore, read_ahead
@@ -46,6 +47,9 @@ class Training:
     clip           largest norm of a block's gradient
     progressive    begin with a teacher of the deployed compression and halve it, in equal shares of
                    the steps, down to the fine one
+    initial        what forecasts start from: `uniform` values (published), or `queries`, the mean
+                   query projection of the heads that share a KV head in the block that it is for,
+                   with which few steps do
     chosen_states  let hidden states flow through attention over the teacher's blocks
     """
 
@@ -57,6 +61,7 @@ class Training:
     weight_decay: float = 0.01
     clip: float = 0.5
     progressive: bool = False
+    initial: Literal["uniform", "queries"] = "uniform"
     chosen_states: bool = True
 
     def teacher_at(self, step: int) -> Teacher:
@@ -112,6 +117,31 @@ def initial_forecast(outputs: int, inputs: int, *, seed: int) -> Tensor:
     """A forecast before training, [outputs, inputs]: uniform within ±1/sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(outputs, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
+
+
+def mean_queries(
+    unit: UnitLayout, tensors: dict[str, Tensor], reader: UnitLayout, norms: dict[str, Tensor]
+) -> Tensor:
+    """The mean query projection of each KV head's heads, [kv_heads * head_dim, hidden], for what
+    enters another block's attention.
+
+    What enters the two attentions differs by the first one's outputs, which are small beside the
+    residual, and by the scales of the two norms, which are taken out.
+    """
+    shape = unit.attention
+    assert shape is not None
+    linear = next(x for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
+    rows = shape.heads * shape.head_dim  # of a fused projection, queries come first
+    weight = tensors[f"{linear.name}.weight"][:rows].float()
+    by_group = weight.view(shape.kv_heads, -1, shape.head_dim, weight.shape[1]).mean(1)
+    mine, theirs = _norm_scale(unit, tensors), _norm_scale(reader, norms)
+    ratio = torch.where(theirs.abs() > 1e-3, mine / theirs, torch.ones_like(mine))
+    return (by_group.flatten(0, 1) * ratio).cpu()
+
+
+def _norm_scale(unit: UnitLayout, tensors: dict[str, Tensor]) -> Tensor:
+    norm = next(x for x in unit.norms if x.role == "norm.attn")
+    return tensors[f"{norm.name}.weight"].float() + norm.offset
 
 
 def store_bytes(rows: int, length: int, width: int, dtype: torch.dtype) -> int:
@@ -176,6 +206,9 @@ class Sweep:
                 tensors = self.model.tensors(layer + 1)
                 if trained is None:
                     initial = initial_forecast(*size, seed=self.seed + 1 + layer)
+                    if self.training.initial == "queries":
+                        reader = blocks[max(0, layer - 1)], before or norms(unit, tensors)
+                        initial = mean_queries(unit, tensors, *reader)
                     trained = self._train(layer, blocks, tensors, before, stores, initial)
                 if self._reached() == layer < len(blocks) - 1:
                     self._advance(layer, unit, tensors, stores)

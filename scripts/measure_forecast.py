@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from compressor_calibration.bundled import bundled_text
+from compressor_calibration.sources import read_documents
+from compressor_calibration.tokens import TokenSet
 from compressor_kernels.block_windows import WindowRule
 from torch import Tensor
 
@@ -62,16 +64,44 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=12)
     parser.add_argument("--text", default="bundled", help="training text: a file or folder")
+    parser.add_argument(
+        "--same-text",
+        action="store_true",
+        help="measure on the last 15 percent of the training text, not on the other bundled text",
+    )
     parser.add_argument("--rows", type=int, default=32, help="training rows")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows-per-step", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--initial", choices=["uniform", "queries"], default="queries")
     parser.add_argument("--states", choices=["chosen", "full"], default="chosen")
     parser.add_argument("--held-out", type=int, default=2, help="rows for recall and perplexity")
     parser.add_argument("--passkeys", type=int, default=2, help="passkey rows at each depth")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[TokenSet, TokenSet, str]:
+    """Training rows, rows to measure on, and a text to hide passkeys in."""
+    wanted = {"samples": options.rows, "length": options.length}
+    if not options.same_text:
+        rows = calibration_tokens(tokenizer, Calibration(data=options.text, **wanted), seed=0)
+        text = held_out(tokenizer, rows=options.held_out, length=options.length)
+        return rows, text, bundled_text("held_out")
+    documents = read_documents(options.text, part="calibration", split="train", text_field="text")
+    whole = "".join(document.text for document in documents)
+    cut = int(len(whole) * 0.85)
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        for number, part in enumerate((whole[:cut], whole[cut:])):
+            path = Path(folder, f"{number}.txt")
+            path.write_text(part, "utf-8")
+            found.append(Calibration(data=str(path), **wanted))
+        last = found[1].model_copy(update={"samples": options.held_out, "sampling": "consecutive"})
+        rows = calibration_tokens(tokenizer, found[0], seed=0)
+        text = calibration_tokens(tokenizer, last, seed=0)
+    return rows, text, whole[cut:]
 
 
 def train(model: SourceModel, ids: Tensor, training: Training, batch: int) -> dict[str, Tensor]:
@@ -127,6 +157,7 @@ def use(
     model: SourceModel,
     ways: Mapping[str, Attending | None],
     ids: Tensor,
+    haystack: str,
     options: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
     """Perplexity beyond the budget and passkey retrieval in each way of attending."""
@@ -140,7 +171,7 @@ def use(
         keys = passkey(
             source,
             model.tokenizer(),
-            haystack=bundled_text("held_out"),
+            haystack=haystack,
             task=task,
             attention=way,
             **run,
@@ -185,17 +216,16 @@ def main() -> None:
         rows_per_step=options.rows_per_step,
         learning_rate=options.learning_rate,
         states=options.states,
+        initial=options.initial,
     )
     selection = settings.block_choice
     blocks = -(-options.length // options.block)
     print(f"{options.model.name}: {options.top_k} of {blocks} blocks of {options.block} keys")
-    wanted = Calibration(data=options.text, samples=options.rows, length=options.length)
-    tokens = calibration_tokens(model.tokenizer(), wanted, seed=0)
+    tokens, text, haystack = texts(options, model.tokenizer())
     started = time.perf_counter()
     forecasts = train(model, tokens.ids, settings.training, options.batch)
     trained = time.perf_counter()
     print(f"trained in {trained - started:.1f} s")
-    text = held_out(model.tokenizer(), rows=options.held_out, length=options.length)
     teacher = Teacher(selection=selection, fine=WindowRule(kernel_size=2, stride=1))
     record = record_choices(model, teacher, forecasts, text)
     ways: dict[str, Attending | None] = {"full": None}
@@ -203,7 +233,7 @@ def main() -> None:
         name: attending(source, way, selection, forecasts)
         for name, way in scorers(selection).items()
     }
-    used = use(source, model, ways, text.ids, options)
+    used = use(source, model, ways, text.ids, haystack, options)
     show(record, used)
     print(f"\ntraining {trained - started:.1f} s, all {time.perf_counter() - started:.1f} s")
     if options.json:

@@ -59,6 +59,11 @@ class SparDA(InfLLM):
     warmup: int = Field(0, ge=0, description="steps over which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(0.5, gt=0, description="largest norm of a layer's gradient")
+    initial: Literal["uniform", "queries"] = Field(
+        "uniform",
+        description="what forecasts start from: small random values, as published, or the mean "
+        "query projections of the block they are for, with which few steps do",
+    )
     states: Literal["chosen", "full"] = Field(
         "chosen",
         description="let hidden states flow through attention over the teacher's blocks, as "
@@ -93,6 +98,7 @@ class SparDA(InfLLM):
             weight_decay=self.weight_decay,
             clip=self.clip,
             progressive=self.progressive,
+            initial=self.initial,
             chosen_states=self.states == "chosen",
         )
 
@@ -142,7 +148,7 @@ class SparDA(InfLLM):
                 "training_kernel_stride": self.teacher_stride,
                 "kl_target_align_pooling": self.pooling,
                 "progressive_training_kernel": self.progressive,
-                "indexer_kaiming_init": True,
+                "indexer_kaiming_init": self.initial == "uniform",
             }
         }
 

@@ -12,12 +12,13 @@ from compressor.attention import AttentionCall
 from compressor.block_attending import by_mask
 from compressor.block_choice import forecast_of
 from compressor.errors import Interrupted
-from compressor.forecast_teacher import Teacher
+from compressor.forecast_teacher import Teacher, attention_inputs, norms
 from compressor.forecast_training import (
     ForecastOptimizer,
     Sweep,
     Training,
     initial_forecast,
+    mean_queries,
     store_bytes,
 )
 from compressor.frozen_model import SourceModel
@@ -95,6 +96,31 @@ def test_one_sweep_trains_what_all_blocks_at_once_do(model, tmp_path, change):
         assert not torch.allclose(ours, initial_forecast(32, 64, seed=SEED + 1), atol=1e-3)
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
     assert found.future[-1].abs().max() <= 1 / 8  # never trained
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3_moe"])
+def test_mean_queries_are_what_the_block_itself_asks(tmp_path, family):
+    """Read by the block's own attention, they give the mean of its queries before any norm of them;
+    read by the attention before, nearly that where the residual hardly changes."""
+    folder = build(family, tmp_path)
+    source = SourceModel(open_source(folder), device=torch.device("cpu"), dtype=torch.float32)
+    unit, before = source.layout.units[2], source.layout.units[1]
+    tensors, older = source.tensors(2), source.tensors(1)
+    linear = next(x for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
+    shape = unit.attention
+    hidden = torch.randn(1, 5, 64)
+    source.runner.embed(source.tensors(0), ids()[:1, :5])
+    with attention_inputs(source.runner, unit, norms(unit, tensors)) as inputs:
+        mine = inputs(hidden)
+    with attention_inputs(source.runner, before, norms(before, older)) as inputs:
+        theirs = inputs(hidden)
+    rows = shape.heads * shape.head_dim
+    queries = mine @ tensors[f"{linear.name}.weight"][:rows].T
+    want = queries.view(1, 5, 2, -1, shape.head_dim).mean(3).flatten(2)
+    own = mean_queries(unit, tensors, unit, norms(unit, tensors))
+    torch.testing.assert_close(mine @ own.T, want, atol=1e-4, rtol=1e-4)
+    early = mean_queries(unit, tensors, before, norms(before, older))
+    torch.testing.assert_close(theirs @ early.T, want, atol=1e-3, rtol=1e-3)
 
 
 def test_two_buffers_are_all_that_lies_on_disk(model, tmp_path):

@@ -16,6 +16,8 @@ from compressor.compile import compile_checkpoint, prepare
 from compressor.errors import InputError, Interrupted, Problems
 from compressor.evaluate import evaluate
 from compressor.frozen_model import SourceModel
+from compressor.layout import AttentionShape, Linear, ModelLayout, UnitLayout
+from compressor.passes.sparda import SparDA
 from compressor.plan import make_plan
 from compressor.policy import read_policy
 from compressor.recipe import load_recipe
@@ -176,8 +178,21 @@ def test_plan_says_what_is_added_and_kept(model: Path, tmp_path: Path) -> None:
 
 def test_published_shapes_add_less_than_half_a_percent() -> None:
     """MiniCPM4.1-8B: hidden 4096, 32 layers, 2 KV heads of 128, 8.2 billion weights."""
-    per_layer = 2 * 128 * 4096
-    assert (32 + 1) * per_layer / 8.2e9 < 0.005
+    attention = AttentionShape(heads=32, kv_heads=2, head_dim=128)
+    units = []
+    for i in range(32):
+        name = f"model.layers.{i}"
+        q = Linear(f"{name}.self_attn.q_proj", "attn.q", 4096, 4096, site="attn.in")
+        o = Linear(f"{name}.self_attn.o_proj", "attn.o", 4096, 4096, site="attn.out")
+        units.append(UnitLayout(name, "block", i, (), (q, o), attention=attention))
+    head = Linear("lm_head", "lm_head", 73448, 4096, site="head")
+    layout = ModelLayout("llama", (*units, UnitLayout("head", "head", 32, (), (head,))))
+    found = SparDA().outlook(
+        layout, parameters=8_200_000_000, rows=2048, length=65536, dtype=torch.bfloat16
+    )
+    assert not found.problems
+    assert found.notes[0] == "34,603,008 parameters are added, 0.42% of the model's"
+    assert found.scratch_bytes == 2 * 2048 * 65536 * 4096 * 2
 
 
 @pytest.mark.parametrize(
