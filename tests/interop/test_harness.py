@@ -114,3 +114,40 @@ def test_what_cannot_be_run_is_said(
         run_tasks(model, ["no_such_task"])
     with pytest.raises(InputError, match="lets the model write"):
         model.generate_until(requests(("a", "b")))
+
+
+def test_a_recipe_runs_a_task_and_holds_it_to_the_gate(
+    task: dict[str, Any],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The harness knows the local task by its name here, as it knows its own."""
+    from compressor.compile import choose_device, compile_checkpoint, prepare
+    from compressor.recipe import make_recipe
+    from compressor.verdict import judge
+
+    real = lm_eval.simple_evaluate
+
+    def knowing(**options: Any) -> Any:
+        assert options.pop("tasks") == ["local_choice"]
+        return real(tasks=[task], **options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", knowing)
+    recipe = make_recipe(
+        {
+            "model": str(tiny_model("llama")),
+            "output": str(tmp_path / "out"),
+            "passes": [{"rtn": {"group_size": 32}}],
+            "verify": False,
+            "evaluate": {"windows": 2, "length": 32, "tasks": ["local_choice"], "task_limit": 6},
+            "gate": {"tasks": {"local_choice": 1.0}},
+        }
+    )
+    prepared = prepare(recipe, device=choose_device("cpu"))
+    verdict = judge(prepared, compile_checkpoint(prepared))
+    found = verdict.tasks["local_choice"]
+    assert 0 <= found.value < 1 and found.error > 0
+    assert verdict.gate is not None and not verdict.ok
+    assert "accuracy in local_choice" in verdict.gate.failures[0].message
+    assert verdict.to_json()["tasks"]["local_choice"]["value"] == found.value

@@ -94,9 +94,10 @@ def test_a_branch_is_made_and_filled(hub: Any, checkpoint: Path) -> None:
 def test_a_passing_failure_anywhere_is_got_over(
     method: str, path: str, kind: Any, hub: Any, checkpoint: Path
 ) -> None:
-    hub.fail(method, path, kind, times=1 if kind == "lost" else 2)
+    times = 1 if kind == "lost" else 2
+    hub.fail(method, path, kind, times=times)
     push(list_upload(checkpoint), Publish(repo=REPO))
-    assert hub.faults[0].times == 0, "the failure happened"
+    assert hub.faults[0].times < times, "the failure happened"
     assert_arrived(hub, checkpoint)
     assert len(hub.repos[REPO].commits) == 2, "a commit whose answer was lost is not repeated"
 
