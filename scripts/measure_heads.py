@@ -6,8 +6,10 @@ seeds. Each by passkey retrieval and by perplexity on held-out text. Prints a ta
 writes heat maps and curves as PNG.
 
     python scripts/measure_heads.py MODEL --out heads
-    python scripts/measure_heads.py MODEL --out heads --device cuda --lengths 2048 4096 8192 \\
-        --train-lengths 1024 4096 --window 256 --sinks 16 --num-steps 300
+    python scripts/measure_heads.py MODEL --out heads --device cuda --lengths 1024 2048 4096 8192 \\
+        --train-lengths 1024 4096 --window 256 --sinks 16 --num-steps 300 --floor 0.8 \\
+        --needle '\\n\\nThe {ordinal} passkey is: {passkey}. Remember it.\\n\\n' \\
+        --question '\\n\\nThe {ordinal} passkey is: {passkey}'
 """
 
 from __future__ import annotations
@@ -45,6 +47,11 @@ NEEDLE = "\n\nRemember this, the {ordinal} passkey is: {passkey}.\n\n"
 QUESTION = "\n\nWhat is the {ordinal} passkey? It is: {passkey}"
 
 
+def text(value: str) -> str:
+    """A template of the command line, in which \\n is a new line."""
+    return value.replace("\\n", "\n")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="checkpoint folder, GGUF file or Hub id")
@@ -65,6 +72,8 @@ def arguments() -> argparse.Namespace:
         help="passkey rows; lengths at which full attention retrieves less than --floor are named "
         "and left out",
     )  # fmt: skip
+    parser.add_argument("--needle", default=NEEDLE, type=text, help="what is hidden")
+    parser.add_argument("--question", default=QUESTION, type=text, help="what is asked")
     parser.add_argument("--floor", type=float, default=0.9)
     parser.add_argument("--rows", type=int, default=2, help="passkey rows for each depth")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75])
@@ -92,14 +101,21 @@ class Measure:
         self.ids = torch.tensor(ids[: rows * length]).reshape(-1, length)
 
     def passkeys(self, streaming: Tensor | None, lengths: tuple[int, ...]) -> dict[str, float]:
-        """Passkey accuracy by length and depth, and its mean."""
-        task = Passkey(lengths=lengths, rows=self.options.rows, seed=self.options.seed)
+        """Passkey accuracy by length and depth, its mean, and the share found whole."""
+        needle, question = (
+            template.format(ordinal="first", passkey="{passkey}")
+            for template in (self.options.needle, self.options.question)
+        )
+        task = Passkey(
+            lengths=lengths, rows=self.options.rows, seed=self.options.seed, needle=needle,
+            question=question,
+        )  # fmt: skip
         found = passkey(
             self.source, self.tokenizer, haystack=self.text, task=task, device=self.device,
             dtype=self.dtype, attention=self._attention(streaming),
         )  # fmt: skip
         cells = {f"{c.length}@{c.depth:g}": c.accuracy for c in found.cells}
-        return {"accuracy": found.accuracy.value, **cells}
+        return {"accuracy": found.accuracy.value, "exact": found.exact.value, **cells}
 
     def perplexity(self, streaming: Tensor | None) -> float:
         """Perplexity over held-out text."""
@@ -124,7 +140,7 @@ def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tens
     shortest, longest = options.train_lengths
     data = Needles(
         keys=options.keys, words=options.words, min_length=shortest, max_length=longest, lengths=8,
-        prefix="", suffix="", separator="", needle=NEEDLE, question=QUESTION,
+        prefix="", suffix="", separator="", needle=options.needle, question=options.question,
     )  # fmt: skip
     text = bundled_text("calibration")[: 40 * longest + 200_000]
     ids = torch.tensor(measure.tokenizer(text, add_special_tokens=False)["input_ids"])[None]
@@ -207,8 +223,8 @@ def main() -> None:
         row = {"heads": name, "share": share, "perplexity": measure.perplexity(streaming), **found}
         rows.append(row)
         print(
-            f"{name:12} {share:5.0%} streaming  passkey {row['accuracy']:.3f}  "
-            f"perplexity {row['perplexity']:.2f}",
+            f"{name:12} {share:5.0%} streaming  passkey {row['accuracy']:.3f}  whole "
+            f"{row['exact']:.3f}  perplexity {row['perplexity']:.2f}",
             flush=True,
         )
 
@@ -230,7 +246,11 @@ def main() -> None:
 def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Curves of both yardsticks over the share of streaming heads."""
     ends = {0.0: rows[0], 1.0: rows[-1]}
-    for what in ("accuracy", "perplexity"):
+    titles = {
+        "accuracy": "passkey accuracy", "exact": "passkeys found whole",
+        "perplexity": "held-out perplexity",
+    }  # fmt: skip
+    for what, title in titles.items():
         lines: dict[str, list[tuple[float, float]]] = {}
         for name in ("gates", "copy scores", "random"):
             points = [(0.0, ends[0.0][what])]
@@ -240,7 +260,6 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 ]
                 points.append((share, sum(values) / len(values)))
             lines[name] = [*points, (1.0, ends[1.0][what])]
-        title = "passkey accuracy" if what == "accuracy" else "held-out perplexity"
         picture = curves(lines, title=title, x="share of streaming KV heads", y=title)
         if picture is not None:
             (options.out / f"{what}.png").write_bytes(picture)
