@@ -1,6 +1,7 @@
 """Write a Llama checkpoint of random weights, for measuring speed and memory at real shapes.
 
     python scripts/make_random_model.py FOLDER [--layers 32] [--shape 7b|tiny] [--device cuda]
+        [--seed 0]
 
 The weights are drawn one tensor at a time and mean nothing: only time and memory may be measured
 with them. The tokenizer is a byte-level one of 256 tokens.
@@ -48,7 +49,7 @@ def shapes_of(size: dict[str, int], layers: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write(folder: Path, *, shape: str, layers: int, device: str) -> None:
+def write(folder: Path, *, shape: str, layers: int, device: str, seed: int = 0) -> None:
     """Write config, tokenizer, index and shards."""
     size = SHAPES[shape]
     folder.mkdir(parents=True)
@@ -56,7 +57,7 @@ def write(folder: Path, *, shape: str, layers: int, device: str) -> None:
         name: TensorShape(torch.bfloat16, dims) for name, dims in shapes_of(size, layers).items()
     }
     plan = plan_shards([{name: spec} for name, spec in tensors.items()], max_bytes=5 * 10**9)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     for shard in plan.shards:
         with (folder / shard.file).open("wb") as handle:
             handle.write(shard.header)
@@ -105,8 +106,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args()
-    write(args.folder, shape=args.shape, layers=args.layers, device=args.device)
+    write(args.folder, shape=args.shape, layers=args.layers, device=args.device, seed=args.seed)
 
 
 if __name__ == "__main__":
