@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from compressor_kernels.bitdelta import pack_signs, unpack_signs
 from torch import Tensor
+from torch.nn.functional import embedding
 
 SIGNS, SCALES = "delta_signs", "delta_scales"
 """Names of a linear's tensors in a delta checkpoint."""
@@ -34,11 +35,16 @@ class SignDelta:
 
     def dense(self) -> Tensor:
         """The difference, float32 [out, in]."""
-        total = torch.zeros(
-            self.signs.shape[2], self.in_features, dtype=torch.float32, device=self.signs.device
-        )
+        device = self.signs.device
+        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+        table = ((bits & 1) * 2 - 1).float()  # what the eight weights of a byte are
+        total: Tensor | None = None
         for signs, scale in zip(self.signs, self.scales.float(), strict=True):
-            total += unpack_signs(signs, in_features=self.in_features) * scale
+            # A byte at a time, several times faster than bit by bit: [out, 4 * words].
+            octets = signs.t().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+            part = embedding(octets.int(), table * scale).flatten(1)[:, : self.in_features]
+            total = part if total is None else total + part
+        assert total is not None
         return total
 
     def merged(self, base: Tensor, dtype: torch.dtype) -> Tensor:
