@@ -51,10 +51,8 @@ STEPS = [{"rotate": {}}, {"reorder": {}}, {"smooth_attention": {}}]
         ("llama", STEPS, {}),
         ("qwen2", STEPS, {"untie": True}),
         ("qwen3", [{"rotate": {"seed": 4}}, {"smooth_attention": {"alpha": 0.8}}], {}),
-        ("gemma", STEPS, {"untie": True}),
         ("opt", [{"rotate": {"keep_mean": True}}, *STEPS[1:]], {"untie": True}),
         ("mixtral", STEPS, {}),
-        ("gemma2", STEPS[1:], {}),
     ],
 )
 def test_what_is_written_is_the_original(
@@ -70,7 +68,7 @@ def test_what_is_written_is_the_original(
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, 3])
 def test_a_rotated_run_continues_where_it_stopped(
     after: int, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
