@@ -19,6 +19,9 @@ from compressor.unit_plan import UnitPlan
 PROCESS_BYTES = {"cpu": 500 << 20, "cuda": 1800 << 20}
 """Resident size of a process that has imported everything and done no work."""
 
+PLAIN_BYTES = 280 << 20
+"""The same on a CPU where no token is run, so that neither tokenizer nor model code is loaded."""
+
 CPU_CORE_FLOPS = 6e10
 CUDA_FLOPS = 3e14
 DISK_BYTES_PER_SECOND = 1e9
@@ -53,7 +56,8 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
     streams = max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
     if plan.delta is not None:
         streams += max(plan.delta.base_bytes(unit.layout) for unit in plan.units)
-    host = PROCESS_BYTES[kind] + streams
+    idle = not plan.calibrated and plan.recipe.evaluate is None
+    host = (PLAIN_BYTES if kind == "cpu" and idle else PROCESS_BYTES[kind]) + streams
     held, learning = 0, _learning_bytes(plan, device)
     if kind == "cuda":
         held = max(inputs + working + max(raw), learning)
