@@ -133,3 +133,22 @@ def test_plan_refuses_what_qserve_cannot_hold(
         run(tiny_model("llama"), tmp_path / "out", [{"progressive": {"group_size": 32}}])
     with pytest.raises(Problems, match="group_size 128 does not divide"):
         run(tiny_model("llama"), tmp_path / "out", ["qoq"], format="qserve")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", [32, None])
+def test_qoq_on_a_gpu(
+    group_size: int | None, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("mixtral")
+    recipe = make_recipe(
+        {
+            "model": str(model),
+            "output": str(tmp_path / "out"),
+            "calibration": {"samples": 16, "length": 32},
+            "passes": [{"qoq": {"group_size": group_size, "min_tokens": 16}}],
+            "format": "qserve",
+        }
+    )
+    done = compile_checkpoint(prepare(recipe, device=choose_device("cuda")))
+    assert 0 < kl(done.output, model) < 1

@@ -174,3 +174,15 @@ def test_weights_that_share_an_input_are_rounded_alone_or_together(monkeypatch):
             assert torch.equal(one.q.codes, two.q.codes) and one.kept == two.kept
             assert torch.equal(one.q.codes, three.q.codes) and one.kept == three.kept
             assert torch.equal(one.q.scales.float(), two.q.scales.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_a_gpu_finds_what_a_cpu_finds(name):
+    weight, gram = problem(rows=200, columns=288)
+    nearest = quantize(weight, SPECS[name])
+    (ours,) = gptq([weight], [nearest], inverse_factor(gram))
+    (theirs,) = gptq([weight.cuda()], [nearest.to("cuda")], inverse_factor(gram.cuda()))
+    assert theirs.q.codes.is_cuda
+    assert theirs.error == pytest.approx(ours.error, rel=0.02)
+    assert (theirs.q.codes.cpu() == ours.q.codes).float().mean() > 0.9
