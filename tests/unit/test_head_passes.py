@@ -362,6 +362,22 @@ def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
     assert found.rows[0]["top"][0].startswith(f"{strongest}: ")
 
 
+def test_training_may_start_from_copy_scores(tmp_path: Path) -> None:
+    folder = MODELS / "llama"
+    if not folder.exists():
+        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
+    model: Any = frozen(folder)
+    text = model.tokenizer()(bundled_text("calibration")[:20000])["input_ids"][:1024]
+    given = DuoAttention(
+        data=OWN.model_copy(update={"min_length": 256, "max_length": 256, "words": 2}),
+        sinks=4, window=32, num_steps=1, init="retrieval",
+    )  # fmt: skip
+    found = given.learn(model, context(torch.tensor(text)[None], tmp_path))
+    gates = found.values["duo_attention.gates"]
+    # One step moves a gate by at most the first rate, so the layer that copies still leads.
+    assert int(gates.amax(1).argmax()) == 5 and float(gates.mean()) < 0.5
+
+
 def test_first_gates() -> None:
     assert torch.equal(start_gates((2, 3), spread=0, seed=0), torch.ones(2, 3))
     spread = start_gates((2, 3), spread=0.1, seed=0)
