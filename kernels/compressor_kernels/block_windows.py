@@ -22,6 +22,7 @@ from compressor_kernels.block_selection import BlockRule, positions, pow2, top_b
 
 # Intermediate values of one prefill piece: more would only take memory.
 PIECE_BYTES = 1 << 28
+PIECE_TOKENS = 64  # pieces are whole multiples of this
 LOG2_E = 1.4426950408889634
 LOGIT_TILE = 128
 
@@ -320,7 +321,8 @@ def attention_blocks(
 def _in_pieces(choose, queries: Tensor, row_bytes: int) -> Tensor:
     """`choose(part, tokens behind it)` over pieces of the tokens, so that scores stay small."""
     q_len = queries.shape[2]
-    piece = max(64, PIECE_BYTES // max(1, queries.shape[0] * row_bytes) // 64 * 64)
+    room = PIECE_BYTES // max(1, queries.shape[0] * row_bytes)
+    piece = max(1, room // PIECE_TOKENS) * PIECE_TOKENS
     chosen = []
     for start in range(0, q_len, piece):
         part = queries[:, :, start : start + piece]

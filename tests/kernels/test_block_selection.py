@@ -61,7 +61,7 @@ def test_compressed_keys_are_means_of_full_windows(tokens, dim):
         (301, 1, 0, [301, 37]),
         (290, 1, 0, [9, 3]),  # no window at all in the second row
         (200, 20, 30, None),  # a piece from the middle of a prompt
-        (70, 70, 0, None),
+        (70, 35, 0, None),
         (150, 9, 0, [150, 88]),
         (5, 5, 0, None),
     ],
@@ -133,8 +133,8 @@ def test_attention_score_is_the_best_share_of_finished_windows():
     ("tokens", "q_len", "behind", "lengths"),
     [
         (530, 1, 0, [530, 20]),
-        (530, 3, 100, None),
-        (40, 9, 5, None),
+        (530, 2, 100, None),
+        (40, 3, 5, None),
         (1, 1, 0, None),
     ],
 )
@@ -169,11 +169,12 @@ def test_top_blocks_by_the_definition():
 def test_a_prompt_in_pieces_chooses_what_it_chooses_at_once(monkeypatch):
     torch.manual_seed(6)
     tokens, dim = 220, 64
-    q, k = randn(1, 2, 66, dim), randn(1, 1, tokens, dim)
+    q, k = randn(1, 2, 7, dim), randn(1, 1, tokens, dim)
     compressed = compress_keys(k, WINDOWS)
     whole_forecast = forecast_blocks(q[:, :1], compressed, RULE, WINDOWS, tokens=tokens)
     whole_attention = attention_blocks(q, compressed, RULE, WINDOWS, tokens=tokens)
     monkeypatch.setattr("compressor_kernels.block_windows.PIECE_BYTES", 1)
+    monkeypatch.setattr("compressor_kernels.block_windows.PIECE_TOKENS", 3)
     in_pieces = forecast_blocks(q[:, :1], compressed, RULE, WINDOWS, tokens=tokens)
     assert torch.equal(in_pieces, whole_forecast)
     in_pieces = attention_blocks(q, compressed, RULE, WINDOWS, tokens=tokens)
@@ -186,7 +187,7 @@ def test_a_prompt_in_pieces_chooses_what_it_chooses_at_once(monkeypatch):
 def test_decoding_chooses_what_the_last_row_of_a_prompt_does():
     torch.manual_seed(7)
     tokens, dim = 230, 64
-    q, k = randn(1, 4, 5, dim), randn(1, 2, tokens, dim)
+    q, k = randn(1, 4, 3, dim), randn(1, 2, tokens, dim)
     compressed = compress_keys(k, WINDOWS)
     for choose, queries in ((forecast_blocks, q[:, :2]), (attention_blocks, q)):
         whole = choose(queries, compressed, RULE, WINDOWS, tokens=tokens)
