@@ -76,7 +76,8 @@ class Display:
         if self.as_json:
             self._print(json.dumps({"event": name, "time": round(time.time(), 3), **fields}))
         else:
-            text = "  ".join(f"{key} {value}" for key, value in fields.items())
+            said = (str(v) if k in ("text", "hint") else f"{k} {v}" for k, v in fields.items())
+            text = "  ".join(said)
             self._print(f"{name}: {text}" if text else name)
 
     def _print(self, text: str) -> None:

@@ -74,6 +74,7 @@ def test_a_run_that_passes_leaves_a_report_and_a_card(
     assert len(report.units) == 4 and report.units[1].rows
     page = (output / "report.html").read_text()
     assert "gate passed" in page and "files verified" in page and str(tmp_path) not in page
+    assert str(tmp_path) not in (output / "report.json").read_text()
     card = (output / "README.md").read_text()
     assert "base_model: someone/tiny" in card and "license: apache-2.0" in card
     assert "passkey retrieval" in card and str(tmp_path) not in card

@@ -100,7 +100,7 @@ def test_a_terminal_shows_a_bar_the_error_and_what_is_left(
     assert "compress" in text and "3/3" in text
     assert "model.layers.2  error 0.03  12.5 M weights/s  memory 526.00 MB" in text
     assert "error by unit" in text and "up to 0.03" in text
-    assert "compress: 3 units in" in text and "note: text seen" in text
+    assert "compress: 3 units in" in text and "note: seen" in text
 
 
 def test_a_terminal_that_can_do_nothing_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
