@@ -143,4 +143,4 @@ def test_the_half_precision_gram_on_a_gpu_is_accumulated_in_fp32(dtype):
     assert torch.cuda.memory_allocated() - memory < stats.gram.nbytes
     exact = x.double().T @ x.double()
     size = x.double().abs().T @ x.double().abs()
-    assert ((stats.gram.cpu().double() - exact).abs() <= 1e-5 * size).all()
+    assert ((stats.gram.cpu().double() - exact).abs() <= 3e-5 * size).all()
