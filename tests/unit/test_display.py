@@ -157,3 +157,34 @@ def test_a_command_in_a_pipeline_prints_no_colour_and_json_only(
     assert done.returncode == 2
     (event,) = [json.loads(line) for line in done.stderr.splitlines()]
     assert event["event"] == "error" and event["exit_code"] == 2 and "rtn" in event["hint"]
+
+
+def test_a_stopped_run_says_so_to_machines_and_continues(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM while a unit is worked on: that unit is finished, the exit code is 130."""
+    from click.testing import CliRunner
+
+    from compressor.cli.main import cli
+
+    recipe = tmp_path / "recipe.yaml"
+    data = {"model": str(tiny_model("llama")), "output": str(tmp_path / "out")}
+    recipe.write_text(yaml.safe_dump({**data, "passes": [{"rtn": {"group_size": 32}}]}))
+    asked = iter([False, False, True])
+    monkeypatch.setattr("compressor.cli.main.interruptible", lambda: lambda: next(asked))
+    arguments = [
+        "run",
+        str(recipe),
+        "--device",
+        "cpu",
+        "--json",
+        "--junit",
+        str(tmp_path / "j.xml"),
+    ]
+    stopped = CliRunner().invoke(cli, arguments)
+    assert stopped.exit_code == 130 and json.loads(stopped.stdout)["exit_code"] == 130
+    assert cases_of(tmp_path / "j.xml").get("errors") == "1"
+    monkeypatch.setattr("compressor.cli.main.interruptible", lambda: lambda: False)
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0 and json.loads(done.stdout)["ok"]
+    assert "resumed yes" in done.stderr

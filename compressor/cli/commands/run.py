@@ -94,6 +94,9 @@ def command(
             loaded, device=device, device_memory=device_memory, display=display, cases=cases
         )
     if run is None:
+        if as_json:
+            again = {"message": "interrupted", "hint": "the same command continues"}
+            click.echo(json.dumps({"ok": False, "exit_code": 130, "errors": [again]}, indent=2))
         context.exit(130)
     if as_json:
         click.echo(json.dumps(summary(run), indent=2))
