@@ -27,6 +27,7 @@ from torch import Tensor
 from compressor.attention import AttentionCall
 from compressor.block_attending import CURRENT, FUTURE, by_mask
 from compressor.errors import Interrupted
+from compressor.forecast_start import LeastSquares, initial_forecast, mean_queries
 from compressor.forecast_teacher import Teacher, attention_call, attention_inputs, norms
 from compressor.layout import UnitLayout
 from compressor.passes.base import FrozenModel
@@ -36,6 +37,7 @@ from compressor.shards import write_atomically
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-6
+FIT_TOKENS = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,9 @@ class Training:
     clip           largest norm of a block's gradient
     progressive    begin with a teacher of the deployed compression and halve it, in equal shares of
                    the steps, down to the fine one
-    initial        what forecasts start from: `uniform` values (published), or `queries`, the mean
-                   query projection of the heads that share a KV head in the block that it is for,
-                   with which few steps do
+    initial        what forecasts start from: `uniform` values (published), or `queries`: what comes
+                   closest to the mean query of the heads that share a KV head in the block that it
+                   is for (least squares over some rows), with which few steps do
     chosen_states  let hidden states flow through attention over the teacher's blocks
     """
 
@@ -111,37 +113,6 @@ class ForecastOptimizer:
         torch.nn.utils.clip_grad_norm_([self.weight], self.training.clip)
         self._adamw.step()
         self._adamw.zero_grad()
-
-
-def initial_forecast(outputs: int, inputs: int, *, seed: int) -> Tensor:
-    """A forecast before training, [outputs, inputs]: uniform within ±1/sqrt(inputs)."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(outputs, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
-
-
-def mean_queries(
-    unit: UnitLayout, tensors: dict[str, Tensor], reader: UnitLayout, norms: dict[str, Tensor]
-) -> Tensor:
-    """The mean query projection of each KV head's heads, [kv_heads * head_dim, hidden], for what
-    enters another block's attention.
-
-    What enters the two attentions differs by the first one's outputs, which are small beside the
-    residual, and by the scales of the two norms, which are taken out.
-    """
-    shape = unit.attention
-    assert shape is not None
-    linear = next(x for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
-    rows = shape.heads * shape.head_dim  # of a fused projection, queries come first
-    weight = tensors[f"{linear.name}.weight"][:rows].float()
-    by_group = weight.view(shape.kv_heads, -1, shape.head_dim, weight.shape[1]).mean(1)
-    mine, theirs = _norm_scale(unit, tensors), _norm_scale(reader, norms)
-    ratio = torch.where(theirs.abs() > 1e-3, mine / theirs, torch.ones_like(mine))
-    return (by_group.flatten(0, 1) * ratio).cpu()
-
-
-def _norm_scale(unit: UnitLayout, tensors: dict[str, Tensor]) -> Tensor:
-    norm = next(x for x in unit.norms if x.role == "norm.attn")
-    return tensors[f"{norm.name}.weight"].float() + norm.offset
 
 
 def store_bytes(rows: int, length: int, width: int, dtype: torch.dtype) -> int:
@@ -206,9 +177,6 @@ class Sweep:
                 tensors = self.model.tensors(layer + 1)
                 if trained is None:
                     initial = initial_forecast(*size, seed=self.seed + 1 + layer)
-                    if self.training.initial == "queries":
-                        reader = blocks[max(0, layer - 1)], before or norms(unit, tensors)
-                        initial = mean_queries(unit, tensors, *reader)
                     trained = self._train(layer, blocks, tensors, before, stores, initial)
                 if self._reached() == layer < len(blocks) - 1:
                     self._advance(layer, unit, tensors, stores)
@@ -268,13 +236,15 @@ class Sweep:
     ) -> dict[str, Tensor]:
         """Train the forecast that is for block `layer`, and keep it in the scratch folder."""
         runner, device = self.model.runner, self.model.device
-        optimizer = ForecastOptimizer(initial.to(device), self.training)
         with ExitStack() as stack:
             block = stack.enter_context(runner.block(blocks[layer], tensors))
             inputs, read = None, [stores[layer % 2]]
             if layer > 0:
                 reader = attention_inputs(runner, blocks[layer - 1], before)
                 inputs, read = stack.enter_context(reader), [*read, stores[(layer - 1) % 2]]
+            if self.training.initial == "queries":
+                initial = self._fitted(block, mean_queries(blocks[layer], tensors), read, inputs)
+            optimizer = ForecastOptimizer(initial.to(device), self.training)
             pairs = self._calls(block, read, inputs)
             losses = list(self._steps(optimizer, pairs, max(0, layer - 1)))
         few = max(1, len(losses) // 10)
@@ -285,6 +255,26 @@ class Sweep:
         }
         write_atomically(self.scratch / f"forecast.{layer}.safetensors", save(trained))
         return trained
+
+    def _fitted(
+        self,
+        block: Block,
+        queries: Tensor,
+        stores: Sequence[ActivationStore],
+        inputs: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """What comes closest to the block's own mean queries, read a block earlier."""
+        if inputs is None:
+            return queries
+        rows = range(min(self.ids.shape[0], math.ceil(FIT_TOKENS / self.ids.shape[1])))
+        batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+        fit = LeastSquares()
+        for _, (states, older) in read_ahead(stores, batches):
+            self._check_stop()
+            own = attention_call(block, states).hidden
+            assert own is not None
+            fit.add(inputs(older), own.float() @ queries.T)
+        return fit.solve()
 
     def _calls(
         self,

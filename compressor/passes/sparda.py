@@ -61,8 +61,8 @@ class SparDA(InfLLM):
     clip: float = Field(0.5, gt=0, description="largest norm of a layer's gradient")
     initial: Literal["uniform", "queries"] = Field(
         "uniform",
-        description="what forecasts start from: small random values, as published, or the mean "
-        "query projections of the block they are for, with which few steps do",
+        description="what forecasts start from: small random values, as published, or a fit of the "
+        "mean queries of the block they are for, with which few steps do",
     )
     states: Literal["chosen", "full"] = Field(
         "chosen",

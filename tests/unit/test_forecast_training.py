@@ -12,13 +12,12 @@ from compressor.attention import AttentionCall
 from compressor.block_attending import by_mask
 from compressor.block_choice import forecast_of
 from compressor.errors import Interrupted
+from compressor.forecast_start import LeastSquares, initial_forecast, mean_queries
 from compressor.forecast_teacher import Teacher, attention_inputs, norms
 from compressor.forecast_training import (
     ForecastOptimizer,
     Sweep,
     Training,
-    initial_forecast,
-    mean_queries,
     store_bytes,
 )
 from compressor.frozen_model import SourceModel
@@ -100,27 +99,58 @@ def test_one_sweep_trains_what_all_blocks_at_once_do(model, tmp_path, change):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3_moe"])
 def test_mean_queries_are_what_the_block_itself_asks(tmp_path, family):
-    """Read by the block's own attention, they give the mean of its queries before any norm of them;
-    read by the attention before, nearly that where the residual hardly changes."""
+    """Read by the block's own attention, they give the mean of its queries before any norm."""
     folder = build(family, tmp_path)
     source = SourceModel(open_source(folder), device=torch.device("cpu"), dtype=torch.float32)
-    unit, before = source.layout.units[2], source.layout.units[1]
-    tensors, older = source.tensors(2), source.tensors(1)
+    unit, tensors = source.layout.units[2], source.tensors(2)
     linear = next(x for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
     shape = unit.attention
-    hidden = torch.randn(1, 5, 64)
     source.runner.embed(source.tensors(0), ids()[:1, :5])
     with attention_inputs(source.runner, unit, norms(unit, tensors)) as inputs:
-        mine = inputs(hidden)
-    with attention_inputs(source.runner, before, norms(before, older)) as inputs:
-        theirs = inputs(hidden)
+        mine = inputs(torch.randn(1, 5, 64))
     rows = shape.heads * shape.head_dim
     queries = mine @ tensors[f"{linear.name}.weight"][:rows].T
     want = queries.view(1, 5, 2, -1, shape.head_dim).mean(3).flatten(2)
-    own = mean_queries(unit, tensors, unit, norms(unit, tensors))
-    torch.testing.assert_close(mine @ own.T, want, atol=1e-4, rtol=1e-4)
-    early = mean_queries(unit, tensors, before, norms(before, older))
-    torch.testing.assert_close(theirs @ early.T, want, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(mine @ mean_queries(unit, tensors).T, want, atol=1e-4, rtol=1e-4)
+
+
+def test_least_squares_is_that_of_all_pairs_at_once():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(3, 50, n, generator=generator) for n in (6, 4))
+    y = x @ torch.randn(6, 4, generator=generator) + 0.1 * noise
+    fit = LeastSquares()
+    for part in range(3):
+        fit.add(x[part : part + 1], y[part : part + 1])
+    want = torch.linalg.lstsq(x.flatten(0, 1).double(), y.flatten(0, 1).double()).solution
+    torch.testing.assert_close(fit.solve(), want.T.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_forecasts_that_start_from_queries(model, tmp_path):
+    """Block 0's are its own mean queries; the others' come close to them before any step."""
+    still = Training(
+        teacher=TEACHER, steps=1, rows_per_step=1, learning_rate=1e-12, initial="queries"
+    )
+    found = sweep(model, tmp_path / "scratch", still).run()
+    blocks = model.layout.units[1:-1]
+    own = [mean_queries(unit, model.tensors(i + 1)) for i, unit in enumerate(blocks)]
+    torch.testing.assert_close(found.current, own[0])
+    runner = model._new_runner()
+    runner.embed(model.tensors(0), ids()[:1])
+    runner.fill((unit, model.tensors(i)) for i, unit in enumerate(model.layout.units))
+    entered: list[torch.Tensor] = []
+
+    def hook(call: AttentionCall) -> torch.Tensor:
+        entered.append(call.hidden)
+        blocks = TEACHER.blocks(call)
+        return by_mask(call, blocks, LayerPolicy(blocks=SELECTION))
+
+    with torch.no_grad(), runner.attention(hook):
+        runner.model(input_ids=ids(), use_cache=False)
+    for layer in (1, 2):
+        want = entered[layer] @ own[layer].T
+        got = entered[layer - 1] @ found.future[layer - 1].T
+        guess = entered[layer - 1] @ own[layer].T
+        assert (got - want).square().sum() < 0.5 * (guess - want).square().sum()
 
 
 def test_two_buffers_are_all_that_lies_on_disk(model, tmp_path):
