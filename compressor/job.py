@@ -24,6 +24,7 @@ from compressor.checkpoint import content_hash
 from compressor.commit_queue import CommitQueue
 from compressor.encode import decode_unit, encode_unit
 from compressor.errors import InputError, Interrupted, MachineError
+from compressor.heap import give_back_large_blocks
 from compressor.layout import UnitLayout
 from compressor.passes.base import Learned, Unit
 from compressor.plan import Plan
@@ -91,6 +92,7 @@ def run_units(
     Raises InputError for a source that is not finite or has changed, MachineError where memory or
     disk fail, Interrupted when asked to stop.
     """
+    give_back_large_blocks()
     writer = ShardWriter(plan.shards, work)
     try:
         writer.open()
