@@ -32,8 +32,11 @@ def block_recipes() -> list[Path]:
     found = []
     for path in RECIPES:
         passes = yaml.safe_load(path.read_text("utf-8"))["passes"]
-        kinds = [get_pass(x if isinstance(x, str) else next(iter(x))) for x in passes]
-        if all(kind.works_on_blocks for kind in kinds):
+        names = [x if isinstance(x, str) else next(iter(x)) for x in passes]
+        # Gates are trained on texts of thousands of tokens, which tiny models have no room for.
+        if "duo_attention" in names:
+            continue
+        if all(get_pass(name).works_on_blocks for name in names):
             found.append(path)
     return found
 

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import warnings
@@ -81,6 +82,14 @@ def test_json_lines_are_one_object_each(monkeypatch: pytest.MonkeyPatch) -> None
     assert events[2]["error"] == 0.02 and events[3]["left_seconds"] == 0
 
 
+def everything(master: int) -> str:
+    """What was written to a terminal so far; one read gives no more than its buffer holds."""
+    found = b""
+    while select.select([master], [], [], 0.5)[0]:
+        found += os.read(master, 65536)
+    return found.decode()
+
+
 def test_a_terminal_shows_a_bar_the_error_and_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -93,7 +102,7 @@ def test_a_terminal_shows_a_bar_the_error_and_what_is_left(
         work(display)
         display.event("note", text="seen")
         terminal.flush()
-        shown = os.read(master, 65536).decode()
+        shown = everything(master)
     os.close(master)
     assert "\x1b[" in shown
     text = ESCAPE.sub("", shown)
