@@ -13,7 +13,7 @@ import ctypes
 
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
-LARGE = 1 << 20
+LARGE = 1 << 18
 ARENAS = 2
 
 
