@@ -20,17 +20,16 @@ CANDIDATES = [
     ProductTiles(128, 128, 128, num_warps=4, num_stages=3),
     ProductTiles(128, 128, 128, num_warps=8, num_stages=3),
     ProductTiles(128, 128, 128, num_warps=8, num_stages=4),
-    ProductTiles(128, 256, 256, num_stages=2),
-    ProductTiles(64, 256, 128, num_warps=4, num_stages=2),
     ProductTiles(128, 128, 128, num_warps=8, num_stages=4, persistent=True),
 ]
 EXACT_CANDIDATES = [
-    ProductTiles(128, 128, 128, num_warps=8, num_stages=4),
     ProductTiles(128, 128, 128, num_warps=4, num_stages=3),
+    ProductTiles(128, 128, 128, num_warps=8, num_stages=3),
+    ProductTiles(128, 128, 128, num_warps=8, num_stages=4),
+    ProductTiles(128, 128, 128, group_m=16, num_warps=8, num_stages=3, registers=128),
     ProductTiles(128, 256, 128, num_warps=8, num_stages=3),
-    ProductTiles(64, 256, 128, num_warps=4, num_stages=3),
-    ProductTiles(128, 128, 256, num_warps=8, num_stages=3),
-    ProductTiles(128, 128, 128, num_warps=8, num_stages=3, persistent=True),
+    ProductTiles(256, 128, 128, num_warps=8, num_stages=4),
+    ProductTiles(64, 128, 128, num_warps=4, num_stages=4),
 ]
 
 
@@ -43,7 +42,8 @@ def codes(rows: int, dtype: torch.dtype) -> Tensor:
 def short(tiles: ProductTiles) -> str:
     kind = " persistent" if tiles.persistent else ""
     shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
-    return f"{shape} w{tiles.num_warps} s{tiles.num_stages}{kind}"
+    few = f" r{tiles.registers}" if tiles.registers else ""
+    return f"{shape} w{tiles.num_warps} s{tiles.num_stages} g{tiles.group_m}{few}{kind}"
 
 
 def tops(us: float) -> float:

@@ -157,14 +157,16 @@ def nvfp4_family(ceiling: float, sweep: bool) -> list[Row]:
         shape = f"{count}x{outputs}x{inner}"
         ours = per_call_us(lambda i, x=x: w.w4a16(x, *plain[i], group_size=128), sets=SETS)
         dense = cublas_us(count, outputs, inner)
+        us = float("nan")
         for tiles in [None, *few] if sweep and count == 1 else [None]:
             name = f"weight only {tiles or ''}".replace("num_", "")
-            us = measure(
+            took = measure(
                 rows, "nvfp4", name, shape,
                 lambda i, t=tiles, x=x: nvfp4_matmul(x, *weights[i], tiles=t),
                 want=want, limit=2e-3, moved=nbytes(weights[0]), peer="our W4A16", peer_us=ours,
                 target=0.8 if count == 1 and tiles is None else None,
             )  # fmt: skip
+            us = took if tiles is None else us
             if tiles is None and count <= w.DECODE_TOKENS:
                 t = w.decode_tiles(count, outputs, inner, 16)
                 _issued("weight", w4a16_jit.decode_kernel, 128 * t.slices * t.block_n)

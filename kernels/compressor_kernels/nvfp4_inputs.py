@@ -67,6 +67,7 @@ def quantize_nvfp4_inputs(
         DIVISOR_MAX=DIVISOR_MAX,
         ASM=x.is_cuda,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return codes, scales.view(torch.float8_e4m3fn), second
 

@@ -2,7 +2,7 @@
 
 Values are rounded by adding, and taking away again, a power of two so large that no bits below
 the wanted step remain: the step is half of the power of two at or below the magnitude, and at
-least 0.5. Products and sums may be fused here: only the errors that are compared have any.
+least 0.5.
 """
 
 import triton

@@ -153,14 +153,16 @@ def _launch(
 ) -> Tensor:
     from compressor_kernels import quantized_cache_jit as jit
 
-    tiles = tiles or CacheTiles()
+    fp8 = k.dtype == torch.float8_e4m3fn
+    if tiles is None:
+        tiles = CacheTiles(num_stages=4, programs_per_sm=8) if fp8 else CacheTiles()
+        tiles = CacheTiles(block_n=128) if packed else tiles
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, heads, _, dim = q.shape
     groups, tokens = k.shape[1], k.shape[2]
     out = torch.empty_like(q)
     if not out.numel():
         return out
-    fp8 = k.dtype == torch.float8_e4m3fn
     k, v = (x.view(torch.uint8) if fp8 else x for x in (k, v))
     splits = _splits(q, groups, tokens, tiles)
     rows = batch * heads * splits

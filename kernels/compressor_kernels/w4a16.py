@@ -305,17 +305,16 @@ def dense_weight(
 
 
 def decode_tiles(count: int, outputs: int, inner: int, group: int) -> DecodeTiles:
-    """Chosen from shapes alone."""
-    if count > 8:
-        programs = -(-outputs // 64)
-        split = next((s for s in (1, 2, 4) if programs * s >= 2 * PROCESSORS), 8)
-        while split > 1 and inner // split < 1024:
-            split //= 2
-        return DecodeTiles(block_n=64, slices=4, split=split, num_warps=4, num_stages=3)
-    wide = -(-outputs // 32) >= 3 * PROCESSORS
-    return DecodeTiles(
-        block_n=32 if wide else 16, slices=4 if wide else 8, num_warps=4 if wide else 8
-    )
+    """Chosen from shapes alone: a row is shared only where programs are fewer than processors,
+    since its sums cost a second kernel."""
+    if group == 16 and count <= 8:  # NVFP4
+        return DecodeTiles(block_n=16, slices=4)
+    block_n, enough = (64, 0.9 * PROCESSORS) if count > 8 else (32, 1.8 * PROCESSORS)
+    programs = -(-outputs // block_n)
+    split = next((s for s in (1, 2, 4) if programs * s >= enough), 8)
+    while split > 1 and inner // split < 1024:
+        split //= 2
+    return DecodeTiles(block_n=block_n, slices=4, split=split)
 
 
 def tiled_tiles(count: int, outputs: int, inner: int, group: int) -> TiledTiles:

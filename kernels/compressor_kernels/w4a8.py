@@ -30,7 +30,7 @@ class DecodeTiles:
     block_n: int = 64
     slices: int = 4
     split: int = 1
-    num_stages: int = 3
+    num_stages: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +249,10 @@ def _slice(group: int) -> int:
 
 
 def decode_tiles(count: int, outputs: int, inner: int) -> DecodeTiles:
-    """Chosen from shapes alone."""
+    """Chosen from shapes alone: a row is shared only where programs are fewer than processors,
+    since its sums cost a second kernel."""
     programs = -(-outputs // 64)
-    split = next((s for s in (1, 2, 4) if programs * s >= 2 * PROCESSORS), 8)
+    split = next((s for s in (1, 2, 4) if programs * s >= 0.9 * PROCESSORS), 8)
     while split > 1 and inner // split < 1024:
         split //= 2
     return DecodeTiles(split=split)

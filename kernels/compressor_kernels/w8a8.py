@@ -20,7 +20,8 @@ BLOCK = 128  # inputs that share a scale in `w8a8_blocks`
 @dataclass(frozen=True, slots=True)
 class ProductTiles:
     """Tokens, outputs and inputs of a tile, rows of tiles that run side by side, warps, depth of
-    the pipeline, and whether programs stay and take tile after tile."""
+    the pipeline, whether programs stay and take tile after tile, and the most registers of a
+    thread, so that more programs share a multiprocessor."""
 
     block_m: int = 128
     block_n: int = 256
@@ -29,6 +30,7 @@ class ProductTiles:
     num_warps: int = 8
     num_stages: int = 4
     persistent: bool = False
+    registers: int | None = None
 
 
 def w8a8(
@@ -55,6 +57,8 @@ def w8a8(
     y = torch.empty((count, outputs), dtype=out_dtype, device=a.device)
     if y.numel():
         tiles = tiles or _tiles(count, outputs, a.dtype, fast)
+        if a.dtype != torch.int8 and not fast and tiles.block_k > BLOCK:
+            raise ValueError(f"sums of {tiles.block_k} inputs are not summed apart: fast=True")
         rows, weight = _copyable(rows), _copyable(weight)
         _launch(rows, weight, row_scales, column_scales, bias, y, fast=fast, tiles=tiles)
     return y.view(*a.shape[:-1], outputs)
@@ -187,6 +191,7 @@ def _launch(
         ASM=a.is_cuda,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     )
 
 
@@ -203,11 +208,15 @@ def _described(a: Tensor, weight: Tensor, tiles: ProductTiles) -> tuple[object, 
 
 def _tiles(count: int, outputs: int, dtype: torch.dtype, fast: bool) -> ProductTiles:
     """Chosen from shapes alone."""
+    exact = dtype != torch.int8 and not fast
     if count <= 64:
-        return ProductTiles(64, 64, 256, num_warps=4, num_stages=4)
-    if count <= 256 or outputs <= 1024 or (dtype != torch.int8 and not fast):
+        return ProductTiles(64, 64, 128 if exact else 256, num_warps=4, num_stages=4)
+    if exact and count > 256:
+        # Two programs on a multiprocessor: one adds in fp32 what the other's tensor cores wait for.
+        return ProductTiles(128, 128, 128, num_warps=8, num_stages=3, registers=128)
+    if exact or count <= 256 or outputs <= 1024:
         return ProductTiles(128, 128, 128, num_warps=8, num_stages=4)
-    return ProductTiles()
+    return ProductTiles(256, 128, 128) if dtype == torch.int8 else ProductTiles()
 
 
 def _block_tiles(count: int) -> ProductTiles:

@@ -26,7 +26,7 @@ def _product(a, w, sums, INT8: tl.constexpr, EXACT: tl.constexpr, ASM: tl.conste
     elif INT8:
         return sums + tl.dot(a.to(tl.float32), w.to(tl.float32).T).to(tl.int32)
     elif ASM and EXACT:
-        return tl.dot(a, w.T, sums, max_num_imprecise_acc=a.shape[1])
+        return sums + tl.dot(a, w.T)
     elif ASM:
         return tl.dot(a, w.T, sums)  # the default: not at all apart
     else:
