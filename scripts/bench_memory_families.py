@@ -86,10 +86,10 @@ def measure(
 def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
     rows: list[Row] = []
     decode, tiled = w.DecodeTiles, w.TiledTiles
-    few = [decode(16, 8, 1, 8, 4), decode(32, 4, 1, 4, 4), decode(16, 4, 1, 4, 5),
-           decode(32, 8, 1, 8, 3), decode(32, 4, 2, 4, 4)]  # fmt: skip
-    some = [decode(64, 4, 2, 4, 3), decode(32, 4, 1, 4, 4), decode(32, 8, 1, 8, 3),
-            tiled(128, 16, 2, 4, 4), tiled(64, 16, 2, 4, 5)]  # fmt: skip
+    few = [decode(32, 4, 1, 4, 4), decode(16, 4, 1, 4, 4), decode(32, 4, 1, 4, 6),
+           decode(64, 4, 1, 4, 4), decode(32, 2, 1, 2, 6)]  # fmt: skip
+    some = [decode(64, 4, 2, 4, 3), decode(64, 4, 1, 4, 3), decode(32, 4, 1, 4, 4),
+            tiled(128, 16, 2, 4, 4)]  # fmt: skip
     for outputs, inner in WIDE:
         weights = int4(outputs, inner)
         for count, target, candidates in ((1, 2.5, few), (16, 1.8, some)):
@@ -107,6 +107,13 @@ def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
                 if tiles is None:
                     t = w.decode_tiles(count, outputs, inner, 128)
                     _issued("weight", w4a16_jit.decode_kernel, 128 * t.slices * t.block_n)
+            without = [(packed, scales) for packed, scales, _ in weights]
+            measure(
+                rows, "w4a16", "symmetric g128", shape,
+                lambda i, x=x, k=without: w.w4a16(x, *k[i], group_size=128),
+                want=w.w4a16_ref(x.double(), *without[0], group_size=128), limit=1e-3,
+                moved=nbytes(without[0]), peer="cuBLAS fp16", peer_us=dense, target=target,
+            )  # fmt: skip
     outputs, inner, count = *WIDE[0], 2048
     many = int4(outputs, inner)
     x = torch.randn(count, inner, dtype=FP16, device="cuda")
