@@ -212,8 +212,8 @@ def _tiles(count: int, outputs: int, dtype: torch.dtype, fast: bool) -> ProductT
     if count <= 64:
         return ProductTiles(64, 64, 128 if exact else 256, num_warps=4, num_stages=4)
     if exact and count > 256:
-        # Two programs on a multiprocessor: one adds in fp32 what the other's tensor cores wait for.
-        return ProductTiles(128, 128, 128, num_warps=8, num_stages=3, registers=128)
+        # Programs of four warps: some add in fp32 what the others' tensor cores wait for.
+        return ProductTiles(128, 128, 128, num_warps=4, num_stages=3)
     if exact or count <= 256 or outputs <= 1024:
         return ProductTiles(128, 128, 128, num_warps=8, num_stages=4)
     return ProductTiles(256, 128, 128) if dtype == torch.int8 else ProductTiles()
