@@ -1,7 +1,7 @@
 # The CPU image: compress run recipe.yaml in a container.
 #
 #   docker build -t compress .
-#   docker run --rm -v "$PWD:/work" compress run recipe.yaml
+#   docker run --rm -v "$PWD:/data" compress run recipe.yaml
 #
 # PyPI's torch for Linux brings CUDA libraries of several GB. TORCH_ARGS takes it from PyTorch's own
 # index of CPU wheels instead: --build-arg TORCH_ARGS="--index-url <that index>".
@@ -32,12 +32,12 @@ RUN apt-get update \
 COPY --from=build /opt/compress /opt/compress
 ENV PATH=/opt/compress/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HF_HOME=/work/.cache/huggingface \
-    XDG_CACHE_HOME=/work/.cache
+    HF_HOME=/data/.cache/huggingface \
+    XDG_CACHE_HOME=/data/.cache
 
 RUN useradd --create-home --uid 1000 compress
 USER compress
-WORKDIR /work
+WORKDIR /data
 
 ENTRYPOINT ["compress"]
 CMD ["--help"]

@@ -24,7 +24,7 @@ from compressor.checkpoint import content_hash
 from compressor.commit_queue import CommitQueue
 from compressor.encode import decode_unit, encode_unit
 from compressor.errors import InputError, Interrupted, MachineError
-from compressor.heap import give_back_large_blocks
+from compressor.heap import give_back
 from compressor.layout import UnitLayout
 from compressor.passes.base import Learned, Unit
 from compressor.plan import Plan
@@ -92,7 +92,6 @@ def run_units(
     Raises InputError for a source that is not finite or has changed, MachineError where memory or
     disk fail, Interrupted when asked to stop.
     """
-    give_back_large_blocks()
     writer = ShardWriter(plan.shards, work)
     try:
         writer.open()
@@ -372,6 +371,7 @@ class _Loop:
             peak_device=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
             resumed=resumed,
         )
+        give_back()
         self.done.append(done)
         self.settings.on_unit(done)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.attention import AttentionHook
 from compressor.errors import InputError
 from compressor.fake_quant import quantized_inputs, quantized_kv, stored_inputs
-from compressor.heap import give_back_large_blocks
+from compressor.heap import give_back
 from compressor.layout import UnitLayout
 from compressor.passes.base import Unit
 from compressor.policy_attention import stored_attention
@@ -80,7 +80,6 @@ def run_blocks(
     Raises InputError for rows that a model cannot take, or models of different depth.
     """
     _check(models, ids)
-    give_back_large_blocks()
     blocks = len(models[0].source.layout.units) - 2
     streams = []
     total = len(models) * (blocks + 1)
@@ -93,6 +92,7 @@ def run_blocks(
             batch = _run_block(streams[m], unit, batch=batch)
             if after_block is not None and m == len(models) - 1:
                 after_block(unit.layout, [stream.hidden for stream in streams])
+        give_back()
         if progress is not None:
             progress(unit.layout.name, done, total)
     return streams

@@ -13,7 +13,6 @@ import torch
 
 from compressor.checkpoint import INDEX_NAME, load_json
 from compressor.errors import InputError, Problems
-from compressor.heap import give_back_large_blocks
 from compressor.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
 from compressor.policy import (
     check_policy,
@@ -44,7 +43,6 @@ def verify(
     """
     _require_checkpoint(folder)
     original = open_source(against) if isinstance(against, Path) else against
-    give_back_large_blocks()
     found = Findings()
     manifest = check_manifest(folder, found)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compressor.compare_weights import COMPARABLE, MISFIT, layer_errors
 from compressor.errors import InputError
+from compressor.heap import give_back
 from compressor.independent import DecodedWeight, decode_linear
 from compressor.kernel_checks import check_kernel, interpreter_runs, kernel_for
 from compressor.kernel_layer import Layer
@@ -59,6 +60,7 @@ class UnitChecks:
                 self._unit(done - 1, unit)
             except InputError as error:
                 self.decoded.append(f"{unit.name}: {error.message}")
+            give_back()
             if progress is not None:
                 progress(unit.name, done, len(units))
         self._conclude()
