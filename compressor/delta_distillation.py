@@ -6,7 +6,8 @@ the student is built as base + scales * signs while its block runs, so gradients
 way through the model as well as the base's (the reference's product has no backward, so there they
 take the base's only), and again in the backward pass, so that no block's dense weights are kept.
 Rows of calibration tokens are many enough that a dense product costs less than one with signs.
-Only scales are trained; the reference's optimiser also gets embeddings, norms and the head.
+Only scales are trained, and norms where they are asked for; the reference's optimiser also gets
+embeddings and the head.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from compressor.numerics.bitdelta import merge, sign_delta
 from compressor.passes.base import FrozenModel, LearnContext
 
 OWN_LR = 0.03
+NORM_LR = 1e-4
+MOMENTS = ("exp_avg", "exp_avg_sq")
 KEEP_EVERY = 20
 """Steps between two records of the training's state."""
 
@@ -40,21 +43,25 @@ class Settings:
     """Steps, rows of tokens in one, and the learning rate that falls from `lr` to 0.
 
     Adam moves every scale by about the learning rate in a step, however small the scale: where
-    `lr` is None, it is OWN_LR of the median initial scale.
+    `lr` is None, it is OWN_LR of the median initial scale, and NORM_LR for norms.
+    norms  whether the norms of blocks with deltas are trained too
     """
 
     steps: int
     batch: int
     lr: float | None
+    norms: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Scales [bits] by module path; the loss on the first batch before and after training."""
+    """Scales [bits] by module path, trained norms by tensor name; the loss on the first batch
+    before and after training."""
 
     scales: Mapping[str, Tensor]
     before: float
     after: float
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def distill(
@@ -65,7 +72,7 @@ def distill(
     ids  token ids [rows, length]; step s takes the next `batch` rows, from the start again at the
     end. A killed run continues at the last record in `context.scratch`.
     """
-    student = Student(model, context.base, bits=bits)
+    student = Student(model, context.base, bits=bits, norms=settings.norms)
     if not student.rows:  # the base has every weight
         return Trained(scales={}, before=0.0, after=0.0)
     try:
@@ -73,27 +80,33 @@ def distill(
         top = settings.lr
         if top is None:
             top = max(OWN_LR * float(scales.detach()[:, 0].median()), 1e-12)
-        optimizer = torch.optim.AdamW([scales], lr=top)
+        groups = [{"params": [scales], "lr": top}]
+        if student.norms:
+            kept = {"params": list(student.norms.values()), "lr": settings.lr or NORM_LR}
+            groups.append({**kept, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups)
+        highest = [group["lr"] for group in optimizer.param_groups]
         record = context.scratch / "distillation.safetensors"
         with torch.no_grad():
             first = student.loss(_rows(ids, 0, settings.batch))
-        done, before = _resume(record, optimizer, scales, float(first))
+        done, before = _resume(record, optimizer, student.trained, float(first))
         for step in range(done, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = top * (1 + math.cos(math.pi * step / settings.steps)) / 2
+            for group, most in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = most * (1 + math.cos(math.pi * step / settings.steps)) / 2
             optimizer.zero_grad()
             student.loss(_rows(ids, step, settings.batch)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             stop = context.stopping()
             if stop or (step + 1) % KEEP_EVERY == 0:
-                _keep(record, optimizer, scales, step + 1, before)
+                _keep(record, optimizer, student.trained, step + 1, before)
             context.progress("distill", step + 1, settings.steps)
             if stop:
                 raise Interrupted
         with torch.no_grad():
             after = float(student.loss(_rows(ids, 0, settings.batch)))
         trained = {name: scales[row].detach().cpu() for name, row in student.rows.items()}
-        return Trained(scales=trained, before=before, after=after)
+        norms = {name: norm.detach().cpu() for name, norm in student.norms.items()}
+        return Trained(scales=trained, before=before, after=after, norms=norms)
     finally:
         student.close()
 
@@ -107,11 +120,17 @@ def _rows(ids: Tensor, step: int, batch: int) -> Tensor:
 class Student:
     """The whole fine-tune whose blocks can also run with base + scales * signs.
 
-    scales  float32 [linears, bits], the only parameter;  rows  module path → its row
+    scales  float32 [linears, bits];  rows  module path → its row
+    norms   tensors of norms that are trained too, float32, by name
     """
 
     def __init__(
-        self, model: FrozenModel, base: Callable[[int], Mapping[str, Tensor]], *, bits: int
+        self,
+        model: FrozenModel,
+        base: Callable[[int], Mapping[str, Tensor]],
+        *,
+        bits: int,
+        norms: bool = False,
     ) -> None:
         self.device = model.device
         self.names: RuntimeNames = model.runner.names
@@ -119,6 +138,7 @@ class Student:
         self.merging = False
         self.rows: dict[str, int] = {}
         self.head: dict[str, _Part] = {}
+        self.norms: dict[str, nn.Parameter] = {}
         self._layers = self.whole.get_submodule(self.names.layers)
         initial: list[Tensor] = []
         for index, unit in enumerate(model.layout.units):
@@ -137,12 +157,19 @@ class Student:
                     parts[name] = _Part(before.to(fine.dtype), delta.signs, len(initial))
                     initial.append(delta.scales)
             if unit.kind == "block":
+                names = norm_tensors(unit) if norms else ()
+                self.norms |= {name: nn.Parameter(tensors[name].float()) for name in names}
                 layer = self._layers[unit.index]  # type: ignore[index]
                 self._layers[unit.index] = _Merging(self, unit, layer, tensors, parts)  # type: ignore[index,operator]
             else:
                 self.head = parts
         scales = torch.stack(initial) if initial else torch.zeros(0, bits)
         self.scales = nn.Parameter(scales.to(self.device, torch.float32))
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by the name under which a record keeps it."""
+        return {"scales": self.scales, **self.norms}
 
     def close(self) -> None:
         """Take the student's blocks out of the model again."""
@@ -219,40 +246,54 @@ class _Merging(nn.Module):
 
     def _merged(self, *args: Any, **kwargs: Any) -> Any:
         merged = {name: self.student.weight(part) for name, part in self.parts.items()}
+        for name, norm in self.student.norms.items():
+            if name in self.rest:
+                merged[name] = norm.to(self.rest[name].dtype)
         state = self.student.names.block_state(self.unit, {**self.rest, **merged})
         return functional_call(self.layer, state, args, kwargs)
 
 
+def norm_tensors(unit: UnitLayout) -> tuple[str, ...]:
+    """Names of a unit's tensors that belong to norms."""
+    paths = {norm.name for norm in unit.norms}
+    return tuple(name for name in unit.tensors if name.rpartition(".")[0] in paths)
+
+
 def _keep(
-    record: Path, optimizer: torch.optim.Optimizer, scales: Tensor, done: int, before: float
+    record: Path,
+    optimizer: torch.optim.Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    done: int,
+    before: float,
 ) -> None:
     """Put the state after `done` steps in place, whole or not at all."""
-    state = optimizer.state[scales]
     tensors = {
-        "scales": scales.detach(),
         "done": torch.tensor([done]),
         "before": torch.tensor([before], dtype=torch.float64),
-        "exp_avg": state["exp_avg"],
-        "exp_avg_sq": state["exp_avg_sq"],
     }
+    for name, parameter in trained.items():
+        tensors[name] = parameter.detach()
+        for moment in MOMENTS:
+            tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
     temporary = record.with_suffix(".new")
     save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)
     os.replace(temporary, record)
 
 
 def _resume(
-    record: Path, optimizer: torch.optim.Optimizer, scales: Tensor, before: float
+    record: Path,
+    optimizer: torch.optim.Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    before: float,
 ) -> tuple[int, float]:
     """Steps that are done and the loss before them; the state is set to that of the record."""
     if not record.is_file():
         return 0, before
     tensors = load_file(record)
-    with torch.no_grad():
-        scales.copy_(tensors["scales"])
     done = int(tensors["done"])
-    optimizer.state[scales] = {
-        "step": torch.tensor(float(done)),
-        "exp_avg": tensors["exp_avg"].to(scales.device),
-        "exp_avg_sq": tensors["exp_avg_sq"].to(scales.device),
-    }
+    for name, parameter in trained.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[name])
+        moments = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(done)), **moments}
     return done, float(tensors["before"])

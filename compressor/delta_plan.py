@@ -146,8 +146,12 @@ def plan_delta(
     problems.extend(_misfits(base.source, source, linears))
     dtypes = {n: float_dtype(n, source, recipe, dtype) for n in source.checkpoint.entries}
     entries = base.source.checkpoint.entries
-    borrowed = frozenset(n for n in base.same if dtypes.get(n) == entries[n].spec.dtype)
-    bits = found[0].step.params.delta_bits()
+    params = found[0].step.params
+    retrained = {n for unit in source.layout.units for n in params.retrained(unit)}
+    borrowed = frozenset(
+        n for n in base.same if dtypes.get(n) == entries[n].spec.dtype and n not in retrained
+    )
+    bits = params.delta_bits()
     coded = {x.name: bits for x in linears if f"{x.name}.weight" not in borrowed}
     return DeltaPlan(base, coded, borrowed)
 

@@ -218,6 +218,11 @@ class Pass(BaseModel):
         """Signs for each weight, where it writes differences to a base."""
         return 0
 
+    def retrained(self, unit: UnitLayout) -> tuple[str, ...]:
+        """Tensors, no targets themselves, that come out as neither the source nor a base has
+        them."""
+        return ()
+
     def kv(self) -> KVSpec | None:
         """How this pass has the KV cache quantized, or None."""
         return None

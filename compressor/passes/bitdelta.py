@@ -8,15 +8,15 @@ distillation then moves the scales to where the model's outputs are closest to t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from compressor_calibration.stats import StatNeeds
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.delta_distillation import Settings, distill
-from compressor.layout import Linear
+from compressor.delta_distillation import Settings, distill, norm_tensors
+from compressor.layout import Linear, UnitLayout
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta, fit_scales, sign_delta
 from compressor.passes.base import (
     FrozenModel,
@@ -56,6 +56,16 @@ class Bitdelta(ModelPass):
         "scale (1e-4 is the published one, for differences of 7B models)",
     )
 
+    norms: bool = Field(
+        False, description="also train the blocks' norms on the logits; they are stored in full"
+    )
+
+    @model_validator(mode="after")
+    def _norms_need_logits(self) -> Self:
+        if self.norms and self.distill != "logits":
+            raise ValueError("norms are trained on logits: distill: logits")
+        return self
+
     @property
     def holds_model(self) -> bool:
         return self.distill == "logits"
@@ -70,6 +80,9 @@ class Bitdelta(ModelPass):
     def reads_tokens(self) -> bool:  # type: ignore[override]
         return self.distill == "logits"
 
+    def retrained(self, unit: UnitLayout) -> tuple[str, ...]:
+        return norm_tensors(unit) if self.norms and unit.kind == "block" else ()
+
     def needs(self) -> StatNeeds:
         return StatNeeds(gram=self.distill == "layer")
 
@@ -78,10 +91,10 @@ class Bitdelta(ModelPass):
         if self.distill != "logits":
             return Learned()
         assert context.tokens is not None
-        settings = Settings(steps=self.steps, batch=self.batch, lr=self.lr)
+        settings = Settings(steps=self.steps, batch=self.batch, lr=self.lr, norms=self.norms)
         trained = distill(model, context, context.tokens.ids, bits=self.bits, settings=settings)
         row = {"linear": "all", "loss_before": trained.before, "loss_after": trained.after}
-        return Learned(values=trained.scales, rows=[row])
+        return Learned(values={**trained.scales, **trained.norms}, rows=[row])
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         rows: list[Mapping[str, Any]] = []
@@ -96,7 +109,9 @@ class Bitdelta(ModelPass):
             made[f"{linear.name}.{SIGNS}"] = delta.signs
             made[f"{linear.name}.{SCALES}"] = delta.scales
             rows.append(_row(linear, weight, base, delta, context))
-        return PassResult(unit.with_extra(made), rows)
+        found = {n: context.learned.get(n) for n in self.retrained(unit.layout)}
+        norms = {n: t.to(unit.tensors[n].device) for n, t in found.items() if t is not None}
+        return PassResult(unit.with_tensors(norms).with_extra(made), rows)
 
     def _delta(self, linear: Linear, difference: Tensor, context: PassContext) -> SignDelta:
         delta = sign_delta(difference, bits=self.bits)

@@ -223,12 +223,12 @@ def test_a_quantized_base_is_taken_as_what_its_codes_stand_for(pair: Pair, tmp_p
         open_model(output, base=str(base))
 
 
-@pytest.mark.parametrize("distill", ["logits", "layer"])
+@pytest.mark.parametrize("params", [{}, {"norms": True}, {"distill": "layer"}], ids=str)
 def test_an_interrupted_run_continues_to_the_same_bytes(
-    distill: str, pair: Pair, tmp_path: Path
+    params: dict[str, Any], pair: Pair, tmp_path: Path
 ) -> None:
     base, fine = pair("llama")
-    params = {"distill": distill, "steps": 6, "lr": 1e-3}
+    params = {"distill": "logits", "steps": 6, "lr": 1e-3, **params}
     whole = run(base, fine, tmp_path / "whole", **params)
     ready = prepared(base, fine, tmp_path / "broken", **params)
     stops = []
@@ -277,6 +277,28 @@ def test_distilled_scales_bring_the_logits_closer(pair: Pair, tmp_path: Path) ->
         n for n in stored[0] if n.endswith("scales") and not stored[0][n].equal(stored[1][n])
     ]
     assert len(trained) == sum(name.endswith("delta_scales") for name in stored[0])
+
+
+def test_norms_are_trained_where_they_are_asked_for(pair: Pair, tmp_path: Path) -> None:
+    base, fine = pair("llama", only=("_proj",))
+    losses = []
+    for name, norms in (("scales", False), ("norms", True)):
+        ready = prepared(
+            base, fine, tmp_path / name, distill="logits", steps=40, lr=3e-4, norms=norms
+        )
+        done = compile_checkpoint(ready)
+        (row,) = done.learned[0].rows
+        losses.append(row["loss_after"])
+        apply_delta(open_delta(done.output), open_source(base), tmp_path / f"{name}-dense")
+    assert losses[1] < losses[0]
+    stored, dense = tensors_of(tmp_path / "norms"), tensors_of(tmp_path / "norms-dense")
+    source = tensors_of(base)
+    for name in (n for n in source if n.startswith("model.layers") and "norm" in n):
+        # The base has the fine-tune's norm, which costs nothing, but not the one that was trained.
+        assert name not in tensors_of(tmp_path / "scales")
+        assert torch.equal(dense[name], stored[name])
+        assert not torch.equal(stored[name], source[name])
+    assert "model.norm.weight" not in stored
 
 
 def test_the_base_is_read_a_unit_at_a_time(
