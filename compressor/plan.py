@@ -268,7 +268,7 @@ def _schemes(
         for linear in plan.names:
             owner[linear] = name
             schemes[linear] = scheme
-            reason = fmt.accepts(scheme, shapes[linear])
+            reason = fmt.accepts(scheme, shapes[linear]) or fmt.may_lack(scheme)
             if reason:
                 refused.setdefault(reason, []).append(linear)
         for reason, names in refused.items():

@@ -66,6 +66,8 @@ def relayout(
     would make them infinite.
     """
     q = _accepted(q, source, target, name=name, input=input)
+    if reason := target.lacks(q):
+        raise InputError(f"{name}: {source.name} to {target.name}: {reason}")
     dtype = target.scale_dtype(q.spec, target.model_dtype(model_dtype))
     scales = q.scales.to(dtype)
     if not bool(torch.isfinite(scales.to(torch.float32)).all()):

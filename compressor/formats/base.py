@@ -66,6 +66,15 @@ class Format(Protocol):
         """None where the format can hold `scheme` for a weight [out, in], else the reason."""
         ...
 
+    def may_lack(self, scheme: Scheme) -> str | None:
+        """None where every weight of a scheme that it accepts has a form, else what may have
+        none."""
+        ...
+
+    def lacks(self, q: QTensor) -> str | None:
+        """None where this weight has a form, else what of its values has none."""
+        ...
+
     def layout(
         self,
         spec: QuantSpec,
@@ -150,7 +159,19 @@ class Format(Protocol):
         ...
 
 
-class WeightsOnly:
+class AllValues:
+    """Defaults of a format that has a form for every value of what it accepts."""
+
+    def may_lack(self, scheme: Scheme) -> str | None:
+        """None."""
+        return None
+
+    def lacks(self, q: QTensor) -> str | None:
+        """None."""
+        return None
+
+
+class WeightsOnly(AllValues):
     """Defaults of a format that has no place for scales of inputs or of the KV cache."""
 
     name: str

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import AllValues, ModelSchemes, TensorShape
 from compressor.formats.ct_layouts.base import CTLayout
 from compressor.formats.ct_layouts.float_quantized import FloatQuantized
 from compressor.formats.ct_layouts.int_quantized import IntQuantized
@@ -35,7 +35,7 @@ LAYOUTS: tuple[CTLayout, ...] = (
 )
 
 
-class CompressedTensors:
+class CompressedTensors(AllValues):
     """Per linear, the one sub-format that holds its scheme."""
 
     name = "compressed-tensors"

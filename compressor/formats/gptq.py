@@ -61,9 +61,19 @@ class GPTQ(WeightsOnly):
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """2, 3, 4 or 8 bits by group or channel, both sides filling whole words."""
-        if self.shift and scheme.weight is not None and scheme.weight.zero == "subtract":
-            return "version 1 has no form for a zero point of 0; gptq-v2 has"
         return self._fits(scheme, shape)
+
+    def may_lack(self, scheme: Scheme) -> str | None:
+        """In version 1, a zero point of 0."""
+        if self.shift and scheme.weight is not None and scheme.weight.zero == "subtract":
+            return "version 1 has no form for a zero point of 0, which may come out; gptq-v2 has"
+        return None
+
+    def lacks(self, q: QTensor) -> str | None:
+        """A zero point of 0 in version 1."""
+        if self.shift and q.zeros is not None and bool((q.zeros < self.shift).any()):
+            return "version 1 has no form for its zero points of 0; gptq-v2 has"
+        return None
 
     def layout(
         self,
@@ -95,11 +105,9 @@ class GPTQ(WeightsOnly):
         version 1, a zero point is 0; other asymmetric weights have a form there too."""
         if reason := self._fits(Scheme(weight=q.spec, input=input), q.shape):
             raise InputError(f"{self.name}: {reason}")
+        if reason := self.lacks(q):
+            raise InputError(f"{self.name}: {reason}")
         zeros = stored_zeros(q)
-        if self.shift and bool((zeros < self.shift).any()):
-            raise InputError(
-                f"{self.name}: a zero point of 0 has no form", hint="use the format gptq-v2"
-            )
         return {
             "qweight": pack_words(q.codes, q.spec.bits).t().contiguous(),
             "qzeros": pack_words((zeros - self.shift).t(), q.spec.bits),

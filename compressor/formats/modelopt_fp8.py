@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import AllValues, ModelSchemes, TensorShape
 from compressor.formats.ct_layouts.inputs import positive_scale
 from compressor.formats.packing.checks import check_values, take
 from compressor.formats.packing.e2m1 import take_number
@@ -36,7 +36,7 @@ INPUT = ActivationSpec("fp8_e4m3", "static")
 QUANTIZER = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
-class ModelOptFP8:
+class ModelOptFP8(AllValues):
     """E4M3 weights and static E4M3 inputs, one scale each."""
 
     name = "modelopt-fp8"

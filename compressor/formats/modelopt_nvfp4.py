@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import AllValues, ModelSchemes, TensorShape
 from compressor.formats.ct_layouts.inputs import positive_scale
 from compressor.formats.packing.e2m1 import (
     BLOCK,
@@ -44,7 +44,7 @@ QUANTIZER = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLO
 ALGORITHMS = {"NVFP4": Scheme(NVFP4, LOCAL), "W4A16_NVFP4": Scheme(NVFP4)}
 
 
-class ModelOptNVFP4:
+class ModelOptNVFP4(AllValues):
     """NVFP4 weights, all with NVFP4 inputs or all with float ones."""
 
     name = "modelopt-nvfp4"

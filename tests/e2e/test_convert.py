@@ -109,7 +109,12 @@ def test_int4_there_and_back_to_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [("compressed-tensors", "autoawq"), ("autoawq", "gptq-v2"), ("gptq-v2", "compressed-tensors")],
+    [
+        ("compressed-tensors", "autoawq"),
+        ("autoawq", "gptq-v2"),
+        ("gptq-v2", "gptq"),
+        ("gptq-v2", "compressed-tensors"),
+    ],
 )
 def test_asymmetric_weights_keep_their_zero_points(
     source: str, target: str, packed: Callable[[str, bool], Path], tmp_path: Path
@@ -123,10 +128,17 @@ def test_asymmetric_weights_keep_their_zero_points(
 def test_what_the_target_cannot_hold_is_named_before_anything_is_written(
     packed: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
+    source = Path(shutil.copytree(packed("gptq-v2", False), tmp_path / "source"))
+    (source / "manifest.json").unlink()
+    (shard,) = source.glob("*.safetensors")
+    tensors = load_file(shard)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        tensors[f"{name}.qzeros"][0, 0] &= ~0xF
+    save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(Problems) as caught:
-        to(packed("autoawq", False), tmp_path / "out", "gptq", allow_rounding=True)
+        to(source, tmp_path / "out", "gptq", allow_rounding=True)
     problems = [problem.message for problem in caught.value.problems]
-    assert len(problems) == 14 and all("gptq-v2" in text for text in problems)
+    assert len(problems) == 2 and all("gptq-v2" in text for text in problems)
     assert "model.layers.1.mlp.down_proj" in str(caught.value)
     assert not (tmp_path / "out").exists()
 

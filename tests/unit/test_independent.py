@@ -59,7 +59,10 @@ def cases(name: str):
             spec = replace(spec, bits=4)
         if fmt.accepts(Scheme(weight=spec), (rows, groups * size)) is None:
             found += 1
-            yield weight(spec, (rows, groups * size), found)
+            q = weight(spec, (rows, groups * size), found)
+            if q.zeros is not None and fmt.lacks(q):
+                q = replace(q, zeros=q.zeros.clamp(min=1))
+            yield q
 
 
 @pytest.mark.parametrize("name", NAMES)

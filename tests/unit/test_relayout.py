@@ -110,16 +110,19 @@ def test_overflow_is_never_rounding():
         move(q, "compressed-tensors", "gptq", allow_rounding=True)
 
 
-def test_zero_points_at_the_centre_are_symmetric():
+def test_zero_points_that_version_1_of_gptq_can_hold_go_there():
     centred = replace(weight("subtract"), zeros=torch.full((32, 2), 8, dtype=torch.uint8))
-    moved, report = move(centred, "autoawq", "gptq")
-    assert report is None and moved.spec.symmetric and moved.zeros is None
-    assert torch.equal(moved.dequantize(F32), centred.dequantize(F32))
     off = centred.zeros.clone()
-    off[31, 1] = 7
+    off[31, 1] = 1
+    asymmetric = replace(centred, zeros=off)
+    moved, report = move(asymmetric, "autoawq", "gptq")
+    assert report is None and torch.equal(moved.dequantize(F32), asymmetric.dequantize(F32))
+    off[31, 1] = 0
     with pytest.raises(InputError, match=r"model\.a: autoawq to gptq: .*gptq-v2"):
-        move(replace(centred, zeros=off), "autoawq", "gptq", allow_rounding=True)
-    assert as_symmetric(replace(centred, zeros=off)) is None
+        move(asymmetric, "autoawq", "gptq", allow_rounding=True)
+    assert as_symmetric(asymmetric) is None
+    plain = as_symmetric(centred)
+    assert plain is not None and torch.equal(plain.dequantize(F32), centred.dequantize(F32))
 
 
 def test_both_forms_of_a_symmetric_weight():
