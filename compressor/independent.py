@@ -78,7 +78,9 @@ def _compressed_tensors(
         divisor = _number(tensors, "weight_global_scale", shape=(1,), dtypes=("float32",))
         if divisor[0] == 0:
             raise ValueError("weight_global_scale is 0")
-        return _nvfp4(tensors, "weight_packed", multiplier=1 / divisor[0])
+        # What multiplies by such a weight takes the divisor's reciprocal in float32.
+        multiplier = float(np.float32(1) / np.float32(divisor[0]))
+        return _nvfp4(tensors, "weight_packed", multiplier=multiplier)
     raise ValueError(f"quantization_config.format {format!r} is not known")
 
 

@@ -13,6 +13,7 @@ from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.evaluate import evaluate
 from compressor.recipe import make_recipe
 from compressor.source import open_source
+from compressor.verify import verify
 
 CPU = choose_device("cpu")
 STATIC = {"bits": 8, "group_size": None, "activations": "static"}
@@ -69,3 +70,5 @@ def test_it_runs_and_stays_close(
     )
     assert found.kl is not None
     assert 1e-5 < found.kl.value < limit
+    report = verify(output, device=CPU)
+    assert report.ok, report.damage

@@ -127,3 +127,76 @@ def test_gradients_of_half_precision_inputs_of_any_width(dtype):
         assert ours.grad.dtype == ours.dtype
         error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
         assert error < 4 * torch.finfo(dtype).eps
+
+
+REAL_SHAPES = [
+    (16, 1, 4096, 4096),
+    (16, 16, 4096, 4096),
+    (2, 37, 11008, 4096),
+    (3, 300, 1100, 72),
+    (5, 7, 4099, 1027),
+    (1, 1, 31, 5),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tenants, rows, inner, outer", REAL_SHAPES)
+def test_real_shapes(tenants, rows, inner, outer, dtype):
+    """Every output is that of float64 sums, rounded once, and the same in every run."""
+    x, signs, alpha, base = problem(tenants, rows, inner, outer, dtype)
+    alpha = alpha / inner**0.5  # outputs within fp16
+    expected = delta_matmul_ref(x.double(), signs, alpha, base_out=base)
+    y = delta_matmul(x, signs, alpha, base_out=base)
+    assert y.dtype == dtype and y.shape == expected.shape
+    magnitudes = alpha.double()[:, None] * x.double().abs().sum(-1) + 1
+    # The interpreter truncates what it stores as bf16; a device rounds.
+    rounding = torch.finfo(dtype).eps / (2 if x.is_cuda else 1)
+    bound = rounding * expected.abs() + 2**-20 * magnitudes[..., None]
+    assert ((y.double() - expected).abs() <= bound).all()
+    assert torch.equal(y, delta_matmul(x, signs, alpha, base_out=base))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tenants, rows, inner, outer", REAL_SHAPES)
+def test_gradients_at_real_shapes(tenants, rows, inner, outer, dtype):
+    """Of x, alpha and the base's product, against float64 autograd through dense signs."""
+    x, signs, alpha, base = problem(tenants, rows, inner, outer, dtype)
+    alpha = alpha / inner**0.5
+    generator = torch.Generator().manual_seed(outer)
+    weight = torch.randn(base.shape, generator=generator).to(DEVICE)
+    grads = []
+    for function, make in ((delta_matmul, torch.clone), (delta_matmul_ref, torch.Tensor.double)):
+        leaves = [make(t).requires_grad_() for t in (x, alpha, base)]
+        y = function(leaves[0], signs, leaves[1], base_out=leaves[2])
+        (y.double() * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs, leaf in zip(*grads, (x, alpha, base), strict=True):
+        assert ours.dtype == leaf.dtype and ours.isfinite().all()
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_found_again_by_training(dtype):
+    """AdamW over alpha alone, through two products of which the second needs the gradient of x."""
+    x, first, alpha, _ = problem(4, 16, 512, 256, dtype)
+    x = x / x.float().norm(dim=-1, keepdim=True).to(dtype)
+    _, second, _, _ = problem(4, 16, 256, 192, dtype)
+    wanted = torch.stack([alpha, alpha.flip(0)])
+
+    def product(scales):
+        return delta_matmul(delta_matmul(x, first, scales[0]), second, scales[1]).float()
+
+    target = product(wanted)
+    scales = torch.full_like(wanted, 0.6).requires_grad_()
+    optimizer = torch.optim.AdamW([scales], lr=0.02, weight_decay=0.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (product(scales) - target).square().mean().backward()
+        optimizer.step()
+    # Only the product of both scales of a tenant shows in the output.
+    found, sought = scales.detach().prod(0), wanted.prod(0)
+    assert torch.allclose(found, sought, rtol=0.02)
