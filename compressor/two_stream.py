@@ -44,6 +44,7 @@ class TwoStream:
         self._embedding: dict[str, Tensor] = {}
         self._mix = _Mix(sinks=sinks, window=window)
         self._norm: nn.Module | None = None
+        self._hooked = False
 
     @contextmanager
     def loaded(self) -> Iterator[TwoStream]:
@@ -73,16 +74,17 @@ class TwoStream:
         model = self.model
         full = model.runner.embed(self._embedding, ids, batch=ids.shape[0]).to(model.dtype)
         gated = full
-        for index, layer in enumerate(self.layers):
-            arguments = model.runner.arguments(index, ids.shape[1])
-            with torch.no_grad(), model.runner.attention(self._mix):
-                self._mix.listen()
-                full = _first(layer(full, **arguments))
-            heard = self._mix.heard
-            assert heard is not None
-            gated = checkpoint(
-                self._gated, layer, arguments, gated, gates[index], heard, use_reentrant=False
-            )
+        with self._attention():
+            for index, layer in enumerate(self.layers):
+                arguments = model.runner.arguments(index, ids.shape[1])
+                with torch.no_grad():
+                    self._mix.listen()
+                    full = _first(layer(full, **arguments))
+                heard = self._mix.heard
+                assert heard is not None
+                gated = checkpoint(
+                    self._gated, layer, arguments, gated, gates[index], heard, use_reentrant=False
+                )
         return GatedPair(full=self._norm(full), gated=self._norm(gated))
 
     def _gated(
@@ -94,9 +96,22 @@ class TwoStream:
         full: Tensor,
     ) -> Tensor:
         # The backward pass comes here again, when other layers have used the hook.
-        with self.model.runner.attention(self._mix):
+        with self._attention():
             self._mix.mix(gates, full)
             return _first(layer(hidden, **arguments))
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """The hook in place, entered once in a forward pass: that costs as much as a layer."""
+        if self._hooked:
+            yield
+            return
+        with self.model.runner.attention(self._mix):
+            self._hooked = True
+            try:
+                yield
+            finally:
+                self._hooked = False
 
 
 class _Mix:

@@ -2,12 +2,14 @@
 
 Trains DuoAttention's gates on a model, scores its retrieval heads, and compares at several shares
 of streaming heads: trained gates, copy scores in place of gates, and heads at random over several
-seeds. Each by passkey retrieval and by perplexity on held-out text. Prints a table and JSON, and
-writes heat maps and curves as PNG.
+seeds. One training serves all shares. Each choice is judged by passkey retrieval and by perplexity
+on held-out text. Prints a table and JSON, and writes heat maps and curves as PNG, and all of it as
+one page, report.html.
 
     python scripts/measure_heads.py MODEL --out heads
-    python scripts/measure_heads.py MODEL --out heads --device cuda --lengths 1024 2048 4096 8192 \\
-        --train-lengths 1024 4096 --window 256 --sinks 16 --num-steps 300 --floor 0.8 \\
+    python scripts/measure_heads.py MODEL --out heads --device cuda --lengths 4096 8192 \\
+        --train-lengths 1024 4096 --window 256 --sinks 16 --num-steps 100 --floor 0.7 \\
+        --ppl-length 4096 \\
         --needle '\\n\\nThe {ordinal} passkey is: {passkey}. Remember it.\\n\\n' \\
         --question '\\n\\nThe {ordinal} passkey is: {passkey}'
 """
@@ -15,10 +17,12 @@ writes heat maps and curves as PNG.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import random
 import tempfile
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +80,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--question", default=QUESTION, type=text, help="what is asked")
     parser.add_argument("--floor", type=float, default=0.9)
     parser.add_argument("--rows", type=int, default=2, help="passkey rows for each depth")
+    parser.add_argument(
+        "--passkey-seeds", type=int, nargs="+", default=[0],
+        help="of the passkeys and their places; each gives rows of its own. Settings that were "
+        "chosen on some passkeys are to be judged on others",
+    )  # fmt: skip
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--seeds", type=int, default=3, help="random choices for each share")
     parser.add_argument("--windows", type=int, default=4, help="rows of the perplexity")
@@ -101,21 +110,30 @@ class Measure:
         self.ids = torch.tensor(ids[: rows * length]).reshape(-1, length)
 
     def passkeys(self, streaming: Tensor | None, lengths: tuple[int, ...]) -> dict[str, float]:
-        """Passkey accuracy by length and depth, its mean, and the share found whole."""
+        """Passkey accuracy by length and depth, its mean, and the share found whole; means over
+        all passkey seeds, and accuracies by seed."""
         needle, question = (
             template.format(ordinal="first", passkey="{passkey}")
             for template in (self.options.needle, self.options.question)
         )
-        task = Passkey(
-            lengths=lengths, rows=self.options.rows, seed=self.options.seed, needle=needle,
-            question=question,
-        )  # fmt: skip
-        found = passkey(
-            self.source, self.tokenizer, haystack=self.text, task=task, device=self.device,
-            dtype=self.dtype, attention=self._attention(streaming),
-        )  # fmt: skip
-        cells = {f"{c.length}@{c.depth:g}": c.accuracy for c in found.cells}
-        return {"accuracy": found.accuracy.value, "exact": found.exact.value, **cells}
+        seeds = self.options.passkey_seeds
+        sums: dict[str, float] = {}
+        by_seed: dict[str, float] = {}
+        for seed in seeds:
+            task = Passkey(
+                lengths=lengths, rows=self.options.rows, seed=seed, needle=needle,
+                question=question,
+            )  # fmt: skip
+            found = passkey(
+                self.source, self.tokenizer, haystack=self.text, task=task, device=self.device,
+                dtype=self.dtype, attention=self._attention(streaming),
+            )  # fmt: skip
+            by_seed[f"seed {seed}"] = found.accuracy.value
+            values = {"accuracy": found.accuracy.value, "exact": found.exact.value}
+            values |= {f"{c.length}@{c.depth:g}": c.accuracy for c in found.cells}
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value / len(seeds)
+        return {**sums, **by_seed}
 
     def perplexity(self, streaming: Tensor | None) -> float:
         """Perplexity over held-out text."""
@@ -195,7 +213,7 @@ def choices(options: argparse.Namespace, gates: Tensor, scores: Tensor, share: f
 
 
 def main() -> None:
-    options = arguments()
+    options, began = arguments(), time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     random.seed(options.seed)
     located = locate(options.model, fetch=True)
@@ -234,13 +252,23 @@ def main() -> None:
             add(name, share, streaming)
     add("all", 1.0, torch.ones_like(gates, dtype=torch.bool))
     draw(options, rows)
+    write_report(options, source.checkpoint.folder.name, kept, rows)
     result = {
         "model": source.checkpoint.folder.name, "device": str(measure.device),
-        "sinks": options.sinks, "window": options.window, "lengths": kept, **about,
+        "sinks": options.sinks, "window": options.window, "lengths": kept,
+        "seconds": time.perf_counter() - began, **about,
         "gate_values": gates.tolist(), "copy_scores_kv": scores.tolist(), "rows": rows,
     }  # fmt: skip
     (options.out / "heads.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps({"gates_seconds": about["gates_seconds"], "lengths": kept}))
+    print(
+        json.dumps(
+            {
+                "gates_seconds": round(about["gates_seconds"], 1),
+                "seconds": round(time.perf_counter() - began, 1),
+                "lengths": kept,
+            }
+        )
+    )
 
 
 def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -263,6 +291,30 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         picture = curves(lines, title=title, x="share of streaming KV heads", y=title)
         if picture is not None:
             (options.out / f"{what}.png").write_bytes(picture)
+
+
+def write_report(
+    options: argparse.Namespace, model: str, lengths: list[int], rows: list[dict[str, Any]]
+) -> None:
+    """The table and every picture of the folder as one page that stands alone."""
+    columns = ("heads", "share", "accuracy", "exact", "perplexity")
+    columns += tuple(name for name in rows[0] if name not in columns)
+    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in columns) + "</tr>"]
+    for row in rows:
+        shown = (f"{x:.3f}" if isinstance(x, float) else str(x) for x in map(row.get, columns))
+        lines.append("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in shown) + "</tr>")
+    pictures = [
+        f'<p><img alt="{path.stem}" style="max-width:100%" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}"></p>'
+        for path in sorted(options.out.glob("*.png"))
+    ]
+    title = f"Heads of {escape(model)}: {options.sinks} sinks, a window of {options.window}"
+    page = (
+        f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
+        f"<p>Passkeys in rows of {', '.join(map(str, lengths))} tokens.</p>"
+        f'<div style="overflow-x:auto"><table>{"".join(lines)}</table></div>{"".join(pictures)}'
+    )
+    (options.out / "report.html").write_text(page, "utf-8")
 
 
 if __name__ == "__main__":
