@@ -6,8 +6,10 @@
 
 Every weight is trained by AdamW on rows of consecutive tokens of the files, in the order of a
 seeded shuffle, with a cosine after a short warm-up; in float32, on a GPU under bfloat16 autocast.
-The result has the base's dtype. `--without` leaves out characters of the first file, to be held
-out.
+The result has the base's dtype. `--without` leaves out characters of the first file, which are to
+judge the result. So that it is no worse than its base on text it has not seen, the last rows of the
+rest are kept for validation: the weights of the step with the lowest loss on them are written, and
+training ends where that loss has stopped to fall.
 """
 
 import argparse
@@ -40,16 +42,34 @@ def rows(options: argparse.Namespace) -> Tensor:
     return torch.tensor(ids[: count * options.length]).view(count, options.length)
 
 
-def train(options: argparse.Namespace) -> list[float]:
-    """Train, save, and return the loss of each step."""
+@torch.no_grad()
+def validation_loss(model: torch.nn.Module, data: Tensor, options: argparse.Namespace) -> float:
+    """Mean loss of a token over rows the model is not trained on."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for batch in data.split(options.batch):
+        ids = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            total += float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(batch)
+    return total / len(data)
+
+
+def train(options: argparse.Namespace) -> dict[str, float]:
+    """Train, save the best weights, and return what there is to say."""
     device = torch.device(options.device)
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).to(device)
-    model.train()
+    model.eval()  # no dropout: the shortest way to a fine-tune
     data = rows(options)
+    kept = max(1, round(len(data) * options.validation))
+    if kept >= len(data):
+        raise SystemExit(f"{len(data)} rows are too few to train and to validate on")
+    data, unseen = data[:-kept], data[-kept:]
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
     order: list[int] = []
-    losses: list[float] = []
+    before = validation_loss(model, unseen, options)
+    print(f"{len(data)} rows to train on; validation {before:.4f} before", flush=True)
+    best, best_step, weights = math.inf, 0, {}
     warmup = max(1, options.steps // 20)
     for step in range(options.steps):
         while len(order) < options.batch:
@@ -64,13 +84,26 @@ def train(options: argparse.Namespace) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 20 == 0 or step + 1 == options.steps:
-            print(f"step {step + 1} of {options.steps}  loss {losses[-1]:.4f}", flush=True)
+        if (step + 1) % options.every and step + 1 < options.steps:
+            continue
+        found = validation_loss(model, unseen, options)
+        print(
+            f"step {step + 1} of {options.steps}  loss {float(loss.detach()):.4f}  validation "
+            f"{found:.4f}",
+            flush=True,
+        )
+        if found < best:
+            best, best_step = found, step + 1
+            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        elif step + 1 - best_step >= options.patience * options.every:
+            break
+    if best >= before:
+        raise SystemExit("no step is better than the base on unseen rows: try a lower --lr")
+    model.load_state_dict(weights, strict=False)
     model.to(open_checkpoint(options.base).dtype).save_pretrained(options.fine)
     for path in options.base.glob("*token*"):
         shutil.copyfile(path, options.fine / path.name)
-    return losses
+    return {"before": before, "after": best, "step": best_step}
 
 
 def main() -> None:
@@ -81,19 +114,23 @@ def main() -> None:
     parser.add_argument("fine", type=Path, help="folder to write; it must be new")
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--without", help="characters of the first text to leave out, FROM:TO")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=240, help="at most")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument(
+        "--validation", type=float, default=0.06, help="share of the rows, the last"
+    )
+    parser.add_argument("--every", type=int, default=20, help="steps between two validations")
+    parser.add_argument("--patience", type=int, default=3, help="validations without a better one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.fine.exists():
         parser.error(f"{options.fine} is already there")
     started = time.perf_counter()
-    losses = train(options)
-    found = {"first": losses[0], "last": losses[-1], "seconds": time.perf_counter() - started}
-    print(json.dumps(found))
+    found = train(options)
+    print(json.dumps({**found, "seconds": round(time.perf_counter() - started, 1)}))
 
 
 if __name__ == "__main__":
