@@ -56,3 +56,35 @@ def test_kernels_give_the_same_logits(
     assert calls == {"prefill": 2, "decode": 6}
     error = (found - plain).norm() / plain.norm()
     assert float(error) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_heads_and_texts_of_a_real_size(
+    dtype: torch.dtype, tiny_model: Callable[..., Path]
+) -> None:
+    """As near to float32 as plain PyTorch, over a prompt, single tokens, a chunk, and a token."""
+    folder = tiny_model(
+        "llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    rows = [[True, False, False], [False, True, True]]
+    layers = head_layers(rows, sinks=16, window=200)
+    policy = AttentionPolicy(heads=9, kv_heads=3, layers=layers)
+    ids = torch.randint(2, 256, (2, 1507), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    pieces = ids.split([1401, *[1] * 5, 100, 1], dim=1)
+
+    @torch.no_grad()
+    def logits(dtype: torch.dtype, kernels: bool) -> Tensor:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
+        runtime = attach(model, policy, kernels=kernels)
+        options = runtime.options()
+        out = [model(piece, **options, use_cache=True).logits.float() for piece in pieces]
+        (cache,) = options.values()
+        kept = 2 * 2 * 64 * dtype.itemsize * (3 * 1507 + 3 * (16 + 199))
+        assert cache.nbytes == kept
+        return torch.cat(out, dim=1)
+
+    exact = logits(torch.float32, kernels=False)
+    plain, found = ((logits(dtype, kernels=k) - exact).norm() / exact.norm() for k in (False, True))
+    assert float(found) <= 1.5 * float(plain) + 1e-4
