@@ -24,12 +24,13 @@ CANDIDATES = [
 ]
 EXACT_CANDIDATES = [
     ProductTiles(128, 128, 128, num_warps=4, num_stages=3),
-    ProductTiles(128, 128, 128, num_warps=8, num_stages=3),
-    ProductTiles(128, 128, 128, num_warps=8, num_stages=4),
-    ProductTiles(128, 128, 128, group_m=16, num_warps=8, num_stages=3, registers=128),
-    ProductTiles(128, 256, 128, num_warps=8, num_stages=3),
-    ProductTiles(256, 128, 128, num_warps=8, num_stages=4),
-    ProductTiles(64, 128, 128, num_warps=4, num_stages=4),
+    ProductTiles(128, 128, 128, num_warps=4, num_stages=3, halves=True),
+    ProductTiles(128, 128, 128, group_m=16, num_warps=4, num_stages=3, halves=True),
+    ProductTiles(128, 256, 128, num_warps=8, num_stages=3, halves=True),
+    ProductTiles(128, 256, 128, num_warps=8, num_stages=4, halves=True),
+    ProductTiles(256, 128, 128, num_warps=8, num_stages=4, halves=True),
+    ProductTiles(128, 256, 128, num_warps=16, num_stages=3, halves=True),
+    ProductTiles(64, 128, 128, num_warps=4, num_stages=3),
 ]
 
 
@@ -40,7 +41,7 @@ def codes(rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def short(tiles: ProductTiles) -> str:
-    kind = " persistent" if tiles.persistent else ""
+    kind = (" persistent" if tiles.persistent else "") + (" halves" if tiles.halves else "")
     shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
     few = f" r{tiles.registers}" if tiles.registers else ""
     return f"{shape} w{tiles.num_warps} s{tiles.num_stages} g{tiles.group_m}{few}{kind}"

@@ -87,6 +87,10 @@ def rows_of(group: int) -> list[Row]:
         Row("w8a8 smoothquant O3", (smooth(weights="tensor", activations="static"),)),
         Row(
             "w8a8 smoothquant + gptq",
+            ({"smoothquant": {"alpha": "search"}}, gptq(8, None, activations="token")),
+        ),
+        Row(
+            "w8a8 smoothquant + gptq, with up",
             (
                 {"smoothquant": {"alpha": "search", "fold_up": True}},
                 gptq(8, None, activations="token"),
@@ -130,7 +134,8 @@ def nvfp4_gptq(rule: str) -> dict[str, Any]:
 CLAIMS = (
     ("w8a8 smoothquant, searched", "w8a8 naive"),
     ("w8a8 smoothquant, searched, with up", "w8a8 naive"),
-    ("w8a8 smoothquant + gptq", "w8a8 smoothquant, searched, with up"),
+    ("w8a8 smoothquant + gptq", "w8a8 smoothquant, searched"),
+    ("w8a8 smoothquant + gptq, with up", "w8a8 smoothquant, searched, with up"),
     ("w8a8 smoothquant, searched, with up", "w8a8 smoothquant, searched"),
     ("nvfp4 rtn mse", "nvfp4 rtn static_6"),
     ("nvfp4 awq mse", "nvfp4 awq static_6"),

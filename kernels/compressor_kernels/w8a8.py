@@ -20,8 +20,9 @@ BLOCK = 128  # inputs that share a scale in `w8a8_blocks`
 @dataclass(frozen=True, slots=True)
 class ProductTiles:
     """Tokens, outputs and inputs of a tile, rows of tiles that run side by side, warps, depth of
-    the pipeline, whether programs stay and take tile after tile, and the most registers of a
-    thread, so that more programs share a multiprocessor."""
+    the pipeline, whether programs stay and take tile after tile, the most registers of a thread,
+    so that more programs share a multiprocessor, and whether the upper and the lower half of a
+    tile's tokens are multiplied in turn."""
 
     block_m: int = 128
     block_n: int = 256
@@ -31,6 +32,7 @@ class ProductTiles:
     num_stages: int = 4
     persistent: bool = False
     registers: int | None = None
+    halves: bool = False
 
 
 def w8a8(
@@ -171,6 +173,8 @@ def _launch(
         properties = torch.cuda.get_device_properties(a.device)
         programs = min(programs, properties.multi_processor_count)
     kernel = jit.persistent_kernel if persistent else jit.product_kernel
+    if tiles.halves:
+        kernel = jit.halves_kernel
     kernel[(programs,)](
         *_described(a, weight, tiles),
         row_scales,
@@ -201,7 +205,7 @@ def _described(a: Tensor, weight: Tensor, tiles: ProductTiles) -> tuple[object, 
     if not a.is_cuda:  # the interpreter computes with bytes, which the kernel gives their meaning
         a, weight = a.view(torch.int8), weight.view(torch.int8)
     return (
-        TensorDescriptor.from_tensor(a, [tiles.block_m, tiles.block_k]),
+        TensorDescriptor.from_tensor(a, [tiles.block_m // (1 + tiles.halves), tiles.block_k]),
         TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k]),
     )
 

@@ -139,6 +139,47 @@ def persistent_kernel(
 
 
 @triton.jit
+def halves_kernel(
+    a_desc,  # [M, K] in tiles of BM/2 x BK
+    w_desc,  # [N, K] in tiles of BN x BK
+    row_scales_ptr,
+    column_scales_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INT8: tl.constexpr,
+    EXACT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`product_kernel` by two halves of a tile in turn: sums apart need half the registers."""
+    row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    upper = tl.zeros((BM // 2, BN), tl.int32 if INT8 else tl.float32)
+    lower = tl.zeros((BM // 2, BN), tl.int32 if INT8 else tl.float32)
+    for k in tl.range(0, K, BK):
+        w = w_desc.load([column * BN, k])
+        a = a_desc.load([row * BM, k])
+        upper = _product(a, w, upper, INT8, EXACT, ASM)
+        a = a_desc.load([row * BM + BM // 2, k])
+        lower = _product(a, w, lower, INT8, EXACT, ASM)
+    _store(
+        upper, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+        2 * row, column, M, N, ROWS, COLUMNS, BM // 2, BN,
+    )  # fmt: skip
+    _store(
+        lower, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+        2 * row + 1, column, M, N, ROWS, COLUMNS, BM // 2, BN,
+    )  # fmt: skip
+
+
+@triton.jit
 def blocks_kernel(
     a_desc,  # [M, K] in tiles of BM x BK
     w_desc,  # [N, K] in tiles of BN x BK

@@ -84,6 +84,17 @@ def test_tiles_agree(tiles):
     assert_close(y, w8a8_ref(a, w, **options, out_dtype=torch.float32).double())
 
 
+@pytest.mark.parametrize("count", [1, 90, 130])
+@pytest.mark.parametrize("dtype, fast", [(INT8, False), (FP8, False), (FP8, True)])
+def test_halves_of_a_tile(count, dtype, fast):
+    a, w, rows, columns, bias = problem(count, 200, 300, dtype)
+    options = {"row_scales": rows, "column_scales": columns, "bias": bias}
+    tiles = ProductTiles(128, 128, 128, num_warps=4, num_stages=3, halves=True)
+    y = w8a8(a, w, **options, fast=fast, out_dtype=torch.float32, tiles=tiles)
+    exact = w8a8_ref(a, w, **options, out_dtype=torch.float32).double()
+    assert_close(y, exact, dtype=dtype, fast=fast)
+
+
 @pytest.mark.parametrize("dtype", [INT8, FP8])
 @pytest.mark.parametrize("tall", [True, False])
 @pytest.mark.parametrize("inputs", ["blocks", "token", "tensor"])
