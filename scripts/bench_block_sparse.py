@@ -18,7 +18,12 @@ from dataclasses import dataclass
 import torch
 from bench_lookahead import lookahead
 from bench_timing import copy_gbps, graph_ms, relative_error, require, save
-from compressor_kernels.block_attention import BlockTiles, block_attention, block_attention_ref
+from compressor_kernels.block_attention import (
+    BlockTiles,
+    block_attention,
+    block_attention_ref,
+    tile_blocks,
+)
 from compressor_kernels.block_pages import page_bounds, page_scores
 from compressor_kernels.block_selection import BlockRule, top_blocks, top_blocks_ref
 from compressor_kernels.block_windows import (
@@ -198,13 +203,21 @@ def bench_prefill(shape: Shape, results: dict[str, float], *, queries: int = 409
             found = forecast_scores(forecast, compressed, rule, windows, tokens=tokens)
             return top_blocks(found, rule, tokens=tokens)
 
-        def attend(blocks: Tensor = blocks) -> Tensor:
-            return block_attention(q, k, v, blocks, block_size=rule.block_size)
+        parts[f"selection, correlation {alike}"] = choose
+        for rows in (64, 128):
+            tiles = BlockTiles(rows=rows)
 
-        parts |= {
-            f"selection, correlation {alike}": choose,
-            f"attention, correlation {alike}": attend,
-        }
+            def attend(blocks: Tensor = blocks, tiles: BlockTiles = tiles) -> Tensor:
+                return block_attention(q, k, v, blocks, block_size=rule.block_size, tiles=tiles)
+
+            require(f"tiles of {rows} rows", relative_error(attend(), out), 6e-3)
+            shared = tile_blocks(
+                blocks, tile=rows * shape.groups // shape.heads, count=rule.blocks(tokens)
+            )[2]
+            name = f"attention, correlation {alike}, tiles of {rows} rows"
+            print(f"  {name}: {shared.float().mean():.0f} blocks a tile")
+            results[f"prefill {name} blocks"] = float(shared.float().mean())
+            parts[name] = attend
     if shape.device != "cuda":
         return
     print(f"\nPrefill, the last {queries} of {tokens} tokens, batch 1")

@@ -17,18 +17,20 @@ from torch import Tensor
 from compressor_kernels.block_selection import positions, pow2
 
 LOG2_E = 1.4426950408889634
-PREFILL_ROWS = 64
-"""Rows (tokens times query heads of a set) of a tile of a prompt."""
+TILE_TOKENS = 64
+"""Most tokens of a tile of a prompt: each has a bit of an int64."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockTiles:
-    """Tile shape of the kernel; `programs_per_sm` sets the number of splits of a decoding step."""
+    """Tile shape of the kernels; `programs_per_sm` sets the number of splits of a decoding step,
+    `rows` how many tokens times query heads of a set read a prompt's blocks together."""
 
     block_n: int = 64
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 4
+    rows: int = 64
 
 
 def block_attention(
@@ -69,9 +71,8 @@ def block_attention(
         return out
     scale = (dim**-0.5 if scale is None else scale) * LOG2_E
     if q_len > 1 and slots is None and block_size >= 16 and block_size == pow2(block_size):
-        _attend_tiles(
-            q, k, v, blocks, out, block_size=block_size, lengths=lengths, tokens=tokens, scale=scale
-        )
+        where = {"block_size": block_size, "lengths": lengths, "tokens": tokens}
+        _attend_tiles(q, k, v, blocks, out, **where, scale=scale, tiles=tiles)
         return out
     part = lse = None
     if splits > 1:
@@ -136,34 +137,29 @@ def _attend_tiles(
     lengths: Tensor | None,
     tokens: int,
     scale: float,
+    tiles: BlockTiles,
 ) -> None:
     """Several neighbouring tokens of a prompt together: each block that any of them chose is read
     once, and hidden from those that did not choose it."""
     from compressor_kernels import block_attention_jit as jit
 
     (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
-    sets, count = blocks.shape[1], -(-tokens // block_size)
-    group_pow2 = pow2(heads // sets)
-    tile = max(1, PREFILL_ROWS // group_pow2)
-    tiles = -(-q_len // tile)
-    chosen = torch.zeros((batch, sets, tiles * tile, count + 1), dtype=torch.uint8, device=q.device)
-    chosen[:, :, :q_len].scatter_(-1, torch.where(blocks < 0, count, blocks).long(), 1)
-    wanted = chosen.view(batch, sets, tiles, tile, count + 1)[..., :count].amax(3)
-    # Blocks that some token of a tile chose, ascending, before the others.
-    listed = wanted.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    jit.tile_kernel[(tiles, batch * sets)](
+    sets, group_pow2 = blocks.shape[1], pow2(heads // blocks.shape[1])
+    tile = max(1, min(TILE_TOKENS, tiles.rows // group_pow2))
+    listed, bits, counts = tile_blocks(blocks, tile=tile, count=-(-tokens // block_size))
+    jit.tile_kernel[(listed.shape[2], batch * sets)](
         q,
         k,
         v,
-        chosen,
         listed,
-        wanted.sum(-1, dtype=torch.int32),
+        bits,
+        counts,
         lengths,
         out,
         tokens,
         q_len,
         sets,
-        count,
+        listed.shape[3],
         scale,
         *q.stride()[:3],
         *k.stride()[:3],
@@ -173,12 +169,42 @@ def _attend_tiles(
         PER_KEY=sets // groups,
         TILE=tile,
         BLOCK=block_size,
-        BLOCK_N=min(64, block_size),
+        BLOCK_N=min(tiles.block_n, block_size),
         D=dim,
         BLOCK_D=max(16, pow2(dim)),
-        num_warps=4,
-        num_stages=3,
+        num_warps=8 if tile * group_pow2 >= 128 else 4,
+        num_stages=tiles.num_stages,
     )
+
+
+def tile_blocks(blocks: Tensor, *, tile: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `tile` neighbouring tokens chose together, from blocks [B, S, Tq, K] of `count`:
+
+    the blocks that any of them chose, int32 [B, S, tiles, count], ascending, anything after them;
+    which tokens chose each, int64 of the same shape, the lowest bit for a tile's first token;
+    how many there are, int32 [B, S, tiles].
+    """
+    batch, sets, q_len, _ = blocks.shape
+    tiles = -(-q_len // tile)
+    bit = torch.arange(q_len, device=blocks.device) % tile
+    added = torch.ones_like(bit).bitwise_left_shift(bit)[:, None].expand(blocks.shape)
+    # A tile's blocks and a place for no block; a token adds its bit to each of its blocks.
+    chosen = torch.zeros(
+        (batch, sets, tiles, count + 1), dtype=torch.int64, device=blocks.device
+    ).flatten(2)
+    first = (torch.arange(q_len, device=blocks.device) // tile * (count + 1))[:, None]
+    place = torch.where(blocks < 0, count, blocks) + first
+    chosen.scatter_add_(-1, place.flatten(2), added.flatten(2))
+    chosen = chosen.view(batch, sets, tiles, count + 1)[..., :count]
+    wanted = chosen != 0
+    ranks = wanted.cumsum(-1)
+    counts = ranks[..., -1].to(torch.int32)
+    spare = torch.zeros_like(chosen[..., :1])
+    at = torch.where(wanted, ranks - 1, count)
+    block = torch.arange(count, device=blocks.device).expand(chosen.shape)
+    listed = torch.cat([torch.zeros_like(chosen), spare], -1).scatter_(-1, at, block)[..., :count]
+    bits = chosen.gather(-1, listed)
+    return listed.to(torch.int32).contiguous(), bits, counts
 
 
 def block_attention_ref(

@@ -112,8 +112,8 @@ def tile_kernel(
     q_ptr,  # [B, H, Tq, D]
     k_ptr,  # [B, G, T, D]
     v_ptr,
-    chosen_ptr,  # [B, S, tiles * TILE, blocks + 1] uint8: whether a token chose a block
     list_ptr,  # [B, S, tiles, blocks] int32: blocks that any token of a tile chose come first
+    bits_ptr,  # the same shape, int64: which tokens of the tile chose it
     count_ptr,  # [B, S, tiles] int32: how many those are
     len_ptr,  # [B] or None
     out_ptr,  # [B, H, Tq, D], dense
@@ -163,8 +163,9 @@ def tile_kernel(
     q = tl.load(q_at, mask=mask, other=0.0)
     k_base = k_ptr + b * k_b + g * k_g + dim[None, :]
     v_base = v_ptr + b * v_b + g * v_g + dim[None, :]
-    chosen = chosen_ptr + (lane * tiles * TILE + token) * (blocks + 1)
+    own_bit = (row // GROUP_POW2).to(tl.int64)
     listed = list_ptr + (lane * tiles + tile) * blocks
+    bits = bits_ptr + (lane * tiles + tile) * blocks
     count = tl.load(count_ptr + lane * tiles + tile)
 
     m = tl.full([ROWS], HIDDEN, tl.float32)
@@ -173,12 +174,12 @@ def tile_kernel(
     inner = tl.arange(0, BLOCK_N)
     for step in tl.range(0, count * (BLOCK // BLOCK_N)):
         block = tl.load(listed + step // (BLOCK // BLOCK_N))
-        mine = tl.load(chosen + block) > 0
+        mine = (tl.load(bits + step // (BLOCK // BLOCK_N)) >> own_bit) & 1
         key = block * BLOCK + step % (BLOCK // BLOCK_N) * BLOCK_N + inner
         some = (key < length)[:, None] & (dim < D)[None, :]
         at = key[:, None].to(tl.int64)
         k = tl.load(k_base + at * k_t, mask=some, other=0.0)
-        seen = mine[:, None] & (key[None, :] <= position[:, None])
+        seen = (mine[:, None] > 0) & (key[None, :] <= position[:, None])
         scores = tl.where(seen, tl.dot(q, tl.trans(k)), HIDDEN)
         p, m, l, acc = _online_softmax(scores, m, l, acc, scale)
         v = tl.load(v_base + at * v_t, mask=some, other=0.0)

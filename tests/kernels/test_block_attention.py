@@ -7,6 +7,7 @@ from compressor_kernels.block_attention import (
     block_attention,
     block_attention_ref,
     block_mask,
+    tile_blocks,
 )
 from compressor_kernels.block_selection import BlockRule, top_blocks_ref
 
@@ -51,6 +52,24 @@ def test_kernel(tokens, q_len, block_size, lengths, per_head):
     out = block_attention(q, k, v, blocks, block_size=block_size, **where, tiles=TILES)
     want = block_attention_ref(q, k, v, blocks, block_size=block_size, **where)
     torch.testing.assert_close(out, want, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize(("tile", "q_len"), [(64, 150), (16, 33), (1, 3)])
+def test_what_the_tokens_of_a_tile_chose(tile, q_len):
+    torch.manual_seed(4)
+    rule = BlockRule(block_size=8, init_blocks=1, local_blocks=1, top_k=4)
+    blocks = choose(3, q_len, rule, tokens=q_len + 5)
+    listed, bits, counts = tile_blocks(blocks, tile=tile, count=rule.blocks(q_len + 5))
+    for place in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+        for number, part in enumerate(blocks[tuple(place)].split(tile)):
+            at, want = (*place, number), {}
+            for token, row in enumerate(part.tolist()):
+                for block in row:
+                    if block >= 0:
+                        want[block] = want.get(block, 0) | 1 << token
+            count = int(counts[at])
+            assert listed[at][:count].tolist() == sorted(want)
+            assert [x % 2**64 for x in bits[at][:count].tolist()] == [want[b] for b in sorted(want)]
 
 
 def test_reference_by_the_definition():
