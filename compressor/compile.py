@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,9 +28,10 @@ from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.passes.base import Learned
 from compressor.plan import Plan, make_plan
 from compressor.recipe import AFTERWARDS, Recipe
-from compressor.runner import load_tokenizer
+from compressor.runner import import_model, load_tokenizer
 from compressor.shards import write_atomically
 from compressor.source import Source
+from compressor.warm_up import warm_up
 from compressor.workspace import claim, owned, require_same
 
 VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
@@ -95,16 +97,16 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
     """
     located = locate(recipe.model, fetch=True)
     plan = _plan(recipe, located.source)
-    folder = located.source.checkpoint.folder
+    warm_up(plan, device)
     calibration = evaluation = None
     haystack = ""
     if plan.calibrated or recipe.evaluate is not None:
-        tokenizer = load_tokenizer(folder)
-        if plan.calibrated:
-            calibration = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
-        if recipe.evaluate is not None:
-            evaluation = evaluation_tokens(tokenizer, recipe.evaluate, calibration=calibration)
-            haystack = passkey_text(tokenizer, recipe.evaluate)
+        checkpoint = located.source.checkpoint
+        with ThreadPoolExecutor(1) as aside:
+            # Tokenizers work outside Python's lock: their time hides the model's imports.
+            cut = aside.submit(_token_sets, recipe, plan, load_tokenizer(checkpoint.folder))
+            import_model(checkpoint.config)
+            calibration, evaluation, haystack = cut.result()
     _check_vocabulary(plan, calibration, evaluation)
     return Prepared(
         recipe=recipe,
@@ -129,6 +131,20 @@ def _plan(recipe: Recipe, source: Source) -> Plan:
         return plan
     found = survey(plan.delta.base, source.checkpoint)
     return make_plan(recipe, source, output=output, base=found)
+
+
+def _token_sets(
+    recipe: Recipe, plan: Plan, tokenizer: Any
+) -> tuple[TokenSet | None, TokenSet | None, str]:
+    """Calibration and evaluation rows, and the text of the passkey probe; those that are needed."""
+    calibration = evaluation = None
+    haystack = ""
+    if plan.calibrated:
+        calibration = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
+    if recipe.evaluate is not None:
+        evaluation = evaluation_tokens(tokenizer, recipe.evaluate, calibration=calibration)
+        haystack = passkey_text(tokenizer, recipe.evaluate)
+    return calibration, evaluation, haystack
 
 
 def _check_vocabulary(plan: Plan, *sets: TokenSet | None) -> None:

@@ -133,7 +133,7 @@ class _Loop:
             ThreadPoolExecutor(1) as syncs,
         ):
             ahead = reads.submit(self._read, 0)
-            output = CommitQueue(self.writer, writes, syncs)
+            output = CommitQueue(self.writer, writes, syncs, self.settings.device)
             if plan.calibrated:
                 self.runner = BlockRunner(
                     plan.source.checkpoint.config,

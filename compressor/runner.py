@@ -357,6 +357,15 @@ class Block:
         return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
 
 
+def import_model(config: Mapping[str, Any]) -> None:
+    """Import a model's code, which takes seconds; what is wrong with it, `BlockRunner` says."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with suppress(ImportError, KeyError, ValueError):
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(config["model_type"]))]
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError where there is none."""
     from transformers import AutoTokenizer

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from compressor.checkpoint import SINGLE_NAME
 from compressor.errors import InputError
 from compressor.formats.base import TensorShape
 from compressor.safetensors_file import Entry, encode_header, read_tensor, tensor_bytes
+
+HASH_THREADS = 2
+"""Threads that hash tensors while their file is written and hashed as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +141,17 @@ class ShardWriter:
             found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
             assert planned == found, f"{name}: planned {planned}, made {found}"
             by_shard.setdefault(shard.file, []).append(name)
-        for file, names in by_shard.items():
-            with (self.shards / file).open("r+b", buffering=0) as handle:
-                for name in names:
-                    data = tensor_bytes(tensors[name])
-                    hashes[name] = hashlib.sha256(data).hexdigest()
-                    offset, done = self._home[name].offsets[name], 0
-                    while done < len(data):
-                        done += os.pwrite(handle.fileno(), data[done:], offset + done)
-                    self._running(file).add(offset, data)
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for file, names in by_shard.items():
+                data = {name: tensor_bytes(tensors[name]) for name in names}
+                digests = pool.map(_digest, data.values())
+                with (self.shards / file).open("r+b", buffering=0) as handle:
+                    for name in names:
+                        offset, done = self._home[name].offsets[name], 0
+                        while done < len(data[name]):
+                            done += os.pwrite(handle.fileno(), data[name][done:], offset + done)
+                        self._running(file).add(offset, data[name])
+                hashes.update(zip(names, digests, strict=True))
         return hashes
 
     def commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:
@@ -179,6 +185,10 @@ class ShardWriter:
         if file not in self._hashes:
             self._hashes[file] = _RunningHash(self.shards / file)
         return self._hashes[file]
+
+
+def _digest(data: memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class _RunningHash:

@@ -1,5 +1,5 @@
 """`python -m compressor.cli` is `compress`."""
 
-from compressor.cli.main import main
+from compressor.cli.main import program
 
-main()
+program()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import itertools
@@ -12,7 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -83,6 +84,23 @@ def main() -> None:
         hint = "this is a bug: COMPRESS_DEBUG=1 shows where; nothing committed is lost"
         code = _fail(what, hint, 3, wants_json)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own, which ends at once.
+
+    Taking down Python, CUDA and page-locked memory takes seconds after a run, and everything that
+    is to last is on the disk by then.
+    """
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def quieten_libraries() -> None:

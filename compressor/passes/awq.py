@@ -7,7 +7,7 @@ scaled weights of each group are clipped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,7 @@ from compressor.numerics.awq_search import (
 from compressor.numerics.migration import search_scales_with_inputs
 from compressor.passes.base import Pass, PassContext, PassResult, Unit, output_error
 from compressor.passes.rtn import int_spec, uneven_groups
+from compressor.qtensor import QuantSpec
 from compressor.rounding import enter_of, quantizer_of
 from compressor.scheme import Scheme
 
@@ -88,6 +89,18 @@ class Awq(Pass):
 
     def check(self, linear: Linear) -> str | None:
         return None if self.bits is None else uneven_groups(linear, self.group_size)
+
+    def compile_kernels(
+        self, specs: Collection[tuple[QuantSpec, int]], device: torch.device
+    ) -> None:
+        if self.search != "gram":
+            return
+        for size, spec in {(spec.group_size or inputs, spec) for spec, inputs in specs}:
+            if is_plain_int(spec):
+                weight, seen = torch.zeros(32, 2 * size, device=device), torch.ones(2 * size)
+                gram = torch.eye(2 * size, device=device)
+                search_scales_gram([weight], gram, seen.to(device), spec, grid=1)
+                search_clip_gram(weight, gram, spec)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         folds = {site_fold.site: site_fold for site_fold in unit.layout.folds}

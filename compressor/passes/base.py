@@ -8,7 +8,7 @@ the model and knows no tensor names beyond those its unit's layout gives it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -245,6 +245,11 @@ class Pass(BaseModel):
         """Names and parameters of the passes that this one stands for; none where it works
         itself."""
         return ()
+
+    def compile_kernels(
+        self, specs: Collection[tuple[QuantSpec, int]], device: torch.device
+    ) -> None:
+        """Have the kernels of `apply` compiled on a GPU, for weights of these (spec, inputs)."""
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         """The unit after this pass."""

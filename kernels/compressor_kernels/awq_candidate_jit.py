@@ -49,7 +49,7 @@ def _rounded(w, low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORED: 
     return (tl.minimum(tl.maximum(steps + zero, 0.0), LEVELS) - zero) * scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "per_row"])
 def delta_kernel(
     w_ptr,
     s_ptr,
