@@ -3,16 +3,22 @@
 #   docker build -t compress .
 #   docker run --rm -v "$PWD:/data" compress run recipe.yaml
 #
-# PyPI's torch for Linux brings CUDA libraries of several GB. TORCH_ARGS takes it from PyTorch's own
-# index of CPU wheels instead: --build-arg TORCH_ARGS="--index-url <that index>".
-FROM python:3.12-slim AS build
+# PyPI's torch for Linux brings CUDA libraries of several GB, so TORCH_ARGS takes it from PyTorch's
+# own index of CPU builds. It can name another index, a release or a folder of wheels:
+# --build-arg TORCH_ARGS="torch==2.13.0 --find-links /wheels".
+ARG BASE=debian:bookworm-slim
 
-ARG TORCH_ARGS=""
+FROM ${BASE} AS build
+
+ARG TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-RUN python -m venv /opt/compress
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/compress
 ENV PATH=/opt/compress/bin:$PATH
-RUN pip install ${TORCH_ARGS} "torch>=2.8"
+RUN pip install "torch>=2.8" ${TORCH_ARGS}
 
 WORKDIR /src
 COPY pyproject.toml README.md ./
@@ -22,11 +28,10 @@ COPY calibration ./calibration
 COPY recipes ./recipes
 RUN pip install .
 
-FROM python:3.12-slim
+FROM ${BASE}
 
-# Triton's interpreter and compiler want a C compiler when a kernel is first built.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/*
 
 COPY --from=build /opt/compress /opt/compress

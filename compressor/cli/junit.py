@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from compressor.errors import CompressError, MachineError, Problems
+import click
+
+from compressor.errors import CheckError, CompressError, MachineError, Problems
 
 if TYPE_CHECKING:
+    from compressor.evaluate import Estimate, EvaluationResult
+    from compressor.gate import GateResult
+    from compressor.passkey import PasskeyResult
     from compressor.verdict import Verdict
     from compressor.verify_report import VerifyReport
+
+ENDED = "ran to its end"
+"""The case that says whether a command did."""
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -39,20 +48,31 @@ class Case:
 def junit(path: Path | None, command: str) -> Iterator[list[Case]]:
     """A list of cases that is written to `path` when the context ends, however it ends.
 
-    An error that ends it becomes a case of its own. Without a path nothing is written.
+    An error that ends it becomes a case of its own; one that ends well has a case at least.
+    Without a path nothing is written.
     """
     cases: list[Case] = []
+    started = time.perf_counter()
     try:
         yield cases
+        if not cases:
+            cases.append(Case(command, ENDED, seconds=time.perf_counter() - started))
+    except click.exceptions.Exit:
+        # A command's own exit code, after it said why.
+        raise
     except CompressError as error:
         for problem in error.problems if isinstance(error, Problems) else [error]:
             hint = f"\nhint: {problem.hint}" if problem.hint else ""
             first = problem.message.splitlines()[0]
-            cases.append(Case(command, first, error=problem.message + hint))
+            said, failed = problem.message + hint, isinstance(problem, CheckError)
+            case = Case(
+                command, first, failure=said if failed else "", error="" if failed else said
+            )
+            cases.append(case)
         raise
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"
-        cases.append(Case(command, "ran to its end", error=text))
+        cases.append(Case(command, ENDED, error=text))
         raise
     finally:
         if path is not None:
@@ -78,23 +98,43 @@ def verdict_cases(verdict: Verdict) -> list[Case]:
     cases: list[Case] = []
     if verdict.verified is not None:
         cases += verify_cases(verdict.verified, seconds=verdict.seconds.get("verify", 0.0))
-    found = verdict.evaluation
+    cases += evaluation_cases(verdict.evaluation, verdict.passkey, verdict.tasks)
+    return cases + gate_cases(verdict.gate)
+
+
+def evaluation_cases(
+    found: EvaluationResult | None,
+    passkey: PasskeyResult | None = None,
+    tasks: Mapping[str, Estimate] | None = None,
+) -> list[Case]:
+    """One case for each measurement; they hold whatever was found, limits are the gate's."""
+    cases: list[Case] = []
     if found is not None:
         text = f"perplexity {found.perplexity.value:.4f} ± {found.perplexity.error:.4f}"
         if found.kl is not None:
             text += f", KL {found.kl.value:.5f} ± {found.kl.error:.5f}"
+        text += f", over {found.tokens} tokens"
         cases.append(Case("evaluate", "perplexity", seconds=found.seconds, output=text))
-    if verdict.gate is not None:
-        cases += [
-            Case(
-                "gate",
-                check.name,
-                failure="" if check.passed else check.message,
-                output=check.message if check.passed else "",
-            )
-            for check in verdict.gate.checks
-        ]
-    return cases
+    accuracies = dict(tasks or {})
+    if passkey is not None:
+        accuracies = {"passkey": passkey.accuracy, **accuracies}
+    return cases + [
+        Case("evaluate", name, output=f"accuracy {value.value:.4f} ± {value.error:.4f}")
+        for name, value in accuracies.items()
+    ]
+
+
+def gate_cases(gate: GateResult | None) -> list[Case]:
+    """One case for each limit."""
+    return [
+        Case(
+            "gate",
+            check.name,
+            failure="" if check.passed else check.message,
+            output=check.message if check.passed else "",
+        )
+        for check in (gate.checks if gate is not None else ())
+    ]
 
 
 def _write(path: Path, cases: Sequence[Case], command: str) -> None:

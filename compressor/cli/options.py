@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
+
+from compressor.cli.junit import Case, junit
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)
+
+CASES = "compressor.cases"
+"""Where a context keeps what was checked."""
 
 
 def recipe_options(function: Command) -> Command:
@@ -66,10 +72,31 @@ def log_option(function: Command) -> Command:
 
 
 def junit_option(function: Command) -> Command:
-    """Checks as a test report."""
+    """Checks as a test report, in which a command puts its own with `add_cases`.
+
+    A command that ends well without any has one case that says so; one inside another (run
+    --dry-run is a plan) adds to the other's.
+    """
+
+    @wraps(function)
+    def reported(*args: Any, junit_path: Path | None, **kwargs: Any) -> Any:
+        context = click.get_current_context()
+        if CASES in context.meta:
+            return function(*args, **kwargs)
+        name = context.command_path.partition(" ")[2]
+        with junit(junit_path, name or context.command_path) as cases:
+            context.meta[CASES] = cases
+            return function(*args, **kwargs)
+
     return click.option(
         "--junit",
         "junit_path",
         type=click.Path(path_type=Path),
         help="Also write what was checked as JUnit XML, for CI systems.",
-    )(function)
+    )(cast(Command, reported))
+
+
+def add_cases(cases: Iterable[Case]) -> None:
+    """Put what was checked into the test report of the command that runs, if it makes one."""
+    kept: list[Case] = click.get_current_context().meta.setdefault(CASES, [])
+    kept += cases

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -136,11 +138,42 @@ def test_commands_that_are_shown_exist_with_their_options() -> None:
     assert seen >= 5
 
 
+def dockerfile() -> list[list[str]]:
+    """The words of each instruction of the Dockerfile, continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text("utf-8"), flags=re.MULTILINE)
+    return [line.split(maxsplit=1) for line in text.replace("\\\n", " ").splitlines() if line]
+
+
 def test_the_container_installs_what_the_project_is() -> None:
-    """It cannot be built here; at least it copies what exists and runs the command by name."""
-    lines = (ROOT / "Dockerfile").read_text("utf-8").splitlines()
-    copied = [w for x in lines if re.match(r"COPY (?!--from)", x) for w in x.split()[1:-1]]
-    assert {"compressor", "kernels", "calibration", "recipes", "pyproject.toml"} <= set(copied)
-    assert all((ROOT / name).exists() for name in copied)
-    assert 'ENTRYPOINT ["compress"]' in lines
-    assert any(line.startswith("USER ") for line in lines)
+    """Everything that pip builds from is copied, and the command is the project's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    copied = [
+        words.split()
+        for kind, words in dockerfile()
+        if kind == "COPY" and not words.startswith("--from")
+    ]
+    sources = {name for words in copied for name in words[:-1]}
+    assert all((ROOT / name).exists() for name in sources), sources
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").split()
+    assert not sources & set(ignored), "what is copied reaches the builder"
+    needed = {
+        place.split("/")[0] for place in project["tool"]["setuptools"]["package-dir"].values()
+    }
+    assert needed | {"pyproject.toml", project["project"]["readme"]} == sources
+    last = dict(dockerfile())
+    (command,) = json.loads(last["ENTRYPOINT"])
+    assert command in project["project"]["scripts"]
+    assert json.loads(last["CMD"]) == ["--help"] and last["USER"] != "root"
+
+
+def test_the_container_brings_the_build_of_torch_for_cpus() -> None:
+    """From one base in both stages, so that the environment finds the interpreter it was made by;
+    torch is there before the project asks for it."""
+    lines = dockerfile()
+    assert [words.split()[0] for kind, words in lines if kind == "FROM"] == ["${BASE}", "${BASE}"]
+    default = next(words for kind, words in lines if words.startswith("TORCH_ARGS="))
+    assert "/whl/cpu" in default
+    installs = [words for kind, words in lines if kind == "RUN" and words.startswith("pip install")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    (torch,) = [d for d in project["project"]["dependencies"] if d.startswith("torch")]
+    assert installs == [f'pip install "{torch}" ${{TORCH_ARGS}}', "pip install ."]

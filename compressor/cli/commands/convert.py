@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from compressor.cli.display import Display, LogFormat, size
-from compressor.cli.options import FOLDER, json_option, log_option
+from compressor.cli.junit import Case
+from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
 SHOWN = 5
 
@@ -24,6 +25,7 @@ SHOWN = 5
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @log_option
+@junit_option
 @json_option
 def command(
     source: str,
@@ -64,6 +66,8 @@ def command(
             max_shard_size=limit,
             progress=lambda name, count, total: display.unit(name, count, total),
         )
+    rounded = "\n".join(f"rounded {report}" for report in done.rounded)
+    add_cases([Case("convert", f"{done.source_format} to {done.target_format}", output=rounded)])
     if as_json:
         click.echo(json.dumps({"ok": True, **done.to_json()}, indent=2))
         return

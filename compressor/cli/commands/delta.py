@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from compressor.cli.display import Display, LogFormat, size
-from compressor.cli.options import FOLDER, json_option, log_option
+from compressor.cli.options import FOLDER, json_option, junit_option, log_option
 
 
 @click.group(name="delta")
@@ -30,6 +30,7 @@ def command() -> None:
 @click.argument("output", type=FOLDER)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @log_option
+@junit_option
 @json_option
 def apply(
     base: str,

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.display import Display, LogFormat
-from compressor.cli.options import FOLDER, json_option, log_option
+from compressor.cli.junit import evaluation_cases, gate_cases
+from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
 if TYPE_CHECKING:
     import torch
 
     from compressor.evaluate import Estimate, EvaluationResult
+    from compressor.gate import GateResult
     from compressor.source import Source
 
 
@@ -51,11 +53,22 @@ if TYPE_CHECKING:
     help="Multiple-choice task of lm-evaluation-harness, such as arc_easy. Repeatable.",
 )
 @click.option("--task-limit", type=click.IntRange(1), help="Documents of each task.")
+@click.option(
+    "--gate",
+    "limits",
+    multiple=True,
+    metavar="NAME=LIMIT",
+    help="A limit as under a recipe's gate: ppl, ppl_ratio, kl, top1, passkey, tasks.NAME. "
+    "Repeatable.",
+)
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
 @log_option
+@junit_option
 @json_option
+@click.pass_context
 def command(
+    context: click.Context,
     checkpoint: Path,
     against: str | None,
     base: str | None,
@@ -69,6 +82,7 @@ def command(
     lengths: tuple[int, ...],
     tasks: tuple[str, ...],
     task_limit: int | None,
+    limits: tuple[str, ...],
     batch: int,
     device: str,
     log_format: LogFormat,
@@ -77,16 +91,18 @@ def command(
     """Measure a checkpoint's written files: perplexity, KL to the original, top-1 agreement.
 
     Block by block, with one unit in memory, by our own reader of every format; inputs and KV
-    cache are quantized as the checkpoint says.
+    cache are quantized as the checkpoint says. Exit code 1: a limit of --gate was missed.
 
     \b
     compress eval out/smollm2-135m-awq --against ~/.cache/compressor/smollm2-135m
     compress eval my-model --text my.txt --windows 64 --length 2048 --stride 512
     compress eval my-model --passkey --task arc_easy --task-limit 200
+    compress eval out/smollm2-135m-awq --against ./smollm2-135m --gate ppl_ratio=1.2 --gate kl=0.2
     """
     import torch
 
     from compressor.calibration_tokens import evaluation_tokens, passkey_text
+    from compressor.cli.limits import parse_gate
     from compressor.compile import choose_device
     from compressor.delta_source import open_model
     from compressor.errors import InputError
@@ -99,6 +115,12 @@ def command(
 
     if stride is not None and stride >= length:
         raise InputError("--stride is not below --length", hint=f"at most {length - 1}")
+    gate = parse_gate(
+        limits,
+        against_original=against is not None,
+        passkey=passkey or bool(lengths),
+        tasks=tasks,
+    )
     where = choose_device(device)
     source = open_model(checkpoint, base=base)
     original = locate(against, fetch=True).source if against else None
@@ -132,6 +154,7 @@ def command(
         )
     found: dict[str, Any] = {"ok": True, **result.to_json()}
     shown = lines(result)
+    retrieved, answered = None, {}
     if wanted.passkey is not None:
         with display.stage("passkey", len(source.layout.units)):
             retrieved = probe(
@@ -148,14 +171,21 @@ def command(
         found["passkey"] = retrieved.to_json()
         shown.append(f"passkey     {estimate(retrieved.accuracy)} of the tokens found")
     if tasks:
-        results = answer(source, tokenizer, tasks, task_limit, where, batch, display)
-        found["tasks"] = plain_json({name: asdict(value) for name, value in results.items()})
-        shown += [f"{name:11} {estimate(value)}" for name, value in results.items()]
+        answered = answer(source, tokenizer, tasks, task_limit, where, batch, display)
+        found["tasks"] = plain_json({name: asdict(value) for name, value in answered.items()})
+        shown += [f"{name:11} {estimate(value)}" for name, value in answered.items()]
+    add_cases(evaluation_cases(result, retrieved, answered))
+    if gate is not None:
+        verdict = gate.check(result, passkey=retrieved, tasks=answered)
+        add_cases(gate_cases(verdict))
+        found |= {"ok": verdict.passed, "gate": verdict.to_json()}
+        shown += [f"gate        {mark(verdict.passed)}", *limit_lines(verdict)]
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         for line in shown:
             click.echo(line)
+    context.exit(0 if found["ok"] else 1)
 
 
 def answer(
@@ -190,6 +220,19 @@ def answer(
 def estimate(found: Estimate) -> str:
     """A share with its standard error."""
     return f"{found.value:.1%} ± {found.error:.1%}"
+
+
+def mark(passed: bool) -> str:
+    """A verdict in a word."""
+    word = "passed" if passed else "FAILED"
+    return click.style(word, fg="green" if passed else "red", bold=not passed)
+
+
+def limit_lines(gate: GateResult) -> list[str]:
+    """What each limit of a gate found."""
+    return [
+        f"            {'' if limit.passed else 'MISSED: '}{limit.message}" for limit in gate.checks
+    ]
 
 
 def lines(found: EvaluationResult) -> list[str]:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.display import duration, size
-from compressor.cli.options import device_options, json_option, recipe_options
+from compressor.cli.junit import Case
+from compressor.cli.options import (
+    add_cases,
+    device_options,
+    json_option,
+    junit_option,
+    recipe_options,
+)
 
 MANY = 8
 """Patterns of a pass that are listed."""
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_options
 @device_options
+@junit_option
 @json_option
 def command(
     recipe: Path,
@@ -60,6 +68,7 @@ def command(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bound = parse_size(device_memory) if device_memory else None
     costs = estimate(plan, device=torch.device(device), device_memory=bound)
+    add_cases([Case("plan", "recipe and model", output="\n".join(plan.notes))])
     if as_json:
         click.echo(json.dumps({"ok": True, **describe(plan, costs)}, indent=2))
     else:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.display import Display, LogFormat, size
-from compressor.cli.options import FOLDER, json_option, log_option
+from compressor.cli.junit import Case
+from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
 if TYPE_CHECKING:
     from compressor.publish import Listing
+
+FIT = "fit to be published"
+"""The case of a test report that says whether what was made may go up."""
 
 
 @click.command()
@@ -24,8 +28,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="List what would go up, and send nothing.")
 @click.option("--force", is_flag=True, help="Publish also what did not pass verify or its gate.")
 @log_option
+@junit_option
 @json_option
+@click.pass_context
 def command(
+    context: click.Context,
     checkpoint: Path,
     repo: str,
     public: bool,
@@ -62,10 +69,16 @@ def command(
     if dry_run:
         show(listing, repo, reasons, as_json=as_json)
     if reasons and not force:
-        raise CheckError(
+        refusal = CheckError(
             f"{checkpoint} is not published: {'; '.join(reasons)}",
             hint="repair it, or publish it all the same with --force",
         )
+        if not (dry_run and as_json):
+            raise refusal
+        # What it would be is the one object on stdout.
+        add_cases([Case("push", FIT, failure=refusal.message)])
+        context.exit(1)
+    add_cases([Case("push", FIT, output="; ".join(reasons))])
     if dry_run:
         return
     check_token()
@@ -73,6 +86,7 @@ def command(
     to = Publish(repo=repo, private=not public, revision=revision, message=message)
     with display.stage("upload", len(listing.files)):
         pushed = push(list_upload(checkpoint), to, progress=display.unit)
+    add_cases([Case("push", repo, output=f"{pushed.files} files, commit {pushed.commit}")])
     if as_json:
         found = {"ok": True, "repo": repo, "url": pushed.url, "commit": pushed.commit}
         click.echo(json.dumps({**found, "files": dict(listing.files)}, indent=2))

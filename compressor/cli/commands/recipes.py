@@ -32,7 +32,12 @@ def command(name: str | None, as_json: bool) -> None:
         wanted = name.removesuffix(".yaml")
         if wanted not in found:
             raise InputError(f"there is no recipe {name!r}", hint=nearest(wanted, list(found)))
-        click.echo(found[wanted], nl=False)
+        if as_json:
+            import yaml
+
+            click.echo(json.dumps(yaml.safe_load(found[wanted]), indent=2))
+        else:
+            click.echo(found[wanted], nl=False)
         return
     titles = {key: text.split("\n", 1)[0].lstrip("# ") for key, text in sorted(found.items())}
     if as_json:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressor.cli.commands.eval import estimate, lines
+from compressor.cli.commands.eval import estimate, limit_lines, lines, mark
 from compressor.cli.display import Display, LogFormat, duration, size
-from compressor.cli.junit import Case, junit, verdict_cases
+from compressor.cli.junit import ENDED, Case, verdict_cases
 from compressor.cli.options import (
+    add_cases,
     device_options,
     json_option,
     junit_option,
@@ -54,7 +55,6 @@ def command(
     device_memory: str | None,
     dry_run: bool,
     log_format: LogFormat,
-    junit_path: Path | None,
     as_json: bool,
 ) -> None:
     """Run a recipe: write the packed checkpoint, verify and evaluate it, hold it to the gate.
@@ -86,13 +86,10 @@ def command(
     from compressor.recipe import load_recipe
 
     display = Display(log_format=log_format)
-    with junit(junit_path, "run") as cases:
-        loaded = load_recipe(
-            recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
-        )
-        run = execute(
-            loaded, device=device, device_memory=device_memory, display=display, cases=cases
-        )
+    loaded = load_recipe(
+        recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
+    )
+    run = execute(loaded, device=device, device_memory=device_memory, display=display)
     if run is None:
         if as_json:
             again = {"message": "interrupted", "hint": "the same command continues"}
@@ -122,7 +119,7 @@ class Run:
 
 
 def execute(
-    recipe: Recipe, *, device: str, device_memory: str | None, display: Display, cases: list[Case]
+    recipe: Recipe, *, device: str, device_memory: str | None, display: Display
 ) -> Run | None:
     """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
     from compressor.cli.main import interruptible
@@ -140,7 +137,7 @@ def execute(
         device=choose_device(device),
         device_memory=parse_size(device_memory) if device_memory else None,
     )
-    cases.append(Case("plan", "recipe and model", seconds=time.perf_counter() - started))
+    add_cases([Case("plan", "recipe and model", seconds=time.perf_counter() - started)])
     for note in prepared.plan.notes:
         display.event("note", text=note)
     stopping = interruptible()
@@ -154,17 +151,17 @@ def execute(
             )
     except Interrupted:
         display.event("interrupted", hint="the same command continues after the last unit")
-        cases.append(Case("compress", "ran to its end", error="interrupted"))
+        add_cases([Case("compress", ENDED, error="interrupted")])
         return None
     seconds = time.perf_counter() - started
-    cases.append(Case("compress", "checkpoint written", seconds=seconds))
+    add_cases([Case("compress", "checkpoint written", seconds=seconds)])
     if compiled.already:
         display.event("already done", output=str(compiled.output))
     # Imported only here: it brings kernels, which nothing needs before.
     from compressor.release import conclude
 
     released = conclude(prepared, compiled, seconds=seconds, watch=display)
-    cases += verdict_cases(released.verdict)
+    add_cases(verdict_cases(released.verdict))
     pushed = None
     if recipe.publish is not None and released.verdict.ok:
         from compressor.publish import list_upload, push
@@ -172,7 +169,7 @@ def execute(
         listing = list_upload(compiled.output)
         with display.stage("upload", len(listing.files)):
             pushed = push(listing, recipe.publish, progress=display.unit)
-        cases.append(Case("publish", recipe.publish.repo, output=f"commit {pushed.commit}"))
+        add_cases([Case("publish", recipe.publish.repo, output=f"commit {pushed.commit}")])
     return Run(
         prepared=prepared,
         compiled=compiled,
@@ -263,16 +260,10 @@ def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
     if verdict.gate is None:
         return
     click.echo(f"  gate        {mark(verdict.gate.passed)}")
-    for limit in verdict.gate.checks:
-        click.echo(f"              {'' if limit.passed else 'MISSED: '}{limit.message}")
+    for line in limit_lines(verdict.gate):
+        click.echo(f"  {line}")
     if verdict.gate.suggestion:
         click.echo(
             "\nThe files are kept. More bits where most of the error is; in the recipe:\n\n"
             + verdict.gate.suggestion
         )
-
-
-def mark(passed: bool) -> str:
-    """A verdict in a word."""
-    word = "passed" if passed else "FAILED"
-    return click.style(word, fg="green" if passed else "red", bold=not passed)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.display import Display, LogFormat
-from compressor.cli.junit import junit, verify_cases
-from compressor.cli.options import FOLDER, json_option, junit_option, log_option
+from compressor.cli.junit import verify_cases
+from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
 if TYPE_CHECKING:
     from compressor.verify import VerifyReport
@@ -34,7 +34,6 @@ def command(
     seed: int,
     device: str,
     log_format: LogFormat,
-    junit_path: Path | None,
     as_json: bool,
 ) -> None:
     """Reopen a checkpoint's files and prove them.
@@ -55,7 +54,7 @@ def command(
 
     where = choose_device(device)
     display = Display(log_format=log_format)
-    with junit(junit_path, "verify") as cases, display.stage("verify", 0):
+    with display.stage("verify", 0):
         original = locate(against, fetch=True).source if against else None
         report = verify_model(
             checkpoint,
@@ -65,7 +64,7 @@ def command(
             seed=seed,
             progress=display.unit,
         )
-        cases += verify_cases(report)
+    add_cases(verify_cases(report))
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
