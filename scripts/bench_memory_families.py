@@ -2,7 +2,9 @@
 activation quantizers, and decode attention over quantized caches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from bench_rows import Row, gate, per_call_us
@@ -30,6 +32,19 @@ from torch.nn.functional import linear
 SETS = 8
 WIDE = [(14336, 4096), (4096, 14336)]
 FP16 = torch.float16
+
+
+# What one token's tile is tried with, beside what is shipped.
+FEW: list[dict[str, Any]] = [
+    {"apart": True},
+    {"apart": False},
+    {"apart": True, "num_stages": 3},
+    {"apart": True, "num_stages": 6},
+    {"apart": True, "block_n": 16},
+    {"apart": True, "block_n": 64},
+    {"apart": True, "slices": 2, "num_warps": 2, "num_stages": 6},
+    {"num_stages": 6},
+]
 
 
 def bits(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -86,12 +101,12 @@ def measure(
 def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
     rows: list[Row] = []
     decode, tiled = w.DecodeTiles, w.TiledTiles
-    few = [decode(32, 4, 1, 4, 4), decode(16, 4, 1, 4, 4), decode(32, 4, 1, 4, 6),
-           decode(64, 4, 1, 4, 4), decode(32, 2, 1, 2, 6)]  # fmt: skip
     some = [decode(64, 4, 2, 4, 3), decode(64, 4, 1, 4, 3), decode(32, 4, 1, 4, 4),
             tiled(128, 16, 2, 4, 4)]  # fmt: skip
     for outputs, inner in WIDE:
         weights = int4(outputs, inner)
+        shipped = w.decode_tiles(1, outputs, inner, 128)
+        few = [replace(shipped, **changed) for changed in FEW]
         for count, target, candidates in ((1, 2.5, few), (16, 1.8, some)):
             x = torch.randn(count, inner, dtype=FP16, device="cuda")
             want = w.w4a16_ref(x.double(), *weights[0], group_size=128)

@@ -95,3 +95,48 @@ def unpack(words, biased, scales, dtype: tl.constexpr, SCALED: tl.constexpr, ASM
             is_pure=True,
             pack=2,
         )
+
+
+@triton.jit
+def zeros_of_slices(
+    x_ptr,  # [count, I]
+    scales_ptr,  # [.., GROUPS], the first output's row
+    zeros_ptr,  # [ceil(O/8), GROUPS]
+    first,
+    start,
+    count,
+    O,
+    I: tl.constexpr,
+    GS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MB: tl.constexpr,
+    BN: tl.constexpr,
+    N: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """What zero points other than 8 add to BN outputs, `first` the first, of MB tokens: [BN, N].
+
+    The sum over SLICES slices of 128 inputs from `start` of (8 - z) s times the slice's sum of
+    inputs, where GS slices make a group. MB columns are repeated up to N.
+    """
+    row = tl.minimum(tl.arange(0, BN), O - 1 - first)[:, None]
+    m = tl.arange(0, MB)
+    zeros_ptr += (first + row) // 8 * GROUPS
+    nibble = ((first + row) % 8 * 4).to(tl.int32)
+    total = tl.zeros((BN, MB, 16), tl.float32)
+    for at in tl.range(0, SLICES, 16):
+        slices = start + at + tl.arange(0, 16)
+        k = slices[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
+        x = tl.load(
+            x_ptr + m[:, None, None] * I + k, mask=(m < count)[:, None, None] & (k < I), other=0.0
+        )
+        group = (slices // GS)[None, :]
+        inside = (group < GROUPS) & (at + tl.arange(0, 16) < SLICES)[None, :]
+        octets = tl.load(zeros_ptr + group, mask=inside, other=0)
+        scales = tl.load(scales_ptr + row * GROUPS + group, mask=inside, other=0.0)
+        weights = (8 - ((octets >> nibble) & 15)).to(tl.float32) * scales.to(tl.float32)
+        total += weights[:, None, :] * tl.sum(x.to(tl.float32), 2)[None, :, :]
+    y = tl.sum(total, 2)
+    if MB < N:
+        y = tl.reshape(tl.broadcast_to(y[:, None, :], (BN, N // MB, MB)), (BN, N))
+    return y

@@ -24,13 +24,15 @@ PROCESSORS = 132  # multiprocessors of the device that the tiles below were chos
 @dataclass(frozen=True, slots=True)
 class DecodeTiles:
     """Few tokens: outputs of a program, slices of 128 inputs that its warps take at once, and
-    programs that share a row (their sums meet in a second kernel)."""
+    programs that share a row (their sums meet in a second kernel). `apart`: zero points of groups
+    of 128 and more are added after the last step."""
 
     block_n: int = 16
     slices: int = 4
     split: int = 1
     num_warps: int = 4
     num_stages: int = 4
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,7 @@ def decode_product(
         KS=tiles.slices,
         SPLIT=tiles.split,
         HAS_ZEROS=zeros is not None,
+        APART=tiles.apart and zeros is not None and group >= 128,
         HAS_BIAS=bias is not None,
         STAGES=tiles.num_stages,
         ASM=x.is_cuda,

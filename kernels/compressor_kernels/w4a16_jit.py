@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from compressor_kernels.e2m1_jit import code_scales, left_over, unpack_e2m1
-from compressor_kernels.nibbles_jit import biased_eight, biased_zeros, unpack
+from compressor_kernels.nibbles_jit import biased_eight, biased_zeros, unpack, zeros_of_slices
 
 
 @triton.jit
@@ -63,6 +63,7 @@ def decode_kernel(
     KS: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    APART: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
@@ -71,7 +72,8 @@ def decode_kernel(
 
     A step takes KS slices of 128 inputs side by side, each slice by one warp: a batched product
     [KS, BN, 16 words] x [KS, 16, MB] for each nibble place. A row's step is contiguous in memory;
-    the slices' sums meet at the end.
+    the slices' sums meet at the end. APART adds zero points of whole slices after the last step,
+    which reads the inputs once more and takes them out of every step.
     """
     N: tl.constexpr = 8 if MB < 8 else MB
     WORDS: tl.constexpr = (I + 7) // 8
@@ -102,7 +104,7 @@ def decode_kernel(
     if SG == 1:
         scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
     eight = biased_eight((KS, BN, 16), dtype)
-    ones = tl.full((KS, 16, 16), 1.0, dtype if ASM else tl.float32)
+    ones = tl.full((KS, BN, 16), 1.0, dtype if ASM else tl.float32)
     total = tl.zeros((KS, BN, N), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         if EVEN:
@@ -113,8 +115,11 @@ def decode_kernel(
             words = tl.load(words_ptrs, mask=word < (left + 7) // 8, other=0)
             x = tl.load(x_ptrs, mask=fits & (k < left), other=0.0)
         group = (slices + step * KS) // GS * SG + g
-        if HAS_ZEROS:
-            octets = tl.load(zeros_ptrs + group, mask=group < GROUPS, other=0)
+        if HAS_ZEROS and not APART:
+            if EVEN:
+                octets = tl.load(zeros_ptrs + group)
+            else:
+                octets = tl.load(zeros_ptrs + group, mask=group < GROUPS, other=0)
             zeros = (octets >> nibble).to(tl.int32) & 15
         if not ASM:
             x = x.to(tl.float32)
@@ -137,11 +142,11 @@ def decode_kernel(
             sums = tl.zeros((KS, BN, N), tl.float32)
             for p in tl.static_range(8):
                 sums = tl.dot(q[p], places[p], sums)
-            if HAS_ZEROS:
-                inputs = tl.zeros((KS, 16, N), tl.float32)
+            if HAS_ZEROS and not APART:
+                inputs = tl.zeros((KS, BN, N), tl.float32)  # a row computes what all others do
                 for p in tl.static_range(8):
                     inputs = tl.dot(ones, places[p], inputs)
-                sums += (8 - zeros).to(tl.float32) * tl.max(inputs, 1)[:, None, :]
+                sums += (8 - zeros).to(tl.float32) * inputs
             total += sums * scales.to(tl.float32)
             # One value is too narrow for an asynchronous copy: loaded a step ahead.
             group = (slices + (step + 1) * KS) // GS
@@ -151,6 +156,23 @@ def decode_kernel(
     y = tl.sum(total, 0)
     if FP4:
         y *= tl.load(second_ptr) * left_over(dtype)
+    if APART:
+        y += zeros_of_slices(
+            x_ptr + token.to(tl.int64) * I,
+            scales_ptr + first * GROUPS,
+            zeros_ptr,
+            first,
+            part * (STEPS * KS),
+            M - token,
+            O,
+            I,
+            GS,
+            GROUPS,
+            MB,
+            BN,
+            N,
+            STEPS * KS,
+        )
     column = tl.arange(0, N)
     m = token + column
     n = first + tl.arange(0, BN)

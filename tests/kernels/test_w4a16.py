@@ -83,6 +83,19 @@ def test_decode_tiles_agree(group, block_n, slices, split):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "count, inner, group, split",
+    [(1, 1408, 128, 1), (2, 2048, 256, 2), (3, 2304, 128, 3), (8, 600, None, 1), (1, 256, 64, 1)],
+)
+def test_decode_with_zero_points_after_the_last_step(count, inner, group, split, dtype):
+    tensors, weight = problem(count, 43, inner, group, dtype, zeros=True)
+    bias = torch.randn(43).to(DEVICE)
+    tiles = DecodeTiles(block_n=16, slices=4, split=split, apart=True)
+    y = w4a16(*tensors, group_size=group, bias=bias, out_dtype=torch.float32, tiles=tiles)
+    assert_close(y, tensors[0], weight, bias=bias.double(), rounded_weight=group == 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("inner, group", [(512, 64), (384, 128), (96, 32), (200, None)])
 def test_tiled(inner, group, zeros, dtype):
