@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from compressor.choice_record import RECORD_NAME, check_record, read_record
 from compressor.compile import compile_checkpoint, prepare
@@ -29,7 +31,10 @@ from compressor.verify import verify
 from tests.tiny_models import build
 
 BLOCKS = {"block_size": 8, "kernel_size": 4, "stride": 2, "local_blocks": 1, "top_k": 4}
-SPARDA = {**BLOCKS, "dense_below": 0, "steps": 6, "rows_per_step": 4, "learning_rate": 0.01}
+SPARDA = {
+    **{**BLOCKS, "dense_below": 0, "initial": "queries"},
+    **{"steps": 6, "rows_per_step": 4, "learning_rate": 0.01},
+}
 CALIBRATION = {"samples": 8, "length": 96}
 
 
@@ -110,29 +115,46 @@ def test_a_run_that_is_killed_while_it_learns_ends_the_same(
             assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_recall_is_measured_again_and_a_changed_forecast_is_found(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_recall_is_measured_again(trained: Path) -> None:
     record = read_record(trained)
     assert record is not None
     assert len(record.layers) == 2 * 4
     by_scorer = record.to_json()["means"]
     assert all(0 < found["mass"] <= 1 for found in by_scorer.values())
-    source = open_source(trained)
-    assert check_record(_model(source), record, quantized=False) == []
+    assert check_record(_model(open_source(trained)), record, quantized=False) == []
+
+
+@pytest.mark.parametrize("damaged", ["q_future_proj", "q_curr_proj"])
+def test_a_forecast_of_one_layer_in_disorder_is_found(
+    trained: Path, tmp_path: Path, damaged: str
+) -> None:
+    """Rows of one projection change places: the same values, and another layer still right."""
+    record = read_record(trained)
+    assert record is not None
     for name in (p.name for p in trained.iterdir() if p.is_file()):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     shard = next(tmp_path.glob("model*.safetensors"))
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(shard)
-    for name in tensors:
-        if "q_future" in name or "q_curr" in name:
-            tensors[name] = -tensors[name]
+    name = f"model.layers.0.self_attn.{damaged}.weight"
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    tensors[name] = tensors[name][order].contiguous()
     save_file(tensors, shard, metadata={"format": "pt"})
     found = check_record(_model(open_source(tmp_path)), record, quantized=False)
     assert len(found) == 1
     assert "recall" in found[0]
+
+
+def test_a_layer_that_makes_up_for_another_is_found(trained: Path) -> None:
+    record = read_record(trained)
+    assert record is not None
+    layers = tuple(
+        replace(q, recall=q.recall + (0.1 if q.layer else -0.1)) if q.scorer == "forecast" else q
+        for q in record.layers
+    )
+    found = check_record(
+        _model(open_source(trained)), replace(record, layers=layers), quantized=False
+    )
+    assert [problem.split("layer ")[1][0] for problem in found] == ["0", "1"]
 
 
 def test_a_quantized_checkpoint_keeps_its_forecast(model: Path, tmp_path: Path) -> None:
