@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from compressor.delta import BASE_NAME, Base, locate_base
 from compressor.errors import CompressError, InputError
 from compressor.formats.base import TensorShape
 from compressor.layout import Linear, UnitLayout
+from compressor.manifest import read_manifest
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
 from compressor.recipe import Recipe
 from compressor.source import Source
 from compressor.unit_plan import PassPlan, float_dtype
+
+MOVING = ("awq", "smoothquant", "smooth_attention", "rotate", "qoq", "reorder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,13 @@ def plan_delta(
             return None
     if base.record is None:
         notes.append("what the base has byte for byte is left out as well, so this is the most")
+    moved = _moved_by(base.source.checkpoint.folder)
+    if moved:
+        notes.append(
+            f"the base was made by {', '.join(moved)}, which also moves factors between weights: "
+            "the fine-tune did not start from such weights, and their differences are large; "
+            "rtn, gptq, fp8 and nvfp4 only round"
+        )
     linears = [x for x in source.layout.linears if x.name in found[0].names]
     problems.extend(_misfits(base.source, source, linears))
     dtypes = {n: float_dtype(n, source, recipe, dtype) for n in source.checkpoint.entries}
@@ -154,6 +165,17 @@ def plan_delta(
     bits = params.delta_bits()
     coded = {x.name: bits for x in linears if f"{x.name}.weight" not in borrowed}
     return DeltaPlan(base, coded, borrowed)
+
+
+def _moved_by(folder: Path) -> list[str]:
+    """Passes that a base of ours was made by and that change the basis of weights, not only round
+    them."""
+    try:
+        manifest = read_manifest(folder) if folder.is_dir() else None
+    except InputError:  # told where the base is read
+        return []
+    steps = (manifest.about.get("recipe") or {}).get("passes", ()) if manifest else ()
+    return [name for step in steps for name in step if name in MOVING]
 
 
 def _misfits(base: Source, fine: Source, linears: Sequence[Linear]) -> list[CompressError]:

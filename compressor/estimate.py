@@ -85,16 +85,22 @@ def _learning_bytes(plan: Plan, device: torch.device) -> int:
     if plan.delta is not None:
         coded = plan.delta.bits
         base = sum(x.out_features * x.in_features for x in plan.layout.linears if x.name in coded)
-    rows = max(getattr(params, "batch", 1) for params in passes)
-    vocabulary = int(plan.source.checkpoint.config.get("vocab_size", 0))
-    logits = 4 * 4 * rows * plan.recipe.calibration.length * vocabulary
+    beside = max(
+        params.learning_bytes(
+            plan.layout,
+            length=plan.recipe.calibration.length,
+            vocabulary=int(plan.source.checkpoint.config.get("vocab_size", 0)),
+            itemsize=size,
+        )
+        for params in passes
+    )
     # Beside both there are the signs, and one block twice: its weights and their gradients.
     block = max(
         sum(x.out_features * x.in_features for x in unit.layout.linears)
         for unit in plan.units
         if unit.layout.kind == "block"
     )
-    return size * (count + base + 2 * block) + base // 8 + logits
+    return size * (count + base + 2 * block) + base // 8 + beside
 
 
 def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> int:

@@ -55,7 +55,7 @@ def verify(
     shards = len({entry.file for entry in entries.values()})
     detail = f"{len(entries)} tensors in {shards} files, all that {source.arch.model_type} needs"
     found.add("headers and tensors", _wrong_dtypes(source), detail)
-    _check_attention(folder, source, found)
+    check_attention(folder, source, found)
     UnitChecks(source, manifest, original, device, seed, found).run(progress)
     if not found.damage:
         check_forecasts(source, device, found)
@@ -105,7 +105,7 @@ def check_manifest(folder: Path, found: Findings) -> Manifest | None:
     return manifest
 
 
-def _check_attention(folder: Path, source: Source, found: Findings) -> None:
+def check_attention(folder: Path, source: Source, found: Findings) -> None:
     """The attention policy, where there is one: valid, for this model, its tensors whole."""
     try:
         policy = read_policy(folder)

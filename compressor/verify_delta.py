@@ -32,7 +32,7 @@ from compressor.layout import Linear, UnitLayout
 from compressor.manifest import Manifest
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
 from compressor.source import Source
-from compressor.verify import check_manifest, verify
+from compressor.verify import check_attention, check_manifest, verify
 from compressor.verify_report import Findings, LayerVerdict, VerifyReport
 
 Progress = Callable[[str, int, int], None]
@@ -88,6 +88,7 @@ def _verify_delta(
         f"{stored} tensors, {taken} more from the base, all that {merged.arch.model_type} needs"
     )
     found.add("headers and base", [], detail)
+    check_attention(folder, merged, found)
     checks = _Checks(delta, merged, manifest, against, device, seed, found)
     for done, unit in enumerate(merged.layout.units, 1):
         checks.unit(unit)

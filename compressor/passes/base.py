@@ -210,6 +210,13 @@ class Pass(BaseModel):
         """Whether it has the whole model in memory while it learns."""
         return False
 
+    def learning_bytes(
+        self, layout: ModelLayout, *, length: int, vocabulary: int, itemsize: int
+    ) -> int:
+        """What it then has in memory beside the model's weights, which take `itemsize` bytes each;
+        rows of calibration tokens have `length`."""
+        return 0
+
     def base_model(self) -> str | None:
         """A second checkpoint whose weights `apply` reads: folder, Hub id or GGUF file."""
         return None

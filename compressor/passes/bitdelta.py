@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.delta_distillation import Settings, distill, norm_tensors
-from compressor.layout import Linear, UnitLayout
+from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta, fit_scales, sign_delta
 from compressor.passes.base import (
     FrozenModel,
@@ -69,6 +69,12 @@ class Bitdelta(ModelPass):
     @property
     def holds_model(self) -> bool:
         return self.distill == "logits"
+
+    def learning_bytes(
+        self, layout: ModelLayout, *, length: int, vocabulary: int, itemsize: int
+    ) -> int:
+        # Logits of both models, their difference and its gradient, in float32.
+        return 4 * 4 * self.batch * length * vocabulary
 
     def base_model(self) -> str | None:
         return self.base

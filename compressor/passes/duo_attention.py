@@ -93,6 +93,22 @@ class DuoAttention(ModelPass):
         return sinks, self.window if self.deploy_window is None else self.deploy_window
 
     @property
+    def holds_model(self) -> bool:
+        return True
+
+    def learning_bytes(
+        self, layout: ModelLayout, *, length: int, vocabulary: int, itemsize: int
+    ) -> int:
+        blocks = [unit for unit in layout.units if unit.kind == "block"]
+        hidden = max(x.in_features for x in layout.units[-1].linears)
+        widest = max(x.out_features for unit in blocks for x in unit.linears)
+        tokens = self.batch * self.data.max_length
+        # Each layer keeps the gated stream's input and the full one's attention; one layer runs
+        # with a gradient, under a mask of booleans that the attention makes a float one of.
+        kept = itemsize * tokens * (2 * hidden * len(blocks) + 6 * hidden + 6 * widest)
+        return kept + (1 + itemsize) * self.data.max_length**2
+
+    @property
     def works_on_blocks(self) -> bool:  # type: ignore[override]
         """Only to reorder heads."""
         return self.reorder

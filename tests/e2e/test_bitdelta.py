@@ -97,7 +97,21 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "opt", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "opt",
+        "gemma",
+        "gemma2",
+        "mixtral",
+        "qwen3_moe",
+    ],
+)
 def test_a_delta_is_signs_on_top_of_the_base_and_everything_else_in_full(
     model_type: str, pair: Pair, tmp_path: Path
 ) -> None:
@@ -197,22 +211,37 @@ def test_each_bit_leaves_less(pair: Pair, tmp_path: Path) -> None:
         assert all(a < 0.95 * b for a, b in zip(more, fewer, strict=True))
 
 
-def test_a_quantized_base_is_taken_as_what_its_codes_stand_for(pair: Pair, tmp_path: Path) -> None:
+QUANTIZED: dict[str, tuple[Any, str]] = {
+    "compressed-tensors": ({"rtn": {"bits": 4, "group_size": 32}}, "weight_packed"),
+    "autoawq": ({"rtn": {"bits": 4, "group_size": 32, "symmetric": False}}, "qweight"),
+    "gptq": ({"rtn": {"bits": 4, "group_size": 32}}, "qweight"),
+    "qserve": ({"progressive": {"group_size": 32}}, "qweight"),
+    "modelopt-nvfp4": ("nvfp4", "weight_scale_2"),
+}
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_a_quantized_base_is_taken_as_what_its_codes_stand_for(
+    format: str, pair: Pair, tmp_path: Path
+) -> None:
     base, fine = pair("llama", dtype=torch.bfloat16)
+    how, leaf = QUANTIZED[format]
     recipe = make_recipe(
         {
             "model": str(base),
-            "output": str(tmp_path / "int4"),
-            "passes": [{"rtn": {"bits": 4, "group_size": 32}}],
+            "output": str(tmp_path / "low"),
+            "calibration": {"samples": 8, "length": 32},
+            "passes": [how],
+            "format": format,
         }
     )
     low = compile_checkpoint(prepare(recipe, device=CPU)).output
     output = run(low, fine, tmp_path / "delta")
     record = json.loads((output / "base.json").read_text())
-    assert "model.layers.0.mlp.up_proj.weight_packed" in record["tensors"]
     name = "model.layers.0.mlp.up_proj"
+    assert f"{name}.{leaf}" in record["tensors"]
     source = open_source(low)
-    weight = source.read_unit(source.layout.units[1]).dequantized()[f"{name}.weight"]
+    weight = source.read_unit(source.layout.units[1]).dequantized()[f"{name}.weight"].float()
     delta = tensors_of(fine)[f"{name}.weight"].float() - weight
     expected = weight + torch.where(delta >= 0, 1.0, -1.0) * delta.abs().mean()
     merged = open_model(output, base=str(low))
@@ -221,6 +250,24 @@ def test_a_quantized_base_is_taken_as_what_its_codes_stand_for(pair: Pair, tmp_p
     assert verify_model(output, base=str(low), against=open_source(fine), device=CPU).ok
     with pytest.raises(InputError, match="is not the base of this delta"):
         open_model(output, base=str(base))
+
+
+def test_a_base_that_is_more_than_rounded_is_told(pair: Pair, tmp_path: Path) -> None:
+    base, fine = pair("llama", dtype=torch.bfloat16)
+    notes = []
+    for name in ("rtn", "awq"):
+        recipe = make_recipe(
+            {
+                "model": str(base),
+                "output": str(tmp_path / name),
+                "calibration": {"samples": 8, "length": 32},
+                "passes": [{name: {"bits": 4, "group_size": 32}}],
+            }
+        )
+        low = compile_checkpoint(prepare(recipe, device=CPU)).output
+        notes.append(prepared(low, fine, tmp_path / "delta").plan.notes)
+    assert any("made by awq, which also moves factors" in note for note in notes[1])
+    assert not any("moves factors" in note for note in notes[0])
 
 
 @pytest.mark.parametrize("params", [{}, {"norms": True}, {"distill": "layer"}], ids=str)

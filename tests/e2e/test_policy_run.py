@@ -17,6 +17,8 @@ from click.testing import CliRunner
 from compressor.cli.main import cli
 from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.convert import convert
+from compressor.delta_apply import apply_delta
+from compressor.delta_source import open_delta
 from compressor.errors import InputError, Problems
 from compressor.evaluate import evaluate
 from compressor.locate import locate
@@ -26,6 +28,7 @@ from compressor.recipe import make_recipe
 from compressor.report_attention import attention
 from compressor.source import open_source
 from compressor.verify import verify
+from compressor.verify_delta import verify_model
 
 CPU = choose_device("cpu")
 DATA = {
@@ -94,17 +97,57 @@ def test_a_recipe_with_a_policy_is_repeatable(
         assert (again / name).read_bytes() == (composed / name).read_bytes(), name
 
 
-def test_later_runs_and_conversions_carry_it(
-    composed: Path, tiny_model: Callable[..., Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def gated(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model with head gates."""
+    output = tmp_path_factory.mktemp("gated") / "out"
+    return run(tiny_model("llama", dtype=torch.bfloat16), output, [DUO], format="dense")
+
+
+CARRYING: dict[str, tuple[list[Any], str]] = {
+    "rtn": ([{"rtn": {"bits": 4, "group_size": 32}}], "compressed-tensors"),
+    "awq": ([{"awq": {"bits": 4, "group_size": 32, "symmetric": False}}], "autoawq"),
+    "gptq": ([{"gptq": {"bits": 4, "group_size": 32}}], "gptq"),
+    "gptq-v2": ([{"rotate": {}}, {"gptq": {"bits": 4, "group_size": 32}}], "gptq-v2"),
+    "smoothquant": ([{"smoothquant": {"bits": 8}}], "compressed-tensors"),
+    "fp8": (["fp8"], "compressed-tensors"),
+    "modelopt-fp8": ([{"fp8": {"scales": "static"}}], "modelopt-fp8"),
+    "nvfp4": (["nvfp4"], "compressed-tensors"),
+    "modelopt-nvfp4": (["nvfp4"], "modelopt-nvfp4"),
+    "qoq": ([{"qoq": {"group_size": 32}}], "qserve"),
+}
+
+
+@pytest.mark.parametrize("name", CARRYING)
+def test_every_quantization_and_conversion_carries_it(
+    name: str, gated: Path, tmp_path: Path
 ) -> None:
-    gated = run(tiny_model("llama"), tmp_path / "gated", [DUO], format="dense")
-    rounded = run(gated, tmp_path / "rtn", [{"rtn": {"bits": 4, "group_size": 32}}])
-    for name in FILES:
-        assert (rounded / name).read_bytes() == (gated / name).read_bytes()
-    dense = convert(locate(str(rounded), fetch=True), tmp_path / "dense", format="dense").output
+    passes, format = CARRYING[name]
+    output = run(gated, tmp_path / "out", passes, format=format)
+    for file in FILES:
+        assert (output / file).read_bytes() == (gated / file).read_bytes()
+    report = verify(output, device=CPU)
+    assert report.ok, report.damage
+    assert any(check.name == "attention policy" for check in report.checks)
+    dense = convert(locate(str(output), fetch=True), tmp_path / "dense", format="dense").output
     assert read_policy(dense) == read_policy(gated)
     manifest = read_manifest(dense)
     assert manifest is not None and set(FILES) <= set(manifest.files)
+
+
+def test_a_delta_of_a_gated_fine_tune_carries_it(
+    gated: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_model("llama", dtype=torch.bfloat16, seed=1)
+    delta = run(gated, tmp_path / "delta", [{"bitdelta": {"base": str(base), "distill": "none"}}])
+    report = verify_model(delta, base=str(base), device=CPU)
+    assert report.ok and any(check.name == "attention policy" for check in report.checks)
+    apply_delta(open_delta(delta), open_source(base), tmp_path / "dense")
+    for file in FILES:
+        assert (tmp_path / "dense" / file).read_bytes() == (gated / file).read_bytes()
+
+
+def test_a_second_decision_is_refused(gated: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="both decide `streaming`"):
         run(gated, tmp_path / "twice", [{"streaming": {"window": 64}}], format="dense")
 
