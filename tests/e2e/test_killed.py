@@ -27,6 +27,10 @@ PASSES: dict[str, list[Any]] = {
     "quantized": [{"awq": {"bits": 4, "group_size": 32}}],
     "original": [{"awq": {"bits": 4, "group_size": 32, "symmetric": False}}],
 }
+FORECASTS = {
+    **{"block_size": 8, "kernel_size": 4, "stride": 2, "local_blocks": 1, "top_k": 4},
+    **{"dense_below": 0, "steps": 3, "rows_per_step": 4, "learning_rate": 0.01},
+}
 
 
 def write_recipe(folder: Path, model: Path, propagate: str, **top: Any) -> Path:
@@ -103,6 +107,23 @@ def test_dying_between_any_two_durable_steps(
     recipe = write_recipe(tmp_path, model, "quantized")
     story = drive("dying.py", str(recipe), str(tmp_path / "out"), "1", str(stride), timeout=1800)
     assert story["steps"] > 60
+    assert len(story["died"]) >= 0.8 * story["steps"] / stride
+
+
+@pytest.mark.parametrize(
+    "stride", [23, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every"]
+)
+def test_dying_while_forecasts_are_trained(
+    stride: int, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Buffers of hidden states, what is trained, and how far the sweep came: a death between any
+    two of their writes leaves nothing that the same command would not mend."""
+    model = tiny_model("llama", num_hidden_layers=3)
+    recipe = write_recipe(
+        tmp_path, model, "quantized", passes=[{"sparda": FORECASTS}], format="dense", verify=False
+    )
+    story = drive("dying.py", str(recipe), str(tmp_path / "out"), "2", str(stride), timeout=1800)
+    assert story["steps"] > 100
     assert len(story["died"]) >= 0.8 * story["steps"] / stride
 
 
