@@ -4,7 +4,8 @@ Trains DuoAttention's gates on a model, scores its retrieval heads, and compares
 of streaming heads: trained gates, copy scores in place of gates, and heads at random over several
 seeds. One training serves all shares. Each choice is judged by passkey retrieval and by perplexity
 on held-out text. Prints a table and JSON, and writes heat maps and curves as PNG, and all of it as
-one page, report.html.
+one page, report.html. Run again with the same settings, training goes on from its last saved step
+in the folder --out.
 
     python scripts/measure_heads.py MODEL --out heads
     python scripts/measure_heads.py MODEL --out heads --device cuda --lengths 4096 8192 \\
@@ -20,7 +21,7 @@ import argparse
 import base64
 import json
 import random
-import tempfile
+import shutil
 import time
 from html import escape
 from pathlib import Path
@@ -170,22 +171,23 @@ def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tens
         if name == "duo_attention" and done % 20 == 0:
             print(f"  step {done}/{total}  {time.perf_counter() - started:.0f} s", flush=True)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        context = LearnContext(
-            tokens=tokens, seed=options.seed, batch=2, scratch=Path(scratch), progress=progress
-        )
-        scoring = data.model_copy(update={"min_length": longest, "lengths": 1})
-        heads = RetrievalHeads(
-            data=scoring, rows=4, sinks=options.sinks, window=options.window
-        ).learn(model, context)
-        about["scores_seconds"] = time.perf_counter() - started
-        started = time.perf_counter()
-        gates = DuoAttention(
-            data=data, sinks=options.sinks, window=options.window, num_steps=options.num_steps,
-            lr=options.lr, reg_weight=options.reg_weight, regularizer=options.regularizer,
-            batch=options.batch,
-        ).learn(model, context)  # fmt: skip
-        about["gates_seconds"] = time.perf_counter() - started
+    scratch = options.out / "scratch"
+    _require_same(options, scratch)
+    context = LearnContext(
+        tokens=tokens, seed=options.seed, batch=2, scratch=scratch, progress=progress
+    )
+    scoring = data.model_copy(update={"min_length": longest, "lengths": 1})
+    heads = RetrievalHeads(data=scoring, rows=4, sinks=options.sinks, window=options.window).learn(
+        model, context
+    )
+    about["scores_seconds"] = time.perf_counter() - started
+    started = time.perf_counter()
+    gates = DuoAttention(
+        data=data, sinks=options.sinks, window=options.window, num_steps=options.num_steps,
+        lr=options.lr, reg_weight=options.reg_weight, regularizer=options.regularizer,
+        batch=options.batch,
+    ).learn(model, context)  # fmt: skip
+    about["gates_seconds"] = time.perf_counter() - started
     for name, data_ in {**heads.plots, **gates.plots}.items():
         (options.out / name).write_bytes(data_)
     trained = gates.values["duo_attention.gates"]
@@ -197,6 +199,20 @@ def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tens
     if picture is not None:
         (options.out / "copy_scores_kv.png").write_bytes(picture)
     return trained, by_kv, about
+
+
+def _require_same(options: argparse.Namespace, scratch: Path) -> None:
+    """Keep what the training follows; another training's steps in the folder are forgotten."""
+    names = (
+        "model", "seed", "sinks", "window", "num_steps", "lr", "reg_weight", "regularizer", "batch",
+        "train_lengths", "keys", "words", "needle", "question",
+    )  # fmt: skip
+    said = json.dumps({name: getattr(options, name) for name in names})
+    known = scratch / "settings.json"
+    if not known.is_file() or known.read_text() != said:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        known.write_text(said)
 
 
 def choices(options: argparse.Namespace, gates: Tensor, scores: Tensor, share: float) -> Any:
@@ -282,7 +298,7 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for name in ("gates", "copy scores", "random"):
             points = [(0.0, ends[0.0][what])]
-            for share in options.shares:
+            for share in sorted(options.shares):
                 values = [
                     r[what] for r in rows if r["heads"].startswith(name) and r["share"] == share
                 ]
