@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.kernel_layer import KernelCheck, Layer, Product, Tile
 from compressor.kernel_lowbit import NVFP4, W4A8, W8A8
+from compressor.kernel_weights import WeightOnly
 from compressor.scheme import Scheme
 
 GPU_TOKENS = (1, 16, 64)
@@ -95,7 +96,8 @@ class W4A16:
         return packed.to(device).contiguous(), scales.to(device).contiguous(), zeros
 
 
-CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), W4A8())
+CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), W4A8(), WeightOnly())
+"""The first that holds a scheme multiplies by it: the last takes what the fast ones leave."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ FP8_SUMS = 2.0**-10
 
 
 class W8A8:
-    """int8 or E4M3 weights, a byte each, with inputs of the same kind: scales per tensor, channel,
-    128 inputs or 128 × 128 block; inputs per token, tensor (static or not) or 128 inputs."""
+    """int8 or E4M3 weights, a byte each, with inputs of the same kind: scales per tensor, channel
+    (int8 with zero points, too), 128 inputs or 128 × 128 block; inputs per token, tensor (static or
+    not) or 128 inputs."""
 
     name = "w8a8"
 
@@ -37,8 +38,10 @@ class W8A8:
             return False
         if spec.element != {"int8": "int", "fp8_e4m3": "fp8_e4m3"}[input.element]:
             return False
-        if spec.zero != "none" or spec.second != "none":
+        if spec.second != "none" or spec.zero == "offset":
             return False
+        if spec.zero == "subtract":  # int32 sums are corrected by a zero point for each output
+            return spec.strategy in ("tensor", "channel") and input.mode != "group"
         if input.mode == "group":
             return _blocked(scheme) and input.group_size == BLOCK
         return spec.strategy in ("tensor", "channel") or _blocked(scheme)
@@ -47,8 +50,8 @@ class W8A8:
         from compressor_kernels.activations import quantize_tokens
         from compressor_kernels.w8a8 import w8a8, w8a8_blocks
 
-        input = _input(layer.scheme)
-        scale = _scale(layer, input, x)
+        input = input_of(layer.scheme)
+        scale = scale_of_inputs(layer, input, x)
         group = input.group_size if input.mode == "group" else None
         codes, scales = quantize_tokens(
             x, dtype=DTYPES[input.element], group_size=group, scale=scale
@@ -68,21 +71,22 @@ class W8A8:
                 weight,
                 row_scales=scales,
                 column_scales=weight_scales,
+                column_zeros=_column_zeros(layer.q, tile, x.device),
                 out_dtype=torch.float32,
             )
-        seen = _seen(layer, x)
+        seen = quantized_input(layer, x)
         dense = layer.weight[tile.rows, tile.columns].to(x.device)
         loss = FP8_SUMS if input.element == "fp8_e4m3" and x.is_cuda else SUMS
-        return _product(found, seen, dense, loss)
+        return product(found, seen, dense, loss)
 
     def reference(self, layer: Layer, x: Tensor) -> Product:
         from compressor_kernels.activations import quantize_tokens_ref
         from compressor_kernels.w8a8 import w8a8_blocks_ref, w8a8_ref
 
-        input = _input(layer.scheme)
+        input = input_of(layer.scheme)
         group = input.group_size if input.mode == "group" else None
         codes, scales = quantize_tokens_ref(
-            x, dtype=DTYPES[input.element], group_size=group, scale=_scale(layer, input, x)
+            x, dtype=DTYPES[input.element], group_size=group, scale=scale_of_inputs(layer, input, x)
         )
         everything = Tile(rows=slice(None), columns=slice(None))
         weight, weight_scales = _bytes(layer.q, everything, x.device)
@@ -100,9 +104,10 @@ class W8A8:
                 weight,
                 row_scales=scales,
                 column_scales=weight_scales,
+                column_zeros=_column_zeros(layer.q, everything, x.device),
                 out_dtype=torch.float32,
             )
-        return _product(found, _seen(layer, x), layer.weight.to(x.device), SUMS)
+        return product(found, quantized_input(layer, x), layer.weight.to(x.device), SUMS)
 
 
 class NVFP4:
@@ -128,11 +133,11 @@ class NVFP4:
         if layer.scheme.input is None:
             x = x.to(torch.bfloat16)
             found = nvfp4_matmul(x, *operands, out_dtype=torch.float32)
-            return _product(found, x.double(), dense, SUMS)
+            return product(found, x.double(), dense, SUMS)
         parts = quantize_nvfp4_inputs(x, amax=_amax(layer, x))
         units, second = _units(parts)
         found = nvfp4_matmul(units.to(torch.bfloat16), *operands, out_dtype=torch.float32) * second
-        return _product(found, self._seen(layer, x), dense, SUMS)
+        return product(found, self._seen(layer, x), dense, SUMS)
 
     def reference(self, layer: Layer, x: Tensor) -> Product:
         from compressor_kernels.nvfp4 import nvfp4_matmul_ref
@@ -141,7 +146,7 @@ class NVFP4:
         operands = self._operands(layer.q, everything, x.device)
         seen = x.double() if layer.scheme.input is None else self._seen(layer, x)
         found = nvfp4_matmul_ref(seen, *operands)
-        return _product(found, seen, layer.weight.to(x.device), 1e-11)
+        return product(found, seen, layer.weight.to(x.device), 1e-11)
 
     def _seen(self, layer: Layer, x: Tensor) -> Tensor:
         from compressor_kernels.nvfp4_inputs import quantize_nvfp4_inputs_ref
@@ -185,7 +190,7 @@ class W4A8:
         operands = self._operands(layer, tile, x.device)
         found = w4a8(codes, **operands, row_scales=scales, out_dtype=torch.float32)
         dense = layer.weight[tile.rows, tile.columns].to(x.device)
-        return _product(found, _seen(layer, x), dense, SUMS)
+        return product(found, quantized_input(layer, x), dense, SUMS)
 
     def reference(self, layer: Layer, x: Tensor) -> Product:
         from compressor_kernels.activations import quantize_tokens_ref
@@ -194,7 +199,7 @@ class W4A8:
         codes, scales = quantize_tokens_ref(x, dtype=torch.int8)
         operands = self._operands(layer, Tile(rows=slice(None), columns=slice(None)), x.device)
         found = w4a8_ref(codes, **operands, row_scales=scales, out_dtype=torch.float32)
-        return _product(found, _seen(layer, x), layer.weight.to(x.device), SUMS)
+        return product(found, quantized_input(layer, x), layer.weight.to(x.device), SUMS)
 
     def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
         """Stored tensors of a part of the layer, which starts and ends at whole tiles."""
@@ -227,7 +232,7 @@ def _blocked(scheme: Scheme) -> bool:
     return groups or (spec.strategy == "block" and spec.block == (BLOCK, BLOCK))
 
 
-def _input(scheme: Scheme) -> ActivationSpec:
+def input_of(scheme: Scheme) -> ActivationSpec:
     assert scheme.input is not None
     return scheme.input
 
@@ -251,7 +256,15 @@ def _bytes(q: QTensor, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor
     return codes.contiguous().to(device), scales.contiguous().to(device)
 
 
-def _scale(layer: Layer, input: ActivationSpec, x: Tensor) -> Tensor | None:
+def _column_zeros(q: QTensor, tile: Tile, device: torch.device) -> Tensor | None:
+    """Zero points of a tile's outputs as they stand beside centred codes, int8, or None."""
+    if q.zeros is None:
+        return None
+    zeros = q.zeros if q.spec.strategy == "tensor" else q.zeros[tile.rows]
+    return (zeros.to(torch.int16) - (1 << (q.spec.bits - 1))).to(torch.int8).to(device)
+
+
+def scale_of_inputs(layer: Layer, input: ActivationSpec, x: Tensor) -> Tensor | None:
     """The scale of all inputs [1], or None where each token or group has its own."""
     if input.mode == "static":
         return _stored(layer, "input_scale").to(x.device)
@@ -263,7 +276,7 @@ def _scale(layer: Layer, input: ActivationSpec, x: Tensor) -> Tensor | None:
 
 def _amax(layer: Layer, x: Tensor) -> Tensor:
     """The absmax [1] that the global scale of NVFP4 inputs stands for."""
-    if _input(layer.scheme).mode == "tensor":
+    if input_of(layer.scheme).mode == "tensor":
         return x.abs().amax().float().reshape(1)
     if "input_global_scale" in layer.tensors:
         scale = _stored(layer, "input_global_scale").reciprocal()
@@ -278,14 +291,14 @@ def _stored(layer: Layer, name: str) -> Tensor:
     return layer.tensors[name].float().reshape(1)
 
 
-def _seen(layer: Layer, x: Tensor) -> Tensor:
+def quantized_input(layer: Layer, x: Tensor) -> Tensor:
     """float64 [tokens, inputs]: what the plain reference makes of 8-bit inputs."""
     from compressor_kernels.activations import quantize_tokens_ref
 
-    input = _input(layer.scheme)
+    input = input_of(layer.scheme)
     group = input.group_size if input.mode == "group" else None
     codes, scales = quantize_tokens_ref(
-        x, dtype=DTYPES[input.element], group_size=group, scale=_scale(layer, input, x)
+        x, dtype=DTYPES[input.element], group_size=group, scale=scale_of_inputs(layer, input, x)
     )
     if group is not None:
         scales = scales.repeat_interleave(group, dim=-1)
@@ -301,6 +314,6 @@ def _units(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return nvfp4_dequantize_ref(codes, scales, one, dtype=torch.float32), second
 
 
-def _product(found: Tensor, seen: Tensor, weight: Tensor, loss: float) -> Product:
+def product(found: Tensor, seen: Tensor, weight: Tensor, loss: float) -> Product:
     magnitudes = seen.abs() @ weight.abs().mT
     return Product(found=found, expected=seen @ weight.mT, bound=loss * magnitudes + 1e-30)

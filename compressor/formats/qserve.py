@@ -30,6 +30,7 @@ from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 TILE = 32
+SMALL_GROUPS = (32, 64)
 INPUT = ActivationSpec("int8", "token")
 KV = KVSpec("int4", "token_head")
 KV_ENTRY = {"bits": 4, "symmetric": False, "scales": "token_head"}
@@ -217,6 +218,8 @@ def _weight_reason(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
             return f"{count} {side} are not a multiple of {TILE}"
     if grouped and (not spec.group_size or shape[1] % spec.group_size):
         return f"{shape[1]} inputs do not divide into groups of {spec.group_size}"
+    if grouped and spec.group_size not in SMALL_GROUPS and (spec.group_size or 0) % 128:
+        return f"its kernels read groups of 32, 64 or a multiple of 128, not {spec.group_size}"
     return None
 
 

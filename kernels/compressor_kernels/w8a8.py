@@ -1,7 +1,7 @@
 """Products of 8-bit inputs and 8-bit weights: int8 with int32 sums, or E4M3 with fp32 sums.
 
 y = (a · Wᵀ) scaled, + bias, with codes a [M, K] and W [N, K], both as they lie on disk:
-  w8a8         y[m, n] = row_scales[m] · column_scales[n] · Σ_k a[m, k] W[n, k]
+  w8a8         y[m, n] = row_scales[m] · column_scales[n] · Σ_k a[m, k] (W[n, k] − z[n])
   w8a8_blocks  Σ over blocks b of K: input_scales[m, b] · weight_scales[n // R, b] · (their part)
 
 Tensor cores sum E4M3 products with fewer bits than fp32 has; unless `fast` they do so over 128
@@ -41,6 +41,7 @@ def w8a8(
     *,
     row_scales: Tensor,
     column_scales: Tensor,
+    column_zeros: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     fast: bool = False,
@@ -50,19 +51,24 @@ def w8a8(
 
     row_scales     fp32, one for each token of a, or one for all
     column_scales  any float, one for each output, or one for all
+    column_zeros   int8, likewise: what is taken from the codes of int8 weights
     out_dtype      fp16, bf16 or fp32
-    int8 sums are exact in int32 up to K = 131,072. Raises ValueError on what does not fit.
+    int8 sums are exact in int32 up to K = 131,072, with zeros to half of that. Raises ValueError on
+    what does not fit.
     """
     rows, count, outputs, _ = _check(a, weight, bias, out_dtype)
     row_scales = _spread(row_scales, count, "row_scales")
     column_scales = _spread(column_scales, outputs, "column_scales")
+    zeros = _zeros(column_zeros, outputs, a.dtype)
     y = torch.empty((count, outputs), dtype=out_dtype, device=a.device)
     if y.numel():
         tiles = tiles or _tiles(count, outputs, a.dtype, fast)
         if a.dtype != torch.int8 and not fast and tiles.block_k > BLOCK:
             raise ValueError(f"sums of {tiles.block_k} inputs are not summed apart: fast=True")
         rows, weight = _copyable(rows), _copyable(weight)
-        _launch(rows, weight, row_scales, column_scales, bias, y, fast=fast, tiles=tiles)
+        sums = None if zeros is None else rows.sum(1, dtype=torch.int32)
+        operands = (rows, weight, row_scales, column_scales, sums, zeros, bias, y)
+        _launch(*operands, fast=fast, tiles=tiles)
     return y.view(*a.shape[:-1], outputs)
 
 
@@ -72,6 +78,7 @@ def w8a8_ref(
     *,
     row_scales: Tensor,
     column_scales: Tensor,
+    column_zeros: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
@@ -79,7 +86,9 @@ def w8a8_ref(
     rows, count, outputs, _ = _check(a, weight, bias, out_dtype)
     row_scales = _spread(row_scales, count, "row_scales").double().expand(count)
     column_scales = _spread(column_scales, outputs, "column_scales").double().expand(outputs)
-    y = (rows.double() @ weight.double().mT) * row_scales[:, None] * column_scales
+    zeros, codes = _zeros(column_zeros, outputs, a.dtype), weight.double()
+    codes = codes if zeros is None else codes - zeros[:, None]
+    y = (rows.double() @ codes.mT) * row_scales[:, None] * column_scales
     y = y if bias is None else y + bias.double()
     return y.to(out_dtype).view(*a.shape[:-1], outputs)
 
@@ -158,6 +167,8 @@ def _launch(
     weight: Tensor,
     row_scales: Tensor,
     column_scales: Tensor,
+    row_sums: Tensor | None,
+    zeros: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
     *,
@@ -179,6 +190,8 @@ def _launch(
         *_described(a, weight, tiles),
         row_scales,
         column_scales,
+        row_sums,
+        zeros,
         bias,
         y,
         count,
@@ -244,6 +257,15 @@ def _spread(scales: Tensor, count: int, name: str) -> Tensor:
     if scales.numel() not in (1, count) or not scales.is_floating_point():
         raise ValueError(f"{name} {list(scales.shape)} are not one, nor one for each of {count}")
     return scales.reshape(-1).contiguous()
+
+
+def _zeros(zeros: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor | None:
+    """Zero points as int32 [N]."""
+    if zeros is None:
+        return None
+    if dtype != torch.int8 or zeros.dtype != torch.int8 or zeros.numel() not in (1, outputs):
+        raise ValueError(f"column_zeros {zeros.dtype} {list(zeros.shape)} beside {dtype} codes")
+    return zeros.reshape(-1).to(torch.int32).expand(outputs).contiguous()
 
 
 def _block_scales(

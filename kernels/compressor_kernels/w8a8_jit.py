@@ -40,6 +40,8 @@ def _store(
     sums,
     row_scales_ptr,
     column_scales_ptr,
+    row_sums_ptr,
+    zeros_ptr,
     bias_ptr,
     out_ptr,
     row,
@@ -53,6 +55,9 @@ def _store(
 ):
     m = row * BM + tl.arange(0, BM)
     n = column * BN + tl.arange(0, BN)
+    if zeros_ptr is not None:  # Σ a (w − z) = Σ a w − z Σ a, in int32
+        entered = tl.load(row_sums_ptr + m, mask=m < M, other=0)
+        sums -= entered[:, None] * tl.load(zeros_ptr + n, mask=n < N, other=0)[None, :]
     y = sums.to(tl.float32)
     if ROWS:
         y = y * tl.load(row_scales_ptr + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
@@ -74,6 +79,8 @@ def product_kernel(
     w_desc,  # [N, K] in tiles of BN x BK
     row_scales_ptr,  # fp32 [M] or [1]
     column_scales_ptr,  # [N] or [1]
+    row_sums_ptr,  # int32 [M], or None without zeros
+    zeros_ptr,  # int32 [N] or None
     bias_ptr,  # [N] or None
     out_ptr,  # [M, N]
     M,
@@ -97,7 +104,7 @@ def product_kernel(
         w = w_desc.load([column * BN, k])
         sums = _product(a, w, sums, INT8, EXACT, ASM)
     _store(
-        sums, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+        sums, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
         row, column, M, N, ROWS, COLUMNS, BM, BN,
     )  # fmt: skip
 
@@ -108,6 +115,8 @@ def persistent_kernel(
     w_desc,
     row_scales_ptr,
     column_scales_ptr,
+    row_sums_ptr,
+    zeros_ptr,
     bias_ptr,
     out_ptr,
     M,
@@ -133,7 +142,7 @@ def persistent_kernel(
             w = w_desc.load([column * BN, k])
             sums = _product(a, w, sums, INT8, EXACT, ASM)
         _store(
-            sums, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+            sums, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
             row, column, M, N, ROWS, COLUMNS, BM, BN,
         )  # fmt: skip
 
@@ -144,6 +153,8 @@ def halves_kernel(
     w_desc,  # [N, K] in tiles of BN x BK
     row_scales_ptr,
     column_scales_ptr,
+    row_sums_ptr,
+    zeros_ptr,
     bias_ptr,
     out_ptr,
     M,
@@ -170,11 +181,11 @@ def halves_kernel(
         a = a_desc.load([row * BM + BM // 2, k])
         lower = _product(a, w, lower, INT8, EXACT, ASM)
     _store(
-        upper, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+        upper, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
         2 * row, column, M, N, ROWS, COLUMNS, BM // 2, BN,
     )  # fmt: skip
     _store(
-        lower, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr,
+        lower, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
         2 * row + 1, column, M, N, ROWS, COLUMNS, BM // 2, BN,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from compressor.formats.base import format_names, get_format
 from compressor.formats.compressed_tensors import FORMAT as COMPRESSED_TENSORS
 from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
 from compressor.formats.qserve import FORMAT as QSERVE
@@ -14,19 +15,31 @@ from compressor.numerics.fp8 import quantize_fp8
 from compressor.numerics.int_affine import quantize_int
 from compressor.numerics.nvfp4 import quantize_nvfp4
 from compressor.numerics.progressive import quantize_offset, quantize_progressive
+from compressor.passes.awq import Awq
+from compressor.passes.fp8 import Fp8
+from compressor.passes.gptq import Gptq
+from compressor.passes.nvfp4 import Nvfp4
+from compressor.passes.progressive import Progressive
+from compressor.passes.rtn import Rtn
+from compressor.passes.smoothquant import Smoothquant
 from compressor.qtensor import NVFP4, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPE = (192, 256)
+SHAPE = (192, 384)
 TOKEN, TENSOR, STATIC = (ActivationSpec("int8", mode) for mode in ("token", "tensor", "static"))
 FP8_TOKEN, FP8_STATIC = (ActivationSpec("fp8_e4m3", mode) for mode in ("token", "static"))
 FP8_GROUP = ActivationSpec("fp8_e4m3", "group", 128)
 
 
-def integer(strategy, *, bits=8, group=None):
+def integer(strategy, *, bits=8, group=None, zero="none"):
     return QuantSpec(
-        element="int", bits=bits, strategy=strategy, group_size=group, scale_dtype=torch.bfloat16
+        element="int",
+        bits=bits,
+        strategy=strategy,
+        group_size=group,
+        zero=zero,
+        scale_dtype=torch.bfloat16,
     )
 
 
@@ -62,14 +75,15 @@ def layer(scheme):
         q = quantize_fp8(weight, spec)
     elif spec.element == "fp4_e2m1":
         q = quantize_nvfp4(weight, spec, rule="mse")
-    elif spec.zero == "none":
-        q = quantize_int(weight, spec)
+    elif spec.scale_dtype == torch.bfloat16:
+        q = quantize_int(weight + (0.02 if spec.zero == "subtract" else 0), spec)
     else:
         q = (quantize_progressive if spec.second == "channel" else quantize_offset)(weight, spec)
     if spec.element == "fp4_e2m1":
         q = replace(q, second=q.second.reciprocal().reciprocal())
     stored = scheme.input is not None and scheme.input.mode in ("static", "local")
-    encode = (QSERVE if spec.zero != "none" else COMPRESSED_TENSORS).encode
+    qserve = spec.second == "channel" or spec.zero == "offset"
+    encode = (QSERVE if qserve else COMPRESSED_TENSORS).encode
     tensors = encode(
         q,
         model_dtype=torch.bfloat16,
@@ -95,6 +109,29 @@ SCHEMES = {
     "qoq g128": (Scheme(qoq(128), TOKEN), "w4a8"),
     "qoq g64 subtract": (Scheme(qoq(64, "subtract"), TOKEN), "w4a8"),
     "qoq channel": (Scheme(qoq(None), TOKEN), "w4a8"),
+    "w8a8 asymmetric": (Scheme(integer("channel", zero="subtract"), TOKEN), "w8a8"),
+    "w8a8 asymmetric tensor": (Scheme(integer("tensor", zero="subtract"), STATIC), "w8a8"),
+    "w4a16": (Scheme(integer("group", bits=4, group=64, zero="subtract")), "w4a16"),
+    "w4a16 odd groups": (Scheme(integer("group", bits=4, group=96)), "weight_only"),
+    "w8a16": (Scheme(integer("channel")), "weight_only"),
+    "w8a16 asymmetric": (Scheme(integer("group", group=64, zero="subtract")), "weight_only"),
+    "w3a16": (Scheme(integer("group", bits=3, group=64)), "weight_only"),
+    "w3a16 asymmetric": (Scheme(integer("channel", bits=3, zero="subtract")), "weight_only"),
+    "w5a16 inside words": (
+        Scheme(integer("group", bits=5, group=12, zero="subtract")),
+        "weight_only",
+    ),
+    "w2a16 tensor": (Scheme(integer("tensor", bits=2, zero="subtract")), "weight_only"),
+    "w8a8 small groups": (Scheme(integer("group", group=64), TOKEN), "weight_only"),
+    "w8a8 asymmetric groups": (
+        Scheme(integer("group", group=128, zero="subtract"), STATIC),
+        "weight_only",
+    ),
+    "int8 beside fp8": (Scheme(integer("channel"), FP8_TOKEN), "weight_only"),
+    "fp8 alone": (Scheme(fp8("channel")), "weight_only"),
+    "fp8 alone, tensor": (Scheme(fp8("tensor")), "weight_only"),
+    "fp8 alone, blocks": (Scheme(fp8("block", block=(128, 128))), "weight_only"),
+    "fp8 alone, other blocks": (Scheme(fp8("block", block=(48, 64))), "weight_only"),
 }
 
 
@@ -117,10 +154,6 @@ def test_the_kernel_of_each_scheme_agrees_with_float64(name):
     "scheme",
     [
         Scheme(),
-        Scheme(integer("channel")),
-        Scheme(integer("group", group=64), TOKEN),
-        Scheme(replace(integer("channel"), zero="subtract"), TOKEN),
-        Scheme(integer("channel"), FP8_TOKEN),
         Scheme(fp8("block", block=(64, 128)), FP8_GROUP),
         Scheme(fp8("channel"), FP8_GROUP),
         Scheme(qoq(96), TOKEN),
@@ -128,4 +161,52 @@ def test_the_kernel_of_each_scheme_agrees_with_float64(name):
     ],
 )
 def test_what_no_kernel_multiplies_has_none(scheme):
+    """None of these can be asked for by a recipe."""
     assert kernel_for(scheme, SHAPE) is None
+
+
+def written_schemes():
+    """Every kind of scheme that a recipe can ask for, by what asks for it."""
+    inputs = (None, "token", "tensor", "static")
+    asked = [
+        (kind, {"bits": bits, "group_size": group, "symmetric": symmetric, "activations": how})
+        for kind in (Rtn, Gptq)
+        for bits in range(2, 9)
+        for group in (None, 12, 24, 32, 64, 96, 128, 384)
+        for symmetric in (True, False)
+        for how in inputs
+    ]
+    asked += [(Awq, {"bits": b, "group_size": g}) for b in range(2, 9) for g in (None, 48, 128)]
+    asked += [(Fp8, {"scales": how}) for how in ("dynamic", "static", "block", "weights")]
+    asked += [
+        (Smoothquant, {"bits": 8, "weights": per, "activations": how})
+        for per in ("channel", "tensor")
+        for how in inputs[1:]
+    ]
+    asked += [(Nvfp4, {"activations": how}) for how in ("none", "calibrated", "dynamic")]
+    asked += [
+        (Gptq, {"grid": "nvfp4", "activations": how}) for how in (None, "calibrated", "dynamic")
+    ]
+    asked += [
+        (Progressive, {"group_size": group, "zero": zero})
+        for group in (None, 32, 48, 64, 96, 128, 192, 384)
+        for zero in (("offset", "subtract") if group else ("offset",))
+    ]
+    return [(f"{kind.__name__} {options}", kind(**options).scheme()) for kind, options in asked]
+
+
+def test_whatever_a_recipe_can_write_has_a_kernel():
+    """For each format, every scheme that it accepts."""
+    formats = {
+        name: get_format(name) for name in format_names() if name not in ("bitdelta", "dense")
+    }
+    held = dict.fromkeys(formats, 0)
+    for name, format in formats.items():
+        for asked, scheme in written_schemes():
+            spec = scheme.weight
+            stored = replace(spec, scale_dtype=format.scale_dtype(spec, torch.bfloat16))
+            as_stored = replace(scheme, weight=stored)
+            if format.accepts(as_stored, SHAPE) is None:
+                held[name] += 1
+                assert kernel_for(as_stored, SHAPE) is not None, f"{asked} in {name}"
+    assert all(held.values()), held

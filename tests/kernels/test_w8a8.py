@@ -84,6 +84,23 @@ def test_tiles_agree(tiles):
     assert_close(y, w8a8_ref(a, w, **options, out_dtype=torch.float32).double())
 
 
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("count, outputs, inner", [(1, 33, 200), (70, 150, 96)])
+@pytest.mark.parametrize("halves", [False, True])
+def test_zero_points(count, outputs, inner, one, halves):
+    a, w, rows, columns, bias = problem(count, outputs, inner, INT8)
+    generator = torch.Generator().manual_seed(9)
+    zeros = torch.randint(-128, 128, (1 if one else outputs,), generator=generator).to(torch.int8)
+    zeros = zeros.to(DEVICE)
+    options = {"row_scales": rows, "column_scales": columns, "column_zeros": zeros, "bias": bias}
+    tiles = ProductTiles(128, 128, 128, num_warps=4, num_stages=3, halves=halves)
+    y = w8a8(a, w, **options, out_dtype=torch.float32, tiles=tiles)
+    dense = (w.double() - zeros.double().reshape(-1, 1)) * columns.double().reshape(-1, 1)
+    exact = (a.double() * rows.double().reshape(-1, 1)) @ dense.mT + bias.double()
+    assert_close(y, exact)
+    assert torch.allclose(w8a8_ref(a, w, **options, out_dtype=torch.float32).double(), exact)
+
+
 @pytest.mark.parametrize("count", [1, 90, 130])
 @pytest.mark.parametrize("dtype, fast", [(INT8, False), (FP8, False), (FP8, True)])
 def test_halves_of_a_tile(count, dtype, fast):
