@@ -229,8 +229,9 @@ def _tiles(count: int, outputs: int, dtype: torch.dtype, fast: bool) -> ProductT
     if count <= 64:
         return ProductTiles(64, 64, 128 if exact else 256, num_warps=4, num_stages=4)
     if exact and count > 256:
-        # Programs of four warps: some add in fp32 what the others' tensor cores wait for.
-        return ProductTiles(128, 128, 128, num_warps=4, num_stages=3)
+        # Two programs of four warps: one adds in fp32 while the other's tensor cores work. Halves
+        # of a tile in turn leave room in registers for the sums apart.
+        return ProductTiles(128, 128, 128, num_warps=4, num_stages=3, halves=True)
     if exact or count <= 256 or outputs <= 1024:
         return ProductTiles(128, 128, 128, num_warps=8, num_stages=4)
     return ProductTiles(256, 128, 128) if dtype == torch.int8 else ProductTiles()
