@@ -110,18 +110,26 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight this stands for, [out, in], computed in float32, or float64 if asked."""
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        values = decode_elements(self.codes, self.spec, work)
-        scales = spread(self.scales.to(work), self.spec, self.shape)
+        # In place, on a view of the groups: of a large weight each copy would be felt.
+        out = decode_elements(self.codes, self.spec, work)
+        values, scales = self._laid_over(out, self.scales.to(work))
         if self.zeros is None:
-            out = values * scales
+            values.mul_(scales)
         else:
-            zeros = spread(self.zeros.to(work), self.spec, self.shape)
-            out = (
-                values * scales - zeros if self.spec.zero == "offset" else (values - zeros) * scales
-            )
+            _, zeros = self._laid_over(out, self.zeros.to(work))
+            if self.spec.zero == "offset":
+                values.mul_(scales).sub_(zeros)
+            else:
+                values.sub_(zeros).mul_(scales)
         if self.second is not None:
-            out = out * self.second.to(work)
+            out.mul_(self.second.to(work))
         return out.to(dtype)
+
+    def _laid_over(self, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A view of a contiguous weight [out, in], and per-group values that broadcast to it."""
+        if self.spec.strategy != "group":
+            return weight, spread(values, self.spec, self.shape)
+        return weight.view(*values.shape, -1), values[..., None]
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same value with every tensor on `device`."""
@@ -137,14 +145,14 @@ class QTensor:
 def decode_elements(codes: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """The number each code stands for before scaling, same shape as `codes`."""
     if spec.element == "fp8_e4m3":
-        return codes.view(torch.float8_e4m3fn).to(dtype)
+        return codes.view(torch.float8_e4m3fn).to(dtype, memory_format=torch.contiguous_format)
     if spec.element == "fp4_e2m1":
         table = torch.tensor(
             E2M1_VALUES + tuple(-v for v in E2M1_VALUES), dtype=dtype, device=codes.device
         )
-        return table[codes.long()]
+        return table[codes.contiguous().long()]
     centre = 2 ** (spec.bits - 1) if spec.zero == "none" else 0
-    return codes.to(dtype) - centre
+    return codes.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(centre)
 
 
 def spread(values: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
