@@ -4,8 +4,8 @@ qweight  int32 [in·bits/32, out]: each output's codes as one bit stream down th
 qzeros   int32 [in/G, out·bits/32]: zero points along the outputs; version 1 stores zero − 1
 scales   float16 [in/G, out]
 g_idx    int32 [in]: the group of each input, here always i // G
-Version 1 has no form for a zero point of 0, so it takes symmetric weights only; `gptq-v2` stores
-zero points as they are.
+Version 1 has no form for a zero point of 0: an asymmetric weight that has one is refused, any other
+is held. `gptq-v2` stores zero points as they are.
 """
 
 from __future__ import annotations
