@@ -24,6 +24,8 @@ PLAIN_BYTES = 280 << 20
 
 CPU_CORE_FLOPS = 6e10
 CUDA_FLOPS = 3e14
+CPU_CORE_SCORES, CUDA_SCORES = 4e7, 5e9
+"""Products of queries with keys a second, with the softmax and the pooling of a teacher after."""
 DISK_BYTES_PER_SECOND = 1e9
 SEARCH_CANDIDATES = 21
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
@@ -179,6 +181,13 @@ def _seconds(plan: Plan, device: torch.device) -> float:
                 flops += 2.0 * tokens * columns**2
                 rows = sum(linear.out_features for linear in linears)
                 flops += 1.0 * SEARCH_CANDIDATES * rows * columns**2
-    rate = CUDA_FLOPS if device.type == "cuda" else CPU_CORE_FLOPS * (os.cpu_count() or 1)
+    rate, score_rate = CUDA_FLOPS, CUDA_SCORES
+    if device.type != "cuda":
+        cores = os.cpu_count() or 1
+        rate, score_rate = CPU_CORE_FLOPS * cores, CPU_CORE_SCORES * cores
     moved = (plan.source.checkpoint.nbytes + plan.output_bytes) / DISK_BYTES_PER_SECOND
-    return 5.0 + max(flops / rate, moved)
+    learning = sum(
+        p.step.params.learning_scores(plan.layout, rows=wanted.samples, length=wanted.length)
+        for p in plan.passes
+    )
+    return 5.0 + max(flops / rate, moved) + learning / score_rate

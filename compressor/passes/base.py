@@ -217,6 +217,11 @@ class Pass(BaseModel):
         rows of calibration tokens have `length`."""
         return 0
 
+    def learning_scores(self, layout: ModelLayout, *, rows: int, length: int) -> float:
+        """Products of queries with keys that learning computes, where they take its time; of
+        calibration there are `rows` rows of `length` tokens."""
+        return 0.0
+
     def base_model(self) -> str | None:
         """A second checkpoint whose weights `apply` reads: folder, Hub id or GGUF file."""
         return None

@@ -137,6 +137,14 @@ class SparDA(InfLLM):
             problems=tuple(problems),
         )
 
+    def learning_scores(self, layout: ModelLayout, *, rows: int, length: int) -> float:
+        # A teacher for each row of each step; for each row as it goes on, one more and the
+        # attention that its choice is for.
+        heads = sum(u.attention.heads for u in layout.units if u.kind == "block" and u.attention)
+        onward = 2 * rows if self.states == "chosen" and length >= self.dense_below else rows
+        taught = self.steps * self.rows_per_step / self.teacher_stride
+        return (taught + onward) * heads * float(length) ** 2
+
     def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
         return {
             "sparse_config": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from compressor.choice_record import RECORD_NAME, check_record, read_record
 from compressor.compile import compile_checkpoint, prepare
 from compressor.errors import InputError, Interrupted, Problems
+from compressor.estimate import CPU_CORE_SCORES, estimate
 from compressor.evaluate import evaluate
 from compressor.frozen_model import SourceModel
 from compressor.layout import AttentionShape, Linear, ModelLayout, UnitLayout
@@ -196,6 +198,16 @@ def test_plan_says_what_is_added_and_kept(model: Path, tmp_path: Path) -> None:
     text = " ".join(plan.notes)
     assert f"{3 * 32 * 64:,} parameters are added" in text
     assert f"{2 * 8 * 96 * 64 * 2 / 1e9:.2f} GB of activations" in text
+
+
+def test_plan_counts_the_time_that_teachers_take(model: Path, tmp_path: Path) -> None:
+    def seconds(steps: int) -> float:
+        wanted = recipe(model, tmp_path / "out", {"sparda": {**SPARDA, "steps": steps}})
+        return estimate(make_plan(wanted, open_source(model)), device=_cpu()).seconds
+
+    scores = 100 * 4 * 2 * 4 * 96**2  # steps, rows, blocks, heads
+    rate = CPU_CORE_SCORES * (os.cpu_count() or 1)
+    assert seconds(106) - seconds(6) == pytest.approx(scores / rate)
 
 
 def test_published_shapes_add_less_than_half_a_percent() -> None:
