@@ -108,7 +108,7 @@ class Runtime:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note the cache of the coming call; hold the rotary embedding back for slot positions."""
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = _behind(kwargs.get("cache", kwargs.get("past_key_values")))
         if cache is not None and not isinstance(cache, PolicyCache):
             raise InputError(
                 f"this model attends by a policy, and {type(cache).__name__} is not its cache",
@@ -210,6 +210,15 @@ def _attend(
         window=options.get("sliding_window"),
     )
     return runtime.attend(module, query, key, value, rule).transpose(1, 2).contiguous(), None
+
+
+def _behind(cache: Any) -> Any:
+    """The cache that is filled: compressed-tensors puts a module before it, which rounds keys and
+    values to the scheme of the checkpoint and passes them on."""
+    if not isinstance(cache, nn.Module):
+        return cache
+    held = getattr(cache, "past_key_values", None)
+    return held() if isinstance(held, weakref.ReferenceType) else held
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> None:

@@ -105,8 +105,8 @@ class DuoAttention(ModelPass):
         tokens = self.batch * self.data.max_length
         # Each layer keeps the gated stream's input and the full one's attention; one layer runs
         # with a gradient, under a mask of booleans that the attention makes a float one of.
-        kept = itemsize * tokens * (2 * hidden * len(blocks) + 6 * hidden + 6 * widest)
-        return kept + (1 + itemsize) * self.data.max_length**2
+        kept = itemsize * tokens * (2 * hidden * len(blocks) + 10 * hidden + 8 * widest)
+        return kept + (1 + 2 * itemsize) * self.data.max_length**2
 
     @property
     def works_on_blocks(self) -> bool:  # type: ignore[override]

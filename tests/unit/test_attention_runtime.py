@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,45 @@ def test_generate_takes_the_cache(beams: int, tiny_model: Callable[..., Path]) -
     again = model.generate(IDS[:1, :30], use_cache=False, **options)
     assert torch.equal(out, again)
     assert cache.nbytes < 41 * 4 * 2 * 16 * 4 * 2 * beams * 0.75
+
+
+class Rounding(torch.nn.Module):
+    """What compressed-tensors puts before the cache of a layer, for a scheme of keys and values."""
+
+    past_key_values: weakref.ref[Any] | None = None
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        key, value = (key * 4).round() / 4, (value * 4).round() / 4
+        if self.past_key_values is None:
+            return key, value
+        return self.past_key_values().update(key, value, *args, **options)
+
+
+def rounding(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = "cache" if "cache" in kwargs else "past_key_values"
+    held = kwargs.get(name)
+    module.kv_cache.past_key_values = None if held is None else weakref.ref(held)
+    return args, {**kwargs, name: module.kv_cache}
+
+
+def test_keys_rounded_on_their_way_into_the_cache_are_attended_to(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """With a cache or without one, and the cache is no larger for it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).eval()
+    policy = mixed(2, 4, 2)
+    plain = attach(model, policy)
+    before = logits_in(model, plain, [60])
+    plain.detach()
+    for layer in model.model.layers:
+        layer.self_attn.kv_cache = Rounding()
+        layer.self_attn.register_forward_pre_hook(rounding, with_kwargs=True)
+    runtime = attach(model, policy)
+    whole = logits_in(model, runtime, [60])
+    torch.testing.assert_close(logits_in(model, runtime, [20, *[1] * 40]), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS, use_cache=False).logits, whole)
+    assert not torch.allclose(whole, before, atol=1e-3)
 
 
 def test_what_is_not_supported_says_so(tiny_model: Callable[..., Path]) -> None:
