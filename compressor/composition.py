@@ -25,6 +25,14 @@ def composition_problems(
     problems: list[CompressError] = []
     for number, plan in enumerate(passes):
         problems += _searches(plan, schemes)
+        if plan.step.params.searches_keys and not any(p.step.params.kv() for p in passes):
+            problems.append(
+                InputError(
+                    f"{plan.step.name} searches by what rounding keys does to attention, but "
+                    "nothing rounds them",
+                    hint="add kv_cache after it, or give alpha a number",
+                )
+            )
         if plan.step.params.transforms:
             problems += _shared_inputs(number, passes, layout, owners)
     problems += _shared_scales(passes, layout, schemes, owners)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,10 +122,17 @@ class Observer:
 
 
 def watch_kv(stats: KVStats) -> AttentionHook:
-    """An attention hook that adds a block's keys and values to `stats` and attends as before."""
+    """An attention hook that adds a block's keys, values and queries to `stats`, keeps of its calls
+    as many tokens as are wanted, and attends as before."""
 
     def attend(call: AttentionCall) -> Tensor:
-        stats.update(call.key, call.value)
+        stats.update(call.key, call.value, call.query)
+        if stats.missing > 0:
+            rows = -(-stats.missing // call.key.shape[2])
+            few = (x[:rows].detach().clone() for x in (call.query, call.key, call.value))
+            query, key, value = few
+            stats.calls.append(replace(call, query=query, key=key, value=value, hidden=None))
+            stats.missing -= key.shape[0] * key.shape[2]
         return call.plain(call.query, call.key, call.value)
 
     return attend

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_calibration.stats import KVStats, SiteStats, StatNeeds
+from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds
 from torch import Tensor, nn
 
 from compressor.arch import RuntimeNames
@@ -326,18 +326,17 @@ class Block:
         needs: Mapping[str, StatNeeds],
         batch: int,
         out: Tensor | None = None,
-        kv: bool = False,
+        kv: KVNeeds | None = None,
     ) -> Observation:
         """Statistics of the named sites over all rows, and with `kv` of keys and values; with
         `out`, the block's outputs too."""
         from compressor.observe import Observer, Seen, watch_kv
 
         shape = self.unit.attention
-        seen = (
-            KVStats(shape.kv_heads, shape.head_dim, device=self.runner.device)
-            if (kv and shape)
-            else None
-        )
+        seen = None
+        if kv is not None and shape is not None:
+            sides = (shape.kv_heads, shape.head_dim)
+            seen = KVStats(*sides, heads=shape.heads, needs=kv, device=self.runner.device)
         hook = None if seen is None else watch_kv(seen)
         with self.runner.attention(hook), Observer(self, needs=needs) as observer:
             if out is None:

@@ -55,6 +55,7 @@ def apply_passes(
             rounding=rounding,
             model_type=plan.layout.model_type,
             kv=None if seen is None else seen.kv,
+            cache=plan.schemes.kv,
             learned=learned[number].values if number in learned else {},
             base=base or {},
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from compressor_calibration.stats import StatNeeds
+from compressor_calibration.stats import KVNeeds, StatNeeds
 
 from compressor.formats.base import Format, ModelSchemes, TensorShape
 from compressor.layout import UnitLayout
@@ -33,15 +33,15 @@ class PassPlan:
 
 @dataclass(frozen=True, slots=True)
 class Observable:
-    """What a pass reads: input site → statistics, and whether those of keys and values too."""
+    """What a pass reads: input site → statistics, and what of keys and values, if anything."""
 
     sites: Mapping[str, StatNeeds]
-    kv: bool = False
+    kv: KVNeeds | None = None
 
     @property
     def anything(self) -> bool:
         """Whether tokens have to be run for it."""
-        return bool(self.sites) or self.kv
+        return bool(self.sites) or self.kv is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +128,12 @@ def _observables(unit: UnitLayout, plans: Sequence[PassPlan]) -> tuple[Observabl
             if wanted != StatNeeds()
             else {}
         )
-        kv = params.needs_kv() and unit.attention is not None
+        kv = None if unit.attention is None else params.needs_kv()
         # After a transform everything is observed anew, so it need not look ahead.
         if found and not params.transforms:
-            sites, kv = _merged(sites, found[-1].sites), kv or found[-1].kv
+            later = found[-1].kv
+            kv = kv | later if kv and later else kv or later
+            sites = _merged(sites, found[-1].sites)
         found.append(Observable(sites=sites, kv=kv))
     return tuple(reversed(found))
 

@@ -118,6 +118,12 @@ def rows_of(group: int) -> list[Row]:
             format="qserve",
         ),
         Row("w4a8kv4 qoq", ({"qoq": {"group_size": group}},), format="qserve", untie=True),
+        Row(
+            "w4a8kv4 qoq, searched attention",
+            ({"qoq": {"group_size": group, "attention_alpha": "search"}},),
+            format="qserve",
+            untie=True,
+        ),
         Row("outliers: baseline", outliers=True),
         Row("outliers: w8a8 naive", (naive,), outliers=True),
         Row("outliers: w8a8 smoothquant", (smooth(alpha="search"),), outliers=True),
@@ -147,6 +153,7 @@ CLAIMS = (
     ("int4 awq", "int4 rtn"),
     ("int4 rotated gptq", "int4 gptq"),
     ("w4a8kv4 qoq", "w4a8kv4 naive"),
+    ("w4a8kv4 qoq, searched attention", "w4a8kv4 qoq"),
     ("outliers: w8a8 smoothquant", "outliers: w8a8 naive"),
 )
 """(better, worse) rows."""

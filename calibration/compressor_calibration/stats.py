@@ -181,21 +181,51 @@ class SiteStats:
             self._kept_rows = self._kept[0].shape[0]
 
 
-class KVStats:
-    """Largest magnitudes of a block's keys (after RoPE) and values, float32 [kv_heads, head_dim].
+@dataclass(frozen=True, slots=True)
+class KVNeeds:
+    """What is wanted of a block's keys and values beside their largest magnitudes.
 
-    keys, values  zero where nothing was seen
+    tokens  of how many of them, the first ones, the attention is to be kept for running it again
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, *, device: torch.device | str) -> None:
+    tokens: int = 0
+
+    def __or__(self, other: KVNeeds) -> KVNeeds:
+        """What serves both."""
+        return KVNeeds(tokens=max(self.tokens, other.tokens))
+
+
+class KVStats:
+    """Largest magnitudes of a block's keys (after RoPE) and values, float32 [kv_heads, head_dim],
+    and of its queries, [heads, head_dim]; and what is kept of its attention.
+
+    keys, values, queries  zero where nothing was seen
+    calls                  attention to run again, as whoever watches it keeps it
+    """
+
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str,
+        heads: int | None = None,
+        needs: KVNeeds | None = None,
+    ) -> None:
         self.keys = torch.zeros(kv_heads, head_dim, device=device)
         self.values = torch.zeros(kv_heads, head_dim, device=device)
+        self.queries = torch.zeros(heads or kv_heads, head_dim, device=device)
+        self.calls: list[Any] = []
+        self.missing = 0 if needs is None else needs.tokens
 
     @torch.no_grad()
-    def update(self, keys: Tensor, values: Tensor) -> None:
-        """Add keys and values [rows, kv_heads, length, head_dim]; vectors that are not finite do
-        not count."""
-        for most, x in ((self.keys, keys), (self.values, values)):
+    def update(self, keys: Tensor, values: Tensor, queries: Tensor | None = None) -> None:
+        """Add keys and values [rows, kv_heads, length, head_dim], and queries of as many heads as
+        they have; vectors that are not finite do not count."""
+        given = [(self.keys, keys), (self.values, values)]
+        if queries is not None:
+            given.append((self.queries, queries))
+        for most, x in given:
             magnitude = x.detach().abs()
             good = torch.isfinite(magnitude.amax(dim=-1, keepdim=True))
             seen = torch.where(good, magnitude, 0.0).amax(dim=(0, 2)).float()
@@ -204,8 +234,15 @@ class KVStats:
     def all_reduce(self) -> None:
         """Make every rank's statistics those of all ranks; nothing outside a process group."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for most in (self.keys, self.values):
+            for most in (self.keys, self.values, self.queries):
                 dist.all_reduce(most, op=dist.ReduceOp.MAX)
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of every rank's values, so that all decide alike; the values themselves outside a
+        process group."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(values)
+        return values
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:

@@ -72,6 +72,14 @@ def fake_quantize_kv(x: Tensor, spec: KVSpec, scale: Tensor | None = None) -> Te
     return _rounded(values, spec.element, spread).to(x.dtype)
 
 
+def static_kv_scale(absmax: Tensor, spec: KVSpec) -> Tensor:
+    """Multipliers [1] or [kv_heads] of an fp8 or int8 cache for keys or values whose largest
+    magnitudes are absmax [kv_heads, head_dim]; 1 for nothing."""
+    most = absmax.amax(1) if spec.per == "head" else absmax.amax().reshape(1)
+    scale = most.float() / LARGEST[spec.element]
+    return torch.where(scale > 0, scale, 1.0)
+
+
 def _nvfp4(x: Tensor, spec: ActivationSpec, scale: Tensor | None) -> Tensor:
     """Plain NVFP4 blocks under a stored global scale, or under that of each row of tokens."""
     if spec.mode == "local":

@@ -38,6 +38,13 @@ def smooth_attention_scales(
     return torch.where(good, scales, 1.0)
 
 
+def attention_candidates(grid: int) -> list[tuple[float, float]]:
+    """The published pairs (α, β): none, and for each step a between 0 and 1 keys alone, (a, 0), or
+    keys and queries, (a, 1 − a)."""
+    steps = [i / grid for i in range(1, grid)]
+    return [(0.0, 0.0), *((a, 0.0) for a in steps), *((a, 1 - a) for a in steps)]
+
+
 def _paired(span: Tensor) -> Tensor:
     """The larger of the two channels that the rotary embedding turns together, for both."""
     return torch.maximum(span, span.roll(span.shape[1] // 2, dims=1))

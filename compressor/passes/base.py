@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from compressor_calibration.stats import KVStats, SiteStats, StatNeeds
+from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds
 from compressor_calibration.tokens import TokenSet
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -87,6 +87,7 @@ class PassContext:
                  module output to the original's, over the kept calibration inputs
     seed         seed of this unit and pass
     kv           statistics of keys and values, where `needs_kv` asks for them
+    cache        how the cache will hold them, or None
     learned      `Learned.values` of this pass, where it is a model pass
     rounding     module path → options of `quantize` that its quantizer rounds with
     model_type   of the model's config
@@ -100,6 +101,7 @@ class PassContext:
     module_loss: Callable[[str, Mapping[str, Tensor]], float]
     seed: int
     kv: KVStats | None = None
+    cache: KVSpec | None = None
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model_type: str = ""
@@ -190,8 +192,13 @@ class Pass(BaseModel):
         """The statistics `apply` reads at the input sites of its targets."""
         return StatNeeds()
 
-    def needs_kv(self) -> bool:
-        """Whether `apply` reads statistics of keys and values."""
+    def needs_kv(self) -> KVNeeds | None:
+        """What `apply` reads of keys and values, or None."""
+        return None
+
+    @property
+    def searches_keys(self) -> bool:
+        """Whether it needs to know how the cache will hold keys."""
         return False
 
     def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
+from compressor_calibration.stats import KVNeeds
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from compressor.numerics.activations import LARGEST
+from compressor.numerics.activations import static_kv_scale
 from compressor.passes.base import Pass, PassContext, PassResult, Unit
 from compressor.scheme import KVSpec
 
@@ -53,8 +52,8 @@ class KvCache(Pass):
     def transforms(self) -> bool:
         return False
 
-    def needs_kv(self) -> bool:
-        return self.element != "int4"
+    def needs_kv(self) -> KVNeeds | None:
+        return None if self.element == "int4" else KVNeeds()
 
     def kv(self) -> KVSpec:
         per: Literal["tensor", "head", "token_head"] = self.scales
@@ -66,7 +65,10 @@ class KvCache(Pass):
         assert context.kv is not None
         output = next(x for x in unit.layout.linears if x.role == "attn.o")
         path = output.name.rpartition(".")[0]
-        scales = (self._scale(context.kv.keys), self._scale(context.kv.values))
+        scales = (
+            static_kv_scale(context.kv.keys, self.kv()),
+            static_kv_scale(context.kv.values, self.kv()),
+        )
         made = replace(unit, kv_scales={**unit.kv_scales, path: scales})
         row = {
             "attention": path,
@@ -74,12 +76,6 @@ class KvCache(Pass):
             "v_scale": scales[1].tolist(),
         }
         return PassResult(made, [row])
-
-    def _scale(self, absmax: Tensor) -> Tensor:
-        """Multipliers [1] or [kv_heads] of an absmax [kv_heads, head_dim]; 1 for nothing."""
-        most = absmax.amax(1) if self.scales == "head" else absmax.amax().reshape(1)
-        scale = most.float() / LARGEST[ELEMENTS[self.element]]
-        return torch.where(scale > 0, scale, 1.0)
 
 
 PASS = KvCache

@@ -47,8 +47,9 @@ class Qoq(Pass):
         description="how much of the outliers before down projections their weights take; null "
         "leaves them. Published: 0.3 with groups, 0.1 without, and other values for some models",
     )
-    attention_alpha: float | None = Field(
-        0.5, ge=0, le=1, description="as alpha of smooth_attention; null leaves keys as they are"
+    attention_alpha: float | Literal["search"] | None = Field(
+        0.5,
+        description="as alpha of smooth_attention, search included; null leaves keys as they are",
     )
     clip: bool | None = Field(None, description="as in progressive")
     gptq: bool = Field(True, description="as in progressive")
@@ -62,6 +63,10 @@ class Qoq(Pass):
             raise ValueError("zero: subtract needs a group_size; per channel there is only offset")
         if isinstance(self.down_alpha, float) and not 0 <= self.down_alpha <= 1:
             raise ValueError("down_alpha is a number from 0 to 1, published or null")
+        if isinstance(self.attention_alpha, float) and not 0 <= self.attention_alpha <= 1:
+            raise ValueError("attention_alpha is a number from 0 to 1, search or null")
+        if self.attention_alpha == "search" and not self.kv_cache:
+            raise ValueError("attention_alpha: search needs kv_cache, which says how keys round")
         return self
 
     def stands_for(self) -> Sequence[tuple[str, dict[str, Any]]]:
