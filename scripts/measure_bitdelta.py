@@ -110,6 +110,8 @@ class Measure:
             "seconds": seconds,
         }
         self.rows.append(row)
+        if self.options.json:
+            self.options.json.write_text(json.dumps(self.rows, indent=1))
         print(
             f"{found.perplexity.value:>10.3f} {kl:>8.4f} {size / 1e6:>9.2f} {seconds:>8.1f} "
             f" {name}",
@@ -144,14 +146,6 @@ class Measure:
         options = self.options
         self.row("base", self.base, size=0)
         self.row("fine-tune", self.fine, size=self.fine.checkpoint.nbytes)
-        self.delta("1 bit, initial scales", distill="none")
-        trained = {"distill": "logits", "steps": options.steps, "lr": options.lr}
-        self.delta("1 bit, distilled on logits", **trained)
-        self.delta("1 bit, fitted layer by layer", distill="layer")
-        self.delta("2 bits, initial scales", distill="none", bits=2)
-        self.delta("4 bits, initial scales", distill="none", bits=4)
-        if options.more:
-            self.delta("2 bits, distilled on logits", bits=2, **trained)
         started = time.perf_counter()
         source, size = low_rank(self.base, self.fine, device=self.device)
         inside = {f"{x.name}.weight" for u in self.fine.layout.units[1:-1] for x in u.linears}
@@ -159,6 +153,15 @@ class Measure:
         rest = sum(entry.spec.nbytes for name, entry in entries.items() if name not in inside)
         seconds = time.perf_counter() - started
         self.row("low rank, as large as 1 bit", source, size=size + rest, seconds=seconds)
+        self.delta("1 bit, initial scales", distill="none")
+        self.delta("1 bit, fitted layer by layer", distill="layer")
+        self.delta("2 bits, initial scales", distill="none", bits=2)
+        self.delta("4 bits, initial scales", distill="none", bits=4)
+        # What takes longest comes last: a measurement that is cut short has all the others.
+        trained = {"distill": "logits", "steps": options.steps, "lr": options.lr}
+        self.delta("1 bit, distilled on logits", **trained)
+        if options.more:
+            self.delta("2 bits, distilled on logits", bits=2, **trained)
 
 
 def main() -> None:
@@ -184,10 +187,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure = Measure(options, Path(folder))
-        measure.run()
-    if options.json:
-        options.json.write_text(json.dumps(measure.rows, indent=1))
+        Measure(options, Path(folder)).run()
 
 
 if __name__ == "__main__":
