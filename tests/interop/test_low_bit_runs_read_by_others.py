@@ -3,7 +3,6 @@ those of our own evaluation of the same files, quantized inputs included."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -126,27 +125,37 @@ def test_logits(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("scales", ["tensor", "head"])
-def test_kv_scales_of_a_run_are_where_they_look_for_them(
-    scales: str, source: Path, tmp_path: Path
+@pytest.mark.parametrize("element", ["fp8", "int8"])
+def test_a_quantized_cache(
+    element: str,
+    scales: str,
+    source: Path,
+    tmp_path: Path,
+    attention_they_know: None,
 ) -> None:
+    """Scales are where they look for them, and logits with keys and values rounded are ours."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
-    output = run(source, tmp_path / "out", ["fp8", {"kv_cache": {"scales": scales}}])
+    passes = [{"fp8": {"scales": "weights"}}, {"kv_cache": {"element": element, "scales": scales}}]
+    output = run(source, tmp_path / "out", passes)
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     ours = open_source(output)
     for unit in ours.layout.units[1:-1]:
         attention = loaded.get_submodule(f"{unit.name}.self_attn")
-        if "past_key_values" not in inspect.signature(attention.forward).parameters:
-            pytest.skip("compressed-tensors 0.20 knows attention by an argument that is renamed")
         extra = ours.read_unit(unit).extra
         for name in ("k_scale", "v_scale"):
             stored = extra[f"{unit.name}.self_attn.{name}"].flatten()
             assert stored.numel() == (1 if scales == "tensor" else 2)
             assert bool((stored > 1e-4).all())
             assert getattr(attention, name).flatten().tolist() == pytest.approx(stored.tolist())
-    original = our_logits(source)
-    assert 0 < float((our_logits(output) - original).square().mean().sqrt()) < float(original.std())
+    without = run(source, tmp_path / "without", passes[:1])
+    plain, rounded = our_logits(without), our_logits(output)
+    error = float((rounded - plain).square().mean().sqrt())
+    assert 0 < error < float(plain.std())
+    with torch.no_grad():
+        theirs = loaded(input_ids=IDS, use_cache=False).logits
+    assert float((theirs - rounded).square().mean().sqrt()) < 0.05 * error
 
 
 @pytest.mark.parametrize(
