@@ -95,11 +95,12 @@ class Awq(Pass):
     ) -> None:
         if self.search != "gram":
             return
-        for size, spec in {(spec.group_size or inputs, spec) for spec, inputs in specs}:
+        # Kernels are made for the size of a group, which may be a whole row.
+        for spec, columns in {(spec, spec.group_size or inputs) for spec, inputs in specs}:
             if is_plain_int(spec):
-                weight, seen = torch.zeros(32, 2 * size, device=device), torch.ones(2 * size)
-                gram = torch.eye(2 * size, device=device)
-                search_scales_gram([weight], gram, seen.to(device), spec, grid=1)
+                weight = torch.zeros(32, columns, device=device)
+                gram = torch.eye(columns, device=device)
+                search_scales_gram([weight], gram, gram.diagonal(), spec, grid=1)
                 search_clip_gram(weight, gram, spec)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
