@@ -4,180 +4,25 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from compressor_calibration.bundled import bundled_text
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor import gguf_source
 from compressor.checkpoint import open_checkpoint
 from compressor.errors import InputError
 from compressor.gguf_source import convert_gguf
-from compressor.gguf_tokenizer import tokenizer_files
+from tests.gguf_files import byte_level_tokenizer, tiny_model, write_gguf
 
 gguf = pytest.importorskip("gguf")
-
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-THEIR_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 @pytest.fixture(scope="module")
 def byte_level() -> Tokenizer:
-    """A small byte-level BPE trained on real text, every digit a piece of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=480,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([bundled_text("calibration")[:40_000]], trainer)
-    return tokenizer
-
-
-def byte_level_metadata(tokenizer: Tokenizer, **changed) -> dict:
-    model = json.loads(tokenizer.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if t in SPECIAL else 1 for t in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.padding_token_id": 2,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": TEMPLATE,
-        **changed,
-    }
-
-
-def pairs_from_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's order of the rows of q and k, row by row."""
-    size = weight.shape[0] // heads
-    order = [
-        head * size + half * size // 2 + i
-        for head in range(heads)
-        for i in range(size // 2)
-        for half in range(2)
-    ]
-    return weight[order]
-
-
-def tiny_model(family: str, *, tied: bool = True, seed: int = 0, **options):
-    torch.manual_seed(seed)
-    config_class, model_class = CLASSES[family]
-    if family != "qwen2":
-        options.setdefault("head_dim", 16)
-    config = config_class(
-        vocab_size=480,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        **options,
-    )
-    model = model_class(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(parameter, 1.0, 0.3)
-    return model
-
-
-def write_gguf(path: Path, model, tokenizer: Tokenizer, *, kind="F32", extra=None, **changed):
-    """Write a transformers model as llama.cpp's converter does."""
-    config = model.config
-    family = config.model_type
-    writer = gguf.GGUFWriter(path, family)
-    metadata = {
-        f"{family}.block_count": config.num_hidden_layers,
-        f"{family}.context_length": config.max_position_embeddings,
-        f"{family}.embedding_length": config.hidden_size,
-        f"{family}.feed_forward_length": config.intermediate_size,
-        f"{family}.attention.head_count": config.num_attention_heads,
-        f"{family}.attention.head_count_kv": config.num_key_value_heads,
-        f"{family}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{family}.rope.freq_base": config.rope_parameters["rope_theta"],
-        **byte_level_metadata(tokenizer),
-    }
-    if family != "qwen2":
-        metadata[f"{family}.attention.key_length"] = config.head_dim
-    for key, value in (metadata | changed).items():
-        if value is None:
-            continue
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            kinds = {bool: "bool", int: "uint32", float: "float32", str: "string"}
-            getattr(writer, f"add_{kinds[type(value)]}")(key, value)
-    quantized = gguf.GGMLQuantizationType[kind]
-    for name, value in {**model.state_dict(), **(extra or {})}.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if family == "llama" and ".q_proj." in name:
-            value = pairs_from_halves(value, config.num_attention_heads)
-        if family == "llama" and ".k_proj." in name:
-            value = pairs_from_halves(value, config.num_key_value_heads)
-        stem, _, leaf = name.rpartition(".")
-        parts = stem.split(".")
-        if stem.startswith("model.layers."):
-            theirs = f"blk.{parts[2]}.{THEIR_NAMES['.'.join(parts[3:])]}.{leaf}"
-        else:
-            theirs = f"{THEIR_NAMES.get(stem, stem)}.{leaf}"
-        data = value.float().numpy()
-        if value.ndim == 2 and kind != "F32":
-            writer.add_tensor(theirs, gguf.quantize(data, quantized), raw_dtype=quantized)
-        else:
-            writer.add_tensor(theirs, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return byte_level_tokenizer()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -345,134 +190,6 @@ def test_without_the_package_the_hint_says_how_to_install_it(tmp_path, monkeypat
     with pytest.raises(InputError) as error:
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert "compressor[gguf]" in (error.value.hint or "")
-
-
-def load_tokenizer(folder: Path, metadata: dict):
-    for name, data in tokenizer_files(metadata, max_length=77).items():
-        (folder / name).write_bytes(data)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    return AutoTokenizer.from_pretrained(folder)
-
-
-SAMPLES = [
-    "Hello   1984 it's\n\n\tdef f(x):  return x**2 # 日本語 émigré 🙂 ½",
-    " leading and trailing  ",
-    "I'LL don't 3.14159\r\n",
-]
-
-
-def test_a_byte_level_tokenizer_gives_the_ids_of_the_one_it_was_written_from(tmp_path, byte_level):
-    tokenizer = load_tokenizer(tmp_path, byte_level_metadata(byte_level))
-    for text in [bundled_text("held_out")[:20_000], *SAMPLES]:
-        ids = tokenizer(text)["input_ids"]
-        assert ids == byte_level.encode(text).ids and tokenizer.decode(ids) == text
-    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
-    assert named == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
-    assert tokenizer.model_max_length == 77 and len(tokenizer) == byte_level.get_vocab_size()
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert chat == "<|im_start|>user\nhi"
-    assert tokenizer(chat, add_special_tokens=False)["input_ids"][0] == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "pieces"),
-    [
-        ("gpt-2", ["It", "'s", "Ġ12345", "ĠX", ".", "Ċ", "Ċ", "I", "'", "LL"]),
-        ("smollm", ["It", "'s", "Ġ", "1", "2", "3", "4", "5", "ĠX", ".", "Ċ", "Ċ", "I", "'", "LL"]),
-        ("llama-bpe", ["It", "'s", "Ġ", "123", "45", "ĠX", ".ĊĊ", "I", "'LL"]),
-        ("qwen2", ["It", "'s", "Ġ", "1", "2", "3", "4", "5", "ĠX", ".ĊĊ", "I", "'LL"]),
-    ],
-)
-def test_text_is_split_as_the_file_names_it(byte_level, name, pieces):
-    metadata = byte_level_metadata(byte_level, **{"tokenizer.ggml.pre": name})
-    built = Tokenizer.from_str(tokenizer_files(metadata, max_length=9)["tokenizer.json"].decode())
-    found = built.pre_tokenizer.pre_tokenize_str("It's 12345 X.\n\nI'LL")
-    assert [piece for piece, _ in found] == pieces
-
-
-@pytest.mark.parametrize(
-    ("changed", "before", "after"),
-    [
-        ({}, [], []),
-        ({"tokenizer.ggml.add_bos_token": True}, [1], []),
-        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}, [1], [2]),
-        ({"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": 0}, [], [0]),
-    ],
-)
-def test_bos_and_eos_are_added_as_the_file_says(tmp_path, byte_level, changed, before, after):
-    tokenizer = load_tokenizer(tmp_path, byte_level_metadata(byte_level, **changed))
-    plain = byte_level.encode("one two").ids
-    assert tokenizer("one two")["input_ids"] == [*before, *plain, *after]
-    assert tokenizer("one two", add_special_tokens=False)["input_ids"] == plain
-
-
-def test_llama3_files_add_bos_though_they_do_not_say_so(tmp_path, byte_level):
-    metadata = byte_level_metadata(byte_level, **{"tokenizer.ggml.pre": "llama-bpe"})
-    del metadata["tokenizer.ggml.add_bos_token"]
-    assert load_tokenizer(tmp_path, metadata)("a")["input_ids"][0] == 1
-
-
-def test_user_defined_tokens_are_matched_whole_but_are_not_special(tmp_path, byte_level):
-    metadata = byte_level_metadata(byte_level)
-    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<think>\n"]
-    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 4]
-    tokenizer = load_tokenizer(tmp_path, metadata)
-    ids = tokenizer("a<think>\nb")["input_ids"]
-    assert ids[1] == len(metadata["tokenizer.ggml.tokens"]) - 1 and len(ids) == 3
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>\nb"
-
-
-def sentencepiece_metadata(words: list[str]) -> dict:
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    kinds = [2, 3, 3, *[6] * 256]
-    scores = [0.0] * len(tokens)
-    for rank, word in enumerate(words):
-        tokens.append(word)
-        kinds.append(1)
-        scores.append(-float(rank))
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-
-
-def sentencepiece_ids(metadata: dict, text: str) -> list[int]:
-    """SentencePiece's BPE, word for word: join the neighbours that make the best-scored token."""
-    ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    score = metadata["tokenizer.ggml.scores"]
-    parts = list("▁" + text.replace(" ", "▁"))
-    while True:
-        joined = [(i, parts[i] + parts[i + 1]) for i in range(len(parts) - 1)]
-        known = [(-score[ids[token]], i) for i, token in joined if token in ids]
-        if not known:
-            break
-        _, i = min(known)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    found = []
-    for part in parts:
-        found += [ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()]
-    return found
-
-
-def test_a_sentencepiece_tokenizer_joins_by_score(tmp_path):
-    draw = np.random.default_rng(0)
-    joined = {
-        "".join(draw.choice(list("▁abc"), size=n)) for n in (2, 2, 2, 2, 3, 3, 3, 4, 4, 5) * 4
-    }
-    words = [*sorted(joined, key=lambda w: (len(w), w)), "▁", "a", "b", "c"]
-    metadata = sentencepiece_metadata(words)
-    tokenizer = load_tokenizer(tmp_path, metadata)
-    for length in (1, 2, 7, 30, 100):
-        text = "".join(draw.choice(list(" abcé"), size=length))
-        expected = sentencepiece_ids(metadata, text)
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
-        assert tokenizer(text)["input_ids"] == [1, *expected]
-        assert tokenizer.decode(expected) == text
 
 
 REAL = Path(os.environ.get("SMOLLM2_GGUF", ""))
