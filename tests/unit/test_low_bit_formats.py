@@ -15,74 +15,26 @@ from compressor.formats.base import ModelSchemes, TensorShape, format_names, get
 from compressor.formats.packing.e2m1 import LOCAL, divisor_of
 from compressor.independent import decode_linear
 from compressor.numerics import quantize
-from compressor.qtensor import NVFP4, QTensor, QuantSpec
+from compressor.qtensor import NVFP4, QTensor
 from compressor.relayout import relayout
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
-
-BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
-TOKEN8, STATIC8 = ActivationSpec("int8", "token"), ActivationSpec("int8", "static")
-FP8_TOKEN, FP8_STATIC = ActivationSpec("fp8_e4m3", "token"), ActivationSpec("fp8_e4m3", "static")
-FP8_GROUP = ActivationSpec("fp8_e4m3", "group", 128)
-
-
-def integers(bits=8, strategy="channel", group=None, zero="none", dtype=BF16):
-    return QuantSpec("int", bits, strategy, group, zero=zero, scale_dtype=dtype)
-
-
-def fp8(strategy, *, group=None, block=None, dtype=BF16):
-    return QuantSpec("fp8_e4m3", 8, strategy, group, block, scale_dtype=dtype)
-
-
-def progressive(zero, group=32):
-    return QuantSpec("int", 4, "group", group, zero=zero, scale_dtype=I8, second="channel")
-
-
-CASES = [
-    *(
-        ("compressed-tensors", integers(bits, strategy, group, zero, dtype), input, shape)
-        for bits in (4, 8)
-        for strategy, group in (("channel", None), ("tensor", None), ("group", 10))
-        for zero in ("none", "subtract")
-        for dtype in (BF16, F32)
-        for input in (TOKEN8, STATIC8, ActivationSpec("int8", "tensor"), FP8_TOKEN)
-        for shape in ((7, 70),)
-    ),
-    *(
-        ("compressed-tensors", spec, input, shape)
-        for spec in (
-            fp8("tensor"),
-            fp8("channel", dtype=F16),
-            fp8("group", group=10, dtype=F32),
-            fp8("block", block=(128, 128)),
-            fp8("block", block=(3, 16)),
-        )
-        for input in (None, FP8_TOKEN, FP8_STATIC, ActivationSpec("fp8_e4m3", "tensor"))
-        for shape in ((7, 70), (130, 300))
-    ),
-    ("compressed-tensors", fp8("block", block=(128, 128)), FP8_GROUP, (130, 256)),
-    *(
-        (name, NVFP4, input, shape)
-        for name in ("compressed-tensors", "modelopt-nvfp4")
-        for input in (None, LOCAL)
-        for shape in ((7, 64), (1, 16), (130, 48))
-    ),
-    *(("modelopt-fp8", fp8("tensor", dtype=F32), FP8_STATIC, s) for s in ((7, 70), (128, 128))),
-    *(
-        ("qserve", spec, TOKEN8, shape)
-        for spec in (
-            progressive("offset"),
-            progressive("subtract"),
-            progressive("offset", group=64),
-            QuantSpec("int", 4, "channel", zero="offset", scale_dtype=F16),
-        )
-        for shape in ((32, 64), (96, 128))
-    ),
-]
-FORMATS = ("compressed-tensors", "modelopt-nvfp4", "modelopt-fp8", "qserve")
-
-
-def cases(name):
-    return [case[1:] for case in CASES if case[0] == name]
+from tests.low_bit_cases import (
+    BF16,
+    F16,
+    F32,
+    FORMATS,
+    FP8_GROUP,
+    FP8_STATIC,
+    FP8_TOKEN,
+    I8,
+    STATIC8,
+    TOKEN8,
+    cases,
+    fp8,
+    integers,
+    progressive,
+    shapes,
+)
 
 
 def weight(spec, shape, *, seed=0) -> QTensor:
@@ -112,10 +64,6 @@ def as_file_holds(tensor: torch.Tensor) -> np.ndarray:
 def scale_of(input) -> torch.Tensor | None:
     stored = input is not None and input.mode in ("static", "local")
     return torch.tensor([0.01171875]) if stored else None  # bfloat16 has it
-
-
-def shapes(tensors):
-    return {name: TensorShape(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -278,70 +226,6 @@ def test_a_global_scale_that_no_divisor_makes_moves_one_ulp():
         q, mo, get_format("dense"), name="a", model_dtype=BF16, allow_rounding=False
     )
     assert report is None and torch.equal(dense.second, q.second)
-
-
-KV_CASES = [
-    ("compressed-tensors", KVSpec("fp8_e4m3"), (1,), BF16),
-    ("compressed-tensors", KVSpec("int8"), (1,), BF16),
-    ("compressed-tensors", KVSpec("fp8_e4m3", "head"), (3, 1, 1), BF16),
-    ("modelopt-nvfp4", KVSpec("fp8_e4m3"), (), F32),
-    ("modelopt-fp8", KVSpec("fp8_e4m3"), (), F32),
-]
-
-
-@pytest.mark.parametrize(("name", "kv", "shape", "dtype"), KV_CASES)
-def test_scales_of_the_kv_cache(name, kv, shape, dtype):
-    fmt = get_format(name)
-    k, v = torch.tensor([0.5, 0.25, 2.0]), torch.tensor([1.0, 4.0, 0.125])
-    if kv.per == "tensor":
-        k, v = k[:1], v[:1]
-    options = {"k_scale": k, "v_scale": v, "model_dtype": BF16}
-    tensors = fmt.kv_tensors(kv, "model.layers.0.self_attn", **options)
-    assert {t.dtype for t in tensors.values()} == {dtype}
-    assert {tuple(t.shape) for t in tensors.values()} == {shape}
-    found = fmt.kv_scales(tensors, "model.layers.0.self_attn")
-    assert torch.equal(found[0], k) and torch.equal(found[1], v)
-    assert fmt.kv_scales(tensors, "model.layers.1.self_attn") is None
-    for missing in tensors:
-        with pytest.raises(InputError, match="missing"):
-            fmt.kv_scales({k: t for k, t in tensors.items() if k != missing}, missing[:24])
-    meta = {key: t.to("meta") if isinstance(t, torch.Tensor) else t for key, t in options.items()}
-    assert shapes(fmt.kv_tensors(kv, "model.layers.0.self_attn", **meta)) == shapes(tensors)
-    spec, input, _ = cases(name)[-1]
-    schemes = ModelSchemes({"a": Scheme(spec, input)}, kv)
-    entries = {"a": fmt.layout(spec, (32, 64), model_dtype=BF16, input=input)}
-    assert fmt.schemes(json.loads(json.dumps(fmt.config(schemes))), entries) == schemes
-
-
-@pytest.mark.parametrize("name", ["autoawq", "gptq", "gptq-v2", "dense", "qserve"])
-def test_formats_without_kv_scales_refuse_them(name):
-    with pytest.raises(InputError, match="KV cache"):
-        get_format(name).kv_tensors(
-            KVSpec("fp8_e4m3"),
-            "a",
-            k_scale=torch.ones(1),
-            v_scale=torch.ones(1),
-            model_dtype=F16,
-        )
-    assert get_format(name).kv_scales({}, "a") is None
-
-
-def test_qserve_says_that_the_kv_cache_has_four_bits():
-    fmt, kv = get_format("qserve"), KVSpec("int4", "token_head")
-    schemes = ModelSchemes({"a": Scheme(progressive("offset"), TOKEN8)}, kv)
-    config = json.loads(json.dumps(fmt.config(schemes)))
-    layout = fmt.layout(progressive("offset"), (32, 64), model_dtype=F16)
-    assert fmt.schemes(config, {"a": layout}) == schemes
-    with pytest.raises(InputError, match="KV cache"):
-        fmt.config(ModelSchemes(schemes.linears, KVSpec("int8")))
-    for key, value in (
-        ("bits", 8),
-        ("zero", "none"),
-        ("group_scale_order", [0]),
-        ("group_size", 0),
-    ):
-        with pytest.raises(InputError, match=key):
-            fmt.schemes({**config, key: value}, {"a": layout})
 
 
 @pytest.mark.parametrize("input", [STATIC8, FP8_STATIC, LOCAL])
