@@ -7,12 +7,11 @@ large allocation. Seeds are fixed, so a failure repeats.
 from __future__ import annotations
 
 import json
-import math
 import random
 import resource
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,7 @@ import torch
 import yaml
 
 from compressor.cli import main as cli_main
-
-JUNK: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    3,
-    10**30,
-    -(2**63),
-    1.5,
-    math.inf,
-    math.nan,
-    "",
-    "x" * 5000,
-    "\x00",
-    "../../etc/passwd",
-    "ü" * 7,
-    [],
-    [[]],
-    [None, 1, "a"],
-    {},
-    {"a": {"b": [1]}},
-    {"": None},
-)
+from tests.fuzzing import assert_clear, changed, refused, spoiled
 
 
 @pytest.fixture
@@ -60,22 +36,6 @@ def compress(
         return int(left.value.code or 0), capsys.readouterr().err
 
     return run
-
-
-def assert_clear(code: int, errors: str, what: Any) -> None:
-    """One message for people: no traceback, no internal error, not empty, not endless."""
-    assert code == 2, (code, errors, what)
-    assert "error: " in errors and "internal error" not in errors, (errors, what)
-    assert "Traceback" not in errors, (errors, what)
-    assert len(errors) < 20_000, what
-
-
-def refused(results: list[tuple[int, str, Any]]) -> int:
-    """Every result is a success or one clear error; how many were refused."""
-    for code, errors, what in results:
-        if code != 0:
-            assert_clear(code, errors, what)
-    return sum(code != 0 for code, _, _ in results)
 
 
 @pytest.fixture(scope="module")
@@ -104,50 +64,6 @@ def base_recipe(model: Path, output: Path) -> dict[str, Any]:
         "max_shard_size": "1GB",
         "evaluate": {"data": "bundled", "windows": 2, "length": 32},
     }
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of every value inside nested data."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in items:
-        yield (*path, key)
-        if isinstance(inner, (dict, list)):
-            yield from places(inner, (*path, key))
-
-
-def changed(value: Any, rng: random.Random) -> Any:
-    """A deep copy of JSON data with one value replaced, dropped, renamed or wrapped."""
-    fresh = json.loads(json.dumps(value))
-    path = rng.choice(list(places(fresh)))
-    node = fresh
-    for key in path[:-1]:
-        node = node[key]
-    how = rng.randrange(6)
-    if how == 0:
-        del node[path[-1]]
-    elif how == 1 and isinstance(node, dict):
-        node[f"{path[-1]}x"] = node.pop(path[-1])
-    elif how == 2:
-        node[path[-1]] = [node[path[-1]]]
-    else:
-        node[path[-1]] = rng.choice(JUNK)
-    return fresh
-
-
-def spoiled(data: bytes, rng: random.Random) -> bytes:
-    """Bytes with a piece cut, doubled, overwritten or a few bits flipped."""
-    start, stop = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    how = rng.randrange(4)
-    if how == 0:
-        return data[:start] + data[stop:]
-    if how == 1:
-        return data[:stop] + data[start:]
-    if how == 2:
-        return data[:start] + rng.randbytes(min(stop - start, 64)) + data[stop:]
-    flipped = bytearray(data)
-    for _ in range(rng.randrange(1, 6)):
-        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
-    return bytes(flipped)
 
 
 def test_the_base_recipe_is_right(
