@@ -51,10 +51,10 @@ assert before and kernels() == before, (before, kernels())
 
 def test_nothing_is_started_for_a_cpu(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("llama")
-    recipe = make_recipe(
-        {"model": str(model), "output": str(tmp_path / "out"), "passes": [{"rtn": {}}]}
-    )
-    plan = make_plan(recipe, open_source(model), output=tmp_path / "out")
+    output = tmp_path / "out"
+    passes = [{"rtn": {"group_size": 32}}]
+    recipe = make_recipe({"model": str(model), "output": str(output), "passes": passes})
+    plan = make_plan(recipe, open_source(model), output=output)
     threads = threading.active_count()
     warm_up(plan, torch.device("cpu"))
     assert threading.active_count() == threads
