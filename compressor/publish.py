@@ -265,7 +265,8 @@ def _verdict(what: str, error: Exception) -> CompressError | None:
         return MachineError(f"the Hub refused {what}: {_first_line(error)}")
     if isinstance(error, errors.HFValidationError):
         return InputError(f"{what}: {_first_line(error)}", hint="a repository is user/name")
-    if isinstance(error, (OSError, ValueError)):
+    if isinstance(error, (OSError, ValueError, RuntimeError)):
+        # Xet's client, which is not Python, has no errors of its own but for these.
         return None
     if type(error).__module__.partition(".")[0] in NETWORK_PACKAGES:
         return None

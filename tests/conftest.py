@@ -68,3 +68,15 @@ def hub(hub_server: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         yield found
+
+
+@pytest.fixture()
+def xet_hub(hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The same with a Xet store, which its client uses wherever hf_xet is installed."""
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-cache"))
+    hub.xet = beside("xet_store").XetStore()
+    return hub

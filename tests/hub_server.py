@@ -1,7 +1,8 @@
 """A Hub on localhost for tests: it speaks the protocol of uploads and downloads with real bytes.
 
-Repositories, commits, LFS objects (in one piece, or in parts) and branches live in memory. What it
-is told to do wrong, it does: answer 5xx, drop a connection, store other bytes than it was sent.
+Repositories, commits, large objects (in one piece, in parts, or over Xet) and branches live in
+memory. What it is told to do wrong, it does: answer 5xx, drop a connection, store other bytes than
+it was sent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +80,7 @@ class Hub:
     requests: list[tuple[str, str, int]] = field(default_factory=list)
     multipart_above: int = 20_000
     trusting: bool = False
+    xet: Any = None
     url: str = ""
 
     def fail(self, method: str, path: str, kind: Any, times: int = 1) -> None:
@@ -128,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(kind, {"error": "injected"})
             return
         if kind == "corrupt":
-            body = bytes([body[0] ^ 1]) + body[1:]
+            body = body[:-1] + bytes([body[-1] ^ 1])
         self.lost = kind == "lost"
         for method, pattern, action in ROUTES:
             found = re.fullmatch(pattern, path)
@@ -251,7 +254,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, body: bytes, repo: str) -> None:
         objects = []
-        for asked in json.loads(body)["objects"]:
+        told = json.loads(body)
+        if self.hub.xet is not None and "xet" in told.get("transfers", ()):
+            self.answer(200, {"transfer": "xet", "objects": told["objects"]})
+            return
+        for asked in told["objects"]:
             oid, size = asked["oid"], asked["size"]
             entry = {"oid": oid, "size": size}
             if oid not in self.hub.objects:
@@ -269,6 +276,32 @@ class Handler(BaseHTTPRequestHandler):
             objects.append(entry)
         transfer = "multipart" if any("complete" in str(o) for o in objects) else "basic"
         self.answer(200, {"transfer": transfer, "objects": objects})
+
+    def xet_token(self, body: bytes, repo: str, revision: str) -> None:
+        """Where the store is. A Hub without one has no such route."""
+        if self.hub.xet is None:
+            self.answer(404, {"error": "no Xet here"})
+            return
+        until = int(time.time()) + 3600
+        self.answer(
+            200,
+            {"casUrl": self.hub.url, "exp": until, "accessToken": "store"},
+            X_Xet_Cas_Url=self.hub.url,
+            X_Xet_Access_Token="store",
+            X_Xet_Token_Expiration=str(until),
+        )
+
+    def xorb(self, body: bytes, name: str) -> None:
+        self.hub.xet.add(name, body)
+        self.answer(200, {"was_inserted": True})
+
+    def shard(self, body: bytes) -> None:
+        for oid, data in self.hub.xet.files(body).items():
+            if hashlib.sha256(data).hexdigest() != oid and not self.hub.trusting:
+                self.answer(400, {"error": "the content does not have this hash"})
+                return
+            self.hub.objects[oid] = data
+        self.answer(200, {"result": 1})
 
     def put(self, body: bytes, oid: str) -> None:
         self.hub.objects[oid] = body
@@ -383,6 +416,9 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>.+)", Handler.paths),
     ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?", Handler.tree),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.batch),
+    ("GET", rf"/api/models/{REPO}/xet-write-token/(?P<revision>.+)", Handler.xet_token),
+    ("POST", r"/v1/xorbs/default/(?P<name>[0-9a-f]{64})", Handler.xorb),
+    ("POST", r"/v1/shards", Handler.shard),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.put),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})/part/(?P<number>\d+)", Handler.part),
     ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/complete", Handler.complete),
