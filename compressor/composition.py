@@ -33,6 +33,7 @@ def composition_problems(
                     hint="add kv_cache after it, or give alpha a number",
                 )
             )
+        problems += _stale_cache(number, passes)
         if plan.step.params.transforms:
             problems += _shared_inputs(number, passes, layout, owners)
     problems += _shared_scales(passes, layout, schemes, owners)
@@ -58,6 +59,19 @@ def _searches(plan: PassPlan, schemes: Mapping[str, Scheme]) -> Iterator[Compres
             f"{plan.step.name} searches with the quantizer that follows it, but none quantizes "
             f"{_some(floats)}",
             hint="add one after it, such as rtn or gptq, or narrow its targets",
+        )
+
+
+def _stale_cache(number: int, passes: Sequence[PassPlan]) -> Iterator[CompressError]:
+    """Static scales of the cache are measured where kv_cache stands."""
+    plan = passes[number]
+    if plan.step.params.kv() is None or plan.step.params.needs_kv() is None:
+        return
+    later = [p.step.name for p in passes[number + 1 :] if p.step.params.changes_kv]
+    if later:
+        yield InputError(
+            f"{plan.step.name} measures keys and values, which {later[0]} changes after it",
+            hint=f"put {plan.step.name} after {later[-1]}",
         )
 
 

@@ -1,5 +1,5 @@
 """The passes of one unit, in order. Statistics are taken just before the first pass that reads
-them, and anew once a transform has changed what can be observed."""
+them, and anew once a pass has changed what can be observed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def apply_passes(
         rows.extend({"pass": step.step.name, **row} for row in result.rows)
         if result.unit is not current:
             changed = True
-            if params.transforms:
+            if params.rescales:
                 seen = None
         current = result.unit
     return current, rows

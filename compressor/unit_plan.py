@@ -129,8 +129,8 @@ def _observables(unit: UnitLayout, plans: Sequence[PassPlan]) -> tuple[Observabl
             else {}
         )
         kv = None if unit.attention is None else params.needs_kv()
-        # After a transform everything is observed anew, so it need not look ahead.
-        if found and not params.transforms:
+        # What changes what is seen need not look ahead: everything is observed anew after it.
+        if found and not params.rescales:
             later = found[-1].kv
             kv = kv | later if kv and later else kv or later
             sites = _merged(sites, found[-1].sites)

@@ -42,6 +42,7 @@ class Awq(Pass):
     """
 
     version: ClassVar[int] = 1
+    changes_kv: ClassVar[bool] = True
 
     bits: int | None = Field(
         None, ge=2, le=8, description="bits of one weight; null leaves rounding to a later pass"
@@ -73,6 +74,10 @@ class Awq(Pass):
             names = " and ".join(given)
             raise ValueError(f"{names} without bits; give them to the quantizer that comes later")
         return self
+
+    @property
+    def rescales(self) -> bool:
+        return True
 
     def scheme(self) -> Scheme | None:
         if self.bits is None:

@@ -147,6 +147,8 @@ class Pass(BaseModel):
     """Whether `apply` is run on units; a model pass may do without."""
     rotates_residual: ClassVar[bool] = False
     """Whether it changes the basis of the hidden states that flow from block to block."""
+    changes_kv: ClassVar[bool] = False
+    """Whether keys or values have other magnitudes after it."""
     only_format: ClassVar[str | None] = None
     """The one format that can hold what this pass makes, where there is but one."""
 
@@ -173,6 +175,12 @@ class Pass(BaseModel):
     def transforms(self) -> bool:
         """Whether it changes weights and leaves rounding them to a later pass."""
         return self.scheme() is None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether what can be observed of a block is another after it, so that passes after it are
+        shown it anew: after transforms, and after quantizers that rescale inputs first."""
+        return self.transforms
 
     def touches(self, unit: UnitLayout) -> bool:
         """Whether `apply` changes a unit even where it targets no linear of it."""

@@ -35,6 +35,7 @@ class Rotate(Pass):
 
     version: ClassVar[int] = 1
     rotates_residual: ClassVar[bool] = True
+    changes_kv: ClassVar[bool] = True
 
     seed: int | None = Field(
         None, ge=0, description="random signs from this seed; null for the plain Hadamard matrix"

@@ -33,6 +33,7 @@ class SmoothAttention(Pass):
     """Even out the channels of keys, for a KV cache of few bits; queries take the difference."""
 
     version: ClassVar[int] = 1
+    changes_kv: ClassVar[bool] = True
 
     targets: str | list[str] = Field(
         default=["attn.k"], description="key projections; the queries that read them change too"

@@ -76,6 +76,10 @@ class Smoothquant(Pass):
     def searches(self) -> bool:
         return self.alpha == "search" and self.bits is None
 
+    @property
+    def rescales(self) -> bool:
+        return True
+
     def scheme(self) -> Scheme | None:
         if self.bits is None:
             return None
