@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Rows cast to fp32 at a time where a product cannot take the input's own dtype.
 CAST_ROWS = 4096
+BAND = 192  # columns of a Gram matrix that a CPU adds to at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class SiteStats:
     @property
     def gram(self) -> Tensor:
         """Sum of x xᵀ, fp32 [channels, channels]; divide by `tokens` for the mean."""
-        return self._wanted(self._gram, "gram")
+        return _mirrored(self._wanted(self._gram, "gram"))
 
     @property
     def inputs(self) -> Tensor:
@@ -258,7 +259,21 @@ def _add_gram(gram: Tensor, x: Tensor) -> None:
             pass
     for start in range(0, x.shape[0], CAST_ROWS):
         rows = x[start : start + CAST_ROWS].float()
-        gram.addmm_(rows.T, rows)
+        if x.is_cuda:
+            gram.addmm_(rows.T, rows)
+            continue
+        # The other half mirrors this one: a third less time in all.
+        for first in range(0, gram.shape[0], BAND):
+            band = slice(first, first + BAND)
+            gram[band, first:].addmm_(rows[:, band].T, rows[:, first:])
+
+
+def _mirrored(gram: Tensor) -> Tensor:
+    """The Gram matrix itself, what `_add_gram` leaves out on a CPU filled in."""
+    for first in range(0, 0 if gram.is_cuda else gram.shape[0], BAND):
+        last = first + BAND
+        gram[last:, first:last] = gram[first:last, last:].T
+    return gram
 
 
 def _broadcast(inputs: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ def gram_error(delta: Tensor, gram: Tensor, *, columns: int = 0) -> Tensor:
     separates two candidates), the products are summed and multiplied with G in float32.
     """
     width = delta.shape[1]
-    step = columns or (2048 if delta.is_cuda else 192)
+    # Fewer columns at a time compute less twice; of many, too few keep a CPU's products small.
+    step = columns or (2048 if delta.is_cuda else max(96, width // 4))
     total = torch.zeros((), dtype=gram.dtype, device=delta.device)
     for start in range(0, width, step):
         stop = min(start + step, width)

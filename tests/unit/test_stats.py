@@ -19,7 +19,7 @@ def collect(pieces, *, needs=ALL, channels=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(5, 3), (2, 11, 33), (1, 5000, 17)])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 11, 33), (1, 5000, 17), (2, 40, 500)])
 def test_every_statistic_is_that_of_float64(shape, dtype):
     draw = torch.Generator().manual_seed(0)
     pieces = [torch.randn(shape, generator=draw).to(dtype) * scale for scale in (1, 3, 0.1)]
