@@ -30,8 +30,8 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.policy import BlockSelection
 
-PIECE_ELEMENTS = 2**25
-"""Scores of a piece of the queries that are in memory at a time."""
+PIECE_ELEMENTS = {"cuda": 2**25, "cpu": 2**23}
+"""Scores of a piece of the queries that are in memory at a time, a few times over."""
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -132,7 +132,8 @@ def in_pieces(
 ) -> Tensor:
     """`choose(part, tokens behind it)` over parts of the queries [rows, heads, Tq, head_dim]."""
     q_len = queries.shape[2]
-    size = max(1, PIECE_ELEMENTS // (queries.shape[0] * row_elements))
+    most = PIECE_ELEMENTS.get(queries.device.type, PIECE_ELEMENTS["cuda"])
+    size = max(1, most // (queries.shape[0] * row_elements))
     found = []
     for start in range(0, q_len, size):
         part = queries[:, :, start : start + size]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compressor.block_choice import PIECE_ELEMENTS
 from compressor.layout import UnitLayout
 from compressor.plan import Plan
 from compressor.unit_plan import UnitPlan
@@ -76,10 +77,13 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
 
 
 def _learning_bytes(plan: Plan, device: torch.device) -> int:
-    """The whole model, and its base where there is one, for passes that learn through its depth."""
+    """The whole model, and its base where there is one, for passes that learn through its depth; a
+    block for others."""
     passes = [p.step.params for p in plan.passes if p.step.params.holds_model]
     if not passes:
-        return 0
+        # A teacher's scores of some queries, in float32, four times over; one block beside them.
+        pieces = 16 * PIECE_ELEMENTS[device.type] if _learning_scores(plan) else 0
+        return pieces + max(_working_bytes(plan, u, device=device, batch=1) for u in plan.units)
     entries = plan.source.checkpoint.entries.values()
     count = sum(torch.Size(entry.spec.shape).numel() for entry in entries)
     size = plan.compute_dtype(device).itemsize
@@ -186,8 +190,11 @@ def _seconds(plan: Plan, device: torch.device) -> float:
         cores = os.cpu_count() or 1
         rate, score_rate = CPU_CORE_FLOPS * cores, CPU_CORE_SCORES * cores
     moved = (plan.source.checkpoint.nbytes + plan.output_bytes) / DISK_BYTES_PER_SECOND
-    learning = sum(
-        p.step.params.learning_scores(plan.layout, rows=wanted.samples, length=wanted.length)
-        for p in plan.passes
+    return 5.0 + max(flops / rate, moved) + _learning_scores(plan) / score_rate
+
+
+def _learning_scores(plan: Plan) -> float:
+    rows, length = plan.recipe.calibration.samples, plan.recipe.calibration.length
+    return sum(
+        p.step.params.learning_scores(plan.layout, rows=rows, length=length) for p in plan.passes
     )
-    return 5.0 + max(flops / rate, moved) + learning / score_rate

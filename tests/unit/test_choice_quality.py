@@ -7,7 +7,7 @@ import torch
 from compressor_kernels.block_windows import WindowRule
 
 from compressor.attention import AttentionCall
-from compressor.block_choice import choose_blocks, recent_blocks
+from compressor.block_choice import PIECE_ELEMENTS, choose_blocks, recent_blocks
 from compressor.choice_quality import RECENT, ChoiceMeter, LayerQuality, means
 from compressor.forecast_teacher import Teacher
 from compressor.policy import BlockSelection
@@ -71,7 +71,7 @@ def test_recall_and_mass_are_those_of_the_definition(per, monkeypatch):
         assert found.recall == pytest.approx(recall)
         assert found.mass == pytest.approx(mass, rel=1e-5)
     pieces = ChoiceMeter(TEACHER)
-    monkeypatch.setattr("compressor.block_choice.PIECE_ELEMENTS", 3000)
+    monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 3000)
     pieces.add(0, seen, chosen)
     for one, other in zip(pieces.qualities(), meter.qualities(), strict=True):
         assert one.recall == pytest.approx(other.recall)
