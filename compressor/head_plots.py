@@ -40,7 +40,7 @@ def curves(
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 20 else None)
     axes.set(xlabel=x, ylabel=y, title=title)
-    if log:
+    if log and all(any(value > 0 for _, value in points) for points in lines.values()):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()

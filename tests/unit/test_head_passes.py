@@ -207,6 +207,59 @@ def test_training_resumes_to_the_same_gates(
     assert not torch.equal(whole.values[name], torch.ones(2, 2)), "nothing was learned"
 
 
+def test_training_that_died_goes_on_from_its_last_saved_step(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any step, also one after which nothing was saved."""
+    monkeypatch.setattr("compressor.gate_training.SAVE_EVERY", 2)
+    model: Any = frozen(tiny_model("llama"))
+    (tmp_path / "whole").mkdir()
+    whole = duo(regularizer="hoyer2").learn(model, context(random_ids(), tmp_path / "whole"))
+
+    class Died(BaseException):
+        pass
+
+    for last in (1, 2, 5):
+        scratch = tmp_path / str(last)
+        scratch.mkdir()
+        steps: list[int] = []
+
+        def progress(name: str, step: int, total: int, last: int = last) -> None:
+            steps.append(step)  # noqa: B023
+            if step == last and steps.count(last) == 1:  # noqa: B023
+                raise Died
+
+        for _ in range(2):
+            try:
+                again = duo(regularizer="hoyer2").learn(
+                    model, context(random_ids(), scratch, progress=progress)
+                )
+            except Died:
+                continue
+        # The first step that is done twice is the one after the last that was saved.
+        assert steps == [*range(1, last + 1), *range(last // 2 * 2 + 1, 7)]
+        assert torch.equal(again.values["duo_attention.gates"], whole.values["duo_attention.gates"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gates_of_a_model_in_bf16(
+    device: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Gates and losses stay float32, and go where those of the float32 model go."""
+    found = []
+    for number, (place, dtype) in enumerate((("cpu", torch.float32), (device, torch.bfloat16))):
+        model: Any = SourceModel(
+            open_source(tiny_model("llama")), device=torch.device(place), dtype=dtype
+        )
+        (tmp_path / str(number)).mkdir()
+        given = duo(lr=0.05, reg_weight=0.0, num_steps=8)
+        learned = given.learn(model, context(random_ids(), tmp_path / str(number)))
+        found.append(learned.values["duo_attention.gates"])
+    exact, half = found
+    assert half.dtype == torch.float32 and half.device.type == "cpu"
+    torch.testing.assert_close(half, exact, atol=0.03, rtol=0)
+
+
 @pytest.mark.parametrize("options", [{"regularizer": "hoyer2", "share": None}, {"share": 0.5}])
 def test_what_is_learned_is_a_policy(
     options: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
