@@ -27,7 +27,7 @@ from compressor.policy import BlockSelection
 
 RECORD_NAME = "forecast_recall.json"
 FORECAST = "forecast"
-TOLERANCE, QUANTIZED_TOLERANCE = (0.02, 0.06), (0.1, 0.2)
+TOLERANCE, QUANTIZED_TOLERANCE = (0.02, 0.04), (0.1, 0.2)
 """How far recall may be from the recorded one, the mean over layers and that of each: with the
 weights that it was measured with, only rounding differs; later passes that quantize them change
 what attention sees."""
@@ -151,14 +151,15 @@ def check_record(model: FrozenModel, record: ChoiceRecord, *, quantized: bool) -
     if now.keys() != then.keys():
         return [f"{len(now)} layers choose by a forecast, {len(then)} are recorded"]
     what = "recall of the teacher's blocks"
-    mean_now, mean_then = (sum(x.values()) / max(1, len(x)) for x in (now, then))
-    if not abs(mean_now - mean_then) <= of_mean:
-        return [f"{what} is {mean_now:.4f}, recorded were {mean_then:.4f}"]
-    return [
+    off = [layer for layer in now if not abs(now[layer] - then[layer]) <= of_layer]
+    problems = [
         f"{what} in layer {layer} is {now[layer]:.4f}, recorded were {then[layer]:.4f}"
-        for layer in now
-        if not abs(now[layer] - then[layer]) <= of_layer
+        for layer in off[:3]
     ]
+    mean_now, mean_then = (sum(x.values()) / max(1, len(x)) for x in (now, then))
+    if len(off) > 3 or not (off or abs(mean_now - mean_then) <= of_mean):
+        problems.append(f"{what} is {mean_now:.4f}, recorded were {mean_then:.4f}")
+    return problems
 
 
 def _recalls(qualities: Sequence[LayerQuality]) -> dict[int, float]:

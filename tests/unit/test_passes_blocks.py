@@ -143,7 +143,7 @@ def test_a_forecast_of_one_layer_in_disorder_is_found(
     save_file(tensors, shard, metadata={"format": "pt"})
     found = check_record(_model(open_source(tmp_path)), record, quantized=False)
     assert len(found) == 1
-    assert "recall" in found[0]
+    assert f"in layer {int(damaged == 'q_future_proj')} is" in found[0]
 
 
 def test_a_layer_that_makes_up_for_another_is_found(trained: Path) -> None:
