@@ -20,13 +20,15 @@ from compressor.compare_weights import COMPARABLE, MISFIT, layer_errors
 from compressor.errors import InputError
 from compressor.heap import give_back
 from compressor.independent import DecodedWeight, decode_linear
-from compressor.kernel_checks import check_kernel, interpreter_runs, kernel_for
+from compressor.kernel_cache import cache_kernel, check_cache
+from compressor.kernel_checks import KernelResult, check_kernel, interpreter_runs, kernel_for
 from compressor.kernel_layer import Layer
 from compressor.layout import Linear, UnitLayout
 from compressor.manifest import MANIFEST_NAME, Manifest
 from compressor.passes.base import Unit
 from compressor.safetensors_file import tensor_bytes
 from compressor.source import Source
+from compressor.unit_plan import attention_path
 from compressor.verify_report import Findings, LayerVerdict
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +51,7 @@ class UnitChecks:
     errors: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     without_kernel: int = 0
+    caches: list[KernelResult | None] = field(default_factory=list)
     misfits: dict[str, float] = field(default_factory=dict)
 
     def run(self, progress: Progress | None) -> None:
@@ -74,6 +77,7 @@ class UnitChecks:
         packed = [x for x in unit.linears if self.source.schemes.linears[x.name].weight is not None]
         for linear, decoded in self._decode(packed, raw):
             self._layer(linear, decoded, raw)
+        self._cache(unit, raw)
         if self.original is not None:
             self._compare(place, unit, self.source.assemble(unit, raw))
 
@@ -139,6 +143,21 @@ class UnitChecks:
             kernel_error=result.error,
         )
 
+    def _cache(self, unit: UnitLayout, raw: dict[str, Tensor]) -> None:
+        """One decoding step over the block's quantized cache."""
+        kv = self.source.schemes.kv
+        if kv is None or unit.attention is None:
+            return
+        if cache_kernel(unit.attention, kv) is None:
+            self.caches.append(None)
+            return
+        path = attention_path(unit)
+        scales = self.source.format.kv_scales(raw, path)
+        found = check_cache(path, unit.attention, kv, scales, device=self.device, seed=self.seed)
+        self.caches.append(found)
+        if found.problem:
+            self.kernels.append(f"{path}: {found.problem}")
+
     def _compare(self, place: int, unit: UnitLayout, written: Unit) -> None:
         assert self.original is not None
         before = self.original.read_unit(self.original.layout.units[place]).dequantized()
@@ -193,7 +212,14 @@ class UnitChecks:
             parts.append(f"{len(ran)} whole layers through the plain reference")
         if self.without_kernel:
             parts.append(f"{self.without_kernel} layers have no kernel here: decoded only")
-        if ran:
+        if any(self.caches):
+            names = ", ".join(sorted({cache.kernel for cache in self.caches if cache}))
+            count = sum(cache is not None for cache in self.caches)
+            parts.append(f"a decoding step over the cache of each of {count} blocks by {names}")
+            worst = max([worst, *(cache.error for cache in self.caches if cache)])
+        if missing := sum(cache is None for cache in self.caches):
+            parts.append(f"{missing} caches have heads of a size that no kernel here takes")
+        if ran or any(self.caches):
             parts.append(f"largest relative error {worst:.2g}")
         return "; ".join(parts) or "no packed layers"
 

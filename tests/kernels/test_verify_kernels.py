@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compressor_kernels import quantized_cache
 
+from compressor.errors import InputError
 from compressor.formats.base import format_names, get_format
 from compressor.formats.compressed_tensors import FORMAT as COMPRESSED_TENSORS
 from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
 from compressor.formats.qserve import FORMAT as QSERVE
+from compressor.kernel_cache import cache_kernel, check_cache
 from compressor.kernel_checks import check_kernel, kernel_for
 from compressor.kernel_layer import Layer
+from compressor.layout import AttentionShape
 from compressor.numerics.fp8 import quantize_fp8
 from compressor.numerics.int_affine import quantize_int
 from compressor.numerics.nvfp4 import quantize_nvfp4
@@ -23,7 +27,7 @@ from compressor.passes.progressive import Progressive
 from compressor.passes.rtn import Rtn
 from compressor.passes.smoothquant import Smoothquant
 from compressor.qtensor import NVFP4, QuantSpec
-from compressor.scheme import ActivationSpec, Scheme
+from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (192, 384)
@@ -148,6 +152,43 @@ def test_the_kernel_of_each_scheme_agrees_with_float64(name):
     other[:, ::7] *= 1.02  # what another reader would have to see for the product to be wrong
     found = check_kernel(check, replace(made, weight=other), device=DEVICE, seed=0)
     assert "gives" in found.problem
+
+
+CACHES = {
+    "fp8": (KVSpec("fp8_e4m3"), 1),
+    "fp8 by head": (KVSpec("fp8_e4m3", "head"), 2),
+    "int8": (KVSpec("int8"), 1),
+    "int8 by head": (KVSpec("int8", "head"), 2),
+    "int4": (KVSpec("int4", "token_head"), 0),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("heads, head_dim", [(6, 16), (2, 80)])
+def test_a_step_over_the_cache_agrees_with_float64(name, heads, head_dim, monkeypatch):
+    kv, count = CACHES[name]
+    shape = AttentionShape(heads=heads, kv_heads=2, head_dim=head_dim)
+    scales = (torch.linspace(0.01, 0.3, count), torch.linspace(0.2, 0.02, count)) if count else None
+    kernel = cache_kernel(shape, kv)
+    options = {"device": DEVICE, "seed": 3}
+    found = check_cache("a", shape, kv, scales, **options)
+    assert found.kernel == kernel and found.triton and not found.problem
+    assert 0 < found.error < 5e-3
+    attend = getattr(quantized_cache, kernel)
+
+    def wrong(q, k, v, **given):
+        by = "v_params" if kv.element == "int4" else "v_scale"
+        return attend(q, k, v, **{**given, by: given[by] * 1.1})
+
+    monkeypatch.setattr(quantized_cache, kernel, wrong)
+    assert "attends otherwise" in check_cache("a", shape, kv, scales, **options).problem
+
+
+def test_a_cache_without_scales_or_kernel():
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=24)
+    assert cache_kernel(shape, KVSpec("int8")) is None
+    with pytest.raises(InputError, match="no scales"):
+        check_cache("a", replace(shape, head_dim=16), KVSpec("int8"), None, device=DEVICE, seed=0)
 
 
 @pytest.mark.parametrize(
