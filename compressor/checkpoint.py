@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.errors import InputError, Problems
+from compressor.errors import CompressError, InputError, Problems
 from compressor.safetensors_file import Entry, read_header, read_tensor, tensor_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,11 +24,15 @@ READ_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: nothing but headers has been read, and no file is kept open."""
+    """An opened checkpoint: nothing but headers has been read, and no file is kept open.
+
+    problems  what is wrong with its files, where it was opened to be planned with nevertheless
+    """
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
+    problems: tuple[CompressError, ...] = field(default=(), kw_only=True)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -92,9 +97,11 @@ def load_json(path: Path, *, what: str) -> dict[str, Any]:
     return value
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
     """Open a checkpoint folder: config.json, the index (if any) and every shard's header.
 
+    to_plan  a tensor that a shard lacks, or whose shard is missing, is taken to be like that of
+             another layer, and what is wrong is left to the plan, which lists it with all else
     Raises InputError, or Problems with all that is wrong: a missing or damaged shard, an index
     that points outside the folder or names a tensor its shard does not have.
     """
@@ -105,14 +112,44 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has no config.json", hint="name the folder of a Hugging Face checkpoint"
         )
     config = load_json(folder / "config.json", what="config")
-    return Checkpoint(folder=folder, config=config, entries=read_entries(folder))
+    index = folder / INDEX_NAME
+    if not (to_plan and index.is_file()):
+        return Checkpoint(folder=folder, config=config, entries=read_entries(folder))
+    named = load_json(index, what="index")
+    entries, problems = _indexed_entries(folder, named)
+    for name in named["weight_map"]:
+        if name not in entries and (like := _like(name, entries)) is not None:
+            entries[name] = like
+    if problems and len(entries) < len(named["weight_map"]):
+        raise Problems(problems)
+    return Checkpoint(folder=folder, config=config, entries=entries, problems=tuple(problems))
+
+
+def _like(name: str, entries: Mapping[str, Entry]) -> Entry | None:
+    """An entry of the shape that a tensor should have: another layer's, the embedding's for the
+    head and the other way round, the widest norm's for the last norm."""
+
+    def any_layer(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".*.", name)
+
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    for other, entry in entries.items():
+        if any_layer(other) == any_layer(name) or (name.endswith(ends) and other.endswith(ends)):
+            return entry
+    if "norm" not in name:
+        return None
+    norms = [entry for other, entry in entries.items() if "norm" in other]
+    return max(norms, key=lambda entry: entry.spec.shape, default=None)
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Header entries of every tensor of a folder's checkpoint."""
     index = folder / INDEX_NAME
     if index.is_file():
-        return _indexed_entries(folder, load_json(index, what="index"))
+        entries, problems = _indexed_entries(folder, load_json(index, what="index"))
+        if problems:
+            raise Problems(problems)
+        return entries
     if (folder / SINGLE_NAME).is_file():
         return read_header(folder / SINGLE_NAME)
     pickles = sorted(
@@ -133,7 +170,10 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     raise InputError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}")
 
 
-def _indexed_entries(folder: Path, index: Mapping[str, Any]) -> dict[str, Entry]:
+def _indexed_entries(
+    folder: Path, index: Mapping[str, Any]
+) -> tuple[dict[str, Entry], list[CompressError]]:
+    """Entries of the tensors that are there, and what is wrong with the shards."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{INDEX_NAME} has no weight_map")
@@ -144,7 +184,7 @@ def _indexed_entries(folder: Path, index: Mapping[str, Any]) -> dict[str, Entry]
                 f"{INDEX_NAME} sends {name!r} to {file!r}, which is not a .safetensors file in the "
                 "same folder"
             )
-    problems: list[Any] = []
+    problems: list[CompressError] = []
     headers: dict[str, dict[str, Entry]] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
@@ -171,6 +211,4 @@ def _indexed_entries(folder: Path, index: Mapping[str, Any]) -> dict[str, Entry]
         problems.append(
             InputError(f"{len(stray)} tensors are not in {INDEX_NAME}, first {stray[0]!r}")
         )
-    if problems:
-        raise Problems(problems)
-    return entries
+    return entries, problems

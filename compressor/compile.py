@@ -95,7 +95,7 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
 
     Raises InputError or Problems with all that is wrong, before any weight is read.
     """
-    located = locate(recipe.model, fetch=True)
+    located = locate(recipe.model, fetch=True, to_plan=True)
     plan = _plan(recipe, located.source)
     warm_up(plan, device)
     calibration = evaluation = None

@@ -24,14 +24,13 @@ from compressor.layout import Linear, UnitLayout
 from compressor.locate import Located
 from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.passes.base import Unit
-from compressor.plan import check_room
 from compressor.qtensor import QTensor
 from compressor.relayout import RoundingReport, as_symmetric, compare, relayout
 from compressor.scheme import KVSpec, Scheme
 from compressor.shards import ShardWriter, plan_shards
 from compressor.source import Source
 from compressor.unit_plan import attention_path, module_groups
-from compressor.workspace import claim, owned, require_same
+from compressor.workspace import claim, lacking_room, owned, require_same
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,7 +97,9 @@ def convert(
     outputs = [job.outputs(unit) for unit in units]
     groups = [group for tensors in outputs for group in module_groups(tensors)]
     shards = plan_shards(groups, max_bytes=max_shard_size)
-    check_room(output, sum(shard.size for shard in shards.shards))
+    room = lacking_room(output, sum(shard.size for shard in shards.shards))
+    if room is not None:
+        raise room
     config = job.config()
     about = _about(located, target, allow_rounding=allow_rounding, max_shard_size=max_shard_size)
     result = Converted(

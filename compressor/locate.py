@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint import Checkpoint, load_json, open_checkpoint
-from compressor.errors import InputError, MachineError
+from compressor.errors import InputError, MachineError, Problems
 from compressor.formats.base import TensorShape
 from compressor.gguf_source import convert_gguf
 from compressor.safetensors_file import DTYPES, Entry
@@ -63,14 +63,22 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "compressor"
 
 
-def locate(model: str, *, fetch: bool) -> Located:
+def locate(model: str, *, fetch: bool, to_plan: bool = False) -> Located:
     """Find a model; with `fetch`, a Hub repository's weights are downloaded too.
 
+    to_plan  leaves what is wrong with a folder's shards to the plan, as `open_checkpoint` does
     Raises InputError for what is not there or may not be read, MachineError for a failing network.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return Located(as_source(open_checkpoint(path)), {"name": path.resolve().name})
+        checkpoint = open_checkpoint(path, to_plan=to_plan)
+        try:
+            found = as_source(checkpoint)
+        except InputError as error:
+            if not checkpoint.problems:
+                raise
+            raise Problems([*checkpoint.problems, error]) from error
+        return Located(found, {"name": path.resolve().name})
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(

@@ -6,7 +6,6 @@ weight is read.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from compressor.delta_plan import DeltaPlan, plan_delta
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.layout import Linear, ModelLayout
+from compressor.manifest import MANIFEST_NAME
 from compressor.passes.base import ModelPass
 from compressor.policy import combine
 from compressor.recipe import Recipe, Step, nearest
@@ -28,6 +28,7 @@ from compressor.scheme import KVSpec, Scheme
 from compressor.shards import ShardLayout, plan_shards
 from compressor.source import Source
 from compressor.unit_plan import DTYPES, PassPlan, UnitPlan, module_groups, plan_unit
+from compressor.workspace import lacking_room, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def make_plan(
     base  what a pass names as its base, where it has been read; else its headers are looked at
     Raises Problems with everything that is wrong.
     """
-    problems: list[CompressError] = []
+    problems: list[CompressError] = [*source.checkpoint.problems]
     notes: list[str] = []
     fmt = _format(recipe, problems)
     dtype = fmt.model_dtype(
@@ -127,8 +128,11 @@ def make_plan(
     delta = plan_delta(recipe, source, passes, dtype, base, problems, notes)
     problems += check_recipe(recipe, source)
     scratch = _outlooks(passes, source, recipe, problems, notes)
+    if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
+        problems.append(refused)
     if problems:
-        raise Problems(problems)
+        room = lacking_room(output, _least_bytes(source, schemes)) if output is not None else None
+        raise Problems([*problems, room] if room is not None else problems)
     model = ModelSchemes(linears=schemes, kv=kv)
     units = tuple(
         plan_unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
@@ -154,7 +158,9 @@ def make_plan(
     except CompressError as error:
         raise Problems([error]) from error
     if output is not None:
-        check_room(output, plan.output_bytes, scratch=scratch)
+        room = lacking_room(output, plan.output_bytes, scratch=scratch)
+        if room is not None:
+            raise room
     return plan
 
 
@@ -357,25 +363,14 @@ def _kv(passes: Sequence[PassPlan], problems: list[CompressError]) -> KVSpec | N
     return found[0][1] if found else None
 
 
-def check_room(output: Path, needed: int, *, scratch: int = 0) -> None:
-    """Raises InputError where a checkpoint of `needed` bytes does not fit beside `output`, or what
-    a pass keeps while it learns, which is gone before the checkpoint is written."""
-    folder = output
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed * 1.02 > free:
-        raise InputError(
-            f"the checkpoint takes {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB left",
-            hint="free some space, or write elsewhere with --output",
-        )
-    if scratch * 1.02 > free:
-        raise InputError(
-            f"learning keeps {scratch / 1e9:.2f} GB of activations; {folder} has "
-            f"{free / 1e9:.2f} GB left",
-            hint="fewer or shorter rows (calibration.samples, calibration.length), or another "
-            "disk with --output",
-        )
+def _least_bytes(source: Source, schemes: Mapping[str, Scheme]) -> int:
+    """Bytes of codes and of all that stays as it is, without scales: at least what is written."""
+    total = 0
+    for name, entry in source.checkpoint.entries.items():
+        scheme = schemes.get(name.removesuffix(".weight"), Scheme())
+        count = torch.Size(entry.spec.shape).numel()
+        total += entry.spec.nbytes if scheme.weight is None else count * scheme.weight.bits // 8
+    return total
 
 
 def _some(names: Sequence[str]) -> str:

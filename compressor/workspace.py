@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,52 @@ WORK_NAME = ".compress-work"
 JOB_NAME = "job.json"
 
 
+def refusal(output: Path, *, manifest: str) -> InputError | None:
+    """Why a run may not write into a folder: it is a file, or holds what no run of ours wrote."""
+    if output.exists() and not output.is_dir():
+        return InputError(f"{output} is a file", hint="name a folder with --output")
+    try:
+        names = {path.name for path in output.iterdir()} if output.exists() else set()
+    except OSError as error:
+        return InputError(f"cannot read {output}: {error.strerror or error}")
+    if names and WORK_NAME not in names and manifest not in names:
+        return InputError(
+            f"{output} is not empty and holds no run of this program ({min(names)} is there)",
+            hint="name a new folder with --output; nothing is ever overwritten",
+        )
+    return None
+
+
+def lacking_room(output: Path, needed: int, *, scratch: int = 0) -> InputError | None:
+    """An error where a checkpoint of `needed` bytes does not fit beside `output`, or what a pass
+    keeps while it learns, which is gone before the checkpoint is written."""
+    folder = output
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed * 1.02 > free:
+        return InputError(
+            f"the checkpoint takes {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB left",
+            hint="free some space, or write elsewhere with --output",
+        )
+    if scratch * 1.02 > free:
+        return InputError(
+            f"learning keeps {scratch / 1e9:.2f} GB of activations; {folder} has "
+            f"{free / 1e9:.2f} GB left",
+            hint="fewer or shorter rows (calibration.samples, calibration.length), or another "
+            "disk with --output",
+        )
+    return None
+
+
 @contextmanager
 def owned(output: Path, *, manifest: str) -> Iterator[Path]:
     """The work folder of `output`, locked against a second run for the length of a `with`.
 
     Raises InputError where the folder holds something that no run of ours wrote.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file", hint="name a folder with --output")
+    if (refused := refusal(output, manifest=manifest)) is not None:
+        raise refused
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -40,12 +79,8 @@ def owned(output: Path, *, manifest: str) -> Iterator[Path]:
             raise InputError(
                 f"another run is writing into {output}", hint="wait for it, or write elsewhere"
             ) from None
-        names = {path.name for path in output.iterdir()}
-        if names and WORK_NAME not in names and manifest not in names:
-            raise InputError(
-                f"{output} is not empty and holds no run of this program ({min(names)} is there)",
-                hint="name a new folder with --output; nothing is ever overwritten",
-            )
+        if (refused := refusal(output, manifest=manifest)) is not None:
+            raise refused
         yield output / WORK_NAME
     finally:
         os.close(handle)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import InputError, Problems
@@ -154,6 +155,39 @@ def test_everything_wrong_is_listed_at_once(
     assert "different schemes" in text
     assert "shares its weight" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_files_folder_and_disk_are_listed_with_what_the_recipe_gets_wrong(
+    tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.build("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    second = {
+        n for n in tensors if ".layers.1." in n or n in ("model.norm.weight", "lm_head.weight")
+    }
+    files = {name: f"model-0000{1 + (name in second)}-of-00002.safetensors" for name in tensors}
+    (model / "model.safetensors").unlink()
+    save_file(
+        {n: t for n, t in tensors.items() if n not in second}, model / files["lm_head.weight"]
+    )
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs.txt").write_text("theirs")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Problems) as caught:
+        run(model, tmp_path / "out", [{"rtn": {"targets": ["attn.o", "mpl.up"], "group_size": 7}}])
+    text = str(caught.value)
+    for said in (
+        "model-00002-of-00002.safetensors is missing",
+        "does not divide",
+        "'mpl.up' matches no",
+        "theirs.txt",
+        "GB left",
+    ):
+        assert said in text, (said, text)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_untied_head_is_written_and_quantized(

@@ -137,7 +137,7 @@ def test_a_full_disk_is_seen_beforehand(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr("compressor.plan.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("compressor.workspace.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match=r"has 0\.00 GB left"):
         prepared(tiny_model("llama"), tmp_path / "out", RTN)
 

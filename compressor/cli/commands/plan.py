@@ -62,7 +62,7 @@ def command(
     loaded = load_recipe(
         recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
     )
-    located = locate(loaded.model, fetch=False)
+    located = locate(loaded.model, fetch=False, to_plan=True)
     plan = make_plan(loaded, located.source, output=Path(loaded.output).expanduser())
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
