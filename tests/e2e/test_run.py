@@ -168,7 +168,8 @@ def test_files_folder_and_disk_are_listed_with_what_the_recipe_gets_wrong(
     files = {name: f"model-0000{1 + (name in second)}-of-00002.safetensors" for name in tensors}
     (model / "model.safetensors").unlink()
     save_file(
-        {n: t for n, t in tensors.items() if n not in second}, model / files["lm_head.weight"]
+        {n: t for n, t in tensors.items() if n not in second},
+        model / "model-00001-of-00002.safetensors",
     )
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (tmp_path / "out").mkdir()
