@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor_kernels.block_selection import positions, pow2
+from compressor_kernels.block_selection import positions
+from compressor_kernels.launch import LOG2_E, dense, pow2, ranges
 
-LOG2_E = 1.4426950408889634
 TILE_TOKENS = 64
 """Most tokens of a tile of a prompt: each has a bit of an int64."""
 
@@ -56,7 +56,7 @@ def block_attention(
     from compressor_kernels import block_attention_jit as jit
     from compressor_kernels.head_attention_jit import combine_kernel
 
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (dense(x) for x in (q, k, v))
     blocks = blocks.contiguous()
     places = blocks if slots is None else slots.contiguous()
     tokens = k.shape[2] if tokens is None else tokens
@@ -254,13 +254,10 @@ def block_mask(
 
 
 def _splits(blocks: Tensor, block_size: int, tiles: BlockTiles) -> int:
-    """Ranges that the blocks of one set are cut into: enough programs to fill the device."""
+    """Ranges that the blocks of one set are cut into."""
     batch, sets, _, chosen = blocks.shape
-    processors = 4
-    if blocks.is_cuda:
-        processors = torch.cuda.get_device_properties(blocks.device).multi_processor_count
-    most = max(1, chosen * block_size // (2 * tiles.block_n))
-    return max(1, min(processors * tiles.programs_per_sm // max(1, batch * sets), most, 128))
+    most = chosen * block_size // (2 * tiles.block_n)
+    return ranges(blocks, lanes=batch * sets, most=most, programs_per_sm=tiles.programs_per_sm)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, places: Tensor) -> None:

@@ -13,7 +13,7 @@ host k and v [lanes, T, D], cached k and v [lanes, slots * block_size, D], all d
 import torch
 from torch import Tensor
 
-from compressor_kernels.block_selection import pow2
+from compressor_kernels.launch import pow2
 
 
 def place_blocks(wanted: Tensor, held: Tensor, missing: Tensor, count: Tensor) -> Tensor:

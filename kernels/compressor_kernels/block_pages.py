@@ -13,7 +13,7 @@ Layouts: k [B, G, T, D], bounds [B, G, pages, D], q [B, H, 1, D], scores fp32 [B
 import torch
 from torch import Tensor
 
-from compressor_kernels.block_selection import pow2
+from compressor_kernels.launch import dense, pow2
 
 
 def page_bounds(
@@ -25,7 +25,7 @@ def page_bounds(
     """
     from compressor_kernels import block_pages_jit as jit
 
-    k = k if k.stride(-1) == 1 else k.contiguous()
+    k = dense(k)
     batch, groups, tokens, dim = k.shape
     pages = -(-tokens // page_size)
     low, high = (
@@ -71,7 +71,7 @@ def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False
     """
     from compressor_kernels import block_pages_jit as jit
 
-    q, low, high = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, low, high))
+    q, low, high = (dense(x) for x in (q, low, high))
     _check(q, low, high)
     if q.shape[2] != 1:
         raise ValueError(f"pages are scored for one query a row, not {q.shape[2]}")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.launch import pow2
+
 
 @dataclass(frozen=True, slots=True)
 class BlockRule:
@@ -125,8 +127,3 @@ def positions(
     length = lengths.to(queries.device, torch.int64)[:, None, None, None]
     token = torch.arange(q_len, device=queries.device)[:, None]
     return length, length - behind - q_len + token
-
-
-def pow2(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 1."""
-    return 1 << max(0, n - 1).bit_length()

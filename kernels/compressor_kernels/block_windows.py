@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor_kernels.block_selection import BlockRule, positions, pow2, top_blocks
+from compressor_kernels.block_selection import BlockRule, positions, top_blocks
+from compressor_kernels.launch import LOG2_E, dense, pow2
 
 # Intermediate values of one prefill piece: more would only take memory.
 PIECE_BYTES = 1 << 28
 PIECE_TOKENS = 64  # pieces are whole multiples of this
-LOG2_E = 1.4426950408889634
 LOGIT_TILE = 128
 
 
@@ -60,7 +60,7 @@ def compress_keys(k: Tensor, windows: WindowRule) -> Tensor:
     """Mean of each full window of keys: [B, G, T, D] to [B, G, windows, D] in k's dtype."""
     from compressor_kernels import block_windows_jit as jit
 
-    k = k if k.stride(-1) == 1 else k.contiguous()
+    k = dense(k)
     batch, groups, tokens, dim = k.shape
     n = windows.windows(tokens)
     out = torch.empty((batch, groups, n, dim), dtype=k.dtype, device=k.device)
@@ -105,7 +105,7 @@ def forecast_scores(
     """
     from compressor_kernels import block_windows_jit as jit
 
-    forecast, compressed = _dense(forecast), _dense(compressed)
+    forecast, compressed = dense(forecast), dense(compressed)
     _check(forecast, compressed, windows, tokens=tokens)
     batch, groups, q_len, dim = forecast.shape
     if groups != compressed.shape[1]:
@@ -177,7 +177,7 @@ def attention_scores(
     """
     from compressor_kernels import block_windows_jit as jit
 
-    q, compressed = _dense(q), _dense(compressed)
+    q, compressed = dense(q), dense(compressed)
     _check(q, compressed, windows, tokens=tokens)
     batch, heads, q_len, dim = q.shape
     groups, blocks, n = compressed.shape[1], rule.blocks(tokens), windows.windows(tokens)
@@ -328,10 +328,6 @@ def _in_pieces(choose, queries: Tensor, row_bytes: int) -> Tensor:
         part = queries[:, :, start : start + piece]
         chosen.append(choose(part, q_len - start - part.shape[2]))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(queries: Tensor, compressed: Tensor, windows: WindowRule, *, tokens: int) -> None:

@@ -10,13 +10,12 @@ Layouts: q [B, H, Tq, D], k and v [B, G, Tk, D] with H a multiple of G; query he
 h // (H // G). fp16 or bf16 on a device; any strides with a dense last dimension.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
+from compressor_kernels.launch import LOG2_E, dense, pow2, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def head_prefill(
     if q_len > k_len:
         raise ValueError(f"{q_len} queries cannot end at key {k_len}: causal needs Tq <= Tk")
     tiles = tiles or PrefillTiles()
-    block_d = _pow2(dim)
+    block_d = pow2(dim)
     q, k, v = _copyable(q), _copyable(k), _copyable(v)
     out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
@@ -100,7 +99,7 @@ def head_prefill(
         window,
         _scale(scale, dim) * LOG2_E,
         HEADS=groups,
-        HEADS_POW2=_pow2(groups),
+        HEADS_POW2=pow2(groups),
         GROUP=heads // groups,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -231,10 +230,7 @@ def _decode(
         _check(q, k, v, groups=caches[0].shape[1] + caches[2].shape[1])
     if q.shape[2] != 1:
         raise ValueError(f"decoding takes one query a row, not {q.shape[2]}")
-    full_k, full_v, stream_k, stream_v = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in caches
-    )
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q, full_k, full_v, stream_k, stream_v = (dense(x) for x in (q, *caches))
     batch, heads, _, dim = q.shape
     full_rows, stream_rows = full_k.shape[1], stream_k.shape[1]
     group = heads // (full_rows + stream_rows)
@@ -242,7 +238,7 @@ def _decode(
     out = torch.empty((batch, heads, 1, dim), dtype=q.dtype, device=q.device)
     part = torch.empty((batch, heads, splits, dim + 1), dtype=torch.float32, device=q.device)
     part, lse = part.view(-1)[: -batch * heads * splits], part.view(-1)[-batch * heads * splits :]
-    block_d = _pow2(dim)
+    block_d = pow2(dim)
     jit.decode_kernel[(batch * (full_rows * splits + stream_rows),)](
         q,
         full_k,
@@ -268,7 +264,7 @@ def _decode(
         D=dim,
         GROUP=group,
         SPLITS=splits,
-        BLOCK_G=max(16, _pow2(group)),
+        BLOCK_G=max(16, pow2(group)),
         BLOCK_N=tiles.block_n,
         BLOCK_D=block_d,
         num_warps=tiles.num_warps,
@@ -285,7 +281,7 @@ def _decode(
             D=dim,
             GROUP=group,
             SPLITS=splits,
-            BLOCK_S=_pow2(splits),
+            BLOCK_S=pow2(splits),
             BLOCK_D=block_d,
             num_warps=4,
         )
@@ -293,15 +289,9 @@ def _decode(
 
 
 def _splits(full_k: Tensor, tiles: DecodeTiles) -> int:
-    """Ranges that the keys of one full row are cut into: enough programs to fill the device."""
-    lanes = full_k.shape[0] * full_k.shape[1]
-    if lanes == 0:
-        return 1
-    processors = 4
-    if full_k.is_cuda:
-        processors = torch.cuda.get_device_properties(full_k.device).multi_processor_count
-    most = max(1, full_k.shape[2] // (4 * tiles.block_n))
-    return max(1, min(processors * tiles.programs_per_sm // lanes, most, 128))
+    """Ranges that the keys of one full row are cut into."""
+    lanes, most = full_k.shape[0] * full_k.shape[1], full_k.shape[2] // (4 * tiles.block_n)
+    return ranges(full_k, lanes=lanes, most=most, programs_per_sm=tiles.programs_per_sm)
 
 
 def _softmax_attention(
@@ -318,10 +308,6 @@ def _scale(scale: float | None, dim: int) -> float:
     if scale is not None and scale <= 0:
         raise ValueError(f"scale must be positive, not {scale}")
     return dim**-0.5 if scale is None else scale
-
-
-def _pow2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _copyable(x: Tensor) -> Tensor:

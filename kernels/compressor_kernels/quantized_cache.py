@@ -11,13 +11,13 @@ q · (code · step − zero) = step · (q · code) − zero · Σ q, and a value
 split among programs and merged in a fixed order.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
+from compressor_kernels.launch import LOG2_E, pow2, ranges
+
 CODES = (torch.int8, torch.float8_e4m3fn)
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -168,7 +168,7 @@ def _launch(
     rows = batch * heads * splits
     parts = torch.empty((rows, dim), dtype=torch.float32, device=q.device)
     weights = torch.empty((rows,), dtype=torch.float32, device=q.device)
-    block_d = 1 << (dim - 1).bit_length()
+    block_d = pow2(dim)
     kernel = jit.kv4_kernel if packed else jit.kv8_kernel
     kernel[(batch * groups, splits)](
         q,
@@ -185,7 +185,7 @@ def _launch(
         G=groups,
         GROUP=heads // groups,
         SPLITS=splits,
-        BLOCK_G=max(16, 1 << (heads // groups - 1).bit_length()),
+        BLOCK_G=max(16, pow2(heads // groups)),
         BLOCK_N=tiles.block_n,
         BLOCK_D=block_d,
         FP8=fp8,
@@ -199,7 +199,7 @@ def _launch(
         out,
         D=dim,
         SPLITS=splits,
-        BLOCK_S=1 << (splits - 1).bit_length(),
+        BLOCK_S=pow2(splits),
         BLOCK_D=block_d,
         num_warps=4,
     )
@@ -207,12 +207,9 @@ def _launch(
 
 
 def _splits(q: Tensor, groups: int, tokens: int, tiles: CacheTiles) -> int:
-    """Ranges that the keys of one head are cut into: enough programs to fill the device."""
-    processors = 4
-    if q.is_cuda:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    most = max(1, tokens // (2 * tiles.block_n))
-    return max(1, min(processors * tiles.programs_per_sm // (q.shape[0] * groups), most, 128))
+    """Ranges that the keys of one head are cut into."""
+    lanes, most = q.shape[0] * groups, tokens // (2 * tiles.block_n)
+    return ranges(q, lanes=lanes, most=most, programs_per_sm=tiles.programs_per_sm)
 
 
 def _attend_ref(

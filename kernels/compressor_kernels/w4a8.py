@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.launch import pow2
+
 TILE = 32
 DECODE_TOKENS = 16
 PROCESSORS = 132  # multiprocessors of the device that the tiles below were chosen on
@@ -216,7 +218,7 @@ def _tiled(
     slices = -(-inner // size)
     sums = a.new_empty((slices, count), dtype=torch.int32)
     jit.sums_kernel[(count,)](
-        a, sums, count, I=inner, S=size, SLICES=slices, WIDTH=_pow2(slices), num_warps=4
+        a, sums, count, I=inner, S=size, SLICES=slices, WIDTH=pow2(slices), num_warps=4
     )
     grid = (-(-count // tiles.block_m) * -(-y.shape[1] // tiles.block_n),)
     jit.tiled_kernel[grid](
@@ -256,10 +258,6 @@ def decode_tiles(count: int, outputs: int, inner: int) -> DecodeTiles:
     while split > 1 and inner // split < 1024:
         split //= 2
     return DecodeTiles(split=split)
-
-
-def _pow2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _check(

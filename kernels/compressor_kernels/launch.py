@@ -1,0 +1,29 @@
+"""What launches of kernels share: powers of two, dense rows, how many programs fill a device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+
+def pow2(n: int) -> int:
+    """Smallest power of two that is at least n (1 for n < 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x with its last dimension in one run."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def ranges(like: Tensor, *, lanes: int, most: int, programs_per_sm: int) -> int:
+    """Ranges that each of `lanes` pieces of work on the device of `like` is cut into: enough
+    programs to fill it, but no more than `most`, or 128."""
+    if lanes == 0:
+        return 1
+    processors = 4
+    if like.is_cuda:
+        processors = torch.cuda.get_device_properties(like.device).multi_processor_count
+    return max(1, min(processors * programs_per_sm // lanes, most, 128))
