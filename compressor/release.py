@@ -21,6 +21,7 @@ from compressor.choice_record import read_record
 from compressor.compile import Compiled, Prepared, portable, versions
 from compressor.manifest import MANIFEST_NAME, hash_file, read_manifest
 from compressor.report import Costs, ReportData, UnitReport, read_report, write_report
+from compressor.row_notes import row_notes
 from compressor.verdict import Unwatched, Verdict, Watch, judge
 
 
@@ -97,6 +98,7 @@ def report_data(
     notes = list(plan.notes)
     if any(unit.resumed for unit in units):
         notes.append("the run was interrupted and continued: times of resumed units are of that")
+    notes += row_notes(row for unit in units for row in unit.rows)
     return ReportData(
         title=compiled.output.resolve().name,
         recipe=portable(prepared.recipe),

@@ -160,10 +160,8 @@ class Smoothquant(Pass):
         divided: Mapping[str, Tensor],
         exponents: Mapping[str, float | None],
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {"linear": linear.name, "alpha": exponents.get(linear.site)}
-        if linear.site not in divided:
-            row["note"] = "its input is not rescaled"
-        return row
+        alpha, rescaled = exponents.get(linear.site), linear.site in divided
+        return {"linear": linear.name, "alpha": alpha, "rescaled": rescaled}
 
 
 PASS = Smoothquant

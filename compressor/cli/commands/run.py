@@ -23,6 +23,7 @@ from compressor.cli.options import (
     log_option,
     recipe_options,
 )
+from compressor.row_notes import kept_rows, row_notes
 
 if TYPE_CHECKING:
     from compressor.compile import Compiled, Prepared
@@ -229,7 +230,10 @@ def report(run: Run) -> None:
         peak = max(unit.peak_device for unit in units)
         if peak:
             click.echo(f"  device peak {size(peak)} (planned {size(planned.device_bytes)})")
-    show_verdict(run.released.verdict, [row for unit in units for row in unit.rows])
+    rows = [row for unit in units for row in unit.rows]
+    for line in [*kept_rows(rows), *row_notes(rows)]:
+        click.echo(f"  noted       {line}")
+    show_verdict(run.released.verdict, rows)
     if run.released.report is not None:
         click.echo(f"  report      {run.released.report}")
     if run.pushed is not None:
