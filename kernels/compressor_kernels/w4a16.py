@@ -84,8 +84,9 @@ def w4a16(
     if y.numel() == 0:
         return y.view(*x.shape[:-1], outputs)
     if tiles is None:
-        choose = decode_tiles if len(rows) <= DECODE_TOKENS else tiled_tiles
-        tiles = choose(len(rows), outputs, x.shape[-1], group)
+        shape = (len(rows), outputs, x.shape[-1], group)
+        few = len(rows) <= DECODE_TOKENS
+        tiles = decode_tiles(*shape, zeros=zeros is not None) if few else tiled_tiles(*shape)
     launch = decode_product if isinstance(tiles, DecodeTiles) else tiled_product
     launch(rows, *weight, bias, y, group=group, tiles=tiles)
     return y.view(*x.shape[:-1], outputs)
@@ -307,9 +308,11 @@ def dense_weight(
     return dense
 
 
-def decode_tiles(count: int, outputs: int, inner: int, group: int) -> DecodeTiles:
+def decode_tiles(
+    count: int, outputs: int, inner: int, group: int, *, zeros: bool = False
+) -> DecodeTiles:
     """Chosen from shapes alone: a row is shared only where programs are fewer than processors,
-    since its sums cost a second kernel."""
+    since its sums cost a second kernel. Zero points are added apart where that was faster."""
     if group == 16 and count <= 8:  # NVFP4
         return DecodeTiles(block_n=16, slices=4)
     block_n, enough = (64, 0.9 * PROCESSORS) if count > 8 else (32, 1.8 * PROCESSORS)
@@ -317,7 +320,9 @@ def decode_tiles(count: int, outputs: int, inner: int, group: int) -> DecodeTile
     split = next((s for s in (1, 2, 4) if programs * s >= enough), 8)
     while split > 1 and inner // split < 1024:
         split //= 2
-    return DecodeTiles(block_n=block_n, slices=4, split=split)
+    apart = zeros and group >= 128 and count == 1 and split == 1
+    stages = 3 if apart or (zeros and count > 8) else 4
+    return DecodeTiles(block_n=block_n, split=split, num_stages=stages, apart=apart)
 
 
 def tiled_tiles(count: int, outputs: int, inner: int, group: int) -> TiledTiles:

@@ -203,8 +203,9 @@ def test_transformers_loads_dense(tmp_path):
     [("autoawq", "none"), ("autoawq", "subtract"), ("gptq", "none"), ("gptq-v2", "none")],
 )
 def test_gptqmodel_loads_awq_and_gptq(tmp_path, name, zero):
-    """Slow: gptqmodel compiles a CPU kernel for about two minutes when it is first used."""
-    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    """Slow: gptqmodel compiles a CPU kernel when it is first used, for up to two minutes."""
+    why = "wants torch of its own (7.7 asks for 2.14.1 or newer): an environment beside this one"
+    pytest.importorskip("gptqmodel", reason=f"gptqmodel is not installed; it {why}")
     pytest.importorskip("optimum", reason="optimum, which loads GPTQ files, is not installed")
     from transformers import AutoModelForCausalLM
 
