@@ -220,7 +220,7 @@ def test_push_says_what_goes_up_and_refuses_what_missed_its_gate(
     assert run(write_recipe(tmp_path, tiny_model("llama"), gate={"kl": 1e-6}))[0] == 1
     dry = compress("push", output, "me/tiny-w4", "--dry-run", "--json")
     plan = json.loads(dry.stdout)
-    assert isinstance(dry.exception, CheckError) and not plan["ok"]
+    assert dry.exit_code == 1 and not plan["ok"]
     assert "it missed its gate: KL divergence" in plan["objections"][0]
     assert set(plan["files"]) == {path.name for path in output.iterdir()}
     refused = compress("push", output, "me/tiny-w4")
