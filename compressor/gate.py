@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compressor.evaluate import Estimate, EvaluationResult, plain_json
 from compressor.layout import ModelLayout
 from compressor.passkey import PasskeyResult
+
+Passes = Sequence[Mapping[str, Any]]
+"""A recipe's passes, [{name: parameters}]."""
 
 MOST_SUGGESTED = 0.1
 """Share of all linears that a suggestion may ask to treat better."""
@@ -67,6 +70,7 @@ class Gate(BaseModel):
         tasks: Mapping[str, Estimate] | None = None,
         passes: Sequence[Mapping[str, Any]] = (),
         layout: ModelLayout | None = None,
+        plans: Callable[[Passes], bool] | None = None,
     ) -> GateResult:
         """Hold what was measured to the limits.
 
@@ -74,6 +78,7 @@ class Gate(BaseModel):
         tasks   accuracy of the harness's tasks
         passes  the recipe's passes, [{name: parameters}], for a suggestion that can be pasted
         layout  lets a suggestion keep together what runtimes fuse
+        plans   whether a recipe with these passes could be run
         What was not measured, or is not a number, fails.
         """
         ranked = rank_layers(rows)
@@ -102,7 +107,7 @@ class Gate(BaseModel):
             passed=passed,
             checks=checks,
             layers=tuple(ranked),
-            suggestion="" if passed else suggest(ranked, passes, layout=layout),
+            suggestion="" if passed else suggest(ranked, passes, layout=layout, plans=plans),
         )
 
 
@@ -190,9 +195,14 @@ def suggest(
     passes: Sequence[Mapping[str, Any]],
     *,
     layout: ModelLayout | None = None,
+    plans: Callable[[Passes], bool] | None = None,
 ) -> str:
     """`passes:` as YAML, with the linears that make half of the error (at most a tenth of all)
-    in 8 bits, or left alone where they had 8 bits or more. Empty where no pass made errors."""
+    in 8 bits, or left alone where they had 8 bits or more.
+
+    Of a format that holds one number of bits they are left alone; where it cannot do that either,
+    every linear has groups of half the size. Empty where no pass made errors, or nothing plans.
+    """
     chosen: list[str] = []
     share = 0.0
     for layer in ranked[: max(1, int(len(ranked) * MOST_SUGGESTED))]:
@@ -213,9 +223,21 @@ def suggest(
         if isinstance(params.get("bits"), int) and params["bits"] < 8:
             kept = {k: params[k] for k in ("group_size", "symmetric") if k in params}
             added.append({"rtn": {"targets": mine, "bits": 8, **kept}})
-    if changed == [dict(step) for step in passes]:
-        return ""
-    return yaml.safe_dump({"passes": changed + added}, sort_keys=False, width=100)
+    before = [dict(step) for step in passes]
+    for found in (changed + added, changed, _finer(before)):
+        if found != before and (plans is None or plans(found)):
+            return yaml.safe_dump({"passes": found}, sort_keys=False, width=100)
+    return ""
+
+
+def _finer(passes: Passes) -> list[dict[str, Any]]:
+    """The passes with groups of half the size."""
+    found = copy.deepcopy([dict(step) for step in passes])
+    for step in found:
+        for params in step.values():
+            if isinstance(params.get("group_size"), int) and params["group_size"] > 16:
+                params["group_size"] //= 2
+    return found
 
 
 def _with_siblings(names: Sequence[str], layout: ModelLayout | None) -> list[str]:

@@ -13,9 +13,12 @@ import torch
 
 from compressor.compile import Compiled, Prepared, portable
 from compressor.delta_source import merged_source, open_delta
+from compressor.errors import CompressError
 from compressor.evaluate import Estimate, EvaluationResult, evaluate, plain_json, strided
-from compressor.gate import GateResult
+from compressor.gate import GateResult, Passes
 from compressor.passkey import PasskeyResult, passkey
+from compressor.plan import make_plan
+from compressor.recipe import make_recipe
 from compressor.runner import load_tokenizer
 from compressor.source import Source, open_source
 from compressor.verify import VerifyReport
@@ -122,6 +125,7 @@ class _Judge:
                 tasks=tasks,
                 passes=portable(recipe)["passes"],
                 layout=self.prepared.plan.layout,
+                plans=self._plans,
             )
         if self.prepared.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -133,6 +137,20 @@ class _Judge:
             gate=gate,
             seconds=self.seconds,
         )
+
+    def _plans(self, passes: Passes) -> bool:
+        """Whether the recipe with these passes in place of its own could be run."""
+        mine, delta = self.prepared.recipe, self.prepared.plan.delta
+        recipe = {**mine.resolved(), "output": mine.output, "passes": passes}
+        try:
+            make_plan(
+                make_recipe(recipe),
+                self.prepared.located.source,
+                base=delta.base if delta is not None else None,
+            )
+        except CompressError:
+            return False
+        return True
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -109,6 +109,40 @@ def test_a_missed_gate_keeps_the_files_names_layers_and_suggests_what_plans(
     assert [case.get("name") for case in failed] == ["kl"]
 
 
+@pytest.mark.parametrize(
+    "format, step, expected",
+    [
+        # One number of bits for all: the worst linears are left as they are.
+        ("autoawq", {"rtn": {"bits": 4, "group_size": 32, "symmetric": False}}, "ignored"),
+        ("gptq", {"rtn": {"bits": 4, "group_size": 32}}, "ignored"),
+        ("compressed-tensors", {"fp8": {}}, "ignored"),
+        ("compressed-tensors", {"rtn": {"bits": 3, "group_size": 32}}, "8 bits"),
+    ],
+)
+def test_what_a_missed_gate_suggests_plans_in_every_format(
+    format: str,
+    step: dict[str, Any],
+    expected: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama")
+    gate = {"kl": 1e-9}
+    recipe = write_recipe(tmp_path, model, format=format, passes=[step], gate=gate)
+    code, found = run(recipe)
+    assert code == 1
+    suggestion = yaml.safe_load(found["gate"]["suggestion"])
+    after = suggestion["passes"]
+    if expected == "8 bits":
+        assert after[-1]["rtn"]["bits"] == 8
+    else:
+        (params,) = after[0].values()
+        assert len(after) == 1 and after[0].keys() == step.keys() and len(params["ignore"]) > 1
+    output = str(tmp_path / "repaired")
+    repaired = write_recipe(tmp_path, model, format=format, output=output, **suggestion)
+    assert compress("plan", repaired).exit_code == 0
+
+
 def cpu() -> Any:
     import torch
 

@@ -110,6 +110,25 @@ def test_the_suggestion_is_a_recipe_that_plans(tiny_model: Callable[..., Path]) 
     assert passes == [{"rtn": {"bits": 4, "group_size": 32, "ignore": ["lm_head"]}}]
 
 
+def test_what_does_not_plan_is_not_suggested() -> None:
+    """Eight bits, else left alone, else finer groups for all, else nothing."""
+    passes = [{"rtn": {"bits": 4, "group_size": 32}}]
+
+    def suggested(plans: Callable[[Any], bool]) -> Any:
+        found = Gate(kl=1e-6).check(MEASURED, ROWS, passes=passes, plans=plans).suggestion
+        return yaml.safe_load(found)["passes"] if found else None
+
+    worst = "model.layers.0.self_attn.q_proj"
+    alone = [{"rtn": {"bits": 4, "group_size": 32, "ignore": ["lm_head", worst]}}]
+    eight = {"rtn": {"targets": [worst], "bits": 8, "group_size": 32}}
+    assert suggested(lambda found: True) == [*alone, eight]
+    assert suggested(lambda found: len(found) == 1) == alone
+    assert suggested(lambda found: "ignore" not in found[0]["rtn"]) == [
+        {"rtn": {"bits": 4, "group_size": 16}}
+    ]
+    assert suggested(lambda found: False) is None
+
+
 def test_eight_bits_are_left_alone_and_nothing_is_suggested_without_passes() -> None:
     result = Gate(kl=1e-6).check(MEASURED, ROWS, passes=[{"rtn": {"bits": 8}}])
     assert yaml.safe_load(result.suggestion)["passes"] == [
