@@ -28,7 +28,7 @@ ELEMENTS: dict[str, Literal["fp8_e4m3", "int8", "int4"]] = {
 class KvCache(Pass):
     """Have keys and values of the whole model quantized in the cache."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     targets: str | list[str] = Field("attn.k", description="always all attention of the model")
     element: Literal["fp8", "int8", "int4"] = Field(
