@@ -13,8 +13,9 @@ import torch
 
 from compressor.plan import Plan
 
-UNITS_IN_FLIGHT = 2
-"""Units whose weights are in page-locked memory at a time: one is worked on, one is read."""
+UNITS_AHEAD = 3
+"""Units whose weights get page-locked memory beforehand: the embedding, a block that is worked on,
+and one that is read meanwhile. Later ones find what these gave back."""
 
 
 def warm_up(plan: Plan, device: torch.device) -> None:
@@ -53,10 +54,9 @@ def _multiply(dtype: torch.dtype, device: torch.device) -> None:
 def _lock_pages(plan: Plan) -> None:
     """Have blocks of page-locked memory ready: PyTorch keeps those that are given back."""
     entries = plan.source.checkpoint.entries
-    blocks = [unit for unit in plan.units if unit.layout.kind == "block"][:UNITS_IN_FLIGHT]
     held = [
         torch.empty(entries[name].spec.nbytes, dtype=torch.uint8, pin_memory=True)
-        for unit in blocks
+        for unit in plan.units[:UNITS_AHEAD]
         for name in plan.source.names(unit.layout)
     ]
     del held

@@ -14,6 +14,7 @@ import click
 
 from compressor.cli.commands.eval import estimate, limit_lines, lines, mark
 from compressor.cli.display import Display, LogFormat, duration, size
+from compressor.cli.importing import uncollected
 from compressor.cli.junit import ENDED, Case, verdict_cases
 from compressor.cli.options import (
     add_cases,
@@ -84,12 +85,13 @@ def command(
             as_json=as_json,
         )
         return
-    from compressor.recipe import load_recipe
-
     display = Display(log_format=log_format)
-    loaded = load_recipe(
-        recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
-    )
+    with uncollected():
+        from compressor.recipe import load_recipe
+
+        loaded = load_recipe(
+            recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
+        )
     run = execute(loaded, device=device, device_memory=device_memory, display=display)
     if run is None:
         if as_json:
@@ -123,21 +125,22 @@ def execute(
     recipe: Recipe, *, device: str, device_memory: str | None, display: Display
 ) -> Run | None:
     """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
-    from compressor.cli.main import interruptible
-    from compressor.compile import choose_device, compile_checkpoint, prepare
-    from compressor.errors import Interrupted
-    from compressor.recipe import parse_size
-
     started = time.perf_counter()
-    if recipe.publish is not None:
-        from compressor.publish import check_token
+    with uncollected():
+        from compressor.cli.main import interruptible
+        from compressor.compile import choose_device, compile_checkpoint, prepare
+        from compressor.errors import Interrupted
+        from compressor.recipe import parse_size
 
-        check_token()
-    prepared = prepare(
-        recipe,
-        device=choose_device(device),
-        device_memory=parse_size(device_memory) if device_memory else None,
-    )
+        if recipe.publish is not None:
+            from compressor.publish import check_token
+
+            check_token()
+        prepared = prepare(
+            recipe,
+            device=choose_device(device),
+            device_memory=parse_size(device_memory) if device_memory else None,
+        )
     add_cases([Case("plan", "recipe and model", seconds=time.perf_counter() - started)])
     for note in prepared.plan.notes:
         display.event("note", text=note)
