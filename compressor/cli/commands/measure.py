@@ -29,6 +29,8 @@ from compressor.cli.options import json_option, log_option
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
 @click.option(
     "--out",
+    "--output",
+    "out",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("sensitivity.json"),
     show_default=True,
