@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from compressor_calibration.bundled import bundled_text
-from compressor_calibration.tokens import TokenSet
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
-from compressor.copy_scores import copied, copy_scores
 from compressor.errors import InputError, Interrupted
 from compressor.evaluate import evaluate
 from compressor.frozen_model import SourceModel
 from compressor.gate_training import Penalty, start_gates
-from compressor.needles import Needles, Row, make_row
+from compressor.needles import Needles, make_row
 from compressor.numerics.head_gates import (
     gap_at,
     hoyer_square,
@@ -33,7 +27,7 @@ from compressor.numerics.head_gates import (
     schedule,
     threshold_full,
 )
-from compressor.passes.base import LearnContext, PassContext
+from compressor.passes.base import PassContext
 from compressor.passes.duo_attention import ORDER, DuoAttention
 from compressor.passes.retrieval_heads import RetrievalHeads
 from compressor.passes.streaming import Streaming
@@ -41,30 +35,7 @@ from compressor.policy import make_policy, streaming_policy
 from compressor.policy_attention import policy_attention
 from compressor.source import open_source
 from compressor.two_stream import TwoStream
-
-CPU = torch.device("cpu")
-MODELS = Path(os.environ.get("MODELS_DIR", Path(__file__).parents[2] / "../shared/models"))
-GOLDEN = os.environ.get("GOLDEN_DIR")
-if GOLDEN and "MODELS_DIR" not in os.environ:
-    MODELS = Path(GOLDEN).parent / "models"
-TINY = Needles(
-    keys=2, words=1, min_length=180, max_length=200, lengths=2, prefix="", suffix="", separator="",
-    needle=" {ordinal} key: {passkey}.", question=" {ordinal}? {passkey}",
-)  # fmt: skip
-OWN = Needles(
-    keys=4, words=4, min_length=512, max_length=512, lengths=1, prefix="", suffix="", separator="",
-    needle="\n\nRemember this, the {ordinal} passkey is: {passkey}.\n\n",
-    question="\n\nWhat is the {ordinal} passkey? It is: {passkey}",
-)  # fmt: skip
-
-
-def frozen(folder: Path) -> SourceModel:
-    return SourceModel(open_source(folder), device=CPU, dtype=torch.float32)
-
-
-def context(ids: Tensor, scratch: Path, **options: Any) -> LearnContext:
-    tokens = TokenSet(ids=ids, sha256="", source="", sampling="random")
-    return LearnContext(tokens=tokens, seed=7, batch=2, scratch=scratch, **options)
+from tests.head_bench import CPU, TINY, context, frozen
 
 
 def random_ids(rows: int = 4, length: int = 100) -> Tensor:
@@ -349,86 +320,6 @@ def test_measured_sinks_are_those_of_evaluation(
             attention=policy_attention(every),
         )  # fmt: skip
         assert measured[str(sinks)] == pytest.approx(result.perplexity.value, rel=1e-4)
-
-
-def own_rows(tokenizer: Any, count: int) -> list[Row]:
-    haystack = tokenizer(bundled_text("held_out")[:60000])["input_ids"]
-    return [
-        make_row(tokenizer, haystack, data=OWN, length=512, draw=random.Random(i))
-        for i in range(count)
-    ]
-
-
-def test_decoding_and_teacher_forcing_agree_on_copy_scores() -> None:
-    """The reference's way: greedy decoding with whole attention matrices, one token at a time."""
-    folder = MODELS / "llama"
-    if not folder.exists():
-        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
-    model: Any = frozen(folder)
-    (row,) = rows = own_rows(model.tokenizer(), 1)
-    found = copy_scores(model, rows, batch=1)
-    assert found.accepted == found.answers == 4
-    decoder = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    keyword = "cache" if "cache" in inspect.signature(decoder.forward).parameters else None
-    options = {keyword or "past_key_values": DynamicCache(), "output_attentions": True}
-    wanted, done = [], 0
-    for answer in row.answers:
-        begin, end = answer.given
-        fed, hits, said = row.ids[None, done:begin], torch.zeros(8, 8), []
-        for _ in range(begin, end):
-            with torch.no_grad():
-                out = decoder(fed, **options)
-            said.append(int(out.logits[0, -1].argmax()))
-            looked = torch.stack([layer[0, :, -1].argmax(-1) for layer in out.attentions])
-            hits += copied(looked, row.ids, said[-1], hidden=answer.hidden)
-            fed = torch.tensor([[said[-1]]])
-        # The model gives every word of every answer, so that its cache holds the row itself.
-        assert said == row.ids[begin:end].tolist()
-        wanted.append(hits / (end - begin))
-        done = end - 1
-    torch.testing.assert_close(torch.stack(wanted, dim=1), found.per_answer)
-    assert float(found.scores.max()) > 0.15
-
-
-def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
-    folder = MODELS / "llama"
-    if not folder.exists():
-        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
-    model: Any = frozen(folder)
-    text = model.tokenizer()(bundled_text("calibration")[:30000])["input_ids"][:2048]
-    ids = torch.tensor(text).reshape(4, 512)
-    found = RetrievalHeads(data=OWN, rows=2, share=0.5, sinks=4, window=32).learn(
-        model, context(ids, tmp_path)
-    )
-    assert found.policy is not None
-    policy = make_policy(found.policy)
-    scores = found.values["retrieval_heads.scores"]
-    by_kv = scores.reshape(8, 4, 2).amax(-1)
-    kept = by_kv[~policy.streaming_mask()]
-    assert policy.streaming_share == 0.5
-    assert float(kept.min()) >= float(by_kv[policy.streaming_mask()].max())
-    table = json.loads(found.files["retrieval_heads.json"])
-    assert set(table) == {f"{i}-{h}" for i in range(8) for h in range(8)}
-    strongest = max(table, key=lambda name: sum(table[name]))
-    assert found.rows[0]["top"][0].startswith(f"{strongest}: ")
-
-
-def test_training_may_start_from_copy_scores(tmp_path: Path) -> None:
-    folder = MODELS / "llama"
-    if not folder.exists():
-        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
-    model: Any = frozen(folder)
-    text = model.tokenizer()(bundled_text("calibration")[:20000])["input_ids"][:1024]
-    given = DuoAttention(
-        data=OWN.model_copy(update={"min_length": 256, "max_length": 256, "words": 2}),
-        sinks=4, window=32, num_steps=1, init="retrieval",
-    )  # fmt: skip
-    found = given.learn(model, context(torch.tensor(text)[None], tmp_path))
-    gates = found.values["duo_attention.gates"]
-    # One step moves a gate by at most the first rate, so the layer that copies still leads.
-    assert int(gates.amax(1).argmax()) == 5 and float(gates.mean()) < 0.5
 
 
 def test_first_gates() -> None:

@@ -1,0 +1,40 @@
+"""Needles, models and contexts that tests of which heads stream have in common."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_calibration.tokens import TokenSet
+from torch import Tensor
+
+from compressor.frozen_model import SourceModel
+from compressor.needles import Needles
+from compressor.passes.base import LearnContext
+from compressor.source import open_source
+
+CPU = torch.device("cpu")
+MODELS = Path(os.environ.get("MODELS_DIR", Path(__file__).parents[1] / "../shared/models"))
+GOLDEN = os.environ.get("GOLDEN_DIR")
+if GOLDEN and "MODELS_DIR" not in os.environ:
+    MODELS = Path(GOLDEN).parent / "models"
+TINY = Needles(
+    keys=2, words=1, min_length=180, max_length=200, lengths=2, prefix="", suffix="", separator="",
+    needle=" {ordinal} key: {passkey}.", question=" {ordinal}? {passkey}",
+)  # fmt: skip
+OWN = Needles(
+    keys=4, words=4, min_length=512, max_length=512, lengths=1, prefix="", suffix="", separator="",
+    needle="\n\nRemember this, the {ordinal} passkey is: {passkey}.\n\n",
+    question="\n\nWhat is the {ordinal} passkey? It is: {passkey}",
+)  # fmt: skip
+
+
+def frozen(folder: Path) -> SourceModel:
+    return SourceModel(open_source(folder), device=CPU, dtype=torch.float32)
+
+
+def context(ids: Tensor, scratch: Path, **options: Any) -> LearnContext:
+    tokens = TokenSet(ids=ids, sha256="", source="", sampling="random")
+    return LearnContext(tokens=tokens, seed=7, batch=2, scratch=scratch, **options)
