@@ -176,12 +176,14 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise MachineError(
             f"the Hub did not answer for {repo}: {first}",
-            hint="check the network; HF_ENDPOINT names another Hub, a folder needs none",
+            hint=f"there is no folder {repo} here; for the Hub, check the network "
+            "(HF_ENDPOINT names another)",
         ) from error
     except Exception as error:
         # httpx and requests raise their own classes below the client's, by version.
         if type(error).__module__.startswith(("httpx", "requests", "httpcore", "urllib3")):
             raise MachineError(
-                f"the Hub did not answer for {repo}: {error}", hint="check the network"
+                f"the Hub did not answer for {repo}: {error}",
+                hint=f"there is no folder {repo} here; for the Hub, check the network",
             ) from error
         raise
