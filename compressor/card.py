@@ -239,8 +239,13 @@ def _measured(data: CardData) -> str:
             rows.append((title, _estimate(found[key]), _estimate(found.get(original))))
     if data.passkey:
         accuracy, theirs = data.passkey["accuracy"], data.passkey.get("original_accuracy")
-        rows.append(("passkey retrieval, tokens found", _estimate(accuracy), _estimate(theirs)))
-    rows += [(name, _estimate(value), MISSING) for name, value in (data.tasks or {}).items()]
+        tokens = data.passkey.get("tokens")
+        title = f"passkey retrieval, of {tokens} tokens" if tokens else "passkey retrieval"
+        rows.append((title, _estimate(accuracy), _estimate(theirs)))
+    for name, value in (data.tasks or {}).items():
+        documents = value.get("documents")
+        title = f"{name}, {documents} documents" if documents else name
+        rows.append((title, _estimate(value), MISSING))
     if not rows:
         return ""
     table = "\n".join(f"| {_line(a)} | {b} | {c} |" for a, b, c in rows)

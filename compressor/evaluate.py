@@ -34,6 +34,13 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskScore(Estimate):
+    """Accuracy in a task over so many documents (0: the harness does not say)."""
+
+    documents: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class BlockError:
     """Squared difference of the hidden states after a block to the original's, relative to them."""
 

@@ -19,7 +19,7 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.evaluate import Estimate
+from compressor.evaluate import TaskScore
 from compressor.source import Source
 from compressor.streaming import Attending, Progress, StreamedModel, run_blocks
 
@@ -168,8 +168,8 @@ def _likelihood(logits: Tensor, wanted: Sequence[int]) -> tuple[float, bool]:
 
 def run_tasks(
     model: StreamedLM, tasks: Sequence[Any], *, limit: int | None = None, seed: int = 0
-) -> dict[str, Estimate]:
-    """Accuracy of each task with its standard error.
+) -> dict[str, TaskScore]:
+    """Accuracy of each task with its standard error and count of documents.
 
     tasks  names the harness knows, or its task objects;  limit  documents of each task
     Raises InputError for a task that is unknown or reports no accuracy.
@@ -191,13 +191,19 @@ def run_tasks(
             f"the harness cannot run {', '.join(map(str, tasks))}: {error}",
             hint="`lm_eval ls tasks` lists its tasks; their data sets come from the Hub",
         ) from error
-    return {name: _accuracy(name, row) for name, row in (found or {})["results"].items()}
+    found = found or {}
+    counts = {name: row.get("effective", 0) for name, row in found.get("n-samples", {}).items()}
+    return {
+        name: _accuracy(name, row, documents=counts.get(name, 0))
+        for name, row in found["results"].items()
+    }
 
 
-def _accuracy(name: str, row: dict[str, Any]) -> Estimate:
+def _accuracy(name: str, row: dict[str, Any], *, documents: int) -> TaskScore:
     for metric in METRICS:
         if isinstance(row.get(metric), float):
             kind = metric.partition(",")[0]
             error = row.get(f"{kind}_stderr,none")
-            return Estimate(row[metric], error if isinstance(error, float) else math.nan)
+            spread = error if isinstance(error, float) else math.nan
+            return TaskScore(row[metric], spread, documents)
     raise InputError(f"the task {name} reports no accuracy", hint="choose multiple-choice tasks")

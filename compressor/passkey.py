@@ -116,13 +116,17 @@ class PasskeyCell:
 
 @dataclass(frozen=True, slots=True)
 class PasskeyResult:
-    """All cells, and the means over rows with their standard errors."""
+    """All cells, and the means over rows with their standard errors.
+
+    tokens  of all answers, each of which was scored
+    """
 
     cells: tuple[PasskeyCell, ...]
     accuracy: Estimate
     exact: Estimate
     original_accuracy: Estimate | None = None
     original_exact: Estimate | None = None
+    tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -167,6 +171,7 @@ def passkey(
         exact=means[0][1],
         original_accuracy=means[1][0] if against else None,
         original_exact=means[1][1] if against else None,
+        tokens=sum(sum(rows.answers) for rows, _ in found),
     )
 
 

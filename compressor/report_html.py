@@ -145,7 +145,8 @@ def _evaluation(data: Data) -> str:
             found = evaluation[key]
             rows.append([escape(title), number(found["value"]), f"± {number(found['error'])}"])
     for task, found in data["tasks"].items():
-        rows.append([escape(task), number(found["value"]), f"± {number(found['error'])}"])
+        over = f" ({found['documents']:,} documents)" if found.get("documents") else ""
+        rows.append([escape(task) + over, number(found["value"]), f"± {number(found['error'])}"])
     body = (
         f'<p class="quiet">{evaluation["tokens"]:,} tokens scored in {evaluation["windows"]} '
         f"windows of {evaluation['length']}; ± is one standard error.</p>"
@@ -179,8 +180,10 @@ def _passkey(data: Data) -> str:
         row.append(share(cell["exact"]))
         rows.append(row + ([share(cell["original_accuracy"])] if compared else []))
     body = (
-        f"<p>{share(passkey['accuracy']['value'])} of the answers' tokens were found, "
-        f"{share(passkey['exact']['value'])} of the passkeys whole.</p>"
+        f"<p>{share(passkey['accuracy']['value'])} ± {share(passkey['accuracy']['error'])} of the "
+        f"answers' {passkey.get('tokens') or ''} tokens were found, "
+        f"{share(passkey['exact']['value'])} ± {share(passkey['exact']['error'])} of "
+        f"{sum(cell['rows'] for cell in passkey['cells'])} passkeys whole.</p>"
     )
     return _section("Passkey retrieval", body + _table(header, rows, numbers=range(len(header))))
 

@@ -14,7 +14,7 @@ import torch
 from compressor.compile import Compiled, Prepared, portable
 from compressor.delta_source import merged_source, open_delta
 from compressor.errors import CompressError
-from compressor.evaluate import Estimate, EvaluationResult, evaluate, plain_json, strided
+from compressor.evaluate import EvaluationResult, TaskScore, evaluate, plain_json, strided
 from compressor.gate import GateResult, Passes
 from compressor.passkey import PasskeyResult, passkey
 from compressor.plan import make_plan
@@ -56,7 +56,7 @@ class Verdict:
     verified: VerifyReport | None = None
     evaluation: EvaluationResult | None = None
     passkey: PasskeyResult | None = None
-    tasks: Mapping[str, Estimate] = field(default_factory=dict)
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)
     gate: GateResult | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -222,7 +222,7 @@ class _Judge:
                 progress=self.watch.unit,
             )
 
-    def _tasks(self) -> dict[str, Estimate]:
+    def _tasks(self) -> dict[str, TaskScore]:
         wanted = self.prepared.recipe.evaluate
         if wanted is None or not wanted.tasks:
             return {}

@@ -16,7 +16,7 @@ import click
 from compressor.errors import CheckError, CompressError, MachineError, Problems
 
 if TYPE_CHECKING:
-    from compressor.evaluate import Estimate, EvaluationResult
+    from compressor.evaluate import EvaluationResult, TaskScore
     from compressor.gate import GateResult
     from compressor.passkey import PasskeyResult
     from compressor.verdict import Verdict
@@ -105,7 +105,7 @@ def verdict_cases(verdict: Verdict) -> list[Case]:
 def evaluation_cases(
     found: EvaluationResult | None,
     passkey: PasskeyResult | None = None,
-    tasks: Mapping[str, Estimate] | None = None,
+    tasks: Mapping[str, TaskScore] | None = None,
 ) -> list[Case]:
     """One case for each measurement; they hold whatever was found, limits are the gate's."""
     cases: list[Case] = []
@@ -115,13 +115,13 @@ def evaluation_cases(
             text += f", KL {found.kl.value:.5f} ± {found.kl.error:.5f}"
         text += f", over {found.tokens} tokens"
         cases.append(Case("evaluate", "perplexity", seconds=found.seconds, output=text))
-    accuracies = dict(tasks or {})
     if passkey is not None:
-        accuracies = {"passkey": passkey.accuracy, **accuracies}
-    return cases + [
-        Case("evaluate", name, output=f"accuracy {value.value:.4f} ± {value.error:.4f}")
-        for name, value in accuracies.items()
-    ]
+        text = f"accuracy {passkey.accuracy.value:.4f} ± {passkey.accuracy.error:.4f}"
+        cases.append(Case("evaluate", "passkey", output=f"{text}, over {passkey.tokens} tokens"))
+    for name, value in (tasks or {}).items():
+        text = f"accuracy {value.value:.4f} ± {value.error:.4f}, over {value.documents} documents"
+        cases.append(Case("evaluate", name, output=text))
+    return cases
 
 
 def gate_cases(gate: GateResult | None) -> list[Case]:

@@ -66,13 +66,14 @@ def test_a_run_that_passes_leaves_a_report_and_a_card(
     # 96 tokens of which each but the first is scored once, by windows that overlap.
     assert found["evaluate"]["tokens"] == 95 and found["evaluate"]["windows"] == 5
     assert found["evaluate"]["perplexity"]["error"] > 0
-    assert found["passkey"]["cells"][0]["rows"] == 2
+    assert found["passkey"]["cells"][0]["rows"] == 2 and found["passkey"]["tokens"] > 2
     output = tmp_path / "out"
     report = read_report(output)
     assert report is not None and report.gate is not None and report.gate["passed"]
     assert report.hashes["manifest.json"] == hash_file(output / "manifest.json").sha256
     assert len(report.units) == 4 and report.units[1].rows
     page = (output / "report.html").read_text()
+    assert f"answers' {found['passkey']['tokens']} tokens" in page and "of 2 passkeys" in page
     assert "gate passed" in page and "files verified" in page and str(tmp_path) not in page
     assert str(tmp_path) not in (output / "report.json").read_text()
     card = (output / "README.md").read_text()

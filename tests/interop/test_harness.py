@@ -151,3 +151,4 @@ def test_a_recipe_runs_a_task_and_holds_it_to_the_gate(
     assert verdict.gate is not None and not verdict.ok
     assert "accuracy in local_choice" in verdict.gate.failures[0].message
     assert verdict.to_json()["tasks"]["local_choice"]["value"] == found.value
+    assert found.documents == verdict.to_json()["tasks"]["local_choice"]["documents"] == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from compressor.cli.options import FOLDER, add_cases, json_option, junit_option,
 if TYPE_CHECKING:
     import torch
 
-    from compressor.evaluate import Estimate, EvaluationResult
+    from compressor.evaluate import Estimate, EvaluationResult, TaskScore
     from compressor.gate import GateResult
+    from compressor.passkey import PasskeyResult
     from compressor.source import Source
 
 
@@ -169,11 +171,11 @@ def command(
                 progress=display.unit,
             )
         found["passkey"] = retrieved.to_json()
-        shown.append(f"passkey     {estimate(retrieved.accuracy)} of the tokens found")
+        shown.append(passkey_line(retrieved))
     if tasks:
         answered = answer(source, tokenizer, tasks, task_limit, where, batch, display)
         found["tasks"] = plain_json({name: asdict(value) for name, value in answered.items()})
-        shown += [f"{name:11} {estimate(value)}" for name, value in answered.items()]
+        shown += task_lines(answered)
     add_cases(evaluation_cases(result, retrieved, answered))
     if gate is not None:
         verdict = gate.check(result, passkey=retrieved, tasks=answered)
@@ -196,7 +198,7 @@ def answer(
     device: torch.device,
     batch: int,
     display: Display,
-) -> dict[str, Estimate]:
+) -> dict[str, TaskScore]:
     """Accuracy in the harness's tasks, which is an extra."""
     import torch
 
@@ -220,6 +222,19 @@ def answer(
 def estimate(found: Estimate) -> str:
     """A share with its standard error."""
     return f"{found.value:.1%} ± {found.error:.1%}"
+
+
+def passkey_line(found: PasskeyResult) -> str:
+    """A probe for people."""
+    return f"passkey     {estimate(found.accuracy)} of {found.tokens} tokens found"
+
+
+def task_lines(tasks: Mapping[str, TaskScore]) -> list[str]:
+    """Tasks of the harness for people."""
+    return [
+        f"{name:11} {estimate(value)} of {value.documents} documents"
+        for name, value in tasks.items()
+    ]
 
 
 def mark(passed: bool) -> str:

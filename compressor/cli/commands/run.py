@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressor.cli.commands.eval import estimate, limit_lines, lines, mark
+from compressor.cli.commands.eval import limit_lines, lines, mark, passkey_line, task_lines
 from compressor.cli.display import Display, LogFormat, duration, size
 from compressor.cli.importing import uncollected
 from compressor.cli.junit import ENDED, Case, verdict_cases
@@ -253,9 +253,9 @@ def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
         for line in lines(verdict.evaluation):
             click.echo(f"  {line}")
     if verdict.passkey is not None:
-        click.echo(f"  passkey     {estimate(verdict.passkey.accuracy)} of the tokens found")
-    for name, accuracy in verdict.tasks.items():
-        click.echo(f"  {name:11} {estimate(accuracy)}")
+        click.echo(f"  {passkey_line(verdict.passkey)}")
+    for line in task_lines(verdict.tasks):
+        click.echo(f"  {line}")
     for layer in rank_layers(rows)[:WORST]:
         share = f"{layer.share:.1%} of all" if layer.share else ""
         click.echo(f"  high error  {layer.linear}  {layer.error:.4g}  {share}".rstrip())
