@@ -173,17 +173,16 @@ def _passkey(data: Data) -> str:
     if passkey is None:
         return ""
     compared = passkey["original_accuracy"] is not None
+    found, whole = passkey["accuracy"], passkey["exact"]
     header = ["tokens", "depth", "accuracy", "exact"] + ["original"] * compared
     rows = []
     for cell in passkey["cells"]:
-        row = [f"{cell['length']:,}", share(cell["depth"]), share(cell["accuracy"])]
-        row.append(share(cell["exact"]))
+        row = [f"{cell['length']:,}", *(share(cell[k]) for k in ("depth", "accuracy", "exact"))]
         rows.append(row + ([share(cell["original_accuracy"])] if compared else []))
     body = (
-        f"<p>{share(passkey['accuracy']['value'])} ± {share(passkey['accuracy']['error'])} of the "
-        f"answers' {passkey.get('tokens') or ''} tokens were found, "
-        f"{share(passkey['exact']['value'])} ± {share(passkey['exact']['error'])} of "
-        f"{sum(cell['rows'] for cell in passkey['cells'])} passkeys whole.</p>"
+        f"<p>{share(found['value'])} ± {share(found['error'])} of the answers' "
+        f"{passkey.get('tokens') or ''} tokens were found, {share(whole['value'])} ± "
+        f"{share(whole['error'])} of {sum(c['rows'] for c in passkey['cells'])} passkeys whole.</p>"
     )
     return _section("Passkey retrieval", body + _table(header, rows, numbers=range(len(header))))
 

@@ -78,5 +78,6 @@ def xet_hub(hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-cache"))
-    hub.xet = beside("xet_store").XetStore()
+    store = beside("xet_store")
+    hub.xet, hub.routes = store.XetStore(), store.ROUTES
     return hub

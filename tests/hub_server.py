@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +80,7 @@ class Hub:
     multipart_above: int = 20_000
     trusting: bool = False
     xet: Any = None
+    routes: list[tuple[str, str, Callable[..., None]]] = field(default_factory=list)
     url: str = ""
 
     def fail(self, method: str, path: str, kind: Any, times: int = 1) -> None:
@@ -102,10 +102,6 @@ class Hub:
 
     def count(self, method: str, path: str) -> int:
         return sum(m == method and re.search(path, p) is not None for m, p, _ in self.requests)
-
-
-class Reset(Exception):
-    """The connection ends without an answer."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -133,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "corrupt":
             body = body[:-1] + bytes([body[-1] ^ 1])
         self.lost = kind == "lost"
-        for method, pattern, action in ROUTES:
+        for method, pattern, action in [*ROUTES, *self.hub.routes]:
             found = re.fullmatch(pattern, path)
             if found and self.command == method:
                 action(self, body, **found.groupdict())
@@ -277,32 +273,6 @@ class Handler(BaseHTTPRequestHandler):
         transfer = "multipart" if any("complete" in str(o) for o in objects) else "basic"
         self.answer(200, {"transfer": transfer, "objects": objects})
 
-    def xet_token(self, body: bytes, repo: str, revision: str) -> None:
-        """Where the store is. A Hub without one has no such route."""
-        if self.hub.xet is None:
-            self.answer(404, {"error": "no Xet here"})
-            return
-        until = int(time.time()) + 3600
-        self.answer(
-            200,
-            {"casUrl": self.hub.url, "exp": until, "accessToken": "store"},
-            X_Xet_Cas_Url=self.hub.url,
-            X_Xet_Access_Token="store",
-            X_Xet_Token_Expiration=str(until),
-        )
-
-    def xorb(self, body: bytes, name: str) -> None:
-        self.hub.xet.add(name, body)
-        self.answer(200, {"was_inserted": True})
-
-    def shard(self, body: bytes) -> None:
-        for oid, data in self.hub.xet.files(body).items():
-            if hashlib.sha256(data).hexdigest() != oid and not self.hub.trusting:
-                self.answer(400, {"error": "the content does not have this hash"})
-                return
-            self.hub.objects[oid] = data
-        self.answer(200, {"result": 1})
-
     def put(self, body: bytes, oid: str) -> None:
         self.hub.objects[oid] = body
         self.answer(200, b"")
@@ -416,9 +386,6 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>.+)", Handler.paths),
     ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?", Handler.tree),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.batch),
-    ("GET", rf"/api/models/{REPO}/xet-write-token/(?P<revision>.+)", Handler.xet_token),
-    ("POST", r"/v1/xorbs/default/(?P<name>[0-9a-f]{64})", Handler.xorb),
-    ("POST", r"/v1/shards", Handler.shard),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.put),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})/part/(?P<number>\d+)", Handler.part),
     ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/complete", Handler.complete),
