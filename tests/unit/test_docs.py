@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 import pytest
@@ -18,8 +19,12 @@ import yaml
 
 from compressor.card import LOADING
 from compressor.cli.main import cli
+from compressor.errors import Problems
 from compressor.formats.base import format_names
 from compressor.passes.base import pass_names
+from compressor.plan import make_plan
+from compressor.recipe import make_recipe
+from compressor.source import open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -78,6 +83,29 @@ def messages() -> Iterator[str]:
                 named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
                 if named and node.func.id in ERRORS and node.args:
                     yield template(node.args[0])
+
+
+# A base on the Hub, and a row of calibration tokens too short for the blocks that are chosen.
+ELSEWHERE = ("bitdelta", "sparda")
+
+
+def test_recipes_that_pages_of_methods_show_can_be_planned(
+    tiny_models: Any, tmp_path: Path
+) -> None:
+    model = tiny_models.build("llama", tmp_path / "m", hidden_size=128, intermediate_size=256)
+    source, planned = open_source(model), []
+    for page in sorted((DOCS / "methods").glob("*.md")):
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            shown = yaml.safe_load(block)
+            if page.stem in ELSEWHERE or "passes" not in shown:
+                continue
+            data = {k: v for k, v in shown.items() if k in ("passes", "format", "untie")}
+            try:
+                make_plan(make_recipe({**data, "model": str(model), "output": "o"}), source)
+            except Problems as error:
+                pytest.fail(f"{page.name}: {error.problems[0].message}")
+            planned.append(page.stem)
+    assert set(planned) >= {"awq", "gptq", "kv_cache", "nvfp4", "qoq", "smooth_attention"}
 
 
 def test_every_message_that_is_explained_is_said() -> None:
