@@ -117,28 +117,31 @@ def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
         return Checkpoint(folder=folder, config=config, entries=read_entries(folder))
     named = load_json(index, what="index")
     entries, problems = _indexed_entries(folder, named)
+    known = {_any_layer(name): entry for name, entry in entries.items()}
     for name in named["weight_map"]:
-        if name not in entries and (like := _like(name, entries)) is not None:
+        if name not in entries and (like := _like(name, known)) is not None:
             entries[name] = like
     if problems and len(entries) < len(named["weight_map"]):
         raise Problems(problems)
     return Checkpoint(folder=folder, config=config, entries=entries, problems=tuple(problems))
 
 
-def _like(name: str, entries: Mapping[str, Entry]) -> Entry | None:
+def _any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _like(name: str, known: Mapping[str, Entry]) -> Entry | None:
     """An entry of the shape that a tensor should have: another layer's, the embedding's for the
-    head and the other way round, the widest norm's for the last norm."""
+    head and the other way round, the widest norm's for the last norm.
 
-    def any_layer(name: str) -> str:
-        return re.sub(r"\.\d+\.", ".*.", name)
-
+    known  by name, with layers' numbers left out
+    """
     ends = ("embed_tokens.weight", "lm_head.weight")
-    for other, entry in entries.items():
-        if any_layer(other) == any_layer(name) or (name.endswith(ends) and other.endswith(ends)):
-            return entry
-    if "norm" not in name:
-        return None
-    norms = [entry for other, entry in entries.items() if "norm" in other]
+    if (same := known.get(_any_layer(name))) is not None:
+        return same
+    if name.endswith(ends):
+        return next((entry for other, entry in known.items() if other.endswith(ends)), None)
+    norms = [entry for other, entry in known.items() if "norm" in other and "norm" in name]
     return max(norms, key=lambda entry: entry.spec.shape, default=None)
 
 
