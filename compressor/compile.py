@@ -20,6 +20,7 @@ from compressor.delta import locate_base, survey
 from compressor.errors import InputError
 from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, resume_finish
+from compressor.heap import share_heap
 from compressor.job import JobSettings, UnitDone, run_units
 from compressor.kernel_checks import interpreter_runs
 from compressor.learn import learn, policy_of
@@ -95,6 +96,7 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
 
     Raises InputError or Problems with all that is wrong, before any weight is read.
     """
+    share_heap()
     located = locate(recipe.model, fetch=True, to_plan=True)
     plan = _plan(recipe, located.source)
     warm_up(plan, device)

@@ -1,6 +1,8 @@
 """Peak memory of a run on models of few and of many equal layers, beside what `plan` said.
 
-    python scripts/measure_memory.py WORK [--shape wide] [--layers 4 16] [--device cpu]
+    python scripts/measure_memory.py WORK [--shape wide] [--layers 4 16] [--device cpu] [--delta]
+
+With --delta it is a fine-tune as signs on top of its base, of which one unit each may be in memory.
 
 Peak resident size must not grow with depth, and must be within 25% of the plan. WORK is a new
 folder for the random models and their outputs. Exit code 1 where either does not hold.
@@ -30,17 +32,21 @@ def compress(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def measure(work: Path, *, layers: int, shape: str, device: str) -> dict[str, Any]:
-    """Make a model, plan and run it; one row of the table, in bytes."""
-    model = work / f"{shape}-{layers}"
-    make = [sys.executable, str(SCRIPTS / "make_random_model.py"), str(model)]
-    options = ["--layers", str(layers), "--shape", shape, "--device", device]
-    subprocess.run([*make, *options], check=True)
+def measure(
+    work: Path, *, layers: int, shape: str, device: str, delta: bool = False
+) -> dict[str, Any]:
+    """Make a model (and its base), plan and run it; one row of the table, in bytes."""
+    model, base = work / f"{shape}-{layers}", work / f"{shape}-{layers}-base"
+    for seed, folder in enumerate([model, base] if delta else [model]):
+        make = [sys.executable, str(SCRIPTS / "make_random_model.py"), str(folder)]
+        options = ["--layers", str(layers), "--shape", shape, "--device", device]
+        subprocess.run([*make, *options, "--seed", str(seed)], check=True)
+    passes = f"[bitdelta: {{base: {base}, distill: layer}}]" if delta else PASSES
     text = work / "text.txt"
     text.write_text("What is said here has no meaning but fills rows of tokens. " * 400)
     recipe = work / f"{layers}.yaml"
     recipe.write_text(
-        f"model: {model}\noutput: {work / f'out-{layers}'}\nverify: false\npasses: {PASSES}\n"
+        f"model: {model}\noutput: {work / f'out-{layers}'}\nverify: false\npasses: {passes}\n"
         f"calibration: {{data: {text}, samples: 8, length: 128}}\n"
     )
     estimates = compress("plan", str(recipe), "--device", device)["estimates"]
@@ -76,12 +82,19 @@ def main() -> None:
     parser.add_argument("--shape", default="wide")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--delta", action="store_true", help="BitDelta in place of AWQ")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     options.work.mkdir(parents=True)
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     rows = [
-        measure(options.work, layers=layers, shape=options.shape, device=options.device)
+        measure(
+            options.work,
+            layers=layers,
+            shape=options.shape,
+            device=options.device,
+            delta=options.delta,
+        )
         for layers in options.layers
     ]
     print(f"{'layers':>6} {'host MB':>8} {'planned':>8} {'device MB':>9} {'planned':>8}")
