@@ -1,0 +1,72 @@
+"""Text of a Hub data set, read by the real `datasets` from a Hub on localhost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SET = r"(?P<repo>datasets/[\w.-]+/[\w.-]+)"
+
+
+def routes(handler: Any) -> list[tuple[str, str, Callable[..., None]]]:
+    """Those of models, for data sets."""
+
+    def tree(self: Any, body: bytes, repo: str, revision: str, folder: str) -> None:
+        if folder:
+            self.answer(404, {"error": "no folder"}, X_Error_Code="EntryNotFound")
+        else:
+            handler.tree(self, body, repo, revision)
+
+    file = rf"/{SET}/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
+    return [
+        ("GET", rf"/api/{SET}", handler.info),
+        ("GET", rf"/api/{SET}/revision/(?P<revision>.+)", handler.info),
+        ("GET", rf"/api/{SET}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", tree),
+        ("POST", rf"/api/{SET}/paths-info/(?P<revision>.+)", handler.paths),
+        ("GET", file, handler.resolve),
+        ("HEAD", file, handler.resolve),
+    ]
+
+
+def test_a_checkpoint_is_measured_on_a_split_of_a_hub_data_set(
+    hub_server: ModuleType, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        json.dumps({"body": f"line {i} of a held-out text, {i * 7} words on"}) for i in range(60)
+    ]
+    command = [sys.executable, "-m", "compressor.cli", "eval", str(tiny_model("llama"))]
+    options = ["--text", "me/set", "--split", "held_out", "--windows", "2", "--length", "32"]
+    fields = ["--text-field", "body", "--device", "cpu", "--json"]
+    with hub_server.serving() as hub:
+        hub.routes = routes(hub_server.Handler)
+        head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: held_out\n"
+        card = f"{head}    path: rows.jsonl\n---\n"
+        files = {"rows.jsonl": "\n".join(rows).encode(), "README.md": card.encode()}
+        hub.create("datasets/me/set", files)
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        ours = {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+
+        def run(*changes: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*command, *options, *fields, *changes],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                env={**environment, **ours},
+            )
+
+        done = run()
+        assert done.returncode == 0, done.stderr
+        assert hub.count("GET", r"/resolve/[0-9a-f]{40}/rows\.jsonl$") > 0
+        refused = run("--split", "train")
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 62 and found["perplexity"]["error"] > 0
+    assert refused.returncode == 2
+    (error,) = json.loads(refused.stdout)["errors"]
+    assert "cannot read split 'train' of the data set 'me/set'" in error["message"]
