@@ -262,7 +262,7 @@ def lines(found: EvaluationResult) -> list[str]:
     if found.kl is not None and found.top1 is not None:
         shown.append(
             f"to original KL {found.kl.value:.4f} ± {found.kl.error:.4f} nats, top-1 agreement "
-            f"{found.top1.value:.1%}"
+            f"{estimate(found.top1)}"
         )
     shown.append(f"over        {found.tokens} tokens in {found.windows} windows of {found.length}")
     return shown
