@@ -34,7 +34,7 @@ def top_kernel(
     # Unsigned integers in the order of the floats (+ 0.0 makes one zero of two); forced blocks
     # come before all others.
     bits = (score + 0.0).to(tl.uint32, bitcast=True)
-    rank = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     forced = (block < init_blocks) | (block >= own - local_blocks)
     rank = tl.where(forced, 0xFFFFFFFF, rank).to(tl.uint32)
 

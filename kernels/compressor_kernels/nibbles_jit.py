@@ -59,9 +59,13 @@ def biased_zeros(zeros, dtype: tl.constexpr):
 
 
 @triton.jit
-def biased_eight(shape: tl.constexpr, dtype: tl.constexpr):
+def biased_eight(shape: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
     """The zero of symmetric weights, as a constant that the compiler can see through."""
-    return tl.full(shape, 1032.0 if dtype == tl.float16 else 136.0, dtype)
+    value: tl.constexpr = 1032.0 if dtype == tl.float16 else 136.0
+    if ASM:
+        return tl.full(shape, value, dtype)
+    # Triton 3.7's interpreter has no constants of bfloat16.
+    return tl.full(shape, value, tl.float32).to(dtype)
 
 
 @triton.jit

@@ -103,7 +103,7 @@ def decode_kernel(
     nibble = (first + row) % 8 * 4
     if SG == 1:
         scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
-    eight = biased_eight((KS, BN, 16), dtype)
+    eight = biased_eight((KS, BN, 16), dtype, ASM)
     ones = tl.full((KS, BN, 16), 1.0, dtype if ASM else tl.float32)
     total = tl.zeros((KS, BN, N), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
@@ -269,7 +269,7 @@ def tiled_kernel(
     scales_ptrs = scales_ptr + first * GROUPS + row * GROUPS
     zeros_ptrs = zeros_ptr + (first // 8) * GROUPS + (first % 8 + row) // 8 * GROUPS
     nibble = (first + row) % 8 * 4
-    eight = biased_eight((BN, 16), dtype)
+    eight = biased_eight((BN, 16), dtype, ASM)
     group = start // GS * SG + g
     if SG == 1:
         scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
@@ -355,7 +355,7 @@ def dequantize_kernel(
     if second_ptr is not None:
         q = unpack_e2m1(words, code_scales(scales, dtype, ASM), dtype, ASM)
     else:
-        biased = biased_eight((BN, COLS), dtype)
+        biased = biased_eight((BN, COLS), dtype, ASM)
         if HAS_ZEROS:
             octets = tl.load(zeros_ptr + n // 8 * GROUPS + group, mask=inside, other=0)
             biased = biased_zeros((octets >> (n % 8 * 4).to(tl.int32)) & 15, dtype)
