@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from compressor.scheme import Scheme
 
 GPU_TOKENS = (1, 16, 64)
 TILE_OUTPUTS, TILE_INPUTS = 32, 1024
+INTERPRETER = (3, 7)
+"""The oldest Triton whose interpreter runs these kernels."""
 
 
 class W4A16:
@@ -122,14 +125,23 @@ def kernel_for(scheme: Scheme, shape: tuple[int, int]) -> KernelCheck | None:
 def interpreter_runs() -> bool:
     """Whether Triton code can run on the CPU, which has to be decided before Triton is imported.
 
-    A process that may use a GPU leaves Triton to it.
+    A process that may use a GPU leaves Triton to it. Interpreters before `INTERPRETER` stumble over
+    loops with NumPy 2.4 and later.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
-    if "triton" in sys.modules or torch.cuda.is_available():
+    if "triton" in sys.modules or torch.cuda.is_available() or _triton() < INTERPRETER:
         return False
     os.environ["TRITON_INTERPRET"] = "1"
     return True
+
+
+def _triton() -> tuple[int, ...]:
+    """The first two numbers of Triton's version; zeros where it is not installed."""
+    try:
+        return tuple(int(part) for part in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return (0, 0)
 
 
 def check_kernel(
