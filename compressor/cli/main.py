@@ -139,9 +139,11 @@ def interruptible() -> Any:
             raise KeyboardInterrupt
         state["asked"] = True
         text = "stopping after this unit (once more to stop at once)"
-        click.echo(
-            json.dumps({"event": "stopping", "text": text}) if logs_json() else text, err=True
-        )
+        line = json.dumps({"event": "stopping", "text": text}) if logs_json() else text
+        # Straight to the descriptor: the signal may have come in the middle of a print, and
+        # Python's own streams refuse to be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
