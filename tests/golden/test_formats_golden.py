@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from compressor.errors import InputError
 from compressor.formats.base import get_format
 from compressor.formats.packing.words import pack_words, unpack_words
 from compressor.qtensor import QTensor, QuantSpec
@@ -64,7 +65,9 @@ def test_exllama_words_are_gptq_version_1(case):
     golden = vectors("awq_gemm_packing")
     q = awq_weight(golden, case)
     if int(q.zeros.min()) == 0:
-        pytest.skip("a zero point of 0 has no form in version 1")
+        with pytest.raises(InputError, match="zero points of 0"):
+            get_format("gptq").encode(q, model_dtype=F16)
+        return
     tensors = get_format("gptq").encode(q, model_dtype=F16)
     assert torch.equal(tensors["qweight"], golden[f"{case}.exllama_qweight"])
     assert torch.equal(tensors["qzeros"], golden[f"{case}.exllama_qzeros"])
