@@ -2,6 +2,7 @@
 
     python scripts/bench_awq_search.py          # check, then time each input site and a whole block
     python scripts/bench_awq_search.py --tune   # check, then sweep the kernels' tiles
+    python scripts/bench_awq_search.py --gram   # errors from Gram matrices alone, by tiles
 
 W4, group 128, asymmetric: 20 candidate scales for each of the four inputs of a block, then 10
 clipping bounds for each group of its seven linears. Weights are random in float32, as a pass gets
@@ -15,9 +16,10 @@ import argparse
 import itertools
 import statistics
 import time
+from functools import partial
 
 import torch
-from bench_timing import copy_gbps, graph_ms, save
+from bench_timing import copy_gbps, graph_ms, require, save
 from compressor_kernels import awq_candidate
 from compressor_kernels.awq_candidate import (
     candidate_delta,
@@ -25,6 +27,8 @@ from compressor_kernels.awq_candidate import (
     clip_bounds,
     clip_bounds_ref,
 )
+from compressor_kernels.gram_error import GramTiles, gram_error_ref
+from compressor_kernels.gram_error import gram_error as fused_gram_error
 from torch import Tensor
 
 from compressor.numerics import quantize
@@ -41,6 +45,15 @@ SITES = {
 }
 SPEC = QuantSpec("int", 4, "group", 128, zero="subtract", scale_dtype=torch.bfloat16)
 GRID = {"bits": 4, "symmetric": False, "stored": torch.bfloat16}
+GRAM_TILES = [
+    GramTiles(),
+    GramTiles(num_stages=3),
+    GramTiles(block_k=128, num_stages=2),
+    GramTiles(256, 128),
+    GramTiles(128, 128, num_warps=4, num_stages=3, resident=2),
+    GramTiles(128, 128),
+    GramTiles(64, 256, 32, num_warps=4, num_stages=5, resident=2),
+]
 
 
 def site(shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -180,16 +193,58 @@ def time_kernels(tune: bool) -> dict[str, float]:
     return results
 
 
+def torch_gram_error(delta: Tensor, gram: Tensor, columns: int = 2048) -> Tensor:
+    """The same from products that are written out, `columns` rows of the square at a time."""
+    total = torch.zeros((), device=delta.device)
+    for start in range(0, delta.shape[1], columns):
+        stop = min(start + columns, delta.shape[1])
+        products = torch.mm(delta[:, start:stop].t(), delta[:, start:], out_dtype=torch.float32)
+        products.mul_(gram[start:stop, start:])
+        total += products[:, : stop - start].sum() + 2 * products[:, stop - start :].sum()
+    return total
+
+
+def time_gram() -> dict[str, float]:
+    """Each shape of a block, by PyTorch and by the kernel in several tiles.
+
+    All values are positive, so that each element of the square counts alike.
+    """
+    ways = {"PyTorch": torch_gram_error}
+    for t in GRAM_TILES:
+        name = f"{t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages} x{t.resident}"
+        ways[name] = partial(fused_gram_error, tiles=t)
+    results = {}
+    for rows, columns in ((3 * HIDDEN, HIDDEN), (2 * WIDE, HIDDEN), (HIDDEN, WIDE)):
+        delta = torch.rand(rows, columns, device="cuda").bfloat16()
+        x = torch.rand(columns, columns, device="cuda")
+        gram = x.t() @ x
+        want = float(gram_error_ref(delta, gram))
+        for name, way in ways.items():
+            what = f"{rows}x{columns} {name}"
+            first = way(delta, gram)
+            # Tensor cores cut off what they add in float32.
+            require(what, abs(float(first) / want - 1), 1e-4)
+            require(f"{what}, once more", float((way(delta, gram) - first).abs()), 0.0)
+            results[f"{what} ms"] = ms = graph_ms(partial(way, delta, gram), inner=4)
+            speed = rows * columns * (columns + 1) / ms / 1e9
+            print(f"{what:<40}{ms:8.3f} ms {speed:6.0f} TFLOP/s of the upper half", flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="sweep the kernels' tiles")
-    tune = parser.parse_args().tune
+    parser.add_argument("--gram", action="store_true", help="errors from Gram matrices alone")
+    args = parser.parse_args()
     torch.manual_seed(0)
+    if args.gram:
+        save("awq_search_gram.json", time_gram())
+        return
     check()
-    results = time_kernels(tune)
-    if not tune:
+    results = time_kernels(args.tune)
+    if not args.tune:
         results |= time_sites()
-    save("awq_search_tune.json" if tune else "awq_search.json", results)
+    save("awq_search_tune.json" if args.tune else "awq_search.json", results)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.numerics import fake_quantize
-from compressor.numerics.gram import ROWS, gram_error, work_dtype
+from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
 from compressor.numerics.migration import Quantizer
 from compressor.qtensor import QuantSpec
 
@@ -152,7 +152,7 @@ def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:
     """tr(Δ G Δᵀ) of a weight [O, C] in row blocks."""
     total = torch.zeros((), dtype=torch.float32, device=gram.device)
     for a, b in zip(torch.split(old, ROWS), torch.split(new, ROWS), strict=True):
-        total += gram_error((b - a.float()).to(work_dtype(gram)), gram)
+        total += difference_error(b, a, gram)
     return total
 
 

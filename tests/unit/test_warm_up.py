@@ -32,19 +32,21 @@ SEARCH = """
 import os, torch
 from pathlib import Path
 from compressor.numerics.awq_search import search_clip_gram, search_scales_gram
+from compressor.numerics.gram import relative_error
 from compressor.passes.awq import Awq
 from tests_spec import SPEC
 
 def kernels():
-    return {p.name for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")}
+    return set(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
 
 device = torch.device("cuda")
 Awq(bits=4, group_size=32, symmetric=False).compile_kernels({(SPEC, 96)}, device)
 before = kernels()
-for outputs, inputs in ((96, 96), (512, 1376), (64, 4096)):
-    weight = torch.randn(outputs, inputs, device=device)
-    search_scales_gram([weight], torch.eye(inputs, device=device), weight[0].abs(), SPEC)
-    search_clip_gram(weight, torch.eye(inputs, device=device), SPEC)
+for outputs, inputs in ((96, 96), (512, 1376), (64, 4096), (192, 576), (576, 1536)):
+    weight, gram = torch.randn(outputs, inputs, device=device), torch.eye(inputs, device=device)
+    search_scales_gram([weight, weight], gram, weight[0].abs(), SPEC)
+    search_clip_gram(weight, gram, SPEC)
+    relative_error(weight, 0.9 * weight, gram)
 assert before and kernels() == before, (before, kernels())
 """
 
