@@ -6,6 +6,7 @@ one, and there is never a second copy of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 # Rows cast to fp32 at a time where a product cannot take the input's own dtype.
 CAST_ROWS = 4096
-BAND = 192  # columns of a Gram matrix that a CPU adds to at a time
+# Rows of a Gram matrix that are added to at a time, from the diagonal on: fewer compute less twice,
+# too few make small products.
+BAND, GPU_BAND = 192, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class SiteStats:
         self._abssum = self._zeros((channels,)) if needs.absmean else None
         self._absmax = self._zeros((channels,)) if needs.absmax else None
         self._gram = self._zeros((channels, channels)) if needs.gram else None
+        self._one_sided = False
         self._kept: list[Tensor] = []
         self._kept_rows = 0
 
@@ -93,6 +97,7 @@ class SiteStats:
         x = torch.where(good, x, zero)
         if self._gram is not None:
             _add_gram(self._gram, x)
+            self._one_sided = True
         missing = self.needs.keep_inputs - self._kept_rows
         if missing > 0:
             self._kept.append(x[:missing].clone())
@@ -121,7 +126,11 @@ class SiteStats:
     @property
     def gram(self) -> Tensor:
         """Sum of x xᵀ, fp32 [channels, channels]; divide by `tokens` for the mean."""
-        return _mirrored(self._wanted(self._gram, "gram"))
+        gram = self._wanted(self._gram, "gram")
+        if self._one_sided:
+            _mirror(gram)
+            self._one_sided = False
+        return gram
 
     @property
     def inputs(self) -> Tensor:
@@ -176,7 +185,7 @@ class SiteStats:
         if self._absmax is not None:
             dist.all_reduce(self._absmax, op=dist.ReduceOp.MAX)
         if self._gram is not None:
-            dist.all_reduce(self._gram)
+            dist.all_reduce(self.gram)
         if self.needs.keep_inputs:
             self._kept = [_broadcast(self.inputs)]
             self._kept_rows = self._kept[0].shape[0]
@@ -247,10 +256,11 @@ class KVStats:
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += xᵀ x in place, accumulated in fp32."""
+    """gram += xᵀ x in place, accumulated in fp32; below the diagonal only in part."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         try:
-            torch.addmm(gram, x.T, x, out_dtype=torch.float32, out=gram)
+            for part, left, right in _bands(gram, x):
+                torch.addmm(part, left.T, right, out_dtype=torch.float32, out=part)
             return
         except torch.OutOfMemoryError:
             raise
@@ -258,22 +268,27 @@ def _add_gram(gram: Tensor, x: Tensor) -> None:
             # This build has no half-precision product with an fp32 result: cast instead.
             pass
     for start in range(0, x.shape[0], CAST_ROWS):
-        rows = x[start : start + CAST_ROWS].float()
-        if x.is_cuda:
-            gram.addmm_(rows.T, rows)
-            continue
-        # The other half mirrors this one: a third less time in all.
-        for first in range(0, gram.shape[0], BAND):
-            band = slice(first, first + BAND)
-            gram[band, first:].addmm_(rows[:, band].T, rows[:, first:])
+        for part, left, right in _bands(gram, x[start : start + CAST_ROWS].float()):
+            part.addmm_(left.T, right)
 
 
-def _mirrored(gram: Tensor) -> Tensor:
-    """The Gram matrix itself, what `_add_gram` leaves out on a CPU filled in."""
-    for first in range(0, 0 if gram.is_cuda else gram.shape[0], BAND):
-        last = first + BAND
+def _bands(gram: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of a Gram matrix from the diagonal on, and the columns of x whose products they hold."""
+    for first, last in _edges(gram):
+        yield gram[first:last, first:], x[:, first:last], x[:, first:]
+
+
+def _edges(gram: Tensor) -> Iterator[tuple[int, int]]:
+    """First and last row of each band."""
+    band = GPU_BAND if gram.is_cuda else BAND
+    for first in range(0, gram.shape[0], band):
+        yield first, first + band
+
+
+def _mirror(gram: Tensor) -> None:
+    """Fill in what `_add_gram` leaves out."""
+    for first, last in _edges(gram):
         gram[last:, first:last] = gram[first:last, last:].T
-    return gram
 
 
 def _broadcast(inputs: Tensor) -> Tensor:

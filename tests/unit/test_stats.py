@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from compressor_calibration import stats as stats_module
 from compressor_calibration.stats import SiteStats, StatNeeds
 
 ALL = StatNeeds(absmean=True, absmax=True, gram=True, keep_inputs=7)
@@ -78,6 +79,18 @@ def test_the_gram_is_updated_in_place():
     assert stats.gram.data_ptr() == memory and torch.equal(stats.gram, torch.full((3, 3), 8.0))
 
 
+def test_a_gram_that_was_read_goes_on_in_all_its_bands():
+    x = torch.randn(50, 2 * stats_module.BAND + 9, generator=torch.Generator().manual_seed(6))
+    stats = collect([x[:20]])
+    torch.testing.assert_close(stats.gram, stats.gram.T)
+    stats.update(x[20:])
+    other = collect([x])
+    torch.testing.assert_close(stats.gram, stats.gram.T)
+    torch.testing.assert_close(stats.gram, other.gram)
+    stats.merge(other)
+    torch.testing.assert_close(stats.gram, 2 * other.gram)
+
+
 def test_merging_equals_one_pass():
     x = torch.randn(30, 5, generator=torch.Generator().manual_seed(2))
     x[11] = float("nan")
@@ -134,7 +147,9 @@ def test_ranks_agree_on_the_statistics_of_all():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_half_precision_gram_on_a_gpu_is_accumulated_in_fp32(dtype):
+@pytest.mark.parametrize("band", [96, 2048])
+def test_the_half_precision_gram_on_a_gpu_is_accumulated_in_fp32(band, dtype, monkeypatch):
+    monkeypatch.setattr(stats_module, "GPU_BAND", band)
     x = torch.randn(5000, 264, generator=torch.Generator().manual_seed(5)).to(dtype)
     stats = SiteStats(264, ALL, device="cuda")
     stats.update(x[:2000].cuda())
