@@ -119,7 +119,8 @@ def _tiles(device: torch.device) -> GramTiles:
     tiles = GramTiles()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        if properties.shared_memory_per_block_optin < tiles.shared_bytes + 1024:
+        # AMD's devices do not say, and have little.
+        if getattr(properties, "shared_memory_per_block_optin", 0) < tiles.shared_bytes + 1024:
             return SMALL_TILES
     return tiles
 
