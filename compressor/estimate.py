@@ -7,6 +7,7 @@ of common machines, so the time is an estimate of its order, not a promise.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,12 +16,16 @@ import torch
 from compressor.block_choice import PIECE_ELEMENTS
 from compressor.layout import UnitLayout
 from compressor.plan import Plan
+from compressor.process_memory import IMPORTED_BYTES
 from compressor.unit_plan import UnitPlan
 
-PROCESS_BYTES = {"cpu": 500 << 20, "cuda": 1800 << 20}
-"""Resident size of a process that has imported everything and done no work."""
+STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
+"""What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
+and a tokenizer, workspaces of products, and CUDA's context and kernels. On a CPU it was the same to
+a few MB with either build of PyTorch; as a figure it spares `plan` the imports of a run.
+"""
 
-PLAIN_BYTES = 280 << 20
+PLAIN_BYTES = 45 << 20
 """The same on a CPU where no token is run, so that neither tokenizer nor model code is loaded."""
 
 CPU_CORE_FLOPS = 6e10
@@ -54,13 +59,12 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
     working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
     inputs = _input_bytes(plan, device)
     raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
-    out = [sum(spec.nbytes for spec in unit.outputs.values()) for unit in plan.units]
-    # One unit being read ahead, one being worked on, one being written.
-    streams = max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
+    streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)
     if plan.delta is not None:
         streams += max(plan.delta.base_bytes(unit.layout) for unit in plan.units)
     idle = not plan.calibrated and plan.recipe.evaluate is None
-    host = (PLAIN_BYTES if kind == "cpu" and idle else PROCESS_BYTES[kind]) + streams
+    started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
+    host = IMPORTED_BYTES + started + streams
     held, learning = 0, _learning_bytes(plan, device)
     if kind == "cuda":
         held = max(inputs + working + max(raw), learning)
@@ -124,6 +128,29 @@ def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = 
 def _source_bytes(plan: Plan, unit: UnitLayout) -> list[int]:
     entries = plan.source.checkpoint.entries
     return [entries[name].spec.nbytes for name in plan.source.names(unit)]
+
+
+def _streamed_bytes(plan: Plan) -> int:
+    """One unit being read ahead, one being worked on, one being written."""
+    raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
+    out = [sum(spec.nbytes for spec in unit.outputs.values()) for unit in plan.units]
+    return max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
+
+
+def _page_locked_bytes(plan: Plan) -> int:
+    """What a GPU's units are read into and written from: two units as they were read, and the
+    outputs of two that wait to be written. PyTorch takes page-locked memory in powers of two for
+    every tensor, and keeps what is given back for later tensors of the same power."""
+    raw = [Counter(map(_power_of_two, _source_bytes(plan, unit.layout))) for unit in plan.units]
+    out = [Counter(_power_of_two(x.nbytes) for x in unit.outputs.values()) for unit in plan.units]
+    most: Counter[int] = Counter()
+    for i in range(len(raw)):
+        most |= sum((*raw[i : i + 2], *out[max(i - 1, 0) : i + 1]), Counter())
+    return sum(size * count for size, count in most.items())
+
+
+def _power_of_two(nbytes: int) -> int:
+    return 1 << max(nbytes - 1, 0).bit_length()
 
 
 def _input_bytes(plan: Plan, device: torch.device) -> int:

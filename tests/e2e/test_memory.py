@@ -2,14 +2,91 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from compressor.estimate import STARTED_BYTES, estimate
+from compressor.plan import make_plan
+from compressor.process_memory import IMPORTED_BYTES
+from compressor.recipe import make_recipe
+from compressor.source import open_source
 
 ROOT = Path(__file__).resolve().parents[2]
+SLACK = 0.25
+
+
+def compress(command: str, recipe: Path) -> dict[str, Any]:
+    """The JSON that a command prints, run in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "compressor.cli", command, str(recipe), "--device", "cpu", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+def test_what_a_process_takes_is_planned_for_the_build_of_pytorch_that_is_installed(
+    method: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A tiny model takes next to nothing, so that this is about everything else. `rtn` loads
+    neither tokenizer nor model code."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model('llama')}\noutput: {tmp_path / 'out'}\nverify: false\n"
+        f"passes: [{method}: {{bits: 4, group_size: 32}}]\n"
+        "calibration: {samples: 8, length: 32}\n"
+    )
+    planned = compress("plan", recipe)["estimates"]["host_bytes"]
+    run = compress("run", recipe)
+    assert run["planned_host_bytes"] == pytest.approx(planned, rel=0.05)
+    assert run["peak_host_bytes"] == pytest.approx(planned, rel=SLACK)
+
+
+def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Played through: blocks of powers of two, given back to a pool and taken from it again."""
+    recipe = make_recipe(
+        {
+            "model": str(tiny_model("llama")),
+            "output": str(tmp_path / "out"),
+            "passes": [{"awq": {"bits": 4, "group_size": 32}}],
+        }
+    )
+    plan = make_plan(recipe, open_source(Path(recipe.model)))
+    entries = plan.source.checkpoint.entries
+    free: Counter[int] = Counter()
+    pool = 0
+
+    def take(sizes: Iterable[int]) -> Counter[int]:
+        nonlocal pool
+        taken = Counter(next(2**k for k in range(64) if 2**k >= size) for size in sizes)
+        pool += sum(size * count for size, count in (taken - free).items())
+        free.subtract(taken & free)
+        return taken
+
+    reads = ([entries[n].spec.nbytes for n in plan.source.names(u.layout)] for u in plan.units)
+    source, written = take(next(reads)), Counter[int]()
+    for unit in plan.units:
+        ahead = take(next(reads, []))
+        results = take(spec.nbytes for spec in unit.outputs.values())
+        free += source + written
+        source, written = ahead, results
+    planned = estimate(plan, device=torch.device("cuda")).host_bytes
+    assert planned == IMPORTED_BYTES + STARTED_BYTES["cuda"] + pool
 
 
 @pytest.mark.slow

@@ -203,16 +203,18 @@ def show_unit(display: Display, prepared: Prepared, done: UnitDone) -> None:
 
 def summary(run: Run) -> dict[str, Any]:
     """What a machine wants to know of a run."""
-    units = run.released.units
+    units, planned = run.released.units, run.prepared.estimates
     return {
         "ok": run.ok,
         "output": str(run.compiled.output),
         "already_done": run.compiled.already,
         "seconds": round(run.seconds, 3),
         "output_bytes": run.prepared.plan.output_bytes,
-        "source_bytes": run.prepared.estimates.source_bytes,
+        "source_bytes": planned.source_bytes,
         "peak_host_bytes": max((unit.peak_rss for unit in units), default=0),
         "peak_device_bytes": max((unit.peak_device for unit in units), default=0),
+        "planned_host_bytes": planned.host_bytes,
+        "planned_device_bytes": planned.device_bytes,
         "rows": [{"unit": unit.name, **row} for unit in units for row in unit.rows],
         **run.released.verdict.to_json(),
         "report": str(run.released.report) if run.released.report else None,
