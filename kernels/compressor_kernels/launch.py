@@ -1,4 +1,5 @@
-"""What launches of kernels share: powers of two, dense rows, how many programs fill a device."""
+"""What launches of kernels share: powers of two, dense rows, how many programs fill a device, and
+whether one may start before another ends."""
 
 import math
 
@@ -16,6 +17,17 @@ def pow2(n: int) -> int:
 def dense(x: Tensor) -> Tensor:
     """x with its last dimension in one run."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def overlaps(like: Tensor) -> bool:
+    """Whether kernels on the device of `like` may start while those before them end: programmatic
+    dependent launch, from compute capability 9.0 on."""
+    return like.is_cuda and torch.cuda.get_device_capability(like.device) >= (9, 0)
+
+
+def launch_early(early: bool) -> dict[str, bool]:
+    """The launch option for a kernel that waits by itself; not every backend knows its name."""
+    return {"launch_pdl": True} if early else {}
 
 
 def ranges(like: Tensor, *, lanes: int, most: int, programs_per_sm: int) -> int:

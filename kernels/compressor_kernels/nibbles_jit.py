@@ -42,6 +42,17 @@ def _unpack_asm(*, bf16: bool, scaled: bool) -> str:
     return "{" + "\n".join(lines) + "}"
 
 
+def _fixed_asm() -> str:
+    """PTX: words $8, $9 to nibbles 0..7 in $0..$7 where they lie in their bytes."""
+    lines = [".reg .b32 octet;"]
+    for byte in range(4):
+        lines.append(f"prmt.b32 octet, $8, $9, 0x{4 + byte}{4 + byte}{byte}{byte};")
+        lines.append(f"and.b32 ${2 * byte}, octet, 0x000f000f;")
+        lines.append(f"and.b32 ${2 * byte + 1}, octet, 0x00f000f0;")
+    return "{" + "\n".join(lines) + "}"
+
+
+FIXED = tl.constexpr(_fixed_asm())
 FP16 = tl.constexpr(_unpack_asm(bf16=False, scaled=False))
 BF16 = tl.constexpr(_unpack_asm(bf16=True, scaled=False))
 FP16_SCALED = tl.constexpr(_unpack_asm(bf16=False, scaled=True))
@@ -102,6 +113,30 @@ def unpack(words, biased, scales, dtype: tl.constexpr, SCALED: tl.constexpr, ASM
 
 
 @triton.jit
+def unpack_fixed(words, ASM: tl.constexpr):
+    """int32 words to eight tensors in fp16: nibble p times 2^-24, or 2^-20 where p is odd.
+
+    A nibble among zeros is a subnormal fp16 of that value, so one mask makes an operand of it.
+    Tensor cores multiply subnormals exactly.
+    """
+    if not ASM:
+        plain = ()
+        for p in tl.static_range(8):
+            unit: tl.constexpr = 2.0**-20 if p % 2 else 2.0**-24
+            plain = plain + (((words >> (4 * p)) & 15).to(tl.float32) * unit,)  # noqa: RUF005
+        return plain
+    else:
+        return tl.inline_asm_elementwise(
+            FIXED,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            [words],
+            dtype=(tl.float16,) * 8,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
 def zeros_of_slices(
     x_ptr,  # [count, I]
     scales_ptr,  # [.., GROUPS], the first output's row
@@ -117,28 +152,34 @@ def zeros_of_slices(
     BN: tl.constexpr,
     N: tl.constexpr,
     SLICES: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    LEVEL: tl.constexpr,
 ):
-    """What zero points other than 8 add to BN outputs, `first` the first, of MB tokens: [BN, N].
+    """What zero points but LEVEL add to BN outputs, `first` the first, of MB tokens: [BN, N].
 
-    The sum over SLICES slices of 128 inputs from `start` of (8 - z) s times the slice's sum of
-    inputs, where GS slices make a group. MB columns are repeated up to N.
+    The sum over SLICES slices of 128 inputs from `start` of (LEVEL - z) s times the slice's sum of
+    inputs, where GS slices make a group; z is 8 without zeros. MB columns are repeated up to N.
     """
+    AT: tl.constexpr = 32 if MB == 1 else 16  # slices at once
     row = tl.minimum(tl.arange(0, BN), O - 1 - first)[:, None]
     m = tl.arange(0, MB)
     zeros_ptr += (first + row) // 8 * GROUPS
     nibble = ((first + row) % 8 * 4).to(tl.int32)
-    total = tl.zeros((BN, MB, 16), tl.float32)
-    for at in tl.range(0, SLICES, 16):
-        slices = start + at + tl.arange(0, 16)
+    total = tl.zeros((BN, MB, AT), tl.float32)
+    for at in tl.range(0, SLICES, AT):
+        slices = start + at + tl.arange(0, AT)
         k = slices[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
         x = tl.load(
             x_ptr + m[:, None, None] * I + k, mask=(m < count)[:, None, None] & (k < I), other=0.0
         )
         group = (slices // GS)[None, :]
-        inside = (group < GROUPS) & (at + tl.arange(0, 16) < SLICES)[None, :]
-        octets = tl.load(zeros_ptr + group, mask=inside, other=0)
+        inside = (group < GROUPS) & (at + tl.arange(0, AT) < SLICES)[None, :]
         scales = tl.load(scales_ptr + row * GROUPS + group, mask=inside, other=0.0)
-        weights = (8 - ((octets >> nibble) & 15)).to(tl.float32) * scales.to(tl.float32)
+        if HAS_ZEROS:
+            octets = tl.load(zeros_ptr + group, mask=inside, other=0)
+            weights = (LEVEL - ((octets >> nibble) & 15)).to(tl.float32) * scales.to(tl.float32)
+        else:
+            weights = scales.to(tl.float32) * (LEVEL - 8)
         total += weights[:, None, :] * tl.sum(x.to(tl.float32), 2)[None, :, :]
     y = tl.sum(total, 2)
     if MB < N:

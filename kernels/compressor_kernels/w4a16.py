@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.launch import launch_early, overlaps
+from compressor_kernels.partial_sums import reduce_parts
+
 # Most tokens of each kernel; above the second the weight is written out dense.
 DECODE_TOKENS = 16
 TILED_TOKENS = 256
@@ -24,8 +27,8 @@ PROCESSORS = 132  # multiprocessors of the device that the tiles below were chos
 @dataclass(frozen=True, slots=True)
 class DecodeTiles:
     """Few tokens: outputs of a program, slices of 128 inputs that its warps take at once, and
-    programs that share a row (their sums meet in a second kernel). `apart`: zero points of groups
-    of 128 and more are added after the last step."""
+    programs that share a row (their sums meet in a second kernel). `apart`: what zero points of
+    groups of 128 and more make is added after the last step."""
 
     block_n: int = 16
     slices: int = 4
@@ -176,6 +179,7 @@ def decode_product(
     outputs = packed.shape[0]
     tokens = next((t for t in (1, 2, 4, 8) if count <= t), 16)
     out = y if tiles.split == 1 else y.new_empty((tiles.split, *y.shape), dtype=torch.float32)
+    early = overlaps(x)
     jit.decode_kernel[(-(-count // tokens), -(-outputs // tiles.block_n), tiles.split)](
         x,
         packed,
@@ -194,14 +198,19 @@ def decode_product(
         KS=tiles.slices,
         SPLIT=tiles.split,
         HAS_ZEROS=zeros is not None,
-        APART=tiles.apart and zeros is not None and group >= 128,
+        APART=tiles.apart
+        and second is None
+        and group >= 128
+        and (zeros is not None or x.dtype == torch.float16),
         HAS_BIAS=bias is not None,
         STAGES=tiles.num_stages,
+        EARLY=early,
         ASM=x.is_cuda,
         num_warps=tiles.num_warps,
+        **launch_early(early),
     )
     if tiles.split > 1:
-        _reduce(out, bias, y)
+        reduce_parts(out, bias, y)
 
 
 def tiled_product(
@@ -253,24 +262,7 @@ def tiled_product(
         num_warps=tiles.num_warps,
     )
     if tiles.split > 1:
-        _reduce(out, bias, y)
-
-
-def _reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    from compressor_kernels import w4a16_jit as jit
-
-    count, outputs = y.shape
-    jit.reduce_kernel[(-(-outputs // 512), count)](
-        parts,
-        y if bias is None else bias,
-        y,
-        count,
-        outputs,
-        SPLIT=parts.shape[0],
-        HAS_BIAS=bias is not None,
-        BN=512,
-        num_warps=4,
-    )
+        reduce_parts(out, bias, y)
 
 
 def dense_weight(
@@ -311,18 +303,27 @@ def dense_weight(
 def decode_tiles(
     count: int, outputs: int, inner: int, group: int, *, zeros: bool = False
 ) -> DecodeTiles:
-    """Chosen from shapes alone: a row is shared only where programs are fewer than processors,
-    since its sums cost a second kernel. Zero points are added apart where that was faster."""
+    """Chosen from shapes alone: a row is shared where programs are too few to keep the processors
+    busy, but never so far that less than two steps are left. Zero points are added apart where that
+    was faster."""
     if group == 16 and count <= 8:  # NVFP4
         return DecodeTiles(block_n=16, slices=4)
-    block_n, enough = (64, 0.9 * PROCESSORS) if count > 8 else (32, 1.8 * PROCESSORS)
+    many = count > 8
+    block_n = 64 if many else 32
     programs = -(-outputs // block_n)
-    split = next((s for s in (1, 2, 4) if programs * s >= enough), 8)
-    while split > 1 and inner // split < 1024:
-        split //= 2
-    apart = zeros and group >= 128 and count == 1 and split == 1
-    stages = 3 if apart or (zeros and count > 8) else 4
-    return DecodeTiles(block_n=block_n, split=split, num_stages=stages, apart=apart)
+    if many and programs >= 1.5 * PROCESSORS:
+        return DecodeTiles(block_n=block_n, num_stages=3)
+    slices = 2 if many else 4
+    most = max(1, inner // (2 * 128 * slices))
+    split = next((s for s in (1, 2, 4) if programs * s >= 2.5 * PROCESSORS or 2 * s > most), 8)
+    return DecodeTiles(
+        block_n=block_n,
+        slices=slices,
+        split=split,
+        num_warps=slices,
+        num_stages=3,
+        apart=count == 1 and (zeros or split == 1),
+    )
 
 
 def tiled_tiles(count: int, outputs: int, inner: int, group: int) -> TiledTiles:

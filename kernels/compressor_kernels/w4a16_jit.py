@@ -7,7 +7,8 @@ itself. W stands on the left of the product: tokens then need no padding to 64 o
 
 The compiler moves the words' layout from the product back to their load only if all that enters
 the unpacking is loaded or constant. Zero points of a whole slice therefore stay out of it: the
-product is with u - 8, and (8 - z) times the slice's sum of inputs comes on top.
+product is with u in fp16, with u - 8 in bf16, and what is missing, times the slice's sum of inputs,
+comes on top.
 
 NVFP4 weights run on the same kernels: their words are laid out alike, a group is 16 inputs, and
 `second_ptr`, the global scale, says that codes are E2M1 and scales E4M3.
@@ -15,9 +16,16 @@ NVFP4 weights run on the same kernels: their words are laid out alike, a group i
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compressor_kernels.e2m1_jit import code_scales, left_over, unpack_e2m1
-from compressor_kernels.nibbles_jit import biased_eight, biased_zeros, unpack, zeros_of_slices
+from compressor_kernels.nibbles_jit import (
+    biased_eight,
+    biased_zeros,
+    unpack,
+    unpack_fixed,
+    zeros_of_slices,
+)
 
 
 @triton.jit
@@ -66,6 +74,7 @@ def decode_kernel(
     APART: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One program: BN outputs of MB tokens over every input, or over 1/SPLIT of them.
@@ -73,7 +82,9 @@ def decode_kernel(
     A step takes KS slices of 128 inputs side by side, each slice by one warp: a batched product
     [KS, BN, 16 words] x [KS, 16, MB] for each nibble place. A row's step is contiguous in memory;
     the slices' sums meet at the end. APART adds zero points of whole slices after the last step,
-    which reads the inputs once more and takes them out of every step.
+    which reads the inputs once more and takes them out of every step. EARLY: the kernel before may
+    still run, and the one after may start once all programs are past their last step; any sooner,
+    its programs would crowd on the processors that have room.
     """
     N: tl.constexpr = 8 if MB < 8 else MB
     WORDS: tl.constexpr = (I + 7) // 8
@@ -83,6 +94,9 @@ def decode_kernel(
     EVEN: tl.constexpr = I % (KS * 128 * SPLIT) == 0
     FP4: tl.constexpr = second_ptr is not None
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    FIXED: tl.constexpr = dtype == tl.float16 and SG == 1 and not FP4
+    LEVEL: tl.constexpr = 0 if FIXED else 8
+    UNIT: tl.constexpr = 2.0**-24 if FIXED else 1.0
     token = tl.program_id(0) * MB
     first = tl.program_id(1).to(tl.int64) * BN
     part = tl.program_id(2)
@@ -101,6 +115,8 @@ def decode_kernel(
     scales_ptrs = scales_ptr + first * GROUPS + row * GROUPS
     zeros_ptrs = zeros_ptr + (first // 8) * GROUPS + (first % 8 + row) // 8 * GROUPS
     nibble = (first + row) % 8 * 4
+    if EARLY:
+        gdc_wait()
     if SG == 1:
         scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
     eight = biased_eight((KS, BN, 16), dtype, ASM)
@@ -138,21 +154,34 @@ def decode_kernel(
             for p in tl.static_range(8):
                 total = tl.dot(q[p], places[p], total)
         else:
-            q = unpack(words, eight, eight, dtype, False, ASM)
             sums = tl.zeros((KS, BN, N), tl.float32)
-            for p in tl.static_range(8):
-                sums = tl.dot(q[p], places[p], sums)
-            if HAS_ZEROS and not APART:
+            if FIXED:
+                q = unpack_fixed(words, ASM)
+                odd = tl.zeros((KS, BN, N), tl.float32)
+                for p in tl.static_range(4):
+                    sums = tl.dot(q[2 * p], places[2 * p], sums)
+                    odd = tl.dot(q[2 * p + 1], places[2 * p + 1], odd)
+                sums += odd * 0.0625
+            else:
+                q = unpack(words, eight, eight, dtype, False, ASM)
+                for p in tl.static_range(8):
+                    sums = tl.dot(q[p], places[p], sums)
+            if (HAS_ZEROS or FIXED) and not APART:
                 inputs = tl.zeros((KS, BN, N), tl.float32)  # a row computes what all others do
                 for p in tl.static_range(8):
                     inputs = tl.dot(ones, places[p], inputs)
-                sums += (8 - zeros).to(tl.float32) * inputs
-            total += sums * scales.to(tl.float32)
+                if HAS_ZEROS:
+                    sums += ((LEVEL - zeros).to(tl.float32) * UNIT) * inputs
+                else:
+                    sums += ((LEVEL - 8) * UNIT) * inputs
+            total += sums * (scales.to(tl.float32) * (1.0 / UNIT))
             # One value is too narrow for an asynchronous copy: loaded a step ahead.
             group = (slices + (step + 1) * KS) // GS
             scales = tl.load(scales_ptrs + group, mask=group < GROUPS, other=0.0)
         words_ptrs += KS * 16
         x_ptrs += KS * 128
+    if EARLY:
+        gdc_launch_dependents()
     y = tl.sum(total, 0)
     if FP4:
         y *= tl.load(second_ptr) * left_over(dtype)
@@ -172,6 +201,8 @@ def decode_kernel(
             BN,
             N,
             STEPS * KS,
+            HAS_ZEROS,
+            LEVEL,
         )
     column = tl.arange(0, N)
     m = token + column
@@ -182,28 +213,6 @@ def decode_kernel(
     out_ptr += part.to(tl.int64) * M * O
     at = m.to(tl.int64)[None, :] * O + n[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def reduce_kernel(
-    parts_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    O,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """fp32 [SPLIT, M, O] to [M, O], summed in order; one program: BN outputs of one token."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1).to(tl.int64)
-    total = tl.zeros((BN,), tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts_ptr + (part * M + m) * O + n, mask=n < O, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < O, other=0.0).to(tl.float32)
-    tl.store(out_ptr + m * O + n, total.to(out_ptr.dtype.element_ty), mask=n < O)
 
 
 @triton.jit

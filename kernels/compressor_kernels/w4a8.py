@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels.launch import pow2
+from compressor_kernels.partial_sums import reduce_parts
 
 TILE = 32
 DECODE_TOKENS = 16
@@ -183,19 +184,7 @@ def _decode(
         num_warps=tiles.slices,
     )
     if tiles.split > 1:
-        from compressor_kernels import w4a16_jit
-
-        w4a16_jit.reduce_kernel[(-(-y.shape[1] // 512), count)](
-            out,
-            y if bias is None else bias,
-            y,
-            count,
-            y.shape[1],
-            SPLIT=tiles.split,
-            HAS_BIAS=bias is not None,
-            BN=512,
-            num_warps=4,
-        )
+        reduce_parts(out, bias, y)
 
 
 def _tiled(
