@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from compressor.block_choice import PIECE_ELEMENTS
+from compressor.evaluate import LOGIT_ELEMENTS
 from compressor.layout import UnitLayout
 from compressor.plan import Plan
 from compressor.process_memory import IMPORTED_BYTES
@@ -70,6 +71,7 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
         held = max(inputs + working + max(raw), learning)
     else:
         host += max(inputs + working, learning)
+        host = max(host, IMPORTED_BYTES + started + _evaluating_bytes(plan, device))
     return Estimates(
         source_bytes=sum(raw),
         output_bytes=plan.output_bytes,
@@ -128,6 +130,19 @@ def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = 
 def _source_bytes(plan: Plan, unit: UnitLayout) -> list[int]:
     entries = plan.source.checkpoint.entries
     return [entries[name].spec.nbytes for name in plan.source.names(unit)]
+
+
+def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
+    """Hidden states, heads and logits of the written checkpoint, and of the original beside it."""
+    wanted = plan.recipe.evaluate
+    if wanted is None:
+        return 0
+    models = 2 if wanted.against_original else 1
+    states = 4 * wanted.windows * wanted.length * _hidden(plan)
+    vocabulary = int(plan.source.checkpoint.config.get("vocab_size", 0))
+    head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
+    logits = 4 * LOGIT_ELEMENTS[device.type]
+    return models * (states + head + 3 * logits)
 
 
 def _streamed_bytes(plan: Plan) -> int:

@@ -20,6 +20,7 @@ from compressor.card import CardData, source_metadata, write_card
 from compressor.choice_record import read_record
 from compressor.compile import Compiled, Prepared, portable, versions
 from compressor.manifest import MANIFEST_NAME, hash_file, read_manifest
+from compressor.process_memory import peak_rss
 from compressor.report import Costs, ReportData, UnitReport, read_report, write_report
 from compressor.row_notes import row_notes
 from compressor.verdict import Unwatched, Verdict, Watch, judge
@@ -29,12 +30,14 @@ from compressor.verdict import Unwatched, Verdict, Watch, judge
 class Released:
     """What came of a compiled checkpoint.
 
-    units   what happened in each unit, also where an earlier run compiled it
-    report  path of report.html, or None where the recipe wants none
+    units       what happened in each unit, also where an earlier run compiled it
+    host_bytes  largest resident size of the run, of what judges the checkpoint too
+    report      path of report.html, or None where the recipe wants none
     """
 
     verdict: Verdict
     units: tuple[UnitReport, ...]
+    host_bytes: int
     report: Path | None
 
 
@@ -55,12 +58,13 @@ def conclude(
         write_report(compiled.output, unjudged)
     rows = [row for unit in units for row in unit.rows]
     verdict = judge(prepared, compiled, rows=rows, watch=watch)
+    host = host_peak(compiled)
     if not prepared.recipe.report:
-        return Released(verdict=verdict, units=units, report=None)
+        return Released(verdict=verdict, units=units, host_bytes=host, report=None)
     data = report_data(prepared, compiled, verdict, units, started, seconds=seconds)
     _, page = write_report(compiled.output, data)
     write_card(compiled.output, card_data(prepared, compiled, verdict))
-    return Released(verdict=verdict, units=units, report=page)
+    return Released(verdict=verdict, units=units, host_bytes=host, report=page)
 
 
 def unit_reports(compiled: Compiled) -> tuple[UnitReport, ...]:
@@ -79,6 +83,14 @@ def unit_reports(compiled: Compiled) -> tuple[UnitReport, ...]:
         )
     before = read_report(compiled.output)
     return () if before is None else before.units
+
+
+def host_peak(compiled: Compiled) -> int:
+    """Largest resident size so far in bytes; of the earlier run where this one only judges."""
+    if not compiled.already:
+        return peak_rss()
+    before = read_report(compiled.output)
+    return 0 if before is None else before.spent.host_bytes
 
 
 def report_data(
@@ -110,7 +122,7 @@ def report_data(
         spent=Costs(
             source_bytes=planned.source_bytes,
             output_bytes=plan.output_bytes,
-            host_bytes=max((unit.peak_rss for unit in units), default=0),
+            host_bytes=host_peak(compiled),
             device_bytes=max((unit.peak_device for unit in units), default=0),
             seconds=sum(unit.seconds for unit in units),
         ),

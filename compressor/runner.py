@@ -267,7 +267,7 @@ class BlockRunner:
         enter    what is done to the input of lm_head
         """
         self._assign({k: v for k, v in tensors.items() if not k.startswith("lm_head.")})
-        weight = lm_head.to(self.device, self.dtype)
+        lm_head = lm_head.to(self.device, self.dtype)
         bias = tensors.get("lm_head.bias")
         bias = None if bias is None else bias.to(self.device, self.dtype)
         norm = self.model.get_submodule(self.names.norm)
@@ -277,7 +277,7 @@ class BlockRunner:
         def logits(hidden: Tensor) -> Tensor:
             normed = norm(hidden.to(self.device, self.dtype))
             entering = normed if enter is None else enter(normed)
-            out = nn.functional.linear(entering, weight, bias).float()
+            out = nn.functional.linear(entering, lm_head, bias).float()
             return torch.tanh(out / cap) * cap if cap else out
 
         try:

@@ -57,9 +57,14 @@ class Stream:
         tensors = floats(source.read_unit(layout), self.runner)
         tied = source.layout.tied
         (linear,) = (x for x in layout.linears if x.role == "lm_head")
-        weight = source.checkpoint.read([tied])[tied] if tied else tensors[f"{linear.name}.weight"]
+        name = f"{linear.name}.weight"
         enter = stored_inputs(source, layout).get(linear.name)
-        with self.runner.head(tensors, weight, enter=enter) as head:
+        # No name here holds the weight as it was read, beside the one that the head computes with.
+        with self.runner.head(
+            tensors,
+            source.checkpoint.read([tied])[tied] if tied else tensors.pop(name),
+            enter=enter,
+        ) as head:
             yield lambda hidden: head(hidden.unsqueeze(0))[0]
 
 

@@ -37,15 +37,19 @@ def compress(command: str, recipe: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("method", ["awq", "rtn"])
+@pytest.mark.parametrize(
+    ("method", "judged"),
+    [("awq", "evaluate: {windows: 2, length: 64}"), ("rtn", "verify: false")],
+    ids=["awq", "rtn"],
+)
 def test_what_a_process_takes_is_planned_for_the_build_of_pytorch_that_is_installed(
-    method: str, tiny_model: Callable[..., Path], tmp_path: Path
+    method: str, judged: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A tiny model takes next to nothing, so that this is about everything else. `rtn` loads
     neither tokenizer nor model code."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {tiny_model('llama')}\noutput: {tmp_path / 'out'}\nverify: false\n"
+        f"model: {tiny_model('llama')}\noutput: {tmp_path / 'out'}\n{judged}\n"
         f"passes: [{method}: {{bits: 4, group_size: 32}}]\n"
         "calibration: {samples: 8, length: 32}\n"
     )

@@ -14,11 +14,13 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from compressor import release
 from compressor.cli.main import cli
 from compressor.errors import CheckError, CompressError
 from compressor.locate import locate
 from compressor.manifest import hash_file, read_manifest
 from compressor.report import read_report
+from compressor.verdict import Verdict
 from compressor.verify import verify
 
 BASE: dict[str, Any] = {
@@ -163,6 +165,28 @@ def test_a_finished_checkpoint_is_judged_by_new_limits_without_being_made_again(
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
     report = read_report(tmp_path / "out")
     assert report is not None and report.gate is not None and report.gate["passed"]
+
+
+def test_peak_memory_is_that_of_the_whole_run(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what judges the checkpoint too, and still known when it is judged once more."""
+    recipe = write_recipe(tmp_path, tiny_model("llama"))
+    judging = release.judge
+    reached = {"bytes": 1}
+
+    def judge(*args: Any, **named: Any) -> Verdict:
+        verdict = judging(*args, **named)
+        reached["bytes"] = 2 << 40
+        return verdict
+
+    monkeypatch.setattr(release, "judge", judge)
+    monkeypatch.setattr(release, "peak_rss", lambda: reached["bytes"])
+    for _ in range(2):
+        assert run(recipe)[1]["peak_host_bytes"] == 2 << 40
+        report = read_report(tmp_path / "out")
+        assert report is not None and report.spent.host_bytes == 2 << 40
+        reached["bytes"] = 1
 
 
 def test_a_damaged_checkpoint_fails_and_is_not_measured(

@@ -211,7 +211,7 @@ def summary(run: Run) -> dict[str, Any]:
         "seconds": round(run.seconds, 3),
         "output_bytes": run.prepared.plan.output_bytes,
         "source_bytes": planned.source_bytes,
-        "peak_host_bytes": max((unit.peak_rss for unit in units), default=0),
+        "peak_host_bytes": run.released.host_bytes,
         "peak_device_bytes": max((unit.peak_device for unit in units), default=0),
         "planned_host_bytes": planned.host_bytes,
         "planned_device_bytes": planned.device_bytes,
@@ -229,9 +229,10 @@ def report(run: Run) -> None:
     click.echo(f"\n{run.compiled.output}")
     click.echo(f"  size        {size(after)} from {size(before)} ({before / after:.2f} times)")
     if run.compiled.units:
-        rss = max(unit.peak_rss for unit in units)
         click.echo(f"  time        {duration(run.seconds)}")
-        click.echo(f"  host peak   {size(rss)} (planned {size(planned.host_bytes)})")
+        click.echo(
+            f"  host peak   {size(run.released.host_bytes)} (planned {size(planned.host_bytes)})"
+        )
         peak = max(unit.peak_device for unit in units)
         if peak:
             click.echo(f"  device peak {size(peak)} (planned {size(planned.device_bytes)})")
