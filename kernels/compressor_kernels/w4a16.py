@@ -309,11 +309,8 @@ def decode_tiles(
     if group == 16 and count <= 8:  # NVFP4
         return DecodeTiles(block_n=16, slices=4)
     many = count > 8
-    block_n = 64 if many else 32
+    block_n, slices = (64, 2) if many else (32, 4)
     programs = -(-outputs // block_n)
-    if many and programs >= 1.5 * PROCESSORS:
-        return DecodeTiles(block_n=block_n, num_stages=3)
-    slices = 2 if many else 4
     most = max(1, inner // (2 * 128 * slices))
     split = next((s for s in (1, 2, 4) if programs * s >= 2.5 * PROCESSORS or 2 * s > most), 8)
     return DecodeTiles(
@@ -321,7 +318,7 @@ def decode_tiles(
         slices=slices,
         split=split,
         num_warps=slices,
-        num_stages=3,
+        num_stages=2 if many and zeros else 3,
         apart=count == 1 and (zeros or split == 1),
     )
 

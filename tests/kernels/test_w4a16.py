@@ -195,3 +195,28 @@ def test_real_shapes(outputs, inner, group, zeros, dtype):
         y = w4a16(x, *tensors[1:], group_size=group)
         assert_close(y, x, weight, rounded_weight=count > 16 or group in (32, 64))
         assert torch.equal(y, w4a16(x, *tensors[1:], group_size=group))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 16])
+@pytest.mark.parametrize("plain_between", [False, True])
+def test_kernels_see_what_those_right_before_them_wrote(count, plain_between):
+    """A kernel may start before the last one has ended: it must still wait for its inputs, and for
+    weights that were written a moment ago."""
+    (x, packed, scales, zeros), _ = problem(count, 4096, 4096, 128, torch.float16, zeros=True)
+    others = [packed.roll(i, 0) for i in range(4)]
+
+    def chain(wait):
+        y, weight = x, packed.clone()
+        for i in range(24):
+            if plain_between:
+                weight.copy_(others[i % 4])
+                wait()
+            y = w4a16(y, weight, scales / 15, zeros, group_size=128)
+            wait()
+        return y
+
+    apart = chain(torch.cuda.synchronize)
+    assert apart.isfinite().all() and apart.any()
+    for _ in range(5):
+        assert torch.equal(chain(lambda: None), apart)
