@@ -31,6 +31,7 @@ from compressor.plan import Plan
 from compressor.process_memory import peak_rss
 from compressor.runner import BlockRunner, Observation
 from compressor.shards import ShardWriter
+from compressor.source import require_finite
 from compressor.unit_passes import Observe, apply_passes
 from compressor.unit_plan import Observable, UnitPlan
 
@@ -378,22 +379,6 @@ class _Loop:
         give_back()
         self.done.append(done)
         self.settings.on_unit(done)
-
-
-def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises InputError naming the tensors that hold NaN or an infinity."""
-    # The largest magnitude is finite exactly where all values are; NaN counts as the largest.
-    flags = {
-        name: torch.isfinite(torch.stack(list(torch.aminmax(tensor))).float()).all()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and tensor.numel()
-    }
-    if flags and not bool(torch.stack(list(flags.values())).all()):
-        bad = [name for name, good in flags.items() if not bool(good)]
-        raise InputError(
-            f"the source holds NaN or infinity in {', '.join(bad[:4])}",
-            hint="the checkpoint is damaged: download it again, or take another revision",
-        )
 
 
 def _nothing(current: Unit, changed: bool, wanted: Observable) -> Observation:

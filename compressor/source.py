@@ -214,3 +214,19 @@ def _check_stored(source: Source) -> None:
                 )
     if problems:
         raise Problems(problems)
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError naming the tensors that hold NaN or an infinity."""
+    # The largest magnitude is finite exactly where all values are; NaN counts as the largest.
+    flags = {
+        name: torch.isfinite(torch.stack(list(torch.aminmax(tensor))).float()).all()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    if flags and not bool(torch.stack(list(flags.values())).all()):
+        bad = [name for name, good in flags.items() if not bool(good)]
+        raise InputError(
+            f"the source holds NaN or infinity in {', '.join(bad[:4])}",
+            hint="the checkpoint is damaged: download it again, or take another revision",
+        )
