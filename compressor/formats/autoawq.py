@@ -16,14 +16,14 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
-from compressor.formats.packing.checks import take, take_scales
+from compressor.formats.packing.checks import matrix_shape, take, take_scales
 from compressor.formats.packing.transposed import (
     common_spec,
     group_size,
     read_spec,
+    stored_schemes,
     stored_zeros,
     weight_reason,
-    with_stored_scales,
     with_zeros,
 )
 from compressor.formats.packing.words import pack_words, unpack_words
@@ -94,14 +94,12 @@ class AutoAWQ(WeightsOnly):
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Unpack; a symmetric `spec` is refused where a zero point is not 8."""
-        packed = tensors.get("qweight")
-        if packed is None or packed.dim() != 2:
-            raise InputError("tensor 'qweight' is missing or not a matrix")
-        shape = (packed.shape[1] * PER_WORD, packed.shape[0])
+        columns, words = matrix_shape(tensors, "qweight")
+        shape = (words * PER_WORD, columns)
         if reason := self.accepts(Scheme(weight=spec), shape):
             raise InputError(f"tensor 'qweight': {reason}")
         names = self.layout(spec, shape, model_dtype=torch.float16)
-        take(tensors, "qweight", shape=names["qweight"].shape, dtypes=(torch.int32,))
+        packed = take(tensors, "qweight", shape=names["qweight"].shape, dtypes=(torch.int32,))
         qzeros = take(tensors, "qzeros", shape=names["qzeros"].shape, dtypes=(torch.int32,))
         scales = take_scales(tensors, "scales", spec=spec, shape=names["scales"].shape)
         return with_zeros(
@@ -149,14 +147,7 @@ class AutoAWQ(WeightsOnly):
         spec = read_spec(config, symmetric=False)
         if spec.bits != BITS:
             raise InputError(f"quantization_config.bits is {spec.bits}; GEMM files hold {BITS}")
-        return ModelSchemes(
-            linears={
-                module: with_stored_scales(spec, module, tensors)
-                if "qweight" in tensors
-                else Scheme()
-                for module, tensors in linears.items()
-            }
-        )
+        return stored_schemes(spec, linears)
 
 
 def _pack(values: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
-from compressor.formats.packing.checks import take, take_scales
+from compressor.formats.packing.checks import matrix_shape, take, take_scales
 from compressor.formats.packing.transposed import (
     common_spec,
     group_size,
     read_spec,
+    stored_schemes,
     stored_zeros,
     weight_reason,
-    with_stored_scales,
     with_zeros,
 )
 from compressor.formats.packing.words import WORD, pack_words, unpack_words
@@ -61,7 +61,13 @@ class GPTQ(WeightsOnly):
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """2, 3, 4 or 8 bits by group or channel, both sides filling whole words."""
-        return self._fits(scheme, shape)
+        if reason := weight_reason(scheme, shape, bits=BITS):
+            return reason
+        bits = scheme.weight.bits if scheme.weight is not None else WORD
+        for count, side in zip(shape, ("outputs", "inputs"), strict=True):
+            if count * bits % WORD:
+                return f"{count} {side} of {bits} bits do not fill whole 32-bit words"
+        return None
 
     def may_lack(self, scheme: Scheme) -> str | None:
         """In version 1, a zero point of 0."""
@@ -103,7 +109,7 @@ class GPTQ(WeightsOnly):
     ) -> dict[str, Tensor]:
         """Pack. Raises InputError where the spec does not fit, scales are not float16 or, in
         version 1, a zero point is 0; other asymmetric weights have a form there too."""
-        if reason := self._fits(Scheme(weight=q.spec, input=input), q.shape):
+        if reason := self.accepts(Scheme(weight=q.spec, input=input), q.shape):
             raise InputError(f"{self.name}: {reason}")
         if reason := self.lacks(q):
             raise InputError(f"{self.name}: {reason}")
@@ -118,14 +124,12 @@ class GPTQ(WeightsOnly):
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Unpack. Raises InputError for a `g_idx` in another order (desc_act), for a zero point
         that does not fit, and for a symmetric `spec` where a zero point is not at the centre."""
-        packed = tensors.get("qweight")
-        if packed is None or packed.dim() != 2:
-            raise InputError("tensor 'qweight' is missing or not a matrix")
-        shape = (packed.shape[1], packed.shape[0] * WORD // spec.bits)
-        if reason := self._fits(Scheme(weight=spec), shape):
+        words, rows = matrix_shape(tensors, "qweight")
+        shape = (rows, words * WORD // spec.bits)
+        if reason := self.accepts(Scheme(weight=spec), shape):
             raise InputError(f"tensor 'qweight': {reason}")
         names = self.layout(spec, shape, model_dtype=torch.float16)
-        take(tensors, "qweight", shape=names["qweight"].shape, dtypes=(torch.int32,))
+        packed = take(tensors, "qweight", shape=names["qweight"].shape, dtypes=(torch.int32,))
         qzeros = take(tensors, "qzeros", shape=names["qzeros"].shape, dtypes=(torch.int32,))
         scales = take_scales(tensors, "scales", spec=spec, shape=names["scales"].shape)
         if "g_idx" in tensors:
@@ -186,23 +190,7 @@ class GPTQ(WeightsOnly):
         spec = read_spec(config, symmetric=config.get("sym", True) is True)
         if spec.bits not in BITS:
             raise InputError(f"quantization_config.bits is {spec.bits}, not one of {BITS}")
-        return ModelSchemes(
-            linears={
-                module: with_stored_scales(spec, module, tensors)
-                if "qweight" in tensors
-                else Scheme()
-                for module, tensors in linears.items()
-            }
-        )
-
-    def _fits(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        if reason := weight_reason(scheme, shape, bits=BITS):
-            return reason
-        bits = scheme.weight.bits if scheme.weight is not None else WORD
-        for count, side in zip(shape, ("outputs", "inputs"), strict=True):
-            if count * bits % WORD:
-                return f"{count} {side} of {bits} bits do not fill whole 32-bit words"
-        return None
+        return stored_schemes(spec, linears)
 
 
 def _group_of_inputs(spec: QuantSpec, columns: int, *, device: torch.device) -> Tensor:

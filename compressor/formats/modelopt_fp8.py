@@ -15,40 +15,34 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import AllValues, ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes, TensorShape
 from compressor.formats.ct_layouts.inputs import positive_scale
-from compressor.formats.packing.checks import check_values, take
+from compressor.formats.packing.checks import check_values, matrix_shape, take
 from compressor.formats.packing.e2m1 import take_number
 from compressor.formats.packing.modelopt import (
     SCALAR,
+    ModelOpt,
     common_scheme,
     config_entry,
     config_file,
-    kv_scales,
-    kv_tensors,
     read_schemes,
 )
 from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import ActivationSpec, KVSpec, Scheme
+from compressor.scheme import ActivationSpec, Scheme
 
 SPEC = QuantSpec(element="fp8_e4m3", bits=8, strategy="tensor", scale_dtype=torch.float32)
 INPUT = ActivationSpec("fp8_e4m3", "static")
 QUANTIZER = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
-class ModelOptFP8(AllValues):
+class ModelOptFP8(ModelOpt):
     """E4M3 weights and static E4M3 inputs, one scale each."""
 
     name = "modelopt-fp8"
-    stores_divisors = False
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """float32."""
         return torch.float32
-
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Unchanged."""
-        return dtype
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """E4M3 with one scale per tensor and static inputs."""
@@ -95,10 +89,7 @@ class ModelOptFP8(AllValues):
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Read back; InputError names the tensor that does not fit."""
-        weight = tensors.get("weight")
-        if weight is None or weight.dim() != 2:
-            raise InputError("tensor 'weight' is missing or not a matrix")
-        shape = (weight.shape[0], weight.shape[1])
+        shape = matrix_shape(tensors, "weight")
         codes = take(tensors, "weight", shape=shape, dtypes=(torch.float8_e4m3fn,))
         scale = take_number(tensors, "weight_scale", shape=())
         q = QTensor(
@@ -110,24 +101,6 @@ class ModelOptFP8(AllValues):
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """`input_scale`."""
         return take_number(tensors, "input_scale", shape=())
-
-    def kv_tensors(
-        self,
-        kv: KVSpec,
-        attention: str,
-        *,
-        k_scale: Tensor,
-        v_scale: Tensor,
-        model_dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """Scalars `k_proj.k_scale` and `v_proj.v_scale`."""
-        return kv_tensors(kv, attention, k_scale=k_scale, v_scale=v_scale)
-
-    def kv_scales(
-        self, tensors: Mapping[str, Tensor], attention: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """Scales of keys and values."""
-        return kv_scales(tensors, attention)
 
     def files(self, schemes: ModelSchemes) -> dict[str, Any]:
         """hf_quant_config.json."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import AllValues, ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes, TensorShape
 from compressor.formats.ct_layouts.inputs import positive_scale
 from compressor.formats.packing.e2m1 import (
     BLOCK,
@@ -30,33 +30,27 @@ from compressor.formats.packing.e2m1 import (
 )
 from compressor.formats.packing.modelopt import (
     SCALAR,
+    ModelOpt,
     common_scheme,
     config_entry,
     config_file,
-    kv_scales,
-    kv_tensors,
     read_schemes,
 )
 from compressor.qtensor import NVFP4, QTensor, QuantSpec
-from compressor.scheme import ActivationSpec, KVSpec, Scheme
+from compressor.scheme import ActivationSpec, Scheme
 
 QUANTIZER = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
 ALGORITHMS = {"NVFP4": Scheme(NVFP4, LOCAL), "W4A16_NVFP4": Scheme(NVFP4)}
 
 
-class ModelOptNVFP4(AllValues):
+class ModelOptNVFP4(ModelOpt):
     """NVFP4 weights, all with NVFP4 inputs or all with float ones."""
 
     name = "modelopt-nvfp4"
-    stores_divisors = False
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """float8_e4m3fn."""
         return SCALE_DTYPE
-
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Unchanged."""
-        return dtype
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """NVFP4 of whole blocks."""
@@ -110,24 +104,6 @@ class ModelOptNVFP4(AllValues):
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """`input_scale`, if inputs are quantized."""
         return take_number(tensors, "input_scale", shape=()) if "input_scale" in tensors else None
-
-    def kv_tensors(
-        self,
-        kv: KVSpec,
-        attention: str,
-        *,
-        k_scale: Tensor,
-        v_scale: Tensor,
-        model_dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """Scalars `k_proj.k_scale` and `v_proj.v_scale`."""
-        return kv_tensors(kv, attention, k_scale=k_scale, v_scale=v_scale)
-
-    def kv_scales(
-        self, tensors: Mapping[str, Tensor], attention: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """Scales of keys and values."""
-        return kv_scales(tensors, attention)
 
     def files(self, schemes: ModelSchemes) -> dict[str, Any]:
         """hf_quant_config.json."""

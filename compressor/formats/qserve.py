@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
-from compressor.formats.packing.checks import describe, finite, take
+from compressor.formats.packing.checks import describe, finite, matrix_shape, take
 from compressor.formats.packing.transposed import config_number
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
@@ -116,10 +116,8 @@ class QServe(WeightsOnly):
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Undo the tiles; InputError names the tensor that does not fit."""
-        packed = tensors.get("qweight")
-        if packed is None or packed.dim() != 2:
-            raise InputError("tensor 'qweight' is missing or not a matrix")
-        shape = (packed.shape[0], packed.shape[1] * 2)
+        rows, half = matrix_shape(tensors, "qweight")
+        shape = (rows, half * 2)
         if reason := _weight_reason(spec, shape):
             raise InputError(f"tensor 'qweight': {reason}")
         found = {

@@ -25,7 +25,13 @@ from compressor.formats.ct_layouts.inputs import (
     read_static,
     static_layout,
 )
-from compressor.formats.packing.checks import SCALE_DTYPES, check_values, take, take_scales
+from compressor.formats.packing.checks import (
+    SCALE_DTYPES,
+    check_values,
+    matrix_shape,
+    take,
+    take_scales,
+)
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 
@@ -98,10 +104,7 @@ class FloatQuantized:
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Read back; InputError names the tensor that does not fit."""
-        weight = tensors.get("weight")
-        if weight is None or weight.dim() != 2:
-            raise InputError("tensor 'weight' is missing or not a matrix")
-        shape = (weight.shape[0], weight.shape[1])
+        shape = matrix_shape(tensors, "weight")
         stored = self.layout(spec, shape, input=None)["weight_scale"].shape
         scales = take_scales(tensors, "weight_scale", spec=spec, shape=stored)
         codes = take(tensors, "weight", shape=shape, dtypes=(STORED,))

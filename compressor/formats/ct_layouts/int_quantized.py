@@ -33,6 +33,7 @@ from compressor.formats.packing.checks import (
     SCALE_DTYPES,
     check_int,
     int_reason,
+    matrix_shape,
     take,
     take_scales,
 )
@@ -105,10 +106,7 @@ class IntQuantized:
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Read back; InputError names the tensor that does not fit."""
-        weight = tensors.get("weight")
-        if weight is None or weight.dim() != 2:
-            raise InputError("tensor 'weight' is missing or not a matrix")
-        shape = (weight.shape[0], weight.shape[1])
+        shape = matrix_shape(tensors, "weight")
         if reason := int_reason(spec, shape):
             raise InputError(f"tensor 'weight': {reason}")
         names = self.layout(spec, shape, input=None)

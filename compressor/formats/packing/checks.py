@@ -91,6 +91,14 @@ def take(
     return tensor
 
 
+def matrix_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """The shape of the tensor `name`; InputError where it is missing or not a matrix."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dim() != 2:
+        raise InputError(f"tensor {name!r} is missing or not a matrix")
+    return tensor.shape[0], tensor.shape[1]
+
+
 def take_scales(
     tensors: Mapping[str, Tensor], name: str, *, spec: QuantSpec, shape: tuple[int, ...]
 ) -> Tensor:

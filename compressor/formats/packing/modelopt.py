@@ -11,13 +11,53 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import AllValues, ModelSchemes, TensorShape
 from compressor.scheme import KVSpec, Scheme
 
 KV = KVSpec("fp8_e4m3", "tensor")
 KV_ENTRY = {"dynamic": False, "num_bits": 8, "type": "float"}
 KV_NAMES = ("k_proj.k_scale", "v_proj.v_scale")
 SCALAR = TensorShape(torch.float32, ())
+
+
+class ModelOpt(AllValues):
+    """What each of its formats answers alike: where the KV cache's scales are, for one thing."""
+
+    stores_divisors = False
+
+    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Unchanged."""
+        return dtype
+
+    def kv_tensors(
+        self,
+        kv: KVSpec,
+        attention: str,
+        *,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        model_dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """float32 scalars beside the projections that they belong to."""
+        if kv != KV:
+            raise InputError("ModelOpt has no form for a KV cache other than fp8_e4m3 per tensor")
+        return {
+            f"{attention}.{name}": scale.to(torch.float32).reshape(())
+            for name, scale in zip(KV_NAMES, (k_scale, v_scale), strict=True)
+        }
+
+    def kv_scales(
+        self, tensors: Mapping[str, Tensor], attention: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scales of keys and values, float32 [1], or None where there are none."""
+        names = [f"{attention}.{name}" for name in KV_NAMES]
+        if not any(name in tensors for name in names):
+            return None
+        for name in names:
+            if name not in tensors:
+                raise InputError(f"tensor {name!r} is missing")
+        k_scale, v_scale = (tensors[name].to(torch.float32).reshape(1) for name in names)
+        return k_scale, v_scale
 
 
 def common_scheme(schemes: ModelSchemes, *, name: str) -> Scheme | None:
@@ -96,31 +136,6 @@ def read_schemes(
     if kv not in (None, KV_ENTRY, "FP8"):
         raise InputError(f"quantization_config.kv_cache_scheme {kv!r} is not supported")
     return ModelSchemes(linears=found, kv=None if kv is None else KV)
-
-
-def kv_tensors(
-    kv: KVSpec, attention: str, *, k_scale: Tensor, v_scale: Tensor
-) -> dict[str, Tensor]:
-    """One layer's scales, scalars beside the projections they belong to."""
-    if kv != KV:
-        raise InputError("ModelOpt has no form for a KV cache other than fp8_e4m3 per tensor")
-    names = (f"{attention}.{name}" for name in KV_NAMES)
-    return {
-        name: scale.to(torch.float32).reshape(())
-        for name, scale in zip(names, (k_scale, v_scale), strict=True)
-    }
-
-
-def kv_scales(tensors: Mapping[str, Tensor], attention: str) -> tuple[Tensor, Tensor] | None:
-    """One layer's scales of keys and values, float32 [1], or None where there are none."""
-    names = tuple(f"{attention}.{name}" for name in KV_NAMES)
-    if not any(name in tensors for name in names):
-        return None
-    for name in names:
-        if name not in tensors:
-            raise InputError(f"tensor {name!r} is missing")
-    k_scale, v_scale = (tensors[name].to(torch.float32).reshape(1) for name in names)
-    return k_scale, v_scale
 
 
 def _plain(schemes: ModelSchemes) -> list[str]:

@@ -120,9 +120,16 @@ def read_spec(config: Mapping[str, Any], *, symmetric: bool) -> QuantSpec:
     )
 
 
-def with_stored_scales(spec: QuantSpec, module: str, tensors: Mapping[str, TensorShape]) -> Scheme:
-    """The scheme of one linear: the checkpoint's spec in the dtype its scales are stored in."""
-    scales = tensors.get("scales")
-    if scales is None or scales.dtype not in SCALE_DTYPES:
-        raise InputError(f"{module}.scales is missing or has an unknown dtype")
-    return Scheme(weight=replace(spec, scale_dtype=scales.dtype))
+def stored_schemes(
+    spec: QuantSpec, linears: Mapping[str, Mapping[str, TensorShape]]
+) -> ModelSchemes:
+    """The checkpoint's spec for every linear with a `qweight`, in the dtype its scales are in."""
+    found = {}
+    for module, tensors in linears.items():
+        found[module] = Scheme()
+        if "qweight" in tensors:
+            scales = tensors.get("scales")
+            if scales is None or scales.dtype not in SCALE_DTYPES:
+                raise InputError(f"{module}.scales is missing or has an unknown dtype")
+            found[module] = Scheme(weight=replace(spec, scale_dtype=scales.dtype))
+    return ModelSchemes(linears=found)
