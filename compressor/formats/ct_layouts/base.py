@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compressor.errors import InputError
 from compressor.formats.base import TensorShape
-from compressor.qtensor import QTensor, QuantSpec, Strategy
+from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 
 
@@ -78,31 +77,3 @@ def arguments(
         "observer": None if dynamic is True else "minmax",
         "observer_kwargs": {},
     }
-
-
-def strategy_of(args: Mapping[str, Any]) -> Strategy:
-    """The strategy of a QuantizationArgs entry, which may leave it to the group size."""
-    named, size = args.get("strategy"), args.get("group_size")
-    if named is None:
-        return "tensor" if size is None else "channel" if size == -1 else "group"
-    for strategy in get_args(Strategy):
-        if strategy == named:
-            return cast(Strategy, strategy)
-    raise InputError(f"weights.strategy {named!r} is not supported")
-
-
-def whole_number(args: Mapping[str, Any], key: str, *, low: int, high: int) -> int:
-    """An integer key of a QuantizationArgs entry, or InputError."""
-    value = args.get(key)
-    if type(value) is not int or not low <= value <= high:
-        raise InputError(f"weights.{key} is {value!r}, not a whole number of {low} to {high}")
-    return value
-
-
-def refuse_reordering(args: Mapping[str, Any]) -> None:
-    """InputError for activation orders that change which group an input belongs to."""
-    if args.get("actorder") in (True, "group", "dynamic"):
-        raise InputError(
-            f"weights.actorder {args['actorder']!r} spreads a group over distant inputs",
-            hint="supported: null, 'weight' and 'static'",
-        )

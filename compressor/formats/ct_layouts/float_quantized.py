@@ -17,7 +17,6 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import TensorShape
-from compressor.formats.ct_layouts.base import arguments, strategy_of, whole_number
 from compressor.formats.ct_layouts.inputs import (
     encode_static,
     input_entry,
@@ -25,12 +24,19 @@ from compressor.formats.ct_layouts.inputs import (
     read_static,
     static_layout,
 )
+from compressor.formats.ct_layouts.weights import (
+    encode_scales,
+    group_size_of,
+    read_scales,
+    scale_layout,
+    stored_dtype,
+    strategy_of,
+    weight_entry,
+)
 from compressor.formats.packing.checks import (
-    SCALE_DTYPES,
     check_values,
     matrix_shape,
     take,
-    take_scales,
 )
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
@@ -75,11 +81,7 @@ class FloatQuantized:
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
     ) -> dict[str, TensorShape]:
         """Tensors of one linear, as the module's docstring lists them."""
-        stored = (1,) if spec.strategy == "tensor" else spec.scale_shape(*shape)
-        names = {
-            "weight": TensorShape(STORED, shape),
-            "weight_scale": TensorShape(spec.scale_dtype, stored),
-        }
+        names = {"weight": TensorShape(STORED, shape), "weight_scale": scale_layout(spec, shape)}
         return names | static_layout(input, spec)
 
     def encode(
@@ -87,10 +89,9 @@ class FloatQuantized:
     ) -> dict[str, Tensor]:
         """The codes as they are; InputError where they break the spec."""
         check_values(q)
-        stored = self.layout(q.spec, q.shape, input=None)["weight_scale"].shape
         tensors = {
             "weight": q.codes.contiguous().view(STORED),
-            "weight_scale": q.scales.reshape(stored).contiguous(),
+            "weight_scale": encode_scales(q),
         }
         return tensors | encode_static(input, q.spec, input_scale)
 
@@ -105,14 +106,9 @@ class FloatQuantized:
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Read back; InputError names the tensor that does not fit."""
         shape = matrix_shape(tensors, "weight")
-        stored = self.layout(spec, shape, input=None)["weight_scale"].shape
-        scales = take_scales(tensors, "weight_scale", spec=spec, shape=stored)
+        scales = read_scales(tensors, spec, shape)
         codes = take(tensors, "weight", shape=shape, dtypes=(STORED,))
-        q = QTensor(
-            spec=spec,
-            codes=codes.contiguous().view(torch.uint8),
-            scales=scales.reshape(spec.scale_shape(*shape)),
-        )
+        q = QTensor(spec=spec, codes=codes.contiguous().view(torch.uint8), scales=scales)
         check_values(q)
         return q
 
@@ -120,16 +116,8 @@ class FloatQuantized:
         """QuantizationArgs of the weight and, where it is quantized, the input."""
         spec = scheme.weight
         assert spec is not None
-        weights = arguments(
-            bits=8,
-            type="float",
-            symmetric=True,
-            strategy=spec.strategy,
-            group_size=spec.group_size if spec.strategy == "group" else None,
-            block=spec.block if spec.strategy == "block" else None,
-        )
         inputs = None if scheme.input is None else input_entry(scheme.input)
-        return {"weights": weights, "input_activations": inputs}
+        return {"weights": weight_entry(spec), "input_activations": inputs}
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""
@@ -139,18 +127,13 @@ class FloatQuantized:
             raise InputError(f"weights {args.get('type')!r} of {args.get('num_bits')} bits")
         if (inputs is not None) != self.inputs:
             raise InputError(f"input_activations {inputs} in {self.format}")
-        scale = tensors.get("weight_scale")
-        if scale is None or scale.dtype not in SCALE_DTYPES:
-            raise InputError("tensor 'weight_scale' is missing or has an unknown dtype")
         spec = QuantSpec(
             element="fp8_e4m3",
             bits=8,
             strategy=strategy,
-            group_size=whole_number(args, "group_size", low=1, high=2**20)
-            if strategy == "group"
-            else None,
+            group_size=group_size_of(args, strategy),
             block=_block(args) if strategy == "block" else None,
-            scale_dtype=scale.dtype,
+            scale_dtype=stored_dtype(tensors),
         )
         return Scheme(weight=spec, input=None if inputs is None else read_input(inputs))
 

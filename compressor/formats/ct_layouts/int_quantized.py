@@ -16,12 +16,6 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import TensorShape
-from compressor.formats.ct_layouts.base import (
-    arguments,
-    refuse_reordering,
-    strategy_of,
-    whole_number,
-)
 from compressor.formats.ct_layouts.inputs import (
     encode_static,
     input_entry,
@@ -29,13 +23,18 @@ from compressor.formats.ct_layouts.inputs import (
     read_static,
     static_layout,
 )
+from compressor.formats.ct_layouts.weights import (
+    encode_scales,
+    read_int_weight,
+    read_scales,
+    scale_layout,
+    weight_entry,
+)
 from compressor.formats.packing.checks import (
-    SCALE_DTYPES,
     check_int,
     int_reason,
     matrix_shape,
     take,
-    take_scales,
 )
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
@@ -73,13 +72,12 @@ class IntQuantized:
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
     ) -> dict[str, TensorShape]:
         """Tensors of one linear, as the module's docstring lists them."""
-        stored = (1,) if spec.strategy == "tensor" else spec.scale_shape(*shape)
         names = {
             "weight": TensorShape(torch.int8, shape),
-            "weight_scale": TensorShape(spec.scale_dtype, stored),
+            "weight_scale": scale_layout(spec, shape),
         }
         if not spec.symmetric:
-            names["weight_zero_point"] = TensorShape(torch.int8, stored)
+            names["weight_zero_point"] = TensorShape(torch.int8, names["weight_scale"].shape)
         return names | static_layout(input, spec)
 
     def encode(
@@ -87,13 +85,10 @@ class IntQuantized:
     ) -> dict[str, Tensor]:
         """Centre codes and zero points; InputError where they break the spec."""
         check_int(q)
-        stored = self.layout(q.spec, q.shape, input=None)["weight_scale"].shape
-        tensors = {
-            "weight": _centred(q.codes, q.spec),
-            "weight_scale": q.scales.reshape(stored).contiguous(),
-        }
+        scales = encode_scales(q)
+        tensors = {"weight": _centred(q.codes, q.spec), "weight_scale": scales}
         if q.zeros is not None:
-            tensors["weight_zero_point"] = _centred(q.zeros, q.spec).reshape(stored)
+            tensors["weight_zero_point"] = _centred(q.zeros, q.spec).reshape(scales.shape)
         return tensors | encode_static(input, q.spec, input_scale)
 
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -109,57 +104,25 @@ class IntQuantized:
         shape = matrix_shape(tensors, "weight")
         if reason := int_reason(spec, shape):
             raise InputError(f"tensor 'weight': {reason}")
-        names = self.layout(spec, shape, input=None)
-        scales = take_scales(tensors, "weight_scale", spec=spec, shape=names["weight_scale"].shape)
+        scales = read_scales(tensors, spec, shape)
         zeros = None
         if not spec.symmetric:
-            stored = names["weight_zero_point"].shape
-            zeros = take(tensors, "weight_zero_point", shape=stored, dtypes=(torch.int8,))
-            zeros = _raised(zeros, spec, "weight_zero_point").reshape(spec.scale_shape(*shape))
-        return QTensor(
-            spec=spec,
-            codes=_raised(
-                take(tensors, "weight", shape=shape, dtypes=(torch.int8,)), spec, "weight"
-            ),
-            scales=scales.reshape(spec.scale_shape(*shape)),
-            zeros=zeros,
-        )
+            zeros = _raised(tensors, "weight_zero_point", scale_layout(spec, shape).shape, spec)
+            zeros = zeros.reshape(scales.shape)
+        codes = _raised(tensors, "weight", shape, spec)
+        return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros)
 
     def group(self, scheme: Scheme) -> dict[str, Any]:
         """QuantizationArgs of the weight and the input."""
         spec, input = scheme.weight, scheme.input
         assert spec is not None and input is not None
-        weights = arguments(
-            bits=spec.bits,
-            type="int",
-            symmetric=spec.symmetric,
-            strategy=spec.strategy,
-            group_size=spec.group_size if spec.strategy == "group" else None,
-        )
-        return {"weights": weights, "input_activations": input_entry(input)}
+        return {"weights": weight_entry(spec), "input_activations": input_entry(input)}
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""
-        args = group["weights"]
-        refuse_reordering(args)
-        strategy = strategy_of(args)
-        if args.get("type", "int") != "int" or strategy == "block":
-            raise InputError(f"weights {args.get('type')!r} by {strategy!r} in int-quantized")
         if group.get("input_activations") is None:
             raise InputError("int-quantized weights without input_activations are not supported")
-        scale = tensors.get("weight_scale")
-        if scale is None or scale.dtype not in SCALE_DTYPES:
-            raise InputError("tensor 'weight_scale' is missing or has an unknown dtype")
-        spec = QuantSpec(
-            element="int",
-            bits=whole_number(args, "num_bits", low=1, high=8),
-            strategy=strategy,
-            group_size=whole_number(args, "group_size", low=1, high=2**20)
-            if strategy == "group"
-            else None,
-            zero="none" if args.get("symmetric", True) else "subtract",
-            scale_dtype=scale.dtype,
-        )
+        spec = read_int_weight(group["weights"], tensors, format=self.format)
         return Scheme(weight=spec, input=read_input(group["input_activations"]))
 
 
@@ -167,7 +130,11 @@ def _centred(codes: Tensor, spec: QuantSpec) -> Tensor:
     return (codes.to(torch.int16) - (1 << (spec.bits - 1))).to(torch.int8)
 
 
-def _raised(stored: Tensor, spec: QuantSpec, name: str) -> Tensor:
+def _raised(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], spec: QuantSpec
+) -> Tensor:
+    """The inverse of `_centred` for a stored tensor."""
+    stored = take(tensors, name, shape=shape, dtypes=(torch.int8,))
     codes = stored.to(torch.int16) + (1 << (spec.bits - 1))
     if bool(((codes < 0) | (codes >= 1 << spec.bits)).any()):
         raise InputError(f"tensor {name!r} holds values that {spec.bits} bits do not have")

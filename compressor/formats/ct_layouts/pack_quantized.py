@@ -20,18 +20,17 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import TensorShape
-from compressor.formats.ct_layouts.base import (
-    arguments,
-    refuse_reordering,
-    strategy_of,
-    whole_number,
+from compressor.formats.ct_layouts.weights import (
+    encode_scales,
+    read_int_weight,
+    read_scales,
+    scale_layout,
+    weight_entry,
 )
 from compressor.formats.packing.checks import (
-    SCALE_DTYPES,
     check_int,
     int_reason,
     take,
-    take_scales,
 )
 from compressor.formats.packing.words import pack_words, unpack_words, word_count
 from compressor.qtensor import QTensor, QuantSpec
@@ -67,7 +66,7 @@ class PackQuantized:
         per_tensor = spec.strategy == "tensor"
         names = {
             "weight_packed": TensorShape(torch.int32, (rows, word_count(columns, spec.bits))),
-            "weight_scale": TensorShape(spec.scale_dtype, (1,) if per_tensor else groups),
+            "weight_scale": scale_layout(spec, shape),
             "weight_shape": TensorShape(torch.int64, (2,)),
         }
         if not spec.symmetric:
@@ -87,7 +86,7 @@ class PackQuantized:
         per_tensor = spec.strategy == "tensor"
         tensors = {
             "weight_packed": pack_words(q.codes, spec.bits),
-            "weight_scale": q.scales.reshape(1) if per_tensor else q.scales.contiguous(),
+            "weight_scale": encode_scales(q),
             "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
         }
         if q.zeros is not None:
@@ -112,9 +111,7 @@ class PackQuantized:
         rows, columns = _stored_shape(tensors)
         if reason := self.accepts(Scheme(weight=spec), (rows, columns)):
             raise InputError(f"tensor 'weight_shape': {reason}")
-        names = self.layout(spec, (rows, columns), input=None)
-        scales = take_scales(tensors, "weight_scale", spec=spec, shape=names["weight_scale"].shape)
-        scales = scales.reshape(spec.scale_shape(rows, columns))
+        scales = read_scales(tensors, spec, (rows, columns))
         _check_order(tensors, spec, columns)
         codes = _unpack(tensors, "weight_packed", bits=spec.bits, shape=(rows, columns), along=1)
         return QTensor(spec=spec, codes=codes, scales=scales, zeros=_zeros(tensors, spec, scales))
@@ -123,37 +120,13 @@ class PackQuantized:
         """The weight's QuantizationArgs."""
         spec = scheme.weight
         assert spec is not None
-        weights = arguments(
-            bits=spec.bits,
-            type="int",
-            symmetric=spec.symmetric,
-            strategy=spec.strategy,
-            group_size=spec.group_size if spec.strategy == "group" else None,
-        )
-        return {"weights": weights, "input_activations": None}
+        return {"weights": weight_entry(spec), "input_activations": None}
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """The weight's spec; the scale's dtype is the stored one."""
-        args = group["weights"]
-        refuse_reordering(args)
-        strategy = strategy_of(args)
-        if args.get("type", "int") != "int" or strategy == "block":
-            raise InputError(f"weights {args.get('type')!r} by {strategy!r} in pack-quantized")
         if group.get("input_activations") is not None:
             raise InputError("input_activations beside packed weights are not supported")
-        scale = tensors.get("weight_scale")
-        if scale is None or scale.dtype not in SCALE_DTYPES:
-            raise InputError("tensor 'weight_scale' is missing or has an unknown dtype")
-        spec = QuantSpec(
-            element="int",
-            bits=whole_number(args, "num_bits", low=1, high=8),
-            strategy=strategy,
-            group_size=whole_number(args, "group_size", low=1, high=2**20)
-            if strategy == "group"
-            else None,
-            zero="none" if args.get("symmetric", True) else "subtract",
-            scale_dtype=scale.dtype,
-        )
+        spec = read_int_weight(group["weights"], tensors, format=self.format)
         return Scheme(weight=spec)
 
 
