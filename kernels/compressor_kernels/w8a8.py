@@ -183,10 +183,7 @@ def _launch(
     if persistent:
         properties = torch.cuda.get_device_properties(a.device)
         programs = min(programs, properties.multi_processor_count)
-    kernel = jit.persistent_kernel if persistent else jit.product_kernel
-    if tiles.halves:
-        kernel = jit.halves_kernel
-    kernel[(programs,)](
+    jit.product_kernel[(programs,)](
         *_described(a, weight, tiles),
         row_scales,
         column_scales,
@@ -206,6 +203,8 @@ def _launch(
         INT8=a.dtype == torch.int8,
         EXACT=not fast,
         ASM=a.is_cuda,
+        STAY=persistent,
+        HALVES=tiles.halves,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **({} if tiles.registers is None else {"maxnreg": tiles.registers}),

@@ -36,6 +36,15 @@ def _product(a, w, sums, INT8: tl.constexpr, EXACT: tl.constexpr, ASM: tl.conste
 
 
 @triton.jit
+def _write(y, bias_ptr, out_ptr, m, n, M, N):
+    """y + bias into rows m and columns n of the result, in its dtype."""
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
 def _store(
     sums,
     row_scales_ptr,
@@ -67,15 +76,50 @@ def _store(
         y = y * tl.load(column_scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     else:
         y = y * tl.load(column_scales_ptr).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    _write(y, bias_ptr, out_ptr, m, n, M, N)
+
+
+@triton.jit
+def _tile(
+    tile, a_desc, w_desc, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr,
+    out_ptr, M, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, INT8: tl.constexpr,
+    EXACT: tl.constexpr, ASM: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """`product_kernel` at one tile."""
+    row, column = _place(tile, M, N, BM, BN, GROUP_M)
+    if HALVES:
+        upper = tl.zeros((BM // 2, BN), tl.int32 if INT8 else tl.float32)
+        lower = tl.zeros((BM // 2, BN), tl.int32 if INT8 else tl.float32)
+        for k in tl.range(0, K, BK):
+            w = w_desc.load([column * BN, k])
+            a = a_desc.load([row * BM, k])
+            upper = _product(a, w, upper, INT8, EXACT, ASM)
+            a = a_desc.load([row * BM + BM // 2, k])
+            lower = _product(a, w, lower, INT8, EXACT, ASM)
+        _store(
+            upper, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
+            2 * row, column, M, N, ROWS, COLUMNS, BM // 2, BN,
+        )  # fmt: skip
+        _store(
+            lower, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
+            2 * row + 1, column, M, N, ROWS, COLUMNS, BM // 2, BN,
+        )  # fmt: skip
+    else:
+        sums = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
+        for k in tl.range(0, K, BK):
+            a = a_desc.load([row * BM, k])
+            w = w_desc.load([column * BN, k])
+            sums = _product(a, w, sums, INT8, EXACT, ASM)
+        _store(
+            sums, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
+            row, column, M, N, ROWS, COLUMNS, BM, BN,
+        )  # fmt: skip
 
 
 @triton.jit
 def product_kernel(
-    a_desc,  # [M, K] in tiles of BM x BK
+    a_desc,  # [M, K] in tiles of BM x BK, BM/2 x BK for HALVES
     w_desc,  # [N, K] in tiles of BN x BK
     row_scales_ptr,  # fp32 [M] or [1]
     column_scales_ptr,  # [N] or [1]
@@ -95,99 +139,28 @@ def product_kernel(
     INT8: tl.constexpr,
     EXACT: tl.constexpr,
     ASM: tl.constexpr,
+    STAY: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    """One program: one tile of the product. What tiles have past the edges is read as zeros."""
-    row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP_M)
-    sums = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
-    for k in tl.range(0, K, BK):
-        a = a_desc.load([row * BM, k])
-        w = w_desc.load([column * BN, k])
-        sums = _product(a, w, sums, INT8, EXACT, ASM)
-    _store(
-        sums, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
-        row, column, M, N, ROWS, COLUMNS, BM, BN,
-    )  # fmt: skip
+    """One program: one tile of the product. What tiles have past the edges is read as zeros.
 
-
-@triton.jit
-def persistent_kernel(
-    a_desc,
-    w_desc,
-    row_scales_ptr,
-    column_scales_ptr,
-    row_sums_ptr,
-    zeros_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    INT8: tl.constexpr,
-    EXACT: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """`product_kernel` by programs that stay: the next tile is fetched as one is written."""
-    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        row, column = _place(tile, M, N, BM, BN, GROUP_M)
-        sums = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
-        for k in tl.range(0, K, BK):
-            a = a_desc.load([row * BM, k])
-            w = w_desc.load([column * BN, k])
-            sums = _product(a, w, sums, INT8, EXACT, ASM)
-        _store(
-            sums, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
-            row, column, M, N, ROWS, COLUMNS, BM, BN,
+    STAY    programs take tile after tile: the next is fetched as one is written
+    HALVES  the halves of a tile are multiplied in turn: sums apart need half the registers
+    """
+    if STAY:
+        tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _tile(
+                tile, a_desc, w_desc, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr,
+                bias_ptr, out_ptr, M, N, K, ROWS, COLUMNS, BM, BN, BK, GROUP_M, INT8, EXACT, ASM,
+                HALVES,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), a_desc, w_desc, row_scales_ptr, column_scales_ptr, row_sums_ptr,
+            zeros_ptr, bias_ptr, out_ptr, M, N, K, ROWS, COLUMNS, BM, BN, BK, GROUP_M, INT8, EXACT,
+            ASM, HALVES,
         )  # fmt: skip
-
-
-@triton.jit
-def halves_kernel(
-    a_desc,  # [M, K] in tiles of BM/2 x BK
-    w_desc,  # [N, K] in tiles of BN x BK
-    row_scales_ptr,
-    column_scales_ptr,
-    row_sums_ptr,
-    zeros_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    INT8: tl.constexpr,
-    EXACT: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """`product_kernel` by two halves of a tile in turn: sums apart need half the registers."""
-    row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP_M)
-    upper = tl.zeros((BM // 2, BN), tl.int32 if INT8 else tl.float32)
-    lower = tl.zeros((BM // 2, BN), tl.int32 if INT8 else tl.float32)
-    for k in tl.range(0, K, BK):
-        w = w_desc.load([column * BN, k])
-        a = a_desc.load([row * BM, k])
-        upper = _product(a, w, upper, INT8, EXACT, ASM)
-        a = a_desc.load([row * BM + BM // 2, k])
-        lower = _product(a, w, lower, INT8, EXACT, ASM)
-    _store(
-        upper, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
-        2 * row, column, M, N, ROWS, COLUMNS, BM // 2, BN,
-    )  # fmt: skip
-    _store(
-        lower, row_scales_ptr, column_scales_ptr, row_sums_ptr, zeros_ptr, bias_ptr, out_ptr,
-        2 * row + 1, column, M, N, ROWS, COLUMNS, BM // 2, BN,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -226,8 +199,4 @@ def blocks_kernel(
         none = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
         part = _product(a, w, none, INT8, False, ASM)
         total += part.to(tl.float32) * down.to(tl.float32)[:, None] * across[None, :]
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+    _write(total, bias_ptr, out_ptr, m, n, M, N)
