@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
-from compressor.kernel_layer import KernelCheck, Layer, Product, Tile
+from compressor.kernel_layer import EVERYTHING, KernelCheck, Layer, Product, Tile
 from compressor.kernel_lowbit import NVFP4, W4A8, W8A8
 from compressor.kernel_weights import WeightOnly
 from compressor.scheme import Scheme
@@ -71,8 +71,7 @@ class W4A16:
         from compressor_kernels.w4a16 import w4a16_ref
 
         x = x.double()
-        everything = Tile(rows=slice(None), columns=slice(None))
-        packed, scales, zeros = self._operands(layer, everything, x.device)
+        packed, scales, zeros = self._operands(layer, EVERYTHING, x.device)
         found = w4a16_ref(x, packed, scales, zeros, group_size=layer.q.spec.group_size)
         weight = layer.weight.to(x.device)
         bound = 1e-11 * (x.abs() @ weight.abs().mT) + 1e-30
@@ -149,15 +148,14 @@ def check_kernel(
 ) -> KernelResult:
     """Run a layer's product as far as the device lets it, and compare with float64."""
     generator = torch.Generator().manual_seed(_layer_seed(layer.name, seed))
-    outputs, inputs = layer.q.shape
+    inputs = layer.q.shape[1]
     products: list[Product] = []
     triton = device.type == "cuda" or interpreter_runs()
-    everything = Tile(rows=slice(0, outputs), columns=slice(0, inputs))
     if device.type == "cuda":
         layer = replace(layer, weight=layer.weight.to(device))
         for tokens in GPU_TOKENS:
             x = torch.randn(tokens, inputs, generator=generator).to(device)
-            products.append(check.kernel(layer, x, everything))
+            products.append(check.kernel(layer, x, EVERYTHING))
     else:
         if triton:
             tile = seeded_tile(layer, generator)

@@ -35,6 +35,9 @@ class Tile:
     columns: slice
 
 
+EVERYTHING = Tile(rows=slice(None), columns=slice(None))
+
+
 @dataclass(frozen=True, slots=True)
 class Product:
     """What a kernel made of x, and what float64 makes of it, both [tokens, outputs].

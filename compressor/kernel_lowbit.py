@@ -6,13 +6,14 @@ what its plain reference makes of them, so that a wrong code shows as a wrong pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.kernel_layer import Layer, Product, Tile
+from compressor.kernel_layer import EVERYTHING, Layer, Product, Tile
 from compressor.qtensor import QTensor
 from compressor.scheme import ActivationSpec, Scheme
 
@@ -50,64 +51,54 @@ class W8A8:
         from compressor_kernels.activations import quantize_tokens
         from compressor_kernels.w8a8 import w8a8, w8a8_blocks
 
-        input = input_of(layer.scheme)
-        scale = scale_of_inputs(layer, input, x)
-        group = input.group_size if input.mode == "group" else None
-        codes, scales = quantize_tokens(
-            x, dtype=DTYPES[input.element], group_size=group, scale=scale
-        )
-        weight, weight_scales = _bytes(layer.q, tile, x.device)
-        if _blocked(layer.scheme):
-            found = w8a8_blocks(
-                codes,
-                weight,
-                input_scales=scales,
-                weight_scales=weight_scales,
-                out_dtype=torch.float32,
-            )
-        else:
-            found = w8a8(
-                codes,
-                weight,
-                row_scales=scales,
-                column_scales=weight_scales,
-                column_zeros=_column_zeros(layer.q, tile, x.device),
-                out_dtype=torch.float32,
-            )
-        seen = quantized_input(layer, x)
+        codes, scales = _input_codes(layer, x, quantize_tokens)
+        found = self._multiply(layer, tile, codes, scales, plain=w8a8, blocks=w8a8_blocks)
         dense = layer.weight[tile.rows, tile.columns].to(x.device)
-        loss = FP8_SUMS if input.element == "fp8_e4m3" and x.is_cuda else SUMS
-        return product(found, seen, dense, loss)
+        fp8 = input_of(layer.scheme).element == "fp8_e4m3"
+        loss = FP8_SUMS if fp8 and x.is_cuda else SUMS
+        return product(found, quantized_input(layer, x), dense, loss)
 
     def reference(self, layer: Layer, x: Tensor) -> Product:
         from compressor_kernels.activations import quantize_tokens_ref
         from compressor_kernels.w8a8 import w8a8_blocks_ref, w8a8_ref
 
-        input = input_of(layer.scheme)
-        group = input.group_size if input.mode == "group" else None
-        codes, scales = quantize_tokens_ref(
-            x, dtype=DTYPES[input.element], group_size=group, scale=scale_of_inputs(layer, input, x)
+        codes, scales = _input_codes(layer, x, quantize_tokens_ref)
+        found = self._multiply(
+            layer, EVERYTHING, codes, scales, plain=w8a8_ref, blocks=w8a8_blocks_ref
         )
-        everything = Tile(rows=slice(None), columns=slice(None))
-        weight, weight_scales = _bytes(layer.q, everything, x.device)
+        return product(found, quantized_input(layer, x), layer.weight.to(x.device), SUMS)
+
+    def _multiply(
+        self,
+        layer: Layer,
+        tile: Tile,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        plain: Callable[..., Tensor],
+        blocks: Callable[..., Tensor],
+    ) -> Tensor:
+        """Quantized inputs by a part of the layer, float32 [tokens, outputs].
+
+        plain, blocks  `w8a8` and `w8a8_blocks`, or the references of both
+        """
+        weight, weight_scales = _bytes(layer.q, tile, codes.device)
         if _blocked(layer.scheme):
-            found = w8a8_blocks_ref(
+            return blocks(
                 codes,
                 weight,
                 input_scales=scales,
                 weight_scales=weight_scales,
                 out_dtype=torch.float32,
             )
-        else:
-            found = w8a8_ref(
-                codes,
-                weight,
-                row_scales=scales,
-                column_scales=weight_scales,
-                column_zeros=_column_zeros(layer.q, everything, x.device),
-                out_dtype=torch.float32,
-            )
-        return product(found, quantized_input(layer, x), layer.weight.to(x.device), SUMS)
+        return plain(
+            codes,
+            weight,
+            row_scales=scales,
+            column_scales=weight_scales,
+            column_zeros=_column_zeros(layer.q, tile, codes.device),
+            out_dtype=torch.float32,
+        )
 
 
 class NVFP4:
@@ -142,8 +133,7 @@ class NVFP4:
     def reference(self, layer: Layer, x: Tensor) -> Product:
         from compressor_kernels.nvfp4 import nvfp4_matmul_ref
 
-        everything = Tile(rows=slice(None), columns=slice(None))
-        operands = self._operands(layer.q, everything, x.device)
+        operands = self._operands(layer.q, EVERYTHING, x.device)
         seen = x.double() if layer.scheme.input is None else self._seen(layer, x)
         found = nvfp4_matmul_ref(seen, *operands)
         return product(found, seen, layer.weight.to(x.device), 1e-11)
@@ -197,7 +187,7 @@ class W4A8:
         from compressor_kernels.w4a8 import w4a8_ref
 
         codes, scales = quantize_tokens_ref(x, dtype=torch.int8)
-        operands = self._operands(layer, Tile(rows=slice(None), columns=slice(None)), x.device)
+        operands = self._operands(layer, EVERYTHING, x.device)
         found = w4a8_ref(codes, **operands, row_scales=scales, out_dtype=torch.float32)
         return product(found, quantized_input(layer, x), layer.weight.to(x.device), SUMS)
 
@@ -296,13 +286,23 @@ def quantized_input(layer: Layer, x: Tensor) -> Tensor:
     from compressor_kernels.activations import quantize_tokens_ref
 
     input = input_of(layer.scheme)
-    group = input.group_size if input.mode == "group" else None
-    codes, scales = quantize_tokens_ref(
-        x, dtype=DTYPES[input.element], group_size=group, scale=scale_of_inputs(layer, input, x)
-    )
-    if group is not None:
-        scales = scales.repeat_interleave(group, dim=-1)
+    codes, scales = _input_codes(layer, x, quantize_tokens_ref)
+    if input.mode == "group" and input.group_size is not None:
+        scales = scales.repeat_interleave(input.group_size, dim=-1)
     return codes.double() * scales.double()
+
+
+def _input_codes(
+    layer: Layer, x: Tensor, quantize: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """8-bit codes of inputs and their scales, by `quantize_tokens` or its reference."""
+    input = input_of(layer.scheme)
+    return quantize(
+        x,
+        dtype=DTYPES[input.element],
+        group_size=input.group_size if input.mode == "group" else None,
+        scale=scale_of_inputs(layer, input, x),
+    )
 
 
 def _units(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
