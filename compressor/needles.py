@@ -8,17 +8,16 @@ longer than their nominal length by needles and questions, a row here has exactl
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.passkey import WORDS, Encoder
+from compressor.passkey import WORDS, Encoder, check_end, check_fields, encode, encode_key
 
 # fmt: off
 ORDINALS = (
@@ -60,17 +59,9 @@ class Needles(BaseModel):
     @field_validator("needle", "question")
     @classmethod
     def _has_fields(cls, value: str) -> str:
-        names = sorted(name for _, name, _, _ in string.Formatter().parse(value) if name)
-        if names != ["ordinal", "passkey"]:
-            raise ValueError("must contain {ordinal} and {passkey} once, and no other field")
-        return value
+        return check_fields(value, "ordinal", "passkey")
 
-    @field_validator("question")
-    @classmethod
-    def _ends_with_passkey(cls, value: str) -> str:
-        if not value.endswith("{passkey}"):
-            raise ValueError("must end with {passkey}")
-        return value
+    _ends_with_passkey = field_validator("question")(check_end)
 
     @model_validator(mode="after")
     def _lengths_ascend(self) -> Needles:
@@ -111,7 +102,7 @@ def make_row(
     keys = [" ".join(draw.choices(WORDS, k=data.words)) for _ in range(data.keys)]
     needles = [_needle(tokenizer, data, ORDINALS[i], key) for i, key in enumerate(keys)]
     tail, spans = _tail(tokenizer, data, keys)
-    prefix, suffix = _encode(tokenizer, data.prefix), _encode(tokenizer, data.suffix)
+    prefix, suffix = encode(tokenizer, data.prefix), encode(tokenizer, data.suffix)
     room = length - len(prefix) - len(suffix) - len(tail) - sum(len(ids) for ids, _ in needles)
     if room < data.keys:
         raise InputError(
@@ -163,10 +154,8 @@ def _needle(
 ) -> tuple[list[int], tuple[int, int]]:
     """Tokens of a hidden sentence, and where in them its words lie."""
     before, after = data.needle.format(ordinal=ordinal, passkey="\0").split("\0")
-    space = " " if before.endswith(" ") else ""
-    head = _encode(tokenizer, before.removesuffix(" "))
-    words = _encode(tokenizer, space + key)
-    return head + words + _encode(tokenizer, after), (len(head), len(head) + len(words))
+    head, words = encode_key(tokenizer, before, key)
+    return head + words + encode(tokenizer, after), (len(head), len(head) + len(words))
 
 
 def _tail(
@@ -175,20 +164,11 @@ def _tail(
     """Tokens of all questions with their answers, and where in them the answers lie."""
     ids: list[int] = []
     spans = []
-    after = _encode(tokenizer, data.separator)
+    after = encode(tokenizer, data.separator)
     for ordinal, key in zip(ORDINALS, keys, strict=False):
         asked = data.question.format(ordinal=ordinal, passkey="")
-        # The space belongs to the answer's first token in every common vocabulary.
-        space = " " if asked.endswith(" ") else ""
-        ids += _encode(tokenizer, asked.removesuffix(" "))
-        words = _encode(tokenizer, space + key)
+        question, words = encode_key(tokenizer, asked, key)
+        ids += question
         spans.append((len(ids), len(ids) + len(words)))
         ids += words + after
     return ids, spans
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if not text:
-        return []
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return found

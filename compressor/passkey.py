@@ -32,6 +32,23 @@ WORDS = (
 """What a passkey is made of: words that no text has in such an order."""
 
 
+def check_fields(text: str, *names: str) -> str:
+    """The text, if it has just these fields, each once and bare; ValueError if not."""
+    found = [field for field in string.Formatter().parse(text) if field[1] is not None]
+    bare = all(not spec and not conversion for _, _, spec, conversion in found)
+    if not bare or sorted(str(name) for _, name, _, _ in found) != sorted(names):
+        wanted = " and ".join(f"{{{name}}}" for name in names)
+        raise ValueError(f"must contain {wanted} once, and no other field")
+    return text
+
+
+def check_end(text: str) -> str:
+    """The text, if the passkey ends it; ValueError if not."""
+    if not text.endswith("{passkey}"):
+        raise ValueError("must end with {passkey}")
+    return text
+
+
 class Passkey(BaseModel):
     """Recipe parameters of the passkey probe."""
 
@@ -56,17 +73,9 @@ class Passkey(BaseModel):
     @field_validator("needle", "question")
     @classmethod
     def _has_passkey(cls, value: str) -> str:
-        names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
-        if names != ["passkey"]:
-            raise ValueError("must contain {passkey} once, and no other field")
-        return value
+        return check_fields(value, "passkey")
 
-    @field_validator("question")
-    @classmethod
-    def _ends_with_passkey(cls, value: str) -> str:
-        if not value.endswith("{passkey}"):
-            raise ValueError("must end with {passkey}")
-        return value
+    _ends_with_passkey = field_validator("question")(check_end)
 
     @field_validator("depths")
     @classmethod
@@ -179,17 +188,13 @@ def make_rows(tokenizer: Encoder, haystack: str, *, task: Passkey, length: int) 
     """Rows of exactly `length` tokens: text, the needle at its depth, text, question and answer."""
     draw = random.Random(f"{task.seed} {length}")
     # Twice as many characters as a row can have leave room to begin at different places.
-    text = _encode(tokenizer, haystack[: max(40 * length, 4096)])
+    text = encode(tokenizer, haystack[: max(40 * length, 4096)])
     rows, answers, depths = [], [], []
     for depth in task.depths:
         for _ in range(task.rows):
             key = " ".join(draw.sample(WORDS, task.words))
-            needle = _encode(tokenizer, task.needle.format(passkey=key))
-            asked = task.question.removesuffix("{passkey}")
-            # The space belongs to the answer's first token in every common vocabulary.
-            space = " " if asked.endswith(" ") else ""
-            question = _encode(tokenizer, asked.removesuffix(" "))
-            answer = _encode(tokenizer, space + key)
+            needle = encode(tokenizer, task.needle.format(passkey=key))
+            question, answer = encode_key(tokenizer, task.question.format(passkey=""), key)
             room = length - len(needle) - len(question) - len(answer)
             if room < 0:
                 raise InputError(
@@ -210,7 +215,19 @@ def make_rows(tokenizer: Encoder, haystack: str, *, task: Passkey, length: int) 
     return PasskeyRows(torch.tensor(rows), tuple(answers), tuple(depths))
 
 
-def _encode(tokenizer: Encoder, text: str) -> list[int]:
+def encode_key(tokenizer: Encoder, before: str, key: str) -> tuple[list[int], list[int]]:
+    """Tokens of what comes before a key, and of the key.
+
+    The space between them belongs to the key's first token in every common vocabulary.
+    """
+    space = " " if before.endswith(" ") else ""
+    return encode(tokenizer, before.removesuffix(" ")), encode(tokenizer, space + key)
+
+
+def encode(tokenizer: Encoder, text: str) -> list[int]:
+    """Tokens of a text, with no special ones."""
+    if not text:
+        return []
     found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return found
 

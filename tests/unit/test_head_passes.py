@@ -63,8 +63,11 @@ def test_rows_hold_their_keys_twice(tiny_models: ModuleType) -> None:
         make_row(tokenizer, haystack, data=TINY, length=40, draw=random.Random(1))
     with pytest.raises(InputError, match="haystack has 50 tokens"):
         make_row(tokenizer, haystack[:50], data=TINY, length=200, draw=random.Random(1))
-    with pytest.raises(ValidationError, match="passkey"):
-        Needles(needle="nothing")
+    for needle in ("nothing", "{ordinal}", "{} {ordinal} {passkey}", "{ordinal} {passkey!r}"):
+        with pytest.raises(ValidationError, match=r"must contain \{ordinal\} and \{passkey\} once"):
+            Needles(needle=needle)
+    with pytest.raises(ValidationError, match=r"must end with \{passkey\}"):
+        Needles(question="{passkey} is the {ordinal} one")
 
 
 def test_hoyer_square_is_the_number_of_active_gates() -> None:

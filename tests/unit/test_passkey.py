@@ -64,6 +64,8 @@ def test_rows_that_cannot_be_made(tiny_models: ModuleType) -> None:
         {"needle": "no field"},
         {"question": "{passkey} is it?"},
         {"needle": "{passkey} {other}"},
+        {"needle": "{} {passkey}"},
+        {"needle": "{passkey!r}"},
         {"depths": (1.5,)},
         {"rows": 0},
         {"unknown": 1},
