@@ -10,6 +10,7 @@ have it, with round = half to even:
 A symmetric grid has one level more on its negative side. The extreme lies exactly on that level,
 so the scale is negative where the extreme is positive (the rule of GGML's Q4_0): with absmax/7.5 or
 absmax/7 in its place, 4-bit weights lose half a level or more of a grid that has only 16.
+The zero point of an asymmetric group of one sign saturates, and the group's far end is cut off.
 A scale is rounded to the dtype it is stored in before zero and codes are chosen from it.
 """
 
@@ -32,18 +33,15 @@ def quantize_int(
     *,
     clip_max: Tensor | None = None,
     clip_min: Tensor | None = None,
-    include_zero: bool = False,
     narrow: bool = False,
     arithmetic: torch.dtype = torch.float32,
 ) -> QTensor:
     """Round a weight [out, in] to the nearest codes of an int spec (tensor, channel or group).
 
-    clip_max      [scale_shape] bound of each group: the weight is clamped to ±clip_max first
-    clip_min      [scale_shape] lower bound, where it is not −clip_max
-    include_zero  widen each asymmetric range to contain 0; without it the zero point of a group
-                  of one sign saturates and the far end of the group is cut off, as in AWQ
-    narrow        symmetric grids with a positive scale whose upper end is exactly absmax
-    arithmetic    dtype of the arithmetic (lower than float32 only to reproduce others' codes)
+    clip_max    [scale_shape] bound of each group: the weight is clamped to ±clip_max first
+    clip_min    [scale_shape] lower bound, where it is not −clip_max
+    narrow      symmetric grids with a positive scale whose upper end is exactly absmax
+    arithmetic  dtype of the arithmetic (lower than float32 only to reproduce others' codes)
     Raises InputError where the spec is not an int affine one or groups do not divide the columns.
     """
     scales, zeros = int_grid(
@@ -51,7 +49,6 @@ def quantize_int(
         spec,
         clip_max=clip_max,
         clip_min=clip_min,
-        include_zero=include_zero,
         narrow=narrow,
         arithmetic=arithmetic,
     )
@@ -73,7 +70,6 @@ def fake_quantize_int(
     *,
     clip_max: Tensor | None = None,
     clip_min: Tensor | None = None,
-    include_zero: bool = False,
     narrow: bool = False,
     arithmetic: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -83,7 +79,6 @@ def fake_quantize_int(
         spec,
         clip_max=clip_max,
         clip_min=clip_min,
-        include_zero=include_zero,
         narrow=narrow,
         arithmetic=arithmetic,
     )
@@ -114,7 +109,6 @@ def int_grid(
     *,
     clip_max: Tensor | None = None,
     clip_min: Tensor | None = None,
-    include_zero: bool = False,
     narrow: bool = False,
     arithmetic: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
@@ -130,11 +124,11 @@ def int_grid(
         lower = -upper if clip_min is None else clip_min.to(arithmetic)
         low = torch.minimum(torch.maximum(low, lower), upper)
         high = torch.minimum(torch.maximum(high, lower), upper)
-    return grid_of_range(low, high, spec, include_zero=include_zero, narrow=narrow)
+    return grid_of_range(low, high, spec, narrow=narrow)
 
 
 def grid_of_range(
-    low: Tensor, high: Tensor, spec: QuantSpec, *, include_zero: bool = False, narrow: bool = False
+    low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Scales in spec.scale_dtype and integer zeros in low's dtype for ranges [low, high]."""
     levels = 2**spec.bits - 1
@@ -144,8 +138,6 @@ def grid_of_range(
             return _storable(absmax / (2 ** (spec.bits - 1) - 1), spec.scale_dtype), None
         scales = _storable(absmax / 2 ** (spec.bits - 1), spec.scale_dtype)
         return torch.where(high > -low, -scales, scales), None
-    if include_zero:
-        low, high = low.clamp(max=0), high.clamp(min=0)
     scales = _storable((high - low).clamp(min=RANGE_FLOOR) / levels, spec.scale_dtype)
     return scales, torch.round(low / scales.to(low.dtype)).neg_().clamp_(0, levels)
 

@@ -29,18 +29,17 @@ def weight(rows=24, columns=64, seed=0, dtype=torch.float32):
     scale_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     clip=st.booleans(),
-    include_zero=st.booleans(),
     narrow=st.booleans(),
     rows=st.integers(1, 5),
     exponent=st.integers(-9, 4),
     seed=st.integers(0, 99),
 )
 def test_fake_quantize_is_dequantize(
-    bits, strategy, zero, scale_dtype, dtype, clip, include_zero, narrow, rows, exponent, seed
+    bits, strategy, zero, scale_dtype, dtype, clip, narrow, rows, exponent, seed
 ):
     w = (weight(rows, 48, seed) * 10.0**exponent).to(dtype)
     s = spec(bits, strategy, 16, zero, scale_dtype)
-    options = {"include_zero": include_zero, "narrow": narrow}
+    options = {"narrow": narrow}
     if clip:
         options["clip_max"] = torch.rand(s.scale_shape(rows, 48)) * 10.0**exponent
     q = quantize(w, s, **options)
@@ -107,15 +106,11 @@ def test_huge_weights_keep_finite_scales():
     assert q.scales.isfinite().all() and q.dequantize().isfinite().all()
 
 
-def test_groups_of_one_sign():
+def test_the_zero_point_of_a_group_of_one_sign_saturates():
     w = weight().abs() * 0.1 + 1.0
-    faithful = quantize(w, spec(4, zero="subtract")).dequantize()
-    widened = quantize(w, spec(4, zero="subtract"), include_zero=True).dequantize()
-    assert (faithful - w).abs().mean() > 0.5
-    assert (widened - w).abs().max() < 1.5 / 15
-    constant = torch.full((2, 16), -0.3)
-    out = quantize(constant, spec(4, zero="subtract"), include_zero=True).dequantize()
-    torch.testing.assert_close(out, constant)
+    q = quantize(w, spec(4, zero="subtract"))
+    assert (q.zeros == 0).all() and (q.codes == 15).all()
+    torch.testing.assert_close(q.dequantize(), q.scales.repeat_interleave(16, 1) * 15)
 
 
 @pytest.mark.parametrize("zero", ["none", "subtract"])
