@@ -41,16 +41,30 @@ def recipe_options(function: Command) -> Command:
     return function
 
 
-def device_options(function: Command) -> Command:
-    """Where to compute."""
+def checkpoint_options(function: Command) -> Command:
+    """CHECKPOINT, and the models that it is measured against or means something with."""
     for decorate in (
-        click.option(
-            "--device-memory", help="Bound on device memory, such as 5GB: smaller batches."
-        ),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1."),
+        click.option("--base", help="Base of a delta, if it is not the recorded one."),
+        click.option("--against", help="The original: folder, GGUF file or Hub id."),
+        click.argument("checkpoint", type=FOLDER),
     ):
         function = decorate(function)
     return function
+
+
+def device_option(function: Command) -> Command:
+    """Where to compute."""
+    return click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")(
+        function
+    )
+
+
+def device_options(function: Command) -> Command:
+    """Where to compute, and how much memory may be taken there."""
+    memory = click.option(
+        "--device-memory", help="Bound on device memory, such as 5GB: smaller batches."
+    )
+    return device_option(memory(function))
 
 
 def json_option(function: Command) -> Command:

@@ -12,7 +12,14 @@ import click
 
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.junit import evaluation_cases, gate_cases
-from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
+from compressor.cli.options import (
+    add_cases,
+    checkpoint_options,
+    device_option,
+    json_option,
+    junit_option,
+    log_option,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="eval")
-@click.argument("checkpoint", type=FOLDER)
-@click.option("--against", type=str, help="The original: folder, GGUF file or Hub id.")
-@click.option("--base", help="Base of a delta, if it is not the recorded one.")
+@checkpoint_options
 @click.option(
     "--text", default="bundled", show_default=True, help="bundled, a file, a folder or a Hub id."
 )
@@ -64,7 +69,7 @@ if TYPE_CHECKING:
     "Repeatable.",
 )
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
+@device_option
 @log_option
 @junit_option
 @json_option

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from compressor.cli.display import Display, LogFormat
-from compressor.cli.options import json_option, log_option
+from compressor.cli.options import device_option, json_option, log_option
 
 
 @click.command()
@@ -26,7 +26,7 @@ from compressor.cli.options import json_option, log_option
 @click.option("--samples", type=click.IntRange(1), help="Rows of calibration tokens.")
 @click.option("--length", type=click.IntRange(8), help="Tokens of each row.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
+@device_option
 @click.option(
     "--out",
     "--output",

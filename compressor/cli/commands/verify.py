@@ -10,18 +10,23 @@ import click
 
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.junit import verify_cases
-from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
+from compressor.cli.options import (
+    add_cases,
+    checkpoint_options,
+    device_option,
+    json_option,
+    junit_option,
+    log_option,
+)
 
 if TYPE_CHECKING:
     from compressor.verify import VerifyReport
 
 
 @click.command()
-@click.argument("checkpoint", type=FOLDER)
-@click.option("--against", help="The original: folder, GGUF file or Hub id.")
-@click.option("--base", help="Base of a delta, if it is not the recorded one.")
+@checkpoint_options
 @click.option("--seed", default=0, show_default=True, help="Which tiles of the layers are sampled.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
+@device_option
 @log_option
 @junit_option
 @json_option
