@@ -16,13 +16,10 @@ from compressor.passes.base import get_pass
 from compressor.plan import make_plan
 from compressor.recipe import make_recipe
 from compressor.source import open_source
+from tests.tiny_models import TYPES
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 CPU = choose_device("cpu")
-TYPES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt"),
-    *("mixtral", "qwen3_moe"),
-)
 # What a plan may say of a recipe on an architecture that it is not for.
 UNFIT = ("does not commute with a rotation", "LayerNorm", "'mlp.down' matches no linear")
 

@@ -16,19 +16,8 @@ from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import InputError, Problems
 from compressor.recipe import make_recipe
 from compressor.source import open_source
+from tests.tiny_models import TYPES
 
-TYPES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "phi3",
-    "opt",
-    "mixtral",
-    "qwen3_moe",
-)
 CALIBRATION = {"samples": 8, "length": 32}
 CPU = choose_device("cpu")
 

@@ -16,11 +16,8 @@ from compressor.arch import load_map
 from compressor.errors import InputError
 from compressor.folding import consumer_scale, fold, source_scale
 from compressor.layout import Fold, Linear, UnitLayout
+from tests.tiny_models import TYPES
 
-TYPES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt"),
-    *("mixtral", "qwen3_moe"),
-)
 # RMSNorm computes in float32 whatever the model's dtype. Only Gemma's multiplies by its weight
 # there, so only there a changed weight is rounded again.
 TOLERANCE = {"gemma": 3e-6, "gemma2": 3e-6}

@@ -6,75 +6,32 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressor_calibration.stats import StatNeeds
 from pydantic import ValidationError
 
 from compressor.numerics import quantize
 from compressor.passes.awq import Awq
-from compressor.passes.base import PassContext, get_pass
+from compressor.passes.base import get_pass
 from compressor.passes.rtn import Rtn
 from compressor.qtensor import QuantSpec
-from compressor.runner import BlockRunner
-from compressor.scheme import Scheme
-from compressor.source import open_source
-
-TYPES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt"),
-    *("mixtral", "qwen3_moe"),
-)
-
-
-class Bench:
-    """The second block of a tiny model, with inputs whose channels differ in size."""
-
-    def __init__(self, folder, *, rows=4, length=32):
-        source = open_source(folder)
-        self.runner = BlockRunner(
-            source.checkpoint.config,
-            source.arch.runtime,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-        first, _, block, _ = source.layout.units
-        generator = torch.Generator().manual_seed(5)
-        ids = torch.randint(2, 256, (rows, length), generator=generator)
-        self.hidden = self.runner.embed(source.read_unit(first).dequantized(), ids)
-        self.unit = source.read_unit(block)
-        norm = next(x for x in block.norms if x.role == "norm.attn")
-        weight = self.unit.tensors[f"{norm.name}.weight"]
-        outliers = torch.ones_like(weight)
-        outliers[::9] = 8.0
-        louder = (weight + norm.offset) * outliers - norm.offset
-        self.unit = self.unit.with_tensors({f"{norm.name}.weight": louder})
-        self.layout = block
-
-    def run(self, step, *, spec=None, selected=None):
-        """The step's result on this block, with `spec` for all that it selects."""
-        picked = step.selection.pick(self.layout.linears) if selected is None else selected
-        scheme = step.scheme() if spec is None else Scheme(weight=spec)
-        with self.runner.block(self.layout, self.unit.tensors) as block:
-            seen = block.observe(
-                self.hidden,
-                needs={site: step.needs() | StatNeeds(gram=True) for site in self.layout.sites},
-                batch=2,
-            )
-            context = PassContext(
-                stats=seen.stats,
-                schemes={x.name: scheme for x in picked},
-                selected=picked,
-                module_loss=seen.module_loss,
-                seed=0,
-            )
-            return step.apply(self.unit, context)
-
-    def output(self, unit):
-        with self.runner.block(self.layout, unit.dequantized()) as block:
-            return block.forward(self.hidden)
+from tests.block_bench import BlockBench
+from tests.tiny_models import TYPES
 
 
 @pytest.fixture
 def bench(tiny_model):
-    return lambda model_type, **options: Bench(tiny_model(model_type), **options)
+    """Makes blocks with inputs whose channels differ in size."""
+
+    def make(model_type, *, rows=4, length=32):
+        b = BlockBench(tiny_model(model_type), rows=rows, length=length)
+        norm = next(x for x in b.layout.norms if x.role == "norm.attn")
+        weight = b.unit.tensors[f"{norm.name}.weight"]
+        outliers = torch.ones_like(weight)
+        outliers[::9] = 8.0
+        louder = (weight + norm.offset) * outliers - norm.offset
+        b.unit = b.unit.with_tensors({f"{norm.name}.weight": louder})
+        return b
+
+    return make
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -99,12 +56,7 @@ def test_awq_beats_rounding_to_nearest(model_type, bench):
         assert [row["linear"] for row in result.rows] == [
             x.name for x in b.layout.linears if x.name in every
         ]
-    want = b.output(b.unit)
-
-    def error(result):
-        return float((b.output(result.unit) - want).square().mean())
-
-    assert error(ours) < error(plain)
+    assert b.error(ours) < b.error(plain)
     worse = [
         (a["linear"], a["error"], p["error"])
         for a, p in zip(ours.rows, plain.rows, strict=True)
@@ -117,15 +69,9 @@ def test_awq_beats_rounding_to_nearest(model_type, bench):
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_variants_beat_rounding_to_nearest(model_type, options, bench):
     b = bench(model_type)
-    want = b.output(b.unit)
-    errors = [
-        float((b.output(b.run(step).unit) - want).square().mean())
-        for step in (
-            Rtn(bits=3, group_size=16, symmetric=False),
-            Awq(bits=3, group_size=16, symmetric=False, min_tokens=8, **options),
-        )
-    ]
-    assert errors[1] < errors[0]
+    plain = b.run(Rtn(bits=3, group_size=16, symmetric=False))
+    ours = b.run(Awq(bits=3, group_size=16, symmetric=False, min_tokens=8, **options))
+    assert b.error(ours) < b.error(plain)
 
 
 @pytest.mark.parametrize("step", [Rtn(bits=4, group_size=32), Awq(bits=4, group_size=32)])

@@ -9,72 +9,20 @@ from pydantic import ValidationError
 
 from compressor.numerics import quantize
 from compressor.passes.awq import Awq
-from compressor.passes.base import PassContext
 from compressor.passes.gptq import Gptq
 from compressor.passes.nvfp4 import Nvfp4
 from compressor.passes.rtn import Rtn
 from compressor.passes.smoothquant import Smoothquant
 from compressor.qtensor import NVFP4
-from compressor.runner import BlockRunner
 from compressor.scheme import ActivationSpec
-from compressor.source import open_source
-
-TYPES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt"),
-    *("mixtral", "qwen3_moe"),
-)
-
-
-class Bench:
-    """The second block of a tiny model and inputs for it."""
-
-    def __init__(self, folder, *, rows=8, length=40):
-        source = open_source(folder)
-        self.runner = BlockRunner(
-            source.checkpoint.config,
-            source.arch.runtime,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-        first, _, block, _ = source.layout.units
-        generator = torch.Generator().manual_seed(5)
-        ids = torch.randint(2, 256, (rows, length), generator=generator)
-        self.hidden = self.runner.embed(source.read_unit(first).dequantized(), ids)
-        self.unit, self.layout = source.read_unit(block), block
-
-    def run(self, step, *, unit=None, quantizer=None, patch=None):
-        unit = self.unit if unit is None else unit
-        quantizer = quantizer or step
-        picked = step.selection.pick(self.layout.linears)
-        with self.runner.block(self.layout, unit.dequantized()) as block:
-            needs = dict.fromkeys(
-                self.layout.sites, step.needs() | StatNeeds(gram=True, absmax=True)
-            )
-            seen = block.observe(self.hidden, needs=needs, batch=4)
-            stats = dict(seen.stats.items())
-            if patch is not None:
-                patch(stats)
-            context = PassContext(
-                stats=stats,
-                schemes={x.name: quantizer.scheme() for x in picked},
-                selected=picked,
-                module_loss=seen.module_loss,
-                seed=0,
-                rounding={x.name: quantizer.rounding() for x in picked},
-            )
-            return step.apply(unit, context)
-
-    def error(self, result):
-        outputs = []
-        for unit in (self.unit, result.unit):
-            with self.runner.block(self.layout, unit.dequantized()) as block:
-                outputs.append(block.forward(self.hidden))
-        return float((outputs[1] - outputs[0]).square().mean())
+from tests.block_bench import BlockBench
+from tests.tiny_models import TYPES
 
 
 @pytest.fixture
 def bench(tiny_model):
-    return lambda model_type, **options: Bench(tiny_model(model_type), **options)
+    wanted = StatNeeds(gram=True, absmax=True)
+    return lambda kind, **options: BlockBench(tiny_model(kind), wanted=wanted, **options)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -124,7 +72,7 @@ def test_w8a8_after_smoothquant(activations, bench):
 def test_awq_then_gptq(bench):
     b = bench("llama")
     step = Gptq(bits=3, group_size=16)
-    scaled = b.run(Awq(min_tokens=8), quantizer=step).unit
+    scaled = b.run(Awq(min_tokens=8), then=step).unit
     assert not scaled.quantized
     assert b.error(b.run(step, unit=scaled)) < b.error(b.run(Rtn(bits=3, group_size=16)))
 

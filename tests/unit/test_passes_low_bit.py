@@ -12,96 +12,33 @@ from compressor.numerics import quantize
 from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.nvfp4 import shared_absmax
 from compressor.passes.awq import Awq
-from compressor.passes.base import PassContext, get_pass
+from compressor.passes.base import get_pass
 from compressor.passes.fp8 import Fp8
 from compressor.passes.nvfp4 import Nvfp4
 from compressor.passes.rtn import Rtn
 from compressor.passes.smoothquant import Smoothquant
 from compressor.qtensor import NVFP4, QuantSpec
-from compressor.runner import BlockRunner
 from compressor.scheme import ActivationSpec, Scheme
-from compressor.source import open_source
+from tests.block_bench import BlockBench
+from tests.tiny_models import TYPES
 
-TYPES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt"),
-    *("mixtral", "qwen3_moe"),
-)
 W8A8 = Scheme(QuantSpec("int", 8, "channel"), ActivationSpec("int8", "token"))
 
 
-class Bench:
-    """The second block of a tiny model, rescaled so that its inputs have outlier channels."""
-
-    def __init__(self, folder, *, rows=4, length=32, outlier=20.0):
-        source = open_source(folder)
-        self.type = source.layout.model_type
-        self.runner = BlockRunner(
-            source.checkpoint.config,
-            source.arch.runtime,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-        first, _, block, _ = source.layout.units
-        generator = torch.Generator().manual_seed(5)
-        ids = torch.randint(2, 256, (rows, length), generator=generator)
-        self.hidden = self.runner.embed(source.read_unit(first).dequantized(), ids)
-        self.unit, self.layout = source.read_unit(block), block
-        for found in block.folds:
-            if found.kind == "norm":
-                scales = torch.ones(self.hidden.shape[-1])
-                scales[::9] = 1 / outlier
-                self.unit = self.unit.with_tensors(fold(self.unit.tensors, found, block, scales))
-
-    def observe(self, unit, step):
-        with self.runner.block(self.layout, unit.dequantized()) as block:
-            needs = dict.fromkeys(self.layout.sites, step.needs() | StatNeeds(absmax=True))
-            stats = block.observe(self.hidden, needs=needs, batch=2).stats
-            return {site: stats[site] for site in self.layout.sites}
-
-    def run(self, step, *, then=None, unit=None):
-        """The step's result, with what `then` makes of its targets if it makes no codes itself."""
-        unit = self.unit if unit is None else unit
-        picked = step.selection.pick(self.layout.linears)
-        quantizer = step if step.scheme() is not None else then
-        scheme = quantizer.scheme() if quantizer is not None else Scheme()
-        with self.runner.block(self.layout, unit.dequantized()) as block:
-            needs = dict.fromkeys(self.layout.sites, step.needs() | StatNeeds(absmax=True))
-            seen = block.observe(self.hidden, needs=needs, batch=2)
-            context = PassContext(
-                stats=seen.stats,
-                schemes={x.name: scheme for x in picked},
-                selected=picked,
-                module_loss=seen.module_loss,
-                seed=0,
-                rounding={x.name: quantizer.rounding() for x in picked} if quantizer else {},
-                model_type=self.type,
-            )
-            return step.apply(unit, context)
-
-    def output(self, unit, scheme=None):
-        """The block's output, with quantized inputs where a scheme says so."""
-        from compressor.fake_quant import StoredInput, quantized_inputs
-
-        inputs = {}
-        if scheme is not None and scheme.input is not None:
-            inputs = {
-                name: StoredInput(scheme.input, unit.input_scales.get(name))
-                for name in unit.quantized
-            }
-        with (
-            self.runner.block(self.layout, unit.dequantized()) as block,
-            quantized_inputs(block, inputs),
-        ):
-            return block.forward(self.hidden)
-
-    def error(self, result, scheme):
-        want = self.output(self.unit)
-        return float((self.output(result.unit, scheme) - want).square().mean() / want.var())
+def outlying(folder, *, rows=4, length=32, outlier=20.0):
+    """A block rescaled so that its inputs have outlier channels."""
+    b = BlockBench(folder, rows=rows, length=length, wanted=StatNeeds(absmax=True))
+    for found in b.layout.folds:
+        if found.kind == "norm":
+            scales = torch.ones(b.hidden.shape[-1])
+            scales[::9] = 1 / outlier
+            b.unit = b.unit.with_tensors(fold(b.unit.tensors, found, b.layout, scales))
+    return b
 
 
 @pytest.fixture
 def bench(tiny_model):
-    return lambda model_type, **options: Bench(tiny_model(model_type), **options)
+    return lambda model_type, **options: outlying(tiny_model(model_type), **options)
 
 
 def linear(b, role):
@@ -237,13 +174,13 @@ def test_fp8(model_type, scales, bench):
 
 def test_fp8_blocks(tiny_model):
     folder = tiny_model("llama", hidden_size=128, intermediate_size=256)
-    b = Bench(folder)
+    b = outlying(folder)
     step = Fp8(scales="block")
     result = b.run(step)
     assert b.error(result, step.scheme()) < 0.02
     q = result.unit.quantized[linear(b, "mlp.gate").name]
     assert tuple(q.scales.shape) == (2, 1)
-    assert "dynamic would do" in step.check(Bench(tiny_model("llama")).layout.linears[0])
+    assert "dynamic would do" in step.check(outlying(tiny_model("llama")).layout.linears[0])
 
 
 @pytest.mark.parametrize("activations", ["none", "calibrated", "dynamic"])

@@ -11,14 +11,12 @@ from compressor.errors import Problems
 from compressor.numerics import quantize
 from compressor.numerics.gptq import row_errors
 from compressor.numerics.range_search import search_ranges
-from compressor.passes.base import PassContext
 from compressor.passes.progressive import Progressive
 from compressor.passes.qoq import Qoq
 from compressor.qtensor import QuantSpec
 from compressor.recipe import make_recipe
-from compressor.runner import BlockRunner
 from compressor.scheme import ActivationSpec
-from compressor.source import open_source
+from tests.block_bench import BlockBench
 
 CHANNEL = QuantSpec("int", 4, "channel", zero="offset", scale_dtype=torch.float16)
 GROUPS = QuantSpec("int", 4, "group", 16, zero="offset", scale_dtype=torch.int8, second="channel")
@@ -59,44 +57,6 @@ def test_a_range_that_is_right_stays():
     assert ranges.clip_max.min() > 0.9
 
 
-class Bench:
-    """The second block of a tiny model and inputs for it."""
-
-    def __init__(self, folder, *, rows=8, length=40):
-        source = open_source(folder)
-        self.runner = BlockRunner(
-            source.checkpoint.config,
-            source.arch.runtime,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-        first, _, block, _ = source.layout.units
-        ids = torch.randint(2, 256, (rows, length), generator=torch.Generator().manual_seed(5))
-        self.hidden = self.runner.embed(source.read_unit(first).dequantized(), ids)
-        self.unit, self.layout = source.read_unit(block), block
-
-    def run(self, step):
-        picked = step.selection.pick(self.layout.linears)
-        with self.runner.block(self.layout, self.unit.tensors) as block:
-            needs = dict.fromkeys(self.layout.sites, step.needs() | StatNeeds(gram=True))
-            seen = block.observe(self.hidden, needs=needs, batch=4)
-            context = PassContext(
-                stats=seen.stats,
-                schemes={x.name: step.scheme() for x in picked},
-                selected=picked,
-                module_loss=seen.module_loss,
-                seed=0,
-            )
-            return step.apply(self.unit, context)
-
-    def error(self, result):
-        outputs = []
-        for unit in (self.unit, result.unit):
-            with self.runner.block(self.layout, unit.dequantized()) as block:
-                outputs.append(block.forward(self.hidden))
-        return float((outputs[1] - outputs[0]).square().mean())
-
-
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "opt", "mixtral"])
 @pytest.mark.parametrize(
     "options",
@@ -107,7 +67,7 @@ class Bench:
     ],
 )
 def test_each_step_of_the_quantizer_helps(model_type, options, tiny_model):
-    b = Bench(tiny_model(model_type))
+    b = BlockBench(tiny_model(model_type))
     step = Progressive(**options, min_tokens=16)
     plain = step.model_copy(update={"gptq": False, "clip": False})
     clipped = step.model_copy(update={"gptq": False, "clip": True, "clip_steps": 16})
