@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,6 @@ from compressor.passes.base import LearnContext
 from compressor.source import open_source
 
 CPU = torch.device("cpu")
-MODELS = Path(os.environ.get("MODELS_DIR", Path(__file__).parents[1] / "../shared/models"))
-GOLDEN = os.environ.get("GOLDEN_DIR")
-if GOLDEN and "MODELS_DIR" not in os.environ:
-    MODELS = Path(GOLDEN).parent / "models"
 TINY = Needles(
     keys=2, words=1, min_length=180, max_length=200, lengths=2, prefix="", suffix="", separator="",
     needle=" {ordinal} key: {passkey}.", question=" {ordinal}? {passkey}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from compressor.evaluate import evaluate
 from compressor.runner import load_tokenizer
 from compressor.source import open_source
 from tests.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
+from tests.golden_files import trained_model
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
 WHALE = """Secondly: It is well known in the Sperm Whale Fishery, however ignorant the world
 ashore may be of it, that there have been several memorable historical instances
 where a particular whale in the ocean has been at distant times and places popularly
@@ -144,10 +142,7 @@ def test_the_base_is_read_a_unit_at_a_time(
 @pytest.mark.slow
 def test_on_a_real_pair_the_published_order_comes_out(tmp_path: Path) -> None:
     """KL to the fine-tune on a paragraph of its novel that neither model was trained on."""
-    folder = Path(os.environ.get("MODELS_DIR", GOLDEN / ".." / "models"))
-    base, fine = folder / "llama", folder / "llama-ft"
-    if not fine.is_dir():
-        pytest.skip(f"no models in {folder}; set MODELS_DIR")
+    base, fine = trained_model("llama"), trained_model("llama-ft")
     ids = load_tokenizer(fine)(WHALE).input_ids
     tokens = torch.tensor(ids[: len(ids) // 2 * 2]).view(2, -1)
     found = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.evaluate import evaluate
 from compressor.recipe import make_recipe
 from compressor.source import open_source
+from tests.golden_files import trained_model
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
-MODELS = Path(os.environ.get("MODELS_DIR", GOLDEN.parent / "models"))
 CPU = choose_device("cpu")
 CACHE = {"kv_cache": {"element": "int4"}}
 
@@ -27,9 +24,7 @@ def naive(group_size: int | None) -> list[Any]:
 
 def kl(passes: list[Any], output: Path, *, fmt: str) -> float:
     """KL of the original to the written model, in nats per token of held-out text."""
-    model = MODELS / "llama"
-    if not model.is_dir():
-        pytest.skip("no small trained models at MODELS_DIR")
+    model = trained_model("llama")
     data = {
         "model": str(model),
         "output": str(output),

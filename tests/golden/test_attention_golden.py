@@ -4,16 +4,13 @@ implementations."""
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from compressor.attention import AttentionCall
@@ -26,17 +23,7 @@ from compressor.passkey import WORDS
 from compressor.policy import AttentionPolicy, head_layers, token_mask
 from compressor.policy_attention import policy_attention
 from compressor.two_stream import TwoStream, _Mix
-
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden")) / "attention"
-
-
-def vectors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = FOLDER / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip(f"no golden vectors at {path}; set GOLDEN_DIR")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+from tests.golden_files import vectors, vectors_and_notes
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -66,7 +53,7 @@ def all_streaming(heads: int, kv_heads: int, *, sinks: int, window: int, positio
 
 
 def test_streaming_mask_and_output_are_duo_attentions() -> None:
-    given, _ = vectors("duo_streaming_gate_mix")
+    given = vectors("attention/duo_streaming_gate_mix")
     place = torch.arange(40)
     mask = token_mask(place, place, sinks=4, window=8)
     assert torch.equal(mask, given["streaming_mask"][0, 0].bool())
@@ -78,7 +65,7 @@ def test_streaming_mask_and_output_are_duo_attentions() -> None:
 def test_slot_positions_are_streaming_llms() -> None:
     """One masked pass gives what the reference decodes token by token. Its cache of 4 + 12 is read
     together with the step's own token: a window of 13."""
-    given, _ = vectors("streamingllm_pos_shift_decode")
+    given = vectors("attention/streamingllm_pos_shift_decode")
     x = given["x"][0]
     angles = torch.arange(40)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
     cos, sin = (torch.cat([f(angles), f(angles)], dim=-1) for f in (torch.cos, torch.sin))
@@ -100,7 +87,7 @@ def test_slot_positions_are_streaming_llms() -> None:
 
 
 def test_gated_heads_mix_as_duo_attention_does() -> None:
-    given, _ = vectors("duo_streaming_gate_mix")
+    given = vectors("attention/duo_streaming_gate_mix")
     q, k, v = (given[name].transpose(1, 2) for name in "qkv")
     mix = _Mix(sinks=4, window=8)
     mix.mix(given["alpha_raw"].clamp(0, 1), given["full_out"])
@@ -154,7 +141,7 @@ class ToyRunner:
 
 
 def test_loss_and_gradient_of_two_layers_are_duo_attentions() -> None:
-    given, _ = vectors("duo_loss_two_layer")
+    given = vectors("attention/duo_loss_two_layer")
     units = [UnitLayout(name=str(i), kind="block", index=i, tensors=()) for i in range(2)]
     ends = [UnitLayout(name=kind, kind=kind, index=0, tensors=()) for kind in ("embedding", "head")]
     model = SimpleNamespace(
@@ -178,14 +165,14 @@ def test_loss_and_gradient_of_two_layers_are_duo_attentions() -> None:
 
 @pytest.mark.parametrize("share", ["0.0", "0.25", "0.5", "0.75", "1.0"])
 def test_the_same_heads_stay_full(share: str) -> None:
-    given, _ = vectors("duo_sparsify_reorder")
+    given = vectors("attention/duo_sparsify_reorder")
     full = keep_full(given["raw"], float(share))
     assert torch.equal(full.double(), given[f"binary_{share}"])
     assert float(1 - full.double().mean()) == pytest.approx(float(given[f"actual_{share}"]))
 
 
 def test_rows_are_reordered_as_the_reference_does() -> None:
-    given, _ = vectors("duo_sparsify_reorder")
+    given = vectors("attention/duo_sparsify_reorder")
     order = full_first(given["reorder_heads"] > 0.5)
     found = reorder_rows(given["reorder_in"], order, size=6)
     assert torch.equal(found, given["reorder_out"])
@@ -193,7 +180,7 @@ def test_rows_are_reordered_as_the_reference_does() -> None:
 
 def test_passkey_rows_are_built_like_the_reference_rows() -> None:
     """Of one of its rows: prompt, text with needles, then questions whose answers are the keys."""
-    given, about = vectors("duo_passkey_dataset")
+    given, about = vectors_and_notes("attention/duo_passkey_dataset")
     vocabulary = json.loads(about["vocab"])
     # The file names only the words that it holds.
     vocabulary |= {word: 400 + i for i, word in enumerate(WORDS) if word not in vocabulary}
@@ -228,7 +215,7 @@ def test_passkey_rows_are_built_like_the_reference_rows() -> None:
 
 def test_copy_scores_are_the_reference_scores() -> None:
     """The reference's attention weights stand in for a model's: their argmax is what counts."""
-    given, about = vectors("retrieval_head_score")
+    given, about = vectors_and_notes("attention/retrieval_head_score")
     begin, end = int(about["needle_start"]), int(about["needle_end"])
     for sample in range(2):
         counted = torch.zeros(3, 4)

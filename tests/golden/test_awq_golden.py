@@ -1,11 +1,7 @@
 """AWQ's group quantizer and searches against vectors made with the reference implementations."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -18,18 +14,9 @@ from compressor.numerics.awq_search import (
 )
 from compressor.numerics.gram import gram_error
 from compressor.qtensor import QuantSpec
+from tests.golden_files import vectors, vectors_and_notes
 
-ROOT = Path(__file__).resolve().parents[2]
-QUANT = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden")) / "quant"
 NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def vectors(name):
-    path = QUANT / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip(f"no golden vectors at {path}; set GOLDEN_DIR")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def group_spec(bits, group, dtype=torch.float32):
@@ -45,7 +32,7 @@ def group_spec(bits, group, dtype=torch.float32):
 @pytest.mark.parametrize("bits", [4, 3, 8])
 @pytest.mark.parametrize("group", [128, 64, 32, "chan"])
 def test_group_quantizer(kind, bits, group):
-    golden, _ = vectors(f"awq_pseudoquant_{kind}")
+    golden = vectors(f"quant/awq_pseudoquant_{kind}")
     weight, key = golden["input"], f"w{bits}_g{group}"
     spec = group_spec(bits, group, weight.dtype)
     q = quantize(weight, spec, arithmetic=weight.dtype)
@@ -66,7 +53,7 @@ class Block:
     """The decoder layer behind a golden file, and what the searches need of it."""
 
     def __init__(self, name):
-        self.golden, meta = vectors(name)
+        self.golden, meta = vectors_and_notes(f"quant/{name}")
         weights = {key[3:]: t.float() for key, t in self.golden.items() if key.startswith("in.")}
         self.hidden = weights.pop("hidden")
         self.spec = group_spec(int(meta["w_bit"]), meta["group"])

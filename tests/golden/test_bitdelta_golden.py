@@ -1,8 +1,5 @@
 """Sign packing and the one-bit product against vectors of an independent implementation."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from compressor_kernels.bitdelta import (
@@ -12,22 +9,13 @@ from compressor_kernels.bitdelta import (
     unpack_bits,
     unpack_signs,
 )
-from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
-QUANT = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden")) / "quant"
-
-
-def vectors(name):
-    path = QUANT / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip(f"no golden vectors at {path}; set GOLDEN_DIR")
-    return load_file(path)
+from tests.golden_files import vectors
 
 
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
 def test_pack_bits(width):
-    golden = vectors("bitdelta_pack")
+    golden = vectors("quant/bitdelta_pack")
     bits, packed = golden["bool_in"].bool(), golden[f"packed{width}"]
     assert torch.equal(pack_bits(bits, width=width), packed)
     assert torch.equal(unpack_bits(packed, rows=bits.shape[-2]), bits)
@@ -35,7 +23,7 @@ def test_pack_bits(width):
 
 @pytest.mark.parametrize("tag", ["fp32", "bf16", "fp16"])
 def test_masks_and_merged_weights(tag):
-    golden = vectors("bitdelta_binarydiff")
+    golden = vectors("quant/bitdelta_binarydiff")
     base, fine = golden[f"{tag}.base"], golden[f"{tag}.finetune"]
     signs = pack_signs(fine - base)
     assert torch.equal(signs, golden[f"{tag}.mask_packed_i32"])
@@ -48,7 +36,7 @@ def test_masks_and_merged_weights(tag):
 
 @pytest.mark.parametrize("tag", ["fp32", "bf16", "fp16"])
 def test_forward(tag):
-    golden = vectors("bitdelta_binarydiff")
+    golden = vectors("quant/bitdelta_binarydiff")
     x, base = golden[f"{tag}.x"].float(), golden[f"{tag}.base"].float()
     signs = golden[f"{tag}.mask_packed_i32"].expand(len(x), -1, -1)
     alpha = golden[f"{tag}.coeff"].expand(len(x))
@@ -57,7 +45,7 @@ def test_forward(tag):
 
 
 def test_each_further_bit_packs_the_sign_of_what_is_left():
-    golden = vectors("bitdelta_multibit")
+    golden = vectors("quant/bitdelta_multibit")
     fine, at = golden["finetune"], golden["base"]
     for k in range(4):
         signs = pack_signs(fine - at)

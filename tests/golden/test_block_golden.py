@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +16,6 @@ from compressor_kernels.block_windows import (
     forecast_scores_ref,
     pool_windows_ref,
 )
-from safetensors import safe_open
 from torch import Tensor
 
 from compressor.numerics.forecast_loss import (
@@ -29,26 +25,10 @@ from compressor.numerics.forecast_loss import (
     student_shares,
     teacher_shares,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden")) / "attention"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden vectors in {GOLDEN}")
+from tests.golden_files import vectors
 
 RULE = BlockRule(block_size=16, init_blocks=1, local_blocks=1, top_k=4)
 DEPLOYED, FINE = WindowRule(kernel_size=8, stride=4), WindowRule(kernel_size=2, stride=1)
-
-
-def load(name: str) -> tuple[dict[str, Tensor], dict[str, object]]:
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, {k: _plain(v) for k, v in (file.metadata() or {}).items()}
-
-
-def _plain(value: str) -> object:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def by_head(x: Tensor) -> Tensor:
@@ -74,7 +54,7 @@ def fewer(ours: Tensor, theirs: Tensor, scores: Tensor) -> list[int]:
 
 @pytest.mark.parametrize(("name", "pooling"), [("fine_teacher", "max"), ("mean_pool", "mean")])
 def test_forecast_loss(name: str, pooling: str) -> None:
-    golden, _ = load(f"sparda_kl_{name}")
+    golden = vectors(f"attention/sparda_kl_{name}")
     q, k = by_head(golden["q"]), by_head(golden["k"])
     forecast = golden["forecast_q"].transpose(1, 2).clone().requires_grad_()
     where = {"tokens": 160, "behind": 0}
@@ -102,7 +82,7 @@ def test_forecast_loss(name: str, pooling: str) -> None:
 
 
 def test_forecast_selection() -> None:
-    golden, _ = load("sparda_infer_topk")
+    golden = vectors("attention/sparda_infer_topk")
     forecast, k = by_head(golden["forecast_q"]), by_head(golden["k"])
     keys = compress_keys_ref(k, DEPLOYED)
     torch.testing.assert_close(keys, by_head(golden["compressed_k"]), atol=1e-6, rtol=1e-5)
@@ -118,7 +98,7 @@ def test_forecast_selection() -> None:
 
 @pytest.mark.parametrize(("name", "budget"), [("aligned", 3), ("unaligned", 4)])
 def test_quest_pages(name: str, budget: int) -> None:
-    golden, _ = load(f"quest_pages_{name}")
+    golden = vectors(f"attention/quest_pages_{name}")
     q, k, v = (by_head(golden[x]) for x in ("q", "k", "v"))
     low, high = page_bounds_ref(k, page_size=16)
     torch.testing.assert_close(low[0].transpose(0, 1), golden["page_min"])
@@ -137,7 +117,7 @@ def test_quest_pages(name: str, budget: int) -> None:
 
 @pytest.mark.parametrize("budget", [64, 16])
 def test_quest_as_its_evaluation_chooses(budget: int) -> None:
-    golden, _ = load("quest_eval_token_mask")
+    golden = vectors("attention/quest_eval_token_mask")
     q, k = golden["q"], golden["k"]
     scores = page_scores_ref(q, *page_bounds_ref(k, page_size=16))
     by_token = scores.repeat_interleave(16, -1)[..., :117]
@@ -157,8 +137,8 @@ def test_quest_as_its_evaluation_chooses(budget: int) -> None:
 
 
 def test_infllm_memory() -> None:
-    golden, _ = load("infllm_repr_and_topk")
-    vectors = represent_blocks(golden["block_keys"], golden["local_scores"], tokens=4)
-    torch.testing.assert_close(vectors, golden["block_repr"], atol=1e-5, rtol=1e-4)
-    chosen = memory_blocks(golden["global_q"][0], vectors, piece=8, top_k=2)
+    golden = vectors("attention/infllm_repr_and_topk")
+    ours = represent_blocks(golden["block_keys"], golden["local_scores"], tokens=4)
+    torch.testing.assert_close(ours, golden["block_repr"], atol=1e-5, rtol=1e-4)
+    chosen = memory_blocks(golden["global_q"][0], ours, piece=8, top_k=2)
     assert torch.equal(chosen, golden["topk_block_ids"].sort(-1).values)

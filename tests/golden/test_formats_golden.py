@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from compressor.errors import InputError
 from compressor.formats.base import get_format
 from compressor.formats.packing.words import pack_words, unpack_words
 from compressor.qtensor import QTensor, QuantSpec
+from tests.golden_files import vectors
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
 F16 = torch.float16
-
-
-def vectors(name: str) -> dict[str, torch.Tensor]:
-    path = GOLDEN / "quant" / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def awq_weight(golden, case) -> QTensor:
@@ -42,7 +29,7 @@ def awq_weight(golden, case) -> QTensor:
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 def test_awq_words(case):
-    golden, fmt = vectors("awq_gemm_packing"), get_format("autoawq")
+    golden, fmt = vectors("quant/awq_gemm_packing"), get_format("autoawq")
     q = awq_weight(golden, case)
     tensors = fmt.encode(q, model_dtype=F16)
     assert set(tensors) == {"qweight", "qzeros", "scales"}
@@ -55,14 +42,14 @@ def test_awq_words(case):
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 def test_awq_values(case):
     """Theirs multiplies in float16: one rounding of (q − z)·s, which float32 holds exactly."""
-    golden = vectors("awq_gemm_packing")
+    golden = vectors("quant/awq_gemm_packing")
     q = awq_weight(golden, case)
     assert torch.equal(q.dequantize(F16).t(), golden[f"{case}.dequantize_gemm_in_out_fp16"])
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 def test_exllama_words_are_gptq_version_1(case):
-    golden = vectors("awq_gemm_packing")
+    golden = vectors("quant/awq_gemm_packing")
     q = awq_weight(golden, case)
     if int(q.zeros.min()) == 0:
         with pytest.raises(InputError, match="zero points of 0"):
@@ -80,7 +67,7 @@ def unsigned(signed: torch.Tensor, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_compressed_tensors_words(bits):
     """Theirs is from before elements crossed words, which only 3 bits could tell."""
-    golden = vectors("ct_pack_to_int32")
+    golden = vectors("quant/ct_pack_to_int32")
     codes, zeros = unsigned(golden[f"q{bits}"], bits), unsigned(golden[f"zp{bits}"], bits)
     words, packed_zeros = golden[f"q{bits}.packed_dim1"], golden[f"zp{bits}.packed_dim0"]
     for crossing in (False,) if bits == 3 else (False, True):
@@ -93,7 +80,7 @@ def test_compressed_tensors_words(bits):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_compressed_tensors_files(bits):
-    golden, fmt = vectors("ct_pack_to_int32"), get_format("compressed-tensors")
+    golden, fmt = vectors("quant/ct_pack_to_int32"), get_format("compressed-tensors")
     codes, columns = unsigned(golden[f"q{bits}"], bits), unsigned(golden[f"zp{bits}"], bits)
     rows = codes.shape[0]
     q = QTensor(

@@ -6,12 +6,8 @@ elements, and their blocks' choice between 4 and 6, are the only ones that may d
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from compressor.formats.base import get_format
 from compressor.numerics.nvfp4 import (
@@ -23,9 +19,8 @@ from compressor.numerics.nvfp4 import (
     shared_absmax,
 )
 from compressor.qtensor import NVFP4, QTensor, decode_elements
+from tests.golden_files import vectors
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
 RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
 EXACT = (
     "gauss",
@@ -38,14 +33,6 @@ EXACT = (
     "varied_mag",
     "ties_static6",
 )
-
-
-def vectors(name: str) -> dict[str, torch.Tensor]:
-    path = GOLDEN / "quant" / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def rules(golden: dict[str, torch.Tensor]) -> list[str]:
@@ -67,7 +54,7 @@ def raw(scales: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_codes_scales_and_values(name):
-    golden = vectors(f"nvfp4_{name}")
+    golden = vectors(f"quant/nvfp4_{name}")
     assert rules(golden)
     for rule in rules(golden):
         x = golden["input"]
@@ -91,7 +78,7 @@ def _rounds_to(values: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_the_choice_of_four_or_six(name):
-    golden = vectors(f"nvfp4_{name}")
+    golden = vectors(f"quant/nvfp4_{name}")
     for rule in ("mse", "mae", "abs_max"):
         if f"{rule}.candidate" not in golden:
             continue
@@ -106,7 +93,7 @@ def test_the_choice_of_four_or_six(name):
 
 
 def test_saturation_where_the_reference_overflows():
-    golden = vectors("nvfp4_tiny_huge")
+    golden = vectors("quant/nvfp4_tiny_huge")
     for rule in rules(golden):
         x = golden["input"]
         q = quantize_nvfp4(x, rule=rule)
@@ -128,7 +115,7 @@ def test_saturation_where_the_reference_overflows():
 
 
 def test_columns_that_do_not_fill_their_padding():
-    golden = vectors("nvfp4_pad_100x48")
+    golden = vectors("quant/nvfp4_pad_100x48")
     x = golden["input"]
     for rule in rules(golden):
         q = quantize_nvfp4(x, rule=rule)
@@ -151,7 +138,7 @@ def _swizzled(scales: torch.Tensor) -> torch.Tensor:
 
 
 def test_two_dimensional_blocks():
-    golden = vectors("nvfp4_block2d_bf16")
+    golden = vectors("quant/nvfp4_block2d_bf16")
     assert rules(golden)
     for rule in rules(golden):
         q = quantize_nvfp4(golden["input"], rule=rule, tile_rows=16)
@@ -162,7 +149,7 @@ def test_two_dimensional_blocks():
 
 
 def test_a_product_of_two_quantized_matrices():
-    golden = vectors("nvfp4_matmul_w4a4")
+    golden = vectors("quant/nvfp4_matmul_w4a4")
     for rule in RULES:
         if f"{rule}.out_bf16" not in golden:
             continue
@@ -173,7 +160,7 @@ def test_a_product_of_two_quantized_matrices():
 
 
 def test_rounding_and_nibbles_of_compressed_tensors():
-    golden = vectors("ct_nvfp4_pack")
+    golden = vectors("quant/ct_nvfp4_pack")
     values = round_e2m1(golden["x"].float())
     assert torch.equal(values, golden["cast_to_fp4"].float())
     codes = e2m1_codes(values)

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from compressor.formats.base import get_format
 from compressor.numerics import quantize
 from compressor.numerics.activations import fake_quantize_kv
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec
+from tests.golden_files import vectors
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
 CASES = ("gauss", "heavy", "outlier_cols", "shifted")
 FORMS = {"postscale": "offset", "prescale": "subtract"}
 INT8 = ActivationSpec("int8", "token")
-
-
-def vectors(name: str, *, kind: str = "progressive_") -> dict[str, torch.Tensor]:
-    path = GOLDEN / "quant" / f"qoq_{kind}{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def progressive(golden: dict[str, torch.Tensor], zero: str) -> QTensor:
@@ -45,7 +32,7 @@ def per_channel(golden: dict[str, torch.Tensor]) -> QTensor:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", FORMS)
 def test_progressive_groups(case, form):
-    golden = vectors(case)
+    golden = vectors(f"quant/qoq_progressive_{case}")
     q = progressive(golden, FORMS[form])
     assert torch.equal(q.second.flatten(), golden[f"{form}.s1_fp32"])
     assert torch.equal(q.scales, golden[f"{form}.s2_i8"])
@@ -59,7 +46,7 @@ def test_progressive_groups(case, form):
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_scale_per_channel(case):
-    golden = vectors(case)
+    golden = vectors(f"quant/qoq_progressive_{case}")
     q = per_channel(golden)
     assert torch.equal(q.scales.flatten(), golden["gchn.scale"].flatten())
     assert torch.equal(q.zeros.flatten(), golden["gchn.scaled_zero"].flatten())
@@ -68,7 +55,7 @@ def test_one_scale_per_channel(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_qserve_tensors(case):
-    golden = vectors(case)
+    golden = vectors(f"quant/qoq_progressive_{case}")
     fmt = get_format("qserve")
     weights = {"qserve": progressive(golden, "offset"), "gchn.qserve": per_channel(golden)}
     for prefix, q in weights.items():
@@ -85,7 +72,7 @@ def test_qserve_tensors(case):
 
 
 def test_keys_and_values_of_four_bits():
-    golden = vectors("kv4_a8", kind="")
+    golden = vectors("quant/qoq_kv4_a8")
     tokens, heads = golden["kv4.scale"].shape
     by_head = golden["kv_fp16"].view(1, tokens, heads, -1).transpose(1, 2)
     made = fake_quantize_kv(by_head, KVSpec("int4", "token_head"))

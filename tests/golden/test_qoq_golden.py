@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.channel_order import head_order, salience_order
 from compressor.numerics.hadamard import rotation
 from compressor.numerics.smooth_attention import smooth_attention_scales
 from compressor.scheme import ActivationSpec
+from tests.golden_files import vectors
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
 HEAD_DIM = 16
-
-
-def vectors(name: str) -> dict[str, torch.Tensor]:
-    path = GOLDEN / "quant" / f"qoq_{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("size", [16, 64, 96, 128])
 def test_hadamard_matrices(size):
-    expected = vectors("rotation")[f"hadamard_{size}_fp64"]
+    expected = vectors("quant/qoq_rotation")[f"hadamard_{size}_fp64"]
     atol = 1e-12 if expected.dtype == torch.float64 else 1e-4
     torch.testing.assert_close(rotation(size).matrix(), expected.double(), atol=atol, rtol=0)
 
 
 def test_another_hadamard_matrix_of_order_160():
     """The reference takes one of order 40 times one of order 4, we 20 times 8: both are flat."""
-    expected = vectors("rotation")["hadamard_160_fp64"].double()
+    expected = vectors("quant/qoq_rotation")["hadamard_160_fp64"].double()
     ours = rotation(160).matrix()
     assert ours[0, 0] > 0 and not torch.allclose(ours, expected, atol=1e-3)
     for matrix in (ours, expected):
@@ -49,7 +36,7 @@ def test_another_hadamard_matrix_of_order_160():
 
 
 def test_rotated_weights():
-    golden = vectors("rotation")
+    golden = vectors("quant/qoq_rotation")
     inputs = rotation(golden["rot.w"].shape[1]).right(golden["rot.w"])
     torch.testing.assert_close(inputs, golden["rot.in"], atol=1e-6, rtol=0)
     weight = golden["rot.w2"]
@@ -60,7 +47,7 @@ def test_rotated_weights():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_smooth_attention(beta):
-    golden = vectors("smoothattn_reorder")
+    golden = vectors("quant/qoq_smoothattn_reorder")
     keys, queries = (golden[name].abs().amax(0).view(-1, HEAD_DIM) for name in ("k_acts", "q_acts"))
     repeat = queries.shape[0] // keys.shape[0]
     scales = smooth_attention_scales(keys, alpha=0.5, queries=queries, beta=beta)
@@ -76,7 +63,7 @@ def test_smooth_attention(beta):
 
 
 def test_spans_of_keys_and_queries():
-    golden = vectors("smoothattn_reorder")
+    golden = vectors("quant/qoq_smoothattn_reorder")
     keys, queries = (golden[name].abs().amax(0).view(-1, HEAD_DIM) for name in ("k_acts", "q_acts"))
     repeat = queries.shape[0] // keys.shape[0]
     ours = smooth_attention_scales(keys, alpha=1.0).repeat_interleave(repeat, 0)
@@ -88,7 +75,7 @@ def test_spans_of_keys_and_queries():
 
 
 def test_orders_of_channels():
-    golden = vectors("smoothattn_reorder")
+    golden = vectors("quant/qoq_smoothattn_reorder")
     metric = golden["reorder.metric"]
     assert torch.equal(salience_order(metric), golden["reorder.seq"])
     assert torch.equal(salience_order(metric, spread=HEAD_DIM), golden["reorder.transpose"])
@@ -99,7 +86,7 @@ def test_orders_of_channels():
 
 def test_int8_inputs():
     """The reference rounds its scale to float16; ours stays float32, as the kernels have it."""
-    golden = vectors("kv4_a8")
+    golden = vectors("quant/qoq_kv4_a8")
     x = golden["x_fp16"]
     scale = (x.float().abs().amax(1, keepdim=True) / 127).half()
     assert torch.equal(scale.flatten(), golden["a8.scale"])

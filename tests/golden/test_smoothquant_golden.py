@@ -5,12 +5,8 @@ That code takes the dead channel 5 to a scale of 1e-5, which overflows in float1
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from compressor.folding import fold
 from compressor.layout import Fold, Linear, UnitLayout
@@ -19,25 +15,16 @@ from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.migration import smooth_scales
 from compressor.qtensor import QuantSpec
 from compressor.scheme import ActivationSpec
+from tests.golden_files import vectors
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "../shared/golden"))
 DEAD = 5
-
-
-def vectors(name: str) -> dict[str, torch.Tensor]:
-    path = GOLDEN / "quant" / f"smoothquant_{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden vectors at GOLDEN_DIR ({path.name})")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("dtype, rtol", [("fp32", 1e-6), ("fp16", 2e-3)])
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("alpha", [0.5, 0.75, 0.85])
 def test_migration(dtype, rtol, norm, alpha):
-    golden = vectors(f"smooth_{dtype}")
+    golden = vectors(f"quant/smoothquant_smooth_{dtype}")
     names = [f"fc{i}" for i in range(3)]
     tensors = {f"{n}.weight": golden[f"{n}.weight"] for n in ("ln", *names)}
     if norm == "layernorm":
@@ -69,7 +56,7 @@ def test_migration(dtype, rtol, norm, alpha):
 @pytest.mark.parametrize("weights", ["channel", "tensor"])
 @pytest.mark.parametrize("inputs", ["token", "tensor"])
 def test_w8a8(weights, inputs):
-    golden = vectors("w8a8_fp32")
+    golden = vectors("quant/smoothquant_w8a8_fp32")
     q = quantize(golden["weight"], QuantSpec("int", 8, weights), narrow=True)
     torch.testing.assert_close(q.dequantize(), golden[f"weight.per_{weights}"], rtol=1e-6, atol=0)
     if weights == "channel":
@@ -88,7 +75,7 @@ def test_w8a8(weights, inputs):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_w8a8_in_half_precision(dtype):
     """Theirs rounds in half precision, so a few codes are the neighbouring ones."""
-    golden = vectors(f"w8a8_{dtype}")
+    golden = vectors(f"quant/smoothquant_w8a8_{dtype}")
     weight = golden["weight"]
     spec = QuantSpec("int", 8, "channel", scale_dtype=weight.dtype)
     q = quantize(weight, spec, narrow=True, arithmetic=weight.dtype)

@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from compressor_calibration.bundled import bundled_text
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -18,7 +17,8 @@ from compressor.needles import Row, make_row
 from compressor.passes.duo_attention import DuoAttention
 from compressor.passes.retrieval_heads import RetrievalHeads
 from compressor.policy import make_policy
-from tests.head_bench import MODELS, OWN, context, frozen
+from tests.golden_files import trained_model
+from tests.head_bench import OWN, context, frozen
 
 
 def own_rows(tokenizer: Any, count: int) -> list[Row]:
@@ -31,9 +31,7 @@ def own_rows(tokenizer: Any, count: int) -> list[Row]:
 
 def test_decoding_and_teacher_forcing_agree_on_copy_scores() -> None:
     """The reference's way: greedy decoding with whole attention matrices, one token at a time."""
-    folder = MODELS / "llama"
-    if not folder.exists():
-        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
+    folder = trained_model("llama")
     model: Any = frozen(folder)
     (row,) = rows = own_rows(model.tokenizer(), 1)
     found = copy_scores(model, rows, batch=1)
@@ -63,10 +61,7 @@ def test_decoding_and_teacher_forcing_agree_on_copy_scores() -> None:
 
 
 def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
-    folder = MODELS / "llama"
-    if not folder.exists():
-        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
-    model: Any = frozen(folder)
+    model: Any = frozen(trained_model("llama"))
     text = model.tokenizer()(bundled_text("calibration")[:30000])["input_ids"][:2048]
     ids = torch.tensor(text).reshape(4, 512)
     found = RetrievalHeads(data=OWN, rows=2, share=0.5, sinks=4, window=32).learn(
@@ -86,10 +81,7 @@ def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
 
 
 def test_training_may_start_from_copy_scores(tmp_path: Path) -> None:
-    folder = MODELS / "llama"
-    if not folder.exists():
-        pytest.skip(f"no trained models at {MODELS}; set MODELS_DIR")
-    model: Any = frozen(folder)
+    model: Any = frozen(trained_model("llama"))
     text = model.tokenizer()(bundled_text("calibration")[:20000])["input_ids"][:1024]
     given = DuoAttention(
         data=OWN.model_copy(update={"min_length": 256, "max_length": 256, "words": 2}),

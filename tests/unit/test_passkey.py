@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +19,9 @@ from compressor.errors import InputError
 from compressor.passkey import Passkey, make_rows, passkey
 from compressor.runner import load_tokenizer
 from compressor.source import open_source
+from tests.golden_files import trained_model
 
 CPU = torch.device("cpu")
-MODELS = Path(os.environ.get("MODELS_DIR", Path(__file__).parents[2] / "../shared/models"))
 HAYSTACK = "It was a bright day and nothing happened. " * 200
 SMALL = Passkey(lengths=(200,), depths=(0.0, 0.5, 1.0), rows=2, words=2)
 
@@ -95,10 +94,9 @@ def test_a_model_that_knows_nothing_finds_nothing(
     json.dumps(found.to_json(), allow_nan=False)
 
 
-@pytest.mark.skipif(not MODELS.is_dir(), reason="the small trained models are not here")
 def test_retrieval_needs_attention_over_the_distance() -> None:
     """A trained model retrieves; with attention to the last 128 tokens only, it cannot."""
-    folder = MODELS / "llama"
+    folder = trained_model("llama")
     task = Passkey(lengths=(400,), depths=(0.0, 0.9), rows=3)
 
     def window(unit: Any) -> Callable[[AttentionCall], Tensor]:
