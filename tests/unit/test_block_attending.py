@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compressor.block_choice import choose_blocks, forecast_of, recent_blocks, turned
 from compressor.errors import InputError
@@ -22,35 +22,13 @@ from compressor.policy import (
 from compressor.policy_attention import policy_attention
 from compressor.source import open_source
 from compressor.streaming import StreamedModel, run_blocks
+from tests.block_cases import SELECTIONS, with_forecasts
 from tests.tiny_models import build
-
-TINY = {"block_size": 8, "kernel_size": 4, "stride": 2, "init_blocks": 1, "local_blocks": 1}
-SELECTIONS = {
-    "infllm": BlockSelection(scorer="infllm", **TINY, top_k=4),
-    "quest": BlockSelection(
-        scorer="quest", block_size=8, init_blocks=0, local_blocks=0, top_k=4, per="query_head"
-    ),
-    "quest by KV head": BlockSelection(
-        scorer="quest", block_size=8, init_blocks=0, local_blocks=0, top_k=4
-    ),
-    "forecast": BlockSelection(scorer="forecast", **TINY, top_k=4),
-}
 
 
 def policy(*selections: BlockSelection | None, **change: Any) -> AttentionPolicy:
     layers = tuple(LayerPolicy(blocks=selection) for selection in selections)
     return AttentionPolicy(heads=4, kv_heads=2, layers=layers, **change)
-
-
-def with_forecasts(folder: Path, *, seed: int = 0) -> Path:
-    """The checkpoint with random forecasts beside its weights."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(folder / "model.safetensors")
-    names = [f"model.layers.{i}.self_attn.q_future_proj.weight" for i in range(2)]
-    for name in [*names, "model.layers.0.self_attn.q_curr_proj.weight"]:
-        tensors[name] = torch.randn(32, 64, generator=generator) / 8
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.attention_runtime.attach import attach
@@ -22,16 +21,8 @@ from compressor.policy import (
 from compressor.policy_attention import policy_attention
 from compressor.source import open_source
 from compressor.streaming import StreamedModel, run_blocks
+from tests.block_cases import SELECTIONS, with_forecasts
 from tests.tiny_models import build
-
-TINY = {"block_size": 8, "kernel_size": 4, "stride": 2, "init_blocks": 1, "local_blocks": 1}
-SELECTIONS = {
-    "infllm": BlockSelection(scorer="infllm", **TINY, top_k=4),
-    "quest": BlockSelection(
-        scorer="quest", block_size=8, init_blocks=0, local_blocks=0, top_k=3, per="query_head"
-    ),
-    "forecast": BlockSelection(scorer="forecast", **TINY, top_k=4),
-}
 
 
 def policy(selection: BlockSelection, **layer: Any) -> AttentionPolicy:
@@ -41,14 +32,7 @@ def policy(selection: BlockSelection, **layer: Any) -> AttentionPolicy:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = build("llama", tmp_path_factory.mktemp("llama"))
-    tensors = load_file(folder / "model.safetensors")
-    names = [f"model.layers.{i}.self_attn.q_future_proj.weight" for i in range(2)]
-    generator = torch.Generator().manual_seed(0)
-    for name in [*names, "model.layers.0.self_attn.q_curr_proj.weight"]:
-        tensors[name] = torch.randn(32, 64, generator=generator) / 8
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return with_forecasts(build("llama", tmp_path_factory.mktemp("llama")))
 
 
 def load(folder: Path) -> Any:
