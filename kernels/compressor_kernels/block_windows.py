@@ -13,7 +13,9 @@ Layouts: forecast [B, G, Tq, D], queries [B, H, Tq, D], keys [B, G, T, D], compr
 [B, G, windows, D], scores [B, G, Tq, blocks] fp32. Queries are the last Tq tokens of the text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -125,11 +127,7 @@ def forecast_scores(
         groups,
         *forecast.stride()[:3],
         *compressed.stride()[:3],
-        KERNEL=windows.kernel_size,
-        STRIDE=windows.stride,
-        RATIO=windows.ratio(rule),
-        REACH=windows.reach,
-        BLOCK=rule.block_size,
+        **_pooling(rule, windows),
         D=dim,
         BLOCK_M=block_m,
         BLOCK_B=block_b,
@@ -225,11 +223,7 @@ def attention_scores(
         blocks,
         n,
         groups,
-        KERNEL=windows.kernel_size,
-        STRIDE=windows.stride,
-        RATIO=windows.ratio(rule),
-        REACH=windows.reach,
-        BLOCK=rule.block_size,
+        **_pooling(rule, windows),
         GROUP=group,
         GROUP_POW2=pow2(group),
         TILE=LOGIT_TILE,
@@ -289,13 +283,9 @@ def forecast_blocks(
 
     Ascending, then -1. Long prompts are scored in pieces.
     """
-
-    def choose(part: Tensor, behind: int) -> Tensor:
-        where = {"tokens": tokens, "lengths": lengths, "behind": behind}
-        scores = forecast_scores(part, compressed, rule, windows, **where)
-        return top_blocks(scores, rule, **where)
-
-    return _in_pieces(choose, forecast, 4 * forecast.shape[1] * rule.blocks(tokens))
+    score = partial(forecast_scores, compressed=compressed, rule=rule, windows=windows)
+    row_bytes = 4 * forecast.shape[1] * rule.blocks(tokens)
+    return _in_pieces(score, forecast, rule, tokens, lengths, row_bytes)
 
 
 def attention_blocks(
@@ -309,25 +299,44 @@ def attention_blocks(
     scale: float | None = None,
 ) -> Tensor:
     """`forecast_blocks` for InfLLM-V2's selector: q [B, H, Tq, D], one set for each KV head."""
-
-    def choose(part: Tensor, behind: int) -> Tensor:
-        where = {"tokens": tokens, "lengths": lengths, "behind": behind}
-        scores = attention_scores(part, compressed, rule, windows, **where, scale=scale)
-        return top_blocks(scores, rule, **where)
-
-    return _in_pieces(choose, q, 4 * q.shape[1] * windows.windows(tokens))
+    score = partial(
+        attention_scores, compressed=compressed, rule=rule, windows=windows, scale=scale
+    )
+    row_bytes = 4 * q.shape[1] * windows.windows(tokens)
+    return _in_pieces(score, q, rule, tokens, lengths, row_bytes)
 
 
-def _in_pieces(choose, queries: Tensor, row_bytes: int) -> Tensor:
-    """`choose(part, tokens behind it)` over pieces of the tokens, so that scores stay small."""
+def _in_pieces(
+    score: Callable[..., Tensor],
+    queries: Tensor,
+    rule: BlockRule,
+    tokens: int,
+    lengths: Tensor | None,
+    row_bytes: int,
+) -> Tensor:
+    """The best blocks by `score`, chosen for piece after piece of the queries, so that scores,
+    `row_bytes` for one token of one text, stay small."""
     q_len = queries.shape[2]
     room = PIECE_BYTES // max(1, queries.shape[0] * row_bytes)
     piece = max(1, room // PIECE_TOKENS) * PIECE_TOKENS
     chosen = []
     for start in range(0, q_len, piece):
         part = queries[:, :, start : start + piece]
-        chosen.append(choose(part, q_len - start - part.shape[2]))
+        behind = q_len - start - part.shape[2]
+        scores = score(part, tokens=tokens, lengths=lengths, behind=behind)
+        chosen.append(top_blocks(scores, rule, tokens=tokens, lengths=lengths, behind=behind))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
+
+
+def _pooling(rule: BlockRule, windows: WindowRule) -> dict[str, int]:
+    """Constants of the kernels that pool windows to blocks."""
+    return {
+        "KERNEL": windows.kernel_size,
+        "STRIDE": windows.stride,
+        "RATIO": windows.ratio(rule),
+        "REACH": windows.reach,
+        "BLOCK": rule.block_size,
+    }
 
 
 def _check(queries: Tensor, compressed: Tensor, windows: WindowRule, *, tokens: int) -> None:
