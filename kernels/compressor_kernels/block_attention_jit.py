@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from compressor_kernels.head_attention_jit import HIDDEN, _online_softmax
+from compressor_kernels.lengths_jit import text_length
 
 
 @triton.jit
@@ -48,9 +49,7 @@ def attend_kernel(
     b = lane // sets
     s = lane % sets
     g = s // PER_KEY
-    length = k_len
-    if len_ptr is not None:
-        length = tl.load(len_ptr + b).to(tl.int32)
+    length = text_length(len_ptr, b, k_len)
     position = length - q_len + token
 
     row = (lane * q_len + token) * K
@@ -149,9 +148,7 @@ def tile_kernel(
     b = lane // sets
     s = lane % sets
     g = s // PER_KEY
-    length = k_len
-    if len_ptr is not None:
-        length = tl.load(len_ptr + b).to(tl.int32)
+    length = text_length(len_ptr, b, k_len)
     row = tl.arange(0, ROWS)
     token = tile * TILE + row // GROUP_POW2
     member = row % GROUP_POW2

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from compressor_kernels.lengths_jit import text_length
+
 
 @triton.jit
 def bound_kernel(
@@ -22,9 +24,7 @@ def bound_kernel(
     BLOCK_D: tl.constexpr,
 ):
     lane = tl.program_id(1).to(tl.int64)
-    length = k_len
-    if len_ptr is not None:
-        length = tl.load(len_ptr + lane // groups).to(tl.int32)
+    length = text_length(len_ptr, lane // groups, k_len)
     page = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     dim = tl.arange(0, BLOCK_D)
     base = k_ptr + lane // groups * k_b + lane % groups * k_g + dim[None, :]

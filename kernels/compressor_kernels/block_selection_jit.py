@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from compressor_kernels.lengths_jit import text_length
+
 
 @triton.jit
 def top_kernel(
@@ -23,9 +25,7 @@ def top_kernel(
 ):
     """The K best blocks of one query, ascending, then -1; of equal scores the lower block wins."""
     pid = tl.program_id(0).to(tl.int64)
-    length = k_len
-    if len_ptr is not None:
-        length = tl.load(len_ptr + pid // q_len // sets).to(tl.int32)
+    length = text_length(len_ptr, pid // q_len // sets, k_len)
     own = (length - behind - q_len + (pid % q_len).to(tl.int32)) // BLOCK
     block = tl.arange(0, BLOCKS_POW2)
     live = (block <= own) & (block < blocks)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from compressor_kernels.lengths_jit import text_length
+
 # Log-sum of a tile without a visible window: finite, so that no difference of two is NaN.
 NOTHING = tl.constexpr(-1.0e30)
 
@@ -65,9 +67,7 @@ def forecast_kernel(
     lane = tl.program_id(2).to(tl.int64)
     b = lane // groups
     g = lane % groups
-    length = k_len
-    if len_ptr is not None:
-        length = tl.load(len_ptr + b).to(tl.int32)
+    length = text_length(len_ptr, b, k_len)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = length - behind - q_len
     position = first + row
@@ -130,9 +130,7 @@ def logit_kernel(
     lane = tl.program_id(2).to(tl.int64)
     b = lane // groups
     g = lane % groups
-    length = k_len
-    if len_ptr is not None:
-        length = tl.load(len_ptr + b).to(tl.int32)
+    length = text_length(len_ptr, b, k_len)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
     first = length - behind - q_len
@@ -191,9 +189,7 @@ def share_kernel(
     """Shares of windows summed over the heads of a group, and the best of each block."""
     ROWS: tl.constexpr = BLOCK_T * GROUP_POW2
     lane = tl.program_id(2).to(tl.int64)
-    length = k_len
-    if len_ptr is not None:
-        length = tl.load(len_ptr + lane // groups).to(tl.int32)
+    length = text_length(len_ptr, lane // groups, k_len)
     first = length - behind - q_len
     last = first + tl.minimum(q_len, (tl.program_id(1) + 1) * BLOCK_T) - 1
     if tl.program_id(0) * BLOCK_B * BLOCK > last:

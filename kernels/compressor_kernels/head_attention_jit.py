@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from compressor_kernels.lengths_jit import text_length
+
 # Hides a key. Finite, so that a row which has seen no key yet stays free of NaN: what such a row
 # accumulates is multiplied by exp2(HIDDEN - real score) = 0 as soon as it meets a visible key.
 HIDDEN = tl.constexpr(-1.0e30)
@@ -236,9 +238,7 @@ def decode_kernel(
     out = out_ptr + lane_out[:, None] * D + dim[None, :]
 
     if in_full:
-        length = full_cap
-        if full_len_ptr is not None:
-            length = tl.load(full_len_ptr + b).to(tl.int32)
+        length = text_length(full_len_ptr, b, full_cap)
         split = pid % SPLITS
         chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
         mean, lse = _attend_range(
@@ -262,9 +262,7 @@ def decode_kernel(
             tl.store(part_ptr + part[:, None] * D + dim[None, :], mean, mask=mask)
             tl.store(lse_ptr + part, lse, mask=member < GROUP)
     else:
-        length = stream_cap
-        if stream_len_ptr is not None:
-            length = tl.load(stream_len_ptr + b).to(tl.int32)
+        length = text_length(stream_len_ptr, b, stream_cap)
         mean, lse = _attend_range(
             q,
             ks_ptr + b * ks_b + row * ks_g,

@@ -4,6 +4,7 @@ merge. One program: the query heads of one KV head over one range of keys."""
 import triton
 import triton.language as tl
 
+from compressor_kernels.lengths_jit import text_length
 from compressor_kernels.rounding_jit import e4m3_value
 
 # Hides a key. Finite, so that a row which has seen no key stays free of NaN.
@@ -12,9 +13,7 @@ HIDDEN = tl.constexpr(-1.0e30)
 
 @triton.jit
 def _range(lengths_ptr, b, T, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    length = T
-    if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = text_length(lengths_ptr, b, T)
     chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     start = tl.program_id(1) * chunk
     return start, tl.minimum(length, start + chunk)
