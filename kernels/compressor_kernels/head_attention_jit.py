@@ -281,6 +281,32 @@ def decode_kernel(
 
 
 @triton.jit
+def merge_splits(
+    part_ptr,  # fp32 [rows, SPLITS, D], means of values
+    lse_ptr,  # fp32 [rows, SPLITS], log2 of each split's sum
+    out_ptr,  # [rows, D]
+    row,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The mean of one query head over all of its splits, always in the same order."""
+    split = tl.arange(0, BLOCK_S)
+    dim = tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + row * SPLITS + split, mask=split < SPLITS, other=HIDDEN)
+    weight = tl.math.exp2(lse - tl.max(lse, 0))
+    weight = weight / tl.sum(weight, 0)
+    part = tl.load(
+        part_ptr + (row * SPLITS + split)[:, None] * D + dim[None, :],
+        mask=(split < SPLITS)[:, None] & (dim < D)[None, :],
+        other=0.0,
+    )
+    out = tl.sum(part * weight[:, None], 0)
+    tl.store(out_ptr + row * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
+
+
+@triton.jit
 def combine_kernel(
     part_ptr,
     lse_ptr,
@@ -294,22 +320,11 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merge the splits of one full query head, always in the same order."""
+    """One program: the splits of one full query head."""
     pid = tl.program_id(0)
     lane = pid // GROUP
     g = lane % full_rows
     if heads_ptr is not None:
         g = tl.load(heads_ptr + g)
     row = (lane // full_rows * total_heads + g * GROUP + pid % GROUP).to(tl.int64)
-    split = tl.arange(0, BLOCK_S)
-    dim = tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + row * SPLITS + split, mask=split < SPLITS, other=HIDDEN)
-    weight = tl.math.exp2(lse - tl.max(lse, 0))
-    weight = weight / tl.sum(weight, 0)
-    part = tl.load(
-        part_ptr + (row * SPLITS + split)[:, None] * D + dim[None, :],
-        mask=(split < SPLITS)[:, None] & (dim < D)[None, :],
-        other=0.0,
-    )
-    out = tl.sum(part * weight[:, None], 0)
-    tl.store(out_ptr + row * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
+    merge_splits(part_ptr, lse_ptr, out_ptr, row, D, SPLITS, BLOCK_S, BLOCK_D)

@@ -4,11 +4,9 @@ merge. One program: the query heads of one KV head over one range of keys."""
 import triton
 import triton.language as tl
 
+from compressor_kernels.head_attention_jit import HIDDEN, merge_splits
 from compressor_kernels.lengths_jit import text_length
 from compressor_kernels.rounding_jit import e4m3_value
-
-# Hides a key. Finite, so that a row which has seen no key stays free of NaN.
-HIDDEN = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -199,15 +197,6 @@ def merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: the ranges of one query head, always in the same order."""
+    """One program: the ranges of one query head."""
     row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, BLOCK_S)
-    dim = tl.arange(0, BLOCK_D)
-    weight = tl.load(weights_ptr + row * SPLITS + split, mask=split < SPLITS, other=HIDDEN)
-    weight = tl.math.exp2(weight - tl.max(weight, 0))
-    weight = weight / tl.sum(weight, 0)
-    inside = (split < SPLITS)[:, None] & (dim < D)[None, :]
-    at = (row * SPLITS + split)[:, None] * D + dim[None, :]
-    part = tl.load(parts_ptr + at, mask=inside, other=0.0)
-    out = tl.sum(part * weight[:, None], 0)
-    tl.store(out_ptr + row * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
+    merge_splits(parts_ptr, weights_ptr, out_ptr, row, D, SPLITS, BLOCK_S, BLOCK_D)
