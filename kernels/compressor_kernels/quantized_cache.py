@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.head_attention import full_decode_ref
 from compressor_kernels.launch import LOG2_E, pow2, ranges
 
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -102,7 +103,7 @@ def kv8_decode_ref(
     """`kv8_decode` in plain PyTorch, computed in fp64."""
     _check_kv8(q, k, v, k_scale, v_scale)
     k, v = (x.double() * s.double().reshape(1, -1, 1, 1) for x, s in ((k, k_scale), (v, v_scale)))
-    return _attend_ref(q, k, v, lengths, scale)
+    return full_decode_ref(q.double(), k, v, lengths=lengths, scale=scale).to(q.dtype)
 
 
 def kv4_decode(
@@ -136,7 +137,7 @@ def kv4_decode_ref(
     """`kv4_decode` in plain PyTorch, computed in fp64."""
     _check_kv4(q, k, v, k_params, v_params)
     k, v = (dequantize_kv4(x, p.double()) for x, p in ((k, k_params), (v, v_params)))
-    return _attend_ref(q, k, v, lengths, scale)
+    return full_decode_ref(q.double(), k, v, lengths=lengths, scale=scale).to(q.dtype)
 
 
 def _launch(
@@ -210,22 +211,6 @@ def _splits(q: Tensor, groups: int, tokens: int, tiles: CacheTiles) -> int:
     """Ranges that the keys of one head are cut into."""
     lanes, most = q.shape[0] * groups, tokens // (2 * tiles.block_n)
     return ranges(q, lanes=lanes, most=most, programs_per_sm=tiles.programs_per_sm)
-
-
-def _attend_ref(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None
-) -> Tensor:
-    repeat = q.shape[1] // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if lengths is not None:
-        token = torch.arange(k.shape[2], device=q.device)
-        unused = (token[None, :] >= lengths[:, None])[:, None, :, None]
-        k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)  # they may hold anything
-    k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-    scores = q.double() @ k.mT * scale
-    if lengths is not None:
-        scores = scores.masked_fill(unused.mT, -torch.inf)
-    return (scores.softmax(-1) @ v).to(q.dtype)
 
 
 def _check_kv8(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor) -> None:
