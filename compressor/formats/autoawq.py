@@ -19,13 +19,13 @@ from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
 from compressor.formats.packing.checks import matrix_shape, take, take_scales
 from compressor.formats.packing.transposed import (
     common_spec,
-    group_size,
     read_spec,
     stored_schemes,
     stored_zeros,
     weight_reason,
     with_zeros,
 )
+from compressor.formats.packing.whole_checkpoint import group_size
 from compressor.formats.packing.words import pack_words, unpack_words
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
@@ -115,7 +115,7 @@ class AutoAWQ(WeightsOnly):
         spec = common_spec(schemes, name=self.name)
         if spec is None:
             return {}
-        plain = [module for module, s in schemes.linears.items() if s.weight is None]
+        plain = schemes.plain
         quantized = [module for module, s in schemes.linears.items() if s.weight is not None]
         for name in plain:
             for module in quantized:

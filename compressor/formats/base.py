@@ -44,6 +44,11 @@ class ModelSchemes:
     linears: Mapping[str, Scheme]
     kv: KVSpec | None = None
 
+    @property
+    def plain(self) -> list[str]:
+        """The linears whose weights are left alone."""
+        return [module for module, scheme in self.linears.items() if scheme.weight is None]
+
 
 class Format(Protocol):
     """One on-disk format. Each module in this folder holds one as `FORMAT`."""

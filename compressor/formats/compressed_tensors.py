@@ -145,7 +145,7 @@ class CompressedTensors(AllValues):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "config_groups": entries,
-            "ignore": [name for name, s in schemes.linears.items() if s.weight is None],
+            "ignore": schemes.plain,
             "kv_cache_scheme": None if schemes.kv is None else kv_entry(schemes.kv),
             "sparsity_config": {},
             "transform_config": {},

@@ -24,13 +24,13 @@ from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
 from compressor.formats.packing.checks import matrix_shape, take, take_scales
 from compressor.formats.packing.transposed import (
     common_spec,
-    group_size,
     read_spec,
     stored_schemes,
     stored_zeros,
     weight_reason,
     with_zeros,
 )
+from compressor.formats.packing.whole_checkpoint import group_size
 from compressor.formats.packing.words import WORD, pack_words, unpack_words
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
@@ -170,7 +170,7 @@ class GPTQ(WeightsOnly):
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"compressor:{version('compressor')}"]},
         }
-        plain = [m for m, s in schemes.linears.items() if s.weight is None and m != "lm_head"]
+        plain = [module for module in schemes.plain if module != "lm_head"]
         if plain:
             config["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in plain}
         return config

@@ -22,7 +22,6 @@ from compressor.formats.packing.e2m1 import take_number
 from compressor.formats.packing.modelopt import (
     SCALAR,
     ModelOpt,
-    common_scheme,
     config_entry,
     config_file,
     read_schemes,
@@ -104,11 +103,11 @@ class ModelOptFP8(ModelOpt):
 
     def files(self, schemes: ModelSchemes) -> dict[str, Any]:
         """hf_quant_config.json."""
-        return {} if common_scheme(schemes, name=self.name) is None else config_file(schemes, "FP8")
+        return {} if self.common_scheme(schemes) is None else config_file(schemes, "FP8")
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
         """The entry as ModelOpt writes it; empty where nothing is quantized."""
-        if common_scheme(schemes, name=self.name) is None:
+        if self.common_scheme(schemes) is None:
             return {}
         group = {"weights": dict(QUANTIZER), "input_activations": dict(QUANTIZER)}
         return config_entry(schemes, "FP8", group)

@@ -31,7 +31,6 @@ from compressor.formats.packing.e2m1 import (
 from compressor.formats.packing.modelopt import (
     SCALAR,
     ModelOpt,
-    common_scheme,
     config_entry,
     config_file,
     read_schemes,
@@ -132,7 +131,7 @@ class ModelOptNVFP4(ModelOpt):
         return read_schemes(config, linears, scheme=scheme, stored=torch.uint8)
 
     def _algorithm(self, schemes: ModelSchemes) -> str | None:
-        scheme = common_scheme(schemes, name=self.name)
+        scheme = self.common_scheme(schemes)
         if scheme is None:
             return None
         return "W4A16_NVFP4" if scheme.input is None else "NVFP4"

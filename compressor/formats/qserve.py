@@ -25,7 +25,11 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
 from compressor.formats.packing.checks import describe, finite, matrix_shape, take
-from compressor.formats.packing.transposed import config_number
+from compressor.formats.packing.whole_checkpoint import (
+    common_scheme,
+    group_size,
+    read_group_size,
+)
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
@@ -144,26 +148,19 @@ class QServe(WeightsOnly):
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
         """Our entry. Raises InputError where linears differ, or the KV cache has another form."""
-        if schemes.kv not in (None, KV):
-            raise InputError("qserve has no form for a KV cache other than int4 per token and head")
-        found = {m: s.weight for m, s in schemes.linears.items() if s.weight is not None}
-        if not found:
-            if schemes.kv is not None:
-                raise InputError("qserve cannot quantize the KV cache alone")
+        scheme = common_scheme(schemes, name=self.name, kv=KV)
+        if scheme is None or scheme.weight is None:
             return {}
-        spec = next(iter(found.values()))
-        for module, other in found.items():
-            if other != spec:
-                raise InputError(f"qserve has one way of quantizing; {module} has another")
+        spec = scheme.weight
         return {
             "quant_method": "qserve",
             "bits": 4,
-            "group_size": spec.group_size if spec.strategy == "group" else -1,
+            "group_size": group_size(spec),
             "zero": spec.zero,
             "group_scale_order": ORDER,
             "input_activations": dict(INPUT_ENTRY),
             "kv_cache": None if schemes.kv is None else dict(KV_ENTRY),
-            "ignore": [m for m, s in schemes.linears.items() if s.weight is None],
+            "ignore": schemes.plain,
         }
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -184,15 +181,13 @@ class QServe(WeightsOnly):
         for key, values in known.items():
             if config.get(key) not in values:
                 raise InputError(f"quantization_config.{key} {config.get(key)!r} is not supported")
-        size = config_number(config, "group_size")
-        if size != -1 and size < 1:
-            raise InputError(f"quantization_config.group_size is {size}")
-        grouped = size != -1
+        size = read_group_size(config)
+        grouped = size is not None
         spec = QuantSpec(
             element="int",
             bits=4,
             strategy="group" if grouped else "channel",
-            group_size=size if grouped else None,
+            group_size=size,
             zero=config["zero"],
             scale_dtype=torch.int8 if grouped else torch.float16,
             second="channel" if grouped else "none",

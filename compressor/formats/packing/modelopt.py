@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import AllValues, ModelSchemes, TensorShape
+from compressor.formats.packing.whole_checkpoint import common_scheme
 from compressor.scheme import KVSpec, Scheme
 
 KV = KVSpec("fp8_e4m3", "tensor")
@@ -21,13 +22,19 @@ SCALAR = TensorShape(torch.float32, ())
 
 
 class ModelOpt(AllValues):
-    """What each of its formats answers alike: where the KV cache's scales are, for one thing."""
+    """What each of its formats answers alike."""
 
+    name: str
     stores_divisors = False
 
     def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Unchanged."""
         return dtype
+
+    def common_scheme(self, schemes: ModelSchemes) -> Scheme | None:
+        """The one scheme of all quantized linears, or None where none is. Raises InputError."""
+        hint = "use the compressed-tensors format"
+        return common_scheme(schemes, name=self.name, kv=KV, hint=hint)
 
     def kv_tensors(
         self,
@@ -60,35 +67,13 @@ class ModelOpt(AllValues):
         return k_scale, v_scale
 
 
-def common_scheme(schemes: ModelSchemes, *, name: str) -> Scheme | None:
-    """The one scheme of all quantized linears, or None where none is.
-
-    Raises InputError where they differ or the KV cache has a form that is not ModelOpt's.
-    """
-    if schemes.kv not in (None, KV):
-        raise InputError(f"{name} has no form for a KV cache other than fp8_e4m3 per tensor")
-    found = {m: s for m, s in schemes.linears.items() if s.weight is not None}
-    if not found:
-        if schemes.kv is not None:
-            raise InputError(f"{name} cannot quantize the KV cache alone")
-        return None
-    first, scheme = next(iter(found.items()))
-    for module, other in found.items():
-        if other != scheme:
-            raise InputError(
-                f"{name} has one way of quantizing, but {first} and {module} differ",
-                hint="use the compressed-tensors format",
-            )
-    return scheme
-
-
 def config_entry(schemes: ModelSchemes, algorithm: str, group: Mapping[str, Any]) -> dict[str, Any]:
     """`quantization_config` of config.json; linears left alone are ignored by exact name."""
     entry: dict[str, Any] = {
         "quant_method": "modelopt",
         "quant_algo": algorithm,
         "config_groups": {"group_0": {**group, "targets": ["Linear"]}},
-        "ignore": _plain(schemes),
+        "ignore": schemes.plain,
         "producer": _producer(),
     }
     if schemes.kv is not None:
@@ -105,7 +90,7 @@ def config_file(schemes: ModelSchemes, algorithm: str, **details: Any) -> dict[s
                 "quant_algo": algorithm,
                 "kv_cache_quant_algo": None if schemes.kv is None else "FP8",
                 **details,
-                "exclude_modules": _plain(schemes),
+                "exclude_modules": schemes.plain,
             },
         }
     }
@@ -136,10 +121,6 @@ def read_schemes(
     if kv not in (None, KV_ENTRY, "FP8"):
         raise InputError(f"quantization_config.kv_cache_scheme {kv!r} is not supported")
     return ModelSchemes(linears=found, kv=None if kv is None else KV)
-
-
-def _plain(schemes: ModelSchemes) -> list[str]:
-    return [module for module, scheme in schemes.linears.items() if scheme.weight is None]
 
 
 def _producer() -> dict[str, str]:

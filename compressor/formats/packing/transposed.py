@@ -13,6 +13,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, TensorShape
 from compressor.formats.packing.checks import SCALE_DTYPES, check_int, int_reason
+from compressor.formats.packing.whole_checkpoint import config_number, group_size, read_group_size
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import Scheme
 
@@ -70,11 +71,6 @@ def centre(spec: QuantSpec) -> int:
     return int(2 ** (spec.bits - 1))
 
 
-def group_size(spec: QuantSpec) -> int:
-    """Inputs per scale as these configs write it: −1 for a whole channel."""
-    return spec.group_size if spec.strategy == "group" and spec.group_size else -1
-
-
 def common_spec(schemes: ModelSchemes, *, name: str) -> QuantSpec | None:
     """What all quantized linears share, asymmetric if any is; None where none is quantized.
 
@@ -97,24 +93,14 @@ def common_spec(schemes: ModelSchemes, *, name: str) -> QuantSpec | None:
     return replace(spec, zero=any_zero.zero)
 
 
-def config_number(config: Mapping[str, Any], key: str) -> int:
-    """An integer of a `quantization_config`, or InputError."""
-    value = config.get(key)
-    if type(value) is not int:
-        raise InputError(f"quantization_config.{key} is {value!r}, not a whole number")
-    return value
-
-
 def read_spec(config: Mapping[str, Any], *, symmetric: bool) -> QuantSpec:
     """The spec of every quantized linear, with float16 scales. Raises InputError."""
-    size = config_number(config, "group_size")
-    if size != -1 and size < 1:
-        raise InputError(f"quantization_config.group_size is {size}")
+    size = read_group_size(config)
     return QuantSpec(
         element="int",
         bits=config_number(config, "bits"),
-        strategy="channel" if size == -1 else "group",
-        group_size=None if size == -1 else size,
+        strategy="channel" if size is None else "group",
+        group_size=size,
         zero="none" if symmetric else "subtract",
         scale_dtype=torch.float16,
     )
