@@ -15,32 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import Checkpoint, load_json, open_checkpoint
+from compressor.checkpoint import INDEX_NAME, Checkpoint, load_json, open_checkpoint
 from compressor.errors import InputError, MachineError, Problems
+from compressor.finish import RECIPE_NAME, SIDE_FILES
 from compressor.formats.base import TensorShape
 from compressor.gguf_source import convert_gguf
+from compressor.manifest import MANIFEST_NAME
 from compressor.safetensors_file import DTYPES, Entry
 from compressor.source import Source, as_source
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 FETCHED = (
     "*.safetensors",
-    "*.safetensors.index.json",
+    INDEX_NAME,
     "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "LICENSE*",
+    *SIDE_FILES,
     "README.md",
-    "manifest.json",
-    "recipe.yaml",
-    "attention_policy.*",
+    MANIFEST_NAME,
+    RECIPE_NAME,
 )
+"""Files of a Hub repository that come here, if it has them."""
 
 
 @dataclass(frozen=True, slots=True)

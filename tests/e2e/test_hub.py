@@ -21,6 +21,7 @@ def folder(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.build("llama", folder, dtype=torch.bfloat16, num_hidden_layers=6)
     shutil.copy(folder / "model.safetensors", folder / "pytorch_model.bin")
     (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
+    (folder / "NOTICE").write_text("made by others")
     return folder
 
 
@@ -56,7 +57,7 @@ def test_a_run_fetches_safetensors_and_text_only(results: dict[str, Any], folder
     assert result["code"] == 0, result["errors"]
     size = (folder / "model.safetensors").stat().st_size
     assert result["served"]["model.safetensors"] == size
-    assert "tokenizer.json" in result["served"]
+    assert {"tokenizer.json", "NOTICE"} <= set(result["served"])
     assert not {"pytorch_model.bin", "modeling_evil.py"} & set(result["served"])
 
 
