@@ -45,7 +45,7 @@ def round_unit(
     expert_tokens: dict[int | None, int] = {}
     # Outputs before inputs: how many tokens an expert saw is known from its output.
     for site in reversed(unit.layout.sites):
-        linears = [x for x in context.selected if x.site == site and context.spec(x)]
+        linears = [x for x in context.coded if x.site == site]
         if not linears:
             continue
         stats = context.stats[site]

@@ -42,7 +42,7 @@ def recipe_options(function: Command) -> Command:
 
 
 def checkpoint_options(function: Command) -> Command:
-    """CHECKPOINT, and the models that it is measured against or means something with."""
+    """CHECKPOINT, its original, and the base that a delta needs."""
     for decorate in (
         click.option("--base", help="Base of a delta, if it is not the recorded one."),
         click.option("--against", help="The original: folder, GGUF file or Hub id."),

@@ -117,7 +117,7 @@ class Awq(Pass):
         # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
         # and how many tokens an expert saw is known from its output.
         for name in reversed(unit.layout.sites):
-            linears = [x for x in context.selected if x.site == name and context.spec(x)]
+            linears = [x for x in context.coded if x.site == name]
             if not linears:
                 continue
             site = _Site(context.stats[name])

@@ -111,6 +111,11 @@ class PassContext:
         """How the linear's weight will be quantized, or None."""
         return self.schemes.get(linear.name, Scheme()).weight
 
+    @property
+    def coded(self) -> list[Linear]:
+        """The selected linears that get codes."""
+        return [linear for linear in self.selected if self.spec(linear) is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class PassResult:

@@ -61,7 +61,7 @@ class Fp8(Pass):
         )
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        linears = [linear for linear in context.selected if context.spec(linear) is not None]
+        linears = context.coded
         unit = with_input_scales(unit, linears, context)
         weights = [unit.weight(linear) for linear in linears]
         rows = []

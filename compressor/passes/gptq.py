@@ -92,8 +92,7 @@ class Gptq(Pass):
         return uneven_groups(linear, BLOCK if self.grid == "nvfp4" else self.group_size)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        linears = [linear for linear in context.selected if context.spec(linear) is not None]
-        unit = with_input_scales(unit, linears, context)
+        unit = with_input_scales(unit, context.coded, context)
         options = GptqOptions(self.damping, self.act_order, self.min_tokens)
         return PassResult(*round_unit(unit, context, options))
 

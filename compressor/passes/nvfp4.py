@@ -64,7 +64,7 @@ class Nvfp4(Pass):
         return f"its {linear.in_features} inputs do not divide into blocks of {BLOCK}"
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        linears = [linear for linear in context.selected if context.spec(linear) is not None]
+        linears = context.coded
         unit = with_input_scales(unit, linears, context)
         weights = [unit.weight(linear) for linear in linears]
         rows = []

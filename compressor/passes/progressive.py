@@ -98,7 +98,7 @@ class Progressive(Pass):
         rows = {}
         made = unit
         for site in reversed(unit.layout.sites):
-            linears = [x for x in context.selected if x.site == site and context.spec(x)]
+            linears = [x for x in context.coded if x.site == site]
             stats = context.stats.get(site) if linears else None
             for linear, q in zip(linears, start(linears, stats).values(), strict=True):
                 rows[linear.name] = weight_row(linear, unit.weight(linear), q, stats=stats)

@@ -47,9 +47,8 @@ class Rtn(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         rows = []
-        linears = [linear for linear in context.selected if context.spec(linear) is not None]
-        unit = with_input_scales(unit, linears, context)
-        for linear in linears:
+        unit = with_input_scales(unit, context.coded, context)
+        for linear in context.coded:
             weight = unit.weight(linear)
             (q,) = quantize_all(context, [linear], [weight])
             rows.append(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))

@@ -109,7 +109,7 @@ class Smoothquant(Pass):
             divided[site], exponents[site] = found.scales, found.ratio
         rows = {x.name: self._row(x, divided, exponents) for x in context.selected}
         if self.bits is not None:
-            linears = [x for x in context.selected if context.spec(x) is not None]
+            linears = context.coded
             weights = [unit.weight(x) for x in linears]
             unit = with_input_scales(unit, linears, context, divided=divided)
             quantized = quantize_all(context, linears, weights)

@@ -1,4 +1,5 @@
-"""What configs share whose format has one way of quantizing for the whole checkpoint."""
+"""Formats with one way of quantizing for the whole checkpoint: which it is, and how a config writes
+its group size."""
 
 from __future__ import annotations
 
