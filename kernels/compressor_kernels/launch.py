@@ -30,12 +30,16 @@ def launch_early(early: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if early else {}
 
 
+def processors(like: Tensor) -> int:
+    """Multiprocessors of the device of `like`; a few for the interpreter."""
+    if not like.is_cuda:
+        return 4
+    return torch.cuda.get_device_properties(like.device).multi_processor_count
+
+
 def ranges(like: Tensor, *, lanes: int, most: int, programs_per_sm: int) -> int:
     """Ranges that each of `lanes` pieces of work on the device of `like` is cut into: enough
     programs to fill it, but no more than `most`, or 128."""
     if lanes == 0:
         return 1
-    processors = 4
-    if like.is_cuda:
-        processors = torch.cuda.get_device_properties(like.device).multi_processor_count
-    return max(1, min(processors * programs_per_sm // lanes, most, 128))
+    return max(1, min(processors(like) * programs_per_sm // lanes, most, 128))

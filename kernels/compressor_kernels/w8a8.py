@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.launch import processors
+
 CODES = (torch.int8, torch.float8_e4m3fn)
 BLOCK = 128  # inputs that share a scale in `w8a8_blocks`
 
@@ -179,10 +181,8 @@ def _launch(
 
     count, outputs = y.shape
     programs = -(-count // tiles.block_m) * -(-outputs // tiles.block_n)
-    persistent = tiles.persistent and a.is_cuda
-    if persistent:
-        properties = torch.cuda.get_device_properties(a.device)
-        programs = min(programs, properties.multi_processor_count)
+    if tiles.persistent:
+        programs = min(programs, processors(a))
     jit.product_kernel[(programs,)](
         *_described(a, weight, tiles),
         row_scales,
@@ -203,7 +203,7 @@ def _launch(
         INT8=a.dtype == torch.int8,
         EXACT=not fast,
         ASM=a.is_cuda,
-        STAY=persistent,
+        STAY=tiles.persistent,
         HALVES=tiles.halves,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

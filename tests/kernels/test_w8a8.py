@@ -112,6 +112,18 @@ def test_halves_of_a_tile(count, dtype, fast):
     assert_close(y, exact, dtype=dtype, fast=fast)
 
 
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+def test_programs_that_stay(dtype, halves):
+    count, outputs = (1500, 1700) if DEVICE == "cuda" else (300, 500)  # more tiles than programs
+    a, w, rows, columns, bias = problem(count, outputs, 96, dtype)
+    options = {"row_scales": rows, "column_scales": columns, "bias": bias}
+    tiles = ProductTiles(128, 128, 128, num_warps=4, num_stages=3, persistent=True, halves=halves)
+    y = w8a8(a, w, **options, fast=True, out_dtype=torch.float32, tiles=tiles)
+    exact = w8a8_ref(a, w, **options, out_dtype=torch.float32).double()
+    assert_close(y, exact, dtype=dtype, fast=True)
+
+
 @pytest.mark.parametrize("dtype", [INT8, FP8])
 @pytest.mark.parametrize("tall", [True, False])
 @pytest.mark.parametrize("inputs", ["blocks", "token", "tensor"])
