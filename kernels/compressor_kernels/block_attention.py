@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels.block_selection import positions
-from compressor_kernels.launch import LOG2_E, dense, pow2, ranges
+from compressor_kernels.launch import LOG2_E, dense, pow2, ranges, score_scale
 
 TILE_TOKENS = 64
 """Most tokens of a tile of a prompt: each has a bit of an int64."""
@@ -69,7 +69,7 @@ def block_attention(
     out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    scale = (dim**-0.5 if scale is None else scale) * LOG2_E
+    scale = score_scale(scale, dim) * LOG2_E
     if q_len > 1 and slots is None and block_size >= 16 and block_size == pow2(block_size):
         where = {"block_size": block_size, "lengths": lengths, "tokens": tokens}
         _attend_tiles(q, k, v, blocks, out, **where, scale=scale, tiles=tiles)
@@ -224,7 +224,7 @@ def block_attention_ref(
     seen = block_mask(blocks, k.shape[2], block_size=block_size, lengths=lengths, tokens=tokens)
     seen = seen.repeat_interleave(q.shape[1] // blocks.shape[1], dim=1)
     k, v = (x.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    logits = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = q.to(wide) @ k.transpose(-1, -2) * score_scale(scale, q.shape[-1])
     used = seen.any(2)[..., None]  # tokens that no query sees may hold anything
     return (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ torch.where(used, v, 0)).to(q.dtype)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels.block_selection import BlockRule, positions, top_blocks
-from compressor_kernels.launch import LOG2_E, dense, pow2
+from compressor_kernels.launch import LOG2_E, dense, pow2, score_scale
 
 # Intermediate values of one prefill piece: more would only take memory.
 PIECE_BYTES = 1 << 28
@@ -198,7 +198,7 @@ def attention_scores(
             behind,
             n,
             groups,
-            (dim**-0.5 if scale is None else scale) * LOG2_E,
+            score_scale(scale, dim) * LOG2_E,
             *q.stride()[:3],
             *compressed.stride()[:3],
             KERNEL=windows.kernel_size,
@@ -253,9 +253,7 @@ def attention_scores_ref(
     raw = queries @ compressed[:, :, None, :n].to(wide).transpose(-1, -2)
     position = positions(q, tokens=tokens, lengths=lengths, behind=behind)[1][:, :, None]
     end = torch.arange(n, device=q.device) * windows.stride + windows.kernel_size
-    raw = (raw * (dim**-0.5 if scale is None else scale)).masked_fill(
-        end > position + 1, -torch.inf
-    )
+    raw = (raw * score_scale(scale, dim)).masked_fill(end > position + 1, -torch.inf)
     shares = torch.nan_to_num(raw.softmax(-1)).sum(2)
     return pool_windows_ref(shares, rule, windows, tokens=tokens, empty=0.0)
 

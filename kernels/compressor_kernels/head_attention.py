@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor_kernels.launch import LOG2_E, dense, pow2, ranges
+from compressor_kernels.launch import LOG2_E, dense, pow2, ranges, score_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def head_prefill(
         batch,
         sink,
         window,
-        _scale(scale, dim) * LOG2_E,
+        score_scale(scale, dim) * LOG2_E,
         HEADS=groups,
         HEADS_POW2=pow2(groups),
         GROUP=heads // groups,
@@ -254,7 +254,7 @@ def _decode(
         stream_rows,
         full_k.shape[2],
         stream_k.shape[2],
-        _scale(scale, dim) * LOG2_E,
+        score_scale(scale, dim) * LOG2_E,
         *q.stride()[:2],
         *full_k.stride()[:3],
         *full_v.stride()[:3],
@@ -300,14 +300,8 @@ def _softmax_attention(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     repeat = q.shape[1] // k.shape[1]
     k, v = (x.to(wide).repeat_interleave(repeat, dim=1) for x in (k, v))
-    scores = q.to(wide) @ k.transpose(-1, -2) * _scale(scale, q.shape[-1])
+    scores = q.to(wide) @ k.transpose(-1, -2) * score_scale(scale, q.shape[-1])
     return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).to(q.dtype)
-
-
-def _scale(scale: float | None, dim: int) -> float:
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale must be positive, not {scale}")
-    return dim**-0.5 if scale is None else scale
 
 
 def _copyable(x: Tensor) -> Tensor:

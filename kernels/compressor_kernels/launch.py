@@ -19,6 +19,14 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def score_scale(scale: float | None, dim: int) -> float:
+    """What scores q · k are multiplied by: 1/sqrt(dim) if not given. Raises ValueError unless it is
+    positive: kernels take the largest score before they scale it."""
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be positive, not {scale}")
+    return dim**-0.5 if scale is None else scale
+
+
 def overlaps(like: Tensor) -> bool:
     """Whether kernels on the device of `like` may start while those before them end: programmatic
     dependent launch, from compute capability 9.0 on."""

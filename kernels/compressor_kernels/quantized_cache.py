@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels.head_attention import full_decode_ref
-from compressor_kernels.launch import LOG2_E, pow2, ranges
+from compressor_kernels.launch import LOG2_E, pow2, ranges, score_scale
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -181,7 +181,7 @@ def _launch(
         parts,
         weights,
         tokens,
-        (dim**-0.5 if scale is None else scale) * LOG2_E,
+        score_scale(scale, dim) * LOG2_E,
         D=dim,
         G=groups,
         GROUP=heads // groups,

@@ -138,6 +138,12 @@ def test_what_does_not_fit_is_refused(change, message):
         block_attention(q, k, v, blocks, block_size=16, slots=slots)
 
 
+def test_a_scale_that_is_not_positive_is_refused():
+    q, k, blocks = randn(1, 2, 1, 16), randn(1, 2, 64, 16), torch.zeros(1, 2, 1, 4).int()
+    with pytest.raises(ValueError, match="scale"):
+        block_attention(q, k, k, blocks, block_size=16, scale=-1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("block_size", "dtype"), [(64, torch.bfloat16), (16, torch.float16)])
 def test_published_shapes_on_a_device(block_size, dtype):

@@ -140,6 +140,7 @@ def test_refuses_what_does_not_fit():
         ((q, k8, v8[:, :, :5]), scales),
         ((q, k8, v8), {**scales, "k_scale": torch.ones(3)}),
         ((q, k8, v8), {**scales, "lengths": lengths}),
+        ((q, k8, v8), {**scales, "scale": 0.0}),
     ):
         with pytest.raises(ValueError):
             kv8_decode(*bad, **options)
