@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from compressor_kernels.launch import dense
+from compressor_kernels.launch import dense, processors
 
 BAND = 2048
 """Columns of the square whose tiles run one row after the other, so that they share Δ in L2."""
@@ -99,10 +99,7 @@ def _work(rows: int, columns: int, tiles: GramTiles, device: torch.device) -> Te
         for column in range(band, min(band + BAND, columns), wide)
         if column + wide > row
     ]
-    processors = 4
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    places_at_once = processors * tiles.resident
+    places_at_once = processors(device) * tiles.resident
     steps = -(-rows // tiles.block_k)
     left = len(places) % places_at_once
     pieces = min(places_at_once // left, steps) if left else 1

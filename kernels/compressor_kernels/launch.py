@@ -38,11 +38,11 @@ def launch_early(early: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if early else {}
 
 
-def processors(like: Tensor) -> int:
-    """Multiprocessors of the device of `like`; a few for the interpreter."""
-    if not like.is_cuda:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a few for the interpreter."""
+    if device.type != "cuda":
         return 4
-    return torch.cuda.get_device_properties(like.device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def ranges(like: Tensor, *, lanes: int, most: int, programs_per_sm: int) -> int:
@@ -50,4 +50,4 @@ def ranges(like: Tensor, *, lanes: int, most: int, programs_per_sm: int) -> int:
     programs to fill it, but no more than `most`, or 128."""
     if lanes == 0:
         return 1
-    return max(1, min(processors(like) * programs_per_sm // lanes, most, 128))
+    return max(1, min(processors(like.device) * programs_per_sm // lanes, most, 128))

@@ -182,7 +182,7 @@ def _launch(
     count, outputs = y.shape
     programs = -(-count // tiles.block_m) * -(-outputs // tiles.block_n)
     if tiles.persistent:
-        programs = min(programs, processors(a))
+        programs = min(programs, processors(a.device))
     jit.product_kernel[(programs,)](
         *_described(a, weight, tiles),
         row_scales,
