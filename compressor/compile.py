@@ -44,7 +44,6 @@ class Prepared:
 
     calibration, evaluation  token sets;  haystack  text that the passkey probe hides its key in
     batch                    rows of calibration tokens in one forward pass
-    ready                    waits until the passes' kernels are compiled
     """
 
     recipe: Recipe
@@ -56,7 +55,6 @@ class Prepared:
     haystack: str
     device: torch.device
     batch: int
-    ready: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,7 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
     share_heap()
     located = locate(recipe.model, fetch=True, to_plan=True)
     plan = _plan(recipe, located.source)
-    ready = warm_up(plan, device)
+    warm_up(plan, device)
     calibration = evaluation = None
     haystack = ""
     if plan.calibrated or recipe.evaluate is not None:
@@ -122,7 +120,6 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
         haystack=haystack,
         device=device,
         batch=batch_rows(plan, device=device, device_memory=device_memory),
-        ready=ready,
     )
 
 
@@ -255,11 +252,7 @@ def compile_checkpoint(
             resume_finish(work, output)
             return Compiled(output=output, units=(), already=True)
         settings = JobSettings(
-            device=prepared.device,
-            batch=prepared.batch,
-            on_unit=on_unit,
-            stopping=stopping,
-            ready=prepared.ready,
+            device=prepared.device, batch=prepared.batch, on_unit=on_unit, stopping=stopping
         )
         learned = learn(prepared.plan, prepared.calibration, work, settings, on_learning)
         # Passes that contradict each other are refused before any block is worked on.

@@ -63,14 +63,12 @@ class JobSettings:
     batch     rows of calibration tokens in one forward pass; halved when memory runs out
     on_unit   called after each unit
     stopping  asked between units whether to stop
-    ready     called before a pass works on what was observed; waits for its kernels
     """
 
     device: torch.device
     batch: int
     on_unit: Callable[[UnitDone], None] = lambda done: None
     stopping: Callable[[], bool] = lambda: False
-    ready: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,13 +294,11 @@ class _Loop:
             if changed:
                 block.tensors = current.dequantized()
                 block.load(block.tensors)
-            found = self._halving(
+            return self._halving(
                 lambda batch: block.observe(
                     self._inputs, needs=wanted.sites, batch=batch, kv=wanted.kv
                 )
             )
-            self.settings.ready()
-            return found
 
         return observe
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 
 import torch
 
@@ -19,48 +18,31 @@ UNITS_AHEAD = 3
 and one that is read meanwhile. Later ones find what these gave back."""
 
 
-def warm_up(plan: Plan, device: torch.device) -> Callable[[], None]:
-    """Start in the background; what is returned waits until the passes' kernels are compiled.
-
-    Who does not wait compiles them once more. Memory and libraries need no such care.
-    """
+def warm_up(plan: Plan, device: torch.device) -> None:
+    """Start in the background; the first use of anything waits only for what is left of it."""
     if device.type != "cuda":
-        return _nothing
+        return
     # Imported by this thread, since two threads in the middle of the same imports may block.
     with contextlib.suppress(ImportError):
         import triton.language  # noqa: F401
     torch.zeros(1, device=device)
-    compiling = threading.Thread(target=_aside, args=(_compile, plan, device), daemon=True)
-    compiling.start()
-    threading.Thread(target=_aside, args=(_allocate, plan, device), daemon=True).start()
-    return compiling.join
+    threading.Thread(target=_warm_up, args=(plan, device), daemon=True).start()
 
 
-def _nothing() -> None:
-    pass
-
-
-def _aside(work: Callable[[Plan, torch.device], None], plan: Plan, device: torch.device) -> None:
+def _warm_up(plan: Plan, device: torch.device) -> None:
     # What fails here fails again where it is needed, and is reported there.
     with contextlib.suppress(Exception), torch.cuda.device(device):
-        work(plan, device)
-
-
-def _compile(plan: Plan, device: torch.device) -> None:
-    for passing in plan.passes:
-        specs = {
-            (spec, linear.in_features)
-            for linear in plan.layout.linears
-            if linear.name in passing.names
-            and (spec := plan.schemes.linears[linear.name].weight) is not None
-        }
-        passing.step.params.compile_kernels(specs, device)
-
-
-def _allocate(plan: Plan, device: torch.device) -> None:
-    if plan.calibrated:
-        _multiply(plan.compute_dtype(device), device)
-    _lock_pages(plan)
+        if plan.calibrated:
+            _multiply(plan.compute_dtype(device), device)
+        _lock_pages(plan)
+        for passing in plan.passes:
+            specs = {
+                (spec, linear.in_features)
+                for linear in plan.layout.linears
+                if linear.name in passing.names
+                and (spec := plan.schemes.linears[linear.name].weight) is not None
+            }
+            passing.step.params.compile_kernels(specs, device)
 
 
 def _multiply(dtype: torch.dtype, device: torch.device) -> None:

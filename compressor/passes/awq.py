@@ -99,15 +99,17 @@ class Awq(Pass):
     def compile_kernels(
         self, specs: Collection[tuple[QuantSpec, int]], device: torch.device
     ) -> None:
+        square = torch.eye(32, device=device)
+        relative_error(square, square, square)  # of each row of the report, whatever the spec
+        if self.search != "gram":
+            return
         # Kernels are made for the size of a group, which may be a whole row.
         for spec, columns in {(spec, spec.group_size or inputs) for spec, inputs in specs}:
-            if self.search == "gram" and is_plain_int(spec):
+            if is_plain_int(spec):
                 weight = torch.zeros(32, columns, device=device)
                 gram = torch.eye(columns, device=device)
                 search_scales_gram([weight], gram, gram.diagonal(), spec, grid=1)
                 search_clip_gram(weight, gram, spec)
-        square = torch.eye(32, device=device)
-        relative_error(square, square, square)  # of each row of the report, whatever the spec
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         folds = {site_fold.site: site_fold for site_fold in unit.layout.folds}

@@ -7,18 +7,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from compressor.compile import compile_checkpoint, prepare
 from compressor.passes.awq import Awq
 from compressor.plan import make_plan
 from compressor.qtensor import QuantSpec
 from compressor.recipe import make_recipe
-from compressor.runner import Block
 from compressor.source import open_source
 from compressor.warm_up import warm_up
 
@@ -36,7 +33,6 @@ import os, torch
 from pathlib import Path
 from compressor.numerics.awq_search import search_clip_gram, search_scales_gram
 from compressor.numerics.gram import relative_error
-from compressor.compile import compile_checkpoint, prepare
 from compressor.passes.awq import Awq
 from tests_spec import SPEC
 
@@ -64,30 +60,6 @@ def test_nothing_is_started_for_a_cpu(tiny_model: Callable[..., Path], tmp_path:
     threads = threading.active_count()
     warm_up(plan, torch.device("cpu"))
     assert threading.active_count() == threads
-
-
-def test_passes_wait_for_their_kernels(
-    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is not waited for would be compiled twice; a block is observed meanwhile."""
-    order = []
-    apply, observe = Awq.apply, Block.observe
-    monkeypatch.setattr(Awq, "apply", lambda *a, **k: (order.append("apply"), apply(*a, **k))[1])
-    monkeypatch.setattr(
-        Block, "observe", lambda *a, **k: (order.append("observe"), observe(*a, **k))[1]
-    )
-    recipe = make_recipe(
-        {
-            "model": str(tiny_model("llama")),
-            "output": str(tmp_path / "out"),
-            "passes": [{"awq": {"bits": 4, "group_size": 32}}],
-            "calibration": {"data": "bundled", "samples": 2, "length": 16},
-        }
-    )
-    prepared = prepare(recipe, device=torch.device("cpu"))
-    compile_checkpoint(replace(prepared, ready=lambda: order.append("ready")))
-    assert order[:3] == ["observe", "ready", "apply"]
-    assert order.count("ready") == order.count("apply")
 
 
 def test_a_pass_searches_beforehand_by_any_of_its_specs() -> None:
