@@ -72,7 +72,19 @@ def test_decode_of_odd_shapes(outputs, inner, group, count):
     assert_close(y, tensors[0], weight, bias=bias.double(), rounded_weight=group in (32, 64))
 
 
-@pytest.mark.parametrize("block_n, slices, split", [(16, 2, 1), (32, 4, 2), (16, 2, 4), (64, 4, 3)])
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_inputs_of_one_sign_lose_nothing(zeros, count):
+    """Codes are multiplied as they are, and zero points taken off the sum of inputs: what cancels
+    must not have grown much larger than the result."""
+    (x, *weights), weight = problem(count, 40, 1024, 128, torch.float16, zeros=zeros)
+    y = w4a16(x.abs(), *weights, group_size=128, out_dtype=torch.float32)
+    assert_close(y, x.abs(), weight)
+
+
+@pytest.mark.parametrize(
+    "block_n, slices, split", [(16, 2, 1), (32, 4, 2), (16, 2, 4), (64, 4, 3), (64, 2, 8)]
+)
 @pytest.mark.parametrize("group", [64, 128])
 def test_decode_tiles_agree(group, block_n, slices, split):
     tensors, weight = problem(5, 40, 1408, group, torch.float16, zeros=True)
