@@ -31,6 +31,7 @@ from torch.nn.functional import linear
 
 SETS = 8
 WIDE = [(14336, 4096), (4096, 14336)]
+OTHERS = [(4096, 4096), (4096, 11008), (8192, 8192)]  # outputs and inputs of other models' linears
 FP16 = torch.float16
 
 
@@ -126,6 +127,15 @@ def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
                 want=w.w4a16_ref(x.double(), *without[0], group_size=128), limit=1e-3,
                 moved=nbytes(without[0]), peer="cuBLAS fp16", peer_us=dense, target=target,
             )  # fmt: skip
+    for outputs, inner in OTHERS:
+        others = int4(outputs, inner)
+        x = torch.randn(1, inner, dtype=FP16, device="cuda")
+        measure(
+            rows, "w4a16", "asymmetric g128", f"1x{outputs}x{inner}",
+            lambda i, x=x, k=others: w.w4a16(x, *k[i], group_size=128),
+            want=w.w4a16_ref(x.double(), *others[0], group_size=128), limit=1e-3,
+            moved=nbytes(others[0]), peer="cuBLAS fp16", peer_us=cublas_us(1, outputs, inner),
+        )  # fmt: skip
     outputs, inner, count = *WIDE[0], 2048
     many = int4(outputs, inner)
     x = torch.randn(count, inner, dtype=FP16, device="cuda")

@@ -154,13 +154,14 @@ def zeros_of_slices(
     SLICES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     LEVEL: tl.constexpr,
+    AT: tl.constexpr,
 ):
     """What zero points but LEVEL add to BN outputs, `first` the first, of MB tokens: [BN, N].
 
     The sum over SLICES slices of 128 inputs from `start` of (LEVEL - z) s times the slice's sum of
-    inputs, where GS slices make a group; z is 8 without zeros. MB columns are repeated up to N.
+    inputs, AT slices at once, where GS slices make a group; z is 8 without zeros. MB columns are
+    repeated up to N.
     """
-    AT: tl.constexpr = 32 if MB == 1 else 16  # slices at once
     row = tl.minimum(tl.arange(0, BN), O - 1 - first)[:, None]
     m = tl.arange(0, MB)
     zeros_ptr += (first + row) // 8 * GROUPS

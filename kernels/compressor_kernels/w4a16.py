@@ -202,6 +202,7 @@ def decode_product(
         and second is None
         and group >= 128
         and (zeros is not None or x.dtype == torch.float16),
+        AT=8 * tiles.num_warps if tokens == 1 else 16,
         HAS_BIAS=bias is not None,
         STAGES=tiles.num_stages,
         EARLY=early,
@@ -304,15 +305,19 @@ def decode_tiles(
     count: int, outputs: int, inner: int, group: int, *, zeros: bool = False
 ) -> DecodeTiles:
     """Chosen from shapes alone: a row is shared where programs are too few to keep the processors
-    busy, but never so far that less than two steps are left. Zero points are added apart where that
-    was faster."""
+    busy, but never so far that less than two steps are left, or for one token four where every
+    processor has a program. Zero points are added apart where that was faster."""
     if group == 16 and count <= 8:  # NVFP4
-        return DecodeTiles(block_n=16, slices=4)
+        return DecodeTiles(block_n=16, slices=4, num_stages=3 if count == 1 else 4)
     many = count > 8
     block_n, slices = (64, 2) if many else (32, 4)
     programs = -(-outputs // block_n)
-    most = max(1, inner // (2 * 128 * slices))
-    split = next((s for s in (1, 2, 4) if programs * s >= 2.5 * PROCESSORS or 2 * s > most), 8)
+    split = 1
+    while split < 8 and programs * split < 2.5 * PROCESSORS:
+        least = 4 if count == 1 and programs * split >= PROCESSORS else 2
+        if inner < least * 128 * slices * 2 * split:
+            break
+        split *= 2
     return DecodeTiles(
         block_n=block_n,
         slices=slices,

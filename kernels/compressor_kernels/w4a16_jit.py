@@ -72,6 +72,7 @@ def decode_kernel(
     SPLIT: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     APART: tl.constexpr,
+    AT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
@@ -82,15 +83,17 @@ def decode_kernel(
     A step takes KS slices of 128 inputs side by side, each slice by one warp: a batched product
     [KS, BN, 16 words] x [KS, 16, MB] for each nibble place. A row's step is contiguous in memory;
     the slices' sums meet at the end. APART adds zero points of whole slices after the last step,
-    which reads the inputs once more and takes them out of every step. EARLY: the kernel before may
-    still run, and the one after may start once all programs are past their last step; any sooner,
-    its programs would crowd on the processors that have room.
+    which reads the inputs once more, AT slices at once, and takes them out of every step.
+
+    EARLY: the kernel before may still run, and the one after may start once all programs are past
+    their last step; any sooner, its programs would crowd on the processors that have room.
     """
     N: tl.constexpr = 8 if MB < 8 else MB
     WORDS: tl.constexpr = (I + 7) // 8
     SG: tl.constexpr = 128 // G if G < 128 else 1  # groups of a slice
     GS: tl.constexpr = G // 128 if G > 128 else 1  # slices of a group
     STEPS: tl.constexpr = (I + KS * 128 * SPLIT - 1) // (KS * 128 * SPLIT)
+    SLICES: tl.constexpr = (I + 128 - 1) // 128
     EVEN: tl.constexpr = I % (KS * 128 * SPLIT) == 0
     FP4: tl.constexpr = second_ptr is not None
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -126,6 +129,10 @@ def decode_kernel(
         if EVEN:
             words = tl.load(words_ptrs)
             x = tl.load(x_ptrs, mask=fits, other=0.0)
+        elif I % 128 == 0:  # one mask for each slice leaves wide copies
+            inside = slices < SLICES - step * KS
+            words = tl.load(words_ptrs, mask=inside, other=0)
+            x = tl.load(x_ptrs, mask=fits & inside, other=0.0)
         else:
             left = I - step * (KS * 128)
             words = tl.load(words_ptrs, mask=word < (left + 7) // 8, other=0)
@@ -203,6 +210,7 @@ def decode_kernel(
             STEPS * KS,
             HAS_ZEROS,
             LEVEL,
+            AT,
         )
     column = tl.arange(0, N)
     m = token + column
@@ -286,6 +294,9 @@ def tiled_kernel(
     for step in tl.range(0, STEPS, num_stages=STAGES):
         if I % (128 * SPLIT) == 0:
             words = tl.load(words_ptrs)
+        elif I % 128 == 0:
+            inside = tl.full((1, 16), start + step, tl.int32) < SLICES
+            words = tl.load(words_ptrs, mask=inside, other=0)
         else:
             words = tl.load(words_ptrs, mask=(word + step * 16 < WORDS)[None, :], other=0)
         inside = tl.full((1, MB), start + step, tl.int32) < SLICES

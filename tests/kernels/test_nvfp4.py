@@ -143,3 +143,13 @@ def test_real_shapes(outputs, inner, dtype):
         y = nvfp4_matmul(x[:count], *weights)
         assert_close(y, x[:count], weight, rounded_weight=count > 256)
         assert torch.equal(y, nvfp4_matmul(x[:count], *weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "block_n, slices, stages", [(16, 4, 3), (32, 4, 3), (16, 2, 4), (16, 8, 3)]
+)
+def test_tiles_of_one_token_at_real_shapes(block_n, slices, stages):
+    (x, *weights), weight = problem(1, 4096, 14336, torch.float16)
+    tiles = DecodeTiles(block_n, slices, num_warps=slices, num_stages=stages)
+    assert_close(nvfp4_matmul(x, *weights, tiles=tiles), x, weight)

@@ -109,6 +109,17 @@ def test_decode_with_zero_points_after_the_last_step(count, inner, group, split,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("inner, group, split", [(2432, 128, 2), (2048, 256, 1), (700, None, 1)])
+def test_decode_of_one_token_by_eight_warps(inner, group, split, zeros, dtype):
+    """Wider steps than those of the tiles that are chosen."""
+    tensors, weight = problem(1, 75, inner, group, dtype, zeros=zeros)
+    tiles = DecodeTiles(32, 8, split, num_warps=8, num_stages=3, apart=True)
+    y = w4a16(*tensors, group_size=group, tiles=tiles)
+    assert_close(y, tensors[0], weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("inner, group", [(512, 64), (384, 128), (96, 32), (200, None)])
 def test_tiled(inner, group, zeros, dtype):
     tensors, weight = problem(37, 70, inner, group, dtype, zeros=zeros)
@@ -194,6 +205,7 @@ def test_refuses_tensors_that_do_not_fit():
         (14336, 4096, 128, False, torch.bfloat16),
         (4096, 14336, 128, True, torch.bfloat16),
         (4096, 14336, 64, False, torch.float16),
+        (4096, 11008, 128, True, torch.float16),
         (576, 1536, 32, True, torch.float16),
         (576, 1536, 64, True, torch.bfloat16),
         (576, 1536, None, True, torch.float16),
@@ -210,21 +222,37 @@ def test_real_shapes(outputs, inner, group, zeros, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("outputs, inner", [(4096, 14336), (4096, 11008), (4096, 4096)])
+@pytest.mark.parametrize("slices, split", [(4, 4), (4, 2), (4, 1), (8, 2), (8, 1)])
+def test_tiles_of_one_token_at_real_shapes(slices, split, outputs, inner, zeros):
+    tensors, weight = problem(1, outputs, inner, 128, torch.float16, zeros=zeros)
+    for apart in (False, True):
+        tiles = DecodeTiles(32, slices, split, num_warps=slices, num_stages=3, apart=apart)
+        y = w4a16(*tensors, group_size=128, tiles=tiles)
+        assert_close(y, tensors[0], weight)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 16])
+@pytest.mark.parametrize("size", [4096, 8192])
 @pytest.mark.parametrize("plain_between", [False, True])
-def test_kernels_see_what_those_right_before_them_wrote(count, plain_between):
+def test_kernels_see_what_those_right_before_them_wrote(count, size, plain_between):
     """A kernel may start before the last one has ended: it must still wait for its inputs, and for
     weights that were written a moment ago."""
-    (x, packed, scales, zeros), _ = problem(count, 4096, 4096, 128, torch.float16, zeros=True)
+    (x, packed, scales, zeros), _ = problem(count, size, size, 128, torch.float16, zeros=True)
     others = [packed.roll(i, 0) for i in range(4)]
+    shrink = 15 * (size / 4096) ** 0.5
+    scale = scales / shrink
 
     def chain(wait):
         y, weight = x, packed.clone()
         for i in range(24):
             if plain_between:
                 weight.copy_(others[i % 4])
+                scale.copy_(scales.roll(i, 0) / shrink)
                 wait()
-            y = w4a16(y, weight, scales / 15, zeros, group_size=128)
+            y = w4a16(y, weight, scale, zeros, group_size=128)
             wait()
         return y
 
