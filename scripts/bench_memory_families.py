@@ -1,7 +1,7 @@
 """The families of `bench_kernels.py` that are bound by memory: few tokens times packed weights,
 activation quantizers, and decode attention over quantized caches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -96,6 +96,27 @@ def measure(
     return us
 
 
+def int4_product(
+    rows: list[Row],
+    name: str,
+    x: Tensor,
+    weights: Sequence[tuple[Tensor, ...]],
+    *,
+    want: Tensor,
+    dense_us: float,
+    tiles: w.DecodeTiles | w.TiledTiles | None = None,
+    target: float | None = None,
+) -> None:
+    """`measure` for few tokens x [M, I] by int4 weights, as shipped or with these tiles."""
+    shape = f"{len(x)}x{len(weights[0][0])}x{x.shape[1]}"
+    measure(
+        rows, "w4a16", name, shape,
+        lambda i: w.w4a16(x, *weights[i], group_size=128, tiles=tiles),
+        want=want, limit=1e-3, moved=nbytes(weights[0]), peer="cuBLAS fp16",
+        peer_us=dense_us, target=target,
+    )  # fmt: skip
+
+
 def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
     rows: list[Row] = []
     decode, tiled = w.DecodeTiles, w.TiledTiles
@@ -109,33 +130,26 @@ def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
             x = torch.randn(count, inner, dtype=FP16, device="cuda")
             want = w.w4a16_ref(x.double(), *weights[0], group_size=128)
             dense = cublas_us(count, outputs, inner)
-            shape = f"{count}x{outputs}x{inner}"
             for tiles in [None, *candidates] if sweep else [None]:
-                measure(
-                    rows, "w4a16", f"asymmetric g128 {tiles or ''}".replace("num_", ""), shape,
-                    lambda i, t=tiles, x=x, k=weights: w.w4a16(x, *k[i], group_size=128, tiles=t),
-                    want=want, limit=1e-3, moved=nbytes(weights[0]), peer="cuBLAS fp16",
-                    peer_us=dense, target=None if tiles else target,
+                name = f"asymmetric g128 {tiles or ''}".replace("num_", "")
+                int4_product(
+                    rows, name, x, weights, want=want, dense_us=dense, tiles=tiles,
+                    target=None if tiles else target,
                 )  # fmt: skip
                 if tiles is None:
                     t = w.decode_tiles(count, outputs, inner, 128, zeros=True)
                     _issued("weight", w4a16_jit.decode_kernel, 128 * t.slices * t.block_n)
             without = [(packed, scales) for packed, scales, _ in weights]
-            measure(
-                rows, "w4a16", "symmetric g128", shape,
-                lambda i, x=x, k=without: w.w4a16(x, *k[i], group_size=128),
-                want=w.w4a16_ref(x.double(), *without[0], group_size=128), limit=1e-3,
-                moved=nbytes(without[0]), peer="cuBLAS fp16", peer_us=dense, target=target,
-            )  # fmt: skip
+            want = w.w4a16_ref(x.double(), *without[0], group_size=128)
+            int4_product(
+                rows, "symmetric g128", x, without, want=want, dense_us=dense, target=target
+            )
     for outputs, inner in OTHERS:
         others = int4(outputs, inner)
         x = torch.randn(1, inner, dtype=FP16, device="cuda")
-        measure(
-            rows, "w4a16", "asymmetric g128", f"1x{outputs}x{inner}",
-            lambda i, x=x, k=others: w.w4a16(x, *k[i], group_size=128),
-            want=w.w4a16_ref(x.double(), *others[0], group_size=128), limit=1e-3,
-            moved=nbytes(others[0]), peer="cuBLAS fp16", peer_us=cublas_us(1, outputs, inner),
-        )  # fmt: skip
+        want = w.w4a16_ref(x.double(), *others[0], group_size=128)
+        dense = cublas_us(1, outputs, inner)
+        int4_product(rows, "asymmetric g128", x, others, want=want, dense_us=dense)
     outputs, inner, count = *WIDE[0], 2048
     many = int4(outputs, inner)
     x = torch.randn(count, inner, dtype=FP16, device="cuda")
