@@ -2,7 +2,8 @@
 
     python scripts/bench_cpu_awq.py SMOLLM2 --peer PEER/bin/python [--threads 1] [--layers 4]
 
-W4 asymmetric, 16 x 256 tokens of the bundled calibration text; ours also searches clipping bounds.
+W4 asymmetric, 16 x 256 tokens of the bundled calibration text; ours with the search for clipping
+bounds, which the other lacks, and without.
 PEER is an environment with `pip install llmcompressor`. Wall time means little on a busy machine:
 processor time is printed beside it. --layers cuts the model to its first ones, for both.
 """
@@ -74,27 +75,31 @@ def main() -> None:
         scratch, model = Path(name), options.model
         if options.layers:
             model = first_layers(model, scratch / "model", options.layers)
-        recipe = {
-            "model": str(model),
-            "output": str(scratch / "ours"),
-            "calibration": {"samples": samples, "length": length, "sampling": "consecutive"},
-            "passes": [{"awq": {"bits": 4, "group_size": size, "symmetric": False}}],
-            "verify": False,
-        }
-        (scratch / "recipe.yaml").write_text(json.dumps(recipe))
-        ours = [sys.executable, "-m", "compressor.cli", "run", str(scratch / "recipe.yaml")]
-        log = scratch / "log"
-        rows = {"ours": timed([*ours, "--device", "cpu"], log, threads=options.threads)}
+        rows, log = {}, scratch / "log"
+        for who, clip in (("ours", True), ("ours, without clipping", False)):
+            awq = {"bits": 4, "group_size": size, "symmetric": False, "clip": clip}
+            recipe = {
+                "model": str(model),
+                "output": str(scratch / f"ours-{clip}"),
+                "calibration": {"samples": samples, "length": length, "sampling": "consecutive"},
+                "passes": [{"awq": awq}],
+                "verify": False,
+            }
+            (scratch / "recipe.yaml").write_text(json.dumps(recipe))
+            ours = [sys.executable, "-m", "compressor.cli", "run", str(scratch / "recipe.yaml")]
+            rows[who] = timed([*ours, "--device", "cpu"], log, threads=options.threads)
         if options.peer:
             theirs = [options.peer, str(HERE / "peer_awq.py"), str(model), str(scratch / "theirs")]
             shape = [str(TEXT), str(samples), str(length), str(size)]
-            rows["llm-compressor"] = timed([*theirs, *shape], log, threads=options.threads)
+            other = timed([*theirs, *shape], log, threads=options.threads)
+    told = {"threads": options.threads, "layers": options.layers}
     for who, row in rows.items():
-        print(who, json.dumps({**row, "threads": options.threads, "layers": options.layers}))
+        print(who, json.dumps({**row, **told}))
     if options.peer:
-        mine, other = rows["ours"], rows["llm-compressor"]
-        for key in ("wall_s", "processor_s"):
-            print(f"{key}: {other[key] / mine[key]:.2f} times as fast")
+        print("llm-compressor", json.dumps({**other, **told}))
+        for who, row in rows.items():
+            ratios = [f"{key} {other[key] / row[key]:.2f}" for key in ("wall_s", "processor_s")]
+            print(f"{who}: times as fast, {', '.join(ratios)}")
 
 
 if __name__ == "__main__":
