@@ -57,7 +57,7 @@ def quantize_nvfp4_inputs(
     jit.inputs_kernel[(max(1, -(-blocks // rows)),)](
         flat,
         amax,
-        codes,
+        codes.view(torch.int32),
         scales,
         second,
         blocks,

@@ -1,8 +1,7 @@
 """Triton code of `nvfp4_inputs`.
 
-Values are rounded by adding, and taking away again, a power of two so large that no bits below
-the wanted step remain: the step is half of the power of two at or below the magnitude, and at
-least 0.5.
+A program's blocks are [ROWS, 8, 2], channel 8h + i of a row at [i, h]: so one thread loads both
+halves of its blocks, and no row's scale is worked out twice.
 """
 
 import triton
@@ -10,38 +9,51 @@ import triton.language as tl
 
 from compressor_kernels.rounding_jit import divide, e4m3_nearest, e4m3_value, magnitude_bits
 
+ONE = tl.constexpr(4194304.0)  # 2^22, from where floats lie 0.5 apart, E2M1's least step
+
+
+@triton.jit
+def _e2m1_nearest(y):
+    """Magnitudes to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6, ties to even.
+
+    At y · 2^22 floats lie half of y's power of two apart, which is E2M1's step, so the difference
+    of the two is rounded to it. Below 1 the step stays 0.5; the 4 keeps the difference from
+    falling under 2^22, where floats lie closer.
+    """
+    large = y * ONE
+    large = tl.where(large < ONE + 4.0, ONE + 4.0, large)
+    return large - (large - y)
+
 
 @triton.jit
 def _candidate(x, steps, second, ASM: tl.constexpr):
-    """Blocks [ROWS, 16] under E4M3(steps): magnitudes of E2M1, the scale's byte, and what it
-    multiplies with."""
+    """Blocks under E4M3(steps): magnitudes of E2M1, the scale's byte, and what it multiplies
+    with."""
     byte = e4m3_nearest(tl.where(steps > 448.0, 448.0, steps), ASM)
     product = second * e4m3_value(byte, ASM)
     by = tl.where(product == 0.0, 0.0, tl.div_rn(1.0, tl.where(product == 0.0, 1.0, product)))
-    y = tl.abs(x) * by[:, None]
+    y = tl.abs(x) * by[:, None, None]
     y = tl.where(y > 6.0, 6.0, y)
-    # 1.5 · 2^23 steps: 2^(e-1) of them for a magnitude of 2^e
-    anchor = (y.to(tl.int32, bitcast=True) & 0x7F800000) + ((22 << 23) | 0x400000)
-    anchor = tl.maximum(anchor, (149 << 23) | 0x400000).to(tl.float32, bitcast=True)
-    return (y + anchor) - anchor, byte, product
+    return _e2m1_nearest(y), byte, product
 
 
 @triton.jit
 def _error(x, values, scale, RULE: tl.constexpr):
-    away = tl.abs(values * scale[:, None] - tl.abs(x))
+    away = values * scale[:, None, None] - tl.abs(x)
     if RULE == 1:
-        return tl.sum(away * away, 1)
+        first, last = tl.split(away)
+        return tl.sum(tl.fma(first, first, last * last), 1)
     elif RULE == 2:
-        return tl.sum(away, 1)
+        return tl.sum(tl.sum(tl.abs(away), 2), 1)
     else:
-        return tl.max(away, 1)
+        return tl.max(tl.max(tl.abs(away), 2), 1)
 
 
 @triton.jit
 def inputs_kernel(
     x_ptr,  # [blocks, 16]
     amax_ptr,  # fp32 [1]
-    codes_ptr,  # uint8 [blocks, 8]
+    codes_ptr,  # int32 [blocks, 2], eight codes each
     scales_ptr,  # uint8 [blocks]
     second_ptr,  # fp32 [1]
     blocks,
@@ -60,27 +72,30 @@ def inputs_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) == 0:
         tl.store(second_ptr, second)
-    column = tl.arange(0, 16)
+    column = tl.arange(0, 8)
     inside = row < blocks
     at = row[:, None] * 16 + column[None, :]
-    x = tl.load(x_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    absmax = tl.max(magnitude_bits(x), 1).to(tl.float32, bitcast=True)
+    first = tl.load(x_ptr + at, mask=inside[:, None], other=0.0)
+    last = tl.load(x_ptr + at + 8, mask=inside[:, None], other=0.0)
+    x = tl.join(first, last).to(tl.float32)
+    absmax = tl.max(tl.max(magnitude_bits(x), 2), 1).to(tl.float32, bitcast=True)
     steps = divide(absmax, 6.0, 0.16666667163372040, ASM) * divisor
     values, byte, scale = _candidate(x, steps, second, ASM)
     if RULE > 0:
         four, other_byte, other_scale = _candidate(x, steps * 1.5, second, ASM)
         better = _error(x, four, other_scale, RULE) < _error(x, values, scale, RULE)
-        values = tl.where(better[:, None], four, values)
+        values = tl.where(better[:, None, None], four, values)
         byte = tl.where(better, other_byte, byte)
         scale = tl.where(better, other_scale, scale)
     # Times 2^-126 the eight values are the eight smallest multiples of half of fp32's normals,
     # whose bits, shifted, count them as E2M1 does: it has the same exponents, two bits wide.
-    codes = (values * 1.1754943508222875e-38).to(tl.int32, bitcast=True) >> 22
-    # A negative value that rounds to zero keeps its sign, unless its block's scale is zero.
-    negative = (x < 0.0) & (scale != 0.0)[:, None]
-    codes = codes | tl.where(negative, 8, 0)
-    even, odd = tl.split(tl.reshape(codes, (ROWS, 8, 2)))
-    packed = (even | (odd << 4)).to(tl.uint8)
-    at = row[:, None] * 8 + tl.arange(0, 8)[None, :]
+    codes = (values * 1.1754943508222875e-38).to(tl.uint32, bitcast=True)
+    nibble = (column * 4)[None, :, None]
+    packed = tl.sum((codes >> 22) << nibble, 1)
+    # A negative value that rounds to zero keeps its sign, unless its block's scale is zero;
+    # adding 0 takes it from -0.0.
+    signs = tl.sum(((x + 0.0).to(tl.uint32, bitcast=True) >> 31) << (nibble + 3), 1)
+    packed = packed | tl.where((scale == 0.0)[:, None], 0, signs)
+    at = row[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(codes_ptr + at, packed, mask=inside[:, None])
     tl.store(scales_ptr + row, byte, mask=inside)

@@ -90,10 +90,18 @@ def test_every_tie_goes_to_the_even_code():
     amax = torch.tensor([2688.0], device=DEVICE)
     codes, scales, second = quantize_nvfp4_inputs(x, amax=amax)
     assert scales.float().item() == 1.0 and second.item() == 1.0
-    expected = [0, 1, 1, 2, 2, 4, 4, 6, 0, -1, -1, -2, -2, -4, -4, 0]
     expected = [0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 0, -1.0, -1.0, -2.0, -2.0, -4.0, -4.0, 0]
     assert decoded(codes, scales, second).flatten().tolist() == expected
     assert codes[0, 4].item() & 15 == 8  # -0.25 keeps its sign
+
+
+def test_values_next_to_ties_and_powers_of_two():
+    amax = torch.tensor([2688.0])  # with an absmax of 6 the scale and the global scale are 1
+    edges = torch.tensor([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 1e-20])
+    steps = torch.arange(-4, 5, dtype=torch.int32)[:, None]
+    near = (edges.view(torch.int32) + steps).clamp(min=0).view(torch.float32)
+    x = torch.cat([near, torch.full((len(near), 1), 6.0)], 1)
+    assert_same(torch.cat([x, -x]).to(DEVICE), "static_6", amax.to(DEVICE))
 
 
 @pytest.mark.parametrize("rule", RULES)
