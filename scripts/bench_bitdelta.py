@@ -10,6 +10,7 @@ OUT/bitdelta*.json.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from bench_sass import issued
@@ -99,7 +100,9 @@ def bench() -> dict[str, object]:
         results[f"rows_{rows}"] = {"dense_us": dense, "delta_us": ours, "gbps": rate}
         # A program takes 1,024 inputs of its outputs a step.
         signs = 1024 * _tiles(TENANTS, rows, OUTER).block_n
-        counted = issued(delta_kernel, items=signs)
+        x, packed, alpha, base = problem(rows)
+        run = partial(delta_matmul, x, packed[0], alpha, base_out=base)
+        counted = issued(delta_kernel, run, items=signs)
         print(f"       {moved / (TENANTS * INNER * OUTER):.4f} bytes a sign; {counted}")
         results[f"rows_{rows} instructions per sign"] = counted
     return results

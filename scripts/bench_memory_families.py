@@ -138,7 +138,8 @@ def w4a16_family(ceiling: float, sweep: bool) -> list[Row]:
                 )  # fmt: skip
                 if tiles is None:
                     t = w.decode_tiles(count, outputs, inner, 128, zeros=True)
-                    _issued("weight", w4a16_jit.decode_kernel, 128 * t.slices * t.block_n)
+                    run = partial(w.w4a16, x, *weights[0], group_size=128)
+                    _issued("weight", w4a16_jit.decode_kernel, run, 128 * t.slices * t.block_n)
             without = [(packed, scales) for packed, scales, _ in weights]
             want = w.w4a16_ref(x.double(), *without[0], group_size=128)
             int4_product(
@@ -216,7 +217,8 @@ def nvfp4_family(ceiling: float, sweep: bool) -> list[Row]:
             us = took if tiles is None else us
             if tiles is None and count <= w.DECODE_TOKENS:
                 t = w.decode_tiles(count, outputs, inner, 16)
-                _issued("weight", w4a16_jit.decode_kernel, 128 * t.slices * t.block_n)
+                run = partial(nvfp4_matmul, x, *weights[0])
+                _issued("weight", w4a16_jit.decode_kernel, run, 128 * t.slices * t.block_n)
         moved = nbytes(weights[0]) / us / 1e3
         rows.append(
             Row("nvfp4", "weight only", shape, us, moved, "GB/s", "cuBLAS fp16", dense / us)
@@ -256,7 +258,8 @@ def w4a8_family(ceiling: float, sweep: bool) -> list[Row]:
             )  # fmt: skip
             if tiles is None and count <= q.DECODE_TOKENS:
                 t = q.decode_tiles(count, outputs, inner)
-                _issued("weight", w4a8_jit.decode_kernel, 128 * t.slices * t.block_n)
+                run = partial(q.w4a8, a, **weights[0], row_scales=scales)
+                _issued("weight", w4a8_jit.decode_kernel, run, 128 * t.slices * t.block_n)
     return rows
 
 
@@ -275,9 +278,9 @@ def inputs(ceiling: float, sweep: bool) -> list[Row]:
             us = per_call_us(lambda i, x=x, d=dtype: quantize_tokens(x[i], dtype=d), sets=2)
             moved = nbytes((x[0], *ours))
             rows.append(_part(name, shape, us, moved, ceiling, 0.8))
-            _issued(
-                "value", activations_jit.tokens_kernel, max(4096, 1 << (width - 1).bit_length())
-            )
+            run = partial(quantize_tokens, x[0], dtype=dtype)
+            values = max(4096, 1 << (width - 1).bit_length())
+            _issued("value", activations_jit.tokens_kernel, run, values)
         amax = x[0].abs().amax().float().reshape(1)
         for rule, target in (("static_6", 0.6), ("mse", 0.4), ("mae", 0.4), ("abs_max", 0.4)):
             options = {"rule": rule, "amax": amax}
@@ -289,12 +292,13 @@ def inputs(ceiling: float, sweep: bool) -> list[Row]:
                 continue
             us = per_call_us(lambda i, x=x, o=options: fp4.quantize_nvfp4_inputs(x[i], **o), sets=2)
             rows.append(_part(f"NVFP4 {rule}", shape, us, nbytes((x[0], *ours)), ceiling, target))
-            _issued("value", nvfp4_inputs_jit.inputs_kernel, 16 * fp4.rows_of_program(rule))
+            run = partial(fp4.quantize_nvfp4_inputs, x[0], **options)
+            _issued("value", nvfp4_inputs_jit.inputs_kernel, run, 16 * fp4.rows_of_program(rule))
     return rows
 
 
-def _issued(item: str, kernel: object, items: int) -> None:
-    print(f"    per {item}: {issued(kernel, items=items)}")
+def _issued(item: str, kernel: object, run: Callable[[], object], items: int) -> None:
+    print(f"    per {item}: {issued(kernel, run, items=items)}")
 
 
 def _part(

@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA")
 INTEGER = ("LOP3", "SHF", "IADD3", "IMAD", "PRMT", "LEA", "VIADD", "ISETP", "SEL", "SGXT")
 
 
-def newest(kernel: Any) -> Any:
-    """The kernel that a Triton function was last compiled to on this device."""
+def launched(kernel: Any, run: Callable[[], object]) -> Any:
+    """What a Triton function is compiled to, for this device, for its launch in `run`."""
     import torch
 
-    return list(kernel.device_caches[torch.cuda.current_device()][0].values())[-1]
+    compiled = kernel.device_caches[torch.cuda.current_device()][0]
+    compiled.clear()  # from the disk it comes back, and alone
+    run()
+    return list(compiled.values())[-1]
 
 
 def disassemble(cubin: bytes) -> str:
@@ -61,10 +65,10 @@ def main_loop(text: str) -> Counter[str]:
     return Counter(code for code in body if code[0] not in ":>" and code != "NOP")
 
 
-def issued(kernel: Any, *, items: int) -> str:
-    """Instructions of a thread for each of the `items` that all threads of a program take in one
-    step of the main loop, as a line: all, integer, and the most frequent."""
-    compiled = newest(kernel)
+def issued(kernel: Any, run: Callable[[], object], *, items: int) -> str:
+    """Instructions of a thread, as `run` launches it, for each of the `items` that all threads of a
+    program take in one step of the main loop, as a line: all, integer, and the most frequent."""
+    compiled = launched(kernel, run)
     try:
         loop = main_loop(disassemble(compiled.asm["cubin"]))
     except (OSError, subprocess.CalledProcessError) as problem:

@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.numerics import fake_quantize
 from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
+from compressor.numerics.int_affine import fake_quantize_int, group_range
 from compressor.numerics.migration import Quantizer
 from compressor.qtensor import QuantSpec
 
@@ -168,9 +169,14 @@ def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -
             stored=spec.scale_dtype,
             out=out,
         )
+        return
+    weight = weight.float()
+    scaled = weight * scales
+    if is_plain_int(spec):
+        rounded = fake_quantize_int(scaled, spec, overwrite=True)
     else:
-        weight = weight.float()
-        out.copy_(fake_quantize(weight * scales, spec).div_(scales).sub_(weight))
+        rounded = fake_quantize(scaled, spec)
+    torch.sub(rounded.div_(scales), weight, out=out)
 
 
 def is_plain_int(spec: QuantSpec) -> bool:
@@ -265,7 +271,7 @@ def search_clip_gram(
 
     def error(delta: Tensor) -> Tensor:
         by_group = delta.transpose(0, 1)
-        errors: Tensor = ((by_group @ blocks) * by_group).sum(-1)
+        errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
         return errors.t()
 
     return _search_clip(weight.float(), error, spec, grid=grid, max_shrink=max_shrink)
@@ -289,9 +295,10 @@ def _search_clip(
     for chunk in torch.split(weight, rows):
         absmax = chunk.view(chunk.shape[0], -1, size).abs().amax(-1)
         best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
+        span = group_range(chunk, spec)
         for i in range(int(max_shrink * grid)):
             bound = absmax * (1 - i / grid)
-            delta = fake_quantize(chunk, spec, clip_max=bound).sub_(chunk)
+            delta = fake_quantize_int(chunk, spec, clip_max=bound, span=span).sub_(chunk)
             error = error_of(delta.view(chunk.shape[0], -1, size))
             better = error < least
             least = torch.where(better, error, least)

@@ -5,6 +5,8 @@ A weight that is off by Δ makes a squared output error of tr(Δ G Δᵀ), whate
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from compressor_kernels import gram_error as fused
 from torch import Tensor
@@ -16,22 +18,42 @@ ROWS = 2**15
 def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
     """tr(Δ G Δᵀ) of an error Δ [O, C] in `work_dtype`, as a scalar tensor.
 
-    Computed as Σ_jk (ΔᵀΔ)_jk G_jk over the upper half only, so the Gram matrix is never rounded: on
-    a GPU Δ comes in bfloat16 (its 2⁻⁹ is far below what separates two candidates), the products are
-    summed and multiplied with G in float32.
+    Computed as Σ_jk (ΔᵀΔ)_jk G_jk over the upper half only, so the Gram matrix is never rounded:
+    where units multiply matrices of bfloat16, on a GPU and on some CPUs, only Δ is (its 2⁻⁹ is far
+    below what separates two candidates), the products are summed and multiplied with G in float32.
     """
     if delta.is_cuda:
         return fused.gram_error(delta, gram)
     width = delta.shape[1]
     # Fewer columns at a time compute less twice, too few keep the products small.
-    step = max(96, width // 4)
+    step = max(2048 if _has_matrix_units() else 96, width // 4)
     total = torch.zeros((), dtype=gram.dtype)
     for start in range(0, width, step):
         stop = min(start + step, width)
-        products = delta[:, start:stop].t() @ delta[:, start:]
+        products = _product(delta[:, start:stop].t(), delta[:, start:])
         products.mul_(gram[start:stop, start:])
         total += products[:, : stop - start].sum() + 2 * products[:, stop - start :].sum()
     return total
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, float32 rounded to bfloat16 on its way into the units that a CPU has for it."""
+    if not _has_matrix_units():
+        return a @ b
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        return a @ b
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def _has_matrix_units() -> bool:
+    """Whether this processor has Intel's AMX for bfloat16, and a PyTorch that tells."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
 
 
 def work_dtype(gram: Tensor) -> torch.dtype:

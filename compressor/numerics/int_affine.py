@@ -54,8 +54,9 @@ def quantize_int(
     )
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(weight):
-        chunk = _clamped(weight, spec, rows, clip_max, clip_min, arithmetic)
-        codes[rows] = _codes(chunk, spec, rows, scales, zeros).view(codes[rows].shape)
+        groups = _grouped(weight[rows].to(arithmetic, copy=True), spec)
+        groups = _clamped(groups, rows, clip_max, clip_min)
+        codes[rows] = _codes(groups, spec, rows, scales, zeros).view(codes[rows].shape)
     return QTensor(
         spec=spec,
         codes=codes,
@@ -72,8 +73,14 @@ def fake_quantize_int(
     clip_min: Tensor | None = None,
     narrow: bool = False,
     arithmetic: torch.dtype = torch.float32,
+    span: tuple[Tensor, Tensor] | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """`quantize_int(...).dequantize(weight.dtype)`, bit for bit, without the codes in between."""
+    """`quantize_int(...).dequantize(weight.dtype)`, bit for bit, without the codes in between.
+
+    span       `group_range(weight, spec)`, where it is known
+    overwrite  the result may take the place of the weight
+    """
     scales, zeros = int_grid(
         weight,
         spec,
@@ -81,18 +88,22 @@ def fake_quantize_int(
         clip_min=clip_min,
         narrow=narrow,
         arithmetic=arithmetic,
+        span=span,
     )
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(weight)
-    for rows in row_chunks(weight):
-        chunk = _clamped(weight, spec, rows, clip_max, clip_min, arithmetic)
-        values = _codes(chunk, spec, rows, scales, zeros).to(work)
+    kept = overwrite and weight.is_contiguous()
+    out = weight if kept else weight.clone(memory_format=torch.contiguous_format)
+    for rows in row_chunks(out):
+        chunk = out[rows].to(arithmetic)  # `out` itself, where that is its dtype
+        groups = _clamped(_grouped(chunk, spec), rows, clip_max, clip_min)
+        values = _codes(groups, spec, rows, scales, zeros).to(work)
         if zeros is None:
             values.sub_(2 ** (spec.bits - 1))
         else:
             values.sub_(_of_rows(zeros, rows).to(work).unsqueeze(-1))
         values.mul_(_of_rows(scales, rows).to(work).unsqueeze(-1))
-        out[rows] = values.view(out[rows].shape).to(out.dtype)
+        if not (out.dtype == arithmetic == work):
+            out[rows] = values.view(chunk.shape).to(out.dtype)
     return out
 
 
@@ -111,13 +122,14 @@ def int_grid(
     clip_min: Tensor | None = None,
     narrow: bool = False,
     arithmetic: torch.dtype = torch.float32,
+    span: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [scale_shape] in spec.scale_dtype, and integer zeros [scale_shape] in `arithmetic`.
 
-    Options as in `quantize_int`; zeros are None for symmetric specs.
+    Options as in `fake_quantize_int`; zeros are None for symmetric specs.
     """
     check_int_spec(spec, (weight.shape[0], weight.shape[1]))
-    low, high = group_range(weight, spec)
+    low, high = group_range(weight, spec) if span is None else span
     low, high = low.to(arithmetic), high.to(arithmetic)
     if clip_max is not None:
         upper = clip_max.to(arithmetic)
@@ -184,18 +196,14 @@ def _codes(
 
 
 def _clamped(
-    weight: Tensor,
-    spec: QuantSpec,
-    rows: slice,
-    clip_max: Tensor | None,
-    clip_min: Tensor | None,
-    arithmetic: torch.dtype,
+    groups: Tensor, rows: slice, clip_max: Tensor | None, clip_min: Tensor | None
 ) -> Tensor:
-    """A copy of some rows as groups [rows, n, g], clamped to their bounds."""
-    groups = _grouped(weight[rows].to(arithmetic, copy=True), spec)
+    """Grouped weights [rows, n, g] clamped to their bounds, in place."""
     if clip_max is not None:
-        upper = _of_rows(clip_max, rows).to(arithmetic).unsqueeze(-1)
-        lower = -upper if clip_min is None else _of_rows(clip_min, rows).to(arithmetic)[..., None]
+        upper = _of_rows(clip_max, rows).to(groups.dtype).unsqueeze(-1)
+        lower = -upper
+        if clip_min is not None:
+            lower = _of_rows(clip_min, rows).to(groups.dtype).unsqueeze(-1)
         torch.minimum(torch.maximum(groups, lower, out=groups), upper, out=groups)
     return groups
 

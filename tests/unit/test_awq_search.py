@@ -7,6 +7,7 @@ import torch
 
 from compressor.errors import InputError
 from compressor.numerics import awq_search, fake_quantize
+from compressor.numerics import gram as gram_module
 from compressor.numerics.awq_search import (
     candidate_scales,
     search_clip_gram,
@@ -28,11 +29,21 @@ def problem(rows=24, columns=64, tokens=200, seed=0):
     return torch.randn(rows, columns, generator=generator), x, x.t() @ x
 
 
+@pytest.mark.parametrize("units, bound", [(False, 1e-4), (True, 3e-3)])
 @pytest.mark.parametrize("columns", [7, 64, 200, 403])
-def test_gram_error_is_the_output_error(columns):
+def test_gram_error_is_the_output_error(columns, units, bound, monkeypatch):
+    """In float32, and as where bfloat16 is multiplied by units of its own."""
+    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: units)
     delta, x, gram = problem(columns=columns)
     want = (x.double() @ delta.double().t()).square().sum()
-    assert float(gram_error(delta, gram)) == pytest.approx(float(want), rel=1e-4)
+    assert float(gram_error(delta, gram)) == pytest.approx(float(want), rel=bound)
+
+
+def test_products_of_bfloat16_leave_other_products_alone():
+    a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    before = a @ a
+    gram_error(a, a.t() @ a)
+    assert torch.equal(a @ a, before)
 
 
 def same_difference(dtype, device):
@@ -62,7 +73,7 @@ def test_relative_error():
     weight, x, gram = problem()
     off = weight + 0.1 * torch.randn_like(weight)
     want = (x @ (off - weight).t()).square().sum() / (x @ weight.t()).square().sum()
-    assert float(relative_error(weight, off, gram)) == pytest.approx(float(want), rel=1e-4)
+    assert float(relative_error(weight, off, gram)) == pytest.approx(float(want), rel=3e-3)
     assert float(relative_error(weight * 0, weight * 0, gram)) == 0
 
 
@@ -88,7 +99,9 @@ def test_several_weights_add_up():
     whole = search_scales_gram([weight], gram, absmean, SPEC, duo=True)
     parts = search_scales_gram(list(weight.split([8, 20, 12])), gram, absmean, SPEC, duo=True)
     torch.testing.assert_close(whole.scales, parts.scales)
-    torch.testing.assert_close(torch.tensor(whole.losses), torch.tensor(parts.losses))
+    torch.testing.assert_close(
+        torch.tensor(whole.losses), torch.tensor(parts.losses), rtol=1e-5, atol=0
+    )
 
 
 def test_channels_that_were_never_seen_keep_their_scale():
