@@ -7,8 +7,9 @@ uint16 bit patterns and float8 E4M3 as uint8. Every complaint is a ValueError th
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ Float64 = NDArray[np.float64]
 AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+SIGNED_E2M1 = np.concatenate([E2M1, -E2M1])
 FLOAT_DTYPES = ("float16", "float32", "float64", "uint16")
 
 
@@ -128,13 +130,25 @@ def _ct_plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedW
     rows, columns = stored.shape
     shape = _ct_scale_shape(args, rows, columns, tensor="weight")
     scales = np.atleast_2d(_number(tensors, "weight_scale", shape=shape, dtypes=FLOAT_DTYPES))
-    values = _e4m3(stored) if floats else stored.astype(np.float64)
     half = 2 ** (int(args.get("num_bits", 8)) - 1)
     codes = stored if floats else (stored.astype(np.int16) + half).astype(np.uint8)
+    zeros = None
     if not args.get("symmetric", True):
-        zeros = _tensor(tensors, "weight_zero_point", shape=shape, dtypes=("int8",))
-        values = values - _spread(np.atleast_2d(zeros).astype(np.float64), args, rows, columns)
-    return DecodedWeight(values * _spread(scales, args, rows, columns), codes, scales)
+        zeros = np.atleast_2d(_tensor(tensors, "weight_zero_point", shape=shape, dtypes=("int8",)))
+    height, width = args.get("block_structure") or (
+        _ceil(rows, scales.shape[0]),
+        _ceil(columns, scales.shape[1]),
+    )
+    down, across = np.arange(rows) // height, np.arange(columns) // width
+
+    def some(part: slice) -> Float64:
+        weight = _e4m3(stored[part]) if floats else stored[part].astype(np.float64)
+        if zeros is not None:
+            weight -= zeros[down[part]].take(across, axis=1)
+        weight *= scales[down[part]].take(across, axis=1)
+        return weight
+
+    return DecodedWeight(_by_rows(stored.shape, some), codes, scales)
 
 
 def _nvfp4(tensors: Mapping[str, Array], name: str, *, multiplier: float) -> DecodedWeight:
@@ -146,8 +160,13 @@ def _nvfp4(tensors: Mapping[str, Array], name: str, *, multiplier: float) -> Dec
     codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
     blocks = _tensor(tensors, "weight_scale", shape=(rows, columns // 16), dtypes=("uint8",))
     scales = _e4m3(blocks) * multiplier
-    values = np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7]
-    return DecodedWeight(values * np.repeat(scales, 16, axis=1), codes, scales)
+
+    def some(part: slice) -> Float64:
+        weight: Float64 = SIGNED_E2M1.take(codes[part])
+        weight *= scales[part].repeat(16, axis=1)
+        return weight
+
+    return DecodedWeight(_by_rows((rows, columns), some), codes, scales)
 
 
 def _modelopt(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
@@ -159,7 +178,9 @@ def _modelopt(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Decode
         raise ValueError(f"quantization_config.quant_algo {algorithm!r} is not known")
     raw = _tensor(tensors, "weight", shape=None, dtypes=("uint8",))
     scale = _number(tensors, "weight_scale", shape=(), dtypes=("float32",))
-    return DecodedWeight(_e4m3(raw) * scale, raw, scale.reshape(1, 1))
+    weight = _e4m3(raw)
+    weight *= scale
+    return DecodedWeight(weight, raw, scale.reshape(1, 1))
 
 
 def _qserve(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
@@ -168,15 +189,22 @@ def _qserve(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedW
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if rows % 32 or columns % 32:
         raise ValueError(f"qweight stands for [{rows}, {columns}], not whole 32x32 tiles")
-    o, i = np.arange(rows)[:, None], np.arange(columns)[None, :]
-    tile = o // 32 * (columns // 32) + i // 32
-    inside = o % 8 * 64 + i % 16 // 4 * 16 + i % 32 // 16 * 8 + o % 16 // 8 * 4 + i % 4
     stream = np.ascontiguousarray(packed).view(np.uint8).reshape(-1)
-    codes = (stream[tile * 512 + inside] >> (o % 32 // 16 * 4)) & 15
+    i = np.arange(columns)
+
+    def nibbles(part: slice) -> Array:
+        o = np.arange(rows)[part, None]
+        tile = o // 32 * (columns // 32) + i // 32
+        inside = o % 8 * 64 + i % 16 // 4 * 16 + i % 32 // 16 * 8 + o % 16 // 8 * 4 + i % 4
+        found: Array = (stream[tile * 512 + inside] >> (o % 32 // 16 * 4)) & 15
+        return found
+
+    codes = _by_rows((rows, columns), nibbles, dtype=np.uint8)
     first = _number(tensors, "s1_scales", shape=(rows,), dtypes=("float16",))[:, None]
     if config.get("group_size") == -1:
         zeros = _number(tensors, "s1_szeros", shape=(rows,), dtypes=("float16",))[:, None]
-        return DecodedWeight(codes * first - zeros, codes, first)
+        weight = _by_rows(codes.shape, lambda part: codes[part] * first[part] - zeros[part])
+        return DecodedWeight(weight, codes, first)
     groups = _group_count(config, columns, tensor="qweight")
     if config.get("group_scale_order") != [*QSERVE_OUTPUTS]:
         raise ValueError("quantization_config.group_scale_order is not known")
@@ -186,8 +214,14 @@ def _qserve(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedW
         for name in ("s2_scales", "s2_zeros")
     )
     order = np.arange(columns) * groups // columns
-    weight = (codes * scales[:, order] + offsets[:, order]) * first
-    return DecodedWeight(weight, codes, scales * first)
+
+    def affine(part: slice) -> Float64:
+        weight: Float64 = codes[part] * scales[part].take(order, axis=1)
+        weight += offsets[part].take(order, axis=1)
+        weight *= first[part]
+        return weight
+
+    return DecodedWeight(_by_rows(codes.shape, affine), codes, scales * first)
 
 
 def _awq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
@@ -199,11 +233,13 @@ def _awq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeig
     groups = _group_count(config, columns, tensor="qweight")
     qzeros = _tensor(tensors, "qzeros", shape=(groups, rows // 8), dtypes=("int32",))
     scales = _number(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
-    shifts = np.tile(np.array(AWQ_NIBBLE_OF_OUTPUT, dtype=np.uint32) * 4, rows // 8)
 
     def nibbles(words: Array) -> NDArray[np.uint8]:
-        wide = np.repeat(words.astype("<i4").view("<u4"), 8, axis=1)
-        return ((wide >> shifts) & 15).astype(np.uint8).T
+        bits = np.ascontiguousarray(words.astype("<i4").view("<u4").T)
+        found = np.empty((bits.shape[0] * 8, bits.shape[1]), dtype=np.uint8)
+        for output, nibble in enumerate(AWQ_NIBBLE_OF_OUTPUT):
+            found[output::8] = (bits >> (4 * nibble)) & 15
+        return found
 
     codes, zeros = nibbles(qweight), nibbles(qzeros).astype(np.float64)
     order = np.arange(columns) * groups // columns
@@ -266,17 +302,6 @@ def _ct_scale_shape(
     raise ValueError(f"{tensor}: {columns} inputs by {strategy!r} of {size} is not known")
 
 
-def _spread(values: Array, args: Mapping[str, Any], rows: int, columns: int) -> Array:
-    """Values per group or block laid over [rows, columns]."""
-    height, width = args.get("block_structure") or (
-        _ceil(rows, values.shape[0]),
-        _ceil(columns, values.shape[1]),
-    )
-    over_rows = np.arange(rows) // height
-    over_columns = np.arange(columns) // width
-    return values[over_rows][:, over_columns]
-
-
 def _group_count(config: Mapping[str, Any], columns: int, *, tensor: str) -> int:
     size = config.get("group_size")
     if size == -1:
@@ -297,21 +322,45 @@ def _group_order(
 
 def _affine(codes: Array, zeros: Array, scales: Array, *, order: NDArray[np.int64]) -> Float64:
     """(code − zero)·scale in float64, with the group of each input in `order`."""
-    weight: Float64 = codes.astype(np.float64)
-    weight -= zeros[:, order]
-    weight *= scales[:, order]
-    return weight
+    each = (codes.shape[0], scales.shape[1])
+    zeros, scales = np.broadcast_to(zeros, each), np.broadcast_to(scales, each)
+
+    def some(part: slice) -> Float64:
+        weight: Float64 = codes[part] - zeros[part].take(order, axis=1)
+        weight *= scales[part].take(order, axis=1)
+        return weight
+
+    return _by_rows(codes.shape, some)
+
+
+def _by_rows(
+    shape: tuple[int, ...], some: Callable[[slice], Array], *, dtype: type = np.float64
+) -> Array:
+    """A matrix made a few rows at a time, so that no other array is of its size."""
+    whole: Array = np.empty(shape, dtype)
+    step = max(1, 2**18 // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        whole[rows] = some(rows)
+    return whole
 
 
 def _bit_stream(words: Array, *, bits: int, count: int) -> NDArray[np.uint8]:
     """Codes [n, count] of int32 rows [n, words] read as one little-endian bit stream each."""
     stream = np.ascontiguousarray(words).astype("<i4").view(np.uint8)
     stream = np.pad(stream, ((0, 0), (0, 1)))
-    first = np.arange(count) * bits
-    low = stream[:, first // 8].astype(np.uint16)
-    high = stream[:, first // 8 + 1].astype(np.uint16)
-    window = (low | (high << 8)) >> (first % 8).astype(np.uint16)
-    return (window & ((1 << bits) - 1)).astype(np.uint8)
+    codes = np.empty((stream.shape[0], count), dtype=np.uint8)
+    period = 8 // math.gcd(bits, 8)  # codes after which one starts at a whole byte again
+    for k in range(min(period, count)):
+        every = codes[:, k::period]
+        first, shift = divmod(k * bits, 8)
+        apart = bits * period // 8
+        window: Array = stream[:, first::apart][:, : every.shape[1]]
+        if shift + bits > 8:
+            high = stream[:, first + 1 :: apart][:, : every.shape[1]]
+            window = window | high.astype(np.uint16) << 8
+        every[:] = (window >> shift) & ((1 << bits) - 1)
+    return codes
 
 
 def _e4m3(raw: Array) -> Float64:

@@ -40,7 +40,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, float32 rounded to bfloat16 on its way into the units that a CPU has for it."""
     if not _has_matrix_units():
         return a @ b
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -52,7 +52,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 @cache
 def _has_matrix_units() -> bool:
     """Whether this processor has Intel's AMX for bfloat16, and a PyTorch that tells."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 
