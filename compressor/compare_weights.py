@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compressor.folding import fold
 from compressor.layout import Fold, Linear, UnitLayout
-from compressor.qtensor import QTensor
+from compressor.qtensor import QuantSpec
 
 COMPARABLE = 0.7
 """Above this median error the weights were moved by more than rescaling, by a rotation or an order
@@ -43,16 +43,19 @@ def layer_errors(
     unit: UnitLayout,
     *,
     written: Mapping[str, Tensor],
-    original: Mapping[str, Tensor],
-    quantized: Mapping[str, QTensor],
+    original: dict[str, Tensor],
+    specs: Mapping[str, QuantSpec],
 ) -> list[LayerError]:
-    """Errors of a unit's linears; both mappings hold every float weight by its full name."""
-    after = {name: tensor.float() for name, tensor in written.items()}
-    before = {name: tensor.float() for name, tensor in original.items()}
+    """Errors of a unit's linears.
+
+    written, original  every weight by its full name, float32; what was rescaled takes the place of
+                       the original's, since a unit in float32 is large
+    specs              how linears are quantized
+    """
     # What makes a linear's rows can be compared only once its columns are rescaled alike.
     for site in sorted(unit.folds, key=lambda f: f.kind != "norm"):
-        before |= _rescaled(site, unit, after, before)
-    return [_error(linear, after, before, quantized.get(linear.name)) for linear in unit.linears]
+        original |= _rescaled(site, unit, written, original)
+    return [_error(x, written, original, specs.get(x.name)) for x in unit.linears]
 
 
 def _rescaled(
@@ -91,15 +94,18 @@ def _distance(
 
 
 def _error(
-    linear: Linear, after: Mapping[str, Tensor], before: Mapping[str, Tensor], q: QTensor | None
+    linear: Linear,
+    after: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    spec: QuantSpec | None,
 ) -> LayerError:
     name = f"{linear.name}.weight"
     new, old = after[name], before[name]
     norm = float(old.norm())
     error = float((new - old).norm()) / max(norm, 1e-30)
-    if q is None:
+    if spec is None:
         return LayerError(linear=linear.name, error=error, misfit=None)
-    size = q.spec.group_size or new.shape[1]
+    size = spec.group_size or new.shape[1]
     groups = (new.shape[0], -1, size)
     new, old = new.reshape(groups), old.reshape(groups)
     fit = (new * old).sum(-1) / new.square().sum(-1)

@@ -6,6 +6,7 @@ of common machines, so the time is an estimate of its order, not a promise.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from compressor.layout import UnitLayout
 from compressor.plan import Plan
 from compressor.process_memory import IMPORTED_BYTES
 from compressor.unit_plan import UnitPlan
+from compressor.verify_units import layers_ahead
 
 STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
 """What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
@@ -71,7 +73,8 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
         held = max(inputs + working + max(raw), learning)
     else:
         host += max(inputs + working, learning)
-        host = max(host, IMPORTED_BYTES + started + _evaluating_bytes(plan, device))
+    judging = max(_verifying_bytes(plan, device), _evaluating_bytes(plan, device))
+    host = max(host, IMPORTED_BYTES + started + judging)
     return Estimates(
         source_bytes=sum(raw),
         output_bytes=plan.output_bytes,
@@ -132,13 +135,40 @@ def _source_bytes(plan: Plan, unit: UnitLayout) -> list[int]:
     return [entries[name].spec.nbytes for name in plan.source.names(unit)]
 
 
+def _verifying_bytes(plan: Plan, device: torch.device) -> int:
+    """The largest written unit with its layers in float64, or beside the original's."""
+    if not plan.recipe.verify or plan.delta is not None:
+        return 0
+    most = 0
+    for unit in plan.units:
+        schemes = plan.schemes.linears
+        shapes = [x.shape for x in unit.layout.linears if schemes[x.name].weight is not None]
+        if not shapes:
+            continue
+        largest = max(shapes, key=math.prod)
+        layers, floats = layers_ahead(largest) + 1, 0
+        if device.type == "cpu":
+            # Both readers' weights are there. Units are compared in float32, where those that read
+            # one input are rescaled, and a difference is as large as its layer.
+            layers += 1
+            floats = 8 * sum(map(math.prod, shapes)) + 16 * math.prod(largest)
+        checked = 8 * layers * math.prod(largest)
+        compared = sum(_source_bytes(plan, unit.layout)) + sum(map(math.prod, shapes)) + floats
+        written = sum(spec.nbytes for spec in unit.outputs.values())
+        most = max(most, written + max(checked, compared))
+    return most
+
+
 def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
-    """Hidden states, heads and logits of the written checkpoint, and of the original beside it."""
+    """Hidden states of the written checkpoint, and of the original beside it; on a CPU their heads
+    and logits too."""
     wanted = plan.recipe.evaluate
     if wanted is None:
         return 0
     models = 2 if wanted.against_original else 1
     states = 4 * wanted.windows * wanted.length * _hidden(plan)
+    if device.type == "cuda":
+        return models * (states + max(sum(_source_bytes(plan, u.layout)) for u in plan.units))
     vocabulary = int(plan.source.checkpoint.config.get("vocab_size", 0))
     head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
     logits = 4 * LOGIT_ELEMENTS[device.type]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
+import torch
+
 M_ARENA_MAX = -8
 """glibc's number for the most heaps of a process."""
 
@@ -20,6 +22,14 @@ def share_heap() -> None:
     use, about 5 MB with each layer of a delta. Tensors are few and large, so no thread waits."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+def give_back_page_locked() -> None:
+    """Return page-locked memory that no tensor holds, which PyTorch keeps for later copies."""
+    # Not in PyTorch 2.8, which keeps it.
+    empty = getattr(torch.accelerator, "empty_host_cache", None)
+    if empty is not None:
+        empty()
 
 
 def give_back() -> None:

@@ -7,17 +7,23 @@ uint16 bit patterns and float8 E4M3 as uint8. Every complaint is a ValueError th
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Float64 = NDArray[np.float64]
+from compressor.independent_arrays import (
+    Array,
+    Float64,
+    array,
+    bit_stream,
+    by_rows,
+    e4m3,
+    numbers,
+)
 
 AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))
@@ -64,7 +70,7 @@ def decode_linear(
         return _qserve(config, tensors)
     elif method not in (None, "awq", "gptq", "modelopt", "qserve"):
         raise ValueError(f"quantization_config.quant_method {method!r} is not known")
-    return DecodedWeight(_number(tensors, "weight", shape=None, dtypes=FLOAT_DTYPES))
+    return DecodedWeight(numbers(tensors, "weight", shape=None, dtypes=FLOAT_DTYPES))
 
 
 def _compressed_tensors(
@@ -77,7 +83,7 @@ def _compressed_tensors(
     if format in ("int-quantized", "float-quantized", "naive-quantized"):
         return _ct_plain(args, tensors)
     if format == "nvfp4-pack-quantized":
-        divisor = _number(tensors, "weight_global_scale", shape=(1,), dtypes=("float32",))
+        divisor = numbers(tensors, "weight_global_scale", shape=(1,), dtypes=("float32",))
         if divisor[0] == 0:
             raise ValueError("weight_global_scale is 0")
         # What multiplies by such a weight takes the divisor's reciprocal in float32.
@@ -88,17 +94,17 @@ def _compressed_tensors(
 
 def _ct_packed(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
     bits = _bits(args, "num_bits", known=range(1, 9))
-    shape = _tensor(tensors, "weight_shape", shape=(2,), dtypes=("int64",))
+    shape = array(tensors, "weight_shape", shape=(2,), dtypes=("int64",))
     rows, columns = int(shape[0]), int(shape[1])
     if rows < 1 or columns < 1:
         raise ValueError(f"weight_shape says [{rows}, {columns}]")
     codes = _ct_codes(tensors, "weight_packed", bits=bits, rows=rows, count=columns)
     scale_shape = _ct_scale_shape(args, rows, columns, tensor="weight_packed")
-    scales = _number(tensors, "weight_scale", shape=scale_shape, dtypes=FLOAT_DTYPES)
+    scales = numbers(tensors, "weight_scale", shape=scale_shape, dtypes=FLOAT_DTYPES)
     zeros = np.full(scale_shape, 2.0 ** (bits - 1))
     if not args.get("symmetric", True):
         if scale_shape == (1,):
-            zeros += _tensor(tensors, "weight_zero_point", shape=(1,), dtypes=("int8",))
+            zeros += array(tensors, "weight_zero_point", shape=(1,), dtypes=("int8",))
         else:
             turned = {key: array.T for key, array in tensors.items()}
             zeros = _ct_codes(
@@ -116,25 +122,25 @@ def _ct_codes(
 ) -> NDArray[np.uint8]:
     """Codes [rows, count]; before 0.18 each word held 32 // bits whole codes, told by the width."""
     whole = 32 // bits
-    words = _tensor(tensors, name, shape=None, dtypes=("int32",))
+    words = array(tensors, name, shape=None, dtypes=("int32",))
     if words.shape == (rows, _ceil(count, whole)) != (rows, _ceil(count * bits, 32)):
-        each = _bit_stream(words.reshape(-1, 1), bits=bits, count=whole)
+        each = bit_stream(words.reshape(-1, 1), bits=bits, count=whole)
         return each.reshape(rows, -1)[:, :count]
-    words = _tensor(tensors, name, shape=(rows, _ceil(count * bits, 32)), dtypes=("int32",))
-    return _bit_stream(words, bits=bits, count=count)
+    words = array(tensors, name, shape=(rows, _ceil(count * bits, 32)), dtypes=("int32",))
+    return bit_stream(words, bits=bits, count=count)
 
 
 def _ct_plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
     floats = args.get("type", "int") == "float"
-    stored = _tensor(tensors, "weight", shape=None, dtypes=("uint8",) if floats else ("int8",))
+    stored = array(tensors, "weight", shape=None, dtypes=("uint8",) if floats else ("int8",))
     rows, columns = stored.shape
     shape = _ct_scale_shape(args, rows, columns, tensor="weight")
-    scales = np.atleast_2d(_number(tensors, "weight_scale", shape=shape, dtypes=FLOAT_DTYPES))
+    scales = np.atleast_2d(numbers(tensors, "weight_scale", shape=shape, dtypes=FLOAT_DTYPES))
     half = 2 ** (int(args.get("num_bits", 8)) - 1)
     codes = stored if floats else (stored.astype(np.int16) + half).astype(np.uint8)
     zeros = None
     if not args.get("symmetric", True):
-        zeros = np.atleast_2d(_tensor(tensors, "weight_zero_point", shape=shape, dtypes=("int8",)))
+        zeros = np.atleast_2d(array(tensors, "weight_zero_point", shape=shape, dtypes=("int8",)))
     height, width = args.get("block_structure") or (
         _ceil(rows, scales.shape[0]),
         _ceil(columns, scales.shape[1]),
@@ -142,50 +148,50 @@ def _ct_plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedW
     down, across = np.arange(rows) // height, np.arange(columns) // width
 
     def some(part: slice) -> Float64:
-        weight = _e4m3(stored[part]) if floats else stored[part].astype(np.float64)
+        weight = e4m3(stored[part]) if floats else stored[part].astype(np.float64)
         if zeros is not None:
             weight -= zeros[down[part]].take(across, axis=1)
         weight *= scales[down[part]].take(across, axis=1)
         return weight
 
-    return DecodedWeight(_by_rows(stored.shape, some), codes, scales)
+    return DecodedWeight(by_rows(stored.shape, some), codes, scales)
 
 
 def _nvfp4(tensors: Mapping[str, Array], name: str, *, multiplier: float) -> DecodedWeight:
-    packed = _tensor(tensors, name, shape=None, dtypes=("uint8",))
+    packed = array(tensors, name, shape=None, dtypes=("uint8",))
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if columns % 16:
         raise ValueError(f"{name} holds {columns} inputs, not a multiple of 16")
     codes = np.empty((rows, columns), dtype=np.uint8)
     codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
-    blocks = _tensor(tensors, "weight_scale", shape=(rows, columns // 16), dtypes=("uint8",))
-    scales = _e4m3(blocks) * multiplier
+    blocks = array(tensors, "weight_scale", shape=(rows, columns // 16), dtypes=("uint8",))
+    scales = e4m3(blocks) * multiplier
 
     def some(part: slice) -> Float64:
         weight: Float64 = SIGNED_E2M1.take(codes[part])
         weight *= scales[part].repeat(16, axis=1)
         return weight
 
-    return DecodedWeight(_by_rows((rows, columns), some), codes, scales)
+    return DecodedWeight(by_rows((rows, columns), some), codes, scales)
 
 
 def _modelopt(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
     algorithm = config.get("quant_algo")
     if algorithm in ("NVFP4", "W4A16_NVFP4"):
-        multiplier = _number(tensors, "weight_scale_2", shape=(), dtypes=("float32",))
+        multiplier = numbers(tensors, "weight_scale_2", shape=(), dtypes=("float32",))
         return _nvfp4(tensors, "weight", multiplier=float(multiplier))
     if algorithm != "FP8":
         raise ValueError(f"quantization_config.quant_algo {algorithm!r} is not known")
-    raw = _tensor(tensors, "weight", shape=None, dtypes=("uint8",))
-    scale = _number(tensors, "weight_scale", shape=(), dtypes=("float32",))
-    weight = _e4m3(raw)
+    raw = array(tensors, "weight", shape=None, dtypes=("uint8",))
+    scale = numbers(tensors, "weight_scale", shape=(), dtypes=("float32",))
+    weight = e4m3(raw)
     weight *= scale
     return DecodedWeight(weight, raw, scale.reshape(1, 1))
 
 
 def _qserve(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
     _bits(config, "bits", known=(4,))
-    packed = _tensor(tensors, "qweight", shape=None, dtypes=("int8",))
+    packed = array(tensors, "qweight", shape=None, dtypes=("int8",))
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if rows % 32 or columns % 32:
         raise ValueError(f"qweight stands for [{rows}, {columns}], not whole 32x32 tiles")
@@ -199,18 +205,18 @@ def _qserve(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedW
         found: Array = (stream[tile * 512 + inside] >> (o % 32 // 16 * 4)) & 15
         return found
 
-    codes = _by_rows((rows, columns), nibbles, dtype=np.uint8)
-    first = _number(tensors, "s1_scales", shape=(rows,), dtypes=("float16",))[:, None]
+    codes = by_rows((rows, columns), nibbles, dtype=np.uint8)
+    first = numbers(tensors, "s1_scales", shape=(rows,), dtypes=("float16",))[:, None]
     if config.get("group_size") == -1:
-        zeros = _number(tensors, "s1_szeros", shape=(rows,), dtypes=("float16",))[:, None]
-        weight = _by_rows(codes.shape, lambda part: codes[part] * first[part] - zeros[part])
+        zeros = numbers(tensors, "s1_szeros", shape=(rows,), dtypes=("float16",))[:, None]
+        weight = by_rows(codes.shape, lambda part: codes[part] * first[part] - zeros[part])
         return DecodedWeight(weight, codes, first)
     groups = _group_count(config, columns, tensor="qweight")
     if config.get("group_scale_order") != [*QSERVE_OUTPUTS]:
         raise ValueError("quantization_config.group_scale_order is not known")
     place = np.argsort(QSERVE_OUTPUTS)[np.arange(rows) % 32] + np.arange(rows) // 32 * 32
     scales, offsets = (
-        _tensor(tensors, name, shape=(groups, rows), dtypes=("int8",))[:, place].T.astype(float)
+        array(tensors, name, shape=(groups, rows), dtypes=("int8",))[:, place].T.astype(float)
         for name in ("s2_scales", "s2_zeros")
     )
     order = np.arange(columns) * groups // columns
@@ -221,18 +227,18 @@ def _qserve(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedW
         weight *= first[part]
         return weight
 
-    return DecodedWeight(_by_rows(codes.shape, affine), codes, scales * first)
+    return DecodedWeight(by_rows(codes.shape, affine), codes, scales * first)
 
 
 def _awq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
     _bits(config, "bits", known=(4,))
     if str(config.get("version", "gemm")).lower() != "gemm":
         raise ValueError(f"quantization_config.version {config['version']!r} is not known")
-    qweight = _tensor(tensors, "qweight", shape=None, dtypes=("int32",))
+    qweight = array(tensors, "qweight", shape=None, dtypes=("int32",))
     columns, rows = qweight.shape[0], qweight.shape[1] * 8
     groups = _group_count(config, columns, tensor="qweight")
-    qzeros = _tensor(tensors, "qzeros", shape=(groups, rows // 8), dtypes=("int32",))
-    scales = _number(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
+    qzeros = array(tensors, "qzeros", shape=(groups, rows // 8), dtypes=("int32",))
+    scales = numbers(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
 
     def nibbles(words: Array) -> NDArray[np.uint8]:
         bits = np.ascontiguousarray(words.astype("<i4").view("<u4").T)
@@ -251,13 +257,13 @@ def _gptq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWei
     marker = config.get("checkpoint_format") or "gptq"
     if marker not in ("gptq", "gptq_v2"):
         raise ValueError(f"quantization_config.checkpoint_format {marker!r} is not known")
-    qweight = _tensor(tensors, "qweight", shape=None, dtypes=("int32",))
+    qweight = array(tensors, "qweight", shape=None, dtypes=("int32",))
     columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
     groups = _group_count(config, columns, tensor="qweight")
-    qzeros = _tensor(tensors, "qzeros", shape=(groups, rows * bits // 32), dtypes=("int32",))
-    scales = _number(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
-    codes = _bit_stream(qweight.T, bits=bits, count=columns)
-    zeros = _bit_stream(qzeros, bits=bits, count=rows).T.astype(np.float64)
+    qzeros = array(tensors, "qzeros", shape=(groups, rows * bits // 32), dtypes=("int32",))
+    scales = numbers(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
+    codes = bit_stream(qweight.T, bits=bits, count=columns)
+    zeros = bit_stream(qzeros, bits=bits, count=rows).T.astype(np.float64)
     if marker == "gptq":
         zeros += 1
     order = _group_order(tensors, "g_idx", columns, groups=groups)
@@ -314,7 +320,7 @@ def _group_count(config: Mapping[str, Any], columns: int, *, tensor: str) -> int
 def _group_order(
     tensors: Mapping[str, Array], name: str, columns: int, *, groups: int
 ) -> NDArray[np.int64]:
-    order = _tensor(tensors, name, shape=(columns,), dtypes=("int32", "int64"))
+    order = array(tensors, name, shape=(columns,), dtypes=("int32", "int64"))
     if order.min() < 0 or order.max() >= groups:
         raise ValueError(f"{name} names groups outside 0 … {groups - 1}")
     return order.astype(np.int64)
@@ -330,87 +336,7 @@ def _affine(codes: Array, zeros: Array, scales: Array, *, order: NDArray[np.int6
         weight *= scales[part].take(order, axis=1)
         return weight
 
-    return _by_rows(codes.shape, some)
-
-
-def _by_rows(
-    shape: tuple[int, ...], some: Callable[[slice], Array], *, dtype: type = np.float64
-) -> Array:
-    """A matrix made a few rows at a time, so that no other array is of its size."""
-    whole: Array = np.empty(shape, dtype)
-    step = max(1, 2**18 // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        rows = slice(start, start + step)
-        whole[rows] = some(rows)
-    return whole
-
-
-def _bit_stream(words: Array, *, bits: int, count: int) -> NDArray[np.uint8]:
-    """Codes [n, count] of int32 rows [n, words] read as one little-endian bit stream each."""
-    stream = np.ascontiguousarray(words).astype("<i4").view(np.uint8)
-    stream = np.pad(stream, ((0, 0), (0, 1)))
-    codes = np.empty((stream.shape[0], count), dtype=np.uint8)
-    period = 8 // math.gcd(bits, 8)  # codes after which one starts at a whole byte again
-    for k in range(min(period, count)):
-        every = codes[:, k::period]
-        first, shift = divmod(k * bits, 8)
-        apart = bits * period // 8
-        window: Array = stream[:, first::apart][:, : every.shape[1]]
-        if shift + bits > 8:
-            high = stream[:, first + 1 :: apart][:, : every.shape[1]]
-            window = window | high.astype(np.uint16) << 8
-        every[:] = (window >> shift) & ((1 << bits) - 1)
-    return codes
-
-
-def _e4m3(raw: Array) -> Float64:
-    """float8 E4M3 (finite only; 0x7F is NaN) from its bytes."""
-    byte = np.arange(256)
-    exponent, mantissa = (byte >> 3) & 15, byte & 7
-    magnitude = np.where(
-        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
-    )
-    magnitude[(byte & 127) == 127] = np.nan
-    table = np.where(byte & 128, -magnitude, magnitude)
-    values: Float64 = table[raw]
-    return values
-
-
-def _number(
-    tensors: Mapping[str, Array],
-    name: str,
-    *,
-    shape: tuple[int, ...] | None,
-    dtypes: Sequence[str],
-) -> Float64:
-    """A finite float tensor as float64; uint16 is bfloat16."""
-    array = _tensor(tensors, name, shape=shape, dtypes=dtypes)
-    if array.dtype == np.uint16:
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    values = array.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinity")
-    return values
-
-
-def _tensor(
-    tensors: Mapping[str, Array],
-    name: str,
-    *,
-    shape: tuple[int, ...] | None,
-    dtypes: Sequence[str],
-) -> Array:
-    """A tensor of one of `dtypes` and of `shape`, or any matrix where no shape is given."""
-    if name not in tensors:
-        raise ValueError(f"{name} is missing")
-    array = tensors[name]
-    if array.dtype.name not in dtypes:
-        raise ValueError(f"{name} is {array.dtype.name}, not {' or '.join(dtypes)}")
-    if shape is None and array.ndim != 2:
-        raise ValueError(f"{name} is {array.shape}, not a matrix")
-    if shape is not None and array.shape != shape:
-        raise ValueError(f"{name} is {array.shape}, not {shape}")
-    return array
+    return by_rows(codes.shape, some)
 
 
 def _bits(config: Mapping[str, Any], key: str, *, known: Sequence[int]) -> int:

@@ -162,6 +162,8 @@ class _Loop:
                 outputs, rows, originals = self._work(index, unit, tensors)
                 batches = self._next_inputs(index, unit, outputs, originals)
                 output.put(index, outputs, {"source": digest, "rows": rows, "batches": batches})
+                # The next unit is not to be worked on beside what is left of this one.
+                del source, tensors, outputs, originals
                 self._finished(index, unit, rows, started)
             output.drain()
         digest = hashlib.sha256("\n".join(self.source_hashes).encode()).hexdigest()

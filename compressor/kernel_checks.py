@@ -19,10 +19,13 @@ from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.kernel_layer import EVERYTHING, KernelCheck, Layer, Product, Tile
 from compressor.kernel_lowbit import NVFP4, W4A8, W8A8
 from compressor.kernel_weights import WeightOnly
+from compressor.numerics.chunks import row_chunks
 from compressor.scheme import Scheme
 
 GPU_TOKENS = (1, 16, 64)
 TILE_OUTPUTS, TILE_INPUTS = 32, 1024
+WHOLE_ROWS = 128
+"""Rows after which words, tiles and blocks of every format begin anew."""
 INTERPRETER = (3, 7)
 """The oldest Triton whose interpreter runs these kernels."""
 
@@ -67,13 +70,13 @@ class W4A16:
         bound = (2 * torch.finfo(half).eps + 1e-5) * magnitudes + 1e-30
         return Product(found=found, expected=x.double() @ weight.mT, bound=bound)
 
-    def reference(self, layer: Layer, x: Tensor) -> Product:
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.w4a16 import w4a16_ref
 
         x = x.double()
-        packed, scales, zeros = self._operands(layer, EVERYTHING, x.device)
+        packed, scales, zeros = self._operands(layer, tile, x.device)
         found = w4a16_ref(x, packed, scales, zeros, group_size=layer.q.spec.group_size)
-        weight = layer.weight.to(x.device)
+        weight = layer.weight[tile.rows, tile.columns].to(x.device)
         bound = 1e-11 * (x.abs() @ weight.abs().mT) + 1e-30
         return Product(found=found, expected=x @ weight.mT, bound=bound)
 
@@ -162,7 +165,7 @@ def check_kernel(
             columns = tile.columns.stop - tile.columns.start
             x = torch.randn(1, columns, generator=generator)
             products.append(check.kernel(layer, x, tile))
-        products.append(check.reference(layer, torch.randn(2, inputs, generator=generator)))
+        products.append(_reference(check, layer, torch.randn(2, inputs, generator=generator)))
     errors, problem = [], ""
     for product in products:
         found, expected = product.found.double(), product.expected
@@ -178,6 +181,19 @@ def check_kernel(
                 f"({int(wrong.sum())} of {wrong.numel()} wrong)"
             )
     return KernelResult(kernel=check.name, triton=triton, error=max(errors), problem=problem)
+
+
+def _reference(check: KernelCheck, layer: Layer, x: Tensor) -> Product:
+    """The plain reference's product with a whole layer, some rows after others."""
+    parts = [
+        check.reference(layer, x, Tile(rows=rows, columns=slice(None)))
+        for rows in row_chunks(layer.weight, multiple=WHOLE_ROWS)
+    ]
+    return Product(
+        found=torch.cat([part.found for part in parts], -1),
+        expected=torch.cat([part.expected for part in parts], -1),
+        bound=torch.cat([part.bound for part in parts], -1),
+    )
 
 
 def seeded_tile(layer: Layer, generator: torch.Generator) -> Tile:

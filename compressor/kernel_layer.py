@@ -63,6 +63,6 @@ class KernelCheck(Protocol):
         """The Triton kernel's product with inputs x [tokens, columns] float32 of a tile."""
         ...
 
-    def reference(self, layer: Layer, x: Tensor) -> Product:
-        """The plain reference's product with the whole layer."""
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        """The plain reference's product with inputs x of a tile of whole rows."""
         ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.kernel_layer import EVERYTHING, Layer, Product, Tile
+from compressor.kernel_layer import Layer, Product, Tile
 from compressor.qtensor import QTensor
 from compressor.scheme import ActivationSpec, Scheme
 
@@ -58,15 +58,14 @@ class W8A8:
         loss = FP8_SUMS if fp8 and x.is_cuda else SUMS
         return product(found, quantized_input(layer, x), dense, loss)
 
-    def reference(self, layer: Layer, x: Tensor) -> Product:
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.activations import quantize_tokens_ref
         from compressor_kernels.w8a8 import w8a8_blocks_ref, w8a8_ref
 
         codes, scales = _input_codes(layer, x, quantize_tokens_ref)
-        found = self._multiply(
-            layer, EVERYTHING, codes, scales, plain=w8a8_ref, blocks=w8a8_blocks_ref
-        )
-        return product(found, quantized_input(layer, x), layer.weight.to(x.device), SUMS)
+        found = self._multiply(layer, tile, codes, scales, plain=w8a8_ref, blocks=w8a8_blocks_ref)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        return product(found, quantized_input(layer, x), dense, SUMS)
 
     def _multiply(
         self,
@@ -130,13 +129,13 @@ class NVFP4:
         found = nvfp4_matmul(units.to(torch.bfloat16), *operands, out_dtype=torch.float32) * second
         return product(found, self._seen(layer, x), dense, SUMS)
 
-    def reference(self, layer: Layer, x: Tensor) -> Product:
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.nvfp4 import nvfp4_matmul_ref
 
-        operands = self._operands(layer.q, EVERYTHING, x.device)
+        operands = self._operands(layer.q, tile, x.device)
         seen = x.double() if layer.scheme.input is None else self._seen(layer, x)
         found = nvfp4_matmul_ref(seen, *operands)
-        return product(found, seen, layer.weight.to(x.device), 1e-11)
+        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), 1e-11)
 
     def _seen(self, layer: Layer, x: Tensor) -> Tensor:
         from compressor_kernels.nvfp4_inputs import quantize_nvfp4_inputs_ref
@@ -182,14 +181,15 @@ class W4A8:
         dense = layer.weight[tile.rows, tile.columns].to(x.device)
         return product(found, quantized_input(layer, x), dense, SUMS)
 
-    def reference(self, layer: Layer, x: Tensor) -> Product:
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.activations import quantize_tokens_ref
         from compressor_kernels.w4a8 import w4a8_ref
 
         codes, scales = quantize_tokens_ref(x, dtype=torch.int8)
-        operands = self._operands(layer, EVERYTHING, x.device)
+        operands = self._operands(layer, tile, x.device)
         found = w4a8_ref(codes, **operands, row_scales=scales, out_dtype=torch.float32)
-        return product(found, quantized_input(layer, x), layer.weight.to(x.device), SUMS)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        return product(found, quantized_input(layer, x), dense, SUMS)
 
     def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
         """Stored tensors of a part of the layer, which starts and ends at whole tiles."""

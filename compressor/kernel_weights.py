@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.formats.packing.words import WORD, pack_words, word_count
-from compressor.kernel_layer import EVERYTHING, Layer, Product, Tile
+from compressor.kernel_layer import Layer, Product, Tile
 from compressor.kernel_lowbit import (
     DTYPES,
     SUMS,
@@ -71,13 +71,13 @@ class WeightOnly:
         loss = SUMS + (2 * torch.finfo(half).eps if rounded else 0)
         return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), loss)
 
-    def reference(self, layer: Layer, x: Tensor) -> Product:
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.weight_only import weight_only_ref
 
-        codes, scales, zeros, block = self._operands(layer, EVERYTHING, x.device)
+        codes, scales, zeros, block = self._operands(layer, tile, x.device)
         seen = x.double() if layer.scheme.input is None else quantized_input(layer, x)
         found = weight_only_ref(seen, codes, scales, zeros, bits=layer.q.spec.bits, block=block)
-        return product(found, seen, layer.weight.to(x.device), 1e-11)
+        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), 1e-11)
 
     def _operands(
         self, layer: Layer, tile: Tile, device: torch.device

@@ -16,6 +16,7 @@ from compressor.delta_source import merged_source, open_delta
 from compressor.errors import CompressError
 from compressor.evaluate import EvaluationResult, TaskScore, evaluate, plain_json, strided
 from compressor.gate import GateResult, Passes
+from compressor.heap import give_back_page_locked
 from compressor.passkey import PasskeyResult, passkey
 from compressor.plan import make_plan
 from compressor.recipe import make_recipe
@@ -110,6 +111,9 @@ class _Judge:
 
     def run(self, rows: Sequence[Mapping[str, Any]]) -> Verdict:
         recipe = self.prepared.recipe
+        if self.prepared.device.type == "cuda" and (recipe.verify or recipe.evaluate):
+            # What the run copied units through is not used again.
+            give_back_page_locked()
         verified = self._verify() if recipe.verify else None
         if verified is not None and not verified.ok:
             return Verdict(verified=verified, seconds=self.seconds)

@@ -6,8 +6,9 @@ import hashlib
 import math
 import os
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,13 +26,20 @@ from compressor.kernel_checks import KernelResult, check_kernel, interpreter_run
 from compressor.kernel_layer import Layer
 from compressor.layout import Linear, UnitLayout
 from compressor.manifest import MANIFEST_NAME, Manifest
+from compressor.numerics.chunks import row_chunks
 from compressor.passes.base import Unit
+from compressor.qtensor import QTensor
 from compressor.safetensors_file import tensor_bytes
 from compressor.source import Source
 from compressor.unit_plan import attention_path
 from compressor.verify_report import Findings, LayerVerdict
 
 Progress = Callable[[str, int, int], None]
+
+DECODERS = 4
+AHEAD_ELEMENTS = 2**27
+"""Layers decoded at once, and the most weights of them in float64 beside the one that is checked:
+one gigabyte."""
 
 
 @dataclass(slots=True)
@@ -79,7 +87,7 @@ class UnitChecks:
             self._layer(linear, decoded, raw)
         self._cache(unit, raw)
         if self.original is not None:
-            self._compare(place, unit, self.source.assemble(unit, raw))
+            self._compare(place, unit, raw)
 
     def _hash(self, raw: dict[str, Tensor]) -> None:
         self.seen |= set(raw)
@@ -97,7 +105,7 @@ class UnitChecks:
     def _decode(
         self, linears: Sequence[Linear], raw: dict[str, Tensor]
     ) -> Iterator[tuple[Linear, DecodedWeight | str]]:
-        """Each layer by the second reader, a few at a time: its weight or what is wrong."""
+        """Each layer by the second reader, a few ahead: its weight or what is wrong."""
         config = self.source.checkpoint.config.get("quantization_config")
 
         def decode(linear: Linear) -> DecodedWeight | str:
@@ -107,11 +115,16 @@ class UnitChecks:
             except ValueError as error:
                 return f"{linear.name}.{error}"
 
-        workers = min(4, os.cpu_count() or 1)
+        workers = min(DECODERS, os.cpu_count() or 1)
+        waiting = deque(linears)
+        ahead: deque[tuple[Linear, Future[DecodedWeight | str]]] = deque()
         with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(linears), workers):
-                few = linears[start : start + workers]
-                yield from zip(few, pool.map(decode, few), strict=True)
+            while waiting or ahead:
+                while waiting and len(ahead) < layers_ahead(waiting[0].shape, workers):
+                    ahead.append((waiting[0], pool.submit(decode, waiting.popleft())))
+                linear, decoded = ahead.popleft()
+                yield linear, decoded.result()
+                del decoded
 
     def _layer(self, linear: Linear, decoded: DecodedWeight | str, raw: dict[str, Tensor]) -> None:
         scheme = self.source.schemes.linears[linear.name]
@@ -123,9 +136,9 @@ class UnitChecks:
             return
         tensors = _local(linear, raw)
         q = self.source.format.decode(tensors, scheme.weight)
-        weight = torch.from_numpy(decoded.weight)
-        ours = q.dequantize(torch.float64)
-        if weight.shape != ours.shape or not torch.allclose(weight, ours, rtol=1e-12, atol=0):
+        weight = torch.from_numpy(decoded.weight).to(self.device)
+        del decoded
+        if not _same(weight, q.to(self.device)):
             self.decoded.append(f"{linear.name}: two readers see different weights")
             return
         check = kernel_for(scheme, linear.shape)
@@ -158,25 +171,31 @@ class UnitChecks:
         if found.problem:
             self.kernels.append(f"{path}: {found.problem}")
 
-    def _compare(self, place: int, unit: UnitLayout, written: Unit) -> None:
+    def _compare(self, place: int, unit: UnitLayout, raw: dict[str, Tensor]) -> None:
         assert self.original is not None
-        before = self.original.read_unit(self.original.layout.units[place]).dequantized()
-        after = written.dequantized()
+        # Codes, and weights as they were read, make room for those in float32.
+        after = self._floats(self.source.assemble(unit, raw))
+        before = self._floats(self.original.read_unit(self.original.layout.units[place]))
         tied = self.original.layout.tied
         for linear in unit.linears:
             name = f"{linear.name}.weight"
             if name in after and name not in before and tied is not None:
-                before[name] = self.original.checkpoint.read([tied])[tied]
+                before[name] = self.original.checkpoint.read([tied])[tied].to(self.device)
         compared = [x for x in unit.linears if f"{x.name}.weight" in after]
         if not compared:
             return
-        moved = ({n: t.to(self.device) for n, t in part.items()} for part in (after, before))
-        after, before = moved
-        for row in layer_errors(unit, written=after, original=before, quantized=written.quantized):
+        schemes = self.source.schemes.linears
+        specs = {x.name: spec for x in compared if (spec := schemes[x.name].weight) is not None}
+        for row in layer_errors(unit, written=after, original=before, specs=specs):
             known = self.found.layers.get(row.linear, LayerVerdict(linear=row.linear))
             self.found.layers[row.linear] = LayerVerdict(**{**asdict(known), "error": row.error})
             if row.misfit is not None:
                 self.misfits[row.linear] = row.misfit
+
+    def _floats(self, unit: Unit) -> dict[str, Tensor]:
+        """A unit's weights in float32 on the device, where codes are decoded."""
+        coded = {f"{n}.weight": q.to(self.device).dequantize() for n, q in unit.quantized.items()}
+        return {**{n: t.to(self.device).float() for n, t in unit.tensors.items()}, **coded}
 
     def _conclude(self) -> None:
         layers = self.found.layers.values()
@@ -249,6 +268,19 @@ class UnitChecks:
         shown = ", ".join(f"{name} {errors[name]:.3g}" for name in worst)
         detail = f"median {middle:.3g} of {len(values)} layers; largest {shown}"
         self.found.add("error to the original", problems, detail)
+
+
+def layers_ahead(shape: tuple[int, int], workers: int = DECODERS) -> int:
+    """How many layers of this shape are decoded beside the one that is checked."""
+    return max(1, min(workers, AHEAD_ELEMENTS // (shape[0] * shape[1])))
+
+
+def _same(weight: Tensor, q: QTensor) -> bool:
+    """Whether two readers saw one weight, to the rounding of float64."""
+    ours = q.dequantize(torch.float64)
+    return weight.shape == ours.shape and all(
+        torch.allclose(weight[rows], ours[rows], rtol=1e-12, atol=0) for rows in row_chunks(ours)
+    )
 
 
 def _require_same_model(source: Source, original: Source) -> None:

@@ -22,7 +22,7 @@ def test_strong_scales_at_both_ends_of_a_linear_are_seen_through(tiny_model):
         scale = size * (1 + torch.rand(rows[1] - rows[0], generator=generator))
         scale[0] = 1e-4
         written |= fold(written, site, unit, scale)
-    for found in layer_errors(unit, written=written, original=original, quantized={}):
+    for found in layer_errors(unit, written=written, original=original, specs={}):
         assert found.error < 1e-5, found
 
 
@@ -33,8 +33,7 @@ def test_what_is_no_rescaling_is_an_error(tiny_model):
     name = next(x.name for x in unit.linears if x.role == "mlp.gate")
     written = {**original, f"{name}.weight": original[f"{name}.weight"].flip(0)}
     errors = {
-        x.linear: x.error
-        for x in layer_errors(unit, written=written, original=original, quantized={})
+        x.linear: x.error for x in layer_errors(unit, written=written, original=original, specs={})
     }
     assert errors.pop(name) > 1
     assert max(errors.values()) < 1e-5

@@ -30,6 +30,7 @@ FORBIDDEN = {
     "compressor.plan": ("compressor.job", "compressor.runner", "compressor.compile"),
     "compressor.job": ("compressor.compile", "compressor.verdict"),
     "compressor.independent": ("compressor.formats", "compressor.numerics", "compressor.qtensor"),
+    "compressor.independent_arrays": ("compressor",),
 }
 RUNNERS = ("compressor.runner", "compressor.attention_runtime", "compressor.harness")
 
