@@ -26,10 +26,11 @@ def share_heap() -> None:
 
 def give_back_page_locked() -> None:
     """Return page-locked memory that no tensor holds, which PyTorch keeps for later copies."""
-    # Not in PyTorch 2.8, which keeps it.
-    empty = getattr(torch.accelerator, "empty_host_cache", None)
-    if empty is not None:
-        empty()
+    # The second name is that of releases before the first was public.
+    for home, name in ((torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache")):
+        if empty := getattr(home, name, None):
+            empty()
+            return
 
 
 def give_back() -> None:

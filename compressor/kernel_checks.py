@@ -155,7 +155,12 @@ def check_kernel(
     products: list[Product] = []
     triton = device.type == "cuda" or interpreter_runs()
     if device.type == "cuda":
-        layer = replace(layer, weight=layer.weight.to(device))
+        layer = replace(
+            layer,
+            tensors={name: tensor.to(device) for name, tensor in layer.tensors.items()},
+            q=layer.q.to(device),
+            weight=layer.weight.to(device),
+        )
         for tokens in GPU_TOKENS:
             x = torch.randn(tokens, inputs, generator=generator).to(device)
             products.append(check.kernel(layer, x, EVERYTHING))

@@ -27,7 +27,6 @@ from compressor.kernel_layer import Layer
 from compressor.layout import Linear, UnitLayout
 from compressor.manifest import MANIFEST_NAME, Manifest
 from compressor.numerics.chunks import row_chunks
-from compressor.passes.base import Unit
 from compressor.qtensor import QTensor
 from compressor.safetensors_file import tensor_bytes
 from compressor.source import Source
@@ -134,11 +133,11 @@ class UnitChecks:
         if isinstance(decoded, str):
             self.decoded.append(decoded)
             return
-        tensors = _local(linear, raw)
+        tensors = self._moved(_local(linear, raw))
         q = self.source.format.decode(tensors, scheme.weight)
         weight = torch.from_numpy(decoded.weight).to(self.device)
         del decoded
-        if not _same(weight, q.to(self.device)):
+        if not _same(weight, q):
             self.decoded.append(f"{linear.name}: two readers see different weights")
             return
         check = kernel_for(scheme, linear.shape)
@@ -173,14 +172,14 @@ class UnitChecks:
 
     def _compare(self, place: int, unit: UnitLayout, raw: dict[str, Tensor]) -> None:
         assert self.original is not None
-        # Codes, and weights as they were read, make room for those in float32.
-        after = self._floats(self.source.assemble(unit, raw))
-        before = self._floats(self.original.read_unit(self.original.layout.units[place]))
-        tied = self.original.layout.tied
+        original, layout = self.original, self.original.layout.units[place]
+        after = self._floats(self.source, unit, raw)
+        before = self._floats(original, layout, original.checkpoint.read(original.names(layout)))
+        tied = original.layout.tied
         for linear in unit.linears:
             name = f"{linear.name}.weight"
             if name in after and name not in before and tied is not None:
-                before[name] = self.original.checkpoint.read([tied])[tied].to(self.device)
+                before[name] = original.checkpoint.read([tied])[tied].to(self.device).float()
         compared = [x for x in unit.linears if f"{x.name}.weight" in after]
         if not compared:
             return
@@ -192,10 +191,15 @@ class UnitChecks:
             if row.misfit is not None:
                 self.misfits[row.linear] = row.misfit
 
-    def _floats(self, unit: Unit) -> dict[str, Tensor]:
-        """A unit's weights in float32 on the device, where codes are decoded."""
-        coded = {f"{n}.weight": q.to(self.device).dequantize() for n, q in unit.quantized.items()}
-        return {**{n: t.to(self.device).float() for n, t in unit.tensors.items()}, **coded}
+    def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def _floats(
+        self, source: Source, unit: UnitLayout, raw: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A unit's weights in float32; what they were made of makes room for them."""
+        weights = source.assemble(unit, self._moved(raw)).dequantized()
+        return {name: tensor.float() for name, tensor in weights.items()}
 
     def _conclude(self) -> None:
         layers = self.found.layers.values()
