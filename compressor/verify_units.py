@@ -115,15 +115,15 @@ class UnitChecks:
                 return f"{linear.name}.{error}"
 
         workers = min(DECODERS, os.cpu_count() or 1)
-        waiting = deque(linears)
         ahead: deque[tuple[Linear, Future[DecodedWeight | str]]] = deque()
         with ThreadPoolExecutor(workers) as pool:
-            while waiting or ahead:
-                while waiting and len(ahead) < layers_ahead(waiting[0].shape, workers):
-                    ahead.append((waiting[0], pool.submit(decode, waiting.popleft())))
-                linear, decoded = ahead.popleft()
+            for coming in linears:
+                ahead.append((coming, pool.submit(decode, coming)))
+                if len(ahead) > layers_ahead(coming.shape, workers):
+                    linear, decoded = ahead.popleft()
+                    yield linear, decoded.result()
+            for linear, decoded in ahead:
                 yield linear, decoded.result()
-                del decoded
 
     def _layer(self, linear: Linear, decoded: DecodedWeight | str, raw: dict[str, Tensor]) -> None:
         scheme = self.source.schemes.linears[linear.name]
@@ -136,7 +136,6 @@ class UnitChecks:
         tensors = self._moved(_local(linear, raw))
         q = self.source.format.decode(tensors, scheme.weight)
         weight = torch.from_numpy(decoded.weight).to(self.device)
-        del decoded
         if not _same(weight, q):
             self.decoded.append(f"{linear.name}: two readers see different weights")
             return

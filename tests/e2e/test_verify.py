@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from compressor import kernel_checks
+from compressor import kernel_checks, verify_units
 from compressor.cli.main import cli
 from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import InputError
+from compressor.layout import Linear
 from compressor.recipe import make_recipe
 from compressor.safetensors_file import read_header
 from compressor.verify import VerifyReport, verify
+from compressor.verify_units import UnitChecks
 
 CPU = choose_device("cpu")
 TRITON = not torch.cuda.is_available()  # a process with a GPU leaves Triton to it
@@ -252,6 +255,34 @@ def test_a_dense_checkpoint_of_others_is_checked_too(model: Path) -> None:
     assert report.ok and "written by others" in report.checks[0].detail
     kernels = next(check for check in report.checks if check.name == "kernels")
     assert kernels.detail == "no packed layers"
+
+
+@pytest.mark.parametrize("room, most", [(0, 2), (2**30, 1 + verify_units.DECODERS)])
+def test_few_layers_are_decoded_ahead_of_the_one_that_is_checked(
+    copy: Path, room: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer in float64 is the largest thing that `verify` holds."""
+    decoded: set[str] = set()
+    checked: list[int] = []
+    decode, layer = verify_units.decode_linear, UnitChecks._layer
+
+    def counted(config: Any, name: str, arrays: Any) -> Any:
+        decoded.add(name)
+        return decode(config, name, arrays)
+
+    def slow(self: UnitChecks, linear: Linear, *rest: Any) -> None:
+        time.sleep(0.02)  # the others have time to run ahead
+        checked.append(len(decoded))
+        layer(self, linear, *rest)
+
+    monkeypatch.setattr(verify_units, "AHEAD_ELEMENTS", room)
+    monkeypatch.setattr(verify_units.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(verify_units, "decode_linear", counted)
+    monkeypatch.setattr(UnitChecks, "_layer", slow)
+    assert verify(copy, device=CPU).ok
+    assert len(checked) == 14
+    beside = [n - i for i, n in enumerate(checked)]
+    assert max(beside) == most and min(beside) >= 1
 
 
 def test_nothing_to_read_is_an_input_error(tmp_path: Path) -> None:
