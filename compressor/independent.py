@@ -106,7 +106,7 @@ def _ct_packed(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> Decoded
         if scale_shape == (1,):
             zeros += array(tensors, "weight_zero_point", shape=(1,), dtypes=("int8",))
         else:
-            turned = {key: array.T for key, array in tensors.items()}
+            turned = {key: value.T for key, value in tensors.items()}
             zeros = _ct_codes(
                 turned, "weight_zero_point", bits=bits, rows=scale_shape[1], count=rows
             ).T.astype(np.float64)

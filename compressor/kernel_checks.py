@@ -50,6 +50,11 @@ class W4A16:
         whole = size >= 8 and (128 % size == 0 or size % 128 == 0)
         return spec.strategy == "group" and whole
 
+    def prepared(self, layer: Layer) -> Layer:
+        if "weight_packed" in layer.tensors:
+            return layer
+        return layer.laid_out(PackQuantized().encode(layer.q, input=None, input_scale=None))
+
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.w4a16 import w4a16
 
@@ -84,10 +89,7 @@ class W4A16:
         self, layer: Layer, tile: Tile, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Packed words, scales and zero points of a tile, which starts at whole words."""
-        tensors = layer.tensors
-        if "weight_packed" not in tensors:
-            tensors = PackQuantized().encode(layer.q, input=None, input_scale=None)
-        outputs, inputs = layer.q.shape
+        tensors, (outputs, inputs) = layer.tensors, layer.q.shape
         first, last, _ = tile.rows.indices(outputs)
         left, right, _ = tile.columns.indices(inputs)
         groups = tensors["weight_scale"].shape[1]
@@ -161,6 +163,8 @@ def check_kernel(
             q=layer.q.to(device),
             weight=layer.weight.to(device),
         )
+    layer = check.prepared(layer)
+    if device.type == "cuda":
         for tokens in GPU_TOKENS:
             x = torch.randn(tokens, inputs, generator=generator).to(device)
             products.append(check.kernel(layer, x, EVERYTHING))

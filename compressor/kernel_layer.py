@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -25,6 +25,10 @@ class Layer:
     tensors: Mapping[str, Tensor]
     q: QTensor
     weight: Tensor
+
+    def laid_out(self, tensors: Mapping[str, Tensor]) -> Layer:
+        """This layer with other tensors of the same codes and scales."""
+        return replace(self, tensors={**self.tensors, **tensors})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,10 @@ class KernelCheck(Protocol):
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
         """Whether this kernel multiplies by weights of this scheme and shape."""
+        ...
+
+    def prepared(self, layer: Layer) -> Layer:
+        """The layer in the layout that the kernel reads, made once for all its products."""
         ...
 
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:

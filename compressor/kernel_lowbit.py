@@ -47,6 +47,9 @@ class W8A8:
             return _blocked(scheme) and input.group_size == BLOCK
         return spec.strategy in ("tensor", "channel") or _blocked(scheme)
 
+    def prepared(self, layer: Layer) -> Layer:
+        return layer
+
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.activations import quantize_tokens
         from compressor_kernels.w8a8 import w8a8, w8a8_blocks
@@ -114,6 +117,9 @@ class NVFP4:
             return False
         return input is None or input.element == "fp4_e2m1"
 
+    def prepared(self, layer: Layer) -> Layer:
+        return layer
+
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.nvfp4 import nvfp4_matmul
         from compressor_kernels.nvfp4_inputs import quantize_nvfp4_inputs
@@ -171,6 +177,13 @@ class W4A8:
         size = spec.group_size or 0
         return spec.second == "channel" and (size in (32, 64) or (size > 0 and size % 128 == 0))
 
+    def prepared(self, layer: Layer) -> Layer:
+        if "qweight" in layer.tensors:
+            return layer
+        from compressor.formats.qserve import FORMAT, INPUT
+
+        return layer.laid_out(FORMAT.encode(layer.q, model_dtype=torch.float16, input=INPUT))
+
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.activations import quantize_tokens
         from compressor_kernels.w4a8 import w4a8
@@ -193,12 +206,7 @@ class W4A8:
 
     def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
         """Stored tensors of a part of the layer, which starts and ends at whole tiles."""
-        tensors = layer.tensors
-        if "qweight" not in tensors:
-            from compressor.formats.qserve import FORMAT, INPUT
-
-            tensors = FORMAT.encode(layer.q, model_dtype=torch.float16, input=INPUT)
-        outputs, inputs = layer.q.shape
+        tensors, (outputs, inputs) = layer.tensors, layer.q.shape
         top, bottom, _ = tile.rows.indices(outputs)
         left, right, _ = tile.columns.indices(inputs)
         blocks = tensors["qweight"].reshape(outputs // 32, inputs // 32, 512)

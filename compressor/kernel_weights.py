@@ -42,6 +42,13 @@ class WeightOnly:
             return False
         return input is None or (input.element in DTYPES and input.mode != "group")
 
+    def prepared(self, layer: Layer) -> Layer:
+        spec, packed = layer.q.spec, layer.tensors.get("weight_packed")
+        crossing = packed is not None and packed.shape[1] == word_count(layer.q.shape[1], spec.bits)
+        if crossing or spec.element == "fp8_e4m3":
+            return layer
+        return layer.laid_out(PackQuantized().encode(layer.q, input=None, input_scale=None))
+
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.activations import quantize_tokens
         from compressor_kernels.weight_only import weight_only
@@ -91,11 +98,7 @@ class WeightOnly:
         if spec.element == "fp8_e4m3":
             codes = layer.q.codes[top:bottom, left:right].contiguous().view(torch.float8_e4m3fn)
         else:
-            tensors = layer.tensors
-            packed = tensors.get("weight_packed")
-            if packed is None or packed.shape[1] != word_count(inputs, spec.bits):
-                tensors = PackQuantized().encode(layer.q, input=None, input_scale=None)
-                packed = tensors["weight_packed"]
+            tensors, packed = layer.tensors, layer.tensors["weight_packed"]
             first, after = divmod(left * spec.bits, WORD)
             last = first + word_count(right - left, spec.bits)
             codes = packed[top:bottom, first:last].contiguous()

@@ -9,11 +9,12 @@ from compressor_kernels import quantized_cache
 from compressor.errors import InputError
 from compressor.formats.base import format_names, get_format
 from compressor.formats.compressed_tensors import FORMAT as COMPRESSED_TENSORS
+from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
 from compressor.formats.qserve import FORMAT as QSERVE
 from compressor.kernel_cache import cache_kernel, check_cache
-from compressor.kernel_checks import check_kernel, kernel_for
-from compressor.kernel_layer import Layer
+from compressor.kernel_checks import WHOLE_ROWS, check_kernel, kernel_for
+from compressor.kernel_layer import EVERYTHING, Layer, Tile
 from compressor.layout import AttentionShape
 from compressor.numerics.fp8 import quantize_fp8
 from compressor.numerics.int_affine import quantize_int
@@ -152,6 +153,37 @@ def test_the_kernel_of_each_scheme_agrees_with_float64(name):
     other[:, ::7] *= 1.02  # what another reader would have to see for the product to be wrong
     found = check_kernel(check, replace(made, weight=other), device=DEVICE, seed=0)
     assert "gives" in found.problem
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_reference_takes_a_layer_in_parts(name):
+    scheme, _ = SCHEMES[name]
+    check, made = kernel_for(scheme, SHAPE), layer(scheme)
+    x = torch.randn(2, SHAPE[1], generator=torch.Generator().manual_seed(1))
+    made = check.prepared(made)
+    whole = check.reference(made, x, EVERYTHING)
+    for start in range(0, SHAPE[0], WHOLE_ROWS):
+        rows = slice(start, start + WHOLE_ROWS)
+        part = check.reference(made, x, Tile(rows=rows, columns=slice(None)))
+        for side in ("found", "expected", "bound"):
+            close = torch.testing.assert_close
+            close(getattr(part, side), getattr(whole, side)[:, rows], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w3a16 asymmetric"])
+def test_a_layer_in_another_layout_is_laid_out_once(name, monkeypatch):
+    scheme, _ = SCHEMES[name]
+    made = replace(layer(scheme), tensors={})
+    encode, calls = PackQuantized.encode, []
+
+    def counted(self, q, **options):
+        calls.append(q)
+        return encode(self, q, **options)
+
+    monkeypatch.setattr(PackQuantized, "encode", counted)
+    check = kernel_for(scheme, SHAPE)
+    assert not check_kernel(check, made, device=DEVICE, seed=0).problem
+    assert len(calls) == 1
 
 
 CACHES = {
