@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What moves a terminal's cursor, changes its title, or turns the order of what is read."""
+
+
+def printable(text: str) -> str:
+    """Text of a stranger for people: control characters as escapes, lines and tabs kept."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class CompressError(Exception):
     """An error with one clear message and, where possible, what to do about it."""
@@ -9,9 +21,9 @@ class CompressError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = printable(hint) if hint is not None else None
+        super().__init__(self.message)
 
 
 class InputError(CompressError):

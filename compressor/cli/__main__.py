@@ -1,5 +1,5 @@
 """`python -m compressor.cli` is `compress`."""
 
-from compressor.cli.main import program
+from compressor.cli.process import program
 
 program()

@@ -16,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from compressor.errors import printable
+
 LogFormat = Literal["auto", "plain", "json"]
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -81,6 +83,7 @@ class Display:
             self._print(f"{name}: {text}" if text else name)
 
     def _print(self, text: str) -> None:
+        text = printable(text)
         if self.live:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -165,9 +168,11 @@ class _Stage:
         )
         rows: list[RenderableType] = [head]
         if self.unit:
-            note = Text(f"  {self.unit}", style="cyan", no_wrap=True, overflow="ellipsis")
+            note = Text(
+                f"  {printable(self.unit)}", style="cyan", no_wrap=True, overflow="ellipsis"
+            )
             for part in described(self.fields):
-                note.append(f"  {part}", style="default")
+                note.append(f"  {printable(part)}", style="default")
             rows.append(note)
         if len(self.errors) > 1:
             line = Text("  error by unit  ", style="dim", no_wrap=True, overflow="crop")

@@ -60,23 +60,28 @@ def junit(path: Path | None, command: str) -> Iterator[list[Case]]:
     except click.exceptions.Exit:
         # A command's own exit code, after it said why.
         raise
-    except CompressError as error:
-        for problem in error.problems if isinstance(error, Problems) else [error]:
-            hint = f"\nhint: {problem.hint}" if problem.hint else ""
-            first = problem.message.splitlines()[0]
-            said, failed = problem.message + hint, isinstance(problem, CheckError)
-            case = Case(
-                command, first, failure=said if failed else "", error="" if failed else said
-            )
-            cases.append(case)
-        raise
     except BaseException as error:
-        text = f"{type(error).__name__}: {error}"
-        cases.append(Case(command, ENDED, error=text))
+        cases += error_cases(error, command)
         raise
     finally:
         if path is not None:
-            _write(path, cases, command)
+            write_cases(path, cases, command)
+
+
+def error_cases(error: BaseException, command: str) -> list[Case]:
+    """One case for each thing that ended a command."""
+    if not isinstance(error, CompressError):
+        text = f"{type(error).__name__}: {error}"
+        return [Case(command, ENDED, error=text)]
+    cases = []
+    for problem in error.problems if isinstance(error, Problems) else [error]:
+        said = problem.message + (f"\nhint: {problem.hint}" if problem.hint else "")
+        failed = isinstance(problem, CheckError)
+        name = (problem.message.splitlines() or [ENDED])[0]
+        cases.append(
+            Case(command, name, failure=said if failed else "", error="" if failed else said)
+        )
+    return cases
 
 
 def verify_cases(found: VerifyReport, *, seconds: float = 0.0) -> list[Case]:
@@ -137,7 +142,8 @@ def gate_cases(gate: GateResult | None) -> list[Case]:
     ]
 
 
-def _write(path: Path, cases: Sequence[Case], command: str) -> None:
+def write_cases(path: Path, cases: Sequence[Case], command: str) -> None:
+    """Write a test report, and the folders above it."""
     suite = ElementTree.Element(
         "testsuite",
         name=f"compress {command}",

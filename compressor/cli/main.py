@@ -12,15 +12,24 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from compressor import __version__
-from compressor.errors import CompressError, MachineError, Problems
+from compressor.cli.echo import echo
+from compressor.cli.junit import error_cases, write_cases
+from compressor.cli.options import CASES
+from compressor.errors import CompressError, InputError, MachineError, Problems
 
 COMMANDS = Path(__file__).parent / "commands"
+
+
+class InternalError(MachineError):
+    """Something that nothing was prepared for."""
 
 
 class Commands(click.Group):
@@ -54,53 +63,80 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: every error becomes one message and an exit code."""
+    """Run the command line: every error becomes one message and an exit code."""
     # Blocks of changing sizes would otherwise leave the GPU's memory in pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    wants_json = "--json" in sys.argv
     quieten_libraries()
+    arguments = sys.argv[1:]
+    context = None
     try:
-        code = cli.main(standalone_mode=False, color=colour())
-    except click.exceptions.Abort:
-        code = 130
-    except click.ClickException as error:
-        code = _fail(_usage(error), None, 2, wants_json)
-    except CompressError as error:
-        problems = error.problems if isinstance(error, Problems) else [error]
-        code = _report(problems, error.exit_code, wants_json)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", "the same command continues", 130, wants_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except MemoryError:
-        code = _fail("out of memory", "the same command continues", 3, wants_json)
-    except OSError as error:
-        code = _os_error(error, wants_json)
-    except Exception as error:
-        if os.environ.get("COMPRESS_DEBUG"):
+        # Not cli.main, which ends with 1, a failed check, when the reader of a pipe has gone.
+        with cli.make_context("compress", arguments, color=colour()) as context:
+            code = cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as ended:
+        code = ended.exit_code
+    except SystemExit:
+        raise
+    except BaseException as error:  # also what a library in Rust raises
+        code, problems = outcome(error)
+        if isinstance(problems[0], InternalError) and os.environ.get("COMPRESS_DEBUG"):
             raise
-        what = f"internal error: {type(error).__name__}: {error}"
-        hint = "this is a bug: COMPRESS_DEBUG=1 shows where; nothing committed is lost"
-        code = _fail(what, hint, 3, wants_json)
+        if context is None or CASES not in context.meta:
+            problems += _late_junit(error, arguments)
+        report(problems, code, as_json="--json" in arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def program() -> NoReturn:
-    """`main` as a process of its own, which ends at once.
+def outcome(error: BaseException) -> tuple[int, list[CompressError]]:
+    """The exit code that an error stands for, and what to say of it."""
+    if isinstance(error, Problems):
+        return error.exit_code, error.problems
+    if isinstance(error, CompressError):
+        return error.exit_code, [error]
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        return 130, [CompressError("interrupted", hint="the same command continues")]
+    if isinstance(error, click.ClickException):
+        return 2, [InputError(_usage(error))]
+    if is_out_of_memory(error):
+        return 3, [MachineError("out of memory", hint="the same command continues")]
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        hint = "free some space; the same command continues" if full else None
+        return 3, [MachineError(what, hint=hint)]
+    what = f"internal error: {type(error).__name__}: {error}"
+    hint = "this is a bug: COMPRESS_DEBUG=1 shows where; nothing committed is lost"
+    return 3, [InternalError(what, hint=hint)]
 
-    Taking down Python, CUDA and page-locked memory takes seconds after a run, and everything that
-    is to last is on the disk by then.
-    """
-    code: Any = 0
+
+def _late_junit(error: BaseException, arguments: list[str]) -> list[CompressError]:
+    """Write the test report of a command that ended before it could; what is wrong with that."""
+    path = value_of("--junit", arguments)
+    if path is None:
+        return []
+    name = arguments[0]
     try:
-        main()
-    except SystemExit as ended:
-        code = ended.code
-    with contextlib.suppress(BrokenPipeError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+        write_cases(Path(path), error_cases(error, name), name)
+    except CompressError as failed:
+        return [failed]
+    return []
+
+
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What is given for an option, in either form."""
+    for word, following in itertools.pairwise([*arguments, ""]):
+        if word == option and following:
+            return following
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own word for it, a GPU's, or that of PyTorch's allocator on a CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def quieten_libraries() -> None:
@@ -119,10 +155,7 @@ def quieten_libraries() -> None:
 
 def logs_json() -> bool:
     """Whether stderr is to hold JSON lines only."""
-    arguments = sys.argv[1:]
-    return "--log-format=json" in arguments or any(
-        pair == ("--log-format", "json") for pair in itertools.pairwise(arguments)
-    )
+    return value_of("--log-format", sys.argv[1:]) == "json"
 
 
 def colour() -> bool | None:
@@ -130,14 +163,16 @@ def colour() -> bool | None:
     return False if os.environ.get("NO_COLOR") else None
 
 
-def interruptible() -> Any:
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
     """A function that says whether Ctrl-C (or SIGTERM) came; a second one stops at once."""
-    state = {"asked": False}
+    asked = False
 
     def ask(number: int, frame: Any) -> None:
-        if state["asked"]:
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
-        state["asked"] = True
+        asked = True
         text = "stopping after this unit (once more to stop at once)"
         line = json.dumps({"event": "stopping", "text": text}) if logs_json() else text
         # Straight to the descriptor: the signal may have come in the middle of a print, and
@@ -145,9 +180,12 @@ def interruptible() -> Any:
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
 
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return lambda: state["asked"]
+    before = [(number, signal.signal(number, ask)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _usage(error: click.ClickException) -> str:
@@ -156,31 +194,17 @@ def _usage(error: click.ClickException) -> str:
     return error.format_message() + where
 
 
-def _os_error(error: OSError, wants_json: bool) -> int:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    hint = "free some space; the same command continues" if full else None
-    return _report([MachineError(what, hint=hint)], 3, wants_json)
-
-
-def _fail(message: str, hint: str | None, code: int, wants_json: bool) -> int:
-    error = CompressError(message, hint=hint)
-    return _report([error], code, wants_json)
-
-
-def _report(problems: list[CompressError], code: int, wants_json: bool) -> int:
-    if wants_json:
+def report(problems: Sequence[CompressError], code: int, *, as_json: bool) -> None:
+    """Say what went wrong: one object on stdout for machines, and lines on stderr."""
+    if as_json:
         found = [{"message": p.message, "hint": p.hint} for p in problems]
-        click.echo(json.dumps({"ok": False, "exit_code": code, "errors": found}, indent=2))
+        echo(json.dumps({"ok": False, "exit_code": code, "errors": found}, indent=2))
     for problem in problems:
         if logs_json():
             event = {"event": "error", "time": round(time.time(), 3), "exit_code": code}
             text = json.dumps({**event, "message": problem.message, "hint": problem.hint})
-            click.echo(text, err=True)
+            echo(text, err=True)
             continue
-        start = click.style("error: ", fg="red", bold=True)
-        click.echo(start + problem.message, err=True, color=colour())
+        echo(click.style("error: ", fg="red", bold=True) + problem.message, err=True)
         if problem.hint:
-            start = click.style("  hint: ", fg="cyan")
-            click.echo(start + problem.hint, err=True, color=colour())
-    return code
+            echo(click.style("  hint: ", fg="cyan") + problem.hint, err=True)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -180,7 +181,8 @@ def test_a_stopped_run_says_so_to_machines_and_continues(
     data = {"model": str(tiny_model("llama")), "output": str(tmp_path / "out")}
     recipe.write_text(yaml.safe_dump({**data, "passes": [{"rtn": {"group_size": 32}}]}))
     asked = iter([False, False, True])
-    monkeypatch.setattr("compressor.cli.main.interruptible", lambda: lambda: next(asked))
+    stop = "compressor.cli.main.interruptible"
+    monkeypatch.setattr(stop, lambda: nullcontext(lambda: next(asked)))
     arguments = [
         "run",
         str(recipe),
@@ -193,7 +195,7 @@ def test_a_stopped_run_says_so_to_machines_and_continues(
     stopped = CliRunner().invoke(cli, arguments)
     assert stopped.exit_code == 130 and json.loads(stopped.stdout)["exit_code"] == 130
     assert cases_of(tmp_path / "j.xml").get("errors") == "1"
-    monkeypatch.setattr("compressor.cli.main.interruptible", lambda: lambda: False)
+    monkeypatch.setattr(stop, lambda: nullcontext(lambda: False))
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0 and json.loads(done.stdout)["ok"]
     assert "resumed yes" in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from compressor.cli.echo import echo
 from compressor.cli.options import json_option
 
 
@@ -50,9 +51,9 @@ def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bo
         write_atomically(output, text.encode())
     if as_json:
         about = {"bits_per_weight": spent, "groups": dict(counts), "recipe": recipe}
-        click.echo(json.dumps({"ok": True, **about}, indent=2))
+        echo(json.dumps({"ok": True, **about}, indent=2))
         return
     if output is None:
-        click.echo(text, nl=False)
+        echo(text, nl=False)
     shares = ", ".join(f"{count} groups {what}" for what, count in sorted(counts.items()))
-    click.echo(f"{spent:.3f} bits per weight: {shares}", err=True)
+    echo(f"{spent:.3f} bits per weight: {shares}", err=True)

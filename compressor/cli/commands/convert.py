@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.echo import echo
 from compressor.cli.junit import Case
 from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
@@ -69,16 +70,16 @@ def command(
     rounded = "\n".join(f"rounded {report}" for report in done.rounded)
     add_cases([Case("convert", f"{done.source_format} to {done.target_format}", output=rounded)])
     if as_json:
-        click.echo(json.dumps({"ok": True, **done.to_json()}, indent=2))
+        echo(json.dumps({"ok": True, **done.to_json()}, indent=2))
         return
-    click.echo(f"{done.output}: {done.source_format} to {done.target_format}, {size(done.nbytes)}")
+    echo(f"{done.output}: {done.source_format} to {done.target_format}, {size(done.nbytes)}")
     if done.already:
-        click.echo("  it was finished before and is left as it is")
+        echo("  it was finished before and is left as it is")
     for note in done.notes:
-        click.echo(f"  note: {note}")
+        echo(f"  note: {note}")
     if not done.rounded:
-        click.echo("  nothing was rounded" if target != "dense" else "  dequantized")
+        echo("  nothing was rounded" if target != "dense" else "  dequantized")
     for report in sorted(done.rounded, key=lambda r: -r.max_relative_error)[:SHOWN]:
-        click.echo(f"  rounded {report}")
+        echo(f"  rounded {report}")
     if len(done.rounded) > SHOWN:
-        click.echo(f"  and {len(done.rounded) - SHOWN} more tensors, rounded by less")
+        echo(f"  and {len(done.rounded) - SHOWN} more tensors, rounded by less")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.echo import echo
 from compressor.cli.options import FOLDER, json_option, junit_option, log_option
 
 
@@ -61,9 +62,9 @@ def apply(
             progress=lambda name, done, total: display.unit(name, done, total),
         )
     if as_json:
-        click.echo(json.dumps({"ok": True, "output": str(output), "bytes": count}, indent=2))
+        echo(json.dumps({"ok": True, "output": str(output), "bytes": count}, indent=2))
     else:
-        click.echo(f"{output}: {size(count)}, from a delta of {size(opened.checkpoint.nbytes)}")
+        echo(f"{output}: {size(count)}, from a delta of {size(opened.checkpoint.nbytes)}")
 
 
 @command.command()
@@ -86,10 +87,10 @@ def show(delta: Path, *, base: str | None, as_json: bool) -> None:
     for name, value in relative.items():
         found["linears"][name]["relative"] = value
     if as_json:
-        click.echo(json.dumps({"ok": True, **found}, indent=2))
+        echo(json.dumps({"ok": True, **found}, indent=2))
     else:
         for line in lines(delta, found):
-            click.echo(line)
+            echo(line)
 
 
 def lines(delta: Path, found: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.display import Display, LogFormat
+from compressor.cli.echo import echo
 from compressor.cli.junit import evaluation_cases, gate_cases
 from compressor.cli.options import (
     add_cases,
@@ -188,10 +189,10 @@ def command(
         found |= {"ok": verdict.passed, "gate": verdict.to_json()}
         shown += [f"gate        {mark(verdict.passed)}", *limit_lines(verdict)]
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo(json.dumps(found, indent=2))
     else:
         for line in shown:
-            click.echo(line)
+            echo(line)
     context.exit(0 if found["ok"] else 1)
 
 

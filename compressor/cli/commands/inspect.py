@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.display import size
+from compressor.cli.echo import echo
 from compressor.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ def command(checkpoint: str, layers: bool, as_json: bool) -> None:
         return
     info = inspect(locate(checkpoint, fetch=False))
     if as_json:
-        click.echo(json.dumps({"ok": True, **info.to_json()}, indent=2))
+        echo(json.dumps({"ok": True, **info.to_json()}, indent=2))
         return
     for line in lines(info, every=layers):
-        click.echo(line)
+        echo(line)
 
 
 def lines(info: CheckpointInfo, *, every: bool = False) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from compressor.cli.display import Display, LogFormat
+from compressor.cli.echo import echo
 from compressor.cli.options import device_option, json_option, log_option
 
 
@@ -96,14 +97,14 @@ def command(
         )
     write_atomically(out, (found.model_dump_json(indent=1) + "\n").encode())
     if as_json:
-        click.echo(json.dumps({"ok": True, "file": str(out), "groups": len(found.groups)}))
+        echo(json.dumps({"ok": True, "file": str(out), "groups": len(found.groups)}))
         return
     tried = sorted(set(bits))
-    click.echo(f"{'error at bits':>12} " + " ".join(f"{b:>9}" for b in tried) + "  the costliest")
+    echo(f"{'error at bits':>12} " + " ".join(f"{b:>9}" for b in tried) + "  the costliest")
     for group in sorted(found.groups, key=lambda g: -g.options[0].error)[:10]:
         row = " ".join(f"{option.error:9.2e}" for option in group.options if option.bits)
-        click.echo(f"{'':>13} {row}  {group.linears[0]}{_more(len(group.linears) - 1)}")
-    click.echo(f"written to {out}: {len(found.groups)} groups")
+        echo(f"{'':>13} {row}  {group.linears[0]}{_more(len(group.linears) - 1)}")
+    echo(f"written to {out}: {len(found.groups)} groups")
 
 
 def _more(count: int) -> str:

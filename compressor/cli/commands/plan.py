@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.display import duration, size
+from compressor.cli.echo import echo
 from compressor.cli.junit import Case
 from compressor.cli.options import (
     add_cases,
@@ -70,7 +71,7 @@ def command(
     costs = estimate(plan, device=torch.device(device), device_memory=bound)
     add_cases([Case("plan", "recipe and model", output="\n".join(plan.notes))])
     if as_json:
-        click.echo(json.dumps({"ok": True, **describe(plan, costs)}, indent=2))
+        echo(json.dumps({"ok": True, **describe(plan, costs)}, indent=2))
     else:
         show(plan, costs, device=device)
 
@@ -124,41 +125,41 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
     """The plan for people."""
     recipe, source = plan.recipe, plan.source
     parameters = sum(elements(entry.spec.shape) for entry in source.checkpoint.entries.values())
-    click.echo(
+    echo(
         f"{recipe.model}: {plan.layout.model_type}, {len(plan.units) - 2} blocks, "
         f"{parameters / 1e6:.1f} M parameters, {source.checkpoint.dtype}".replace("torch.", "")
     )
     for number, entry in enumerate(plan.passes, 1):
-        click.echo(f"pass {number}: {entry.step.name}, {len(entry.names)} linears")
+        echo(f"pass {number}: {entry.step.name}, {len(entry.names)} linears")
         patterns("target", entry.matches)
         patterns("ignore", entry.ignored)
-    click.echo(f"format: {plan.format.name}")
+    echo(f"format: {plan.format.name}")
     for line in layers(plan):
-        click.echo(line)
+        echo(line)
     if plan.calibrated:
         wanted = recipe.calibration
-        click.echo(
+        echo(
             f"calibration: {wanted.samples} x {wanted.length} tokens of {wanted.data}, "
             f"{costs.batch} rows at a time"
         )
     files = len(plan.shards.shards)
-    click.echo(
+    echo(
         f"output: {recipe.output}, {size(costs.output_bytes)} in {files} "
         f"file{'s' if files > 1 else ''} (source {size(costs.source_bytes)}, "
         f"{costs.source_bytes / costs.output_bytes:.2f} times smaller)"
     )
-    click.echo(f"peak memory: host {size(costs.host_bytes)}, device {size(costs.device_bytes)}")
-    click.echo(f"time on {device}: about {duration(costs.seconds)}")
+    echo(f"peak memory: host {size(costs.host_bytes)}, device {size(costs.device_bytes)}")
+    echo(f"time on {device}: about {duration(costs.seconds)}")
     for note in plan.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def patterns(what: str, counts: Mapping[str, int]) -> None:
     """What each pattern of a pass matches; of many only the first ones."""
     for pattern, count in list(counts.items())[:MANY]:
-        click.echo(f"  {what} {pattern!r} matches {count}")
+        echo(f"  {what} {pattern!r} matches {count}")
     if len(counts) > MANY:
-        click.echo(f"  and {len(counts) - MANY} more, of which each {what}s one or more linears")
+        echo(f"  and {len(counts) - MANY} more, of which each {what}s one or more linears")
 
 
 def layers(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from compressor.cli.echo import echo
 from compressor.cli.options import FOLDER, json_option
 
 if TYPE_CHECKING:
@@ -28,18 +29,18 @@ def show(checkpoint: Path, as_json: bool) -> None:
 
     policy = _policy(checkpoint)
     if as_json:
-        click.echo(json.dumps({"ok": True, **policy.to_json()}, indent=2))
+        echo(json.dumps({"ok": True, **policy.to_json()}, indent=2))
         return
     for line in describe(policy):
-        click.echo(line)
+        echo(line)
     for length in (4096, 32768):
         whole = length * len(policy.layers) * policy.kv_heads
         share = policy.cached_tokens(length) / whole
-        click.echo(f"a text of {length} tokens keeps {share:.1%} of its keys and values")
+        echo(f"a text of {length} tokens keeps {share:.1%} of its keys and values")
     for number, layer in enumerate(policy.layers):
         streaming = layer.streaming.heads if layer.streaming else ()
         marks = "".join("." if g in streaming else "#" for g in range(policy.kv_heads))
-        click.echo(f"  layer {number:>3}  {marks}")
+        echo(f"  layer {number:>3}  {marks}")
 
 
 @command.command()
@@ -68,9 +69,9 @@ def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     if as_json:
-        click.echo(json.dumps({"ok": True, "form": form, "files": sorted(files)}))
+        echo(json.dumps({"ok": True, "form": form, "files": sorted(files)}))
     else:
-        click.echo(f"wrote {', '.join(sorted(files))} into {folder}")
+        echo(f"wrote {', '.join(sorted(files))} into {folder}")
 
 
 def _policy(checkpoint: Path) -> AttentionPolicy:

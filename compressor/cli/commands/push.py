@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.echo import echo
 from compressor.cli.junit import Case
 from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
@@ -89,10 +90,10 @@ def command(
     add_cases([Case("push", repo, output=f"{pushed.files} files, commit {pushed.commit}")])
     if as_json:
         found = {"ok": True, "repo": repo, "url": pushed.url, "commit": pushed.commit}
-        click.echo(json.dumps({**found, "files": dict(listing.files)}, indent=2))
+        echo(json.dumps({**found, "files": dict(listing.files)}, indent=2))
     else:
-        click.echo(f"{pushed.url}: {pushed.files} files, {size(listing.bytes)}, as sent")
-        click.echo(f"commit {pushed.commit}")
+        echo(f"{pushed.url}: {pushed.files} files, {size(listing.bytes)}, as sent")
+        echo(f"commit {pushed.commit}")
 
 
 def find_objections(listing: Listing, display: Display) -> list[str]:
@@ -125,11 +126,11 @@ def show(listing: Listing, repo: str, reasons: list[str], *, as_json: bool) -> N
             "left_out": list(listing.left_out),
             "objections": reasons,
         }
-        click.echo(json.dumps(plan, indent=2))
+        echo(json.dumps(plan, indent=2))
         return
     width = max(map(len, listing.files))
     for name, count in listing.files.items():
-        click.echo(f"  {name:{width}}  {size(count)}")
-    click.echo(f"{len(listing.files)} files, {size(listing.bytes)}, would go to {repo}")
+        echo(f"  {name:{width}}  {size(count)}")
+    echo(f"{len(listing.files)} files, {size(listing.bytes)}, would go to {repo}")
     if listing.left_out:
-        click.echo(f"stays here: {', '.join(listing.left_out)}")
+        echo(f"stays here: {', '.join(listing.left_out)}")

@@ -7,6 +7,7 @@ from importlib import resources
 
 import click
 
+from compressor.cli.echo import echo
 from compressor.cli.options import json_option
 
 
@@ -35,14 +36,14 @@ def command(name: str | None, as_json: bool) -> None:
         if as_json:
             import yaml
 
-            click.echo(json.dumps(yaml.safe_load(found[wanted]), indent=2))
+            echo(json.dumps(yaml.safe_load(found[wanted]), indent=2))
         else:
-            click.echo(found[wanted], nl=False)
+            echo(found[wanted], nl=False)
         return
     titles = {key: text.split("\n", 1)[0].lstrip("# ") for key, text in sorted(found.items())}
     if as_json:
-        click.echo(json.dumps(titles, indent=2))
+        echo(json.dumps(titles, indent=2))
         return
     width = max(map(len, titles), default=0)
     for key, title in titles.items():
-        click.echo(f"{key:{width}}  {title}")
+        echo(f"{key:{width}}  {title}")

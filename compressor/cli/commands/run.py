@@ -14,6 +14,7 @@ import click
 
 from compressor.cli.commands.eval import limit_lines, lines, mark, passkey_line, task_lines
 from compressor.cli.display import Display, LogFormat, duration, size
+from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.junit import ENDED, Case, verdict_cases
 from compressor.cli.options import (
@@ -96,10 +97,10 @@ def command(
     if run is None:
         if as_json:
             again = {"message": "interrupted", "hint": "the same command continues"}
-            click.echo(json.dumps({"ok": False, "exit_code": 130, "errors": [again]}, indent=2))
+            echo(json.dumps({"ok": False, "exit_code": 130, "errors": [again]}, indent=2))
         context.exit(130)
     if as_json:
-        click.echo(json.dumps(summary(run), indent=2))
+        echo(json.dumps(summary(run), indent=2))
     else:
         report(run)
     context.exit(0 if run.ok else 1)
@@ -144,15 +145,16 @@ def execute(
     add_cases([Case("plan", "recipe and model", seconds=time.perf_counter() - started)])
     for note in prepared.plan.notes:
         display.event("note", text=note)
-    stopping = interruptible()
     try:
-        with display.stage("compress", len(prepared.plan.units)):
+        with interruptible() as stopping, display.stage("compress", len(prepared.plan.units)):
             compiled = compile_checkpoint(
                 prepared,
                 on_unit=partial(show_unit, display, prepared),
                 on_learning=display.unit,
                 stopping=stopping,
             )
+            if stopping():
+                raise Interrupted
     except Interrupted:
         display.event("interrupted", hint="the same command continues after the last unit")
         add_cases([Case("compress", ENDED, error="interrupted")])
@@ -226,26 +228,24 @@ def report(run: Run) -> None:
     """What a person wants to know of a run."""
     planned, after = run.prepared.estimates, run.prepared.plan.output_bytes
     before, units = planned.source_bytes, run.released.units
-    click.echo(f"\n{run.compiled.output}")
-    click.echo(f"  size        {size(after)} from {size(before)} ({before / after:.2f} times)")
+    echo(f"\n{run.compiled.output}")
+    echo(f"  size        {size(after)} from {size(before)} ({before / after:.2f} times)")
     if run.compiled.units:
-        click.echo(f"  time        {duration(run.seconds)}")
-        click.echo(
-            f"  host peak   {size(run.released.host_bytes)} (planned {size(planned.host_bytes)})"
-        )
+        echo(f"  time        {duration(run.seconds)}")
+        echo(f"  host peak   {size(run.released.host_bytes)} (planned {size(planned.host_bytes)})")
         peak = max(unit.peak_device for unit in units)
         if peak:
-            click.echo(f"  device peak {size(peak)} (planned {size(planned.device_bytes)})")
+            echo(f"  device peak {size(peak)} (planned {size(planned.device_bytes)})")
     rows = [row for unit in units for row in unit.rows]
     for line in [*kept_rows(rows), *row_notes(rows)]:
-        click.echo(f"  noted       {line}")
+        echo(f"  noted       {line}")
     show_verdict(run.released.verdict, rows)
     if run.released.report is not None:
-        click.echo(f"  report      {run.released.report}")
+        echo(f"  report      {run.released.report}")
     if run.pushed is not None:
-        click.echo(f"  published   {run.pushed.url}  commit {run.pushed.commit}")
+        echo(f"  published   {run.pushed.url}  commit {run.pushed.commit}")
     elif run.prepared.recipe.publish is not None:
-        click.echo(f"  published   {mark(False)}: only what passes goes up; compress push --force")
+        echo(f"  published   {mark(False)}: only what passes goes up; compress push --force")
 
 
 def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -254,26 +254,26 @@ def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
 
     if verdict.evaluation is not None:
         for line in lines(verdict.evaluation):
-            click.echo(f"  {line}")
+            echo(f"  {line}")
     if verdict.passkey is not None:
-        click.echo(f"  {passkey_line(verdict.passkey)}")
+        echo(f"  {passkey_line(verdict.passkey)}")
     for line in task_lines(verdict.tasks):
-        click.echo(f"  {line}")
+        echo(f"  {line}")
     for layer in rank_layers(rows)[:WORST]:
         share = f"{layer.share:.1%} of all" if layer.share else ""
-        click.echo(f"  high error  {layer.linear}  {layer.error:.4g}  {share}".rstrip())
+        echo(f"  high error  {layer.linear}  {layer.error:.4g}  {share}".rstrip())
     if verdict.verified is not None:
-        click.echo(f"  verify      {mark(verdict.verified.ok)}")
+        echo(f"  verify      {mark(verdict.verified.ok)}")
         for check in verdict.verified.checks:
             if not check.ok:
-                click.echo(f"              {check.name}: {check.detail}")
+                echo(f"              {check.name}: {check.detail}")
     if verdict.gate is None:
         return
-    click.echo(f"  gate        {mark(verdict.gate.passed)}")
+    echo(f"  gate        {mark(verdict.gate.passed)}")
     for line in limit_lines(verdict.gate):
-        click.echo(f"  {line}")
+        echo(f"  {line}")
     if verdict.gate.suggestion:
-        click.echo(
+        echo(
             "\nThe files are kept. More bits where most of the error is; in the recipe:\n\n"
             + verdict.gate.suggestion
         )

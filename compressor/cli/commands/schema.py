@@ -6,6 +6,8 @@ import json
 
 import click
 
+from compressor.cli.echo import echo
+
 
 @click.command()
 def command() -> None:
@@ -18,4 +20,4 @@ def command() -> None:
     """
     from compressor.recipe import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    echo(json.dumps(json_schema(), indent=2))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.display import Display, LogFormat
+from compressor.cli.echo import echo
 from compressor.cli.junit import verify_cases
 from compressor.cli.options import (
     add_cases,
@@ -71,10 +72,10 @@ def command(
         )
     add_cases(verify_cases(report))
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
+        echo(json.dumps(report.to_json(), indent=2))
     else:
         for line in lines(report):
-            click.echo(line)
+            echo(line)
     context.exit(0 if report.ok else 1)
 
 

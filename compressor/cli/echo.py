@@ -1,0 +1,20 @@
+"""Printing for people. What strangers wrote (names in a file, values of a config) cannot drive the
+terminal."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+from compressor.errors import printable
+
+STYLE = re.compile("(\x1b\\[(?:[012]|3[0-7])m)")
+"""Colours and weights, which may stay."""
+
+
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print a line, on stderr with `err`; control characters but for colours are escapes."""
+    parts = STYLE.split(text)
+    safe = (part if i % 2 else printable(part) for i, part in enumerate(parts))
+    click.echo("".join(safe), err=err, nl=nl)

@@ -1,0 +1,85 @@
+"""`compress` as a process: its signals, its streams and its end.
+
+Imports nothing that takes time, so that a signal is an interruption from the first moment on.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+
+class Outlet(io.FileIO):
+    """A descriptor whose reader may go away.
+
+    What nobody reads any more is dropped: the work goes on, and the exit code says how it ended.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def program() -> NoReturn:
+    """Run the command line and end the process with its exit code.
+
+    The end is at once: taking down Python, CUDA and page-locked memory takes seconds after a run,
+    and everything that is to last is on the disk by then.
+    """
+    code: Any = 130
+    try:
+        catch_signals()
+        open_streams()
+        from compressor.cli.main import main
+
+        main()
+    except SystemExit as ended:
+        code = ended.code
+    except KeyboardInterrupt:
+        pass  # a second one, while the first was being reported
+    except OSError:
+        code = 3  # nowhere to report to
+    os._exit(code if isinstance(code, int) else 0)
+
+
+def catch_signals() -> None:
+    """SIGTERM and a closed terminal interrupt like Ctrl-C; `nohup` keeps its meaning."""
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interrupt)
+
+
+def interrupt(number: int, frame: Any) -> NoReturn:
+    """A signal as an exception."""
+    raise KeyboardInterrupt
+
+
+def open_streams() -> None:
+    """Give the program all three streams.
+
+    A closed one is the null device, before a file could get its number. Characters that a stream
+    cannot hold are written as escapes.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+    sys.stdout = _stream(1, sys.stdout)
+    sys.stderr = _stream(2, sys.stderr)
+
+
+def _stream(descriptor: int, before: Any) -> io.TextIOWrapper:
+    raw = Outlet(descriptor, "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=before.encoding if before is not None else "utf-8",
+        errors="backslashreplace",
+        line_buffering=descriptor == 2 or raw.isatty(),
+    )

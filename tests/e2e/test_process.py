@@ -1,0 +1,79 @@
+"""`compress` as a process: pipes that break, signals at any moment, streams that are closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+COMPRESS = [sys.executable, "-m", "compressor"]
+
+
+@pytest.fixture
+def recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    passes = [{"rtn": {"group_size": 32}}]
+    data = {"model": str(tiny_model("llama")), "output": str(tmp_path / "out"), "passes": passes}
+    path.write_text(yaml.safe_dump({**data, "verify": False, "report": False}))
+    return path
+
+
+def shell(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`compress` as "$@" in a script of bash."""
+    command = ["bash", "-c", script, "bash", *COMPRESS, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_outside_the_loop_is_an_interruption(
+    signal_number: signal.Signals, tmp_path: Path
+) -> None:
+    """While the recipe is still awaited: long before there are units that could be finished."""
+    pipe, junit = tmp_path / "recipe.yaml", tmp_path / "j.xml"
+    os.mkfifo(pipe)
+    arguments = ["run", str(pipe), "--json", "--junit", str(junit)]
+    process = subprocess.Popen(
+        [*COMPRESS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with pipe.open("w"):  # opens once it is read
+        process.send_signal(signal_number)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert json.loads(out)["exit_code"] == 130
+    assert errors.startswith("error: interrupted") and "Traceback" not in errors
+    assert ElementTree.parse(junit).getroot()[0].get("errors") == "1"
+
+
+def test_a_reader_that_goes_away_changes_nothing(recipe: Path, tmp_path: Path) -> None:
+    done = shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', "run", recipe, "--device", "cpu")
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    failed = shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', "plan", tmp_path / "nothing.yaml")
+    assert failed.returncode == 2
+
+
+def test_closed_streams_change_nothing(recipe: Path, tmp_path: Path) -> None:
+    done = shell('"$@" <&- >&- 2>&-', "run", recipe, "--device", "cpu")
+    assert done.returncode == 0 and done.stdout == done.stderr == ""
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    assert shell('"$@" >&-', "plan", tmp_path / "nothing.yaml").returncode == 2
+
+
+def test_a_full_disk_under_stdout_is_the_machines_failure(recipe: Path) -> None:
+    done = shell('"$@" >/dev/full', "plan", recipe)
+    assert done.returncode == 3
+    assert "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_encoding_without_a_character_gets_an_escape(tmp_path: Path) -> None:
+    done = shell('PYTHONIOENCODING=latin-1 "$@"', "plan", tmp_path / "木.yaml")
+    assert done.returncode == 2 and "\\u6728.yaml" in done.stderr

@@ -1,0 +1,39 @@
+"""What strangers wrote cannot drive the terminal of who reads it."""
+
+from __future__ import annotations
+
+import io
+
+import click
+import pytest
+
+from compressor.cli.display import Display
+from compressor.cli.echo import echo
+from compressor.errors import InputError, Problems, printable
+
+EVIL = "a\x1b]0;title\x07\x1b[2Jb\u202egpj\x9b31m\x7f\r"
+SAFE = r"a\x1b]0;title\x07\x1b[2Jb\u202egpj\x9b31m\x7f\r"
+
+
+def test_control_characters_become_escapes_and_lines_stay() -> None:
+    assert printable(EVIL) == SAFE
+    assert printable("größe\n\t木 ± \U0001f600") == "größe\n\t木 ± \U0001f600"
+    assert printable("\udcff").encode() == b"\\udcff"
+
+
+def test_errors_hold_no_control_characters() -> None:
+    error = InputError(EVIL, hint=EVIL)
+    assert (error.message, error.hint, str(error)) == (SAFE, SAFE, SAFE)
+    assert str(Problems([error, error])) == f"2 problems\n1. {SAFE}\n2. {SAFE}"
+
+
+def test_results_keep_their_own_colours_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with click.Context(click.Command("x"), color=True):
+        echo(click.style("passed", fg="green", bold=True) + EVIL)
+    assert capsys.readouterr().out == f"\x1b[32m\x1b[1mpassed\x1b[0m{SAFE}\n"
+
+
+def test_progress_is_safe() -> None:
+    out = io.StringIO()
+    Display(log_format="plain", file=out).event("note", text=EVIL)
+    assert out.getvalue() == f"note: {SAFE}\n"
