@@ -104,7 +104,9 @@ def _solve(
 
 def _lowest(context: PassContext, linear: Linear) -> int:
     """The least code of a linear's grid; a correction may not go below it."""
-    return int(bool(context.rounding.get(linear.name, {}).get("narrow", False)))
+    spec = context.spec(linear)
+    symmetric = spec is not None and spec.symmetric
+    return int(symmetric and bool(context.rounding.get(linear.name, {}).get("narrow", False)))
 
 
 def _row(

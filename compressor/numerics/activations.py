@@ -2,7 +2,8 @@
 
 Dynamic scales are absmax/127 (int8) and absmax/448 (fp8 e4m3), as the runtimes' kernels have them;
 NVFP4 inputs are plain (static_6), as no runtime chooses between 4 and 6 for them;
-4-bit keys and values are asymmetric with fp16 scale and zero (QoQ, arXiv 2405.04532).
+4-bit keys and values are asymmetric with fp16 scale and zero (QoQ, arXiv 2405.04532). Their zero
+is an offset in units of the value: a head of one sign keeps its whole range without a wider grid.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def fake_quantize_kv(x: Tensor, spec: KVSpec, scale: Tensor | None = None) -> Te
     values = x.float()
     if spec.element == "int4":
         low, high = torch.aminmax(values, dim=-1, keepdim=True)
-        step = ((high - low) / 15).half().float()
+        step = ((high - low) / 15).clamp_(max=65504).half().float()
         step = torch.where(step == 0, torch.ones_like(step), step)
-        zero = (-low).half().float()
+        zero = (-low).clamp_(-65504, 65504).half().float()
         codes = ((values + zero) / step).round_().clamp_(0, 15)
         return (codes * step - zero).to(x.dtype)
     if scale is None or scale.numel() not in (1, x.shape[1]):

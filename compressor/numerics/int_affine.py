@@ -3,14 +3,20 @@
 Grid of a group with range [low, high], b bits, as AWQ (arXiv 2306.00978) and its reference code
 have it, with round = half to even:
     subtract   scale = (high − low)/(2^b − 1),  zero = clamp(−round(low/scale), 0, 2^b − 1),
-               code = clamp(round(w/scale) + zero, 0, 2^b − 1)
+               code = clamp(round(w/scale) + zero, 0, 2^b − 1), low ≤ 0 ≤ high
     none       scale = −extreme/2^(b−1), where the extreme is the value of largest magnitude,
                or absmax/(2^(b−1) − 1) if `narrow`,
                code = clamp(round(w/scale), −2^(b−1), 2^(b−1) − 1) + 2^(b−1)
 A symmetric grid has one level more on its negative side. The extreme lies exactly on that level,
 so the scale is negative where the extreme is positive (the rule of GGML's Q4_0): with absmax/7.5 or
 absmax/7 in its place, 4-bit weights lose half a level or more of a grid that has only 16.
-The zero point of an asymmetric group of one sign saturates, and the group's far end is cut off.
+
+Zero is in every grid, which differs from AWQ's code on purpose: there the grid of a group of one
+sign spans [low, high] alone, its zero point saturates, and the far end of the group is cut off.
+Zero points also write every symmetric grid (zero 2^(b−1), or one less for a negative scale). Where
+the range says little about the values, in a group of one sign or one whose range or scale is tiny
+or huge, the symmetric grid is taken if its squared error is smaller: such a group is never worse
+off with zero points than without them.
 A scale is rounded to the dtype it is stored in before zero and codes are chosen from it.
 """
 
@@ -26,6 +32,10 @@ from compressor.qtensor import QTensor, QuantSpec
 RANGE_FLOOR = 1e-5
 """Smallest range of a group: an all-zero group gets a small positive scale, never 0/0."""
 
+USUAL_RANGE = (2.0**-14, 65504.0)
+"""Ranges beyond these, the ends of float16's normal numbers, are no group's of a trained weight:
+scales underflow, saturate or overflow there."""
+
 
 def quantize_int(
     weight: Tensor,
@@ -40,7 +50,8 @@ def quantize_int(
 
     clip_max    [scale_shape] bound of each group: the weight is clamped to ±clip_max first
     clip_min    [scale_shape] lower bound, where it is not −clip_max
-    narrow      symmetric grids with a positive scale whose upper end is exactly absmax
+    narrow      symmetric grids with a positive scale whose upper end is exactly absmax; of an
+                asymmetric spec, the symmetric grids it is compared with
     arithmetic  dtype of the arithmetic (lower than float32 only to reproduce others' codes)
     Raises InputError where the spec is not an int affine one or groups do not divide the columns.
     """
@@ -136,22 +147,69 @@ def int_grid(
         lower = -upper if clip_min is None else clip_min.to(arithmetic)
         low = torch.minimum(torch.maximum(low, lower), upper)
         high = torch.minimum(torch.maximum(high, lower), upper)
-    return grid_of_range(low, high, spec, narrow=narrow)
-
-
-def grid_of_range(
-    low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Scales in spec.scale_dtype and integer zeros in low's dtype for ranges [low, high]."""
-    levels = 2**spec.bits - 1
     if spec.zero == "none":
-        absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)
-        if narrow:
-            return _storable(absmax / (2 ** (spec.bits - 1) - 1), spec.scale_dtype), None
-        scales = _storable(absmax / 2 ** (spec.bits - 1), spec.scale_dtype)
-        return torch.where(high > -low, -scales, scales), None
-    scales = _storable((high - low).clamp(min=RANGE_FLOOR) / levels, spec.scale_dtype)
-    return scales, torch.round(low / scales.to(low.dtype)).neg_().clamp_(0, levels)
+        return _symmetric_scales(low, high, spec, narrow=narrow), None
+    grid, degenerate = _asymmetric_grid(low, high, spec)
+    if not bool(degenerate.any()):
+        return grid
+    levels, centre = 2**spec.bits - 1, 2 ** (spec.bits - 1)
+    signed = _symmetric_scales(low, high, spec, narrow=narrow)
+    # A negative scale mirrors the codes: −(c − centre) = (levels − c) − (levels − centre).
+    other = signed.abs(), torch.where(signed < 0, levels - centre, centre).to(low.dtype)
+    clip = (clip_max, clip_min)
+    errors = [_squared_errors(weight, spec, *g, clip, arithmetic) for g in (grid, other)]
+    better = degenerate & ((errors[1] < errors[0]) | errors[0].isinf())
+    return torch.where(better, other[0], grid[0]), torch.where(better, other[1], grid[1])
+
+
+def _symmetric_scales(low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: bool) -> Tensor:
+    """Scales in spec.scale_dtype of symmetric grids for ranges [low, high]; negative where the
+    extreme is positive, unless `narrow`."""
+    absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)
+    if narrow:
+        return _storable(absmax / (2 ** (spec.bits - 1) - 1), spec.scale_dtype)
+    scales = _storable(absmax / 2 ** (spec.bits - 1), spec.scale_dtype)
+    return torch.where(high > -low, -scales, scales)
+
+
+def _asymmetric_grid(
+    low: Tensor, high: Tensor, spec: QuantSpec
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Scales in spec.scale_dtype and integer zeros in low's dtype for ranges [low, high], zero
+    included; and where the range says little: one sign, tiny, or huge."""
+    levels = 2**spec.bits - 1
+    one_sign = (low >= 0) | (high <= 0)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    span = high - low
+    step = span.clamp(min=RANGE_FLOOR) / levels
+    scales = _storable(step, spec.scale_dtype)
+    zeros = torch.round(low / scales.to(low.dtype)).neg_().clamp_(0, levels)
+    tiny = (span < USUAL_RANGE[0]) | (step < torch.finfo(spec.scale_dtype).smallest_normal)
+    huge = span > USUAL_RANGE[1]
+    return (scales, zeros), (one_sign | tiny | huge) & (span > 0)
+
+
+def _squared_errors(
+    weight: Tensor,
+    spec: QuantSpec,
+    scales: Tensor,
+    zeros: Tensor,
+    clip: tuple[Tensor | None, Tensor | None],
+    arithmetic: torch.dtype,
+) -> Tensor:
+    """Squared error of each group [scale_shape] float64 on an asymmetric grid."""
+    errors = torch.zeros(scales.shape, dtype=torch.float64, device=weight.device)
+    for rows in row_chunks(weight):
+        groups = _clamped(_grouped(weight[rows].to(arithmetic, copy=True), spec), rows, *clip)
+        values = _codes(groups.clone(), spec, rows, scales, zeros).float()
+        values.sub_(_of_rows(zeros, rows).float().unsqueeze(-1))
+        values.mul_(_of_rows(scales, rows).float().unsqueeze(-1))
+        found = (values.double() - groups.double()).square_().sum(-1)
+        if spec.strategy == "tensor":
+            errors += found.sum()
+        else:
+            errors[rows] = found
+    return errors
 
 
 def group_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

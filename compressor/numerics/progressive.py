@@ -13,6 +13,11 @@ P is the protective range, the largest at which no int8 value leaves [−128, 12
 
 Plain offset, per channel or group:
     s = float16((max − min)/15), 0 → 1,  z = float16(−min),  q = clamp(round((w + z)/s), 0, 15)
+
+An offset reaches a range that does not hold zero as it is, so such ranges are not widened. Scales
+and offsets are rounded, though, and a group of one sign (or of values near the smallest float16)
+may lose more by that than a symmetric grid, s = max|t|/8, on the same levels of scale: it takes
+that one where its squared error is smaller, which the published code does not.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ from compressor.qtensor import QTensor, QuantSpec
 
 PROTECTIVE_RANGE = {"offset": 120.0, "subtract": 119.0}
 SMALLEST_HALF = 2.0**-24
+SMALLEST_NORMAL_HALF = 2.0**-14
+SMALL_HALF = 2.0**-16
+"""Below it float16 steps are so coarse that rounding a scale shortens its range."""
+SYMMETRIC_LEVELS = 8
 
 
 def quantize_progressive(
@@ -46,15 +55,22 @@ def quantize_progressive(
     second = _half_scales(groups.abs().amax((1, 2)) / bound).float().view(-1, 1)
     groups = (groups / second.unsqueeze(-1)).clamp_(-bound, bound)
     low, high = groups.amin(-1), groups.amax(-1)
+    degenerate = _one_sign(low, high) | (second < SMALLEST_NORMAL_HALF)
+    extreme = torch.maximum(-low, high)
     if spec.zero == "subtract":
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scales = ((high - low) / _levels(spec)).round_().clamp_(max=127)
-    scales = torch.where(scales == 0, 1.0, scales)
+    scales = _group_scales((high - low) / _levels(spec))
+    symmetric = _group_scales(extreme / SYMMETRIC_LEVELS)
+    centre = _symmetric_centre(low, high)
     if spec.zero == "subtract":
-        zeros = (-low / scales).round_().clamp_(0, _levels(spec)).to(torch.uint8)
+        zeros = (-low / scales).round_().clamp_(0, _levels(spec))
     else:
-        zeros = (-low).round_().clamp_(-128, 127).to(torch.int8)
+        zeros = (-low).round_().clamp_(-128, 127)
+        centre = centre * symmetric
+    grids = ((scales, zeros), (symmetric, centre))
+    scales, zeros = _prefer_symmetric(groups, *grids, where=degenerate, spec=spec)
     scales = scales.to(torch.int8)
+    zeros = zeros.to(torch.uint8 if spec.zero == "subtract" else torch.int8)
     codes = offset_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec=spec)
     codes = codes.view(weight.shape)
     return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros, second=second)
@@ -81,8 +97,12 @@ def quantize_offset(
     _check(spec, weight, scale_dtype=torch.float16)
     groups = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
     low, high = groups.amin(-1), groups.amax(-1)
-    scales = _half_scales((high - low) / _levels(spec))
-    zeros = (-low).clamp_(-65504, 65504).to(torch.float16)
+    scales = _half_scales((high - low) / _levels(spec)).float()
+    symmetric = _half_scales(torch.maximum(-low, high) / SYMMETRIC_LEVELS).float()
+    grids = ((scales, _half(-low)), (symmetric, _half(_symmetric_centre(low, high) * symmetric)))
+    degenerate = _one_sign(low, high) | (scales < SMALL_HALF)
+    scales, zeros = _prefer_symmetric(groups, *grids, where=degenerate, spec=spec)
+    scales, zeros = scales.to(torch.float16), zeros.to(torch.float16)
     codes = offset_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec=spec).view(
         weight.shape
     )
@@ -97,6 +117,40 @@ def offset_codes(weight: Tensor, scales: Tensor, zeros: Tensor, *, spec: QuantSp
     else:
         steps = weight.float() / scales + zeros
     return steps.round_().clamp_(0, _levels(spec)).to(torch.uint8)
+
+
+def _one_sign(low: Tensor, high: Tensor) -> Tensor:
+    return (low >= 0) | (high <= 0)
+
+
+def _symmetric_centre(low: Tensor, high: Tensor) -> Tensor:
+    """The code of zero on a symmetric grid whose extreme lies on one of its ends, or a code above
+    that still reaches it where no value has the other sign: an offset of 0 is exact."""
+    centre = torch.where(high > -low, float(SYMMETRIC_LEVELS - 1), float(SYMMETRIC_LEVELS))
+    return torch.where(low >= 0, 0.0, centre)
+
+
+def _prefer_symmetric(
+    groups: Tensor,
+    grid: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    *,
+    where: Tensor,
+    spec: QuantSpec,
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [out, groups] of the one grid, and of the other `where` that one has
+    the smaller squared error."""
+    if not bool(where.any()):
+        return grid
+    errors = []
+    for scales, zeros in grid, other:
+        scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
+        codes = offset_codes(groups, scales, zeros, spec=spec).double()
+        offset = spec.zero == "offset"
+        values = codes * scales - zeros if offset else (codes - zeros) * scales
+        errors.append((values - groups).square_().sum(-1))
+    better = where & (errors[1] < errors[0])
+    return torch.where(better, other[0], grid[0]), torch.where(better, other[1], grid[1])
 
 
 def _check(spec: QuantSpec, weight: Tensor, *, scale_dtype: torch.dtype) -> None:
@@ -123,6 +177,17 @@ def _grouped(
     high = clip_max.float().unsqueeze(-1)
     low = -high if clip_min is None else clip_min.float().unsqueeze(-1)
     return torch.minimum(torch.maximum(groups, low), high)
+
+
+def _group_scales(steps: Tensor) -> Tensor:
+    """Integer scales 1 … 127 of groups, in float."""
+    rounded = steps.round().clamp_(max=127)
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def _half(values: Tensor) -> Tensor:
+    """Values rounded to a finite float16."""
+    return values.clamp(-65504, 65504).to(torch.float16).float()
 
 
 def _half_scales(scales: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Awq(Pass):
     Without `bits` it only changes weights, and searches with the quantizer that comes after it.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     changes_kv: ClassVar[bool] = True
 
     bits: int | None = Field(

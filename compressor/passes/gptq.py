@@ -37,7 +37,7 @@ INPUTS: dict[str, dict[str | None, ActivationSpec | None]] = {
 class Gptq(Pass):
     """Round weights so that each rounding error is corrected by the weights rounded after it."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     quantizes: ClassVar[bool] = True
 
     grid: Literal["int", "nvfp4"] = Field(
@@ -83,7 +83,7 @@ class Gptq(Pass):
     def rounding(self) -> Mapping[str, Any]:
         if self.grid == "nvfp4":
             return {"rule": self.rule}
-        return narrow_beside_inputs(self.bits, self.activations, symmetric=self.symmetric)
+        return narrow_beside_inputs(self.bits, self.activations)
 
     def needs(self) -> StatNeeds:
         return StatNeeds(gram=True, absmax=self.activations in ("static", "calibrated"))

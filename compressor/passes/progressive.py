@@ -28,7 +28,7 @@ from compressor.second_order import GptqOptions, round_unit
 class Progressive(Pass):
     """Round weights to 4 bits on two levels of scale, beside int8 inputs (QoQ's W4A8)."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     quantizes: ClassVar[bool] = True
 
     group_size: int | None = Field(

@@ -19,7 +19,7 @@ from compressor.scheme import ActivationSpec, Scheme
 class Rtn(Pass):
     """Round every weight to the nearest value of its group's grid, without calibration data."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     quantizes: ClassVar[bool] = True
 
     bits: int = Field(4, ge=2, le=8, description="bits of one weight")
@@ -37,7 +37,7 @@ class Rtn(Pass):
         return Scheme(weight=weight, input=input_spec(self.activations))
 
     def rounding(self) -> Mapping[str, Any]:
-        return narrow_beside_inputs(self.bits, self.activations, symmetric=self.symmetric)
+        return narrow_beside_inputs(self.bits, self.activations)
 
     def needs(self) -> StatNeeds:
         return StatNeeds(absmax=self.activations == "static")
@@ -72,10 +72,10 @@ def input_spec(mode: Literal["token", "tensor", "static"] | None) -> ActivationS
     return None if mode is None else ActivationSpec("int8", mode)
 
 
-def narrow_beside_inputs(bits: int, activations: str | None, *, symmetric: bool) -> dict[str, Any]:
-    """Options of the rounding: eight-bit weights that are multiplied with int8 inputs have the
-    codes −127 … 127 on a positive scale, which every int8 kernel takes."""
-    return {"narrow": True} if bits == 8 and symmetric and activations is not None else {}
+def narrow_beside_inputs(bits: int, activations: str | None) -> dict[str, Any]:
+    """Options of the rounding: eight-bit symmetric weights that are multiplied with int8 inputs
+    have the codes −127 … 127 on a positive scale, which every int8 kernel takes."""
+    return {"narrow": True} if bits == 8 and activations is not None else {}
 
 
 def uneven_groups(linear: Linear, group_size: int | None) -> str | None:

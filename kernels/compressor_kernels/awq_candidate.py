@@ -3,7 +3,10 @@
 `candidate_delta` gives the error of one candidate scale as the next matrix product wants it;
 `clip_bounds` tries every clipping bound of a group while the group stays in registers. Grids are
     asymmetric  scale = (high − low)/(2^b − 1), zero = clamp(−round(low/scale), 0, 2^b − 1)
+                over a range that is widened to hold zero
     symmetric   scale = −extreme/2^(b−1), codes −2^(b−1) … 2^(b−1) − 1
+An asymmetric group of one sign, or whose range or scale is tiny or huge, takes the symmetric grid
+where that has the smaller error. Grids come
 with the scale rounded to the dtype it is stored in before codes are chosen.
 """
 
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor
 
 STORED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+USUAL_RANGE = (2.0**-14, 65504.0)
+"""Of a group: narrower or wider ones are tiny or huge."""
 TILE, WARPS = 4096, 4
 """Weights that one program of `candidate_delta` works on, and its warps."""
 CLIP_TILE, CLIP_WARPS = 4096, 8
@@ -172,18 +177,40 @@ def _rounded_ref(
     groups: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetric: bool, stored: torch.dtype
 ) -> Tensor:
     """The values that codes stand for, for groups [..., g] with ranges [low, high] [...]."""
-    levels, half = 2**bits - 1, 2 ** (bits - 1)
-    span = torch.maximum(-low, high) / half if symmetric else (high - low) / levels
-    info = torch.finfo(stored)
-    scale = span.clamp(min=1e-5 / (half if symmetric else levels), max=info.max).to(stored).float()
-    scale = scale.clamp(min=info.smallest_normal * info.eps)[..., None]
     if symmetric:
-        scale = torch.where((high > -low)[..., None], -scale, scale)
+        return _symmetric_ref(groups, low, high, bits=bits, stored=stored)
+    levels = 2**bits - 1
+    one_sign = (low >= 0) | (high <= 0)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    span = high - low
+    step = span.clamp(min=1e-5) / levels
+    tiny = (span < USUAL_RANGE[0]) | (step < torch.finfo(stored).smallest_normal)
+    degenerate = one_sign | tiny | (span > USUAL_RANGE[1])
+    scale = _stored_ref(step, stored)[..., None]
     steps = torch.round(groups / scale)
-    if symmetric:
-        return steps.clamp(-half, half - 1) * scale
     zero = (-torch.round(low[..., None] / scale)).clamp(0, levels)
-    return ((steps + zero).clamp(0, levels) - zero) * scale
+    values = ((steps + zero).clamp(0, levels) - zero) * scale
+    other = _symmetric_ref(groups, low, high, bits=bits, stored=stored)
+    # In units of the extreme, whose square may leave float32.
+    extreme = torch.maximum(-low, high).clamp(min=1e-30)[..., None]
+    errors = [((v - groups) / extreme).square().sum(-1) for v in (values, other)]
+    better = degenerate & (errors[1] < errors[0])
+    return torch.where(better[..., None], other, values)
+
+
+def _symmetric_ref(
+    groups: Tensor, low: Tensor, high: Tensor, *, bits: int, stored: torch.dtype
+) -> Tensor:
+    half = 2 ** (bits - 1)
+    scale = _stored_ref(torch.maximum(-low, high).clamp(min=1e-5) / half, stored)
+    scale = torch.where(high > -low, -scale, scale)[..., None]
+    return torch.round(groups / scale).clamp(-half, half - 1) * scale
+
+
+def _stored_ref(step: Tensor, stored: torch.dtype) -> Tensor:
+    """Positive scales as they will be stored, in float32."""
+    info = torch.finfo(stored)
+    return step.clamp(max=info.max).to(stored).float().clamp(min=info.smallest_normal * info.eps)
 
 
 def _checked(weight: Tensor, bits: int, group_size: int | None, stored: torch.dtype) -> int:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 RANGE_FLOOR = tl.constexpr(1e-5)
+TINY, HUGE = tl.constexpr(2.0**-14), tl.constexpr(65504.0)  # ranges; awq_candidate's USUAL_RANGE
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits below 1
 LARGEST = tl.constexpr(1048576.0)
 
@@ -30,23 +31,52 @@ def _storable(scale, STORED: tl.constexpr):
 
 
 @triton.jit
+def _symmetric(w, low, high, BITS: tl.constexpr, STORED: tl.constexpr):
+    """The values of w [R, G] on the symmetric grid of each row's range [low, high] [R]."""
+    HALF: tl.constexpr = 2 ** (BITS - 1)
+    scale = _storable(tl.maximum(tl.maximum(-low, high), RANGE_FLOOR) / HALF, STORED)
+    scale = tl.where(high > -low, -scale, scale)
+    steps = _nearest(w / scale[:, None])
+    return tl.minimum(tl.maximum(steps, -HALF), HALF - 1) * scale[:, None]
+
+
+@triton.jit
+def _asymmetric(w, low, high, BITS: tl.constexpr, STORED: tl.constexpr):
+    """The same on the asymmetric grid, which holds zero; a group of one sign, or whose range
+    or scale is tiny or huge, takes the symmetric grid where that has the smaller error."""
+    LEVELS: tl.constexpr = 2**BITS - 1
+    SMALLEST: tl.constexpr = 6.103515625e-05 if STORED == "float16" else 1.1754943508222875e-38
+    one_sign = (low >= 0) | (high <= 0)
+    low = tl.minimum(low, 0.0)
+    high = tl.maximum(high, 0.0)
+    step = tl.maximum(high - low, RANGE_FLOOR) / LEVELS
+    scale = _storable(step, STORED)
+    steps = _nearest(w / scale[:, None])
+    zero = tl.minimum(tl.maximum(-_nearest(low / scale), 0.0), LEVELS)[:, None]
+    values = (tl.minimum(tl.maximum(steps + zero, 0.0), LEVELS) - zero) * scale[:, None]
+    tiny = (high - low < TINY) | (step < SMALLEST)
+    degenerate = one_sign | tiny | (high - low > HUGE)
+    if tl.max(degenerate.to(tl.int32), 0) > 0:  # rare: the usual tile pays for one grid only
+        other = _symmetric(w, low, high, BITS, STORED)
+        # In units of the extreme, whose square may leave float32.
+        extreme = tl.maximum(tl.maximum(-low, high), 1e-30)[:, None]
+        error = (values - w) / extreme
+        rival = (other - w) / extreme
+        better = degenerate & (tl.sum(rival * rival, 1) < tl.sum(error * error, 1))
+        values = tl.where(better[:, None], other, values)
+    return values
+
+
+@triton.jit
 def _rounded(w, low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORED: tl.constexpr):
     """The values that codes stand for: w [R, G] on the grid of each row's range [low, high] [R].
 
     STORED names the dtype the scale is rounded to before codes are chosen.
     """
-    LEVELS: tl.constexpr = 2**BITS - 1
     if SYMMETRIC:
-        scale = _storable(tl.maximum(tl.maximum(-low, high), RANGE_FLOOR) / 2 ** (BITS - 1), STORED)
-        scale = tl.where(high > -low, -scale, scale)
+        return _symmetric(w, low, high, BITS, STORED)
     else:
-        scale = _storable(tl.maximum(high - low, RANGE_FLOOR) / LEVELS, STORED)
-    steps = _nearest(w / scale[:, None])
-    if SYMMETRIC:
-        HALF: tl.constexpr = 2 ** (BITS - 1)
-        return tl.minimum(tl.maximum(steps, -HALF), HALF - 1) * scale[:, None]
-    zero = tl.minimum(tl.maximum(-_nearest(low / scale), 0.0), LEVELS)[:, None]
-    return (tl.minimum(tl.maximum(steps + zero, 0.0), LEVELS) - zero) * scale[:, None]
+        return _asymmetric(w, low, high, BITS, STORED)
 
 
 @triton.jit(do_not_specialize=["groups", "per_row"])

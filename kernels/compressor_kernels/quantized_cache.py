@@ -42,9 +42,9 @@ def quantize_kv4(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{x.shape[-1]} channels do not pair up")
     values = x.float()
     low, high = torch.aminmax(values, dim=-1, keepdim=True)
-    step = ((high - low) / torch.full_like(low, 15.0)).half()
+    step = ((high - low) / torch.full_like(low, 15.0)).clamp(max=65504).half()
     step = torch.where(step == 0, torch.ones_like(step), step)
-    zero = (-low).half()
+    zero = (-low).clamp(-65504, 65504).half()
     codes = ((values + zero.float()) / step.float()).round().clamp(0, 15).to(torch.uint8)
     return codes[..., ::2] | (codes[..., 1::2] << 4), torch.cat([step, zero], dim=-1)
 

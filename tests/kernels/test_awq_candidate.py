@@ -56,6 +56,25 @@ def test_bits_and_dtypes(bits, dtype):
     assert (found[3] == 0).all()
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_groups_of_one_sign_and_of_odd_sizes(stored):
+    weight, _ = matrix(9, 64)
+    weight[:6] = 0.2 + 0.1 * weight[:6].abs() / weight.abs().max()
+    weight[1] *= -1
+    weight[2] = 0.3
+    weight[3, 1:] = 0
+    weight[4] *= 1e-7
+    weight[5] *= 1e6
+    scales = torch.ones(64, device=DEVICE)
+    options = {"bits": 4, "group_size": 32, "stored": stored}
+    found = candidate_delta(weight, scales, symmetric=False, **options)
+    assert_same_codes(found, candidate_delta_ref(weight, scales, symmetric=False, **options))
+    symmetric = candidate_delta(weight, scales, symmetric=True, **options)
+    errors = [x[:6].float().square().sum(1) for x in (found, symmetric)]
+    assert (errors[0] <= errors[1] * 1.01).all()
+    assert (errors[0][:2] < 0.5 * errors[1][:2]).all()
+
+
 def test_candidate_delta_writes_where_it_is_told():
     weight, scales = matrix(8, 64)
     store = torch.full((16, 64), 7.0, dtype=torch.bfloat16, device=DEVICE)
