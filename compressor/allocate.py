@@ -8,13 +8,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from compressor.errors import InputError
+from compressor.ir.frozen import Strict
 from compressor.passes.base import get_pass
 
 
-class Option(BaseModel):
+class Option(Strict):
     """One way to store a group of linears.
 
     bits             of a code; null leaves the linears as they are
@@ -22,32 +23,26 @@ class Option(BaseModel):
     error            what it costs, on one scale for all groups of the file
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     bits: int | None
     bits_per_weight: float = Field(gt=0)
     error: float = Field(ge=0)
 
 
-class Group(BaseModel):
+class Group(Strict):
     """Linears that must have one scheme, with what each way of storing them costs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     linears: tuple[str, ...] = Field(min_length=1)
     weights: int = Field(gt=0)
     options: tuple[Option, ...] = Field(min_length=1)
 
 
-class Sensitivity(BaseModel):
+class Sensitivity(Strict):
     """What `compress measure` writes.
 
     recipe  the measured recipe: model, calibration, format and passes, of which the quantizer's
             `bits` is what the options differ in
     measure what `error` means
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     recipe: dict[str, Any]

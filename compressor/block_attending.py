@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.attention import AttentionCall, AttentionHook
 from compressor.block_choice import choose_blocks, forecast_of, in_pieces
 from compressor.errors import InputError
-from compressor.passes.base import Unit
+from compressor.ir.unit import Unit
 from compressor.policy import AttentionPolicy, BlockSelection, LayerPolicy, layer_mask
 
 FUTURE, CURRENT = "q_future_proj.weight", "q_curr_proj.weight"

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from compressor.errors import CompressError, InputError, Problems
 from compressor.finish import RECIPE_NAME, finish, resume_finish
-from compressor.formats.base import Format, ModelSchemes, TensorShape, get_format
+from compressor.formats.base import Format, ModelSchemes, get_format
+from compressor.ir.tensor import TensorShape
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, UnitLayout
 from compressor.locate import Located
 from compressor.manifest import MANIFEST_NAME, read_manifest
-from compressor.passes.base import Unit
 from compressor.qtensor import QTensor
 from compressor.relayout import RoundingReport, as_symmetric, compare, relayout
 from compressor.scheme import KVSpec, Scheme

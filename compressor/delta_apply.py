@@ -9,7 +9,7 @@ from typing import Any
 from compressor.delta_source import Delta, MergedCheckpoint, merged_source
 from compressor.errors import MachineError
 from compressor.finish import finish, resume_finish
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 from compressor.manifest import MANIFEST_NAME, hash_file, read_manifest
 from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.shards import ShardWriter, plan_shards

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.delta import BASE_NAME, Base, locate_base
 from compressor.errors import CompressError, InputError
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 from compressor.layout import Linear, UnitLayout
 from compressor.manifest import read_manifest
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta

@@ -25,7 +25,7 @@ from compressor.delta import (
 )
 from compressor.delta_plan import delta_shapes
 from compressor.errors import InputError, Problems
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 from compressor.layout import Linear
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
 from compressor.safetensors_file import Entry

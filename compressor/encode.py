@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.passes.base import Unit
+from compressor.ir.unit import Unit
 from compressor.plan import Plan
 from compressor.unit_plan import UnitPlan
 

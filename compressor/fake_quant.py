@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from compressor.attention import AttentionCall, AttentionHook
 from compressor.errors import InputError
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, UnitLayout
 from compressor.numerics.activations import fake_quantize_activation, fake_quantize_kv
-from compressor.passes.base import Unit
 from compressor.scheme import ActivationSpec, KVSpec
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.ir.unit import Unit
 from compressor.layout import ModelLayout
-from compressor.passes.base import Unit
 from compressor.runner import BlockRunner, load_tokenizer
 from compressor.source import Source
 from compressor.streaming import floats

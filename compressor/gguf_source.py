@@ -20,9 +20,9 @@ from torch import Tensor
 
 from compressor.checkpoint import INDEX_NAME
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
 from compressor.gguf_file import GgufFile, open_gguf
 from compressor.gguf_tokenizer import tokenizer_files
+from compressor.ir.tensor import TensorShape
 from compressor.safetensors_file import tensor_bytes
 from compressor.shards import plan_shards, write_atomically
 

@@ -25,8 +25,9 @@ from compressor.commit_queue import CommitQueue
 from compressor.encode import decode_unit, encode_unit
 from compressor.errors import InputError, Interrupted, MachineError
 from compressor.heap import give_back
+from compressor.ir.unit import Unit
 from compressor.layout import UnitLayout
-from compressor.passes.base import Learned, Unit
+from compressor.passes.base import Learned
 from compressor.plan import Plan
 from compressor.process_memory import peak_rss
 from compressor.runner import BlockRunner, Observation

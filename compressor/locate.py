@@ -18,8 +18,8 @@ from typing import Any
 from compressor.checkpoint import INDEX_NAME, Checkpoint, load_json, open_checkpoint
 from compressor.errors import InputError, MachineError, Problems
 from compressor.finish import RECIPE_NAME, SIDE_FILES
-from compressor.formats.base import TensorShape
 from compressor.gguf_source import convert_gguf
+from compressor.ir.tensor import TensorShape
 from compressor.manifest import MANIFEST_NAME
 from compressor.safetensors_file import DTYPES, Entry
 from compressor.source import Source, as_source

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.frozen import Strict
 from compressor.passkey import WORDS, Encoder, check_end, check_fields, encode, encode_key
 
 # fmt: off
@@ -29,10 +30,8 @@ ORDINALS = (
 DEPTHS = 1000
 
 
-class Needles(BaseModel):
+class Needles(Strict):
     """Recipe parameters of multi-passkey rows; the haystack is the calibration tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     keys: int = Field(10, ge=1, le=len(ORDINALS), description="passkeys in a row")
     words: int = Field(32, ge=1, description="words of a passkey, drawn with replacement")

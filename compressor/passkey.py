@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.evaluate import Estimate
+from compressor.ir.frozen import Strict
 from compressor.source import Source
 from compressor.streaming import Attending, Progress, Stream, StreamedModel, run_blocks
 
@@ -49,10 +50,8 @@ def check_end(text: str) -> str:
     return text
 
 
-class Passkey(BaseModel):
+class Passkey(Strict):
     """Recipe parameters of the passkey probe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     lengths: tuple[int, ...] = Field((512, 1024), min_length=1, description="tokens per row")
     depths: tuple[float, ...] = Field(

@@ -15,8 +15,8 @@ from torch import Tensor
 from compressor.attention import AttentionCall, AttentionHook
 from compressor.block_attending import BlockAttending
 from compressor.errors import InputError
+from compressor.ir.unit import Unit
 from compressor.layout import ModelLayout
-from compressor.passes.base import Unit
 from compressor.policy import AttentionPolicy, LayerPolicy, check_policy, layer_mask, read_policy
 
 

@@ -14,8 +14,9 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from compressor.errors import InputError, Problems
 from compressor.gate import Gate
+from compressor.ir.frozen import Strict
 from compressor.passes.base import Pass, get_pass, pass_names
-from compressor.sections import Calibration, CardSection, Evaluation, Publish, Strict
+from compressor.sections import Calibration, CardSection, Evaluation, Publish
 
 SIZE_UNITS = {
     "": 1,

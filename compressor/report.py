@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compressor.errors import MachineError
 from compressor.evaluate import plain_json
+from compressor.ir.frozen import Strict
 from compressor.report_attention import attention
 from compressor.report_html import render
 from compressor.shards import write_atomically
@@ -22,11 +23,7 @@ JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class UnitReport(_Frozen):
+class UnitReport(Strict):
     """One unit of the run.
 
     peak_rss, peak_device  bytes, of the process up to the end of this unit
@@ -41,7 +38,7 @@ class UnitReport(_Frozen):
     rows: tuple[dict[str, Any], ...] = ()
 
 
-class Costs(_Frozen):
+class Costs(Strict):
     """Bytes and seconds, planned or spent; device_bytes is 0 on a CPU."""
 
     source_bytes: int
@@ -51,7 +48,7 @@ class Costs(_Frozen):
     seconds: float
 
 
-class ReportData(_Frozen):
+class ReportData(Strict):
     """Everything a report says. Fields are added to a schema version, never changed in one.
 
     title       name of the artefact

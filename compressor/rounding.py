@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear
 from compressor.numerics import fake_quantize, quantize, shared_options
 from compressor.numerics.activations import fake_quantize_activation, stored_scale
 from compressor.numerics.migration import Quantizer
-from compressor.passes.base import PassContext, Unit
+from compressor.passes.base import PassContext
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

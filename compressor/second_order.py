@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from compressor_calibration.stats import SiteStats
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear
 from compressor.numerics.gptq import InverseFactor, Rounded, gptq, inverse_factor
-from compressor.passes.base import PassContext, Unit, output_error
+from compressor.passes.base import PassContext, output_error
 from compressor.qtensor import QTensor
 from compressor.rounding import quantize_all
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from compressor.allocate import Group, Option, Sensitivity, split_bits
 from compressor.errors import InputError
 from compressor.fake_quant import StoredInput, quantized_inputs
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, UnitLayout
-from compressor.passes.base import Unit
 from compressor.plan import Plan, make_plan
 from compressor.recipe import make_recipe
 from compressor.runner import Block, BlockRunner, Observation

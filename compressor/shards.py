@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compressor.checkpoint import SINGLE_NAME
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 from compressor.safetensors_file import Entry, encode_header, read_tensor, tensor_bytes
 
 HASH_THREADS = 2

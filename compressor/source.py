@@ -14,9 +14,10 @@ from torch import Tensor
 from compressor.arch import ArchMap, load_map
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import InputError, Problems
-from compressor.formats.base import Format, ModelSchemes, TensorShape, format_names, get_format
+from compressor.formats.base import Format, ModelSchemes, format_names, get_format
+from compressor.ir.tensor import TensorShape
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, ModelLayout, UnitLayout
-from compressor.passes.base import Unit
 from compressor.safetensors_file import Entry
 from compressor.scheme import Scheme
 

@@ -18,8 +18,8 @@ from compressor.attention import AttentionHook
 from compressor.errors import InputError
 from compressor.fake_quant import quantized_inputs, quantized_kv, stored_inputs
 from compressor.heap import give_back
+from compressor.ir.unit import Unit
 from compressor.layout import UnitLayout
-from compressor.passes.base import Unit
 from compressor.policy_attention import stored_attention
 from compressor.runner import Block, BlockRunner
 from compressor.source import Source

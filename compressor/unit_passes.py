@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from compressor.composition import rounding_of
-from compressor.passes.base import Learned, PassContext, Unit
+from compressor.ir.unit import Unit
+from compressor.passes.base import Learned, PassContext
 from compressor.plan import Plan
 from compressor.runner import Observation
 from compressor.unit_plan import Observable, UnitPlan

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from compressor_calibration.stats import KVNeeds, StatNeeds
 
-from compressor.formats.base import Format, ModelSchemes, TensorShape
+from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.tensor import TensorShape
 from compressor.layout import UnitLayout
 from compressor.recipe import Recipe, Step
 from compressor.scheme import Scheme

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 from compressor.safetensors_file import tensor_bytes
 from compressor.shards import plan_shards
 

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from compressor.errors import CompressError
 from compressor.formats.base import get_format
+from compressor.ir.unit import Unit
 from compressor.layout import UnitLayout
-from compressor.passes.base import Pass, PassContext, Unit, get_pass
+from compressor.passes.base import Pass, PassContext, get_pass
 from compressor.runner import BlockRunner, load_tokenizer
 from compressor.scheme import Scheme
 from compressor.source import Source, open_source

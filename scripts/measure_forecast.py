@@ -39,7 +39,7 @@ from compressor.evaluate import evaluate
 from compressor.forecast_teacher import Teacher
 from compressor.forecast_training import Sweep, Training
 from compressor.frozen_model import SourceModel
-from compressor.passes.base import Unit
+from compressor.ir.unit import Unit
 from compressor.passes.sparda import SparDA
 from compressor.passkey import Passkey, passkey
 from compressor.policy import AttentionPolicy, BlockSelection, LayerPolicy

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from compressor.formats.base import TensorShape
 from compressor.formats.packing.e2m1 import LOCAL
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import NVFP4, QuantSpec
 from compressor.scheme import ActivationSpec
 

@@ -16,21 +16,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
-
-
-@dataclass(frozen=True, slots=True)
-class TensorShape:
-    """Dtype and shape of a tensor that is not there yet (or is only a header entry)."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor's data in bytes."""
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes
 from compressor.formats.dense import Dense
+from compressor.ir.tensor import TensorShape
 from compressor.scheme import Scheme
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import AllValues, ModelSchemes, TensorShape
+from compressor.formats.base import AllValues, ModelSchemes
 from compressor.formats.ct_layouts.base import CTLayout
 from compressor.formats.ct_layouts.float_quantized import FloatQuantized
 from compressor.formats.ct_layouts.int_quantized import IntQuantized
 from compressor.formats.ct_layouts.kv_cache import kv_entry, kv_scales, kv_tensors, read_kv
 from compressor.formats.ct_layouts.nvfp4_pack_quantized import NVFP4PackQuantized
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 

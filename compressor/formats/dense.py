@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
+from compressor.formats.base import ModelSchemes, WeightsOnly
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

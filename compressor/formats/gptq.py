@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
+from compressor.formats.base import ModelSchemes, WeightsOnly
 from compressor.formats.packing.checks import matrix_shape, take, take_scales
 from compressor.formats.packing.transposed import (
     common_spec,
@@ -32,6 +32,7 @@ from compressor.formats.packing.transposed import (
 )
 from compressor.formats.packing.whole_checkpoint import group_size
 from compressor.formats.packing.words import WORD, pack_words, unpack_words
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes
 from compressor.formats.ct_layouts.inputs import positive_scale
 from compressor.formats.packing.checks import check_values, matrix_shape, take
 from compressor.formats.packing.e2m1 import take_number
@@ -26,6 +26,7 @@ from compressor.formats.packing.modelopt import (
     config_file,
     read_schemes,
 )
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes
 from compressor.formats.ct_layouts.inputs import positive_scale
 from compressor.formats.packing.e2m1 import (
     BLOCK,
@@ -35,6 +35,7 @@ from compressor.formats.packing.modelopt import (
     config_file,
     read_schemes,
 )
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import NVFP4, QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

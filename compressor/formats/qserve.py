@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape, WeightsOnly
+from compressor.formats.base import ModelSchemes, WeightsOnly
 from compressor.formats.packing.checks import describe, finite, matrix_shape, take
 from compressor.formats.packing.whole_checkpoint import (
     common_scheme,
     group_size,
     read_group_size,
 )
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.folding import consumer_scale, fold, source_scale
+from compressor.ir.unit import Unit
 from compressor.layout import Fold, Linear
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
@@ -29,7 +30,7 @@ from compressor.numerics.awq_search import (
 )
 from compressor.numerics.gram import relative_error
 from compressor.numerics.migration import search_scales_with_inputs
-from compressor.passes.base import Pass, PassContext, PassResult, Unit, output_error
+from compressor.passes.base import Pass, PassContext, PassResult, output_error
 from compressor.passes.rtn import int_spec, uneven_groups
 from compressor.qtensor import QuantSpec
 from compressor.rounding import enter_of, quantizer_of

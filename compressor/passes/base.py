@@ -9,71 +9,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds
 from compressor_calibration.tokens import TokenSet
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.frozen import Strict
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.numerics.gram import relative_error
 from compressor.policy import AttentionPolicy
-from compressor.qtensor import QTensor, QuantSpec
+from compressor.qtensor import QuantSpec
 from compressor.scheme import KVSpec, Scheme
 from compressor.targets import Selection
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One unit of the model while passes work on it.
-
-    tensors       checkpoint name → float tensor; linears that became QTensors are no longer in it
-    quantized     module path of a linear → its QTensor
-    extra         tensors a pass adds to the checkpoint, by their full name
-    input_scales  module path of a linear → static scale of its input, float32 [1], a multiplier
-    kv_scales     path of an attention module → static scales of keys after RoPE and of values,
-                  float32 multipliers [1] or [kv_heads]
-    """
-
-    layout: UnitLayout
-    tensors: Mapping[str, Tensor]
-    quantized: Mapping[str, QTensor] = field(default_factory=dict)
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
-    input_scales: Mapping[str, Tensor] = field(default_factory=dict)
-    kv_scales: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def weight(self, linear: Linear) -> Tensor:
-        """The float weight [out, in] of a linear that is not quantized yet."""
-        return self.tensors[f"{linear.name}.weight"]
-
-    def with_tensors(self, changed: Mapping[str, Tensor]) -> Unit:
-        """This unit with some float tensors replaced."""
-        return replace(self, tensors={**self.tensors, **changed})
-
-    def with_extra(self, added: Mapping[str, Tensor]) -> Unit:
-        """This unit with tensors added, by full name."""
-        return replace(self, extra={**self.extra, **added})
-
-    def with_quantized(self, linear: Linear, q: QTensor) -> Unit:
-        """This unit with a linear's weight replaced by a QTensor."""
-        name = f"{linear.name}.weight"
-        rest = {key: value for key, value in self.tensors.items() if key != name}
-        return replace(self, tensors=rest, quantized={**self.quantized, linear.name: q})
-
-    def with_input_scale(self, linear: Linear, scale: Tensor) -> Unit:
-        """This unit with the static scale of a linear's input set."""
-        scale = scale.detach().to(torch.float32).reshape(1)
-        return replace(self, input_scales={**self.input_scales, linear.name: scale})
-
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""
-        weights = {f"{name}.weight": q.dequantize(dtype) for name, q in self.quantized.items()}
-        return {**self.tensors, **weights}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +95,8 @@ class Outlook:
     problems: tuple[InputError, ...] = ()
 
 
-class Pass(BaseModel):
+class Pass(Strict):
     """A block pass: its fields are recipe parameters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: ClassVar[int] = 1
     quantizes: ClassVar[bool] = False

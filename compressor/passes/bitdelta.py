@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.delta_distillation import Settings, distill, norm_tensors
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta, fit_scales, sign_delta
 from compressor.passes.base import (
@@ -25,7 +26,6 @@ from compressor.passes.base import (
     ModelPass,
     PassContext,
     PassResult,
-    Unit,
     output_error,
 )
 

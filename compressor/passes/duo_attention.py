@@ -19,6 +19,7 @@ from compressor.copy_scores import copy_scores
 from compressor.errors import InputError
 from compressor.gate_training import Penalty, start_gates, train_gates
 from compressor.head_plots import curves, heat_map
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, ModelLayout
 from compressor.needles import Needles, haystack_of, make_row
 from compressor.numerics.head_gates import (
@@ -37,7 +38,6 @@ from compressor.passes.base import (
     ModelPass,
     PassContext,
     PassResult,
-    Unit,
 )
 from compressor.policy import check_policy, streaming_policy
 

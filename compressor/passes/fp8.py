@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 from compressor.passes.rtn import weight_row
 from compressor.qtensor import QuantSpec
 from compressor.rounding import quantize_all, with_input_scales

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Literal
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field, model_validator
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear
 from compressor.numerics.nvfp4 import BLOCK, Rule
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 from compressor.passes.rtn import input_spec, int_spec, narrow_beside_inputs, uneven_groups
 from compressor.qtensor import NVFP4
 from compressor.rounding import with_input_scales

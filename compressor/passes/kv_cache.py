@@ -14,8 +14,9 @@ from typing import ClassVar, Literal
 from compressor_calibration.stats import KVNeeds
 from pydantic import Field, model_validator
 
+from compressor.ir.unit import Unit
 from compressor.numerics.activations import static_kv_scale
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 from compressor.scheme import KVSpec
 
 ELEMENTS: dict[str, Literal["fp8_e4m3", "int8", "int4"]] = {

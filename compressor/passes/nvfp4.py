@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear
 from compressor.numerics.nvfp4 import BLOCK, Rule
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 from compressor.passes.rtn import weight_row
 from compressor.qtensor import NVFP4, QTensor
 from compressor.rounding import quantize_all, with_input_scales

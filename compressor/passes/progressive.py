@@ -15,10 +15,11 @@ import torch
 from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear
 from compressor.numerics import quantize
 from compressor.numerics.range_search import search_ranges
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 from compressor.passes.rtn import uneven_groups, weight_row
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme

@@ -18,10 +18,11 @@ from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 from torch import Tensor
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, Part, UnitLayout
 from compressor.numerics.channel_order import head_order, salience_order
 from compressor.parts import change_rows, parts_of
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 
 
 class Reorder(Pass):

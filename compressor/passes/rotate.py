@@ -22,10 +22,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.unit import Unit
 from compressor.layout import Linear, ModelLayout, Norm, UnitLayout
 from compressor.numerics.hadamard import Rotation, rotation
 from compressor.parts import change_rows, parts_of
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 
 POST_NORMS = ("norm.attn.out", "norm.mlp.out")
 

@@ -9,8 +9,9 @@ from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field
 from torch import Tensor
 
+from compressor.ir.unit import Unit
 from compressor.layout import Linear
-from compressor.passes.base import Pass, PassContext, PassResult, Unit, output_error
+from compressor.passes.base import Pass, PassContext, PassResult, output_error
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.rounding import quantize_all, with_input_scales
 from compressor.scheme import ActivationSpec, Scheme

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from compressor.attention import AttentionCall
 from compressor.errors import InputError
+from compressor.ir.unit import Unit
 from compressor.layout import ModelLayout
 from compressor.numerics.activations import fake_quantize_kv, static_kv_scale
 from compressor.numerics.smooth_attention import attention_candidates, smooth_attention_scales
 from compressor.parts import change_rows, parts_of
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 from compressor.scheme import KVSpec
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.folding import fold
+from compressor.ir.unit import Unit
 from compressor.layout import Fold, Linear
 from compressor.numerics.migration import (
     ALPHAS,
@@ -24,7 +25,7 @@ from compressor.numerics.migration import (
     search_scales_with_inputs,
     smooth_scales,
 )
-from compressor.passes.base import Pass, PassContext, PassResult, Unit
+from compressor.passes.base import Pass, PassContext, PassResult
 from compressor.passes.rtn import input_spec, int_spec, weight_row
 from compressor.qtensor import QuantSpec
 from compressor.rounding import enter_of, quantize_all, quantizer_of, with_input_scales

@@ -21,7 +21,7 @@ from compressor.delta import Base
 from compressor.delta_apply import apply_delta
 from compressor.delta_source import merged_source, open_delta, open_model
 from compressor.errors import InputError, Problems
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 from compressor.plan import make_plan
 from compressor.recipe import make_recipe
 from compressor.safetensors_file import Entry

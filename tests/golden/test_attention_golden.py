@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from compressor.attention import AttentionCall
 from compressor.copy_scores import copied
+from compressor.ir.unit import Unit
 from compressor.layout import AttentionShape, UnitLayout
 from compressor.needles import Needles, make_row
 from compressor.numerics.head_gates import distillation_loss, full_first, keep_full, reorder_rows
-from compressor.passes.base import Unit
 from compressor.passkey import WORDS
 from compressor.policy import AttentionPolicy, head_layers, token_mask
 from compressor.policy_attention import policy_attention

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape, format_names, get_format
+from compressor.formats.base import ModelSchemes, format_names, get_format
 from compressor.formats.packing.words import pack_words
 from compressor.independent import decode_linear
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import KVSpec, Scheme
 from tests.int_weights import same, weight

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape, format_names, get_format
+from compressor.formats.base import ModelSchemes, format_names, get_format
 from compressor.formats.packing.e2m1 import LOCAL, divisor_of
 from compressor.independent import decode_linear
+from compressor.ir.tensor import TensorShape
 from compressor.numerics import quantize
 from compressor.qtensor import NVFP4, QTensor
 from compressor.relayout import relayout

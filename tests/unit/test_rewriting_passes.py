@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.arch import load_map
-from compressor.passes.base import PassContext, Unit
+from compressor.ir.unit import Unit
+from compressor.passes.base import PassContext
 from compressor.passes.reorder import Reorder
 from compressor.passes.rotate import Rotate
 from compressor.passes.smooth_attention import SmoothAttention

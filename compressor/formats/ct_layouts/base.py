@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compressor.formats.base import TensorShape
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
 from compressor.formats.ct_layouts.inputs import (
     encode_static,
     input_entry,
@@ -38,6 +37,7 @@ from compressor.formats.packing.checks import (
     matrix_shape,
     take,
 )
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
 from compressor.formats.ct_layouts.base import arguments
 from compressor.formats.packing.checks import SCALE_DTYPES
 from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QuantSpec
 from compressor.scheme import ActivationSpec
 

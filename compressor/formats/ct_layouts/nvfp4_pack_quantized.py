@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
 from compressor.formats.ct_layouts.base import arguments
 from compressor.formats.ct_layouts.inputs import input_entry, positive_scale, read_input
 from compressor.formats.packing.e2m1 import (
@@ -32,6 +31,7 @@ from compressor.formats.packing.e2m1 import (
     read_nvfp4,
     take_number,
 )
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import NVFP4, QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
 from compressor.formats.ct_layouts.weights import (
     encode_scales,
     read_int_weight,
@@ -33,6 +32,7 @@ from compressor.formats.packing.checks import (
     take,
 )
 from compressor.formats.packing.words import pack_words, unpack_words, word_count
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, Scheme
 

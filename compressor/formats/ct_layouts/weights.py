@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import TensorShape
 from compressor.formats.ct_layouts.base import arguments
 from compressor.formats.packing.checks import SCALE_DTYPES, take_scales
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec, Strategy
 
 

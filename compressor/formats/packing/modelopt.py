@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import AllValues, ModelSchemes, TensorShape
+from compressor.formats.base import AllValues, ModelSchemes
 from compressor.formats.packing.whole_checkpoint import common_scheme
+from compressor.ir.tensor import TensorShape
 from compressor.scheme import KVSpec, Scheme
 
 KV = KVSpec("fp8_e4m3", "tensor")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, TensorShape
+from compressor.formats.base import ModelSchemes
 from compressor.formats.packing.checks import SCALE_DTYPES, check_int, int_reason
 from compressor.formats.packing.whole_checkpoint import config_number, group_size, read_group_size
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
 from compressor.scheme import Scheme
 

@@ -1,0 +1,1 @@
+"""What a model is while it is compiled: values only."""
