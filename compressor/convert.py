@@ -30,7 +30,7 @@ from compressor.relayout import RoundingReport, as_symmetric, compare, relayout
 from compressor.scheme import KVSpec, Scheme
 from compressor.shards import ShardWriter, plan_shards
 from compressor.source import Source
-from compressor.unit_plan import attention_path, module_groups
+from compressor.unit_plan import module_groups
 from compressor.workspace import claim, lacking_room, owned, require_same
 
 Progress = Callable[[str, int, int], None]
@@ -353,7 +353,7 @@ class _Conversion:
         found = {n: t.to(self._float_dtype(t.dtype)) for n, t in extra.items() if n not in scales}
         if self.kv is None or not scales:
             return found
-        path = attention_path(unit)
+        path = unit.attention_path
         stored = self.source.format.kv_scales({n: extra[n] for n in scales}, path)
         if stored is None:
             return found

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from compressor.checkpoint import READ_THREADS, Checkpoint, load_json
 from compressor.errors import InputError
+from compressor.ir.tensor import TensorShape
 from compressor.layout import Linear
 from compressor.locate import locate
+from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.safetensors_file import read_tensor, tensor_bytes
 from compressor.source import Source
 
@@ -119,6 +121,15 @@ def survey(base: Base, fine: Checkpoint) -> Base:
     )
     same = frozenset(name for name, (_, equal) in seen.items() if equal)
     return replace(base, record=record, same=same)
+
+
+def delta_shapes(linear: Linear, bits: int) -> dict[str, TensorShape]:
+    """The tensors that hold a linear's delta, by full name."""
+    words = -(-linear.in_features // 32)
+    return {
+        f"{linear.name}.{SIGNS}": TensorShape(torch.int32, (bits, words, linear.out_features)),
+        f"{linear.name}.{SCALES}": TensorShape(torch.float32, (bits,)),
+    }
 
 
 def stored_hash(tensor: Tensor) -> str:

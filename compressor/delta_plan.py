@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.delta import BASE_NAME, Base, locate_base
+from compressor.delta import BASE_NAME, Base, delta_shapes, locate_base
 from compressor.errors import CompressError, InputError
 from compressor.ir.tensor import TensorShape
 from compressor.layout import Linear, UnitLayout
@@ -95,15 +95,6 @@ class DeltaPlan:
         """JSON files beside config.json."""
         assert self.base.record is not None, "the base has not been read"
         return {BASE_NAME: self.base.record.to_json()}
-
-
-def delta_shapes(linear: Linear, bits: int) -> dict[str, TensorShape]:
-    """The tensors that hold a linear's delta, by full name."""
-    words = -(-linear.in_features // 32)
-    return {
-        f"{linear.name}.{SIGNS}": TensorShape(torch.int32, (bits, words, linear.out_features)),
-        f"{linear.name}.{SCALES}": TensorShape(torch.float32, (bits,)),
-    }
 
 
 def plan_delta(

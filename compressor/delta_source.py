@@ -18,12 +18,12 @@ from compressor.checkpoint import Checkpoint, load_json, open_checkpoint
 from compressor.delta import (
     BaseRecord,
     decoded,
+    delta_shapes,
     locate_base,
     read_base_record,
     stored_hash,
     stored_names,
 )
-from compressor.delta_plan import delta_shapes
 from compressor.errors import InputError, Problems
 from compressor.ir.tensor import TensorShape
 from compressor.layout import Linear

@@ -17,10 +17,10 @@ import torch
 from compressor.block_choice import PIECE_ELEMENTS
 from compressor.evaluate import LOGIT_ELEMENTS
 from compressor.layout import UnitLayout
+from compressor.numerics.chunks import layers_ahead
 from compressor.plan import Plan
 from compressor.process_memory import IMPORTED_BYTES
 from compressor.unit_plan import UnitPlan
-from compressor.verify_units import layers_ahead
 
 STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
 """What a process takes beyond PyTorch before it holds any weight: transformers with a model's code

@@ -113,6 +113,11 @@ class UnitLayout:
     attention: AttentionShape | None = None
     norms: tuple[Norm, ...] = ()
 
+    @property
+    def attention_path(self) -> str:
+        """Path of a block's attention module: the one that its output projection is in."""
+        return next(x.name.rpartition(".")[0] for x in self.linears if x.role == "attn.o")
+
     def site_linears(self, site: str) -> tuple[Linear, ...]:
         """The linears that read `site`."""
         return tuple(linear for linear in self.linears if linear.site == site)

@@ -13,12 +13,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from compressor_calibration.passkeys import (
+    WORDS,
+    Encoder,
+    check_end,
+    check_fields,
+    encode,
+    encode_key,
+)
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.frozen import Strict
-from compressor.passkey import WORDS, Encoder, check_end, check_fields, encode, encode_key
 
 # fmt: off
 ORDINALS = (

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import math
 import random
-import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from compressor_calibration.passkeys import (
+    WORDS,
+    Encoder,
+    check_end,
+    check_fields,
+    encode,
+    encode_key,
+)
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -22,32 +29,6 @@ from compressor.evaluate import Estimate
 from compressor.ir.frozen import Strict
 from compressor.source import Source
 from compressor.streaming import Attending, Progress, Stream, StreamedModel, run_blocks
-
-# fmt: off
-WORDS = (
-    "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india",
-    "juliett", "kilo", "lima", "mike", "november", "oscar", "papa", "quebec", "romeo", "sierra",
-    "tango", "uniform", "victor", "whiskey", "xray", "yankee", "zulu",
-)
-# fmt: on
-"""What a passkey is made of: words that no text has in such an order."""
-
-
-def check_fields(text: str, *names: str) -> str:
-    """The text, if it has just these fields, each once and bare; ValueError if not."""
-    found = [field for field in string.Formatter().parse(text) if field[1] is not None]
-    bare = all(not spec and not conversion for _, _, spec, conversion in found)
-    if not bare or sorted(str(name) for _, name, _, _ in found) != sorted(names):
-        wanted = " and ".join(f"{{{name}}}" for name in names)
-        raise ValueError(f"must contain {wanted} once, and no other field")
-    return text
-
-
-def check_end(text: str) -> str:
-    """The text, if the passkey ends it; ValueError if not."""
-    if not text.endswith("{passkey}"):
-        raise ValueError("must end with {passkey}")
-    return text
 
 
 class Passkey(Strict):
@@ -87,13 +68,6 @@ class Passkey(Strict):
 def haystack_characters(task: Passkey) -> int:
     """How much text the rows are cut from."""
     return max(40 * max(task.lengths), 4096)
-
-
-class Encoder(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        """A mapping whose "input_ids" are the token ids of `text`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,23 +186,6 @@ def make_rows(tokenizer: Encoder, haystack: str, *, task: Passkey, length: int) 
             answers.append(len(answer))
             depths.append(depth)
     return PasskeyRows(torch.tensor(rows), tuple(answers), tuple(depths))
-
-
-def encode_key(tokenizer: Encoder, before: str, key: str) -> tuple[list[int], list[int]]:
-    """Tokens of what comes before a key, and of the key.
-
-    The space between them belongs to the key's first token in every common vocabulary.
-    """
-    space = " " if before.endswith(" ") else ""
-    return encode(tokenizer, before.removesuffix(" ")), encode(tokenizer, space + key)
-
-
-def encode(tokenizer: Encoder, text: str) -> list[int]:
-    """Tokens of a text, with no special ones."""
-    if not text:
-        return []
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
 
 
 def _scores(stream: Stream, rows: PasskeyRows) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compressor.errors import MachineError
-from compressor.evaluate import plain_json
 from compressor.ir.frozen import Strict
 from compressor.report_attention import attention
 from compressor.report_html import render
@@ -92,7 +91,7 @@ class ReportData(Strict):
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in which a number that is not finite is null."""
-        found: dict[str, Any] = plain_json(self.model_dump(mode="python"))
+        found: dict[str, Any] = json.loads(self.model_dump_json())
         return found
 
 

@@ -109,7 +109,7 @@ def plan_unit(
         heads = unit.attention.kv_heads if model.kv.per == "head" else 1
         scale = torch.empty(heads, device="meta")
         stored = fmt.kv_tensors(
-            model.kv, attention_path(unit), k_scale=scale, v_scale=scale, model_dtype=dtype
+            model.kv, unit.attention_path, k_scale=scale, v_scale=scale, model_dtype=dtype
         )
         for name, tensor in stored.items():
             outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
@@ -144,11 +144,6 @@ def _merged(ours: Mapping[str, StatNeeds], theirs: Mapping[str, StatNeeds]) -> d
         site: ours.get(site, StatNeeds()) | theirs.get(site, StatNeeds())
         for site in dict.fromkeys([*ours, *theirs])
     }
-
-
-def attention_path(unit: UnitLayout) -> str:
-    """Path of a block's attention module: the one that its output projection is in."""
-    return next(x.name.rpartition(".")[0] for x in unit.linears if x.role == "attn.o")
 
 
 def float_dtype(name: str, source: Source, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:

@@ -26,19 +26,13 @@ from compressor.kernel_checks import KernelResult, check_kernel, interpreter_run
 from compressor.kernel_layer import Layer
 from compressor.layout import Linear, UnitLayout
 from compressor.manifest import MANIFEST_NAME, Manifest
-from compressor.numerics.chunks import row_chunks
+from compressor.numerics.chunks import DECODERS, layers_ahead, row_chunks
 from compressor.qtensor import QTensor
 from compressor.safetensors_file import tensor_bytes
 from compressor.source import Source
-from compressor.unit_plan import attention_path
 from compressor.verify_report import Findings, LayerVerdict
 
 Progress = Callable[[str, int, int], None]
-
-DECODERS = 4
-AHEAD_ELEMENTS = 2**27
-"""Layers decoded at once, and the most weights of them in float64 beside the one that is checked:
-one gigabyte."""
 
 
 @dataclass(slots=True)
@@ -162,7 +156,7 @@ class UnitChecks:
         if cache_kernel(unit.attention, kv) is None:
             self.caches.append(None)
             return
-        path = attention_path(unit)
+        path = unit.attention_path
         scales = self.source.format.kv_scales(raw, path)
         found = check_cache(path, unit.attention, kv, scales, device=self.device, seed=self.seed)
         self.caches.append(found)
@@ -271,11 +265,6 @@ class UnitChecks:
         shown = ", ".join(f"{name} {errors[name]:.3g}" for name in worst)
         detail = f"median {middle:.3g} of {len(values)} layers; largest {shown}"
         self.found.add("error to the original", problems, detail)
-
-
-def layers_ahead(shape: tuple[int, int], workers: int = DECODERS) -> int:
-    """How many layers of this shape are decoded beside the one that is checked."""
-    return max(1, min(workers, AHEAD_ELEMENTS // (shape[0] * shape[1])))
 
 
 def _same(weight: Tensor, q: QTensor) -> bool:

@@ -46,7 +46,6 @@ from compressor.policy import AttentionPolicy, BlockSelection, LayerPolicy
 from compressor.policy_attention import policy_attention
 from compressor.sections import Calibration
 from compressor.source import Source, open_source
-from compressor.unit_plan import attention_path
 
 Attending = Callable[[Unit], AttentionHook | None]
 
@@ -120,7 +119,7 @@ def train(model: SourceModel, ids: Tensor, training: Training, batch: int) -> di
     for number, (first, last) in enumerate(found.losses):
         print(f"  layer {number:2}: loss {first:.4f} -> {last:.4f}")
     blocks = [unit for unit in model.layout.units if unit.kind == "block"]
-    named = found.named([attention_path(unit) for unit in blocks])
+    named = found.named([unit.attention_path for unit in blocks])
     return {name: tensor.to(torch.bfloat16) for name, tensor in named.items()}
 
 

@@ -19,6 +19,7 @@ from compressor.cli.main import cli
 from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import InputError
 from compressor.layout import Linear
+from compressor.numerics import chunks
 from compressor.recipe import make_recipe
 from compressor.safetensors_file import read_header
 from compressor.verify import VerifyReport, verify
@@ -257,7 +258,7 @@ def test_a_dense_checkpoint_of_others_is_checked_too(model: Path) -> None:
     assert kernels.detail == "no packed layers"
 
 
-@pytest.mark.parametrize("room, most", [(0, 2), (2**30, 1 + verify_units.DECODERS)])
+@pytest.mark.parametrize("room, most", [(0, 2), (2**30, 1 + chunks.DECODERS)])
 def test_few_layers_are_decoded_ahead_of_the_one_that_is_checked(
     copy: Path, room: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +276,7 @@ def test_few_layers_are_decoded_ahead_of_the_one_that_is_checked(
         checked.append(len(decoded))
         layer(self, linear, *rest)
 
-    monkeypatch.setattr(verify_units, "AHEAD_ELEMENTS", room)
+    monkeypatch.setattr(chunks, "AHEAD_ELEMENTS", room)
     monkeypatch.setattr(verify_units.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(verify_units, "decode_linear", counted)
     monkeypatch.setattr(UnitChecks, "_layer", slow)

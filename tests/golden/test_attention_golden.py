@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compressor_calibration.passkeys import WORDS
 from torch import Tensor, nn
 
 from compressor.attention import AttentionCall
@@ -19,7 +20,6 @@ from compressor.ir.unit import Unit
 from compressor.layout import AttentionShape, UnitLayout
 from compressor.needles import Needles, make_row
 from compressor.numerics.head_gates import distillation_loss, full_first, keep_full, reorder_rows
-from compressor.passkey import WORDS
 from compressor.policy import AttentionPolicy, head_layers, token_mask
 from compressor.policy_attention import policy_attention
 from compressor.two_stream import TwoStream, _Mix
