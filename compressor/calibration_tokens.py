@@ -8,8 +8,9 @@ from compressor_calibration.sources import DataError, read_documents
 from compressor_calibration.tokens import TokenSet, make_tokens, overlap
 
 from compressor.errors import InputError, MachineError
+from compressor.evaluation_settings import Evaluation
 from compressor.passkey import haystack_characters, make_rows
-from compressor.sections import Calibration, Evaluation
+from compressor.recipe import Calibration
 
 
 def calibration_tokens(tokenizer: Any, wanted: Calibration, *, seed: int) -> TokenSet:

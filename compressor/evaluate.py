@@ -18,8 +18,9 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.layout import UnitLayout
+from compressor.policy_attention import as_stored
 from compressor.source import Source
-from compressor.streaming import Attending, Progress, Stream, StreamedModel, run_blocks
+from compressor.streaming import Attending, Progress, Stream, run_blocks
 
 LOGIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 """Logits of one model in memory at a time. On a CPU, more than 32 MB of them would come from heaps
@@ -107,7 +108,7 @@ def evaluate(
     counted = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if scored is None else scored
     if counted.shape != tokens[:, 1:].shape or not bool(counted.any()):
         raise InputError("`scored` does not mark targets of these windows")
-    models = [StreamedModel(source, attention), *([StreamedModel(against)] if against else [])]
+    models = [as_stored(source, attention), *([as_stored(against)] if against else [])]
     blocks: list[BlockError] = []
 
     def after_block(unit: UnitLayout, hidden: Sequence[Tensor]) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.evaluate import TaskScore
+from compressor.policy_attention import as_stored
 from compressor.source import Source
-from compressor.streaming import Attending, Progress, StreamedModel, run_blocks
+from compressor.streaming import Attending, Progress, run_blocks
 
 HIDDEN_BYTES = 2 << 30
 """Hidden states that are held at a time; the model is read once for each such part."""
@@ -55,7 +56,8 @@ class StreamedLM(LM):  # type: ignore[misc]
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
-        self.model = StreamedModel(source, attention)
+        self.source = source
+        self.attention = attention
         self.tokenizer = tokenizer
         self.run_device = device
         self.dtype = dtype
@@ -134,7 +136,7 @@ class StreamedLM(LM):  # type: ignore[misc]
             for i, row in enumerate(part):
                 ids[i, : len(row.ids) - 1] = torch.tensor(row.ids[:-1])
             (stream,) = run_blocks(
-                [self.model],
+                [as_stored(self.source, self.attention)],
                 ids,
                 device=self.run_device,
                 dtype=self.dtype,
@@ -150,7 +152,7 @@ class StreamedLM(LM):  # type: ignore[misc]
 
     def _parts(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """Rows in order of length, as many as may be held at a time."""
-        width = int(self.model.source.checkpoint.config["hidden_size"]) * 4
+        width = int(self.source.checkpoint.config["hidden_size"]) * 4
         ordered = sorted(rows, key=lambda row: -len(row.ids))
         start = 0
         while start < len(ordered):

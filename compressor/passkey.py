@@ -27,8 +27,9 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.evaluate import Estimate
 from compressor.ir.frozen import Strict
+from compressor.policy_attention import as_stored
 from compressor.source import Source
-from compressor.streaming import Attending, Progress, Stream, StreamedModel, run_blocks
+from compressor.streaming import Attending, Progress, Stream, run_blocks
 
 
 class Passkey(Strict):
@@ -132,11 +133,11 @@ def passkey(
 
     Raises InputError where the haystack is too short for a row, or a row for its question.
     """
-    models = [StreamedModel(source, attention), *([StreamedModel(against)] if against else [])]
     # Per length: depths of the rows, then one (accuracy, exact) table [rows, 2] for each model.
     found: list[tuple[PasskeyRows, list[Tensor]]] = []
     for length in task.lengths:
         rows = make_rows(tokenizer, haystack, task=task, length=length)
+        models = [as_stored(source, attention), *([as_stored(against)] if against else [])]
         streams = run_blocks(
             models, rows.ids, device=device, dtype=dtype, batch=batch, progress=progress
         )
@@ -146,7 +147,9 @@ def passkey(
         for length, (rows, scores) in zip(task.lengths, found, strict=True)
         for depth in task.depths
     ]
-    means = [_means(torch.cat([scores[m] for _, scores in found])) for m in range(len(models))]
+    means = [
+        _means(torch.cat([scores[m] for _, scores in found])) for m in range(2 if against else 1)
+    ]
     return PasskeyResult(
         cells=tuple(cells),
         accuracy=means[0][0],

@@ -6,9 +6,6 @@ keys that a decoding step over the small cache would have kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -16,25 +13,23 @@ from compressor.attention import AttentionCall, AttentionHook
 from compressor.block_attending import BlockAttending
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
-from compressor.layout import ModelLayout
 from compressor.policy import AttentionPolicy, LayerPolicy, check_policy, layer_mask, read_policy
+from compressor.source import Source
+from compressor.streaming import Attending, StreamedModel
 
 
-def stored_attention(
-    folder: Path, layout: ModelLayout
-) -> Callable[[Unit], AttentionHook | None] | None:
-    """How a checkpoint's blocks attend by the policy in its folder; None where it has none.
-
-    Raises InputError for a policy that is not valid, or not for this model.
-    """
-    policy = read_policy(folder) if folder.is_dir() else None
+def as_stored(source: Source, attention: Attending | None = None) -> StreamedModel:
+    """A checkpoint for one run over it, attending as is said or else as the policy in its folder
+    says. Raises InputError for a policy that is not valid, or not for this model."""
+    folder = source.checkpoint.folder
+    policy = read_policy(folder) if attention is None and folder.is_dir() else None
     if policy is None:
-        return None
-    check_policy(policy, layout)
-    return policy_attention(policy)
+        return StreamedModel(source, attention)
+    check_policy(policy, source.layout)
+    return StreamedModel(source, policy_attention(policy))
 
 
-def policy_attention(policy: AttentionPolicy) -> Callable[[Unit], AttentionHook | None]:
+def policy_attention(policy: AttentionPolicy) -> Attending:
     """How blocks attend under a policy, in one run over a model."""
     blocks = BlockAttending(policy)
 

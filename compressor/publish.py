@@ -20,7 +20,7 @@ from compressor.card import CARD_NAME
 from compressor.errors import CheckError, CompressError, InputError, MachineError
 from compressor.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
 from compressor.report import HTML_NAME, JSON_NAME, read_report
-from compressor.sections import Publish
+from compressor.report_settings import Publish
 
 BESIDE = (CARD_NAME, HTML_NAME, JSON_NAME)
 """Files outside the manifest that go up too. Nothing else in the folder does."""

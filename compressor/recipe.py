@@ -13,10 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.json_schema import GenerateJsonSchema
 
 from compressor.errors import InputError, Problems
+from compressor.evaluation_settings import Evaluation
 from compressor.gate import Gate
 from compressor.ir.frozen import Strict
 from compressor.passes.base import Pass, get_pass, pass_names
-from compressor.sections import Calibration, CardSection, Evaluation, Publish
+from compressor.report_settings import CardSection, Publish
 
 SIZE_UNITS = {
     "": 1,
@@ -55,6 +56,21 @@ class Step(BaseModel):
         fields = type(self.params).model_fields
         data = self.params.model_dump(mode="json")
         return {k: v for k, v in data.items() if v is not None or fields[k].default is not None}
+
+
+class Calibration(Strict):
+    """The tokens that statistics are taken over."""
+
+    data: str = Field(
+        "bundled", description="bundled, a text/JSONL/parquet file, a folder, a Hub id"
+    )
+    split: str = Field("train", description="split of a Hub data set")
+    text_field: str = Field("text", description="field or column that holds the text")
+    samples: int = Field(128, ge=1, description="rows of tokens")
+    length: int = Field(512, ge=8, description="tokens per row")
+    sampling: Literal["random", "consecutive"] = Field(
+        "random", description="windows drawn with the seed, or the first rows one after the other"
+    )
 
 
 class Recipe(Strict):

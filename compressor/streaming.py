@@ -20,7 +20,6 @@ from compressor.fake_quant import quantized_inputs, quantized_kv, stored_inputs
 from compressor.heap import give_back
 from compressor.ir.unit import Unit
 from compressor.layout import UnitLayout
-from compressor.policy_attention import stored_attention
 from compressor.runner import Block, BlockRunner
 from compressor.source import Source
 
@@ -33,7 +32,7 @@ Attending = Callable[[Unit], AttentionHook | None]
 
 @dataclass(frozen=True, slots=True)
 class StreamedModel:
-    """A checkpoint to be run, and how its blocks attend (None: as its stored policy says)."""
+    """A checkpoint to be run, and how its blocks attend (None: as the model itself does)."""
 
     source: Source
     attention: Attending | None = None
@@ -41,13 +40,11 @@ class StreamedModel:
 
 @dataclass(slots=True)
 class Stream:
-    """One checkpoint's run: its hidden states [rows, length, hidden], float32 in main memory, and
-    how its blocks attend."""
+    """One checkpoint's run: its hidden states [rows, length, hidden], float32 in main memory."""
 
     model: StreamedModel
     runner: BlockRunner
     hidden: Tensor
-    attention: Attending | None = None
 
     @contextmanager
     def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -136,18 +133,14 @@ def _embed(
     source = model.source
     runner = BlockRunner(source.checkpoint.config, source.arch.runtime, device=device, dtype=dtype)
     hidden = runner.embed(floats(unit, runner), ids, batch=batch)
-    return Stream(
-        model=model,
-        runner=runner,
-        hidden=hidden.to("cpu", torch.float32),
-        attention=model.attention or stored_attention(source.checkpoint.folder, source.layout),
-    )
+    return Stream(model=model, runner=runner, hidden=hidden.to("cpu", torch.float32))
 
 
 def _run_block(stream: Stream, unit: Unit, *, batch: int) -> int:
     """Replace the stream's hidden states by the block's outputs; the batch that memory allowed."""
     source, runner = stream.model.source, stream.runner
-    hook = stream.attention(unit) if stream.attention else None
+    attention = stream.model.attention
+    hook = attention(unit) if attention else None
     if source.schemes.kv is not None:
         hook = quantized_kv(source.schemes.kv, unit, hook)
     inputs = stored_inputs(source, unit.layout)

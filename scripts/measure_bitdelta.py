@@ -26,9 +26,9 @@ from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.delta import base_weights
 from compressor.delta_source import open_model
 from compressor.evaluate import evaluate
+from compressor.evaluation_settings import Evaluation
 from compressor.recipe import make_recipe
 from compressor.runner import load_tokenizer
-from compressor.sections import Evaluation
 from compressor.source import Source, as_source, open_source
 
 

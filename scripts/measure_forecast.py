@@ -44,7 +44,7 @@ from compressor.passes.sparda import SparDA
 from compressor.passkey import Passkey, passkey
 from compressor.policy import AttentionPolicy, BlockSelection, LayerPolicy
 from compressor.policy_attention import policy_attention
-from compressor.sections import Calibration
+from compressor.recipe import Calibration
 from compressor.source import Source, open_source
 
 Attending = Callable[[Unit], AttentionHook | None]

@@ -12,7 +12,7 @@ import pytest
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.manifest import FileRecord, Manifest
 from compressor.publish import check_token, damaged, list_upload, push, recorded_objections
-from compressor.sections import Publish
+from compressor.report_settings import Publish
 
 SMALL, LARGE = b"s" * 9_000, bytes(range(256)) * 200
 REPO = "me/model-w4"

@@ -13,7 +13,7 @@ import pytest
 from compressor.errors import CheckError, MachineError
 from compressor.manifest import FileRecord, Manifest
 from compressor.publish import list_upload, push
-from compressor.sections import Publish
+from compressor.report_settings import Publish
 
 REPO = "me/model-w4"
 XORBS, SHARDS = "/v1/xorbs/", "/v1/shards"

@@ -115,11 +115,11 @@ def command(
     from compressor.delta_source import open_model
     from compressor.errors import InputError
     from compressor.evaluate import evaluate, plain_json, strided
+    from compressor.evaluation_settings import Evaluation
     from compressor.locate import locate
     from compressor.passkey import Passkey
     from compressor.passkey import passkey as probe
     from compressor.runner import load_tokenizer
-    from compressor.sections import Evaluation
 
     if stride is not None and stride >= length:
         raise InputError("--stride is not below --length", hint=f"at most {length - 1}")

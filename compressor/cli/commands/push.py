@@ -60,7 +60,7 @@ def command(
     from compressor.card import name_repository
     from compressor.errors import CheckError, InputError
     from compressor.publish import check_token, list_upload, push
-    from compressor.sections import REPOSITORY, Publish
+    from compressor.report_settings import REPOSITORY, Publish
 
     if not REPOSITORY.fullmatch(repo):
         raise InputError(f"{repo!r} is not a Hub repository", hint="user/name")
