@@ -28,6 +28,7 @@ from compressor.locate import Located, locate
 from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.passes.base import Learned
 from compressor.plan import Plan, make_plan
+from compressor.process_memory import rss
 from compressor.recipe import AFTERWARDS, Recipe
 from compressor.runner import import_model, load_tokenizer
 from compressor.shards import write_atomically
@@ -91,12 +92,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    device_memory: int | None = None,
+    resident: int | None = None,
+) -> Prepared:
     """Locate the model (downloading it if need be), plan, and cut the token sets.
 
+    resident  what the process held before it did anything, for the estimate; what it holds now, if
+              None
     Raises InputError or Problems with all that is wrong, before any weight is read.
     """
     share_heap()
+    resident = rss() if resident is None else resident
     located = locate(recipe.model, fetch=True, to_plan=True)
     plan = _plan(recipe, located.source)
     warm_up(plan, device)
@@ -114,7 +124,7 @@ def prepare(recipe: Recipe, *, device: torch.device, device_memory: int | None =
         recipe=recipe,
         located=located,
         plan=plan,
-        estimates=estimate(plan, device=device, device_memory=device_memory),
+        estimates=estimate(plan, device=device, resident=resident, device_memory=device_memory),
         calibration=calibration,
         evaluation=evaluation,
         haystack=haystack,

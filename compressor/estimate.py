@@ -19,7 +19,6 @@ from compressor.evaluate import LOGIT_ELEMENTS
 from compressor.layout import UnitLayout
 from compressor.numerics.chunks import layers_ahead
 from compressor.plan import Plan
-from compressor.process_memory import IMPORTED_BYTES
 from compressor.unit_plan import UnitPlan
 
 STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
@@ -55,8 +54,17 @@ class Estimates:
         return asdict(self)
 
 
-def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> Estimates:
-    """Estimate a run on a device; `device_memory` bounds the batch as in the run itself."""
+def estimate(
+    plan: Plan, *, device: torch.device, resident: int, device_memory: int | None = None
+) -> Estimates:
+    """Estimate a run on a device.
+
+    resident       resident bytes of a process that has imported this code, and so PyTorch, and done
+                   nothing. It is measured, since PyTorch's build decides it: 250 MB for a CPU
+                   alone, 550 MB with CUDA, whose libraries are loaded and relocated where there is no GPU
+                   too. `plan` and `run` differ by 2 MB in it
+    device_memory  bounds the batch as in the run itself
+    """
     kind = device.type
     batch = batch_rows(plan, device=device, device_memory=device_memory)
     working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
@@ -67,14 +75,14 @@ def estimate(plan: Plan, *, device: torch.device, device_memory: int | None = No
         streams += max(plan.delta.base_bytes(unit.layout) for unit in plan.units)
     idle = not plan.calibrated and plan.recipe.evaluate is None
     started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
-    host = IMPORTED_BYTES + started + streams
+    host = resident + started + streams
     held, learning = 0, _learning_bytes(plan, device)
     if kind == "cuda":
         held = max(inputs + working + max(raw), learning)
     else:
         host += max(inputs + working, learning)
     judging = max(_verifying_bytes(plan, device), _evaluating_bytes(plan, device))
-    host = max(host, IMPORTED_BYTES + started + judging)
+    host = max(host, resident + started + judging)
     return Estimates(
         source_bytes=sum(raw),
         output_bytes=plan.output_bytes,

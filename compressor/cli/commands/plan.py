@@ -58,8 +58,10 @@ def command(
     from compressor.estimate import estimate
     from compressor.locate import locate
     from compressor.plan import make_plan
+    from compressor.process_memory import rss
     from compressor.recipe import load_recipe, parse_size
 
+    resident = rss()
     loaded = load_recipe(
         recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
     )
@@ -68,7 +70,7 @@ def command(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bound = parse_size(device_memory) if device_memory else None
-    costs = estimate(plan, device=torch.device(device), device_memory=bound)
+    costs = estimate(plan, device=torch.device(device), resident=resident, device_memory=bound)
     add_cases([Case("plan", "recipe and model", output="\n".join(plan.notes))])
     if as_json:
         echo(json.dumps({"ok": True, **describe(plan, costs)}, indent=2))

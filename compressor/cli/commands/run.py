@@ -131,8 +131,10 @@ def execute(
         from compressor.cli.main import interruptible
         from compressor.compile import choose_device, compile_checkpoint, prepare
         from compressor.errors import Interrupted
+        from compressor.process_memory import rss
         from compressor.recipe import parse_size
 
+        resident = rss()
         if recipe.publish is not None:
             from compressor.publish import check_token
 
@@ -141,6 +143,7 @@ def execute(
             recipe,
             device=choose_device(device),
             device_memory=parse_size(device_memory) if device_memory else None,
+            resident=resident,
         )
     add_cases([Case("plan", "recipe and model", seconds=time.perf_counter() - started)])
     for note in prepared.plan.notes:
