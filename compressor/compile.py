@@ -22,7 +22,7 @@ from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, resume_finish
 from compressor.heap import share_heap
 from compressor.job import JobSettings, UnitDone, run_units
-from compressor.kernel_checks import interpreter_runs
+from compressor.kernel_checks import enable_interpreter
 from compressor.learn import learn, policy_of
 from compressor.locate import Located, locate
 from compressor.manifest import MANIFEST_NAME, read_manifest
@@ -87,8 +87,6 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"there is no {name}", hint=f"GPUs: {torch.cuda.device_count()}")
         return torch.device("cuda", device.index or 0)
-    # Said now, since others import Triton, and it looks only once.
-    interpreter_runs()
     return device
 
 
@@ -107,6 +105,9 @@ def prepare(
     """
     share_heap()
     resident = rss() if resident is None else resident
+    if device.type == "cpu":
+        # Now, since others import Triton, and it looks only once.
+        enable_interpreter()
     located = locate(recipe.model, fetch=True, to_plan=True)
     plan = _plan(recipe, located.source)
     warm_up(plan, device)

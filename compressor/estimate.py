@@ -61,8 +61,8 @@ def estimate(
 
     resident       resident bytes of a process that has imported this code, and so PyTorch, and done
                    nothing. It is measured, since PyTorch's build decides it: 250 MB for a CPU
-                   alone, 550 MB with CUDA, whose libraries are loaded and relocated where there is no GPU
-                   too. `plan` and `run` differ by 2 MB in it
+                   alone, 550 MB with CUDA, whose libraries are loaded and relocated where
+                   there is no GPU too. `plan` and `run` differ by 2 MB in it
     device_memory  bounds the batch as in the run itself
     """
     kind = device.type

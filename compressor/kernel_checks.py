@@ -127,17 +127,19 @@ def kernel_for(scheme: Scheme, shape: tuple[int, int]) -> KernelCheck | None:
 
 
 def interpreter_runs() -> bool:
-    """Whether Triton code can run on the CPU, which has to be decided before Triton is imported.
+    """Whether Triton code runs on the CPU in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
-    A process that may use a GPU leaves Triton to it. Interpreters before `INTERPRETER` stumble over
-    loops with NumPy 2.4 and later.
+
+def enable_interpreter() -> None:
+    """Let Triton code run on the CPU in this process, where that works and can still be decided.
+
+    Triton looks at the variable once, when it is imported. A process that may use a GPU leaves
+    Triton to it. Interpreters before `INTERPRETER` stumble over loops with NumPy 2.4 and later.
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
     if "triton" in sys.modules or torch.cuda.is_available() or _triton() < INTERPRETER:
-        return False
+        return
     os.environ["TRITON_INTERPRET"] = "1"
-    return True
 
 
 def _triton() -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch
 
 from compressor.checkpoint import INDEX_NAME, load_json
 from compressor.errors import InputError, Problems
+from compressor.kernel_checks import enable_interpreter
 from compressor.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
 from compressor.policy import (
     check_policy,
@@ -42,6 +43,8 @@ def verify(
     Raises InputError where there is no checkpoint to read, or `against` is none.
     """
     _require_checkpoint(folder)
+    if device.type == "cpu":
+        enable_interpreter()
     original = open_source(against) if isinstance(against, Path) else against
     found = Findings()
     manifest = check_manifest(folder, found)

@@ -27,7 +27,13 @@ from compressor.delta_source import (
     open_delta,
 )
 from compressor.errors import InputError, Problems
-from compressor.kernel_checks import GPU_TOKENS, TILE_INPUTS, TILE_OUTPUTS, interpreter_runs
+from compressor.kernel_checks import (
+    GPU_TOKENS,
+    TILE_INPUTS,
+    TILE_OUTPUTS,
+    enable_interpreter,
+    interpreter_runs,
+)
 from compressor.layout import Linear, UnitLayout
 from compressor.manifest import Manifest
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
@@ -73,6 +79,8 @@ def _verify_delta(
     seed: int,
     progress: Progress | None,
 ) -> VerifyReport:
+    if device.type == "cpu":
+        enable_interpreter()
     found = Findings()
     manifest = check_manifest(folder, found)
     try:

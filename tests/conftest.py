@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from compressor.kernel_checks import enable_interpreter
+
+enable_interpreter()  # before any test's imports bring Triton with them
+
 
 def beside(name: str) -> ModuleType:
     """A module of this folder, which is on no path."""

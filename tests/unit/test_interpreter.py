@@ -19,6 +19,7 @@ def test_an_interpreter_that_stumbles_is_not_asked(
 ) -> None:
     undecided(monkeypatch)
     monkeypatch.setattr(kernel_checks, "version", lambda name: installed)
+    kernel_checks.enable_interpreter()
     assert kernel_checks.interpreter_runs() == runs
 
 
@@ -28,6 +29,16 @@ def test_no_triton_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     undecided(monkeypatch)
     monkeypatch.setattr(kernel_checks, "version", missing)
+    kernel_checks.enable_interpreter()
+    assert not kernel_checks.interpreter_runs()
+
+
+def test_asking_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    undecided(monkeypatch)
+    monkeypatch.setattr(kernel_checks, "version", lambda name: "4.0.0")
+    assert not kernel_checks.interpreter_runs()
+    monkeypatch.setitem(sys.modules, "triton", kernel_checks)
+    kernel_checks.enable_interpreter()
     assert not kernel_checks.interpreter_runs()
 
 
