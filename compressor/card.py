@@ -3,6 +3,7 @@ measured, and the recipe that made it. It stands outside the manifest."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,15 @@ from compressor.errors import MachineError
 from compressor.formats.base import ModelSchemes
 from compressor.report_text import MISSING, factor, number, size
 from compressor.shards import write_atomically
+from compressor.side_files import leads_out
 
 CARD_NAME = "README.md"
 CARRIED = ("license", "license_name", "license_link", "language")
 """Keys of the source's card that hold for what is made from it."""
 
-FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
-LARGEST_CARD = 1 << 20
+LARGEST_HEAD = 1 << 16
+"""Bytes of a source's card that are read."""
+SEAL = re.compile(r"\n<!-- generated; replaced as long as nobody edits it: ([0-9a-f]{64}) -->\n\Z")
 
 GPTQMODEL = "pip install gptqmodel optimum"
 
@@ -98,42 +101,71 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     """Licence and language from the card in a source folder; empty where it says nothing usable."""
     path = folder / CARD_NAME
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_CARD:
+        if not path.is_file() or leads_out(folder, path):
             return {}
-        found = FRONT.match(path.read_text("utf-8").lstrip("\ufeff"))
-        data = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError):
+        with path.open("rb") as handle:
+            text = handle.read(LARGEST_HEAD).decode("utf-8-sig", "ignore")
+        # Scalars stay text: to YAML 1.1 `no` is a boolean, to the Hub the Norwegian language.
+        data = yaml.load(_front(text), yaml.BaseLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     if not isinstance(data, dict):
         return {}
     return {key: data[key] for key in CARRIED if _is_text(data.get(key))}
 
 
-def write_card(folder: Path, data: CardData) -> Path:
-    """Write the card into a checkpoint folder. Raises MachineError where it cannot be written."""
+def _front(text: str) -> str:
+    """The YAML head of a card, without the lines around it."""
+    first, *lines = text.splitlines() or [""]
+    rules = (number for number, line in enumerate(lines) if line.rstrip() == "---")
+    end = next(rules, None) if first.rstrip() == "---" else None
+    return "" if end is None else "\n".join(lines[:end])
+
+
+def write_card(folder: Path, data: CardData) -> bool:
+    """Write the card into a checkpoint folder, unless one is there that somebody wrote by hand;
+    whether it was written. Raises MachineError where it cannot be."""
     path = folder / CARD_NAME
     try:
+        if path.exists() and not is_generated(path.read_bytes()):
+            return False
         write_atomically(path, make_card(data).encode())
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+    return True
+
+
+def is_generated(card: bytes) -> bool:
+    """Whether a card is as this program wrote it: its seal holds the hash of all before it."""
+    text = card.decode("utf-8", "replace").replace("\r\n", "\n")
+    seal = SEAL.search(text)
+    return seal is not None and seal[1] == _hash(text[: seal.start()])
+
+
+def _sealed(text: str) -> str:
+    text = text.rstrip("\n")
+    return f"{text}\n<!-- generated; replaced as long as nobody edits it: {_hash(text)} -->\n"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def name_repository(folder: Path, repository: str) -> None:
-    """Have a card's examples load the checkpoint from a Hub repository. A card that was rewritten
-    by hand, whose examples are others, stays as it is."""
+    """Have a card's examples load the checkpoint from a Hub repository. A card that somebody
+    edited stays as it is."""
     path = folder / CARD_NAME
-    if not path.is_file():
+    if not path.is_file() or not is_generated(path.read_bytes()):
         return
     before = path.read_text("utf-8")
     after = re.sub(r'(?m)^name = ".*"$', lambda _: f"name = {json.dumps(repository)}", before)
     after = re.sub(r"(?m)^vllm serve \S.*$", lambda _: f"vllm serve {_line(repository)}", after)
     if after != before:
-        write_atomically(path, after.encode())
+        write_atomically(path, _sealed(SEAL.sub("", after)).encode())
 
 
 def make_card(data: CardData) -> str:
-    """The card's text."""
+    """The card's text, sealed."""
     front = yaml.safe_dump(metadata(data), sort_keys=False, allow_unicode=True, width=1000)
     parts = [
         f"---\n{front}---",
@@ -143,7 +175,7 @@ def make_card(data: CardData) -> str:
         _measured(data),
         _recipe(data),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _sealed("\n\n".join(part for part in parts if part) + "\n")
 
 
 def metadata(data: CardData) -> dict[str, Any]:
@@ -289,4 +321,4 @@ def _line(text: str) -> str:
 def _is_text(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(entry, str) for entry in value)
-    return isinstance(value, str) and bool(value)
+    return isinstance(value, str) and value.lower() not in ("", "~", "null")

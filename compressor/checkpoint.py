@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressError, InputError, Problems
+from compressor.lfs import is_pointer, pointer_error
 from compressor.safetensors_file import Entry, read_header, read_tensor, tensor_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -91,6 +92,8 @@ def load_json(path: Path, *, what: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
+        if is_pointer(path):
+            raise pointer_error(path.name) from error
         raise InputError(f"{what} {path.name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{what} {path.name} is not a JSON object")

@@ -24,7 +24,7 @@ from compressor.heap import share_heap
 from compressor.job import JobSettings, UnitDone, run_units
 from compressor.kernel_checks import enable_interpreter
 from compressor.learn import learn, policy_of
-from compressor.locate import Located, locate
+from compressor.locate import Located, locate, name_folder
 from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.passes.base import Learned
 from compressor.plan import Plan, make_plan
@@ -32,7 +32,6 @@ from compressor.process_memory import rss
 from compressor.recipe import AFTERWARDS, Recipe
 from compressor.runner import import_model, load_tokenizer
 from compressor.shards import write_atomically
-from compressor.source import Source
 from compressor.warm_up import warm_up
 from compressor.workspace import claim, owned, require_same
 
@@ -109,7 +108,7 @@ def prepare(
         # Now, since others import Triton, and it looks only once.
         enable_interpreter()
     located = locate(recipe.model, fetch=True, to_plan=True)
-    plan = _plan(recipe, located.source)
+    plan = _plan(recipe, located)
     warm_up(plan, device)
     calibration = evaluation = None
     haystack = ""
@@ -134,16 +133,17 @@ def prepare(
     )
 
 
-def _plan(recipe: Recipe, source: Source) -> Plan:
+def _plan(recipe: Recipe, located: Located) -> Plan:
     """The plan; a base is read once, for its hashes and for what the fine-tune shares with it."""
     output = Path(recipe.output).expanduser()
+    source, beside = located.source, located.beside
     named = [step.params.base_model() for step in recipe.passes]
     base = next((locate_base(name, fetch=True) for name in named if name is not None), None)
-    plan = make_plan(recipe, source, output=output, base=base)
+    plan = make_plan(recipe, source, output=output, base=base, beside=beside)
     if plan.delta is None:
         return plan
     found = survey(plan.delta.base, source.checkpoint)
-    return make_plan(recipe, source, output=output, base=found)
+    return make_plan(recipe, source, output=output, base=found, beside=beside)
 
 
 def _token_sets(
@@ -203,15 +203,20 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
 def portable(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe without where it writes; local files by their last name only."""
     data = recipe.resolved()
-    data["model"] = _last_name(data["model"])
+    data["model"] = _portable_model(data["model"])
     for section in (data["calibration"], data.get("evaluate") or {}):
         if "data" in section:
             section["data"] = _last_name(section["data"])
     for entry in data["passes"]:
         for params in entry.values():
             if "base" in params:
-                params["base"] = _last_name(params["base"])
+                params["base"] = _portable_model(params["base"])
     return data
+
+
+def _portable_model(value: str) -> str:
+    path = Path(value).expanduser()
+    return "@".join(name_folder(path).values()) if path.is_dir() else _last_name(value)
 
 
 def _last_name(value: str) -> str:
@@ -276,7 +281,7 @@ def compile_checkpoint(
             config=prepared.plan.config,
             extra_files=prepared.plan.files,
             files=files,
-            side_files=prepared.located.source.checkpoint.folder,
+            beside=prepared.located.source.checkpoint.folder,
             recipe=yaml.safe_dump(portable(prepared.recipe), sort_keys=False).encode(),
             about={**about, "source": {**about["source"], "content": result.source_hash}},
         )

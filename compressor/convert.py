@@ -109,7 +109,7 @@ def convert(
         target_format=target.name,
         nbytes=sum(shard.size for shard in shards.shards),
         rounded=tuple(job.rounded),
-        notes=tuple(job.notes),
+        notes=(*job.notes, *located.beside.notes),
     )
     with owned(output, manifest=MANIFEST_NAME) as work:
         before = read_manifest(output)
@@ -137,7 +137,7 @@ def convert(
             writer=writer,
             config=config,
             extra_files=target.files(job.schemes),
-            side_files=folder,
+            beside=folder,
             recipe=recipe.read_bytes() if recipe.is_file() else None,
             about=about,
         )

@@ -71,7 +71,7 @@ def apply_delta(
             output,
             writer=writer,
             config=source.checkpoint.config,
-            side_files=delta.checkpoint.folder,
+            beside=delta.checkpoint.folder,
             about=about,
         )
     return source.checkpoint.nbytes

@@ -6,7 +6,6 @@ here leaves either no manifest, and the same command finishes, or a whole checkp
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import shutil
@@ -18,25 +17,9 @@ from compressor.checkpoint import INDEX_NAME
 from compressor.errors import MachineError
 from compressor.manifest import MANIFEST_NAME, FileRecord, Manifest, hash_file
 from compressor.shards import ShardWriter, sync_folder, write_atomically
+from compressor.side_files import side_files
 
 RECIPE_NAME = "recipe.yaml"
-
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "attention_policy.*",
-)
-"""Files of the source that travel with the weights; nothing else of it is copied."""
 
 
 def finish(
@@ -45,7 +28,7 @@ def finish(
     *,
     writer: ShardWriter,
     config: Mapping[str, Any],
-    side_files: Path,
+    beside: Path,
     about: Mapping[str, Any],
     extra_files: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
@@ -54,7 +37,7 @@ def finish(
     """Put a complete work folder's shards in place, and write everything beside them.
 
     config       config.json;  extra_files  other JSON files by name;  files  any others
-    side_files   folder whose tokenizer, templates and licence are copied
+    beside       folder whose side files are copied
     about        what the manifest says of how the artefact was made
     Raises MachineError where a file cannot be read or written; repeating it continues.
     """
@@ -64,9 +47,10 @@ def finish(
     if recipe is not None:
         written[RECIPE_NAME] = recipe
     try:
-        for name in side_file_names(side_files):
-            written.setdefault(name, (side_files / name).read_bytes())
+        for name in side_files(beside).carried:
+            written.setdefault(name, (beside / name).read_bytes())
         for name, data in written.items():
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(output / name, data)
         records = {name: hash_file(output / name) for name in written}
         for shard in writer.layout.shards:
@@ -93,15 +77,6 @@ def resume_finish(work: Path, output: Path) -> None:
         sync_folder(output)
     if (output / MANIFEST_NAME).is_file() and work.is_dir():
         shutil.rmtree(work)
-
-
-def side_file_names(folder: Path) -> list[str]:
-    """Names of the files of a checkpoint folder that travel with its weights."""
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and any(fnmatch.fnmatchcase(path.name, p) for p in SIDE_FILES)
-    )
 
 
 def _tensor_hashes(writer: ShardWriter) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """From what a recipe calls `model` to a checkpoint: a folder, a GGUF file, or a Hub repository.
 
-Of a Hub repository only safetensors and small text files are ever fetched, at a revision that is
-pinned to a commit before anything else is read.
+Of a Hub repository only the weights of its index, their side files and what a config names are
+ever fetched, at a revision that is pinned to a commit before anything else is read.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import INDEX_NAME, Checkpoint, load_json, open_checkpoint
+from compressor.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    load_json,
+    open_checkpoint,
+)
 from compressor.errors import InputError, MachineError, Problems
-from compressor.finish import RECIPE_NAME, SIDE_FILES
+from compressor.finish import RECIPE_NAME
 from compressor.gguf_source import convert_gguf
 from compressor.ir.tensor import TensorShape
 from compressor.manifest import MANIFEST_NAME
 from compressor.safetensors_file import DTYPES, Entry
+from compressor.side_files import SideFiles, select, shard_names, side_files
 from compressor.source import Source, as_source
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-FETCHED = (
-    "*.safetensors",
-    INDEX_NAME,
-    "config.json",
-    *SIDE_FILES,
-    "README.md",
-    MANIFEST_NAME,
-    RECIPE_NAME,
-)
-"""Files of a Hub repository that come here, if it has them."""
+FETCHED = ("config.json", INDEX_NAME, SINGLE_NAME, "README.md", MANIFEST_NAME, RECIPE_NAME)
+"""Files of a Hub repository that come here, if it has them, beside side files and shards."""
+SNAPSHOT = re.compile(r"models--(?P<repo>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
+"""How the Hub's cache names a folder that holds a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,23 @@ class Located:
     source    its checkpoint; only headers are known where `local` is false
     identity  what it is called in records: no path of this machine
     local     its weights are on this machine
+    beside    which of its files go along with the weights
     """
 
     source: Source
     identity: dict[str, str]
     local: bool = True
+    beside: SideFiles = field(default_factory=SideFiles)
+
+
+def name_folder(folder: Path) -> dict[str, str]:
+    """What to call a folder in records: by its last name, or by the repository and commit of
+    which it is a snapshot in the Hub's cache."""
+    path = folder.expanduser().resolve()
+    snapshot = SNAPSHOT.search(path.as_posix())
+    if snapshot is None or not path.as_posix().endswith(snapshot[0]):
+        return {"name": path.name}
+    return {"name": snapshot["repo"].replace("--", "/", 1), "revision": snapshot["commit"]}
 
 
 def cache_folder() -> Path:
@@ -72,7 +86,7 @@ def locate(model: str, *, fetch: bool, to_plan: bool = False) -> Located:
             if not checkpoint.problems:
                 raise
             raise Problems([*checkpoint.problems, error]) from error
-        return Located(found, {"name": path.resolve().name})
+        return Located(found, name_folder(path), beside=side_files(path))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(
@@ -103,16 +117,17 @@ def _gguf(path: Path) -> Located:
 
 
 def _hub(repo: str, revision: str | None, *, fetch: bool) -> Located:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     api = HfApi()
     with _hub_errors(repo, revision):
-        commit = api.model_info(repo, revision=revision).sha
+        info = api.model_info(repo, revision=revision)
+        commit, names = info.sha, [file.rfilename for file in info.siblings or ()]
         assert commit is not None
         identity = {"name": repo, "revision": commit}
         if fetch:
-            folder = snapshot_download(repo, revision=commit, allow_patterns=list(FETCHED))
-            return Located(as_source(open_checkpoint(Path(folder))), identity)
+            folder, beside = _fetch(repo, commit, names)
+            return Located(as_source(open_checkpoint(folder)), identity, beside=beside)
         path = Path(api.hf_hub_download(repo, "config.json", revision=commit))
         found = api.get_safetensors_metadata(repo, revision=commit)
     config = load_json(path, what=f"config of {repo}")
@@ -121,7 +136,32 @@ def _hub(repo: str, revision: str | None, *, fetch: bool) -> Located:
         for name, tensor in metadata.tensors.items():
             entries[name] = _entry(file, name, tensor)
     checkpoint = Checkpoint(folder=Path(repo), config=config, entries=entries)
-    return Located(as_source(checkpoint), identity, local=False)
+    known = {"config.json": path.read_bytes()}
+    beside = select(names, read=known.get)
+    return Located(as_source(checkpoint), identity, local=False, beside=beside)
+
+
+def _fetch(repo: str, commit: str, names: list[str]) -> tuple[Path, SideFiles]:
+    """Download a checkpoint and its side files: first what says which others are needed."""
+    from huggingface_hub import snapshot_download
+
+    there = set(names)
+    asked = {*FETCHED, *select(names, read=lambda name: None).carried}
+
+    def read(name: str) -> bytes | None:
+        if name in there:
+            asked.add(name)
+        path = folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    while True:
+        patterns = [escape(name) for name in sorted(asked & there)]
+        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
+        before = len(asked)
+        beside = select(names, read=read)
+        asked |= shard_names(read)
+        if len(asked) == before:
+            return folder, beside
 
 
 def _entry(file: str, name: str, tensor: Any) -> Entry:

@@ -35,7 +35,7 @@ class FileRecord:
 class Manifest:
     """Everything a finished checkpoint consists of.
 
-    files    file name → its record, the manifest itself left out
+    files    path in the folder, with `/` → its record, the manifest itself left out
     tensors  tensor name → SHA-256 of its bytes as they are stored
     about    what it was made from: recipe, source, format, versions; plain JSON data
     """
@@ -63,9 +63,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises InputError for one that is damaged or of a version that is not known.
     """
     path = folder / MANIFEST_NAME
-    if not path.exists():
-        return None
-    data = load_json(path, what="manifest")
+    return as_manifest(load_json(path, what="manifest")) if path.exists() else None
+
+
+def as_manifest(data: Mapping[str, Any]) -> Manifest:
+    """A manifest from its JSON object. Raises InputError."""
     if data.get("version") != VERSION:
         raise InputError(
             f"{MANIFEST_NAME} has version {data.get('version')!r}; {VERSION} is known here",
@@ -93,8 +95,8 @@ def hash_file(path: Path) -> FileRecord:
 
 
 def _file_record(name: str, value: Any) -> FileRecord:
-    plain = name not in ("", ".", "..", MANIFEST_NAME) and "\0" not in name
-    if not plain or Path(name).name != name:
+    odd = name == MANIFEST_NAME or "\0" in name or "\\" in name
+    if odd or any(part in ("", ".", "..") for part in name.split("/")):
         raise InputError(f"{MANIFEST_NAME} names {name!r}, which is no file of its own folder")
     size = value.get("size") if isinstance(value, dict) else None
     if type(size) is not int or size < 0 or not _is_digest(value.get("sha256")):

@@ -25,7 +25,9 @@ from compressor.policy import combine
 from compressor.recipe import Recipe, Step, nearest
 from compressor.recipe_checks import check_recipe
 from compressor.scheme import KVSpec, Scheme
+from compressor.secrets import leaks
 from compressor.shards import ShardLayout, plan_shards
+from compressor.side_files import SideFiles
 from compressor.source import Source
 from compressor.unit_plan import DTYPES, PassPlan, UnitPlan, module_groups, plan_unit
 from compressor.workspace import lacking_room, refusal
@@ -90,15 +92,26 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, source: Source, *, output: Path | None = None, base: Base | None = None
+    recipe: Recipe,
+    source: Source,
+    *,
+    output: Path | None = None,
+    base: Base | None = None,
+    beside: SideFiles | None = None,
 ) -> Plan:
     """Plan a run. `output` is checked for room where it is given.
 
-    base  what a pass names as its base, where it has been read; else its headers are looked at
+    base    what a pass names as its base, where it has been read; else its headers are looked at
+    beside  files of the source that go along, and those that stay behind, which is noted
     Raises Problems with everything that is wrong.
     """
     problems: list[CompressError] = [*source.checkpoint.problems]
     notes: list[str] = []
+    if beside is not None:
+        problems += beside.problems
+        if recipe.publish is not None:
+            problems += leaks(source.checkpoint.folder, beside.carried)
+        notes += beside.notes
     fmt = _format(recipe, problems)
     dtype = fmt.model_dtype(
         source.checkpoint.dtype if recipe.dtype == "auto" else DTYPES[recipe.dtype]

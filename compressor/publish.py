@@ -1,39 +1,56 @@
-"""Uploads a finished checkpoint to the Hub: what its manifest names, its report and its card.
+"""Makes a Hub repository hold a finished checkpoint: what its manifest names, its report and card.
 
-A file is sent and then the commit; the large ones are sent once, also over several tries or runs,
-since the Hub keeps what has arrived under its hash. Last, what the Hub says it holds is compared
-with what lies here.
+What differs is sent, and one commit adds it and deletes what is stale: other weights that loaders
+would take, and files of an earlier version. Nothing else in the repository is touched. Large files
+are sent once, also over several tries or runs, since the Hub keeps what has arrived under its hash.
+Last, what the Hub says it holds is compared with what lies here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from compressor.card import CARD_NAME
-from compressor.errors import CheckError, CompressError, InputError, MachineError
-from compressor.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
+from compressor.card import CARD_NAME, is_generated
+from compressor.errors import CheckError, CompressError, InputError, Problems
+from compressor.hub_retry import patiently
+from compressor.lfs import is_pointer, pointer_error
+from compressor.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    as_manifest,
+    hash_file,
+    read_manifest,
+)
 from compressor.report import HTML_NAME, JSON_NAME, read_report
 from compressor.report_settings import Publish
+from compressor.secrets import leaks
+from compressor.side_files import leads_out
 
 BESIDE = (CARD_NAME, HTML_NAME, JSON_NAME)
 """Files outside the manifest that go up too. Nothing else in the folder does."""
 
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
-SCANNED = (".json", ".md", ".yaml", ".html", ".txt", ".jinja")
-TRIES = 5
-PASSING = (408, 409, 422, 425, 429)
-"""Answers that another try may turn into a good one, beside those of a failing server; 422 is what
-a store says to bytes that arrived with another hash."""
+STALE = re.compile(
+    r"""[^/]+ (?: \.safetensors | \.gguf | \.safetensors\.index\.json | \.bin\.index\.json
+        | \.h5 | \.msgpack | \.onnx | \.ot )
+    | (?: pytorch_model | model | consolidated )[^/]* \.
+        (?: bin | pt | pth | ckpt[^/]* | index\.json )
+    | params\.json | hf_quant_config\.json | quant(?:ize|ization)?_config\.json""",
+    re.VERBOSE | re.IGNORECASE,
+)
+"""Names at the root of a repository under which loaders look for weights, or for what describes
+them."""
+ADAPTER = "adapter_config.json"
+"""With this file at its root, transformers takes a repository for an adapter to another model."""
 
 Progress = Callable[[str, int, int], None]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +68,48 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """What a push does to a repository, file by file.
+
+    commit   the revision this holds for; None where the repository has none
+    add, replace, delete  what is sent, sent in place of another content, and taken away
+    same     files that are there as they lie here
+    kept     files of the repository that are nobody's business; a card written by hand is one
+    """
+
+    commit: str | None
+    add: tuple[str, ...]
+    replace: tuple[str, ...] = ()
+    delete: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Files whose content goes up."""
+        return (*self.add, *self.replace)
+
+    def __bool__(self) -> bool:
+        return bool(self.sent or self.delete)
+
+
+@dataclass(frozen=True, slots=True)
 class Pushed:
-    """Where it went; `commit` holds exactly these files as they lie here."""
+    """Where it went; `commit` holds exactly these files as they lie here.
+
+    changes  what was done to the repository; nothing where it held all that before
+    """
 
     repo: str
     url: str
     commit: str
     files: int
+    changes: Changes
 
 
 def list_upload(folder: Path) -> Listing:
     """What of a checkpoint folder goes up. Raises InputError where it is not finished, where a file
-    is missing, or where one holds an access token."""
+    is missing or only a pointer or a link to one elsewhere, or where one holds a secret."""
     manifest = _manifest(folder)
     names = [*manifest.files, MANIFEST_NAME, *(n for n in BESIDE if (folder / n).is_file())]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -71,16 +118,25 @@ def list_upload(folder: Path) -> Listing:
             f"{folder} lacks {', '.join(missing[:4])}, which its manifest names",
             hint="repeat the run that made it in a new folder",
         )
+    problems: list[CompressError] = []
     for name in names:
-        if name.endswith(SCANNED) and TOKEN.search((folder / name).read_bytes()):
-            raise InputError(
-                f"{name} holds what looks like a Hub access token",
-                hint="take it out, and revoke it if it was ever shared; nothing was uploaded",
+        if leads_out(folder, folder / name):
+            problems.append(
+                InputError(
+                    f"{name} is a link that leads out of {folder}",
+                    hint="put the file itself there; nothing outside the folder is uploaded",
+                )
             )
+        elif is_pointer(folder / name):
+            problems.append(pointer_error(name))
+    problems = problems or [*leaks(folder, names)]
+    if problems:
+        raise Problems(problems)
+    tops = {name.partition("/")[0] for name in names}
     return Listing(
         folder=folder,
         files={name: (folder / name).stat().st_size for name in sorted(names)},
-        left_out=tuple(sorted({path.name for path in folder.iterdir()} - set(names))),
+        left_out=tuple(sorted({path.name for path in folder.iterdir()} - tops)),
     )
 
 
@@ -124,50 +180,92 @@ def check_token() -> str:
         raise InputError(
             "publishing needs a Hub access token", hint="hf auth login, or set HF_TOKEN"
         )
-    name: str = _patiently("whoami", lambda: HfApi().whoami())["name"]
+    name: str = patiently("whoami", lambda: HfApi().whoami())["name"]
     return name
 
 
-def push(listing: Listing, to: Publish, *, progress: Progress | None = None) -> Pushed:
+def preview(listing: Listing, to: Publish, *, replace_card: bool = False) -> Changes:
+    """What a push would do, without doing it. Raises as `push` does, but at the first failure."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    def look() -> Changes:
+        try:
+            return _compare(HfApi(), listing, to, replace_card=replace_card)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return Changes(commit=None, add=tuple(listing.files))
+
+    return patiently(to.repo, look, tries=1)
+
+
+def push(
+    listing: Listing, to: Publish, *, replace_card: bool = False, progress: Progress | None = None
+) -> Pushed:
     """Upload. The same call continues one that failed, and does nothing where all has arrived.
 
+    replace_card  also where somebody wrote the repository's card by hand
     Raises InputError for a repository that may not be written, MachineError where the network or
     the Hub keep failing, CheckError where the Hub holds something else than was sent.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import (
+        CommitOperation,
+        CommitOperationAdd,
+        CommitOperationDelete,
+        HfApi,
+    )
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()
     api = HfApi()
     _make_repository(api, to)
-    found = _differing(api, listing, to.repo, to.revision)
-    if not found:
-        return _pushed(api, listing, to)
-    additions = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(listing.folder / name))
-        for name in listing.files
-    ]
-    for number, addition in enumerate(additions, 1):
-        name = addition.path_in_repo
-        send = partial(api.preupload_lfs_files, to.repo, [addition], revision=to.revision)
-        _patiently(name, send)
+
+    def compare() -> Changes:
+        return _compare(api, listing, to, replace_card=replace_card)
+
+    first = changes = patiently(to.repo, compare)
+    additions = {
+        name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(listing.folder / name))
+        for name in changes.sent
+    }
+    for number, (name, sent) in enumerate(additions.items(), 1):
+        send = partial(api.preupload_lfs_files, to.repo, [sent], revision=to.revision)
+        patiently(name, send)
         if progress is not None:
             progress(name, number, len(additions))
     title = to.message or f"Upload {listing.folder.resolve().name}"
 
-    def commit() -> None:
-        # The answer to a commit may be lost although it was made.
-        if _differing(api, listing, to.repo, to.revision):
-            api.create_commit(to.repo, additions, commit_message=title, revision=to.revision)
+    def addition(name: str) -> CommitOperationAdd:
+        path = str(listing.folder / name)
+        return additions.get(name) or CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
 
-    _patiently("the commit", commit)
-    wrong = _differing(api, listing, to.repo, to.revision)
-    if wrong:
+    def commit() -> None:
+        # Somebody may have committed meanwhile, or the answer to this commit may have been lost.
+        now = compare()
+        operations: list[CommitOperation] = [addition(name) for name in now.sent]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in now.delete]
+        if operations:
+            api.create_commit(
+                to.repo,
+                operations,
+                commit_message=title,
+                revision=to.revision,
+                parent_commit=now.commit,
+            )
+
+    if first:
+        patiently("the commit", commit)
+        changes = patiently(to.repo, compare)
+    if changes:
+        wrong = [*(f"{n} is not as it lies here" for n in changes.sent), *changes.delete]
         raise CheckError(
             f"{to.repo} does not hold what was sent: {'; '.join(wrong[:4])}",
             hint="do not use it; push again, or delete the repository first",
         )
-    return _pushed(api, listing, to)
+    url = f"{api.endpoint}/{to.repo}"
+    assert changes.commit is not None
+    return Pushed(
+        repo=to.repo, url=url, commit=changes.commit, files=len(listing.files), changes=first
+    )
 
 
 def _make_repository(api: Any, to: Publish) -> None:
@@ -180,102 +278,78 @@ def _make_repository(api: Any, to: Publish) -> None:
             api.create_repo(to.repo, private=to.private, exist_ok=True)
             return None
 
-    private = _patiently(to.repo, make)
+    private = patiently(to.repo, make)
     if private is False and to.private:
         raise InputError(
             f"{to.repo} exists and everyone can read it",
             hint="--public (publish.private: false) says that this is meant",
         )
     if to.revision != "main":
-        _patiently(to.repo, lambda: api.create_branch(to.repo, branch=to.revision, exist_ok=True))
+        patiently(to.repo, lambda: api.create_branch(to.repo, branch=to.revision, exist_ok=True))
 
 
-def _pushed(api: Any, listing: Listing, to: Publish) -> Pushed:
-    info = _patiently(to.repo, lambda: api.model_info(to.repo, revision=to.revision))
-    url = f"{api.endpoint}/{to.repo}"
-    return Pushed(repo=to.repo, url=url, commit=info.sha, files=len(listing.files))
+def _compare(api: Any, listing: Listing, to: Publish, *, replace_card: bool) -> Changes:
+    """What has to change for a repository to hold these files and nothing stale."""
+    commit = api.model_info(to.repo, revision=to.revision).sha
+    tree = api.list_repo_tree(to.repo, recursive=True, revision=commit)
+    there = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+    if ADAPTER in there:
+        raise InputError(
+            f"{to.repo} holds an adapter ({ADAPTER}), which loaders would take in place of these "
+            "weights",
+            hint="push to another repository, or delete it there",
+        )
 
+    def content(name: str) -> bytes:
+        return Path(api.hf_hub_download(to.repo, name, revision=commit)).read_bytes()
 
-def _differing(api: Any, listing: Listing, repo: str, revision: str) -> list[str]:
-    """Files that the Hub does not hold as they lie here, and how they differ."""
-    names = list(listing.files)
-    found = _patiently(
-        repo, lambda: api.get_paths_info(repo, names, revision=revision, expand=False)
+    add, replace, same = [], [], []
+    for name in listing.files:
+        if name not in there:
+            add.append(name)
+        elif _holds(there[name], listing.folder / name):
+            same.append(name)
+        else:
+            replace.append(name)
+    if CARD_NAME in replace and not replace_card and not is_generated(content(CARD_NAME)):
+        replace.remove(CARD_NAME)
+    others = [name for name in there if name not in listing.files]
+    earlier = _earlier(content) if MANIFEST_NAME in there else {}
+    delete = [
+        name
+        for name in others
+        if STALE.fullmatch(name)
+        or (name in earlier and hashlib.sha256(content(name)).hexdigest() == earlier[name].sha256)
+    ]
+    touched = {*add, *replace, *same, *delete}
+    return Changes(
+        commit=commit,
+        add=tuple(add),
+        replace=tuple(replace),
+        delete=tuple(sorted(delete)),
+        same=tuple(same),
+        kept=tuple(sorted(set(there) - touched)),
     )
-    there = {entry.path: entry for entry in found}
-    wrong = []
-    for name, size in listing.files.items():
-        entry = there.get(name)
-        if entry is None:
-            wrong.append(f"{name} is not there")
-        elif entry.size != size:
-            wrong.append(f"{name} has {entry.size} bytes, not {size}")
-        elif entry.lfs is not None:
-            if entry.lfs.sha256 != hash_file(listing.folder / name).sha256:
-                wrong.append(f"{name} has another content")
-        elif entry.blob_id != _git_hash(listing.folder / name):
-            wrong.append(f"{name} has another content")
-    return wrong
+
+
+def _earlier(content: Callable[[str], bytes]) -> Mapping[str, FileRecord]:
+    """Files of the version that the repository holds, where it is one of this program's."""
+    try:
+        return as_manifest(json.loads(content(MANIFEST_NAME))).files
+    except (InputError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _holds(entry: Any, path: Path) -> bool:
+    """Whether a file of the repository has the content of one here."""
+    if entry.size != path.stat().st_size:
+        return False
+    if entry.lfs is not None:
+        return bool(entry.lfs.sha256 == hash_file(path).sha256)
+    return bool(entry.blob_id == _git_hash(path))
 
 
 def _git_hash(path: Path) -> str:
     """What git calls a file's content: SHA-1 of a header and the bytes."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _patiently(what: str, attempt: Callable[[], Result]) -> Result:
-    """The result of an attempt that is repeated while the network or the Hub fail."""
-    for number in range(TRIES):
-        try:
-            return attempt()
-        except CompressError:
-            raise
-        except Exception as error:
-            final = _verdict(what, error)
-            if final is not None:
-                raise final from error
-            if number == TRIES - 1:
-                raise MachineError(
-                    f"the Hub kept failing at {what}: {_first_line(error)}",
-                    hint="the same command continues; what has arrived is not sent again",
-                ) from error
-            time.sleep(2**number)
-    raise AssertionError("unreachable")
-
-
-def _verdict(what: str, error: Exception) -> CompressError | None:
-    """The error that ends an upload, or None where another try may do."""
-    from huggingface_hub import errors
-
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        # The client says which file it was about, and keeps what happened behind that.
-        return _verdict(what, error.__cause__)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return InputError("HF_HUB_OFFLINE is set", hint="unset it to upload")
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return InputError(
-            f"the Hub does not let this user write {what}: {_first_line(error)}",
-            hint="hf auth login with a token that may write",
-        )
-    if status is not None:
-        if status >= 500 or status in PASSING:
-            return None
-        return MachineError(f"the Hub refused {what}: {_first_line(error)}")
-    if isinstance(error, errors.HFValidationError):
-        return InputError(f"{what}: {_first_line(error)}", hint="a repository is user/name")
-    if isinstance(error, (OSError, ValueError, RuntimeError)):
-        # Xet's client, which is not Python, has no errors of its own but for these.
-        return None
-    if type(error).__module__.partition(".")[0] in NETWORK_PACKAGES:
-        return None
-    raise error
-
-
-NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-"""Whose errors the Hub's client lets through, by version."""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -33,12 +33,14 @@ class Released:
     units       what happened in each unit, also where an earlier run compiled it
     host_bytes  largest resident size of the run, of what judges the checkpoint too
     report      path of report.html, or None where the recipe wants none
+    card_kept   a model card that somebody wrote by hand is there, and was not replaced
     """
 
     verdict: Verdict
     units: tuple[UnitReport, ...]
     host_bytes: int
     report: Path | None
+    card_kept: bool = False
 
 
 def conclude(
@@ -63,8 +65,10 @@ def conclude(
         return Released(verdict=verdict, units=units, host_bytes=host, report=None)
     data = report_data(prepared, compiled, verdict, units, started, seconds=seconds)
     _, page = write_report(compiled.output, data)
-    write_card(compiled.output, card_data(prepared, compiled, verdict))
-    return Released(verdict=verdict, units=units, host_bytes=host, report=page)
+    written = write_card(compiled.output, card_data(prepared, compiled, verdict))
+    return Released(
+        verdict=verdict, units=units, host_bytes=host, report=page, card_kept=not written
+    )
 
 
 def unit_reports(compiled: Compiled) -> tuple[UnitReport, ...]:

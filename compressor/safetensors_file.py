@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.tensor import TensorShape
+from compressor.lfs import is_pointer, pointer_error
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -67,6 +68,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = path.stat().st_size
         with path.open("rb") as handle:
             prefix = handle.read(8)
+            if is_pointer(path):
+                raise pointer_error(path.name)
             if len(prefix) < 8:
                 raise damaged(f"{size} bytes are too few for a safetensors file")
             length = int.from_bytes(prefix, "little")

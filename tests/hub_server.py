@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,8 +36,11 @@ class Repository:
     commits: dict[str, dict[str, tuple[str, bytes]]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, branch: str, changes: dict[str, tuple[str, bytes]]) -> str:
+    def commit(
+        self, branch: str, changes: dict[str, tuple[str, bytes]], deleted: Iterable[str] = ()
+    ) -> str:
         files = {**self.commits[self.branches[branch]], **changes} if self.branches else changes
+        files = {name: entry for name, entry in files.items() if name not in set(deleted)}
         text = repr((len(self.commits), sorted((n, git_hash(d)) for n, (_, d) in files.items())))
         sha = hashlib.sha1(text.encode()).hexdigest()
         self.commits[sha] = files
@@ -306,10 +309,21 @@ class Handler(BaseHTTPRequestHandler):
         if found is None:
             return
         changes: dict[str, tuple[str, bytes]] = {}
+        deleted: list[str] = []
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
-            if entry["key"] == "file":
+            if entry["key"] == "header":
+                parent = value.get("parentCommit")
+                if parent is not None and parent != found.branches.get(revision):
+                    self.answer(412, {"error": "A commit has happened since. Please refresh."})
+                    return
+            elif entry["key"] == "deletedFile":
+                if value["path"] not in found.contents(revision):
+                    self.answer(400, {"error": f"{value['path']} is not there to be deleted"})
+                    return
+                deleted.append(value["path"])
+            elif entry["key"] == "file":
                 changes[value["path"]] = ("regular", base64.b64decode(value["content"]))
             elif entry["key"] == "lfsFile":
                 data = self.hub.objects.get(value["oid"])
@@ -317,7 +331,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.answer(400, {"error": f"{value['path']} was not uploaded"})
                     return
                 changes[value["path"]] = ("lfs", data)
-        sha = found.commit(revision, changes)
+        sha = found.commit(revision, changes, deleted)
         url = f"{self.hub.url}/{repo}/commit/{sha}"
         self.answer(200, {"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""})
 

@@ -298,7 +298,7 @@ def test_push_verifies_what_no_report_speaks_of(
     output = tmp_path / "out"
     assert not (output / "report.json").exists()
     result = compress("push", output, "me/tiny-w4", "--dry-run")
-    assert result.exit_code == 0 and "would go to me/tiny-w4" in result.stdout
+    assert result.exit_code == 0 and "would be in me/tiny-w4" in result.stdout
     assert "verify" in result.stderr
     assert not hub.repos
 

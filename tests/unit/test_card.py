@@ -16,8 +16,10 @@ from compressor.card import (
     CARD_NAME,
     LOADING,
     CardData,
+    is_generated,
     make_card,
     metadata,
+    name_repository,
     source_metadata,
     write_card,
 )
@@ -92,8 +94,14 @@ def test_tags_say_what_is_quantized() -> None:
         ("---\nlicense: {a: b}\n---\n", {}),
         ("---\n[1, 2]\n---\n", {}),
         ("---\nlicense: [\n---\n", {}),
-        ("---\nlicense: !!python/object/apply:os.system [ls]\n---\n", {}),
+        ("---\nlicense: !!python/object/apply:os.system [ls]\n---\n", {"license": ["ls"]}),
         ("---\nlicense: ''\nlanguage: []\n---\n", {}),
+        ("---\nlicense: null\nlanguage: ~\n---\n", {}),
+        ("---\nlanguage: [en, no, sv]\n---\n", {"language": ["en", "no", "sv"]}),
+        ("---\nlanguage: no\n---\n", {"language": "no"}),
+        ("---\nlicense: !!timestamp x\n---\n", {"license": "x"}),
+        ("---" + "\n" * 400_000, {}),
+        ("---\nlicense: " + "[" * 30_000 + "\n---\n", {}),
     ],
 )
 def test_the_licence_is_carried_over(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
@@ -156,6 +164,21 @@ def test_nothing_breaks_out_of_its_place() -> None:
 
 
 def test_the_card_is_written_where_it_belongs(tmp_path: Path) -> None:
-    path = write_card(tmp_path, card())
-    assert path == tmp_path / "README.md" and path.read_text() == make_card(card())
+    assert write_card(tmp_path, card())
+    path = tmp_path / "README.md"
+    assert path.read_text() == make_card(card())
     assert path.stat().st_mode & 0o044 == 0o044
+
+
+def test_a_card_written_by_hand_stays(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    write_card(tmp_path, card(title="first"))
+    assert write_card(tmp_path, card(title="second")) and "# second" in path.read_text()
+    name_repository(tmp_path, "me/there")
+    text = path.read_text()
+    assert 'name = "me/there"' in text and "vllm serve me/there" in text
+    assert is_generated(text.encode()) and is_generated(text.replace("\n", "\r\n").encode())
+    path.write_text(text.replace("# second", "# mine"))
+    assert not write_card(tmp_path, card(title="third"))
+    name_repository(tmp_path, "me/elsewhere")
+    assert path.read_text() == text.replace("# second", "# mine")

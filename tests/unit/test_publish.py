@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compressor.card import _sealed
 from compressor.errors import CheckError, InputError, MachineError
+from compressor.lfs import POINTER
 from compressor.manifest import FileRecord, Manifest
-from compressor.publish import check_token, damaged, list_upload, push, recorded_objections
+from compressor.publish import (
+    check_token,
+    damaged,
+    list_upload,
+    preview,
+    push,
+    recorded_objections,
+)
 from compressor.report_settings import Publish
+from compressor.secrets import find_secret
 
 SMALL, LARGE = b"s" * 9_000, bytes(range(256)) * 200
 REPO = "me/model-w4"
+CARD = _sealed("# model\n")
+
+
+VERSION = {
+    "config.json": b'{"model_type": "llama"}',
+    "model-00001-of-00002.safetensors": SMALL,
+    "model-00002-of-00002.safetensors": LARGE,
+    "additional_chat_templates/tool.jinja": b"{{ messages }}",
+    "empty.txt": b"",
+}
 
 
 @pytest.fixture()
 def checkpoint(tmp_path: Path) -> Path:
+    return make_version(tmp_path / "model-w4", VERSION)
+
+
+def make_version(folder: Path, named: dict[str, bytes]) -> Path:
     """A folder as a run leaves it: files its manifest names, others beside them, and strays."""
-    folder = tmp_path / "model-w4"
-    folder.mkdir()
-    named = {
-        "config.json": b'{"model_type": "llama"}',
-        "model-00001-of-00002.safetensors": SMALL,
-        "model-00002-of-00002.safetensors": LARGE,
-        "empty.txt": b"",
-    }
     for name, data in named.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     files = {n: FileRecord(hashlib.sha256(d).hexdigest(), len(d)) for n, d in named.items()}
     (folder / "manifest.json").write_bytes(Manifest(files=files, tensors={}).to_bytes())
-    (folder / "README.md").write_text("# model\n")
+    (folder / "README.md").write_text(CARD)
     (folder / "notes.txt").write_text("mine")
     (folder / ".compress-work").mkdir()
     (folder / ".compress-work" / "job.json").write_text("{}")
@@ -87,7 +105,8 @@ def test_a_branch_is_made_and_filled(hub: Any, checkpoint: Path) -> None:
         ("POST", "/complete"),
         ("POST", "/lfs/verify"),
         ("POST", "/commit/"),
-        ("POST", "/paths-info/"),
+        ("GET", "/tree/"),
+        ("GET", "/revision/"),
     ],
 )
 @pytest.mark.parametrize("kind", [503, "reset", "lost"])
@@ -150,13 +169,131 @@ def test_a_public_repository_is_not_filled_by_accident(hub: Any, checkpoint: Pat
         push(list_upload(checkpoint), Publish(repo=REPO))
     assert hub.repos[REPO].contents() == {"README.md": b"old"}
     push(list_upload(checkpoint), Publish(repo=REPO, private=False))
-    assert hub.repos[REPO].contents()["README.md"] == b"# model\n"
+    assert hub.repos[REPO].contents()["config.json"] == b'{"model_type": "llama"}'
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json"])
-def test_a_token_in_a_file_is_never_uploaded(name: str, checkpoint: Path) -> None:
-    (checkpoint / name).write_text('{"token": "hf_' + "Q" * 34 + '"}')
-    with pytest.raises(InputError, match=f"{name} holds what looks like a Hub access token"):
+def test_a_version_takes_the_place_of_the_one_before(
+    hub: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    one = {
+        "config.json": b"{}",
+        "model.safetensors": SMALL,
+        "chat_template.jinja": b"old",
+        "LICENSE": b"old",
+    }
+    push(list_upload(make_version(tmp_path / "one", one)), Publish(repo=REPO))
+    others = {"notes/eval.md": b"mine", "figure.png": b"png", "LICENSE": b"edited there"}
+    weights = {"pytorch_model.bin": b"w", "consolidated.safetensors": b"w", "params.json": b"{}"}
+    inner = {"original/consolidated.00.pth": b"w"}
+    hub.repos[REPO].commit(
+        "main", {n: ("regular", d) for n, d in (others | weights | inner).items()}
+    )
+    listing, to = list_upload(checkpoint), Publish(repo=REPO)
+    expected = preview(listing, to)
+    assert expected.replace == ("config.json", "manifest.json")
+    assert expected.delete == (
+        *("chat_template.jinja", "consolidated.safetensors", "model.safetensors"),
+        *("params.json", "pytorch_model.bin"),
+    )
+    assert set(expected.kept) == {".gitattributes", *others, *inner}
+    commits = len(hub.repos[REPO].commits)
+    assert push(listing, to).changes == expected
+    assert len(hub.repos[REPO].commits) == commits + 1
+    here = {name: (checkpoint / name).read_bytes() for name in listing.files}
+    assert hub.repos[REPO].contents() == {".gitattributes": b"", **others, **inner, **here}
+
+
+def test_only_what_differs_is_sent(hub: Any, checkpoint: Path) -> None:
+    push(list_upload(checkpoint), Publish(repo=REPO))
+    (checkpoint / "README.md").write_text(_sealed("# model, measured\n"))
+    large = hub.count("PUT", "")
+    changes = push(list_upload(checkpoint), Publish(repo=REPO)).changes
+    assert changes.sent == ("README.md",) and hub.count("PUT", "") == large
+
+
+def test_a_card_written_by_hand_stays(hub: Any, checkpoint: Path) -> None:
+    to = Publish(repo=REPO)
+    push(list_upload(checkpoint), to)
+    hub.repos[REPO].commit("main", {"README.md": ("regular", b"# By hand\n")})
+    changes = push(list_upload(checkpoint), to).changes
+    assert not changes and "README.md" in changes.kept
+    assert hub.repos[REPO].contents()["README.md"] == b"# By hand\n"
+    push(list_upload(checkpoint), to, replace_card=True)
+    assert hub.repos[REPO].contents()["README.md"] == CARD.encode()
+
+
+def test_an_adapter_is_not_pushed_over(hub: Any, checkpoint: Path) -> None:
+    hub.create(REPO, {"adapter_config.json": b"{}"}, private=True)
+    with pytest.raises(InputError, match="holds an adapter"):
+        push(list_upload(checkpoint), Publish(repo=REPO))
+    assert hub.repos[REPO].contents() == {"adapter_config.json": b"{}"}
+
+
+def test_a_commit_of_somebody_else_in_between_is_seen(
+    hub: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(list_upload(checkpoint), Publish(repo=REPO))
+    (checkpoint / "README.md").write_text(_sealed("# model, measured\n"))
+    from huggingface_hub import HfApi
+
+    commit, met = HfApi.create_commit, []
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        if not met:
+            met.append(hub.repos[REPO].commit("main", {"pytorch_model.bin": ("regular", b"w")}))
+        return commit(*args, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", slowly)
+    push(list_upload(checkpoint), Publish(repo=REPO))
+    assert met and "pytorch_model.bin" not in hub.repos[REPO].contents()
+    assert_arrived(hub, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("secret", "kind"),
+    [
+        ("hf_" + "Q" * 34, "a Hub access token"),
+        ("hf_oauth_" + "Q" * 34, "a Hub access token"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1r" * 6, "a private key"),
+        ("AKIA" + "IOSFODNN7EXAMPLE", "an AWS access key"),
+        ("ghp_" + "a1B2" * 9, "a GitHub token"),
+        ("sk-proj-" + "a1B2" * 12, "an API key"),
+        ("https://me:hunter22@example.org/x", "a password in an address"),
+    ],
+)
+@pytest.mark.parametrize("name", ["README.md", "config.json", "empty.txt", "model.safetensors"])
+def test_a_secret_is_never_uploaded(name: str, secret: str, kind: str, tmp_path: Path) -> None:
+    text = json.dumps({"__metadata__": {"note": secret}}).encode()
+    if name.endswith(".safetensors"):
+        text = len(text).to_bytes(8, "little") + text
+    folder = make_version(tmp_path / "out", {"config.json": b"{}", name: text})
+    (folder / name).write_bytes(text)
+    with pytest.raises(InputError, match=f"{re.escape(name)} holds what looks like {kind}"):
+        list_upload(folder)
+
+
+def test_a_secret_is_found_in_utf16_and_across_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(("x" * 999 + " hf_" + "Q" * 34).encode("utf-16"))
+    assert find_secret(tmp_path / "a")
+    monkeypatch.setattr("compressor.secrets.CHUNK", 100)
+    for before in range(80, 120):
+        (tmp_path / "b").write_bytes(b" " * before + b"hf_" + b"Q" * 34 + b" " * 500)
+        assert find_secret(tmp_path / "b")
+    (tmp_path / "b").write_bytes(b"hf_tokenizer sk-learn https://example.org/a:b@c AKIA " * 50)
+    assert find_secret(tmp_path / "b") is None
+
+
+def test_links_out_of_the_folder_and_pointers_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"config\.json is a link that leads out"):
+        list_upload(checkpoint)
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").write_bytes(POINTER + b"v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(InputError, match="Git LFS pointer"):
         list_upload(checkpoint)
 
 

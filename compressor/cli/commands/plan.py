@@ -66,7 +66,12 @@ def command(
         recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
     )
     located = locate(loaded.model, fetch=False, to_plan=True)
-    plan = make_plan(loaded, located.source, output=Path(loaded.output).expanduser())
+    plan = make_plan(
+        loaded,
+        located.source,
+        output=Path(loaded.output).expanduser(),
+        beside=located.beside,
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bound = parse_size(device_memory) if device_memory else None

@@ -14,8 +14,10 @@ from compressor.cli.junit import Case
 from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
 if TYPE_CHECKING:
-    from compressor.publish import Listing
+    from compressor.publish import Changes, Listing
+    from compressor.report_settings import Publish
 
+CARD_NAME = "README.md"
 FIT = "fit to be published"
 """The case of a test report that says whether what was made may go up."""
 
@@ -26,7 +28,10 @@ FIT = "fit to be published"
 @click.option("--public", is_flag=True, help="A repository that is created is public.")
 @click.option("--revision", default="main", show_default=True, help="Branch to commit to.")
 @click.option("--message", help="Message of the commit.")
-@click.option("--dry-run", is_flag=True, help="List what would go up, and send nothing.")
+@click.option("--dry-run", is_flag=True, help="List what would change there, and send nothing.")
+@click.option(
+    "--replace-card", is_flag=True, help="Replace also a card that was written by hand there."
+)
 @click.option("--force", is_flag=True, help="Publish also what did not pass verify or its gate.")
 @log_option
 @junit_option
@@ -40,6 +45,7 @@ def command(
     revision: str,
     message: str | None,
     dry_run: bool,
+    replace_card: bool,
     force: bool,
     log_format: LogFormat,
     as_json: bool,
@@ -47,9 +53,11 @@ def command(
     """Upload a finished checkpoint to the Hub repository REPO (user/name).
 
     What its manifest names goes up, and the report and card beside it; nothing else in the folder
-    does. Files are hashed first, and what report.json says of verification and gate is minded; a
-    checkpoint without a report is verified here. The same command continues an interrupted upload.
-    What the Hub holds afterwards is compared with what was sent.
+    does. The same commit deletes what is stale there: other weights that loaders would take, and
+    files of an earlier version. What you put there by hand stays, a card of yours too. Files are
+    hashed first, and what report.json says of verification and gate is minded; a checkpoint
+    without a report is verified here. The same command continues an interrupted upload, and does
+    nothing where all has arrived. What the Hub holds afterwards is compared with what was sent.
 
     Exit code 1: it did not pass and is not published, or something else arrived than was sent.
 
@@ -66,9 +74,11 @@ def command(
         raise InputError(f"{repo!r} is not a Hub repository", hint="user/name")
     display = Display(log_format=log_format)
     listing = list_upload(checkpoint)
+    to = Publish(repo=repo, private=not public, revision=revision, message=message)
     reasons = find_objections(listing, display)
     if dry_run:
-        show(listing, repo, reasons, as_json=as_json)
+        changes = look(listing, to, display, replace_card=replace_card)
+        show(listing, repo, reasons, changes, as_json=as_json)
     if reasons and not force:
         refusal = CheckError(
             f"{checkpoint} is not published: {'; '.join(reasons)}",
@@ -84,15 +94,16 @@ def command(
         return
     check_token()
     name_repository(checkpoint, repo)
-    to = Publish(repo=repo, private=not public, revision=revision, message=message)
-    with display.stage("upload", len(listing.files)):
-        pushed = push(list_upload(checkpoint), to, progress=display.unit)
+    with display.stage("upload", 0):
+        pushed = push(list_upload(checkpoint), to, replace_card=replace_card, progress=display.unit)
     add_cases([Case("push", repo, output=f"{pushed.files} files, commit {pushed.commit}")])
     if as_json:
         found = {"ok": True, "repo": repo, "url": pushed.url, "commit": pushed.commit}
-        echo(json.dumps({**found, "files": dict(listing.files)}, indent=2))
+        found |= {"files": dict(listing.files), "changes": described(pushed.changes)}
+        echo(json.dumps(found, indent=2))
     else:
-        echo(f"{pushed.url}: {pushed.files} files, {size(listing.bytes)}, as sent")
+        echo(f"{pushed.url}: {pushed.files} files, {size(listing.bytes)}, as they lie here")
+        show_changes(listing, pushed.changes)
         echo(f"commit {pushed.commit}")
 
 
@@ -115,7 +126,42 @@ def find_objections(listing: Listing, display: Display) -> list[str]:
     return found if verdict.ok else [*found, *(c.detail for c in verdict.checks if not c.ok)]
 
 
-def show(listing: Listing, repo: str, reasons: list[str], *, as_json: bool) -> None:
+def look(listing: Listing, to: Publish, display: Display, *, replace_card: bool) -> Changes | None:
+    """What a push would change, or None where the Hub cannot be asked."""
+    from compressor.errors import CompressError
+    from compressor.publish import preview
+
+    try:
+        return preview(listing, to, replace_card=replace_card)
+    except CompressError as error:
+        display.event("note", text=f"what {to.repo} holds is not known: {error.message}")
+        return None
+
+
+def described(changes: Changes) -> dict[str, Any]:
+    """Changes as plain data."""
+    return {
+        "add": list(changes.add),
+        "replace": list(changes.replace),
+        "delete": list(changes.delete),
+        "same": list(changes.same),
+        "kept": list(changes.kept),
+    }
+
+
+def show_changes(listing: Listing, changes: Changes) -> None:
+    """What becomes of each file."""
+    for what, names in described(changes).items():
+        for name in names:
+            known = f"  {size(listing.files[name])}" if name in listing.files else ""
+            echo(f"  {what:7}  {name}{known}")
+    if CARD_NAME in changes.kept and CARD_NAME in listing.files:
+        echo(f"{CARD_NAME} was written by hand there and stays; --replace-card sends this one")
+
+
+def show(
+    listing: Listing, repo: str, reasons: list[str], changes: Changes | None, *, as_json: bool
+) -> None:
     """What would go up, and what would not."""
     if as_json:
         plan: dict[str, Any] = {
@@ -123,14 +169,17 @@ def show(listing: Listing, repo: str, reasons: list[str], *, as_json: bool) -> N
             "repo": repo,
             "files": dict(listing.files),
             "bytes": listing.bytes,
+            "changes": None if changes is None else described(changes),
             "left_out": list(listing.left_out),
             "objections": reasons,
         }
         echo(json.dumps(plan, indent=2))
         return
-    width = max(map(len, listing.files))
-    for name, count in listing.files.items():
-        echo(f"  {name:{width}}  {size(count)}")
-    echo(f"{len(listing.files)} files, {size(listing.bytes)}, would go to {repo}")
+    if changes is not None:
+        show_changes(listing, changes)
+    else:
+        for name, count in listing.files.items():
+            echo(f"  {name}  {size(count)}")
+    echo(f"{len(listing.files)} files, {size(listing.bytes)}, would be in {repo}")
     if listing.left_out:
         echo(f"stays here: {', '.join(listing.left_out)}")

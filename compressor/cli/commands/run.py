@@ -223,6 +223,7 @@ def summary(run: Run) -> dict[str, Any]:
         "rows": [{"unit": unit.name, **row} for unit in units for row in unit.rows],
         **run.released.verdict.to_json(),
         "report": str(run.released.report) if run.released.report else None,
+        "card_kept": run.released.card_kept,
         "published": None if run.pushed is None else asdict(run.pushed),
     }
 
@@ -245,6 +246,8 @@ def report(run: Run) -> None:
     show_verdict(run.released.verdict, rows)
     if run.released.report is not None:
         echo(f"  report      {run.released.report}")
+    if run.released.card_kept:
+        echo("  card        README.md was edited by hand and stays as it is")
     if run.pushed is not None:
         echo(f"  published   {run.pushed.url}  commit {run.pushed.commit}")
     elif run.prepared.recipe.publish is not None:
