@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from compressor.durable import write_atomically
 from compressor.errors import MachineError
 from compressor.formats.base import ModelSchemes
 from compressor.report_text import MISSING, factor, number, size
-from compressor.shards import write_atomically
 from compressor.side_files import leads_out
 
 CARD_NAME = "README.md"

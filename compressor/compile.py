@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +14,36 @@ from compressor_calibration.tokens import TokenSet
 
 from compressor.calibration_tokens import calibration_tokens, evaluation_tokens, passkey_text
 from compressor.delta import locate_base, survey
+from compressor.durable import make_folder, write_atomically
+from compressor.environment import environment, versions
 from compressor.errors import InputError
 from compressor.estimate import Estimates, batch_rows, estimate
-from compressor.finish import finish, resume_finish
+from compressor.finish import finish, take_up
 from compressor.heap import share_heap
-from compressor.job import JobSettings, UnitDone, run_units
+from compressor.job import run_units
+from compressor.job_settings import JobSettings, UnitDone
 from compressor.kernel_checks import enable_interpreter
-from compressor.learn import learn, policy_of
+from compressor.learn import learn, learned_hash, policy_of
 from compressor.locate import Located, locate, name_folder
-from compressor.manifest import MANIFEST_NAME, read_manifest
+from compressor.manifest import MANIFEST_NAME, hash_file
 from compressor.passes.base import Learned
 from compressor.plan import Plan, make_plan
 from compressor.process_memory import rss
 from compressor.recipe import AFTERWARDS, Recipe
+from compressor.records import stated_hash
 from compressor.runner import import_model, load_tokenizer
-from compressor.shards import write_atomically
+from compressor.source_content import SourceContent
 from compressor.warm_up import warm_up
-from compressor.workspace import claim, owned, require_same
+from compressor.workspace import owned
 
-VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +187,14 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     ]
     config = prepared.located.source.checkpoint.config
     delta = prepared.plan.delta
+    here = environment(prepared.device) if prepared.recipe.reproducible else None
     return {
         "recipe": {k: v for k, v in portable(prepared.recipe).items() if k not in AFTERWARDS},
         "source": {
             **prepared.located.identity,
-            "config": _digest(config),
-            "headers": _digest(shapes),
+            "config": stated_hash(config),
+            "headers": stated_hash(shapes),
+            "tokenizer": stated_hash(_tokenizer(prepared.located.source.checkpoint.folder)),
         },
         **({"base": delta.config()["base"]} if delta is not None else {}),
         "tokens": prepared.calibration.sha256 if prepared.calibration else None,
@@ -195,9 +205,16 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             "device": _device_name(prepared.device),
             "dtype": str(prepared.plan.compute_dtype(prepared.device)).removeprefix("torch."),
             "batch": prepared.batch,
+            **({"environment": here} if here is not None else {}),
         },
         "versions": versions(),
     }
+
+
+def _tokenizer(folder: Path) -> dict[str, str]:
+    """Hashes of what turns text into tokens, which passes also do by themselves."""
+    files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    return {path.name: hash_file(path).sha256 for path in sorted(files) if path.is_file()}
 
 
 def portable(recipe: Recipe) -> dict[str, Any]:
@@ -224,23 +241,8 @@ def _last_name(value: str) -> str:
     return path.resolve().name if path.exists() else value
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what decides numbers."""
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def compile_checkpoint(
@@ -248,51 +250,61 @@ def compile_checkpoint(
     *,
     on_unit: Callable[[UnitDone], None] = lambda done: None,
     on_learning: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compiled:
     """Write the checkpoint into the recipe's output folder, continuing an interrupted run.
 
+    on_note  told what an interrupted run left damaged, which is done again
     A finished output of the same run is left as it is; one of another run is refused.
     """
-    output = Path(prepared.recipe.output).expanduser()
+    recipe, plan = prepared.recipe, prepared.plan
+    output = Path(recipe.output).expanduser()
     about = fingerprint(prepared)
     with owned(output, manifest=MANIFEST_NAME) as work:
-        before = read_manifest(output)
-        if before is not None:
-            require_same(_comparable(before.about), _comparable(about), where=output)
-            resume_finish(work, output)
-            return Compiled(output=output, units=(), already=True)
-        claim(work, about)
-        if (work / MANIFEST_NAME).is_file():
-            # Everything was written; the last renames were interrupted.
-            resume_finish(work, output)
+        if take_up(work, output, layout=plan.shards, about=about, judged_later=recipe.verify):
             return Compiled(output=output, units=(), already=True)
         settings = JobSettings(
-            device=prepared.device, batch=prepared.batch, on_unit=on_unit, stopping=stopping
+            device=prepared.device,
+            batch=prepared.batch,
+            on_unit=on_unit,
+            on_note=on_note,
+            stopping=stopping,
         )
-        learned = learn(prepared.plan, prepared.calibration, work, settings, on_learning)
+        owner, content = stated_hash(about), SourceContent(plan)
+        learned = learn(
+            plan, prepared.calibration, work, settings, on_learning, owner=owner, content=content
+        )
         # Passes that contradict each other are refused before any block is worked on.
         files = policy_of(prepared.located.source, learned)
-        result = run_units(prepared.plan, prepared.calibration, work, settings, learned)
+        result = run_units(
+            plan,
+            prepared.calibration,
+            work,
+            settings,
+            owner=stated_hash([owner, learned_hash(learned)]),
+            content=content,
+            learned=learned,
+        )
+        for found in learned.values():
+            for name, data in found.plots.items():
+                make_folder(output / "plots")
+                write_atomically(output / "plots" / name, data)
+        used = [e for found in learned.values() for e in found.environments]
+        used += result.environments
         finish(
             work,
             output,
             writer=result.writer,
-            config=prepared.plan.config,
-            extra_files=prepared.plan.files,
+            config=plan.config,
+            extra_files=plan.files,
             files=files,
             beside=prepared.located.source.checkpoint.folder,
-            recipe=yaml.safe_dump(portable(prepared.recipe), sort_keys=False).encode(),
-            about={**about, "source": {**about["source"], "content": result.source_hash}},
+            recipe=yaml.safe_dump(portable(recipe), sort_keys=False).encode(),
+            about={
+                **about,
+                "source": {**about["source"], "content": result.source_hash},
+                "environment": [e for i, e in enumerate(used) if e not in used[:i]],
+            },
         )
-        for found in learned.values():
-            for name, data in found.plots.items():
-                (output / "plots").mkdir(exist_ok=True)
-                write_atomically(output / "plots" / name, data)
     return Compiled(output=output, units=result.units, already=False, learned=learned)
-
-
-def _comparable(about: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint without what is only known after the run."""
-    source = {k: v for k, v in about.get("source", {}).items() if k != "content"}
-    return {**about, "source": source}

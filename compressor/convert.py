@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoint import content_hash
+from compressor.environment import versions
 from compressor.errors import CompressError, InputError, Problems
-from compressor.finish import RECIPE_NAME, finish, resume_finish
+from compressor.finish import RECIPE_NAME, finish, take_up
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
@@ -26,12 +28,13 @@ from compressor.layout import Linear, UnitLayout
 from compressor.locate import Located
 from compressor.manifest import MANIFEST_NAME, read_manifest
 from compressor.qtensor import QTensor
+from compressor.records import stated_hash
 from compressor.relayout import RoundingReport, as_symmetric, compare, relayout
 from compressor.scheme import KVSpec, Scheme
 from compressor.shards import ShardWriter, plan_shards
 from compressor.source import Source
 from compressor.unit_plan import module_groups
-from compressor.workspace import claim, lacking_room, owned, require_same
+from compressor.workspace import lacking_room, owned
 
 Progress = Callable[[str, int, int], None]
 
@@ -102,7 +105,13 @@ def convert(
     if room is not None:
         raise room
     config = job.config()
-    about = _about(located, target, allow_rounding=allow_rounding, max_shard_size=max_shard_size)
+    about = _about(
+        located,
+        target,
+        content=stated_hash(job.content),
+        allow_rounding=allow_rounding,
+        max_shard_size=max_shard_size,
+    )
     result = Converted(
         output=output,
         source_format=source.format.name,
@@ -112,20 +121,13 @@ def convert(
         notes=(*job.notes, *located.beside.notes),
     )
     with owned(output, manifest=MANIFEST_NAME) as work:
-        before = read_manifest(output)
-        if before is not None:
-            require_same(before.about, about, where=output)
-            resume_finish(work, output)
+        if take_up(work, output, layout=shards, about=about):
             return replace(result, already=True)
-        claim(work, about)
-        if (work / MANIFEST_NAME).is_file():
-            resume_finish(work, output)
-            return replace(result, already=True)
-        writer = ShardWriter(shards, work)
+        writer = ShardWriter(shards, work, owner=stated_hash(about))
         writer.open()
         for index, unit in enumerate(units):
             if writer.record(index) is None:
-                tensors = job.encode(source.read_unit(unit))
+                tensors = job.encode(job.read(unit))
                 writer.commit(index, writer.write({n: tensors[n] for n in outputs[index]}), {})
             if progress is not None:
                 progress(unit.name, len(units) + index + 1, 2 * len(units))
@@ -145,9 +147,9 @@ def convert(
 
 
 def _about(
-    located: Located, target: Format, *, allow_rounding: bool, max_shard_size: int
+    located: Located, target: Format, *, content: str, allow_rounding: bool, max_shard_size: int
 ) -> dict[str, Any]:
-    """What decides the bytes of the result."""
+    """What decides the bytes of the result. `content` is the hash of all that was read."""
     checkpoint = located.source.checkpoint
     headers = [
         [name, str(entry.spec.dtype), list(entry.spec.shape), entry.begin]
@@ -155,7 +157,7 @@ def _about(
     ]
     made_by = read_manifest(checkpoint.folder)
     stated = json.dumps([dict(checkpoint.config), headers], sort_keys=True, default=str)
-    content = "" if made_by is None else hashlib.sha256(made_by.to_bytes()).hexdigest()
+    manifest = "" if made_by is None else hashlib.sha256(made_by.to_bytes()).hexdigest()
     return {
         "convert": {
             "format": target.name,
@@ -166,8 +168,10 @@ def _about(
             **located.identity,
             "format": located.source.format.name,
             "headers": hashlib.sha256(stated.encode()).hexdigest(),
-            "manifest": content,
+            "manifest": manifest,
+            "content": content,
         },
+        "versions": versions(),
         "recipe": None if made_by is None else made_by.about.get("recipe"),
     }
 
@@ -184,6 +188,7 @@ class _Conversion:
     kv: KVSpec | None = None
     rounded: list[RoundingReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    content: dict[str, str] = field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
@@ -208,7 +213,7 @@ class _Conversion:
         centred = not self.dense
         for done, layout in enumerate(units, 1):
             try:
-                unit = source.read_unit(layout)
+                unit = self.read(layout)
             except InputError as error:
                 problems.append(error)
                 continue
@@ -246,6 +251,14 @@ class _Conversion:
                 if scheme.weight is not None and scheme.weight.zero == "subtract":
                     spec = replace(scheme.weight, zero="none")
                     self.linears[name] = replace(scheme, weight=spec)
+
+    def read(self, unit: UnitLayout) -> Unit:
+        """A unit of the source. Raises InputError where it is not what it was the first time."""
+        raw = self.source.checkpoint.read(self.source.names(unit))
+        digest = content_hash(raw)
+        if self.content.setdefault(unit.name, digest) != digest:
+            raise InputError(f"{unit.name} of the source changed while it was converted")
+        return self.source.assemble(unit, raw)
 
     def _say_what_goes(self) -> None:
         if not self.dense:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from compressor.delta_source import Delta, MergedCheckpoint, merged_source
+from compressor.environment import versions
 from compressor.errors import MachineError
-from compressor.finish import finish, resume_finish
+from compressor.finish import finish, take_up
 from compressor.ir.tensor import TensorShape
-from compressor.manifest import MANIFEST_NAME, hash_file, read_manifest
+from compressor.manifest import MANIFEST_NAME, hash_file
 from compressor.numerics.bitdelta import SCALES, SIGNS
+from compressor.records import stated_hash
 from compressor.shards import ShardWriter, plan_shards
 from compressor.source import Source
-from compressor.workspace import claim, owned, require_same
+from compressor.workspace import owned
 
 _LEAVES = (f".{SIGNS}", f".{SCALES}")
 
@@ -45,15 +47,9 @@ def apply_delta(
     layout = plan_shards(groups, max_bytes=max_shard_size)
     about = _about(delta)
     with owned(output, manifest=MANIFEST_NAME) as work:
-        before = read_manifest(output)
-        if before is not None:
-            require_same(before.about, about, where=output)
-        else:
-            claim(work, about)
-        if before is not None or (work / MANIFEST_NAME).is_file():
-            resume_finish(work, output)
+        if take_up(work, output, layout=layout, about=about):
             return source.checkpoint.nbytes
-        writer = ShardWriter(layout, work)
+        writer = ShardWriter(layout, work, owner=stated_hash(about))
         try:
             writer.open()
             for index, unit in enumerate(source.layout.units):
@@ -78,13 +74,16 @@ def apply_delta(
 
 
 def _about(delta: Delta) -> dict[str, Any]:
-    """What the dense checkpoint was made from: both fingerprints, no path."""
+    """What decides the bytes of the dense checkpoint: every file of the delta, and the base's
+    fingerprint, against which each of its tensors is checked when it is read; no path."""
     folder = delta.checkpoint.folder
-    parts = ("config.json", "base.json", MANIFEST_NAME)
+    shards = {entry.file.name for entry in delta.checkpoint.entries.values()}
+    parts = ("config.json", "base.json", MANIFEST_NAME, *sorted(shards))
     files = {name: hash_file(folder / name).sha256 for name in parts if (folder / name).is_file()}
     return {
         "delta": {"name": folder.resolve().name, "files": files},
         "base": {**delta.record.identity, "fingerprint": delta.record.fingerprint},
+        "versions": versions(),
     }
 
 

@@ -13,14 +13,11 @@ embeddings and the head.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -30,10 +27,12 @@ from compressor.errors import Interrupted
 from compressor.layout import UnitLayout
 from compressor.numerics.bitdelta import merge, sign_delta
 from compressor.passes.base import FrozenModel, LearnContext
+from compressor.records import Records
 
 OWN_LR = 0.03
 NORM_LR = 1e-4
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = "distillation.safetensors"
 KEEP_EVERY = 20
 """Steps between two records of the training's state."""
 
@@ -86,10 +85,9 @@ def distill(
             groups.append({**kept, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups)
         highest = [group["lr"] for group in optimizer.param_groups]
-        record = context.scratch / "distillation.safetensors"
         with torch.no_grad():
             first = student.loss(_rows(ids, 0, settings.batch))
-        done, before = _resume(record, optimizer, student.trained, float(first))
+        done, before = _resume(context.scratch, optimizer, student.trained, float(first))
         for step in range(done, settings.steps):
             for group, most in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = most * (1 + math.cos(math.pi * step / settings.steps)) / 2
@@ -98,7 +96,7 @@ def distill(
             optimizer.step()
             stop = context.stopping()
             if stop or (step + 1) % KEEP_EVERY == 0:
-                _keep(record, optimizer, student.trained, step + 1, before)
+                _keep(context.scratch, optimizer, student.trained, step + 1, before)
             context.progress("distill", step + 1, settings.steps)
             if stop:
                 raise Interrupted
@@ -260,7 +258,7 @@ def norm_tensors(unit: UnitLayout) -> tuple[str, ...]:
 
 
 def _keep(
-    record: Path,
+    scratch: Records,
     optimizer: torch.optim.Optimizer,
     trained: Mapping[str, nn.Parameter],
     done: int,
@@ -275,21 +273,19 @@ def _keep(
         tensors[name] = parameter.detach()
         for moment in MOMENTS:
             tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
-    temporary = record.with_suffix(".new")
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, record)
+    scratch.put_tensors(STATE, tensors)
 
 
 def _resume(
-    record: Path,
+    scratch: Records,
     optimizer: torch.optim.Optimizer,
     trained: Mapping[str, nn.Parameter],
     before: float,
 ) -> tuple[int, float]:
     """Steps that are done and the loss before them; the state is set to that of the record."""
-    if not record.is_file():
+    tensors = scratch.get_tensors(STATE)
+    if tensors is None:
         return 0, before
-    tensors = load_file(record)
     done = int(tensors["done"])
     for name, parameter in trained.items():
         with torch.no_grad():

@@ -1,25 +1,34 @@
 """From a work folder whose shards are complete to a finished checkpoint folder.
 
 Each step may be repeated, and the manifest comes after everything it names: a process that dies
-here leaves either no manifest, and the same command finishes, or a whole checkpoint.
+here leaves either no manifest, and the same command finishes, or a whole checkpoint. Whoever takes
+up what another process left counts on no file that it has not hashed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint import INDEX_NAME
-from compressor.errors import MachineError
-from compressor.manifest import MANIFEST_NAME, FileRecord, Manifest, hash_file
-from compressor.shards import ShardWriter, sync_folder, write_atomically
+from compressor.durable import is_file, make_folder, make_way, move, own_folder, write_atomically
+from compressor.errors import CheckError, InputError, MachineError
+from compressor.manifest import MANIFEST_NAME, FileRecord, Manifest, hash_file, read_manifest
+from compressor.records import Records
+from compressor.shards import ShardLayout, ShardWriter
 from compressor.side_files import side_files
+from compressor.workspace import claim, require_same
 
 RECIPE_NAME = "recipe.yaml"
+
+STATED_NAME = "finishing.json"
+
+FOUND = ("source.content", "environment")
+"""What a manifest may say that is only known after the run."""
 
 
 def finish(
@@ -50,42 +59,117 @@ def finish(
         for name in side_files(beside).carried:
             written.setdefault(name, (beside / name).read_bytes())
         for name, data in written.items():
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((output / name).parent)
             write_atomically(output / name, data)
         records = {name: hash_file(output / name) for name in written}
         for shard in writer.layout.shards:
             records[shard.file] = FileRecord(sha256=writer.file_hash(shard.file), size=shard.size)
-        manifest = Manifest(files=records, tensors=_tensor_hashes(writer), about=dict(about))
+        manifest = Manifest(files=records, tensors=writer.tensor_hashes(), about=dict(about))
+        stated = {"hash": _hash(manifest)}
+        Records(work, owner="finish").put(STATED_NAME, stated)
         write_atomically(work / MANIFEST_NAME, manifest.to_bytes())
-        resume_finish(work, output)
+        _move_all(work, output, [shard.file for shard in writer.layout.shards])
     except OSError as error:
+        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         raise MachineError(
-            f"finishing {output} failed: {error.strerror or error}",
+            f"finishing {output} failed: {what}",
             hint="free some space or repair the disk; the same command continues",
         ) from error
     return manifest
 
 
-def resume_finish(work: Path, output: Path) -> None:
+def take_up(
+    work: Path,
+    output: Path,
+    *,
+    layout: ShardLayout,
+    about: Mapping[str, Any],
+    judged_later: bool = False,
+) -> bool:
+    """Whether `output` holds the finished checkpoint of this run. If not, `work` is claimed for it.
+
+    Last renames that were interrupted are made up for, if every byte is there; otherwise the shards
+    go back to the work folder, where each unit is checked by itself.
+    judged_later  files of a finished checkpoint are about to be verified anyway
+    Raises InputError for another run's folder, and CheckError for a finished checkpoint that is
+    damaged, which names the files.
+    """
+    begun = work.is_dir()
+    stated = Records(work, owner="finish").get(STATED_NAME)
+    finished = _manifest(output, begun=begun, stated=stated)
+    if finished is not None:
+        require_same(finished.about, about, where=output, known_later=FOUND)
+        wrong = [] if judged_later and not begun else _damaged(finished, output)
+        if wrong and not begun:
+            raise CheckError(
+                f"{output} is damaged: not as its manifest says: {', '.join(wrong)}",
+                hint="restore these files, or delete the folder and run the same command again",
+            )
+        if not wrong:
+            if begun:
+                shutil.rmtree(work)
+            return True
+    claim(work, about)
+    own_folder(work / "shards")
+    planned = [shard.file for shard in layout.shards]
+    half = None if stated is None else _manifest(work, begun=True, stated=stated)
+    if half is not None and _same(half, about) and not _damaged(half, work / "shards", output):
+        _move_all(work, output, planned)
+        return True
+    if half is not None or finished is not None:
+        for file in planned:
+            if is_file(output / file) and not is_file(work / "shards" / file):
+                make_way(work / "shards" / file)
+                move(output / file, work / "shards" / file)
+    for folder in (work, output):
+        make_way(folder / MANIFEST_NAME)
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    return False
+
+
+def _manifest(folder: Path, *, begun: bool, stated: Mapping[str, str] | None) -> Manifest | None:
+    """A folder's manifest. While the run is `begun`, one that is damaged, or is not the one that
+    was `stated` when it was written, is as if it were not there."""
+    try:
+        found = read_manifest(folder)
+    except InputError:
+        if not begun:
+            raise
+        return None
+    if found is not None and stated is not None and stated["hash"] != _hash(found):
+        return None
+    return found
+
+
+def _hash(manifest: Manifest) -> str:
+    return hashlib.sha256(manifest.to_bytes()).hexdigest()
+
+
+def _same(manifest: Manifest, about: Mapping[str, Any]) -> bool:
+    try:
+        require_same(manifest.about, about, where=Path(), known_later=FOUND)
+    except InputError:
+        return False
+    return True
+
+
+def _damaged(manifest: Manifest, *folders: Path) -> list[str]:
+    """Files that are in none of the folders as the manifest says."""
+    wrong = []
+    for name, record in manifest.files.items():
+        path = next((f / name for f in folders if is_file(f / name)), None)
+        if path is None or hash_file(path) != record:
+            wrong.append(name)
+    return wrong
+
+
+def _move_all(work: Path, output: Path, files: Iterable[str]) -> None:
     """The last steps: shards move, then the manifest, then the work folder goes."""
-    shards = work / "shards"
-    if (work / MANIFEST_NAME).is_file():
-        for path in sorted(shards.glob("*.safetensors")):
-            os.replace(path, output / path.name)
-        sync_folder(output)
-        os.replace(work / MANIFEST_NAME, output / MANIFEST_NAME)
-        sync_folder(output)
-    if (output / MANIFEST_NAME).is_file() and work.is_dir():
-        shutil.rmtree(work)
-
-
-def _tensor_hashes(writer: ShardWriter) -> dict[str, str]:
-    hashes: dict[str, str] = {}
-    for path in sorted(writer.records.glob("*.json")):
-        hashes |= json.loads(path.read_bytes())["tensors"]
-    planned = {name for shard in writer.layout.shards for name in shard.tensors}
-    assert set(hashes) == planned, f"not committed: {sorted(planned ^ set(hashes))[:4]}"
-    return hashes
+    for file in files:
+        if is_file(work / "shards" / file):
+            move(work / "shards" / file, output / file)
+    move(work / MANIFEST_NAME, output / MANIFEST_NAME)
+    shutil.rmtree(work)
 
 
 def _json(value: Any) -> bytes:

@@ -10,34 +10,33 @@ the published training.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from compressor_calibration.store import ActivationStore, read_ahead
 from compressor_kernels.block_windows import WindowRule
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compressor.attention import AttentionCall
 from compressor.block_attending import CURRENT, FUTURE, by_mask
+from compressor.durable import make_way, own_folder
 from compressor.errors import Interrupted
 from compressor.forecast_start import LeastSquares, initial_forecast, mean_queries
 from compressor.forecast_teacher import Teacher, attention_call, attention_inputs, norms
 from compressor.layout import UnitLayout
 from compressor.passes.base import FrozenModel
 from compressor.policy import LayerPolicy
+from compressor.records import Records
 from compressor.runner import Block
-from compressor.shards import write_atomically
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-6
 FIT_TOKENS = 65536
+PROGRESS = "sweep.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +144,7 @@ class Sweep:
     """One training of all forecasts of a model over rows of token ids [rows, length].
 
     scratch  folder of the buffers and of what is trained; a sweep that is repeated there goes on
+             from all of it that is whole
     """
 
     model: FrozenModel
@@ -152,9 +152,13 @@ class Sweep:
     training: Training
     seed: int
     batch: int
-    scratch: Path
+    scratch: Records
     progress: Callable[[str, int, int], None] = lambda name, done, total: None
     stopping: Callable[[], bool] = lambda: False
+    _reached: int = field(default=-1, init=False)
+    """The block whose inputs are whole in their buffer (and those of the one before); -1: none."""
+    _hashes: list[str | None] = field(default_factory=lambda: [None, None], init=False)
+    """Of the two buffers."""
 
     def run(self) -> TrainedForecasts:
         """Train. Raises Interrupted when asked to stop; what is trained stays."""
@@ -164,7 +168,8 @@ class Sweep:
         embedding = self.model.tensors(0)
         self.model.runner.embed(embedding, self.ids[:1])  # notes masks and rotary tables
         stores = self._stores()
-        if self._reached() < 0:
+        self._go_on(stores, len(blocks))
+        if self._reached < 0:
             self._embed(stores[0], embedding)
         del embedding
         size = (shape.kv_heads * shape.head_dim, stores[0].width)
@@ -173,12 +178,12 @@ class Sweep:
         before: dict[str, Tensor] = {}
         for layer, unit in enumerate(blocks):
             trained = self._trained(layer)
-            if trained is None or self._reached() == layer < len(blocks) - 1:
+            if trained is None or self._reached == layer < len(blocks) - 1:
                 tensors = self.model.tensors(layer + 1)
                 if trained is None:
                     initial = initial_forecast(*size, seed=self.seed + 1 + layer)
                     trained = self._train(layer, blocks, tensors, before, stores, initial)
-                if self._reached() == layer < len(blocks) - 1:
+                if self._reached == layer < len(blocks) - 1:
                     self._advance(layer, unit, tensors, stores)
                 before = norms(unit, tensors)
                 del tensors
@@ -196,34 +201,48 @@ class Sweep:
         dtype = next(iter(self.model.read_unit(0).tensors.values())).dtype
         rows, length = self.ids.shape
         stores = [
-            ActivationStore(self.scratch / f"states.{i}.bin", rows, length, width, dtype)
+            ActivationStore(self.scratch.folder / f"states.{i}.bin", rows, length, width, dtype)
             for i in range(2)
         ]
+        own_folder(self.scratch.folder)
         for store in stores:
+            make_way(store.path)
             store.create()
         return stores
 
-    def _reached(self) -> int:
-        """The block whose inputs are whole in their buffer (and those of the one before); -1 for
-        none."""
-        path = self.scratch / "sweep.json"
-        return int(json.loads(path.read_bytes())["reached"]) if path.is_file() else -1
+    def _go_on(self, stores: Sequence[ActivationStore], blocks: int) -> None:
+        """Take up what a sweep before this one left. Buffers whose bytes are not what was written,
+        or that a forecast which is not whole would need back, are filled again from the start."""
+        known = self.scratch.get(PROGRESS)
+        missing = next((i for i in range(blocks) if self._trained(i) is None), blocks)
+        if missing == blocks:
+            self._reached = blocks - 1
+            return
+        if known is None or missing < known["reached"]:
+            return
+        reached, hashes = known["reached"], known["hashes"]
+        needed = [reached % 2]
+        if missing == reached > 0:
+            needed.append((reached - 1) % 2)
+        if all(stores[i].content_hash() == hashes[i] for i in needed):
+            self._reached, self._hashes = reached, hashes
 
-    def _reach(self, layer: int) -> None:
-        write_atomically(self.scratch / "sweep.json", json.dumps({"reached": layer}).encode())
+    def _reach(self, layer: int, content: str) -> None:
+        self._reached, self._hashes[layer % 2] = layer, content
+        self.scratch.put(PROGRESS, {"reached": layer, "hashes": self._hashes})
 
     def _trained(self, layer: int) -> dict[str, Tensor] | None:
-        path = self.scratch / f"forecast.{layer}.safetensors"
-        return load_file(path) if path.is_file() else None
+        return self.scratch.get_tensors(f"forecast.{layer}.safetensors")
 
     def _embed(self, store: ActivationStore, tensors: dict[str, Tensor]) -> None:
+        self.scratch.drop(PROGRESS)
         part = 8 * self.batch
         with store.writing() as writer:
             for start in range(0, self.ids.shape[0], part):
                 self._check_stop()
                 rows = self.ids[start : start + part]
                 writer.put(start, self.model.runner.embed(tensors, rows, batch=self.batch))
-        self._reach(0)
+        self._reach(0, writer.content_hash())
 
     def _train(
         self,
@@ -253,7 +272,7 @@ class Sweep:
             "weight": optimizer.weight.detach().cpu().contiguous(),
             "losses": torch.tensor(ends, dtype=torch.float64),
         }
-        write_atomically(self.scratch / f"forecast.{layer}.safetensors", save(trained))
+        self.scratch.put_tensors(f"forecast.{layer}.safetensors", trained)
         return trained
 
     def _fitted(
@@ -340,7 +359,7 @@ class Sweep:
             for part, (states,) in read_ahead([source], batches):
                 self._check_stop()
                 writer.put(part[0], block.forward(states))
-        self._reach(layer + 1)
+        self._reach(layer + 1, writer.content_hash())
 
     def _check_stop(self) -> None:
         if self.stopping():

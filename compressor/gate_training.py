@@ -5,17 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compressor.errors import Interrupted
 from compressor.needles import Needles, make_row
 from compressor.numerics.head_gates import distillation_loss, hoyer_square, schedule
 from compressor.passes.base import FrozenModel, LearnContext
-from compressor.shards import write_atomically
+from compressor.records import Records
 from compressor.two_stream import TwoStream
 
 STATE = "gates.safetensors"
@@ -76,12 +74,12 @@ def train_gates(
     gates = start.detach().clone().to(model.device, torch.float32).requires_grad_()
     optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
     losses = torch.zeros(steps, 2)
-    path = context.scratch / STATE
-    first = _resume(path, gates, optimiser, losses) if path.is_file() else 0
+    scratch = context.scratch
+    first = _resume(scratch, gates, optimiser, losses)
     with TwoStream(model, sinks=sinks, window=window).loaded() as streams:
         for step in range(first, steps):
             if context.stopping():
-                _save(path, step, gates, optimiser, losses)
+                _save(scratch, step, gates, optimiser, losses)
                 raise Interrupted
             with torch.no_grad():
                 gates.clamp_(0, 1)
@@ -103,7 +101,7 @@ def train_gates(
             optimiser.zero_grad()
             losses[step] = torch.stack([distilled, pushed]).detach().cpu()
             if (step + 1) % SAVE_EVERY == 0:
-                _save(path, step + 1, gates, optimiser, losses)
+                _save(scratch, step + 1, gates, optimiser, losses)
             context.progress(name, step + 1, steps)
     return Trained(gates=gates.detach().clamp(0, 1).cpu(), losses=losses)
 
@@ -120,23 +118,24 @@ def start_gates(
 
 
 def _save(
-    path: Path, step: int, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor
+    scratch: Records, step: int, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor
 ) -> None:
     state = optimiser.state[gates]
-    tensors = {
+    kept = {
         "step": torch.tensor(step),
         "gates": gates.detach(),
         "exp_avg": state.get("exp_avg", torch.zeros_like(gates)),
         "exp_avg_sq": state.get("exp_avg_sq", torch.zeros_like(gates)),
         "losses": losses,
     }
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(ready))
+    scratch.put_tensors(STATE, kept)
 
 
-def _resume(path: Path, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor) -> int:
-    """Put a saved state back, and give the step that comes next."""
-    state = load_file(path)
+def _resume(scratch: Records, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor) -> int:
+    """Put a saved state back, and give the step that comes next; 0 where none was saved."""
+    state = scratch.get_tensors(STATE)
+    if state is None:
+        return 0
     step = int(state["step"])
     with torch.no_grad():
         gates.copy_(state["gates"])

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint import INDEX_NAME
+from compressor.durable import move, write_atomically
 from compressor.errors import InputError
 from compressor.gguf_file import GgufFile, open_gguf
 from compressor.gguf_tokenizer import tokenizer_files
 from compressor.ir.tensor import TensorShape
 from compressor.safetensors_file import tensor_bytes
-from compressor.shards import plan_shards, write_atomically
+from compressor.shards import plan_shards
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -123,7 +124,7 @@ def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype = torch.bfl
         _write_weights(file, work, names, heads=heads if family.permuted else None, dtype=dtype)
         for name, data in files.items():
             write_atomically(work / name, data)
-        work.rename(output_dir)
+        move(work, output_dir)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return output_dir

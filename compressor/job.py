@@ -1,13 +1,13 @@
 """The one loop: read a unit, observe it, apply the passes, encode, commit, make the next inputs.
 
 Reading and hashing the next unit and writing the last one go on while a unit is worked on. What is
-committed is never redone: a resumed run replays the committed units' forward passes from the
-written files, with the same batches, and so arrives at the same inputs bit for bit.
+committed is not done again, once the source and the written bytes of each committed unit have been
+held against their hashes: a resumed run replays the forward passes from the written files, with the
+same batches, and so arrives at the same inputs bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +20,13 @@ import torch
 from compressor_calibration.tokens import TokenSet
 from torch import Tensor
 
-from compressor.checkpoint import content_hash
 from compressor.commit_queue import CommitQueue
 from compressor.encode import decode_unit, encode_unit
-from compressor.errors import InputError, Interrupted, MachineError
+from compressor.environment import environment
+from compressor.errors import Interrupted, MachineError
 from compressor.heap import give_back
 from compressor.ir.unit import Unit
+from compressor.job_settings import JobSettings, UnitDone
 from compressor.layout import UnitLayout
 from compressor.passes.base import Learned
 from compressor.plan import Plan
@@ -33,52 +34,22 @@ from compressor.process_memory import peak_rss
 from compressor.runner import BlockRunner, Observation
 from compressor.shards import ShardWriter
 from compressor.source import require_finite
+from compressor.source_content import SourceContent
 from compressor.unit_passes import Observe, apply_passes
 from compressor.unit_plan import Observable, UnitPlan
 
 
 @dataclass(frozen=True, slots=True)
-class UnitDone:
-    """Progress: one more unit is finished.
-
-    rows         what the passes report of its linears
-    seconds      wall time of this unit
-    peak_rss, peak_device  bytes, of the process so far
-    resumed      it was committed by an earlier run
-    """
-
-    name: str
-    index: int
-    total: int
-    rows: tuple[Mapping[str, Any], ...]
-    seconds: float
-    peak_rss: int
-    peak_device: int
-    resumed: bool = False
-
-
-@dataclass(slots=True)
-class JobSettings:
-    """How this machine runs a job.
-
-    batch     rows of calibration tokens in one forward pass; halved when memory runs out
-    on_unit   called after each unit
-    stopping  asked between units whether to stop
-    """
-
-    device: torch.device
-    batch: int
-    on_unit: Callable[[UnitDone], None] = lambda done: None
-    stopping: Callable[[], bool] = lambda: False
-
-
-@dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a finished loop leaves: shards in the work folder, and the source's content hash."""
+    """What a finished loop leaves: shards in the work folder, and the source's content hash.
+
+    environments  what units were computed with; more than one where a run went on elsewhere
+    """
 
     writer: ShardWriter
     source_hash: str
     units: tuple[UnitDone, ...]
+    environments: tuple[Mapping[str, str], ...]
 
 
 def run_units(
@@ -86,19 +57,30 @@ def run_units(
     tokens: TokenSet | None,
     work: Path,
     settings: JobSettings,
+    *,
+    owner: str,
+    content: SourceContent | None = None,
     learned: Mapping[int, Learned] | None = None,
 ) -> JobResult:
     """Run the plan's units into `work`, continuing after what is committed there.
 
+    owner    what all that is committed has to be made from: the run and what was learned
+    content  the source, where some of it has been read already
     learned  what model passes found, by the index of the pass
     Raises InputError for a source that is not finite or has changed, MachineError where memory or
     disk fail, Interrupted when asked to stop.
     """
-    writer = ShardWriter(plan.shards, work)
+    writer = ShardWriter(plan.shards, work, owner=owner)
     try:
-        writer.open()
+        for name in writer.open(settings.check_stop):
+            settings.on_note(f"units/{name} or what it tells of is damaged: the unit is done again")
         loop = _Loop(
-            plan=plan, tokens=tokens, writer=writer, settings=settings, learned=learned or {}
+            plan=plan,
+            tokens=tokens,
+            writer=writer,
+            settings=settings,
+            learned=learned or {},
+            content=content or SourceContent(plan),
         )
         return loop.run()
     except OSError as error:
@@ -120,15 +102,16 @@ class _Loop:
     writer: ShardWriter
     settings: JobSettings
     learned: Mapping[int, Learned]
+    content: SourceContent
     runner: BlockRunner | None = None
     hidden: Tensor | None = None
     done: list[UnitDone] = field(default_factory=list)
-    source_hashes: list[str] = field(default_factory=list)
     committed: set[int] = field(default_factory=set)
 
     def run(self) -> JobResult:
         plan, units = self.plan, self.plan.units
-        self.committed = {i for i in range(len(units)) if self.writer.record(i) is not None}
+        here = environment(self.settings.device)
+        self._check_sources()
         with (
             ThreadPoolExecutor(1) as reads,
             ThreadPoolExecutor(1) as writes,
@@ -158,27 +141,40 @@ class _Loop:
                     self._finished(index, unit, record["rows"], started, resumed=True)
                     continue
                 assert source is not None
-                tensors, digest = source
-                self.source_hashes.append(digest)
-                outputs, rows, originals = self._work(index, unit, tensors)
-                batches = self._next_inputs(index, unit, outputs, originals)
-                output.put(index, outputs, {"source": digest, "rows": rows, "batches": batches})
+                outputs, rows, originals = self._work(index, unit, source)
+                record = {
+                    "source": self.content.hashes[index],
+                    "rows": rows,
+                    "batches": self._next_inputs(index, unit, outputs, originals),
+                    "environment": here,
+                }
+                output.put(index, outputs, record)
                 # The next unit is not to be worked on beside what is left of this one.
-                del source, tensors, outputs, originals
+                del source, outputs, originals
                 self._finished(index, unit, rows, started)
             output.drain()
-        digest = hashlib.sha256("\n".join(self.source_hashes).encode()).hexdigest()
-        return JobResult(writer=self.writer, source_hash=digest, units=tuple(self.done))
+        records = [self.writer.record(index) or {} for index in range(len(units))]
+        return JobResult(
+            writer=self.writer,
+            source_hash=self.content.whole,
+            units=tuple(self.done),
+            environments=tuple(record["environment"] for record in records),
+        )
 
-    def _read(self, index: int) -> tuple[Unit, str] | None:
-        """A unit of the source and the hash of its content; None where nothing needs it."""
+    def _check_sources(self) -> None:
+        """Read what the committed units were made from, also where nothing else reads it again."""
+        records = {i: self.writer.record(i) for i in range(len(self.plan.units))}
+        before = {i: record["source"] for i, record in records.items() if record is not None}
+        self.committed = set(before)
+        self.content.look(before, stopping=self.settings.stopping)
+        self.content.require(before)
+
+    def _read(self, index: int) -> Unit | None:
+        """A unit of the source; None where nothing needs it."""
         unit = self.plan.units[index]
         if index in self.committed and not (self._feeds(index) and self._from_source(unit)):
             return None
-        pin = self.settings.device.type == "cuda"
-        names = self.plan.source.names(unit.layout)
-        raw = self.plan.source.checkpoint.read(names, pin=pin)
-        return self.plan.source.assemble(unit.layout, raw), content_hash(raw)
+        return self.content.read(index, pin=self.settings.device.type == "cuda")
 
     def _from_source(self, unit: UnitPlan) -> bool:
         """Whether the next unit's inputs come from the source's weights, not the written ones."""
@@ -195,20 +191,14 @@ class _Loop:
         self,
         index: int,
         unit: UnitPlan,
-        source: tuple[Unit, str] | None,
+        source: Unit | None,
         record: Mapping[str, Any],
     ) -> None:
         """Make the inputs of the next unit from a committed one, exactly as it was done then."""
-        self.source_hashes.append(record["source"])
-        if source is not None and source[1] != record["source"]:
-            raise InputError(
-                f"{unit.layout.name} of the source is not what the interrupted run read",
-                hint="restore the source, or start anew in another folder",
-            )
         if not self._feeds(index) or unit.layout.kind == "head":
             return
         if source is not None:
-            tensors = source[0].dequantized()
+            tensors = source.dequantized()
         else:
             tensors = self._as_written(unit, self.writer.read(unit.outputs))
         if unit.layout.kind == "embedding":

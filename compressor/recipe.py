@@ -90,6 +90,9 @@ class Recipe(Strict):
     )
     dequantize_source: bool = Field(False, description="accept an already quantized source")
     untie: bool = Field(False, description="write a tied lm_head as a tensor of its own")
+    reproducible: bool = Field(
+        False, description="continue only where instructions, threads and libraries are the same"
+    )
     max_shard_size: Size = Field(5 * 10**9, description="largest file: bytes, or such as 2GB")
     verify: bool = Field(True, description="reopen the written files and prove them")
     evaluate: Evaluation | None = Field(None, description="measure the written files; {} will do")

@@ -18,7 +18,8 @@ import torch
 
 from compressor.card import CardData, source_metadata, write_card
 from compressor.choice_record import read_record
-from compressor.compile import Compiled, Prepared, portable, versions
+from compressor.compile import Compiled, Prepared, portable
+from compressor.environment import versions
 from compressor.manifest import MANIFEST_NAME, hash_file, read_manifest
 from compressor.process_memory import peak_rss
 from compressor.report import Costs, ReportData, UnitReport, read_report, write_report
@@ -114,6 +115,11 @@ def report_data(
     notes = list(plan.notes)
     if any(unit.resumed for unit in units):
         notes.append("the run was interrupted and continued: times of resumed units are of that")
+    if len(about.get("environment", ())) > 1:
+        notes.append(
+            "the run went on in another environment, which may round otherwise: "
+            + ", then ".join(_said(e) for e in about["environment"])
+        )
     notes += row_notes(row for unit in units for row in unit.rows)
     return ReportData(
         title=compiled.output.resolve().name,
@@ -141,6 +147,7 @@ def report_data(
         versions=dict(about.get("versions", versions())),
         hashes=_hashes(compiled.output, about),
         machine=_machine(prepared.device),
+        environment=tuple(about.get("environment", ())),
         started=started.isoformat(timespec="seconds"),
     )
 
@@ -202,3 +209,7 @@ def _machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found["GPU"] = torch.cuda.get_device_name(device)
     return found
+
+
+def _said(environment: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in environment.items())

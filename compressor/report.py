@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from compressor.durable import write_atomically
 from compressor.errors import MachineError
 from compressor.ir.frozen import Strict
 from compressor.report_attention import attention
 from compressor.report_html import render
-from compressor.shards import write_atomically
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
@@ -64,6 +64,8 @@ class ReportData(Strict):
     tasks       task of the harness → {"value", "error"}
     hashes      what identifies the artefact: name → SHA-256
     machine     what it ran on: name → value
+    environment what decided the last bits, as the manifest names it; several where a run went on
+                elsewhere
     started     ISO 8601 with a time zone
     """
 
@@ -87,6 +89,7 @@ class ReportData(Strict):
     versions: dict[str, str] = Field(default_factory=dict)
     hashes: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str] = Field(default_factory=dict)
+    environment: tuple[dict[str, str], ...] = ()
     started: str = ""
 
     def to_json(self) -> dict[str, Any]:

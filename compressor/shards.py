@@ -1,9 +1,9 @@
 """Writing a checkpoint whose every byte position is known before the first unit is done.
 
 The plan knows each output tensor's dtype and shape, so shard headers are written first and each
-unit lands at its final place with positioned writes. A unit counts only once its record, a small
-JSON file put in place by rename, exists; bytes without a record are simply written again. Nothing
-is written twice and nothing unfinished looks finished: shards stay in the work folder to the end.
+unit lands at its final place with positioned writes. A unit counts only while its record exists
+and its bytes are those that the record tells of; others are simply written again. Nothing
+unfinished looks finished: shards stay in the work folder to the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from compressor.checkpoint import SINGLE_NAME
+from compressor.durable import is_file, make_way, move, own_folder
 from compressor.errors import InputError
 from compressor.ir.tensor import TensorShape
+from compressor.records import Records
 from compressor.safetensors_file import Entry, encode_header, read_tensor, tensor_bytes
 
 HASH_THREADS = 2
@@ -95,37 +97,87 @@ class ShardWriter:
     """Writes units into the shards of a work folder and keeps their records.
 
     Records live in `folder/units`, shards in `folder/shards`.
+    owner  what decides the bytes of every unit: records of another are not seen
     """
 
-    def __init__(self, layout: ShardLayout, folder: Path) -> None:
+    def __init__(self, layout: ShardLayout, folder: Path, *, owner: str) -> None:
         self.layout = layout
         self.shards = folder / "shards"
-        self.records = folder / "units"
+        self.records = Records(folder / "units", owner)
         self._home = layout.home
         self._hashes: dict[str, _RunningHash] = {}
+        self._committed: dict[int, dict[str, Any]] = {}
 
-    def open(self) -> None:
-        """Create the folders and every shard that is not there yet, at its full size."""
-        self.shards.mkdir(parents=True, exist_ok=True)
-        self.records.mkdir(exist_ok=True)
+    def open(self, checking: Callable[[], None] = lambda: None) -> list[str]:
+        """Create the folders and every shard that is not there yet, at its full size, and hold each
+        unit that an interrupted run committed against its bytes.
+
+        checking  called before each committed unit is read
+        Returns the records that are damaged or whose bytes are; their units are to be done again.
+        """
+        own_folder(self.shards)
+        own_folder(self.records.folder)
         for shard in self.layout.shards:
-            path = self.shards / shard.file
-            if not path.exists():
-                temporary = path.with_suffix(".new")
-                with temporary.open("wb") as handle:
+            self._lay_out(shard)
+        damaged = []
+        for path in sorted(self.records.folder.glob("[0-9]*.json")):
+            checking()
+            record = self.records.get(path.name)
+            if record is not None and self._intact(record["tensors"]):
+                self._committed[int(path.stem)] = record
+            else:
+                damaged.append(path.name)
+                self.records.drop(path.name)
+        return damaged
+
+    def _lay_out(self, shard: Shard) -> None:
+        """Give a shard its header and its size."""
+        path = self.shards / shard.file
+        if is_file(path):
+            with path.open("r+b") as handle:
+                if handle.read(len(shard.header)) != shard.header:
+                    handle.seek(0)
                     handle.write(shard.header)
+                if os.fstat(handle.fileno()).st_size != shard.size:
                     handle.truncate(shard.size)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                os.replace(temporary, path)
+                handle.flush()
+                os.fsync(handle.fileno())
+            return
+        make_way(path)
+        temporary = path.with_suffix(".new")
+        with temporary.open("wb") as handle:
+            handle.write(shard.header)
+            handle.truncate(shard.size)
+            handle.flush()
+            os.fsync(handle.fileno())
+        move(temporary, path)
+
+    def _intact(self, hashes: Mapping[str, str]) -> bool:
+        """Whether the files hold the tensors that a record tells of."""
+        names = sorted(hashes, key=lambda name: (self._home[name].file, self._offset(name)))
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            data = [tensor_bytes(tensor) for tensor in self.read(names).values()]
+            found = dict(zip(names, pool.map(_digest, data), strict=True))
+        if found != hashes:
+            return False
+        for name, stored in zip(names, data, strict=True):
+            self._running(self._home[name].file).add(self._offset(name), stored)
+        return True
+
+    def _offset(self, name: str) -> int:
+        return self._home[name].offsets[name]
 
     def record(self, index: int) -> dict[str, Any] | None:
         """What `commit` recorded of a unit, or None where it is not committed."""
-        path = self.records / f"{index:05d}.json"
-        if not path.is_file():
-            return None
-        value: dict[str, Any] = json.loads(path.read_bytes())
-        return value
+        return self._committed.get(index)
+
+    def tensor_hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor; all units are committed."""
+        found: dict[str, str] = {}
+        for _, record in sorted(self._committed.items()):
+            found |= record["tensors"]
+        assert set(found) == set(self._home), f"not committed: {set(self._home) ^ set(found)}"
+        return found
 
     def write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Put tensors at their places; name → SHA-256 of its bytes. They are not committed yet.
@@ -162,10 +214,9 @@ class ShardWriter:
         for file in sorted({self._home[name].file for name in hashes}):
             with (self.shards / file).open("rb") as handle:
                 os.fsync(handle.fileno())
-        write_atomically(
-            self.records / f"{index:05d}.json",
-            json.dumps({**record, "tensors": dict(hashes)}, sort_keys=True).encode(),
-        )
+        whole = {**record, "tensors": dict(hashes)}
+        self.records.put(f"{index:05d}.json", whole)
+        self._committed[index] = whole
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Committed tensors, read back."""
@@ -221,23 +272,3 @@ class _RunningHash:
                     break
                 self.hash.update(data)
                 self.reached += len(data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either whole or not there, readable as the umask says."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames into a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

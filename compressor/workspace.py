@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compressor.durable import make_folder, own_folder
 from compressor.errors import InputError
-from compressor.shards import write_atomically
+from compressor.records import Records
 
 WORK_NAME = ".compress-work"
 JOB_NAME = "job.json"
@@ -68,7 +69,7 @@ def owned(output: Path, *, manifest: str) -> Iterator[Path]:
     if (refused := refusal(output, manifest=manifest)) is not None:
         raise refused
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     except OSError as error:
         raise InputError(f"cannot create {output}: {error.strerror or error}") from error
     handle = os.open(output, os.O_RDONLY)
@@ -86,24 +87,35 @@ def owned(output: Path, *, manifest: str) -> Iterator[Path]:
         os.close(handle)
 
 
-def claim(work: Path, fingerprint: Mapping[str, Any]) -> bool:
+def claim(work: Path, fingerprint: Mapping[str, Any]) -> None:
     """Write the run's fingerprint, or compare it with the one that is there.
 
-    Returns whether a run is continued. Raises InputError with the keys that differ.
+    A damaged one is written again: what else lies there is sealed with the run that made it.
+    Raises InputError with the keys that differ.
     """
-    path = work / JOB_NAME
-    if path.is_file():
-        require_same(json.loads(path.read_bytes()), fingerprint, where=work.parent)
-        return True
-    work.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
-    return False
+    own_folder(work)
+    records = Records(work, owner="job")
+    before = records.get(JOB_NAME)
+    if before is None:
+        records.put(JOB_NAME, fingerprint)
+    else:
+        require_same(before, fingerprint, where=work.parent)
 
 
-def require_same(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
-    """Raises InputError where two fingerprints differ, with each key and both values."""
+def require_same(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    where: Path,
+    known_later: tuple[str, ...] = (),
+) -> None:
+    """Raises InputError where two fingerprints differ, with each key and both values.
+
+    known_later  keys that `before` may have beside those of `now`
+    """
     old, new = dict(_flat(before)), dict(_flat(json.loads(json.dumps(now))))
-    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    later = {key for key in old if key not in new and key.startswith(known_later)}
+    differing = [k for k in sorted({*old, *new} - later) if old.get(k) != new.get(k)]
     if differing:
         lines = [f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}" for key in differing]
         raise InputError(

@@ -45,6 +45,7 @@ from compressor.passkey import Passkey, passkey
 from compressor.policy import AttentionPolicy, BlockSelection, LayerPolicy
 from compressor.policy_attention import policy_attention
 from compressor.recipe import Calibration
+from compressor.records import Records
 from compressor.source import Source, open_source
 
 Attending = Callable[[Unit], AttentionHook | None]
@@ -112,7 +113,7 @@ def train(model: SourceModel, ids: Tensor, training: Training, batch: int) -> di
             training,
             seed=0,
             batch=batch,
-            scratch=Path(scratch),
+            scratch=Records(Path(scratch), "measure_forecast"),
             progress=lambda name, done, total: print(f"  trained {name}", flush=True),
         )
         found = sweep.run()

@@ -21,7 +21,6 @@ import argparse
 import base64
 import json
 import random
-import shutil
 import time
 from html import escape
 from pathlib import Path
@@ -46,6 +45,7 @@ from compressor.passes.retrieval_heads import RetrievalHeads
 from compressor.passkey import Passkey, passkey
 from compressor.policy import streaming_policy
 from compressor.policy_attention import policy_attention
+from compressor.records import Records
 from compressor.source import Source
 
 NEEDLE = "\n\nRemember this, the {ordinal} passkey is: {passkey}.\n\n"
@@ -171,8 +171,7 @@ def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tens
         if name == "duo_attention" and done % 20 == 0:
             print(f"  step {done}/{total}  {time.perf_counter() - started:.0f} s", flush=True)
 
-    scratch = options.out / "scratch"
-    _require_same(options, scratch)
+    scratch = Records(options.out / "scratch", _settings(options))
     context = LearnContext(
         tokens=tokens, seed=options.seed, batch=2, scratch=scratch, progress=progress
     )
@@ -201,18 +200,13 @@ def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tens
     return trained, by_kv, about
 
 
-def _require_same(options: argparse.Namespace, scratch: Path) -> None:
-    """Keep what the training follows; another training's steps in the folder are forgotten."""
+def _settings(options: argparse.Namespace) -> str:
+    """What the training follows; another training's steps in the folder are not seen."""
     names = (
         "model", "seed", "sinks", "window", "num_steps", "lr", "reg_weight", "regularizer", "batch",
         "train_lengths", "keys", "words", "needle", "question",
     )  # fmt: skip
-    said = json.dumps({name: getattr(options, name) for name in names})
-    known = scratch / "settings.json"
-    if not known.is_file() or known.read_text() != said:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        known.write_text(said)
+    return json.dumps({name: getattr(options, name) for name in names})
 
 
 def choices(options: argparse.Namespace, gates: Tensor, scores: Tensor, share: float) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from compressor.frozen_model import SourceModel
 from compressor.needles import Needles
 from compressor.passes.base import LearnContext
+from compressor.records import Records
 from compressor.source import open_source
 
 CPU = torch.device("cpu")
@@ -32,4 +33,4 @@ def frozen(folder: Path) -> SourceModel:
 
 def context(ids: Tensor, scratch: Path, **options: Any) -> LearnContext:
     tokens = TokenSet(ids=ids, sha256="", source="", sampling="random")
-    return LearnContext(tokens=tokens, seed=7, batch=2, scratch=scratch, **options)
+    return LearnContext(tokens=tokens, seed=7, batch=2, scratch=Records(scratch, "test"), **options)

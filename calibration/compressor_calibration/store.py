@@ -6,6 +6,7 @@ Reading runs a batch ahead and writing a batch behind, each in a thread of its o
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,6 +74,14 @@ class ActivationStore:
         flat = torch.frombuffer(out, dtype=self.dtype)
         return flat.view(len(rows), self.length, self.width)
 
+    def content_hash(self) -> str:
+        """SHA-256 over the SHA-256 of each row, in order; all of the file is read."""
+        whole = hashlib.sha256()
+        for row in range(self.rows):
+            data = self.read([row]).view(torch.uint8).numpy().reshape(-1)
+            whole.update(hashlib.sha256(memoryview(data)).digest())
+        return whole.hexdigest()
+
     @contextmanager
     def writing(self) -> Iterator[Writer]:
         """A writer; what it was given is on the disk when the `with` ends."""
@@ -95,6 +104,12 @@ class Writer:
         self._handle = handle
         self._pool = pool
         self._waiting: deque[Future[None]] = deque()
+        self._hashes: dict[int, bytes] = {}
+
+    def content_hash(self) -> str:
+        """The store's hash, from what was given; every row was, and the `with` has ended."""
+        rows = (self._hashes[row] for row in range(self.store.rows))
+        return hashlib.sha256(b"".join(rows)).hexdigest()
 
     def put(self, first: int, rows: Tensor) -> None:
         """Write rows [n, length, width] from place `first` on. Raises OSError of an earlier one."""
@@ -110,7 +125,11 @@ class Writer:
 
     def _write(self, first: int, rows: Tensor) -> None:
         data = memoryview(rows.view(torch.uint8).numpy().reshape(-1))
-        place = first * self.store.row_bytes
+        size = self.store.row_bytes
+        for number in range(rows.shape[0]):
+            row = data[number * size : (number + 1) * size]
+            self._hashes[first + number] = hashlib.sha256(row).digest()
+        place = first * size
         done = 0
         while done < len(data):
             done += os.pwrite(self._handle, data[done:], place + done)

@@ -26,6 +26,7 @@ from compressor.layout import Linear, ModelLayout, UnitLayout
 from compressor.numerics.gram import relative_error
 from compressor.policy import AttentionPolicy
 from compressor.qtensor import QuantSpec
+from compressor.records import Records
 from compressor.scheme import KVSpec, Scheme
 from compressor.targets import Selection
 
@@ -250,6 +251,7 @@ class Learned:
     rows    rows for the report
     files   files of the artefact beside the shards, by name
     plots   pictures beside the artefact that no manifest covers, by name
+    environments  what it was learned with, as the run knows and notes it
     """
 
     policy: Mapping[str, Any] | None = None
@@ -258,6 +260,7 @@ class Learned:
     rows: Sequence[Mapping[str, Any]] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
     plots: Mapping[str, bytes] = field(default_factory=dict)
+    environments: Sequence[Mapping[str, str]] = ()
 
 
 class FrozenModel(Protocol):
@@ -295,7 +298,8 @@ class LearnContext:
     tokens    the calibration tokens, where `reads_tokens` asks for them
     seed      seed of this pass
     batch     rows in one forward pass
-    scratch   an empty or half-filled folder of this pass, kept until the run has finished
+    scratch   what this pass keeps while it learns, so that a killed run continues: records in a
+              folder of its own
     base      index of a unit → weights of its base as in PassContext, on the CPU
     progress  called with what is done, how much of it, and how much there is
     stopping  asked now and then; the pass then raises Interrupted
@@ -304,7 +308,7 @@ class LearnContext:
     tokens: TokenSet | None
     seed: int
     batch: int
-    scratch: Path
+    scratch: Records
     base: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
     progress: Callable[[str, int, int], None] = lambda name, done, total: None
     stopping: Callable[[], bool] = lambda: False

@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.errors import InputError
-from compressor.job import Interrupted
+from compressor.errors import InputError, Interrupted
 from compressor.recipe import load_recipe, make_recipe
 
 HERE = Path(__file__).parent

@@ -22,6 +22,7 @@ from compressor.forecast_training import (
 )
 from compressor.frozen_model import SourceModel
 from compressor.policy import BlockSelection, LayerPolicy
+from compressor.records import Records
 from compressor.source import open_source
 from tests.tiny_models import build
 
@@ -50,8 +51,8 @@ def ids() -> torch.Tensor:
 
 
 def sweep(model: SourceModel, scratch: Path, training: Training = TRAINING, **options: object):
-    scratch.mkdir(exist_ok=True)
-    return Sweep(model, ids(), training, seed=SEED, batch=2, scratch=scratch, **options)
+    kept = Records(scratch, "test")
+    return Sweep(model, ids(), training, seed=SEED, batch=2, scratch=kept, **options)
 
 
 def all_at_once(model: SourceModel, training: Training) -> list[torch.Tensor]:

@@ -36,8 +36,8 @@ def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bo
     import yaml
 
     from compressor.allocate import allocate, mixed_recipe, parse_sensitivity
+    from compressor.durable import write_atomically
     from compressor.recipe import make_recipe
-    from compressor.shards import write_atomically
 
     found = parse_sensitivity(file.read_text("utf-8"), where=str(file))
     choice = allocate(found, bits_per_weight)

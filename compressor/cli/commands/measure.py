@@ -63,11 +63,11 @@ def command(
     """
     from compressor.calibration_tokens import calibration_tokens
     from compressor.compile import choose_device
+    from compressor.durable import write_atomically
     from compressor.locate import locate
     from compressor.recipe import make_recipe, parse_yaml
     from compressor.runner import load_tokenizer
     from compressor.sensitivity import measure_sensitivity, plans_of_bits
-    from compressor.shards import write_atomically
 
     where = choose_device(device)
     if subject.endswith((".yaml", ".yml")):

@@ -29,7 +29,7 @@ from compressor.row_notes import kept_rows, row_notes
 
 if TYPE_CHECKING:
     from compressor.compile import Compiled, Prepared
-    from compressor.job import UnitDone
+    from compressor.job_settings import UnitDone
     from compressor.publish import Pushed
     from compressor.recipe import Recipe
     from compressor.release import Released
@@ -154,6 +154,7 @@ def execute(
                 prepared,
                 on_unit=partial(show_unit, display, prepared),
                 on_learning=display.unit,
+                on_note=lambda text: display.event("note", text=text),
                 stopping=stopping,
             )
             if stopping():

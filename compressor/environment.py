@@ -1,0 +1,60 @@
+"""What decides the last bits of a result and stands in no recipe.
+
+Versions and the device's name belong to a run's fingerprint. The rest is named in the manifest and
+in the report, and belongs to the fingerprint of a recipe that asks to be `reproducible`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
+
+EXTENSIONS = ("avx512_bf16", "avx512_fp16", "avx512_vnni", "sve", "sve2", "bf16", "i8mm")
+MATRIX_UNITS = ("amx_bf16", "amx_fp16", "amx_int8", "sme")
+"""What PyTorch and oneDNN choose other kernels for. With bfloat16 units the errors that searches
+compare are products in bfloat16 (`numerics.gram`)."""
+
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
+"""Variables by which the libraries choose their kernels, and so the order of sums."""
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides numbers."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What this process computes with, as far as it changes bytes.
+
+    Threads count: Cholesky factors, inverses and sums over whole tensors are split among them.
+    """
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    instructions = [torch.backends.cpu.get_cpu_capability()]
+    instructions += [name for name in EXTENSIONS if known.get(name)]
+    found = {
+        "processor": str(known.get("cpu_name", known.get("architecture", "unknown"))),
+        "instructions": " ".join(instructions),
+        "matrix units": " ".join(name for name in MATRIX_UNITS if known.get(name)) or "none",
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.type == "cuda":
+        found["CUDA"] = str(torch.version.cuda)
+        found["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}

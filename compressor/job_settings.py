@@ -1,0 +1,53 @@
+"""How a machine runs a job, and what the job tells while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compressor.errors import Interrupted
+
+
+@dataclass(frozen=True, slots=True)
+class UnitDone:
+    """Progress: one more unit is finished.
+
+    rows         what the passes report of its linears
+    seconds      wall time of this unit
+    peak_rss, peak_device  bytes, of the process so far
+    resumed      it was committed by an earlier run
+    """
+
+    name: str
+    index: int
+    total: int
+    rows: tuple[Mapping[str, Any], ...]
+    seconds: float
+    peak_rss: int
+    peak_device: int
+    resumed: bool = False
+
+
+@dataclass(slots=True)
+class JobSettings:
+    """How this machine runs a job.
+
+    batch     rows of calibration tokens in one forward pass; halved when memory runs out
+    on_unit   called after each unit
+    on_note   told what is damaged and therefore done again
+    stopping  asked between units whether to stop
+    """
+
+    device: torch.device
+    batch: int
+    on_unit: Callable[[UnitDone], None] = lambda done: None
+    on_note: Callable[[str], None] = lambda text: None
+    stopping: Callable[[], bool] = lambda: False
+
+    def check_stop(self) -> None:
+        """Raises Interrupted when asked to stop."""
+        if self.stopping():
+            raise Interrupted
