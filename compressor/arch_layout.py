@@ -6,7 +6,6 @@ come from strangers, so each size is checked before anything is built from it.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,8 @@ from compressor.layout import (
     Part,
     UnitLayout,
 )
+
+CODES = {"qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax"}
 
 Headers = Mapping[str, Sequence[int] | None]
 
@@ -42,6 +43,7 @@ class _Layout:
         self.headers = headers
         self.taken: dict[str, None] = {}
         self.missing: list[str] = []
+        self.unannounced: list[str] = []
         self.misshapen: list[str] = []
         self.sizes = self._sizes()
 
@@ -54,23 +56,15 @@ class _Layout:
             *(self._block(i) for i in range(self.sizes["layers"])),
             self._head(),
         )
-        self._require_same_biases(units)
-        left = [name for name in self.headers if name not in self.taken]
-        ignored = [n for n in left if any(fnmatch.fnmatchcase(n, p) for p in self.arch.ignored)]
-        unassigned = sorted(set(left) - set(ignored))
+        unassigned = sorted(self.headers.keys() - self.taken.keys())
         if unassigned:
-            quantized = "quantization_config" in self.config
             problems.append(
-                self._listed(
-                    "the map has no place for",
-                    unassigned,
-                    hint="this checkpoint is already quantized: start from the original"
-                    if quantized
-                    else None,
-                )
+                self._listed("the map has no place for", unassigned, hint=self._way_out(unassigned))
             )
         if self.missing:
-            problems.append(self._listed("the checkpoint lacks", self.missing))
+            problems.append(
+                self._listed("the checkpoint lacks", self.missing, hint=self._lacking(self.missing))
+            )
         if self.misshapen:
             problems.append(
                 self._listed("config.json and the files disagree on the shape of", self.misshapen)
@@ -82,7 +76,28 @@ class _Layout:
             model_type=self.arch.model_type,
             units=units,
             tied=token if self._tied else None,
-            ignored=tuple(ignored),
+            unannounced=tuple(self.unannounced),
+        )
+
+    def _way_out(self, names: list[str]) -> str:
+        """What to do about tensors that the map has no place for."""
+        if any("lora_" in name or ".base_layer." in name for name in names):
+            return "an adapter is not merged: merge it first (peft: merge_and_unload)"
+        leaves = {name.rpartition(".")[2] for name in names}
+        if "quantization_config" in self.config or leaves & CODES:
+            return "this checkpoint is already quantized: start from the original"
+        return (
+            "if the model does without them, as transformers does, save it once more without: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+
+    def _lacking(self, names: list[str]) -> str | None:
+        """What to do about a head that is not there."""
+        if f"{self.arch.head.linear}.weight" not in names:
+            return None
+        return (
+            "if the head shares the embedding, config.json has to say tie_word_embeddings: true; "
+            "a model that was saved without its head cannot be made into a causal model"
         )
 
     def _listed(self, what: str, names: list[str], *, hint: str | None = None) -> InputError:
@@ -142,14 +157,22 @@ class _Layout:
                     hint=f"only {row.key} {needed!r} is",
                 )
 
-    def _module(self, path: str, shape: tuple[int, ...] | None) -> tuple[tuple[str, ...], bool]:
-        """Take a module's weight and, where there is one, its bias: their names, has a bias."""
+    def _module(
+        self, path: str, shape: tuple[int, ...] | None, *, row: str = ""
+    ) -> tuple[tuple[str, ...], bool]:
+        """Take a module's weight and its bias, if it has one: their names, has a bias.
+
+        row  its name in the map, where that is not its path
+        """
         names = [f"{path}.weight"]
-        bias = f"{path}.bias" in self.headers
+        bias = self._has_bias(row or path)
         expected = [shape]
         if bias:
             names.append(f"{path}.bias")
             expected.append(None if shape is None else shape[:1])
+        elif f"{path}.bias" in self.headers:
+            self.taken[f"{path}.bias"] = None
+            self.unannounced.append(f"{path}.bias")
         for name, wanted in zip(names, expected, strict=True):
             self.taken[name] = None
             if name not in self.headers:
@@ -159,6 +182,10 @@ class _Layout:
             if wanted is not None and found is not None and tuple(found) != wanted:
                 self.misshapen.append(f"{name} {list(found)}, not {list(wanted)}")
         return tuple(names), bias
+
+    def _has_bias(self, row: str) -> bool:
+        said = self.arch.biases.get(row, False)
+        return said if isinstance(said, bool) else self._value(said) is True
 
     def _embedding(self) -> UnitLayout:
         row = self.arch.embedding
@@ -205,14 +232,14 @@ class _Layout:
         for section in (self.arch.attention, self._mlp(prefix)):
             for norm_row in section.norms:
                 path = f"{prefix}.{norm_row.name}"
-                names, bias = self._module(path, (self._size(norm_row.size),))
+                names, bias = self._module(path, (self._size(norm_row.size),), row=norm_row.name)
                 tensors.extend(names)
                 norms[path] = Norm(path, norm_row.role, norm_row.offset, bias)
             for row in section.linears:
                 shape = (self._size(row.shape[0]), self._size(row.shape[1]))
                 for expert in self._experts(row.name):
                     path = f"{prefix}.{row.name.format(e=expert)}"
-                    names, bias = self._module(path, shape)
+                    names, bias = self._module(path, shape, row=row.name)
                     tensors.extend(names)
                     linears[path] = Linear(
                         path,
@@ -276,18 +303,3 @@ class _Layout:
         repeat = self._size("heads") // self._size("kv_heads") if row.per_head else 1
         head_dim = self._size("head_dim") if repeat > 1 else 0
         return Fold(site, source, "linear", rows=rows, repeat=repeat, head_dim=head_dim)
-
-    def _require_same_biases(self, units: tuple[UnitLayout, ...]) -> None:
-        """A bias that one block has and another lacks was lost on the way."""
-        blocks = [unit for unit in units if unit.kind == "block"]
-        biases = {
-            name.removeprefix(unit.name)
-            for unit in blocks
-            for name in unit.tensors
-            if name.endswith(".bias")
-        }
-        for unit in blocks:
-            for bias in sorted(biases):
-                weight = f"{unit.name}{bias.removesuffix('.bias')}.weight"
-                if weight in self.headers and f"{unit.name}{bias}" not in self.headers:
-                    self.missing.append(f"{unit.name}{bias}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -199,7 +201,11 @@ class RuntimeNames:
 
 
 class MapFile(_Row):
-    """One map file."""
+    """One map file.
+
+    biases  module, named as in its row → whether it has a bias: always, or as a config key says;
+            modules that are not named have none
+    """
 
     model_type: str
     sizes: SizeKeys
@@ -210,5 +216,20 @@ class MapFile(_Row):
     attention: Section
     mlp: tuple[Section, ...] = Field(min_length=1)
     head: HeadRow
-    ignored: tuple[str, ...] = ()
+    biases: dict[str, bool | str] = Field(default_factory=dict)
     runtime: RuntimeNames
+
+    def has_module(self, path: str) -> bool:
+        """Whether a checkpoint of this architecture may have a module of that path."""
+        return self._modules.fullmatch(path) is not None
+
+    @cached_property
+    def _modules(self) -> re.Pattern[str]:
+        sections = (self.attention, *self.mlp)
+        rows = [row.name for section in sections for row in section.norms]
+        rows += [row.name for section in sections for row in section.linears]
+        fixed = [self.embedding.token, self.embedding.position, self.head.norm.name]
+        paths = [path for path in (*fixed, self.head.linear) if path is not None]
+        paths += [f"{self.layer}.{name}" for name in rows]
+        patterns = (re.escape(path).replace(r"\{i\}", r"\d+") for path in paths)
+        return re.compile("|".join(p.replace(r"\{e\}", r"\d+") for p in patterns))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from compressor.safetensors_file import Entry, read_header, read_tensor, tensor_
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
+PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
 READ_THREADS = 4
 
 
@@ -28,12 +31,14 @@ class Checkpoint:
     """An opened checkpoint: nothing but headers has been read, and no file is kept open.
 
     problems  what is wrong with its files, where it was opened to be planned with nevertheless
+    notes     what of the folder is left out or read otherwise than it says, a sentence each
     """
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
     problems: tuple[CompressError, ...] = field(default=(), kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -117,16 +122,75 @@ def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
     config = load_json(folder / "config.json", what="config")
     index = folder / INDEX_NAME
     if not (to_plan and index.is_file()):
-        return Checkpoint(folder=folder, config=config, entries=read_entries(folder))
+        entries = read_entries(folder)
+        notes = other_weights(folder, entries, indexed=index.is_file())
+        return Checkpoint(folder=folder, config=config, entries=entries, notes=notes)
     named = load_json(index, what="index")
     entries, problems = _indexed_entries(folder, named)
+    notes = ()
+    try:
+        notes = other_weights(folder, entries, indexed=True)
+    except InputError as error:
+        problems.append(error)
     known = {_any_layer(name): entry for name, entry in entries.items()}
     for name in named["weight_map"]:
         if name not in entries and (like := _like(name, known)) is not None:
             entries[name] = like
     if problems and len(entries) < len(named["weight_map"]):
         raise Problems(problems)
-    return Checkpoint(folder=folder, config=config, entries=entries, problems=tuple(problems))
+    return Checkpoint(
+        folder=folder, config=config, entries=entries, problems=tuple(problems), notes=notes
+    )
+
+
+def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) -> tuple[str, ...]:
+    """Notes on weight files beside those that `entries` lie in.
+
+    Raises InputError where loaders would not all read the same weights: transformers takes
+    model.safetensors before an index, vLLM what an index names and without one every file; and an
+    adapter beside a model is applied by one and not by the other.
+    """
+    used = {entry.file.name for entry in entries.values()}
+    others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in used)
+    if indexed and (folder / SINGLE_NAME).is_file() and used != {SINGLE_NAME}:
+        named = ", ".join(sorted(used - {SINGLE_NAME})[:2])
+        raise InputError(
+            f"{folder} holds two sets of weights: {SINGLE_NAME}, which transformers loads, and "
+            f"{INDEX_NAME} with {named}, which vLLM loads",
+            hint=f"keep one: delete {SINGLE_NAME}, or {INDEX_NAME} and its shards",
+        )
+    if (folder / ADAPTER_NAME).is_file():
+        raise InputError(
+            f"{folder} holds an adapter ({ADAPTER_NAME}) beside a whole model: transformers "
+            "applies it where peft is installed, vLLM does not",
+            hint="merge it first (peft: merge_and_unload, save_pretrained), or move its files away",
+        )
+    if not indexed:
+        for name in others:
+            twice = _names_in(folder / name) & entries.keys()
+            if twice:
+                raise InputError(
+                    f"{folder} holds two sets of weights: {min(twice)} is in {SINGLE_NAME}, which "
+                    f"transformers loads, and in {name}, which vLLM loads too",
+                    hint=f"keep one: move {name} away, or {SINGLE_NAME}",
+                )
+    others += sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if not others:
+        return ()
+    read = INDEX_NAME if indexed else SINGLE_NAME
+    return (f"weights are those of {read}; left out: {_some(others)}",)
+
+
+def _names_in(file: Path) -> AbstractSet[str]:
+    try:
+        return read_header(file).keys()
+    except InputError:
+        return frozenset()
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def _any_layer(name: str) -> str:
@@ -215,6 +279,10 @@ def _indexed_entries(
     stray = [n for header in headers.values() for n in header if n not in weight_map]
     if stray:
         problems.append(
-            InputError(f"{len(stray)} tensors are not in {INDEX_NAME}, first {stray[0]!r}")
+            InputError(
+                f"{len(stray)} tensors are not in {INDEX_NAME}, first {stray[0]!r}",
+                hint="the index belongs to other files: download both again, or save the model "
+                "once more with save_pretrained",
+            )
         )
     return entries, problems

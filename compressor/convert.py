@@ -27,6 +27,7 @@ from compressor.ir.unit import Unit
 from compressor.layout import Linear, UnitLayout
 from compressor.locate import Located
 from compressor.manifest import MANIFEST_NAME, read_manifest
+from compressor.one_reading import is_tied
 from compressor.qtensor import QTensor
 from compressor.records import stated_hash
 from compressor.relayout import RoundingReport, as_symmetric, compare, relayout
@@ -92,7 +93,13 @@ def convert(
     source, target = located.source, get_format(format)
     if target.name != "dense" and not source.quantized:
         raise InputError(
-            f"{source.checkpoint.folder} holds float weights; a conversion chooses no codes",
+            f"{source.checkpoint.folder} holds "
+            + (
+                f"{source.low_precision}, which is read as floats"
+                if source.low_precision
+                else "float weights"
+            )
+            + "; a conversion chooses no codes",
             hint="quantize it with a recipe: compress recipes",
         )
     job = _Conversion(source, target, allow_rounding=allow_rounding)
@@ -261,6 +268,7 @@ class _Conversion:
         return self.source.assemble(unit, raw)
 
     def _say_what_goes(self) -> None:
+        self.notes += self.source.checkpoint.notes
         if not self.dense:
             return
         if self.source.schemes.kv is not None:
@@ -379,5 +387,8 @@ class _Conversion:
         kept = ("torch_dtype", "quantization_config")
         config = {k: v for k, v in self.source.checkpoint.config.items() if k not in kept}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
+        tied = self.source.layout.tied is not None
+        if is_tied(config, self.source.arch) != tied:
+            config["tie_word_embeddings"] = tied
         entry = self.target.config(self.schemes)
         return {**config, "quantization_config": entry} if entry else config

@@ -23,7 +23,7 @@ from compressor.ir.tensor import TensorShape
 from compressor.layout import Linear
 from compressor.locate import locate
 from compressor.numerics.bitdelta import SCALES, SIGNS
-from compressor.safetensors_file import read_tensor, tensor_bytes
+from compressor.safetensors_file import tensor_bytes
 from compressor.source import Source
 
 BASE_NAME = "base.json"
@@ -105,11 +105,11 @@ def survey(base: Base, fine: Checkpoint) -> Base:
     entries = base.source.checkpoint.entries
 
     def look(name: str) -> tuple[str, bool]:
-        tensor = read_tensor(entries[name])
+        tensor = base.source.checkpoint.read([name])[name]
         other = fine.entries.get(name)
         same = other is not None and other.spec == entries[name].spec
         if same and other is not None:
-            same = torch.equal(_bytes(tensor), _bytes(read_tensor(other)))
+            same = torch.equal(_bytes(tensor), _bytes(fine.read([name])[name]))
         return stored_hash(tensor), same
 
     with ThreadPoolExecutor(READ_THREADS) as pool:

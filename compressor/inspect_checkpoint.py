@@ -40,6 +40,7 @@ class CheckpointInfo:
     nbytes      of all tensors;  quantized_bytes  of packed linears;  quantized  their weights
     added       tensors beside the architecture's own
     policy      what its attention policy says, a line each
+    notes       what is left out or read otherwise than the files say
     about       what the manifest says of how it was made, or None
     """
 
@@ -60,6 +61,7 @@ class CheckpointInfo:
     layers: tuple[LayerInfo, ...]
     about: Mapping[str, Any] | None
     policy: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         plain = ("model_type", "format", "dtype", "blocks", "parameters", "quantized", "nbytes")
@@ -70,6 +72,7 @@ class CheckpointInfo:
             "bits_per_weight": round(8 * self.nbytes / max(self.parameters, 1), 4),
             "added": list(self.added),
             "attention_policy": list(self.policy),
+            "notes": list(self.notes),
             "about": self.about,
             "layers": [
                 {
@@ -106,7 +109,7 @@ def inspect(located: Located) -> CheckpointInfo:
     return CheckpointInfo(
         name=located.identity["name"],
         model_type=layout.model_type,
-        format=source.format.name,
+        format=source.low_precision or source.format.name,
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         blocks=len(layout.units) - 2,
         parameters=floats - doubled + weights,
@@ -121,6 +124,7 @@ def inspect(located: Located) -> CheckpointInfo:
         layers=layers,
         about=None if manifest is None else manifest.about,
         policy=() if policy is None else tuple(describe_policy(policy)),
+        notes=checkpoint.notes,
     )
 
 

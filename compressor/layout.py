@@ -5,7 +5,7 @@ These values are made by `arch` from a map file and a config; they hold names an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -130,12 +130,16 @@ class UnitLayout:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """All units of a model in execution order; `tied` is the name whose data the head shares."""
+    """All units of a model in execution order.
+
+    tied         the name whose data the head shares
+    unannounced  biases that the files hold and the config does not know of: loaders skip them
+    """
 
     model_type: str
     units: tuple[UnitLayout, ...]
     tied: str | None = None
-    ignored: tuple[str, ...] = field(default=())
+    unannounced: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -20,6 +20,7 @@ from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.layout import Linear, ModelLayout
 from compressor.manifest import MANIFEST_NAME
+from compressor.one_reading import is_tied
 from compressor.passes.base import ModelPass
 from compressor.policy import combine
 from compressor.recipe import Recipe, Step, nearest
@@ -80,9 +81,11 @@ class Plan:
         """The written config.json."""
         config = {k: v for k, v in self.source.checkpoint.config.items() if k != "torch_dtype"}
         config.pop("quantization_config", None)
+        head = self.source.arch.head.linear
         config["dtype"] = str(self.dtype).removeprefix("torch.")
-        if self.recipe.untie and self.layout.tied:
-            config["tie_word_embeddings"] = False
+        stored = any(name.startswith(f"{head}.") for unit in self.units for name in unit.outputs)
+        if is_tied(config, self.source.arch) == stored:
+            config["tie_word_embeddings"] = not stored
         entry = self.format.config(self.schemes)
         if entry:
             config["quantization_config"] = entry | (self.delta.config() if self.delta else {})
@@ -106,7 +109,7 @@ def make_plan(
     Raises Problems with everything that is wrong.
     """
     problems: list[CompressError] = [*source.checkpoint.problems]
-    notes: list[str] = []
+    notes: list[str] = [*source.checkpoint.notes]
     if beside is not None:
         problems += beside.problems
         if recipe.publish is not None:
@@ -116,10 +119,10 @@ def make_plan(
     dtype = fmt.model_dtype(
         source.checkpoint.dtype if recipe.dtype == "auto" else DTYPES[recipe.dtype]
     )
-    if source.quantized and not recipe.dequantize_source:
+    if source.low_precision and not recipe.dequantize_source:
         problems.append(
             InputError(
-                f"{recipe.model} is already quantized ({source.format.name})",
+                f"{recipe.model} is already quantized ({source.low_precision})",
                 hint="start from the original weights, or accept the loss twice over with "
                 "dequantize_source: true",
             )

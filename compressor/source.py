@@ -18,8 +18,12 @@ from compressor.formats.base import Format, ModelSchemes, format_names, get_form
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.layout import Linear, ModelLayout, UnitLayout
+from compressor.low_precision.base import DecodedCheckpoint
+from compressor.low_precision.known import as_floats
+from compressor.one_reading import settle_biases, settle_head, settle_quantization
 from compressor.safetensors_file import Entry
 from compressor.scheme import Scheme
+from compressor.stored_names import canonical
 
 CODE_NAMES = ("weight_packed", "qweight")
 """Names under which formats store codes in place of a linear's `weight`."""
@@ -44,8 +48,15 @@ class Source:
 
     @property
     def quantized(self) -> bool:
-        """Whether any linear is stored as codes."""
+        """Whether any linear is read as codes."""
         return any(scheme.weight is not None for scheme in self.schemes.linears.values())
+
+    @property
+    def low_precision(self) -> str:
+        """What weights are stored as, where that is not floats; empty for a float checkpoint."""
+        if isinstance(self.checkpoint, DecodedCheckpoint):
+            return self.checkpoint.stored_as
+        return self.format.name if self.quantized else ""
 
     def stored(self, linear: Linear) -> dict[str, TensorShape]:
         """Tensors that hold a linear's weight: name local to the linear → dtype and shape."""
@@ -107,13 +118,18 @@ def open_source(folder: Path) -> Source:
     return as_source(open_checkpoint(folder))
 
 
-def as_source(checkpoint: Checkpoint) -> Source:
-    """What an opened checkpoint (or one known by its headers alone) holds."""
-    config = checkpoint.config
-    model_type = config.get("model_type")
+def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> Source:
+    """What an opened checkpoint (or one known by its headers alone) holds.
+
+    dtype  what weights of low precision that become floats are read in; None: the model's
+    """
+    model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise InputError("config.json names no model_type", hint="is this a transformers model?")
     arch = load_map(model_type)
+    checkpoint = settle_quantization(canonical(checkpoint, arch))
+    checkpoint = settle_head(as_floats(checkpoint, dtype), arch)
+    config = checkpoint.config
     declared = config.get("quantization_config")
     quantized = isinstance(declared, dict)
     fmt = recognise(declared) if isinstance(declared, dict) else get_format("dense")
@@ -141,6 +157,7 @@ def as_source(checkpoint: Checkpoint) -> Source:
     for name in added:
         del headers[name]
     layout = arch.layout(config, headers)
+    checkpoint = settle_biases(checkpoint, layout)
     linears = {
         linear.name: modules.get(linear.name, {})
         for linear in layout.linears
@@ -168,7 +185,9 @@ def recognise(config: Mapping[str, Any]) -> Format:
     method = config.get("quant_method", config.get("quantization"))
     raise InputError(
         f"the checkpoint is quantized with {method!r}, in a form that is not known here",
-        hint=f"formats that are read: {', '.join(format_names())}",
+        hint=f"formats that are read: {', '.join(format_names())}, fp8, and GPTQ in activation "
+        "order; else start from the original weights, or dequantize it with the tool it is from "
+        "(transformers: model.dequantize(), then save_pretrained)",
     )
 
 
@@ -194,6 +213,10 @@ def _check_stored(source: Source) -> None:
     """Every tensor of a quantized linear is there, with the dtype and shape its scheme implies."""
     problems: list[Any] = []
     entries: Mapping[str, Entry] = source.checkpoint.entries
+    leaves: dict[str, set[str]] = {}
+    for name in entries:
+        path, _, leaf = name.rpartition(".")
+        leaves.setdefault(path, set()).add(leaf)
     for linear in source.layout.linears:
         spec = source.schemes.linears[linear.name].weight
         if spec is None:
@@ -202,7 +225,16 @@ def _check_stored(source: Source) -> None:
         if reason:
             problems.append(InputError(f"{linear.name}: {reason}"))
             continue
-        for local, planned in source.stored(linear).items():
+        stored = source.stored(linear)
+        for leaf in leaves.get(linear.name, set()) - stored.keys() - {"bias", "k_scale", "v_scale"}:
+            problems.append(
+                InputError(
+                    f"{linear.name}.{leaf} is left over: {source.format.name} does not say what it "
+                    "does to the weight",
+                    hint="start from the original weights, or convert it with the tool it is from",
+                )
+            )
+        for local, planned in stored.items():
             name = f"{linear.name}.{local}"
             if name not in entries:
                 problems.append(InputError(f"the checkpoint lacks {name}"))

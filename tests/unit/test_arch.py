@@ -43,7 +43,7 @@ def test_units_partition_the_checkpoint(model_type, tiny_model):
     layout, tensors = layout_of(tiny_model(model_type))
     placed = [name for unit in layout.units for name in unit.tensors]
     assert len(placed) == len(set(placed))
-    assert set(placed) | set(layout.ignored) == set(tensors)
+    assert set(placed) == set(tensors)
     kinds = [unit.kind for unit in layout.units]
     assert kinds == ["embedding", "block", "block", "head"]
     assert (layout.tied is None) == ("lm_head.weight" in tensors)
@@ -165,20 +165,30 @@ def test_block_state_keeps_the_dtype(tiny_model):
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
 
-def test_biases_come_from_the_checkpoint(tiny_model):
-    for model_type, attention, mlp in (
-        ("qwen2", [1, 1, 1, 0], [0, 0, 0]),
-        ("opt", [1] * 4, [1] * 2),
-    ):
-        unit = layout_of(tiny_model(model_type))[0].units[1]
-        assert [linear.bias for linear in unit.linears] == [bool(b) for b in attention + mlp]
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("said", [None, True, False])
+def test_biases_are_those_that_transformers_builds_for_the_config(model_type, said, tiny_model):
+    flags = (
+        dict.fromkeys(("attention_bias", "mlp_bias", "enable_bias"), said)
+        if said is not None
+        else {}
+    )
+    folder = tiny_model(model_type, **flags)
+    layout, tensors = layout_of(folder)
+    placed = {name for unit in layout.units for name in unit.tensors if name.endswith(".bias")}
+    assert placed == {name for name in tensors if name.endswith(".bias")}
+    assert not layout.unannounced
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(model_type).tie_word_embeddings
+    assert load_map(model_type).defaults.get("tie_word_embeddings", False) is default
 
 
-def test_rotary_tables_are_ignored(tiny_model):
+def test_biases_that_the_config_does_not_know_of_are_named(tiny_model):
     config, tensors = read(tiny_model("llama"))
-    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
-    layout = load_map("llama").layout(config, {**shapes(tensors), name: (8,)})
-    assert layout.ignored == (name,)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    layout = load_map("llama").layout(config, {**shapes(tensors), name: (64,)})
+    assert layout.unannounced == (name,) and not layout.units[2].linears[0].bias
 
 
 def test_a_stored_head_is_not_tied(tiny_model):
@@ -252,8 +262,8 @@ def test_no_tensor_may_be_missing(model_type, tiny_model):
     config, tensors = read(tiny_model(model_type))
     found = load_map(model_type)
     for name in tensors:
-        if name == "lm_head.weight" or (name.endswith("_norm.bias") and "layers" not in name):
-            continue  # a stored head may be tied instead; the one final norm may have no bias
+        if name == "lm_head.weight":
+            continue  # a stored head may be tied instead
         rest = {key: shape for key, shape in shapes(tensors).items() if key != name}
         with pytest.raises(InputError):
             found.layout(config, rest)

@@ -68,6 +68,7 @@ def lines(info: CheckpointInfo, *, every: bool = False) -> list[str]:
     if info.kv:
         shown.append(f"  KV cache    {info.kv}")
     shown += [f"  attention   {line}" for line in info.policy]
+    shown += [f"  note        {line}" for line in info.notes]
     if info.added:
         leaves = Counter(name.rpartition(".")[2] for name in info.added)
         shown.append("  added       " + ", ".join(f"{n} {leaf}" for leaf, n in leaves.items()))
