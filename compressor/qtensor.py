@@ -49,6 +49,11 @@ class QuantSpec:
         return self.zero == "none"
 
     @property
+    def microscaled(self) -> bool:
+        """Whether scales are powers of two (MXFP4, MXFP8)."""
+        return self.scale_dtype == torch.float8_e8m0fnu
+
+    @property
     def bits_per_weight_hint(self) -> float:
         """Bits per weight of codes and scales, for estimates; zero points counted at `bits`."""
         share = {
@@ -75,6 +80,9 @@ class QuantSpec:
         return (-(-out_features // rows), -(-in_features // columns))
 
 
+E8M0 = torch.float8_e8m0fnu
+"""A power of two in one byte, 2^(byte-127): the scale of the OCP's microscaling formats."""
+
 NVFP4 = QuantSpec(
     element="fp4_e2m1",
     bits=4,
@@ -83,6 +91,10 @@ NVFP4 = QuantSpec(
     scale_dtype=torch.float8_e4m3fn,
     second="tensor",
 )
+
+
+MXFP4 = QuantSpec(element="fp4_e2m1", bits=4, strategy="group", group_size=32, scale_dtype=E8M0)
+MXFP8 = QuantSpec(element="fp8_e4m3", bits=8, strategy="group", group_size=32, scale_dtype=E8M0)
 
 
 @dataclass(frozen=True, slots=True)

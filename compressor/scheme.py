@@ -14,11 +14,12 @@ class ActivationSpec:
 
     element  int8, fp8_e4m3 or fp4_e2m1
     mode     per token, per tensor (dynamic), static (one stored scale), group (dynamic scale per
-             `group_size` inputs), local (NVFP4: static global scale, dynamic block scales)
+             `group_size` inputs), local (NVFP4: static global scale, dynamic block scales), mx
+             (dynamic power of two per `group_size` inputs)
     """
 
     element: Literal["int8", "fp8_e4m3", "fp4_e2m1"]
-    mode: Literal["token", "tensor", "static", "group", "local"]
+    mode: Literal["token", "tensor", "static", "group", "local", "mx"]
     group_size: int | None = None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.numerics.fp8 import fp8_codes, quantize_fp8
 from compressor.numerics.int_affine import fake_quantize_int, int_codes, quantize_int
+from compressor.numerics.mx import mx_codes, quantize_mx
 from compressor.numerics.nvfp4 import (
     fake_quantize_nvfp4,
     nvfp4_codes,
@@ -47,7 +48,8 @@ def quantize(weight: Tensor, spec: QuantSpec, **options: Any) -> QTensor:
     that function's.
     Raises InputError for a spec that no arithmetic here makes.
     """
-    function = _QUANTIZE.get((spec.element, spec.second, spec.zero))
+    kind = (spec.element, spec.second, spec.zero)
+    function = quantize_mx if spec.microscaled else _QUANTIZE.get(kind)
     if function is None:
         raise InputError(
             f"no arithmetic for {spec.element} weights with second-level scale {spec.second!r} "
@@ -59,7 +61,7 @@ def quantize(weight: Tensor, spec: QuantSpec, **options: Any) -> QTensor:
 def fake_quantize(weight: Tensor, spec: QuantSpec, **options: Any) -> Tensor:
     """`quantize(...).dequantize(weight.dtype)`, by a shorter way where the element has one."""
     function = _FAKE_QUANTIZE.get((spec.element, spec.second, spec.zero))
-    if function is None:
+    if function is None or spec.microscaled:
         return quantize(weight, spec, **options).dequantize(weight.dtype)
     return function(weight, spec, **options)
 
@@ -96,6 +98,8 @@ def nearest_codes(
     All tensors broadcast: a column [out] with the [out] scales and zeros of its group, say. The
     scales are those of a QTensor, so that `quantize(w).codes` are the nearest codes on its grid.
     """
+    if spec.microscaled:
+        return mx_codes(weight, scales, spec)
     if spec.element == "fp8_e4m3":
         return fp8_codes(weight, scales)
     if spec.element == "fp4_e2m1":

@@ -1,7 +1,8 @@
 """What a value becomes when it is quantized as the model runs: inputs of linears, keys and values.
 
 Dynamic scales are absmax/127 (int8) and absmax/448 (fp8 e4m3), as the runtimes' kernels have them;
-NVFP4 inputs are plain (static_6), as no runtime chooses between 4 and 6 for them;
+NVFP4 inputs are plain (static_6), as no runtime chooses between 4 and 6 for them; MXFP4 and MXFP8
+inputs have a power of two per 32 by compressed-tensors' rule;
 4-bit keys and values are asymmetric with fp16 scale and zero (QoQ, arXiv 2405.04532). Their zero
 is an offset in units of the value: a head of one sign keeps its whole range without a wider grid.
 """
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.numerics.mx import fake_quantize_mx_inputs
 from compressor.numerics.nvfp4 import fake_quantize_nvfp4, full_range
+from compressor.qtensor import MXFP4, MXFP8
 from compressor.scheme import ActivationSpec, KVSpec
 
+MX_INPUTS = {"fp4_e2m1": MXFP4, "fp8_e4m3": MXFP8}
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
 
 
@@ -34,6 +38,8 @@ def fake_quantize_activation(
     A dynamic scale per tensor is taken over the last two dimensions: one row of tokens. Raises
     InputError for a form that is not known here, or a static one without its scale.
     """
+    if spec.mode == "mx":
+        return fake_quantize_mx_inputs(x, MX_INPUTS[spec.element]).to(x.dtype)
     if spec.element == "fp4_e2m1":
         return _nvfp4(x, spec, scale)
     values = x.float()

@@ -15,7 +15,7 @@ from compressor.numerics.nvfp4 import (
     round_e2m1,
     shared_absmax,
 )
-from compressor.qtensor import E2M1_VALUES, NVFP4, QuantSpec, decode_elements, spread
+from compressor.qtensor import E2M1_VALUES, MXFP4, MXFP8, NVFP4, QuantSpec, decode_elements, spread
 from compressor.scheme import ActivationSpec
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -36,7 +36,7 @@ INTS = {
     "int3": QuantSpec("int", 3, "group", 32, zero="subtract", scale_dtype=F16),
     "int8": QuantSpec("int", 8, "channel", scale_dtype=BF16),
 }
-ALL = {**FP8, **QOQ, **INTS, "nvfp4": NVFP4}
+ALL = {**FP8, **QOQ, **INTS, "nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp8": MXFP8}
 
 
 def weight(rows=70, columns=160, *, seed=0, dtype=F32):
@@ -281,3 +281,35 @@ def test_what_is_not_possible_is_refused():
     for spec in (NVFP4, FP8["channel"]):
         with pytest.raises(InputError, match="NaN"):
             quantize(bad, spec)
+
+
+@pytest.mark.parametrize("spec", [MXFP4, MXFP8])
+def test_rules_of_microscaling_exponents(spec):
+    largest = {MXFP4: 6.0, MXFP8: 448.0}[spec]
+    w = weight(64, 64, seed=9)
+    w[5], w[6], w[7], w[8] = 3e38, 1e-41, -0.0, largest
+    made = {rule: quantize(w, spec, rule=rule) for rule in ("floor", "ceil", "nearest", "mse")}
+    errors, top = {}, {}
+    for rule, q in made.items():
+        values = q.dequantize(torch.float64)
+        assert bool(q.dequantize(torch.bfloat16).isfinite().all())
+        errors[rule] = (values - w.double()).view(64, 2, 32).square().sum(-1)
+        top[rule] = w.double().view(64, 2, 32).abs().amax(-1) / q.scales.double()
+        assert bool((q.dequantize()[7] == 0).all()) and bool((q.scales[7].view(I8) == 0).all())
+        assert torch.equal(q.dequantize()[8], w[8])
+    usual = torch.arange(64) != 5  # whose exponent ends where bfloat16 does
+    assert bool((top["ceil"][usual] <= largest).all())
+    assert bool((errors["mse"] <= torch.minimum(errors["floor"], errors["ceil"])).all())
+    assert (made["floor"].scales.float() <= made["nearest"].scales.float()).all()
+    usual[8] = False  # 1.75 exactly, which compressed-tensors rounds up for E4M3 too
+    assert (made["nearest"].scales.float() <= made["ceil"].scales.float())[usual].all()
+
+
+def test_microscaled_inputs_are_those_of_compressed_tensors_rule():
+    x = weight(6, 96, seed=3).view(2, 3, 96)
+    for element, spec in (("fp4_e2m1", MXFP4), ("fp8_e4m3", MXFP8)):
+        seen = fake_quantize_activation(x, ActivationSpec(element, "mx", 32))
+        expected = quantize(x.view(6, 96), spec, rule="nearest").dequantize().view(x.shape)
+        assert torch.equal(seen, expected)
+    with pytest.raises(InputError, match="groups of 32"):
+        fake_quantize_activation(x[..., :40], ActivationSpec("fp4_e2m1", "mx", 32))
