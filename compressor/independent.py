@@ -89,6 +89,8 @@ def _compressed_tensors(
         # What multiplies by such a weight takes the divisor's reciprocal in float32.
         multiplier = float(np.float32(1) / np.float32(divisor[0]))
         return _nvfp4(tensors, "weight_packed", multiplier=multiplier)
+    if format in ("mxfp4-pack-quantized", "mxfp8-quantized"):
+        return _microscaled(tensors, args)
     raise ValueError(f"quantization_config.format {format!r} is not known")
 
 
@@ -173,6 +175,38 @@ def _nvfp4(tensors: Mapping[str, Array], name: str, *, multiplier: float) -> Dec
         return weight
 
     return DecodedWeight(by_rows((rows, columns), some), codes, scales)
+
+
+def _microscaled(tensors: Mapping[str, Array], args: Mapping[str, Any]) -> DecodedWeight:
+    bits = _bits(args, "num_bits", known=(4, 8))
+    if args.get("group_size") != 32:
+        raise ValueError(f"quantization_config: group_size {args.get('group_size')!r} is not 32")
+    name = "weight_packed" if bits == 4 else "weight"
+    stored = array(tensors, name, shape=None, dtypes=("uint8",))
+    codes = (
+        bit_stream(_as_words(stored), bits=4, count=stored.shape[1] * 2) if bits == 4 else stored
+    )
+    rows, columns = codes.shape
+    if columns % 32:
+        raise ValueError(f"{name} holds {columns} inputs, not a multiple of 32")
+    exponents = array(tensors, "weight_scale", shape=(rows, columns // 32), dtypes=("uint8",))
+    if (exponents == 255).any():
+        raise ValueError("weight_scale holds NaN (byte 255)")
+    scales = np.ldexp(1.0, exponents.astype(np.int64) - 127)
+
+    def some(part: slice) -> Float64:
+        values = SIGNED_E2M1.take(codes[part]) if bits == 4 else e4m3(codes[part])
+        weight: Float64 = values * scales[part].repeat(32, axis=1)
+        return weight
+
+    return DecodedWeight(by_rows(codes.shape, some), codes, scales)
+
+
+def _as_words(bytes: Array) -> Array:
+    """uint8 [rows, n] as int32 words [rows, n/4], what is missing filled with zeros."""
+    padded = np.pad(bytes, ((0, 0), (0, -bytes.shape[1] % 4)))
+    words: Array = np.ascontiguousarray(padded).view("<i4")
+    return words
 
 
 def _modelopt(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:

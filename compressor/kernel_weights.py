@@ -34,7 +34,7 @@ class WeightOnly:
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
         spec, input = scheme.weight, scheme.input
-        if spec is None or spec.second != "none" or spec.zero == "offset":
+        if spec is None or spec.second != "none" or spec.zero == "offset" or spec.microscaled:
             return False
         if spec.element == "fp4_e2m1" or (spec.element == "fp8_e4m3" and spec.zero != "none"):
             return False

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from compressor.formats.packing.e2m1 import LOCAL
+from compressor.formats.packing.mx import INPUTS
 from compressor.ir.tensor import TensorShape
-from compressor.qtensor import NVFP4, QuantSpec
+from compressor.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
 from compressor.scheme import ActivationSpec
 
 BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
@@ -55,6 +56,12 @@ CASES = [
         for name in ("compressed-tensors", "modelopt-nvfp4")
         for input in (None, LOCAL)
         for shape in ((7, 64), (1, 16), (130, 48))
+    ),
+    *(
+        ("compressed-tensors", spec, input, shape)
+        for spec in (MXFP4, MXFP8)
+        for input in (None, INPUTS[spec.element])
+        for shape in ((7, 64), (1, 32), (130, 96))
     ),
     *(("modelopt-fp8", fp8("tensor", dtype=F32), FP8_STATIC, s) for s in ((7, 70), (128, 128))),
     *(

@@ -20,14 +20,17 @@ from compressor.formats.ct_layouts.base import CTLayout
 from compressor.formats.ct_layouts.float_quantized import FloatQuantized
 from compressor.formats.ct_layouts.int_quantized import IntQuantized
 from compressor.formats.ct_layouts.kv_cache import kv_entry, kv_scales, kv_tensors, read_kv
+from compressor.formats.ct_layouts.mx_quantized import MXQuantized
 from compressor.formats.ct_layouts.nvfp4_pack_quantized import NVFP4PackQuantized
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.ir.tensor import TensorShape
-from compressor.qtensor import QTensor, QuantSpec
+from compressor.qtensor import MXFP4, MXFP8, QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 VERSION = "0.20.0"
 LAYOUTS: tuple[CTLayout, ...] = (
+    MXQuantized("mxfp4-pack-quantized", MXFP4),
+    MXQuantized("mxfp8-quantized", MXFP8),
     PackQuantized(),
     IntQuantized(),
     FloatQuantized("float-quantized", inputs=True),
@@ -210,6 +213,8 @@ def describe(scheme: Scheme) -> str:
     """A scheme in few words."""
     weight = scheme.weight
     text = f"{weight.bits}-bit {weight.element} weights by {weight.strategy}" if weight else "float"
+    if weight and weight.microscaled:
+        text = f"MXFP{weight.bits} weights"
     return f"{text} with {scheme.input.element} inputs" if scheme.input else text
 
 

@@ -44,6 +44,10 @@ CASES: dict[str, list[Any]] = {
     "nvfp4-w4a4": [{"nvfp4": {"activations": "calibrated"}}],
     "nvfp4-w4a4-dynamic": [{"nvfp4": {"activations": "dynamic"}}],
     "awq-nvfp4": [{"awq": {"search": "inputs"}}, {"nvfp4": {"activations": "calibrated"}}],
+    "mxfp4": ["mxfp4"],
+    "mxfp4-w4a4": [{"mxfp4": {"rule": "nearest", "activations": "dynamic"}}],
+    "mxfp8": [{"mxfp8": {"rule": "ceil"}}],
+    "mxfp8-w8a8": [{"mxfp8": {"activations": "dynamic"}}],
     "mixed": [
         {"fp8": {"targets": ["mlp.down"]}},
         {"nvfp4": {"targets": ["mlp.gate", "mlp.up"]}},
@@ -83,8 +87,9 @@ def as_they_do(x: torch.Tensor, spec: ActivationSpec, scale: object) -> torch.Te
 
 
 def their_logits(folder: Path, *, bfloat16: bool) -> torch.Tensor:
-    """In float32. With `bfloat16`, which their NVFP4 weights always become, those are held against
-    ours and replaced by them: FP4 inputs turn a difference of an ulp into one of a code."""
+    """In float32. With `bfloat16`, which their NVFP4, MXFP4 and MXFP8 weights always become, those
+    are held against ours and replaced by them: FP4 inputs turn a difference of an ulp into one of a
+    code."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -120,11 +125,12 @@ def test_logits(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.Mon
     if any(input.element in ("int8", "fp4_e2m1") for input in dynamic):
         monkeypatch.setattr("compressor.fake_quant.fake_quantize_activation", as_they_do)
         ours = our_logits(output)
-    nvfp4 = any(s.weight and s.weight.element == "fp4_e2m1" for s in schemes)
-    theirs = their_logits(output, bfloat16=nvfp4)
+    weights = [s.weight for s in schemes if s.weight is not None]
+    bfloat16 = any(w.element == "fp4_e2m1" or w.microscaled for w in weights)
+    theirs = their_logits(output, bfloat16=bfloat16)
     difference = float((theirs - ours).square().mean().sqrt())
     # Rounding is discontinuous: where an input is an ulp off, a code may be the neighbouring one.
-    exact = not nvfp4 and all(s.input is None for s in schemes)
+    exact = not bfloat16 and all(s.input is None for s in schemes)
     assert difference < (1e-4 if exact else 0.05 * error)
 
 

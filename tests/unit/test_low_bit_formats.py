@@ -16,7 +16,7 @@ from compressor.formats.packing.e2m1 import LOCAL, divisor_of
 from compressor.independent import decode_linear
 from compressor.ir.tensor import TensorShape
 from compressor.numerics import quantize
-from compressor.qtensor import NVFP4, QTensor
+from compressor.qtensor import E8M0, NVFP4, QTensor
 from compressor.relayout import relayout
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 from tests.low_bit_cases import (
@@ -46,7 +46,7 @@ def weight(spec, shape, *, seed=0) -> QTensor:
 
 
 def raw(tensor):
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+    return tensor.view(torch.uint8) if tensor.dtype in (torch.float8_e4m3fn, E8M0) else tensor
 
 
 def same(a: QTensor, b: QTensor) -> bool:

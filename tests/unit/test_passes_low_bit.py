@@ -8,12 +8,15 @@ from compressor_calibration.stats import StatNeeds
 from pydantic import ValidationError
 
 from compressor.folding import fold
+from compressor.layout import Linear
 from compressor.numerics import quantize
 from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.nvfp4 import shared_absmax
 from compressor.passes.awq import Awq
 from compressor.passes.base import get_pass
 from compressor.passes.fp8 import Fp8
+from compressor.passes.mxfp4 import Mxfp4
+from compressor.passes.mxfp8 import Mxfp8
 from compressor.passes.nvfp4 import Nvfp4
 from compressor.passes.rtn import Rtn
 from compressor.passes.smoothquant import Smoothquant
@@ -272,3 +275,24 @@ def test_parameters():
             Smoothquant(**bad)
     with pytest.raises(ValidationError):
         Nvfp4(rule="best")
+
+
+@pytest.mark.parametrize("step", [Mxfp4, Mxfp8])
+@pytest.mark.parametrize("activations", ["none", "dynamic"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_microscaling(model_type, activations, step, bench):
+    b = bench(model_type, outlier=1.0)
+    rules = [step(rule=rule, activations=activations) for rule in ("nearest", "mse")]
+    nearest, mse = (b.run(x) for x in rules)
+    assert not mse.unit.input_scales
+    assert sum(row["error"] for row in mse.rows) <= sum(row["error"] for row in nearest.rows)
+    assert b.error(mse, rules[1].scheme()) < (0.3 if step is Mxfp4 else 0.05)
+    for x in b.layout.linears:
+        if x.name in mse.unit.quantized:
+            expected = quantize(b.unit.weight(x), step.spec, rule="mse")
+            assert torch.equal(mse.unit.quantized[x.name].codes, expected.codes)
+
+
+def test_microscaling_needs_whole_groups():
+    narrow = Linear("a", "mlp.up", 8, 48, site="mlp.in")
+    assert "groups of 32" in (Mxfp4().check(narrow) or "")

@@ -53,7 +53,8 @@ class FloatQuantized:
 
     def holds(self, scheme: Scheme) -> bool:
         """E4M3 weights, and E4M3 inputs where this is the format for them."""
-        if scheme.weight is None or scheme.weight.element != "fp8_e4m3":
+        weight = scheme.weight
+        if weight is None or weight.element != "fp8_e4m3" or weight.microscaled:
             return False
         if not self.inputs:
             return scheme.input is None
@@ -64,7 +65,7 @@ class FloatQuantized:
         assert scheme.weight is not None
         if scheme.weight.second != "none" or scheme.weight.zero != "none":
             return "it has one level of scales and no zero points"
-        if scheme.input is not None and scheme.input.mode == "local":
+        if scheme.input is not None and scheme.input.mode in ("local", "mx"):
             return "its inputs have a scale per token, tensor or group"
         for spec in (scheme.weight, scheme.input):
             grouped = isinstance(spec, QuantSpec) and spec.strategy == "group"

@@ -16,11 +16,14 @@ from compressor.errors import InputError
 from compressor.formats.ct_layouts.base import arguments
 from compressor.formats.packing.checks import SCALE_DTYPES
 from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
+from compressor.formats.packing.mx import INPUTS
 from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QuantSpec
 from compressor.scheme import ActivationSpec
 
 TYPES = {"int8": "int", "fp8_e4m3": "float"}
+EXPONENTS = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+"""What makes a group's scales E8M0."""
 STRATEGIES = {"token": "token", "tensor": "tensor", "static": "tensor", "group": "group"}
 
 
@@ -35,6 +38,16 @@ def input_entry(input: ActivationSpec) -> dict[str, Any]:
             dynamic="local" if input == LOCAL else True,
             group_size=input.group_size,
         )
+    if input in INPUTS.values():
+        entry = arguments(
+            bits=4 if input.element == "fp4_e2m1" else 8,
+            type="float",
+            symmetric=True,
+            strategy="group",
+            dynamic=True,
+            group_size=input.group_size,
+        )
+        return {**entry, **EXPONENTS}
     if input.element not in TYPES or input.mode not in STRATEGIES:
         raise InputError(
             f"compressed-tensors has no form for {input.element} inputs with {input.mode} scales"
@@ -57,6 +70,8 @@ def read_input(args: Mapping[str, Any]) -> ActivationSpec:
         for element in ("int8", "fp8_e4m3")
         for mode in ("token", "tensor", "static", "group")
     ]
+    if args.get("scale_dtype") == EXPONENTS["scale_dtype"]:
+        known = list(INPUTS.values())
     strategy = args.get("strategy") or ("tensor" if size is None else "group")
     found = {"symmetric": True, "dynamic": False, **args, "strategy": strategy}
     for input in known:

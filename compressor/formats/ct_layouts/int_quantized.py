@@ -58,6 +58,8 @@ class IntQuantized:
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """1 to 8 bits with a scale per tensor, channel or whole group."""
         assert scheme.weight is not None and scheme.input is not None
+        if scheme.input.mode == "mx":
+            return "microscaled inputs go with microscaled weights"
         if scheme.input.mode == "group" and shape[1] % (scheme.input.group_size or 1):
             return f"{shape[1]} inputs do not divide into groups of {scheme.input.group_size}"
         if not 1 <= scheme.weight.bits <= 8:

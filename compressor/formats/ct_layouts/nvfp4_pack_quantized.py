@@ -44,7 +44,7 @@ class NVFP4PackQuantized:
     def holds(self, scheme: Scheme) -> bool:
         """E2M1 weights with float or E2M1 inputs."""
         weight, input = scheme.weight, scheme.input
-        mine = weight is not None and weight.element == "fp4_e2m1"
+        mine = weight is not None and weight.element == "fp4_e2m1" and not weight.microscaled
         return mine and (input is None or input.element == "fp4_e2m1")
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:

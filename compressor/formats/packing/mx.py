@@ -15,8 +15,11 @@ from compressor.errors import InputError
 from compressor.formats.packing.checks import describe
 from compressor.formats.packing.e2m1 import pack_nibbles, unpack_nibbles
 from compressor.qtensor import E8M0, MXFP4, QTensor, QuantSpec
+from compressor.scheme import ActivationSpec
 
 BLOCK = 32
+INPUTS = {element: ActivationSpec(element, "mx", BLOCK) for element in ("fp4_e2m1", "fp8_e4m3")}
+"""Inputs of the kind that goes with weights of an element."""
 
 
 def take_exponents(
