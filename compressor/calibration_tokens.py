@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from compressor_calibration.sources import DataError, read_documents
-from compressor_calibration.tokens import TokenSet, make_tokens, overlap
+from compressor_calibration.bundled import Part
+from compressor_calibration.documents import BadRows, DataError, Unreachable
+from compressor_calibration.tokens import (
+    TokenSet,
+    check_document,
+    make_tokens,
+    overlap,
+    tokens_needed,
+    written_out,
+)
 
-from compressor.errors import InputError, MachineError
+from compressor.data_settings import Data
+from compressor.errors import CompressError, InputError, MachineError
 from compressor.evaluation_settings import Evaluation
 from compressor.passkey import haystack_characters, make_rows
+from compressor.plan import Plan
 from compressor.recipe import Calibration
+from compressor.runner import load_tokenizer
+
+LOOKED_AT = 1_000_000
+"""Bytes of text that `check_data` reads at most."""
+ROWS_LOOKED_AT = 16
 
 
 def calibration_tokens(tokenizer: Any, wanted: Calibration, *, seed: int) -> TokenSet:
     """Rows of calibration tokens. Raises InputError where the data does not give them."""
-    try:
-        documents = read_documents(
-            wanted.data,
-            part="calibration",
-            split=wanted.split,
-            text_field=wanted.text_field,
-        )
+    met = BadRows(skip=wanted.skip_bad_rows)
+    with _data_errors("calibration.data"):
         return make_tokens(
             tokenizer,
-            documents,
+            wanted.documents("calibration", met),
             samples=wanted.samples,
             length=wanted.length,
             sampling=wanted.sampling,
             seed=seed,
+            bad_rows=met,
         )
-    except DataError as error:
-        raise InputError(f"calibration.data: {error}", hint=error.hint) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise MachineError(f"calibration.data: {error}", hint="check the network") from error
 
 
 def passkey_text(tokenizer: Any, wanted: Evaluation) -> str:
@@ -44,16 +54,17 @@ def passkey_text(tokenizer: Any, wanted: Evaluation) -> str:
         return ""
     characters = haystack_characters(task)
     found, length = [], 0
-    try:
-        for document in read_documents(
-            wanted.data, part="held_out", split=wanted.split, text_field=wanted.text_field
-        ):
-            found.append(document.text)
-            length += len(document.text)
+    met = BadRows(skip=wanted.skip_bad_rows)
+    with _data_errors("evaluate.data"):
+        for document in wanted.documents("held_out", met):
+            try:
+                found.append(written_out(tokenizer, document))
+            except DataError as error:
+                met.meet(error)
+                continue
+            length += len(found[-1])
             if length >= characters:
                 break
-    except DataError as error:
-        raise InputError(f"evaluate.data: {error}", hint=error.hint) from error
     text = "".join(found)[:characters]
     try:
         for length in task.lengths:
@@ -67,22 +78,17 @@ def evaluation_tokens(
     tokenizer: Any, wanted: Evaluation, *, calibration: TokenSet | None
 ) -> TokenSet:
     """Held-out rows. Raises InputError where they overlap the calibration tokens, unless forced."""
-    try:
-        documents = read_documents(
-            wanted.data, part="held_out", split=wanted.split, text_field=wanted.text_field
-        )
+    met = BadRows(skip=wanted.skip_bad_rows)
+    with _data_errors("evaluate.data"):
         tokens = make_tokens(
             tokenizer,
-            documents,
+            wanted.documents("held_out", met),
             samples=wanted.windows,
             length=wanted.length,
             sampling="consecutive",
             seed=0,
+            bad_rows=met,
         )
-    except DataError as error:
-        raise InputError(f"evaluate.data: {error}", hint=error.hint) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise MachineError(f"evaluate.data: {error}", hint="check the network") from error
     if calibration is not None and not wanted.force:
         shared = overlap(calibration, tokens)
         if shared:
@@ -91,3 +97,84 @@ def evaluation_tokens(
                 hint="evaluate on other text, or set evaluate.force: true",
             )
     return tokens
+
+
+def skipped_notes(calibration: TokenSet | None, evaluation: TokenSet | None) -> list[str]:
+    """A line for each token set whose data had rows that were passed over."""
+    sets = {"calibration.data": calibration, "evaluate.data": evaluation}
+    return [
+        f"{key}: {rows.skipped} bad row{'s were' if rows.skipped > 1 else ' was'} skipped, "
+        f"the first: {rows.first_skipped}"
+        for key, rows in sets.items()
+        if rows is not None and rows.skipped
+    ]
+
+
+def check_data(plan: Plan) -> tuple[list[CompressError], list[str]]:
+    """What is wrong with the first rows of a recipe's data, and notes on data that the network
+    does not give now.
+
+    The model's tokenizer is used only where it is at hand and rows are conversations.
+    """
+    problems: list[CompressError] = []
+    notes: list[str] = []
+    recipe = plan.recipe
+    looks: list[tuple[str, Data, Part, int]] = []
+    if plan.calibrated:
+        wanted = recipe.calibration
+        needed = tokens_needed(wanted.samples, wanted.length, wanted.sampling)
+        looks.append(("calibration.data", wanted, "calibration", needed))
+    if recipe.evaluate is not None:
+        held_out = recipe.evaluate
+        needed = tokens_needed(held_out.windows, held_out.length, "consecutive")
+        looks.append(("evaluate.data", held_out, "held_out", needed))
+    folder = plan.source.checkpoint.folder
+    for key, data, part, needed in looks:
+        try:
+            with _data_errors(key):
+                _look(data, part, needed, folder)
+        except MachineError as error:
+            notes.append(error.message)
+        except CompressError as error:
+            problems.append(error)
+    return problems, notes
+
+
+def _look(data: Data, part: Part, needed: int, folder: Path) -> None:
+    """Read the first rows. Raises DataError for a row that a run would stop at, and for text that
+    is surely too short: a token stands for one byte or more, but for what normalization adds."""
+    met = BadRows(skip=data.skip_bad_rows)
+    size = 0
+    tokenizer = None
+    for rows, document in enumerate(data.documents(part, met), 1):
+        if document.messages or document.ids:
+            if rows > ROWS_LOOKED_AT:
+                return
+            if (folder / "tokenizer.json").is_file():
+                tokenizer = tokenizer or load_tokenizer(folder)
+                try:
+                    check_document(tokenizer, document)
+                except DataError as error:
+                    met.meet(error)
+        # How long a conversation gets, only its template knows.
+        size += needed if document.messages else len(document.ids) + len(document.text.encode())
+        if document.text and size >= min(needed, LOOKED_AT):
+            return
+    if 2 * size < needed:
+        raise DataError(
+            f"the text ({data.data}) has {size} bytes where {needed} tokens are needed",
+            "give more text, or ask for fewer or shorter rows",
+        )
+
+
+@contextmanager
+def _data_errors(key: str) -> Iterator[None]:
+    """What is wrong with data, under the recipe's name for it."""
+    try:
+        yield
+    except Unreachable as error:
+        raise MachineError(f"{key}: {error.message}", hint=error.hint) from error
+    except DataError as error:
+        raise InputError(f"{key}: {error.message}", hint=error.hint) from error
+    except (ConnectionError, TimeoutError) as error:
+        raise MachineError(f"{key}: {error}", hint="check the network") from error

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_calibration.sources import DataError, read_documents
+from compressor_calibration.documents import DataError
+from compressor_calibration.sources import read_documents
 from compressor_calibration.tokens import TokenSet, make_tokens
 from compressor_kernels.block_windows import WindowRule
 from torch import Tensor
@@ -106,7 +107,7 @@ def held_out(tokenizer: Any, *, rows: int, length: int) -> TokenSet:
     try:
         return make_tokens(
             tokenizer,
-            read_documents("bundled", part="held_out", split="test", text_field="text"),
+            read_documents("bundled", part="held_out"),
             samples=rows,
             length=length,
             sampling="consecutive",

@@ -6,16 +6,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from compressor.ir.frozen import Strict
+from compressor.data_settings import Data
 from compressor.passkey import Passkey
 
 
-class Evaluation(Strict):
+class Evaluation(Data):
     """Held-out text that the written files are measured on, and probes of what they can do."""
 
-    data: str = Field("bundled", description="as in calibration; bundled is another work")
-    split: str = Field("test", description="split of a Hub data set")
-    text_field: str = Field("text", description="field or column that holds the text")
     windows: int = Field(16, ge=1, description="rows of tokens")
     length: int = Field(512, ge=8, description="tokens per row")
     stride: int | None = Field(

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from compressor.data_settings import Data
 from compressor.errors import InputError, Problems
 from compressor.evaluation_settings import Evaluation
 from compressor.gate import Gate
@@ -58,14 +59,9 @@ class Step(BaseModel):
         return {k: v for k, v in data.items() if v is not None or fields[k].default is not None}
 
 
-class Calibration(Strict):
+class Calibration(Data):
     """The tokens that statistics are taken over."""
 
-    data: str = Field(
-        "bundled", description="bundled, a text/JSONL/parquet file, a folder, a Hub id"
-    )
-    split: str = Field("train", description="split of a Hub data set")
-    text_field: str = Field("text", description="field or column that holds the text")
     samples: int = Field(128, ge=1, description="rows of tokens")
     length: int = Field(512, ge=8, description="tokens per row")
     sampling: Literal["random", "consecutive"] = Field(

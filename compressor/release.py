@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from compressor.calibration_tokens import skipped_notes
 from compressor.card import CardData, source_metadata, write_card
 from compressor.choice_record import read_record
 from compressor.compile import Compiled, Prepared, portable
@@ -112,7 +113,7 @@ def report_data(
     manifest = read_manifest(compiled.output)
     about = manifest.about if manifest else {}
     choices = read_record(compiled.output)
-    notes = list(plan.notes)
+    notes = [*plan.notes, *skipped_notes(prepared.calibration, prepared.evaluation)]
     if any(unit.resumed for unit in units):
         notes.append("the run was interrupted and continued: times of resumed units are of that")
     if len(about.get("environment", ())) > 1:

@@ -89,7 +89,7 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[TokenSet, TokenS
         rows = calibration_tokens(tokenizer, Calibration(data=options.text, **wanted), seed=0)
         text = held_out(tokenizer, rows=options.held_out, length=options.length)
         return rows, text, bundled_text("held_out")
-    documents = read_documents(options.text, part="calibration", split="train", text_field="text")
+    documents = read_documents(options.text, part="calibration")
     whole = "".join(document.text for document in documents)
     cut = int(len(whole) * 0.85)
     with tempfile.TemporaryDirectory() as folder:

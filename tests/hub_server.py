@@ -346,10 +346,25 @@ class Handler(BaseHTTPRequestHandler):
             wanted = urllib.parse.parse_qs(text).get("paths", [])
         self.answer(200, [described(n, *files[1][n]) for n in wanted if n in files[1]])
 
-    def tree(self, body: bytes, repo: str, revision: str) -> None:
+    def tree(self, body: bytes, repo: str, revision: str, folder: str = "") -> None:
         files = self.files_at(repo, revision)
-        if files is not None:
-            self.answer(200, [described(name, *entry) for name, entry in files[1].items()])
+        if files is None:
+            return
+        prefix = folder + "/" if folder else ""
+        inside = {n: entry for n, entry in files[1].items() if n.startswith(prefix)}
+        if prefix and not inside:
+            self.answer(404, {"error": "no folder"}, X_Error_Code="EntryNotFound")
+            return
+        folders = {
+            prefix + name.removeprefix(prefix).partition("/")[0]
+            for name in inside
+            if "/" in name.removeprefix(prefix)
+        }
+        self.answer(
+            200,
+            [described(name, *entry) for name, entry in inside.items()]
+            + [{"type": "directory", "path": n, "size": 0, "oid": "0" * 40} for n in folders],
+        )
 
     def resolve(self, body: bytes, repo: str, revision: str, file: str) -> None:
         files = self.files_at(repo, revision)
@@ -388,6 +403,7 @@ def described(name: str, kind: str, data: bytes) -> dict[str, Any]:
 
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+DATA = r"(?P<repo>datasets/[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),
@@ -399,6 +415,12 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{REPO}/commit/(?P<revision>.+)", Handler.commit),
     ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>.+)", Handler.paths),
     ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?", Handler.tree),
+    ("GET", rf"/api/{DATA}", Handler.info),
+    ("GET", rf"/api/{DATA}/revision/(?P<revision>.+)", Handler.info),
+    ("POST", rf"/api/{DATA}/paths-info/(?P<revision>.+)", Handler.paths),
+    ("GET", rf"/api/{DATA}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", Handler.tree),
+    ("GET", rf"/{DATA}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", Handler.resolve),
+    ("HEAD", rf"/{DATA}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", Handler.resolve),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.put),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})/part/(?P<number>\d+)", Handler.part),

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor_calibration.sources import DataError, Document
+from compressor_calibration.documents import BadRows, DataError, Document
 
 Sampling = Literal["random", "consecutive"]
 
-# Characters read for each token that is wanted: about four times what most texts need.
+# What most texts need for each token, and about four times that, which is read for each token that
+# is wanted.
+CHARACTERS_OF_TOKEN = 4
 CHARACTERS_PER_TOKEN = 16
 # Random windows are drawn from at least this much text where there is so much.
 POOL_CHARACTERS = 8_000_000
@@ -32,6 +34,9 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, **options: Any) -> Any:
         """A mapping whose "input_ids" are the token ids of `text`."""
 
+    def __len__(self) -> int:
+        """Token ids that it knows, the added ones too."""
+
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """A conversation written out as the model was trained on it."""
 
@@ -44,12 +49,15 @@ class TokenSet:
     sha256    hash of the ids and their shape
     source    where the text came from
     sampling  how the rows were cut from it
+    skipped   rows of the data that could not be used and were passed over, and the first of them
     """
 
     ids: Tensor
     sha256: str
     source: str
     sampling: str
+    skipped: int = 0
+    first_skipped: str = ""
 
 
 def make_tokens(
@@ -61,11 +69,14 @@ def make_tokens(
     sampling: Sampling = "random",
     seed: int = 0,
     bos: bool = True,
+    bad_rows: BadRows | None = None,
 ) -> TokenSet:
     """Cut `samples` rows of `length` tokens from the documents.
 
     Texts are joined with nothing between and tokenized as one, without special tokens; each
-    conversation is written out whole by the chat template.
+    conversation is written out whole by the chat template; token ids are taken as they are.
+    `bad_rows` says what becomes of documents that the tokenizer cannot take, and is shared with
+    whatever reads them.
 
     consecutive  the first rows of the joined tokens, one after the other, without BOS
     random       windows at places drawn with `seed`. They overlap only where the text is short,
@@ -80,9 +91,11 @@ def make_tokens(
         raise ValueError(f"{samples} rows of {length} tokens were asked for")
     wanted = samples * length
     pool = POOL_CHARACTERS if sampling == "random" else 0
+    met = bad_rows or BadRows()
     stream = _read_stream(
         tokenizer,
         documents,
+        met,
         tokens=wanted,
         characters=max(wanted * CHARACTERS_PER_TOKEN, pool),
     )
@@ -90,7 +103,7 @@ def make_tokens(
         if len(stream.ids) < wanted:
             raise _too_short(stream, wanted)
         rows = stream.ids[:wanted].view(samples, length)
-        return _token_set(rows, stream.source, "consecutive")
+        return _token_set(rows, stream.source, "consecutive", met)
     starts, how = _choose(stream, samples=samples, length=length, seed=seed)
     rows = torch.stack([stream.ids[start : start + length] for start in starts])
     first = _automatic_bos(tokenizer) if bos else None
@@ -98,7 +111,14 @@ def make_tokens(
         shifted = torch.cat([torch.full((samples, 1), first), rows[:, :-1]], dim=1)
         rows = torch.where(rows[:, :1] == first, rows, shifted)
         how += ", BOS first"
-    return _token_set(rows, stream.source, f"random with seed {seed}, {how}")
+    return _token_set(rows, stream.source, f"random with seed {seed}, {how}", met)
+
+
+def tokens_needed(samples: int, length: int, sampling: Sampling) -> int:
+    """The fewest tokens of text that `make_tokens` takes for these rows."""
+    if sampling == "consecutive":
+        return samples * length
+    return length + (samples - 1) * ((length + 1) // 2)
 
 
 def windows(
@@ -134,67 +154,119 @@ def _shingles(ids: Tensor, size: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     return hashes
 
 
-def _token_set(ids: Tensor, source: str, sampling: str) -> TokenSet:
+def _token_set(ids: Tensor, source: str, sampling: str, met: BadRows) -> TokenSet:
     ids = ids.to(torch.int64).contiguous()
     digest = hashlib.sha256(f"{list(ids.shape)}".encode())
     digest.update(ids.numpy().astype("<i8").tobytes())
-    return TokenSet(ids=ids, sha256=digest.hexdigest(), source=source, sampling=sampling)
+    return TokenSet(
+        ids=ids,
+        sha256=digest.hexdigest(),
+        source=source,
+        sampling=sampling,
+        skipped=met.count,
+        first_skipped=met.first,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stream:
-    """Ids of joined documents [tokens], where conversations begin in them, what was read."""
+    """Ids of joined documents [tokens], where conversations begin in them, what was read, and in
+    words what of it was not taken."""
 
     ids: Tensor
     starts: Sequence[int]
     source: str
+    skipped: str
 
 
 def _too_short(stream: _Stream, needed: int) -> DataError:
     return DataError(
         f"the text ({stream.source or 'no documents'}) has {len(stream.ids)} tokens where "
-        f"{needed} are needed",
+        f"{needed} are needed{stream.skipped}",
         "give more text, or ask for fewer or shorter rows",
     )
 
 
 def _read_stream(
-    tokenizer: Tokenizer, documents: Iterable[Document], *, tokens: int, characters: int
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    met: BadRows,
+    *,
+    tokens: int,
+    characters: int,
 ) -> _Stream:
     """Read `characters` characters, and more while they gave fewer than `tokens` tokens."""
     unread = iter(documents)
-    taken: list[Document] = []
+    taken: list[_Piece] = []
+    sources: dict[str, None] = {}
     size = 0
     while True:
         while size < characters and (document := next(unread, None)) is not None:
-            taken.append(document)
-            size += _size(document)
+            try:
+                piece = _piece(tokenizer, document)
+            except DataError as error:
+                met.meet(error)
+                continue
+            taken.append(piece)
+            sources[document.source] = None
+            size += len(piece.text) + len(piece.ids) * CHARACTERS_OF_TOKEN
         ids, starts = _tokenize(tokenizer, taken, drop=max(size - characters, 0))
         if size < characters or len(ids) >= tokens + CUT_TOKENS:
-            source = ", ".join(dict.fromkeys(document.source for document in taken))
-            return _Stream(torch.tensor(ids, dtype=torch.int64), starts, source)
+            skipped = (
+                f"; {met.count} rows were skipped, the first: {met.first}" if met.count else ""
+            )
+            return _Stream(
+                torch.tensor(ids, dtype=torch.int64), starts, ", ".join(sources), skipped
+            )
         characters *= 4
 
 
-def _size(document: Document) -> int:
-    return len(document.text) + sum(len(str(m.get("content", ""))) for m in document.messages)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A document as the tokenizer takes it: text, the start of a conversation or not, or ids."""
+
+    text: str = ""
+    begins: bool = False
+    ids: tuple[int, ...] = ()
+
+
+def _piece(tokenizer: Tokenizer, document: Document) -> _Piece:
+    text = check_document(tokenizer, document)
+    return _Piece(text=text, begins=bool(document.messages), ids=document.ids)
+
+
+def check_document(tokenizer: Tokenizer, document: Document) -> str:
+    """The text of a document; empty for token ids. Raises DataError, which names the row, for what
+    the tokenizer does not know."""
+    if not document.ids:
+        return written_out(tokenizer, document)
+    if max(document.ids) >= len(tokenizer):
+        raise DataError(
+            f"{document.where} holds token {max(document.ids)}, the tokenizer knows "
+            f"{len(tokenizer)}",
+            "token ids have to be those of this model's tokenizer",
+        )
+    return ""
 
 
 def _tokenize(
-    tokenizer: Tokenizer, documents: Sequence[Document], *, drop: int
+    tokenizer: Tokenizer, pieces: Sequence[_Piece], *, drop: int
 ) -> tuple[list[int], list[int]]:
-    """Ids of the documents without the last `drop` characters of text, and conversation starts."""
+    """Ids of the pieces without the last `drop` characters of text, and conversation starts."""
     ids: list[int] = []
     starts: list[int] = []
     texts: list[str] = []
-    for document in documents:
-        if document.messages:
+    for piece in pieces:
+        if piece.begins or piece.ids:
             ids += _encode(tokenizer, "".join(texts))
             texts.clear()
+        if piece.begins:
             starts.append(len(ids))
-            ids += _encode(tokenizer, _written_out(tokenizer, document))
+            ids += _encode(tokenizer, piece.text)
+        elif piece.ids:
+            ids += piece.ids
         else:
-            texts.append(document.text)
+            texts.append(piece.text)
     rest = "".join(texts)
     return ids + _encode(tokenizer, rest[: max(len(rest) - drop, 0)]), starts
 
@@ -207,15 +279,25 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return found
 
 
-def _written_out(tokenizer: Tokenizer, document: Document) -> str:
+def written_out(tokenizer: Any, document: Document) -> str:
+    """The text of a document, a conversation as the tokenizer's chat template writes it. Raises
+    DataError, which names the row, where the template cannot."""
+    if document.ids:
+        return str(tokenizer.decode(document.ids))
+    if not document.messages:
+        return document.text
     # A chat template is a program that came with the checkpoint: it can fail in any way.
     try:
-        return str(tokenizer.apply_chat_template(list(document.messages), tokenize=False))
+        text = str(tokenizer.apply_chat_template(list(document.messages), tokenize=False))
+        text.encode("utf-8")
+        return text
     except Exception as error:
+        where = document.where or document.source
         raise DataError(
-            f"the tokenizer cannot write out a conversation of {document.source}: "
+            f"{where}: the tokenizer cannot write out the conversation: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}",
-            "conversations need a tokenizer with a chat template that knows their roles",
+            "conversations need a tokenizer with a chat template that knows their roles; "
+            "skip_bad_rows: true passes over rows, text_field names another field",
         ) from error
 
 
@@ -240,7 +322,7 @@ def _choose(stream: _Stream, *, samples: int, length: int, seed: int) -> tuple[l
         starts = gaps + torch.arange(samples) * length
         how = "non-overlapping"
     else:
-        needed = length + (samples - 1) * ((length + 1) // 2)
+        needed = tokens_needed(samples, length, "random")
         if total < needed:
             raise _too_short(stream, needed)
         starts = torch.arange(samples) * (total - length) // (samples - 1)
@@ -255,7 +337,7 @@ def _choose_conversations(
     if len(starts) < samples:
         raise DataError(
             f"{stream.source} has {len(stream.ids)} tokens and {len(starts)} conversations that "
-            f"{length} tokens follow, where {samples} are needed",
+            f"{length} tokens follow, where {samples} are needed{stream.skipped}",
             "give more conversations, or ask for fewer or shorter rows",
         )
     free = torch.ones(len(stream.ids), dtype=torch.bool)

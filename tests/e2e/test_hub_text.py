@@ -9,29 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-SET = r"(?P<repo>datasets/[\w.-]+/[\w.-]+)"
-
-
-def routes(handler: Any) -> list[tuple[str, str, Callable[..., None]]]:
-    """Those of models, for data sets."""
-
-    def tree(self: Any, body: bytes, repo: str, revision: str, folder: str) -> None:
-        if folder:
-            self.answer(404, {"error": "no folder"}, X_Error_Code="EntryNotFound")
-        else:
-            handler.tree(self, body, repo, revision)
-
-    file = rf"/{SET}/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
-    return [
-        ("GET", rf"/api/{SET}", handler.info),
-        ("GET", rf"/api/{SET}/revision/(?P<revision>.+)", handler.info),
-        ("GET", rf"/api/{SET}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", tree),
-        ("POST", rf"/api/{SET}/paths-info/(?P<revision>.+)", handler.paths),
-        ("GET", file, handler.resolve),
-        ("HEAD", file, handler.resolve),
-    ]
 
 
 def test_a_checkpoint_is_measured_on_a_split_of_a_hub_data_set(
@@ -44,7 +21,6 @@ def test_a_checkpoint_is_measured_on_a_split_of_a_hub_data_set(
     options = ["--text", "me/set", "--split", "held_out", "--windows", "2", "--length", "32"]
     fields = ["--text-field", "body", "--device", "cpu", "--json"]
     with hub_server.serving() as hub:
-        hub.routes = routes(hub_server.Handler)
         head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: held_out\n"
         card = f"{head}    path: rows.jsonl\n---\n"
         files = {"rows.jsonl": "\n".join(rows).encode(), "README.md": card.encode()}
@@ -69,4 +45,4 @@ def test_a_checkpoint_is_measured_on_a_split_of_a_hub_data_set(
     assert found["tokens"] == 62 and found["perplexity"]["error"] > 0
     assert refused.returncode == 2
     (error,) = json.loads(refused.stdout)["errors"]
-    assert "cannot read split 'train' of the data set 'me/set'" in error["message"]
+    assert "cannot read the data set me/set, split train" in error["message"]

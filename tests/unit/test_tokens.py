@@ -8,7 +8,7 @@ import pytest
 import torch
 from compressor_calibration import tokens
 from compressor_calibration.bundled import bundled_text
-from compressor_calibration.sources import DataError, Document
+from compressor_calibration.documents import DataError, Document
 from compressor_calibration.tokens import make_tokens, overlap, windows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -150,6 +150,16 @@ def test_conversations_and_texts_keep_their_order():
     ]
     found = windows(byte_tokenizer(), documents, windows=1, length=11)
     assert byte_tokenizer().decode(found.ids[0]) == "abcd<s>u:efgh"
+
+
+def test_token_ids_are_taken_as_they_are():
+    documents = [*text("ab"), Document(ids=(7, 256, 9)), *text("c")]
+    tokenizer = byte_tokenizer()
+    first, last = tokenizer("ab")["input_ids"], tokenizer("c")["input_ids"]
+    found = windows(tokenizer, documents, windows=1, length=6)
+    assert found.ids.tolist() == [[*first, 7, 256, 9, *last]]
+    with pytest.raises(DataError, match="line 1 holds token 257, the tokenizer knows 257"):
+        windows(tokenizer, [Document(ids=(257,), where="a.jsonl line 1")], windows=1, length=1)
 
 
 def test_a_chat_template_that_fails_is_a_clear_error():

@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 @click.option(
     "--text", default="bundled", show_default=True, help="bundled, a file, a folder or a Hub id."
 )
-@click.option("--split", default="test", show_default=True, help="Split of a Hub data set.")
-@click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
+@click.option("--config", help="Configuration of a Hub data set.")
+@click.option("--split", help="Split of a Hub data set or folder.  [default: test]")
+@click.option("--revision", help="Commit, tag or branch of a Hub data set.")
+@click.option("--text-field", help="Field that holds the text; looked for if not given.")
+@click.option("--skip-bad-rows", is_flag=True, help="Pass over rows that cannot be used.")
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1))
 @click.option("--length", default=512, show_default=True, type=click.IntRange(8))
 @click.option(
@@ -81,8 +84,11 @@ def command(
     against: str | None,
     base: str | None,
     text: str,
-    split: str,
-    text_field: str,
+    config: str | None,
+    split: str | None,
+    revision: str | None,
+    text_field: str | None,
+    skip_bad_rows: bool,
     windows: int,
     length: int,
     stride: int | None,
@@ -109,7 +115,7 @@ def command(
     """
     import torch
 
-    from compressor.calibration_tokens import evaluation_tokens, passkey_text
+    from compressor.calibration_tokens import evaluation_tokens, passkey_text, skipped_notes
     from compressor.cli.limits import parse_gate
     from compressor.compile import choose_device
     from compressor.delta_source import open_model
@@ -135,19 +141,25 @@ def command(
     probed = Passkey(**({"lengths": lengths} if lengths else {}))
     wanted = Evaluation(
         data=text,
+        config=config,
         split=split,
+        revision=revision,
         text_field=text_field,
+        skip_bad_rows=skip_bad_rows,
         windows=windows,
         length=length,
         passkey=probed if passkey or lengths else None,
     )
     tokenizer = load_tokenizer(checkpoint)
-    tokens = evaluation_tokens(tokenizer, wanted, calibration=None).ids
+    cut = evaluation_tokens(tokenizer, wanted, calibration=None)
+    tokens = cut.ids
     haystack = passkey_text(tokenizer, wanted)
     scored = None
     if stride is not None:
         tokens, scored = strided(tokens.reshape(-1), length=length, stride=stride)
     display = Display(log_format=log_format)
+    for note in skipped_notes(None, cut):
+        display.event("note", text=note)
     dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
     with display.stage("evaluate", len(source.layout.units)):
         result = evaluate(
@@ -161,6 +173,8 @@ def command(
             progress=display.unit,
         )
     found: dict[str, Any] = {"ok": True, **result.to_json()}
+    if cut.skipped:
+        found["skipped_rows"] = cut.skipped
     shown = lines(result)
     retrieved, answered = None, {}
     if wanted.passkey is not None:

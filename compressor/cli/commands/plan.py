@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,9 @@ def command(
 ) -> None:
     """Show what a run would do and cost, and everything that is wrong with it.
 
-    Reads config.json and tensor headers only (of a Hub repository over the network): no weights,
-    no GPU. All problems are listed at once; the exit code is 2 if there are any.
+    Reads config.json, tensor headers and the first rows of the data (from the Hub over the
+    network): no weights, no GPU. All problems are listed at once; the exit code is 2 if there are
+    any.
 
     \b
     compress plan recipes/llama2-awq.yaml
@@ -55,6 +57,8 @@ def command(
     """
     import torch
 
+    from compressor.calibration_tokens import check_data
+    from compressor.errors import Problems
     from compressor.estimate import estimate
     from compressor.locate import locate
     from compressor.plan import make_plan
@@ -76,6 +80,10 @@ def command(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bound = parse_size(device_memory) if device_memory else None
     costs = estimate(plan, device=torch.device(device), resident=resident, device_memory=bound)
+    problems, notes = check_data(plan)
+    if problems:
+        raise Problems(problems)
+    plan = replace(plan, notes=(*plan.notes, *notes))
     add_cases([Case("plan", "recipe and model", output="\n".join(plan.notes))])
     if as_json:
         echo(json.dumps({"ok": True, **describe(plan, costs)}, indent=2))

@@ -128,6 +128,7 @@ def execute(
     """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
     started = time.perf_counter()
     with uncollected():
+        from compressor.calibration_tokens import skipped_notes
         from compressor.cli.main import interruptible
         from compressor.compile import choose_device, compile_checkpoint, prepare
         from compressor.errors import Interrupted
@@ -146,7 +147,8 @@ def execute(
             resident=resident,
         )
     add_cases([Case("plan", "recipe and model", seconds=time.perf_counter() - started)])
-    for note in prepared.plan.notes:
+    skipped = skipped_notes(prepared.calibration, prepared.evaluation)
+    for note in [*prepared.plan.notes, *skipped]:
         display.event("note", text=note)
     try:
         with interruptible() as stopping, display.stage("compress", len(prepared.plan.units)):

@@ -1,0 +1,61 @@
+"""What a recipe says of where text comes from: the same for calibration and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+from compressor_calibration.bundled import Part
+from compressor_calibration.documents import BadRows, Document
+from compressor_calibration.sources import read_documents
+from pydantic import Field, field_validator, model_validator
+
+from compressor.ir.frozen import Strict
+
+
+class Data(Strict):
+    """Where text comes from, and which part of it."""
+
+    data: str = Field("bundled", description="bundled, a file, a folder or a Hub id: docs/data.md")
+    config: str | None = Field(None, description="configuration of a Hub data set, or of a folder")
+    split: str | None = Field(
+        None, description="of a Hub data set or a folder; train, in evaluate test, if not given"
+    )
+    text_field: str | None = Field(
+        None, description="field with text, messages or token ids; looked for if not given"
+    )
+    columns: tuple[str, ...] = Field(
+        (), description="fields of text that are joined, in place of one text_field"
+    )
+    revision: str | None = Field(None, description="commit, tag or branch of a Hub data set")
+    streaming: bool = Field(
+        True, description="read no more of a Hub data set than is needed; false downloads it"
+    )
+    skip_bad_rows: bool = Field(
+        False, description="pass over rows that cannot be used; the report counts them"
+    )
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _one_column(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _names_fields_once(self) -> Self:
+        if self.columns and self.text_field is not None:
+            raise ValueError("text_field and columns both name fields: give one of them")
+        return self
+
+    def documents(self, part: Part, bad_rows: BadRows) -> Iterator[Document]:
+        """Its documents, as they are asked for. Raises DataError."""
+        return read_documents(
+            self.data,
+            part=part,
+            config=self.config,
+            split=self.split,
+            text_field=self.text_field,
+            columns=self.columns,
+            revision=self.revision,
+            streaming=self.streaming,
+            bad_rows=bad_rows,
+        )
