@@ -18,6 +18,7 @@ from torch import Tensor
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.kernel_layer import EVERYTHING, KernelCheck, Layer, Product, Tile
 from compressor.kernel_lowbit import NVFP4, W4A8, W8A8
+from compressor.kernel_mx import MX
 from compressor.kernel_weights import WeightOnly
 from compressor.numerics.chunks import row_chunks
 from compressor.scheme import Scheme
@@ -103,7 +104,7 @@ class W4A16:
         return packed.to(device).contiguous(), scales.to(device).contiguous(), zeros
 
 
-CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), W4A8(), WeightOnly())
+CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), MX(), W4A8(), WeightOnly())
 """The first that holds a scheme multiplies by it: the last takes what the fast ones leave."""
 
 

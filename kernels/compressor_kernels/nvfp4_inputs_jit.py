@@ -7,22 +7,13 @@ halves of its blocks, and no row's scale is worked out twice.
 import triton
 import triton.language as tl
 
-from compressor_kernels.rounding_jit import divide, e4m3_nearest, e4m3_value, magnitude_bits
-
-ONE = tl.constexpr(4194304.0)  # 2^22, from where floats lie 0.5 apart, E2M1's least step
-
-
-@triton.jit
-def _e2m1_nearest(y):
-    """Magnitudes to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6, ties to even.
-
-    At y · 2^22 floats lie half of y's power of two apart, which is E2M1's step, so the difference
-    of the two is rounded to it. Below 1 the step stays 0.5; the 4 keeps the difference from
-    falling under 2^22, where floats lie closer.
-    """
-    large = y * ONE
-    large = tl.where(large < ONE + 4.0, ONE + 4.0, large)
-    return large - (large - y)
+from compressor_kernels.rounding_jit import (
+    divide,
+    e2m1_nearest,
+    e4m3_nearest,
+    e4m3_value,
+    magnitude_bits,
+)
 
 
 @triton.jit
@@ -34,7 +25,7 @@ def _candidate(x, steps, second, ASM: tl.constexpr):
     by = tl.where(product == 0.0, 0.0, tl.div_rn(1.0, tl.where(product == 0.0, 1.0, product)))
     y = tl.abs(x) * by[:, None, None]
     y = tl.where(y > 6.0, 6.0, y)
-    return _e2m1_nearest(y), byte, product
+    return e2m1_nearest(y), byte, product
 
 
 @triton.jit

@@ -8,6 +8,7 @@ interpreter, whose casts to fp8 are not PyTorch's.
 import triton
 import triton.language as tl
 
+ONE = tl.constexpr(4194304.0)  # 2^22, from where floats lie 0.5 apart, E2M1's least step
 NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits below one
 
 
@@ -34,6 +35,19 @@ def divide(x, by, reciprocal, ASM: tl.constexpr):
 def int8_nearest(x):
     """fp32 within +-2^21 to the low byte of the nearest integer, ties to even."""
     return (x + NEAREST).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def e2m1_nearest(y):
+    """Magnitudes to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6, ties to even.
+
+    At y · 2^22 floats lie half of y's power of two apart, which is E2M1's step, so the difference
+    of the two is rounded to it. Below 1 the step stays 0.5; the 4 keeps the difference from
+    falling under 2^22, where floats lie closer.
+    """
+    large = y * ONE
+    large = tl.where(large < ONE + 4.0, ONE + 4.0, large)
+    return large - (large - y)
 
 
 @triton.jit

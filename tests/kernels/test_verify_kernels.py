@@ -11,6 +11,7 @@ from compressor.formats.base import format_names, get_format
 from compressor.formats.compressed_tensors import FORMAT as COMPRESSED_TENSORS
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
+from compressor.formats.packing.mx import INPUTS
 from compressor.formats.qserve import FORMAT as QSERVE
 from compressor.kernel_cache import cache_kernel, check_cache
 from compressor.kernel_checks import WHOLE_ROWS, check_kernel, kernel_for
@@ -18,6 +19,7 @@ from compressor.kernel_layer import EVERYTHING, Layer, Tile
 from compressor.layout import AttentionShape
 from compressor.numerics.fp8 import quantize_fp8
 from compressor.numerics.int_affine import quantize_int
+from compressor.numerics.mx import quantize_mx
 from compressor.numerics.nvfp4 import quantize_nvfp4
 from compressor.numerics.progressive import quantize_offset, quantize_progressive
 from compressor.passes.awq import Awq
@@ -27,7 +29,7 @@ from compressor.passes.nvfp4 import Nvfp4
 from compressor.passes.progressive import Progressive
 from compressor.passes.rtn import Rtn
 from compressor.passes.smoothquant import Smoothquant
-from compressor.qtensor import NVFP4, QuantSpec
+from compressor.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +78,9 @@ def layer(scheme):
     spec = scheme.weight
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(*SHAPE, generator=generator) * 0.05
-    if spec.element == "fp8_e4m3":
+    if spec.microscaled:
+        q = quantize_mx(weight, spec, rule="mse")
+    elif spec.element == "fp8_e4m3":
         q = quantize_fp8(weight, spec)
     elif spec.element == "fp4_e2m1":
         q = quantize_nvfp4(weight, spec, rule="mse")
@@ -84,7 +88,7 @@ def layer(scheme):
         q = quantize_int(weight + (0.02 if spec.zero == "subtract" else 0), spec)
     else:
         q = (quantize_progressive if spec.second == "channel" else quantize_offset)(weight, spec)
-    if spec.element == "fp4_e2m1":
+    if q.second is not None and spec.element == "fp4_e2m1":
         q = replace(q, second=q.second.reciprocal().reciprocal())
     stored = scheme.input is not None and scheme.input.mode in ("static", "local")
     qserve = spec.second == "channel" or spec.zero == "offset"
@@ -111,6 +115,10 @@ SCHEMES = {
     "nvfp4 weight only": (Scheme(NVFP4), "nvfp4"),
     "nvfp4 calibrated": (Scheme(NVFP4, LOCAL), "nvfp4"),
     "nvfp4 dynamic": (Scheme(NVFP4, DYNAMIC), "nvfp4"),
+    "mxfp4 weight only": (Scheme(MXFP4), "mx"),
+    "mxfp4": (Scheme(MXFP4, INPUTS["fp4_e2m1"]), "mx"),
+    "mxfp8 weight only": (Scheme(MXFP8), "mx"),
+    "mxfp8": (Scheme(MXFP8, INPUTS["fp8_e4m3"]), "mx"),
     "qoq g128": (Scheme(qoq(128), TOKEN), "w4a8"),
     "qoq g64 subtract": (Scheme(qoq(64, "subtract"), TOKEN), "w4a8"),
     "qoq channel": (Scheme(qoq(None), TOKEN), "w4a8"),
