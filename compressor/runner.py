@@ -54,14 +54,9 @@ class BlockRunner:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        values = {k: v for k, v in config.items() if k != "quantization_config"}
-        model_type = values.pop("model_type")
-        try:
-            self.config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"transformers does not accept this config.json: {error}") from error
+        self.config = _config(config)
         self.names = names
         self.device = device
         self.dtype = dtype
@@ -354,6 +349,27 @@ class Block:
     def module(self, linear: Linear) -> nn.Module:
         """The module that plays a linear in memory."""
         return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
+
+
+def _config(config: Mapping[str, Any]) -> Any:
+    """transformers' config of a config.json."""
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in config.items() if k != "quantization_config"}
+    model_type = values.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **copy.deepcopy(values))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"transformers does not accept this config.json: {error}") from error
+
+
+def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as transformers reads it: defaults filled in, old forms of keys made new ones.
+
+    Raises InputError for one that it does not accept.
+    """
+    found: dict[str, Any] = _config(config).to_dict()
+    return found
 
 
 def import_model(config: Mapping[str, Any]) -> None:
