@@ -24,7 +24,7 @@ from compressor.evaluation_settings import Evaluation
 from compressor.passkey import haystack_characters, make_rows
 from compressor.plan import Plan
 from compressor.recipe import Calibration
-from compressor.runner import load_tokenizer
+from compressor.tokenizer import load_tokenizer
 
 LOOKED_AT = 1_000_000
 """Bytes of text that `check_data` reads at most."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from compressor.calibration_tokens import calibration_tokens, evaluation_tokens,
 from compressor.delta import locate_base, survey
 from compressor.durable import make_folder, write_atomically
 from compressor.environment import environment, versions
-from compressor.errors import InputError
+from compressor.errors import InputError, Problems
 from compressor.estimate import Estimates, batch_rows, estimate
 from compressor.finish import finish, take_up
+from compressor.foreign import foreign
 from compressor.heap import share_heap
 from compressor.job import run_units
 from compressor.job_settings import JobSettings, UnitDone
@@ -28,10 +28,10 @@ from compressor.locate import Located, locate, name_folder
 from compressor.manifest import MANIFEST_NAME, hash_file
 from compressor.passes.base import Learned
 from compressor.plan import Plan, make_plan
+from compressor.preflight import preflight
 from compressor.process_memory import rss
 from compressor.recipe import AFTERWARDS, Recipe
 from compressor.records import stated_hash
-from compressor.runner import import_model, load_tokenizer
 from compressor.source_content import SourceContent
 from compressor.warm_up import warm_up
 from compressor.workspace import owned
@@ -118,15 +118,14 @@ def prepare(
     located = locate(recipe.model, fetch=True, to_plan=True)
     plan = _plan(recipe, located)
     warm_up(plan, device)
+    tokenizer, problems = preflight(plan)
+    if problems:
+        raise Problems(problems)
     calibration = evaluation = None
     haystack = ""
-    if plan.calibrated or recipe.evaluate is not None:
-        checkpoint = located.source.checkpoint
-        with ThreadPoolExecutor(1) as aside:
-            # Tokenizers work outside Python's lock: their time hides the model's imports.
-            cut = aside.submit(_token_sets, recipe, plan, load_tokenizer(checkpoint.folder))
-            import_model(checkpoint.config)
-            calibration, evaluation, haystack = cut.result()
+    if tokenizer is not None:
+        with foreign("cannot make rows of tokens"):
+            calibration, evaluation, haystack = _token_sets(recipe, plan, tokenizer)
     _check_vocabulary(plan, calibration, evaluation)
     return Prepared(
         recipe=recipe,

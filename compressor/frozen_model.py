@@ -10,9 +10,10 @@ from torch import Tensor
 
 from compressor.ir.unit import Unit
 from compressor.layout import ModelLayout
-from compressor.runner import BlockRunner, load_tokenizer
+from compressor.runner import BlockRunner
 from compressor.source import Source
 from compressor.streaming import floats
+from compressor.tokenizer import load_tokenizer
 
 
 class SourceModel:

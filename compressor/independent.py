@@ -7,7 +7,6 @@ uint16 bit patterns and float8 E4M3 as uint8. Every complaint is a ValueError th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from compressor.independent_arrays import (
     e4m3,
     numbers,
 )
+from compressor.patterns import Names
 
 AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))
@@ -306,22 +306,14 @@ def _gptq(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWei
 
 def _ct_group(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
     """The config group of a module: by name first, then by the class Linear."""
-    if _named(config.get("ignore") or (), module):
+    where = "quantization_config"
+    if module in Names(config.get("ignore") or (), where=where):
         return None
     groups: list[Mapping[str, Any]] = list(config.get("config_groups", {}).values())
     for group in groups:
-        if _named(group["targets"], module):
+        if module in Names(group["targets"], where=where):
             return group
     return next((group for group in groups if "Linear" in group["targets"]), None)
-
-
-def _named(patterns: Sequence[str], module: str) -> bool:
-    for pattern in patterns:
-        if pattern.startswith("re:") and re.match(pattern[3:], module):
-            return True
-        if pattern == module:
-            return True
-    return False
 
 
 def _ct_scale_shape(

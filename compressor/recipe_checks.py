@@ -46,12 +46,14 @@ def check_recipe(recipe: Recipe, source: Source) -> list[CompressError]:
 
 
 def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
-    """Rows that a model with learned positions has no positions for."""
+    """Rows that a model has no positions for: learned ones end, and rotary ones are not evaluated
+    beyond what the model was made for."""
     positions = source.checkpoint.config.get("max_position_embeddings")
-    if source.arch.embedding.position is None or not isinstance(positions, int):
+    if not isinstance(positions, int):
         return []
+    learned = source.arch.embedding.position is not None
     lengths = {}
-    if any(step.params.needs() != StatNeeds() for step in recipe.passes):
+    if learned and any(step.params.needs() != StatNeeds() for step in recipe.passes):
         lengths["calibration.length"] = recipe.calibration.length
     if recipe.evaluate is not None:
         lengths["evaluate.length"] = recipe.evaluate.length
@@ -59,7 +61,8 @@ def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
             lengths["evaluate.passkey.lengths"] = max(recipe.evaluate.passkey.lengths)
     return [
         InputError(
-            f"{key}: rows of {length} tokens, but the model has {positions} learned positions",
+            f"{key}: rows of {length} tokens, but the model has {positions} "
+            f"{'learned ' if learned else ''}positions",
             hint=f"at most {positions}",
         )
         for key, length in lengths.items()

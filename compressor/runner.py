@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor.arch import RuntimeNames
 from compressor.attention import AttentionCall, AttentionHook
-from compressor.errors import InputError
+from compressor.foreign import foreign
 from compressor.layout import Linear, UnitLayout
 
 
@@ -54,19 +53,23 @@ class BlockRunner:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.config = _config(config)
+        values = {k: v for k, v in config.items() if k != "quantization_config"}
+        model_type = values.pop("model_type")
         self.names = names
         self.device = device
         self.dtype = dtype
-        # Attention logit caps exist in the eager attention only; the fused ones drop them silently.
-        eager = getattr(self.config, "attn_logit_softcapping", None) is not None
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation="eager" if eager else "sdpa"
-            ).eval()
-        self._rebuild_buffers()
+        with foreign("transformers does not accept this config.json"):
+            self.config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
+            # Attention logit caps exist in the eager attention only; the fused ones drop them
+            # silently.
+            eager = getattr(self.config, "attn_logit_softcapping", None) is not None
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype, attn_implementation="eager" if eager else "sdpa"
+                ).eval()
+            self._rebuild_buffers()
         self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
         self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
         self.first_row = 0  # of the rows that run, for hooks that carry something between blocks
@@ -111,13 +114,15 @@ class BlockRunner:
         for start in range(0, ids.shape[0], batch):
             rows = ids[start : start + batch].to(self.device)
             if start == 0:
-                self._capture(rows[:1], arguments)
-            out.append(self._capture(rows, {}))
+                self.capture({"input_ids": rows[:1]}, arguments)
+            out.append(self.capture({"input_ids": rows}, {}))
         self._drop(list(tensors))
         self._layer_arguments[ids.shape[1]] = [arguments[i] for i in range(len(self.layers))]
         return torch.cat(out)
 
-    def _capture(self, ids: Tensor, arguments: dict[int, dict[str, Any]]) -> Tensor:
+    def capture(self, inputs: Mapping[str, Tensor], arguments: dict[int, dict[str, Any]]) -> Tensor:
+        """What enters the first block for inputs of the model; `arguments` gets what each layer is
+        passed beside it."""
         found: list[Tensor] = []
 
         def stand_in(index: int) -> Callable[..., Tensor]:
@@ -136,7 +141,7 @@ class BlockRunner:
         for index, layer in enumerate(self.layers):
             layer.forward = stand_in(index)
         try:
-            self.model(input_ids=ids, use_cache=False)
+            self.model(**inputs, use_cache=False)
         except _Stop:
             pass
         finally:
@@ -349,46 +354,3 @@ class Block:
     def module(self, linear: Linear) -> nn.Module:
         """The module that plays a linear in memory."""
         return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
-
-
-def _config(config: Mapping[str, Any]) -> Any:
-    """transformers' config of a config.json."""
-    from transformers import AutoConfig
-
-    values = {k: v for k, v in config.items() if k != "quantization_config"}
-    model_type = values.pop("model_type")
-    try:
-        return AutoConfig.for_model(model_type, **copy.deepcopy(values))
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"transformers does not accept this config.json: {error}") from error
-
-
-def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as transformers reads it: defaults filled in, old forms of keys made new ones.
-
-    Raises InputError for one that it does not accept.
-    """
-    found: dict[str, Any] = _config(config).to_dict()
-    return found
-
-
-def import_model(config: Mapping[str, Any]) -> None:
-    """Import a model's code, which takes seconds; what is wrong with it, `BlockRunner` says."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    with suppress(ImportError, KeyError, ValueError):
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(config["model_type"]))]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises InputError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(
-            f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}",
-            hint="calibration text is tokenized with the model's own tokenizer.json",
-        ) from error

@@ -7,12 +7,11 @@ module paths ("model.layers.0.*", "*down_proj") or a regular expression after "r
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from compressor.errors import InputError
 from compressor.layout import Linear
+from compressor.patterns import Names
 
 
 def matches(pattern: str, linear: Linear) -> bool:
@@ -20,10 +19,7 @@ def matches(pattern: str, linear: Linear) -> bool:
     if pattern == "linear":
         return linear.role != "router"
     if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], linear.name) is not None
-        except re.error as error:
-            raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
+        return linear.name in Names((pattern,), where="the recipe")
     roles = [linear.role, *(part.role for part in linear.parts)]
     return (
         any(fnmatch.fnmatchcase(role, pattern) for role in roles)

@@ -20,8 +20,8 @@ from compressor.heap import give_back_page_locked
 from compressor.passkey import PasskeyResult, passkey
 from compressor.plan import make_plan
 from compressor.recipe import make_recipe
-from compressor.runner import load_tokenizer
 from compressor.source import Source, open_source
+from compressor.tokenizer import load_tokenizer
 from compressor.verify import VerifyReport
 from compressor.verify_delta import verify_model
 

@@ -7,7 +7,9 @@ held against float64 with the weight that the second reader adds up.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressor.against import Against
-from compressor.delta import stored_hash
+from compressor.delta import base_weights, stored_hash
 from compressor.delta_source import (
     Delta,
     MergedCheckpoint,
@@ -96,27 +97,9 @@ def _verify_delta(
     )
     found.add("headers and base", [], detail)
     check_attention(folder, merged, found)
-    comparison = None
-    if against is not None:
-        comparison = Against(
-            merged,
-            against,
-            folder,
-            device,
-            found,
-            delta=delta.bits,
-            base=merged.checkpoint.base_weight
-            if isinstance(merged.checkpoint, MergedCheckpoint)
-            else None,
-        )
-        comparison.beside_weights()
-        if not comparison.related:
-            return found.report(folder)
-    checks = _Checks(delta, merged, manifest, comparison, device, seed, found)
+    checks = _Checks(delta, merged, manifest, against, device, seed, found)
     for done, unit in enumerate(merged.layout.units, 1):
-        checks.unit(done - 1, unit)
-        if comparison is not None and not comparison.related:
-            return found.report(folder)
+        checks.unit(unit)
         if progress is not None:
             progress(unit.name, done, len(merged.layout.units))
     checks.conclude()
@@ -131,7 +114,7 @@ class _Checks:
         delta: Delta,
         merged: Source,
         manifest: Manifest | None,
-        against: Against | None,
+        original: Source | None,
         device: torch.device,
         seed: int,
         found: Findings,
@@ -139,7 +122,7 @@ class _Checks:
         self.delta = delta
         self.merged = merged
         self.manifest = manifest
-        self.against = against
+        self.original = original
         self.device = device
         self.seed = seed
         self.found = found
@@ -148,8 +131,9 @@ class _Checks:
         self.finite: list[str] = []
         self.decoded: list[str] = []
         self.kernels: list[str] = []
+        self.errors: dict[str, float] = {}
 
-    def unit(self, place: int, unit: UnitLayout) -> None:
+    def unit(self, unit: UnitLayout) -> None:
         """Check one unit."""
         self._hash(unit)
         try:
@@ -165,8 +149,18 @@ class _Checks:
         for linear in unit.linears:
             if linear.name in self.delta.bits:
                 self._linear(linear, tensors[f"{linear.name}.weight"])
-        if self.against is not None:
-            self.against.unit(place, self.merged.assemble(unit, tensors))
+        self._compare(unit, tensors)
+
+    def _compare(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> None:
+        """How far the merged weights are from the fine-tune's."""
+        coded = [x for x in unit.linears if x.name in self.delta.bits]
+        if self.original is None or not coded:
+            return
+        before = base_weights(self.original, [x.name for x in coded])
+        for linear in coded:
+            wanted = before[f"{linear.name}.weight"].float()
+            off = (tensors[f"{linear.name}.weight"].float() - wanted).norm()
+            self.errors[linear.name] = float(off / wanted.norm().clamp(min=1e-30))
 
     def _hash(self, unit: UnitLayout) -> None:
         """Stored tensors against the manifest."""
@@ -255,8 +249,17 @@ class _Checks:
                 where += f", a tile of each through {KERNEL} in Triton's interpreter"
         worst = max((layer.kernel_error or 0.0 for layer in layers), default=0.0)
         found.add("kernels", self.kernels, f"{where}; largest relative error {worst:.2g}")
-        if self.against is not None:
-            self.against.conclude()
+        if self.errors:
+            for name, error in self.errors.items():
+                known = found.layers.get(name, LayerVerdict(linear=name))
+                found.layers[name] = replace(known, error=error)
+            middle = statistics.median(self.errors.values())
+            problems = [
+                f"{name} is {error:.2g} of its own size from the fine-tune"
+                for name, error in self.errors.items()
+                if not error <= 1
+            ]
+            found.add("error to the fine-tune", problems, f"median {middle:.3g} of its own size")
 
 
 def second_reader(base: Tensor, part: SignDelta) -> Tensor:

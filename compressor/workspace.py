@@ -5,6 +5,7 @@ Until the run has finished, everything it wrote lies in a hidden folder inside t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.durable import make_folder, own_folder
-from compressor.errors import InputError
+from compressor.errors import InputError, MachineError
 from compressor.records import Records
 
 WORK_NAME = ".compress-work"
@@ -71,15 +72,23 @@ def owned(output: Path, *, manifest: str) -> Iterator[Path]:
     try:
         make_folder(output)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
         raise InputError(f"cannot create {output}: {error.strerror or error}") from error
     handle = os.open(output, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(
                 f"another run is writing into {output}", hint="wait for it, or write elsewhere"
             ) from None
+        except OSError as error:
+            raise MachineError(
+                f"cannot lock {output}: {error.strerror or error}",
+                hint="its file system has no locks, which keep two runs apart: write to another "
+                "disk with --output",
+            ) from error
         if (refused := refusal(output, manifest=manifest)) is not None:
             raise refused
         yield output / WORK_NAME

@@ -33,9 +33,10 @@ from compressor.formats.base import get_format
 from compressor.ir.unit import Unit
 from compressor.layout import UnitLayout
 from compressor.passes.base import Pass, PassContext, get_pass
-from compressor.runner import BlockRunner, load_tokenizer
+from compressor.runner import BlockRunner
 from compressor.scheme import Scheme
 from compressor.source import Source, open_source
+from compressor.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from compressor.delta_source import open_model
 from compressor.evaluate import evaluate
 from compressor.evaluation_settings import Evaluation
 from compressor.recipe import make_recipe
-from compressor.runner import load_tokenizer
 from compressor.source import Source, as_source, open_source
+from compressor.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,7 +228,7 @@ def main() -> None:
     random.seed(options.seed)
     located = locate(options.model, fetch=True)
     source = located.source
-    from compressor.runner import load_tokenizer
+    from compressor.tokenizer import load_tokenizer
 
     measure = Measure(source, load_tokenizer(source.checkpoint.folder), options)
     kept = []

@@ -37,9 +37,9 @@ from compressor.errors import CompressError, Problems
 from compressor.evaluate import token_scores
 from compressor.folding import fold
 from compressor.recipe import make_recipe
-from compressor.runner import load_tokenizer
 from compressor.source import Source, open_source
 from compressor.streaming import Stream, StreamedModel, run_blocks
+from compressor.tokenizer import load_tokenizer
 
 CHANNELS, FACTOR, SEED = 6, 64.0, 17
 

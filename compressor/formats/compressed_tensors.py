@@ -7,8 +7,7 @@ some runtimes match patterns as substrings.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from compressor.formats.ct_layouts.mx_quantized import MXQuantized
 from compressor.formats.ct_layouts.nvfp4_pack_quantized import NVFP4PackQuantized
 from compressor.formats.ct_layouts.pack_quantized import PackQuantized
 from compressor.ir.tensor import TensorShape
+from compressor.patterns import Names
 from compressor.qtensor import MXFP4, MXFP8, QTensor, QuantSpec
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
@@ -184,9 +184,12 @@ class CompressedTensors(AllValues):
             raise InputError("quantization_config.ignore is not a list of names")
         if not isinstance(kv, Mapping | None):
             raise InputError("quantization_config.kv_cache_scheme is not a mapping")
+        where = "quantization_config"
+        targets = {key: Names(group["targets"], where=where) for key, group in groups.items()}
+        ignored = Names(ignore, where=where)
         return ModelSchemes(
             linears={
-                module: _scheme(module, tensors, groups, ignore, config.get("format"))
+                module: _scheme(module, tensors, groups, targets, ignored, config.get("format"))
                 for module, tensors in linears.items()
             },
             kv=None if kv is None else read_kv(kv),
@@ -218,28 +221,18 @@ def describe(scheme: Scheme) -> str:
     return f"{text} with {scheme.input.element} inputs" if scheme.input else text
 
 
-def matches(patterns: Iterable[str], module: str) -> bool:
-    """Whether a module is named: exactly, or by a regular expression from its start."""
-    try:
-        return any(
-            re.match(p[3:], module) is not None if p.startswith("re:") else p == module
-            for p in patterns
-        )
-    except re.error as error:
-        raise InputError(f"quantization_config holds a bad regular expression: {error}") from error
-
-
 def _scheme(
     module: str,
     tensors: Mapping[str, TensorShape],
     groups: Mapping[str, Mapping[str, Any]],
-    ignore: list[str],
+    targets: Mapping[str, Names],
+    ignored: Names,
     default: Any,
 ) -> Scheme:
-    named = [key for key, group in groups.items() if matches(group["targets"], module)]
-    classed = [key for key, group in groups.items() if "Linear" in group["targets"]]
+    named = [key for key in groups if module in targets[key]]
+    classed = [key for key in groups if "Linear" in targets[key].exact]
     packed = [layout for layout in LAYOUTS if layout.owns(tensors)]
-    if matches(ignore, module) or not (named or classed):
+    if module in ignored or not (named or classed):
         if packed:
             raise InputError(f"{module} holds quantized tensors, but no config group is for it")
         return Scheme()

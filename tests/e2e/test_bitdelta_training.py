@@ -15,8 +15,8 @@ from compressor.delta_apply import apply_delta
 from compressor.delta_source import open_delta, open_model
 from compressor.errors import Interrupted
 from compressor.evaluate import evaluate
-from compressor.runner import load_tokenizer
 from compressor.source import open_source
+from compressor.tokenizer import load_tokenizer
 from tests.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
 from tests.golden_files import trained_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+
+from compressor.cli.main import main
 
 COMPRESS = [sys.executable, "-m", "compressor"]
 
@@ -77,3 +80,20 @@ def test_a_full_disk_under_stdout_is_the_machines_failure(recipe: Path) -> None:
 def test_an_encoding_without_a_character_gets_an_escape(tmp_path: Path) -> None:
     done = shell('PYTHONIOENCODING=latin-1 "$@"', "plan", tmp_path / "木.yaml")
     assert done.returncode == 2 and "\\u6728.yaml" in done.stderr
+
+
+def test_a_file_system_without_locks_is_named(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("compressor.workspace.fcntl.flock", no_locks)
+    monkeypatch.setattr("sys.argv", ["compress", "run", str(recipe), "--device", "cpu"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    errors = capsys.readouterr().err
+    assert left.value.code == 3
+    assert (
+        "cannot lock" in errors and "No locks available" in errors and "another run" not in errors
+    )

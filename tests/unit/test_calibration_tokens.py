@@ -18,8 +18,8 @@ from compressor.errors import InputError
 from compressor.evaluation_settings import Evaluation
 from compressor.plan import make_plan
 from compressor.recipe import Calibration, make_recipe
-from compressor.runner import load_tokenizer
 from compressor.source import open_source
+from compressor.tokenizer import load_tokenizer
 
 TEMPLATE = """{% for m in messages %}{% if m['role'] == 'system' %}
 {{ raise_exception('System role not supported') }}{% endif %}<{{ m['role'] }}>{{ m['content'] }}

@@ -233,24 +233,29 @@ CASES: list[Case] = [
     ),
     (
         "no text there",
-        lambda d: ["run", d.recipe(evaluate={"data": "held-out.txt"}), "--device", "cpu"],
+        lambda d: [
+            "run",
+            d.recipe(evaluate={"data": "held-out.txt", "length": 64}),
+            "--device",
+            "cpu",
+        ],
         ["evaluate.data: there is no file held-out.txt"],
     ),
     (
         "text in another field",
         lambda d: [
             "run",
-            d.recipe(evaluate={"data": d.write("rows.jsonl", '{"body": "words"}\n')}),
+            d.recipe(evaluate={"length": 64, "data": d.write("rows.jsonl", '{"body": "words"}\n')}),
             "--device",
             "cpu",
         ],
-        ["evaluate.data: rows.jsonl line 1 has no text in field 'text'", "one of: body"],
+        ["evaluate.data: rows.jsonl line 1 has no field", "one of: 'body'"],
     ),
     (
         "a broken line of JSON",
         lambda d: [
             "run",
-            d.recipe(evaluate={"data": d.write("rows.jsonl", '{"text": "a"}\n{"te')}),
+            d.recipe(evaluate={"length": 64, "data": d.write("rows.jsonl", '{"text": "a"}\n{"te')}),
             "--device",
             "cpu",
         ],
@@ -260,7 +265,7 @@ CASES: list[Case] = [
         "too little text",
         lambda d: [
             "run",
-            d.recipe(evaluate={"data": d.write("short.txt", "a few words")}),
+            d.recipe(evaluate={"length": 64, "data": d.write("short.txt", "a few words")}),
             "--device",
             "cpu",
         ],

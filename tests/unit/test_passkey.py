@@ -17,8 +17,8 @@ from torch import Tensor
 from compressor.attention import AttentionCall
 from compressor.errors import InputError
 from compressor.passkey import Passkey, make_rows, passkey
-from compressor.runner import load_tokenizer
 from compressor.source import open_source
+from compressor.tokenizer import load_tokenizer
 from tests.golden_files import trained_model
 
 CPU = torch.device("cpu")

@@ -32,7 +32,12 @@ FORBIDDEN = {
     "compressor.independent": ("compressor.formats", "compressor.numerics", "compressor.qtensor"),
     "compressor.independent_arrays": ("compressor",),
 }
-RUNNERS = ("compressor.runner", "compressor.attention_runtime", "compressor.harness")
+RUNNERS = (
+    "compressor.runner",
+    "compressor.tokenizer",
+    "compressor.attention_runtime",
+    "compressor.harness",
+)
 
 
 def modules() -> dict[str, Path]:

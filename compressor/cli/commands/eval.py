@@ -125,7 +125,7 @@ def command(
     from compressor.locate import locate
     from compressor.passkey import Passkey
     from compressor.passkey import passkey as probe
-    from compressor.runner import load_tokenizer
+    from compressor.tokenizer import load_tokenizer
 
     if stride is not None and stride >= length:
         raise InputError("--stride is not below --length", hint=f"at most {length - 1}")

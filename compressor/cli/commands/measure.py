@@ -66,8 +66,8 @@ def command(
     from compressor.durable import write_atomically
     from compressor.locate import locate
     from compressor.recipe import make_recipe, parse_yaml
-    from compressor.runner import load_tokenizer
     from compressor.sensitivity import measure_sensitivity, plans_of_bits
+    from compressor.tokenizer import load_tokenizer
 
     where = choose_device(device)
     if subject.endswith((".yaml", ".yml")):

@@ -62,6 +62,7 @@ def command(
     from compressor.estimate import estimate
     from compressor.locate import locate
     from compressor.plan import make_plan
+    from compressor.preflight import preflight
     from compressor.process_memory import rss
     from compressor.recipe import load_recipe, parse_size
 
@@ -81,6 +82,7 @@ def command(
     bound = parse_size(device_memory) if device_memory else None
     costs = estimate(plan, device=torch.device(device), resident=resident, device_memory=bound)
     problems, notes = check_data(plan)
+    problems += preflight(plan)[1]
     if problems:
         raise Problems(problems)
     plan = replace(plan, notes=(*plan.notes, *notes))
