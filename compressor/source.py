@@ -28,6 +28,9 @@ from compressor.stored_names import canonical
 CODE_NAMES = ("weight_packed", "qweight")
 """Names under which formats store codes in place of a linear's `weight`."""
 
+TELLING = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_global_scale")
+"""Names by which compressed-tensors' sub-formats are told apart."""
+
 ADDED = re.compile(r".*\.(k_scale|v_scale|q_future_proj\.weight|q_curr_proj\.weight)$")
 """Tensors that a pass adds beside the architecture's own."""
 
@@ -60,16 +63,12 @@ class Source:
 
     def stored(self, linear: Linear) -> dict[str, TensorShape]:
         """Tensors that hold a linear's weight: name local to the linear → dtype and shape."""
-        spec = self.schemes.linears[linear.name].weight
-        if spec is None:
-            name = f"{linear.name}.weight"
-            return {"weight": self.checkpoint.entries[name].spec}
-        return self.format.layout(
-            spec,
-            linear.shape,
-            model_dtype=self.checkpoint.dtype,
-            input=self.schemes.linears[linear.name].input,
-        )
+        scheme, entries = self.schemes.linears[linear.name], self.checkpoint.entries
+        if scheme.weight is None:
+            return {"weight": entries[f"{linear.name}.weight"].spec}
+        paths = ((leaf, f"{linear.name}.{leaf}") for leaf in TELLING)
+        tensors = {leaf: entries[path].spec for leaf, path in paths if path in entries}
+        return self.format.stored(tensors, scheme, linear.shape, model_dtype=self.checkpoint.dtype)
 
     def names(self, unit: UnitLayout) -> tuple[str, ...]:
         """Names on disk of all of a unit's tensors, in a fixed order."""

@@ -79,6 +79,21 @@ class Format(Protocol):
         """Names, dtypes and shapes that `encode` will give for a weight [out, in]."""
         ...
 
+    def stored(
+        self,
+        tensors: Mapping[str, TensorShape],
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        model_dtype: torch.dtype,
+    ) -> dict[str, TensorShape]:
+        """Those of a linear's tensors that hold its weight [out, in] and input scale, as they
+        should be; `layout` where there is one way to write a scheme.
+
+        tensors  all that a checkpoint has of the linear, by local name
+        """
+        ...
+
     def encode(
         self,
         q: QTensor,
@@ -153,7 +168,19 @@ class Format(Protocol):
 
 
 class AllValues:
-    """Defaults of a format that has a form for every value of what it accepts."""
+    """Defaults of a format that has a form for every value of what it accepts, and one form."""
+
+    def stored(
+        self: Format,
+        tensors: Mapping[str, TensorShape],
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        model_dtype: torch.dtype,
+    ) -> dict[str, TensorShape]:
+        """What `layout` says."""
+        assert scheme.weight is not None
+        return self.layout(scheme.weight, shape, model_dtype=model_dtype, input=scheme.input)
 
     def may_lack(self, scheme: Scheme) -> str | None:
         """None."""

@@ -75,6 +75,19 @@ class CompressedTensors(AllValues):
         """The sub-format's tensors."""
         return holder(Scheme(weight=spec, input=input)).layout(spec, shape, input=input)
 
+    def stored(
+        self,
+        tensors: Mapping[str, TensorShape],
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        model_dtype: torch.dtype,
+    ) -> dict[str, TensorShape]:
+        """Those of the sub-format that the tensors' names show: some schemes have been written in
+        two."""
+        assert scheme.weight is not None
+        return owner(tensors).layout(scheme.weight, shape, input=scheme.input)
+
     def encode(
         self,
         q: QTensor,

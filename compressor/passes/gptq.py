@@ -18,7 +18,13 @@ from compressor.ir.unit import Unit
 from compressor.layout import Linear
 from compressor.numerics.nvfp4 import BLOCK, Rule
 from compressor.passes.base import Pass, PassContext, PassResult
-from compressor.passes.rtn import input_spec, int_spec, narrow_beside_inputs, uneven_groups
+from compressor.passes.rtn import (
+    by_channel_beside_inputs,
+    input_spec,
+    int_spec,
+    narrow_beside_inputs,
+    uneven_groups,
+)
 from compressor.qtensor import NVFP4
 from compressor.rounding import with_input_scales
 from compressor.scheme import ActivationSpec, Scheme
@@ -46,7 +52,10 @@ class Gptq(Pass):
     )
     bits: int = Field(4, ge=2, le=8, description="bits of one integer weight")
     group_size: int | None = Field(
-        128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
+        128,
+        ge=1,
+        description="neighbouring inputs that share a scale; null for a whole row, the default "
+        "of 8 bits beside int8 inputs",
     )
     symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
     rule: Rule = Field("mse", description="how NVFP4 chooses a block's scale, as in nvfp4")
@@ -64,6 +73,8 @@ class Gptq(Pass):
     min_tokens: int = Field(
         64, ge=1, description="what fewer tokens went through (a rare expert) is rounded to nearest"
     )
+
+    _by_channel = model_validator(mode="before")(by_channel_beside_inputs)
 
     @model_validator(mode="after")
     def _options_of_the_grid(self) -> Gptq:

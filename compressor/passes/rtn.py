@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from compressor_calibration.stats import SiteStats, StatNeeds
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.ir.unit import Unit
@@ -17,6 +17,14 @@ from compressor.rounding import quantize_all, with_input_scales
 from compressor.scheme import ActivationSpec, Scheme
 
 
+def by_channel_beside_inputs(data: Any) -> Any:
+    """Eight-bit weights beside int8 inputs have a scale per output channel unless a group is asked
+    for: no runtime multiplies them in groups."""
+    if isinstance(data, dict) and data.get("bits") == 8 and data.get("activations") is not None:
+        return {"group_size": None, **data}
+    return data
+
+
 class Rtn(Pass):
     """Round every weight to the nearest value of its group's grid, without calibration data."""
 
@@ -25,13 +33,18 @@ class Rtn(Pass):
 
     bits: int = Field(4, ge=2, le=8, description="bits of one weight")
     group_size: int | None = Field(
-        128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
+        128,
+        ge=1,
+        description="neighbouring inputs that share a scale; null for a whole row, the default "
+        "of 8 bits beside int8 inputs",
     )
     symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
     activations: Literal["token", "tensor", "static"] | None = Field(
         None,
         description="int8 inputs: with a dynamic scale per token or tensor, or a calibrated one",
     )
+
+    _by_channel = model_validator(mode="before")(by_channel_beside_inputs)
 
     def scheme(self) -> Scheme:
         weight = int_spec(self.bits, self.group_size, symmetric=self.symmetric)

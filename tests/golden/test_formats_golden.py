@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from compressor.errors import InputError
-from compressor.formats.base import get_format
+from compressor.formats.base import ModelSchemes, get_format
 from compressor.formats.packing.words import pack_words, unpack_words
+from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
+from compressor.scheme import ActivationSpec, Scheme
 from tests.golden_files import vectors
 
 F16 = torch.float16
@@ -94,3 +96,23 @@ def test_compressed_tensors_files(bits):
     full = rows * bits // 32  # words that hold nothing but these rows
     packed = golden[f"zp{bits}.packed_dim0"]
     assert torch.equal(tensors["weight_zero_point"][:full], packed[:full, :1])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", ["sym", "asym"])
+def test_integers_beside_int8_inputs_are_packed(bits, zeros):
+    golden, fmt = vectors(f"formats/ct_wna8_w{bits}_{zeros}"), get_format("compressed-tensors")
+    names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    tensors = {name: golden[name] for name in names if name in golden}
+    zero = "subtract" if zeros == "asym" else "none"
+    spec = QuantSpec("int", bits, "group", 64, zero=zero, scale_dtype=torch.bfloat16)
+    q = fmt.decode(tensors, spec)
+    assert torch.equal(q.dequantize(torch.bfloat16), golden["dequant"])
+    inputs = ActivationSpec("int8", "token")
+    written = fmt.encode(q, model_dtype=torch.bfloat16, input=inputs)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+    config = fmt.config(ModelSchemes(linears={"m": Scheme(spec, inputs)}))
+    assert config["format"] == "pack-quantized"
+    shapes = {n: TensorShape(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    assert fmt.schemes(config, {"m": shapes}).linears["m"] == Scheme(spec, inputs)

@@ -10,11 +10,12 @@ import torch
 
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, format_names, get_format
+from compressor.formats.ct_layouts.int_quantized import IntQuantized
 from compressor.formats.packing.words import pack_words
 from compressor.independent import decode_linear
 from compressor.ir.tensor import TensorShape
 from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import KVSpec, Scheme
+from compressor.scheme import ActivationSpec, KVSpec, Scheme
 from tests.int_weights import same, weight
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -259,3 +260,16 @@ def test_the_same_names_and_config_as_another_writer(symmetric):
         "transform_config": {},
         "version": "0.20.0",
     }
+
+
+def test_integers_beside_inputs_that_were_written_unpacked_are_read() -> None:
+    fmt, inputs = get_format("compressed-tensors"), ActivationSpec("int8", "token")
+    spec = QuantSpec("int", 4, "group", 16, scale_dtype=torch.bfloat16)
+    codes = torch.randint(0, 16, (8, 32), dtype=torch.uint8)
+    q = QTensor(spec=spec, codes=codes, scales=torch.rand(8, 2).bfloat16())
+    unpacked = IntQuantized().encode(q, input=inputs, input_scale=None)
+    headers = {n: TensorShape(t.dtype, tuple(t.shape)) for n, t in unpacked.items()}
+    stored = fmt.stored(headers, Scheme(spec, inputs), (8, 32), model_dtype=torch.bfloat16)
+    assert stored == headers
+    assert torch.equal(fmt.decode(unpacked, spec).codes, codes)
+    assert "weight_packed" in fmt.encode(q, model_dtype=torch.bfloat16, input=inputs)

@@ -155,3 +155,11 @@ def test_a_group_that_does_not_divide_is_explained(bench):
     assert "128" in reason and "64, 32, 16 would" in reason
     assert Rtn(group_size=None).check(linear) is None
     assert Awq().check(linear) is None
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_eight_bits_beside_int8_inputs_are_by_channel(name: str) -> None:
+    kind = get_pass(name)
+    assert kind(bits=8, activations="token").group_size is None
+    assert kind(bits=8, activations="token", group_size=64).group_size == 64
+    assert kind(bits=8).group_size == kind(bits=4, activations="token").group_size == 128

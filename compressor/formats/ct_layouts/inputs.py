@@ -62,6 +62,13 @@ def input_entry(input: ActivationSpec) -> dict[str, Any]:
     )
 
 
+def uneven_inputs(input: ActivationSpec | None, shape: tuple[int, int]) -> str | None:
+    """Why the inputs of a weight [out, in] cannot be cut into their groups, or None."""
+    if input is None or input.mode != "group" or shape[1] % (input.group_size or 1) == 0:
+        return None
+    return f"{shape[1]} inputs do not divide into groups of {input.group_size}"
+
+
 def read_input(args: Mapping[str, Any]) -> ActivationSpec:
     """The inverse of `input_entry`. Raises InputError for what is not supported."""
     size = args.get("group_size")

@@ -1,5 +1,7 @@
 """compressed-tensors `int-quantized`: integer weights whose inputs are quantized too, one a byte.
 
+What `pack-quantized` holds as well is written packed, and read in both forms.
+
 weight             int8 [out, in], codes less 2^(bits−1)
 weight_scale       [out, in/G], [out, 1] or [1]
 weight_zero_point  int8, the shape of the scales, less 2^(bits−1). Absent where symmetric
@@ -21,6 +23,7 @@ from compressor.formats.ct_layouts.inputs import (
     read_input,
     read_static,
     static_layout,
+    uneven_inputs,
 )
 from compressor.formats.ct_layouts.weights import (
     encode_scales,
@@ -60,8 +63,8 @@ class IntQuantized:
         assert scheme.weight is not None and scheme.input is not None
         if scheme.input.mode == "mx":
             return "microscaled inputs go with microscaled weights"
-        if scheme.input.mode == "group" and shape[1] % (scheme.input.group_size or 1):
-            return f"{shape[1]} inputs do not divide into groups of {scheme.input.group_size}"
+        if reason := uneven_inputs(scheme.input, shape):
+            return reason
         if not 1 <= scheme.weight.bits <= 8:
             return f"{scheme.weight.bits} bits are not 1 to 8"
         return int_reason(scheme.weight, shape)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.formats.ct_layouts.inputs import input_entry, read_input, uneven_inputs
 from compressor.formats.ct_layouts.weights import (
     encode_scales,
     read_int_weight,
@@ -38,17 +39,27 @@ from compressor.scheme import ActivationSpec, Scheme
 
 
 class PackQuantized:
-    """Weight-only integers."""
+    """Integer weights alone, or beside inputs that are quantized dynamically by token or group."""
 
     format = "pack-quantized"
 
     def holds(self, scheme: Scheme) -> bool:
-        """Integer weights whose inputs stay in float."""
-        return scheme.weight is not None and scheme.weight.element == "int" and scheme.input is None
+        """Integer weights whose inputs stay in float, or are quantized by token or group where
+        vLLM reads the weight packed: below eight bits, in groups, or with zero points."""
+        weight, input = scheme.weight, scheme.input
+        if weight is None or weight.element != "int":
+            return False
+        if input is None:
+            return True
+        plain = weight.bits == 8 and weight.symmetric and weight.strategy != "group"
+        dynamic = input.element in ("int8", "fp8_e4m3") and input.mode in ("token", "group")
+        return dynamic and weight.strategy in ("channel", "group") and not plain
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """1 to 8 bits with a scale per tensor, channel or whole group."""
         assert scheme.weight is not None
+        if reason := uneven_inputs(scheme.input, shape):
+            return reason
         if not 1 <= scheme.weight.bits <= 8:
             return f"{scheme.weight.bits} bits are not 1 to 8"
         return int_reason(scheme.weight, shape)
@@ -98,7 +109,7 @@ class PackQuantized:
         return tensors
 
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """None: inputs stay in float."""
+        """None: no input has a stored scale."""
         return None
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
@@ -117,17 +128,20 @@ class PackQuantized:
         return QTensor(spec=spec, codes=codes, scales=scales, zeros=_zeros(tensors, spec, scales))
 
     def group(self, scheme: Scheme) -> dict[str, Any]:
-        """The weight's QuantizationArgs."""
-        spec = scheme.weight
+        """QuantizationArgs of the weight, and of inputs that are quantized."""
+        spec, input = scheme.weight, scheme.input
         assert spec is not None
-        return {"weights": weight_entry(spec), "input_activations": None}
+        entry = None if input is None else input_entry(input)
+        return {"weights": weight_entry(spec), "input_activations": entry}
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
-        """The weight's spec; the scale's dtype is the stored one."""
-        if group.get("input_activations") is not None:
-            raise InputError("input_activations beside packed weights are not supported")
+        """Specs of weight and input; the scale's dtype is the stored one."""
         spec = read_int_weight(group["weights"], tensors, format=self.format)
-        return Scheme(weight=spec)
+        inputs = group.get("input_activations")
+        scheme = Scheme(weight=spec, input=None if inputs is None else read_input(inputs))
+        if not self.holds(scheme):
+            raise InputError("input_activations of this kind beside packed weights are not known")
+        return scheme
 
 
 def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
