@@ -22,6 +22,8 @@ from compressor.safetensors_file import Entry, read_header, read_tensor, tensor_
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME = "adapter_config.json"
+NO_TOKENIZER = "no_tokenizer.json"
+"""In the folder of a converted model: why it has no tokenizer, {"message", "hint"}."""
 PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
 READ_THREADS = 4
 

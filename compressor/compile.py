@@ -33,6 +33,7 @@ from compressor.process_memory import rss
 from compressor.recipe import AFTERWARDS, Recipe
 from compressor.records import stated_hash
 from compressor.source_content import SourceContent
+from compressor.unit_plan import DTYPES
 from compressor.warm_up import warm_up
 from compressor.workspace import owned
 
@@ -115,7 +116,7 @@ def prepare(
     if device.type == "cpu":
         # Now, since others import Triton, and it looks only once.
         enable_interpreter()
-    located = locate(recipe.model, fetch=True, to_plan=True)
+    located = locate(recipe.model, fetch=True, to_plan=True, dtype=DTYPES.get(recipe.dtype))
     plan = _plan(recipe, located)
     warm_up(plan, device)
     tokenizer, problems = preflight(plan)

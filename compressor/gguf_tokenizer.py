@@ -24,6 +24,7 @@ from tokenizers import (
 )
 
 from compressor.errors import InputError
+from compressor.gguf_config import token_id
 
 # Kinds of token, as tokenizer.ggml.token_type counts them.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -34,6 +35,10 @@ SPECIAL_TOKENS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
+
+
+class UnknownTokenizer(InputError):
+    """How the file's model splits text is not known here; its weights may be used without text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +86,13 @@ SPLITTINGS = {
 def tokenizer_files(metadata: Mapping[str, Any], *, max_length: int) -> dict[str, bytes]:
     """The two files, by name. `max_length` is the model's context in tokens.
 
-    Raises InputError for a tokenizer of another kind, and for metadata that contradicts itself.
+    Raises UnknownTokenizer for a tokenizer of another kind, InputError for metadata that
+    contradicts itself.
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
-        raise InputError(
+        raise UnknownTokenizer(
             f"the GGUF file has a tokenizer of kind {kind!r}",
             hint="gpt2 (byte-level BPE) and llama (SentencePiece BPE) are converted",
         )
@@ -124,16 +130,8 @@ def tokenizer_files(metadata: Mapping[str, Any], *, max_length: int) -> dict[str
 
 def _special_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
     """bos_token and the like → the token."""
-    found = {}
-    for name, key in SPECIAL_TOKENS.items():
-        if key in metadata:
-            index = metadata[key]
-            if not isinstance(index, int) or not 0 <= index < len(tokens):
-                raise InputError(
-                    f"the GGUF file says {key} is {index!r}; it has {len(tokens)} tokens"
-                )
-            found[name] = tokens[index]
-    return found
+    ids = {name: token_id(metadata, key) for name, key in SPECIAL_TOKENS.items()}
+    return {name: tokens[index] for name, index in ids.items() if index is not None}
 
 
 def _says(
@@ -146,7 +144,7 @@ def _says(
 
 def _splitting(name: Any) -> _Splitting:
     if name not in SPLITTINGS:
-        raise InputError(
+        raise UnknownTokenizer(
             f"the GGUF file splits text by {name!r}, which is not known here",
             hint=f"known are {', '.join(SPLITTINGS)}; else use the model's Hugging Face checkpoint",
         )

@@ -11,10 +11,12 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from compressor.checkpoint import (
     INDEX_NAME,
@@ -25,16 +27,22 @@ from compressor.checkpoint import (
 )
 from compressor.errors import InputError, MachineError, Problems
 from compressor.finish import RECIPE_NAME
-from compressor.gguf_source import convert_gguf
+from compressor.gguf_source import CONVERSION, convert_gguf
 from compressor.ir.tensor import TensorShape
 from compressor.manifest import MANIFEST_NAME
+from compressor.one_reading import BESIDE
 from compressor.safetensors_file import DTYPES, Entry
 from compressor.side_files import SideFiles, select, shard_names, side_files
 from compressor.source import Source, as_source
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-FETCHED = ("config.json", INDEX_NAME, SINGLE_NAME, "README.md", MANIFEST_NAME, RECIPE_NAME)
+FETCHED = (
+    *("config.json", INDEX_NAME, SINGLE_NAME, "README.md", MANIFEST_NAME, RECIPE_NAME),
+    *BESIDE,
+)
 """Files of a Hub repository that come here, if it has them, beside side files and shards."""
+GGUF_CACHE = "gguf-2"
+"""Folder of converted GGUF files; another one whenever the conversion changes."""
 SNAPSHOT = re.compile(r"models--(?P<repo>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
 """How the Hub's cache names a folder that holds a model."""
 
@@ -71,17 +79,20 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "compressor"
 
 
-def locate(model: str, *, fetch: bool, to_plan: bool = False) -> Located:
+def locate(
+    model: str, *, fetch: bool, to_plan: bool = False, dtype: torch.dtype | None = None
+) -> Located:
     """Find a model; with `fetch`, a Hub repository's weights are downloaded too.
 
     to_plan  leaves what is wrong with a folder's shards to the plan, as `open_checkpoint` does
+    dtype    what quantized weights that are read as floats become; None: the model's own
     Raises InputError for what is not there or may not be read, MachineError for a failing network.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         checkpoint = open_checkpoint(path, to_plan=to_plan)
         try:
-            found = as_source(checkpoint)
+            found = as_source(checkpoint, dtype=dtype)
         except InputError as error:
             if not checkpoint.problems:
                 raise
@@ -93,7 +104,7 @@ def locate(model: str, *, fetch: bool, to_plan: bool = False) -> Located:
                 f"{model} is a file, but not a GGUF file",
                 hint="name the checkpoint's folder, a .gguf file or a Hub id",
             )
-        return _gguf(path)
+        return _gguf(path, dtype)
     looks_local = model.startswith(("/", "./", "../", "~")) or path.suffix.lower() == ".gguf"
     if looks_local or not HUB_ID.fullmatch(model):
         raise InputError(
@@ -101,22 +112,26 @@ def locate(model: str, *, fetch: bool, to_plan: bool = False) -> Located:
             hint="a model is a checkpoint folder, a GGUF file or a Hub id: org/name@revision",
         )
     repo, _, revision = model.partition("@")
-    return _hub(repo, revision or None, fetch=fetch)
+    return _hub(repo, revision or None, fetch=fetch, dtype=dtype)
 
 
-def _gguf(path: Path) -> Located:
-    """A GGUF file, converted once and kept under its content's hash."""
+def _gguf(path: Path, dtype: torch.dtype | None) -> Located:
+    """A GGUF file, converted once and kept under its content's hash and the dtype asked for."""
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / digest[:32]
+    asked = "own" if dtype is None else str(dtype).removeprefix("torch.")
+    folder = cache_folder() / GGUF_CACHE / f"{digest[:32]}-{asked}"
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        convert_gguf(path, folder)
+        convert_gguf(path, folder, dtype=dtype)
     identity = {"name": path.name, "gguf_sha256": digest}
-    return Located(as_source(open_checkpoint(folder)), identity)
+    checkpoint = open_checkpoint(folder)
+    said = load_json(folder / CONVERSION, what="record of the conversion").get("notes", [])
+    notes = (*checkpoint.notes, *map(str, said))
+    return Located(as_source(replace(checkpoint, notes=notes)), identity)
 
 
-def _hub(repo: str, revision: str | None, *, fetch: bool) -> Located:
+def _hub(repo: str, revision: str | None, *, fetch: bool, dtype: torch.dtype | None) -> Located:
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -127,10 +142,17 @@ def _hub(repo: str, revision: str | None, *, fetch: bool) -> Located:
         identity = {"name": repo, "revision": commit}
         if fetch:
             folder, beside = _fetch(repo, commit, names)
-            return Located(as_source(open_checkpoint(folder)), identity, beside=beside)
+            source = as_source(open_checkpoint(folder), dtype=dtype)
+            return Located(source, identity, beside=beside)
         path = Path(api.hf_hub_download(repo, "config.json", revision=commit))
         found = api.get_safetensors_metadata(repo, revision=commit)
     config = load_json(path, what=f"config of {repo}")
+    if "quantization_config" not in config:
+        for name in BESIDE.keys() & set(names):
+            with _hub_errors(repo, revision):
+                said_in = Path(api.hf_hub_download(repo, name, revision=commit))
+            said = BESIDE[name](load_json(said_in, what=f"{name} of {repo}"))
+            config["quantization_config"] = said
     entries: dict[str, Entry] = {}
     for file, metadata in found.files_metadata.items():
         for name, tensor in metadata.tensors.items():
@@ -138,7 +160,7 @@ def _hub(repo: str, revision: str | None, *, fetch: bool) -> Located:
     checkpoint = Checkpoint(folder=Path(repo), config=config, entries=entries)
     known = {"config.json": path.read_bytes()}
     beside = select(names, read=known.get)
-    return Located(as_source(checkpoint), identity, local=False, beside=beside)
+    return Located(as_source(checkpoint, dtype=dtype), identity, local=False, beside=beside)
 
 
 def _fetch(repo: str, commit: str, names: list[str]) -> tuple[Path, SideFiles]:

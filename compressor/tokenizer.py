@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint import NO_TOKENIZER, load_json
 from compressor.errors import InputError
 from compressor.foreign import bounded
 
@@ -58,6 +59,8 @@ def load_tokenizer(folder: Path) -> GuardedTokenizer:
 
     Raises InputError where there is none, or none that works.
     """
+    if (folder / NO_TOKENIZER).is_file():
+        raise InputError(**load_json(folder / NO_TOKENIZER, what="record"))
     tokenizer = bounded(
         lambda: _load(folder),
         what=f"{folder} has no tokenizer that loads",

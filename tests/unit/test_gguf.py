@@ -1,6 +1,7 @@
 """GGUF files rewritten as checkpoints."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from compressor import gguf_source
 from compressor.checkpoint import open_checkpoint
 from compressor.errors import InputError
 from compressor.gguf_source import convert_gguf
+from compressor.locate import locate
+from compressor.source import open_source
+from compressor.tokenizer import load_tokenizer
 from tests.gguf_files import byte_level_tokenizer, tiny_model, write_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -63,8 +67,11 @@ def test_every_stored_type_is_dequantized(tmp_path, byte_level, kind):
             # Blocks lie along rows, so quantizing commutes with the order of rows.
             stored = gguf.quantize(value.numpy(), quantized)
             value = torch.from_numpy(gguf.dequantize(stored, quantized))
-        assert found[name].dtype == torch.bfloat16
-        assert torch.equal(found[name], value.bfloat16()), name
+        # Floats keep their own dtype; in a quantized file all become bfloat16.
+        own = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind)
+        dtype = torch.bfloat16 if own is None else own if value.ndim == 2 else torch.float32
+        assert found[name].dtype == dtype, name
+        assert torch.equal(found[name], value.to(dtype)), name
 
 
 def test_shards_are_cut_and_indexed(tmp_path, byte_level, monkeypatch):
@@ -136,9 +143,22 @@ def test_llama3_rotary_stretching_is_recovered_and_another_refused(tmp_path, byt
         ({"llama.attention.head_count_kv": 4}, r"blk\.0\.attn_k"),
         ({"llama.context_length": None}, "context_length"),
         ({"split.count": 2}, "one of 2 parts"),
-        ({"tokenizer.ggml.pre": "some-new-one"}, "some-new-one"),
-        ({"tokenizer.ggml.pre": None}, "splits text by None"),
-        ({"tokenizer.ggml.model": "bert"}, "'bert'"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5, which needs yarn"),
+        ({"llama.rope.scaling.factor": -2.0}, "positive numbers are needed"),
+        ({"llama.attention.value_length": 8}, "values of 8 channels"),
+        ({"llama.attention.sliding_window": 64}, "sliding_window is 64, below its context"),
+        ({"llama.attention.scale": 0.5}, "attention.scale is 0.5"),
+        ({"llama.attention.causal": False, "llama.logit_scale": 2.0}, "logit_scale is 2.0"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"llama.attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"llama.embedding_scale": 12.0}, "embedding_scale is 12.0"),
+        ({"llama.residual_scale": 0.22}, "residual_scale is 0.2"),
+        ({"llama.attention.clamp_kqv": 8.0}, "clamp_kqv is 8.0"),
+        ({"llama.use_parallel_residual": True}, "use_parallel_residual is True"),
+        ({"llama.something_new": 3}, "llama.something_new is 3, which is not converted"),
+        ({"llama.vocab_size": 479}, "vocab_size is 479, but embeds 480"),
+        ({"general.type": "adapter"}, "no model, but is of the type 'adapter'"),
         ({"tokenizer.ggml.bos_token_id": 480}, "bos_token_id is 480"),
         ({"tokenizer.ggml.merges": ["zz zz"]}, "merges do not fit"),
     ],
@@ -150,6 +170,168 @@ def test_what_cannot_be_converted_is_refused_and_nothing_written(
     with pytest.raises(InputError, match=message):
         convert_gguf(source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def converted(folder):
+    """The logits of a converted model, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("stated", "rope"),
+    [
+        ({"rope.scale_linear": 4.0}, LINEAR),
+        ({"rope.scaling.factor": 4.0}, LINEAR),
+        ({"rope.scaling.type": "linear", "rope.scale_linear": 4.0}, LINEAR),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, LINEAR),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, LINEAR),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.factor": 0.0, "rope.scaling.finetuned": True}, None),
+        ({"rope.scaling.type": "linear"}, None),
+    ],
+)
+def test_stretched_positions_are_read_from_old_and_partial_keys(tmp_path, byte_level, stated, rope):
+    model = tiny_model("llama", **({} if rope is None else {"rope_parameters": rope}))
+    keys = {f"llama.{key}": value for key, value in stated.items()}
+    folder = convert_gguf(
+        write_gguf(tmp_path / "m.gguf", model, byte_level, **keys), tmp_path / "o"
+    )
+    with torch.no_grad():
+        assert torch.equal(converted(folder), model(torch.arange(40)[None]).logits)
+
+
+@pytest.mark.parametrize("attention", [None, 0.5])
+@pytest.mark.parametrize("original", [None, 64])
+def test_yarn_turns_as_llama_cpp_turns(tmp_path, byte_level, original, attention):
+    theta, factor, size = 10_000.0, 4.0, 16
+    keys = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": factor}
+    if original is not None:
+        keys["llama.rope.scaling.original_context_length"] = original
+    if attention is not None:
+        keys["llama.rope.scaling.attn_factor"] = attention
+    file = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), byte_level, **keys)
+    folder = convert_gguf(file, tmp_path / "o")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    length = original or 256
+    # ggml_rope_yarn: interpolated below the slow corner, as trained above the fast one.
+    corner = [
+        size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (32, 1)
+    ]
+    low, high = max(0, math.floor(corner[0])), min(size - 1, math.ceil(corner[1]))
+    pairs = torch.arange(size // 2, dtype=torch.float64)
+    mix = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
+    trained = theta ** (-2 * pairs / size)
+    expected = trained / factor * (1 - mix) + trained * mix
+    torch.testing.assert_close(
+        loaded.model.rotary_emb.inv_freq.double(), expected, rtol=1e-5, atol=0
+    )
+    magnitude = (1 + 0.1 * math.log(factor)) * (attention or 1)
+    assert loaded.model.rotary_emb.attention_scaling == pytest.approx(magnitude)
+
+
+def test_keys_with_values_that_change_nothing_are_passed_over(tmp_path, byte_level):
+    model = tiny_model("llama")
+    neutral = {
+        "llama.expert_count": 0,
+        "llama.expert_used_count": 0,
+        "llama.logit_scale": 1.0,
+        "llama.final_logit_softcapping": 0.0,
+        "llama.attention.sliding_window": 4096,
+        "llama.attention.scale": 0.25,
+        "llama.attention.causal": True,
+        "llama.vocab_size": 480,
+        "llama.rope.dimension_sections": [0, 0, 0],
+        "llama.attention.head_count_kv": [2, 2],
+        "llama.tensor_data_layout": "Meta AI original pth",
+    }
+    file = write_gguf(tmp_path / "m.gguf", model, byte_level, **neutral)
+    with torch.no_grad():
+        expected = model(torch.arange(40)[None]).logits
+    assert torch.equal(converted(convert_gguf(file, tmp_path / "o")), expected)
+
+
+@pytest.mark.parametrize("kept", ["all", "qkv", "mlp"])
+def test_optional_biases_of_llama_are_read(tmp_path, byte_level, kept):
+    model = tiny_model("llama", attention_bias=kept != "mlp", mlp_bias=kept != "qkv")
+    written = dict(model.state_dict())
+    if kept == "qkv":  # llama.cpp reads each one that is there
+        written = {name: t for name, t in written.items() if not name.endswith("o_proj.bias")}
+        for layer in model.model.layers:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+    with torch.no_grad():
+        expected = model(torch.arange(40)[None]).logits
+    model.state_dict = lambda: written
+    folder = convert_gguf(write_gguf(tmp_path / "m.gguf", model, byte_level), tmp_path / "o")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["attention_bias"], config["mlp_bias"]) == (kept != "mlp", kept != "qkv")
+    assert torch.equal(converted(folder), expected)
+    open_source(folder)
+
+
+@pytest.mark.parametrize("value", [2**32 - 1, None])
+def test_a_special_token_that_is_none_is_left_out(tmp_path, byte_level, value):
+    key = "tokenizer.ggml.padding_token_id"
+    file = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), byte_level, **{key: value})
+    folder = convert_gguf(file, tmp_path / "o")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert not {"pad_token_id", "pad_token"} & json.loads((folder / name).read_text()).keys()
+
+
+def test_a_text_also_ends_at_eot(tmp_path, byte_level):
+    keys = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.eom_token_id": 2**32 - 1}
+    file = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), byte_level, **keys)
+    found = json.loads((convert_gguf(file, tmp_path / "o") / "generation_config.json").read_text())
+    assert found["eos_token_id"] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokenizer.ggml.pre": "some-new-one"},
+        {"tokenizer.ggml.pre": None},
+        {"tokenizer.ggml.model": "bert"},
+    ],
+)
+def test_an_unknown_tokenizer_is_missed_only_where_text_is_read(tmp_path, byte_level, changed):
+    model = tiny_model("llama")
+    folder = convert_gguf(
+        write_gguf(tmp_path / "m.gguf", model, byte_level, **changed), tmp_path / "o"
+    )
+    with torch.no_grad():
+        assert torch.equal(converted(folder), model(torch.arange(40)[None]).logits)
+    assert not list(folder.glob("tokenizer*"))
+    with pytest.raises(InputError, match=r"splits text by|tokenizer of kind"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "config", "weight"),
+    [
+        ("F32", None, "float32", torch.float32),
+        ("F16", None, "float16", torch.float16),
+        ("BF16", None, "bfloat16", torch.bfloat16),
+        ("Q8_0", None, "bfloat16", torch.bfloat16),
+        ("Q8_0", torch.float32, "float32", torch.float32),
+    ],
+)
+def test_the_precision_is_the_file_s_or_the_one_asked_for(
+    tmp_path, byte_level, monkeypatch, kind, asked, config, weight
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), byte_level, kind=kind)
+    source = locate(str(file), fetch=True, dtype=asked).source
+    assert str(source.checkpoint.dtype) == f"torch.{config}"
+    entry = source.checkpoint.entries["model.layers.0.mlp.up_proj.weight"]
+    assert entry.spec.dtype == weight
+    rounded = [note for note in source.checkpoint.notes if "rounds nothing" in note]
+    assert len(rounded) == (kind == "Q8_0" and asked is None)
+    again = locate(str(file), fetch=True, dtype=asked).source.checkpoint
+    assert again.notes == source.checkpoint.notes
 
 
 def test_other_architectures_are_refused_by_name(tmp_path):

@@ -68,6 +68,7 @@ def command(
     from compressor.recipe import make_recipe, parse_yaml
     from compressor.sensitivity import measure_sensitivity, plans_of_bits
     from compressor.tokenizer import load_tokenizer
+    from compressor.unit_plan import DTYPES
 
     where = choose_device(device)
     if subject.endswith((".yaml", ".yml")):
@@ -78,7 +79,7 @@ def command(
     given = {"samples": samples, "length": length}
     calibration.update({key: value for key, value in given.items() if value is not None})
     recipe = make_recipe(data)
-    source = locate(recipe.model, fetch=True).source
+    source = locate(recipe.model, fetch=True, dtype=DTYPES.get(recipe.dtype)).source
     if not subject.endswith((".yaml", ".yml")):
         data["passes"] = [{"rtn": {"group_size": group_size or _group_size(source.layout.linears)}}]
     plans_of_bits(data, source, bits)

@@ -65,12 +65,13 @@ def command(
     from compressor.preflight import preflight
     from compressor.process_memory import rss
     from compressor.recipe import load_recipe, parse_size
+    from compressor.unit_plan import DTYPES
 
     resident = rss()
     loaded = load_recipe(
         recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
     )
-    located = locate(loaded.model, fetch=False, to_plan=True)
+    located = locate(loaded.model, fetch=False, to_plan=True, dtype=DTYPES.get(loaded.dtype))
     plan = make_plan(
         loaded,
         located.source,
