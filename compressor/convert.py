@@ -27,6 +27,7 @@ from compressor.ir.unit import Unit
 from compressor.layout import Linear, UnitLayout
 from compressor.locate import Located
 from compressor.manifest import MANIFEST_NAME, read_manifest
+from compressor.mx_to_nvfp4 import as_nvfp4_where_held
 from compressor.one_reading import is_tied
 from compressor.qtensor import QTensor
 from compressor.records import stated_hash
@@ -265,7 +266,8 @@ class _Conversion:
         digest = content_hash(raw)
         if self.content.setdefault(unit.name, digest) != digest:
             raise InputError(f"{unit.name} of the source changed while it was converted")
-        return self.source.assemble(unit, raw)
+        found = self.source.assemble(unit, raw)
+        return found if self.dense else as_nvfp4_where_held(found, self.target, self._input)
 
     def _say_what_goes(self) -> None:
         self.notes += self.source.checkpoint.notes

@@ -184,6 +184,37 @@ def test_dequantized_weights_are_what_the_codes_stand_for(
     assert verify(tmp_path / "dense", device=CPU).ok
 
 
+def test_mxfp4_becomes_nvfp4_without_a_change(model: Path, tmp_path: Path) -> None:
+    recipe = {"model": str(model), "output": str(tmp_path / "mx"), "passes": ["mxfp4"]}
+    compile_checkpoint(prepare(make_recipe(recipe), device=CPU))
+    assert not to(tmp_path / "mx", tmp_path / "nv", "modelopt-nvfp4").rounded
+    before, after = weights(tmp_path / "mx"), weights(tmp_path / "nv")
+    assert before.keys() == after.keys()
+    for name, q in before.items():
+        assert torch.equal(after[name].codes, q.codes)
+        assert torch.equal(after[name].dequantize(), q.dequantize())
+    attention = [after[f"model.layers.0.self_attn.{x}_proj"].second for x in "qkv"]
+    assert len({float(second) for second in attention if second is not None}) == 1
+    report = verify(tmp_path / "nv", against=open_source(model), device=CPU)
+    assert report.ok, report.damage
+
+
+def test_mxfp4_that_nvfp4_does_not_reach_is_refused_by_name(
+    tiny_models: Any, tmp_path: Path
+) -> None:
+    model = tiny_models.build("llama", tmp_path / "model", dtype=torch.float32)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.down_proj"
+    tensors[f"{name}.weight"][0, :32] *= 2.0**-20
+    save_file(tensors, file, {"format": "pt"})
+    recipe = {"model": str(model), "output": str(tmp_path / "mx"), "passes": ["mxfp4"]}
+    compile_checkpoint(prepare(make_recipe(recipe), device=CPU))
+    with pytest.raises((InputError, Problems), match=rf"{name}.*1 of .* groups have a scale"):
+        to(tmp_path / "mx", tmp_path / "nv", "modelopt-nvfp4")
+    assert not (tmp_path / "nv").exists()
+
+
 def test_float_weights_get_no_codes(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="chooses no codes"):
         to(model, tmp_path / "out", "gptq")

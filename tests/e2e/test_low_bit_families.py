@@ -39,6 +39,13 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any], float]] = {
         0.3,
     ),
     "offset-norms": ("gemma2", ["awq", {"nvfp4": {"activations": "calibrated"}}], {}, 0.2),
+    "microscaled": ("llama", ["awq", {"mxfp4": {"activations": "dynamic"}}, "kv_cache"], {}, 0.4),
+    "microscaled-experts": (
+        "mixtral",
+        [{"mxfp8": {"activations": "dynamic", "ignore": []}}],
+        {"untie": True},
+        0.1,
+    ),
     "small-experts": (
         "qwen3_moe",
         [{"awq": {"search": "inputs"}}, {"nvfp4": {"activations": "calibrated"}}, "kv_cache"],
