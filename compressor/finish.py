@@ -130,6 +130,8 @@ def take_up(
 def _manifest(folder: Path, *, begun: bool, stated: Mapping[str, str] | None) -> Manifest | None:
     """A folder's manifest. While the run is `begun`, one that is damaged, or is not the one that
     was `stated` when it was written, is as if it were not there."""
+    if begun and not is_file(folder / MANIFEST_NAME):
+        return None
     try:
         found = read_manifest(folder)
     except InputError:

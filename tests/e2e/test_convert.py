@@ -20,6 +20,7 @@ from compressor.errors import InputError, Problems
 from compressor.locate import locate
 from compressor.qtensor import QTensor
 from compressor.recipe import make_recipe
+from compressor.safetensors_file import read_header
 from compressor.source import open_source
 from compressor.verify import verify
 
@@ -272,6 +273,52 @@ def test_an_interrupted_conversion_continues(
     to(origin, tmp_path / "whole", "gptq-v2")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (output / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("damaged", ["shards", "units"])
+def test_a_conversion_whose_work_was_damaged_continues_to_the_same_bytes(
+    damaged: str, packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    origin, output = packed("autoawq", False), tmp_path / "out"
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to(origin, output, "gptq-v2", progress=stop)
+    for path in (output / ".compress-work" / damaged).iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    to(origin, output, "gptq-v2")
+    to(origin, tmp_path / "whole", "gptq-v2")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (output / path.name).read_bytes()
+
+
+def test_a_conversion_of_a_source_that_changed_is_refused(
+    packed: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    """Also where the changed unit is committed; manifest and headers stay as they were."""
+    origin, output = tmp_path / "origin", tmp_path / "out"
+    shutil.copytree(packed("autoawq", False), origin)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to(origin, output, "gptq-v2", progress=stop)
+    weights = sorted(origin.glob("*.safetensors"))[0]
+    entry = read_header(weights)["model.embed_tokens.weight"]
+    with weights.open("r+b") as file:
+        file.seek(entry.begin)
+        first = file.read(1)
+        file.seek(entry.begin)
+        file.write(bytes([first[0] ^ 1]))
+    with pytest.raises(InputError, match=r"source\.content: "):
+        to(origin, output, "gptq-v2")
 
 
 def test_the_command_says_what_it_did(packed: Callable[[str, bool], Path], tmp_path: Path) -> None:

@@ -91,6 +91,18 @@ def test_only_the_runners_import_transformers() -> None:
     assert not users
 
 
+def test_every_rename_is_followed_by_a_sync() -> None:
+    """`durable.move` renames and syncs the folders; nothing else renames."""
+    renames = ("os.replace(", "os.rename(", "shutil.move(", ".rename(")
+    wrong = [
+        module
+        for module, path in modules().items()
+        if module != "compressor.durable"
+        and any(call in path.read_text("utf-8") for call in renames)
+    ]
+    assert not wrong
+
+
 def test_files_stay_readable() -> None:
     long = [
         f"{module}: {lines} lines"
