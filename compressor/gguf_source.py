@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint import INDEX_NAME, NO_TOKENIZER
-from compressor.durable import write_atomically
+from compressor.durable import move, write_atomically
 from compressor.errors import InputError
 from compressor.gguf_config import (
     EMBEDDING,
@@ -152,7 +152,7 @@ def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype | None = No
         _write_weights(file, work, names, specs, heads=heads if family.permuted else None)
         for name, data in files.items():
             write_atomically(work / name, data)
-        work.rename(output_dir)
+        move(work, output_dir)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return output_dir
