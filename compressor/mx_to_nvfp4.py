@@ -10,7 +10,7 @@ from compressor.formats.base import Format
 from compressor.ir.unit import Unit
 from compressor.layout import Linear
 from compressor.numerics.mx import largest_exponent, nvfp4_of_mxfp4
-from compressor.qtensor import MXFP4, NVFP4, QTensor
+from compressor.qtensor import MXFP4, NVFP4, QTensor, QuantSpec
 from compressor.rounding import fused_with
 from compressor.scheme import ActivationSpec, Scheme
 
@@ -24,12 +24,20 @@ def as_nvfp4_where_held(
     linear, where a weight has no such form.
     """
 
+    def takes(spec: QuantSpec, linear: Linear, input: ActivationSpec | None) -> bool:
+        return target.accepts(Scheme(spec, input), linear.shape) is None
+
     def held(weight: QTensor, linear: Linear) -> bool:
-        mx, nv = (
-            target.accepts(Scheme(spec, input_of(linear)), weight.shape) is None
-            for spec in (MXFP4, NVFP4)
-        )
-        return weight.spec == MXFP4 and nv and not mx
+        input = input_of(linear)
+        if weight.spec != MXFP4 or takes(MXFP4, linear, input) or not takes(NVFP4, linear, None):
+            return False
+        if not takes(NVFP4, linear, input):
+            raise InputError(
+                f"{linear.name}: its inputs are MXFP4 as the model runs, and {target.name} has "
+                "no such inputs",
+                hint="quantize the original with nvfp4, or write MXFP4 weights alone",
+            )
+        return True
 
     groups: dict[Hashable, list[str]] = {}
     for linear in unit.layout.linears:

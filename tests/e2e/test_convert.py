@@ -194,6 +194,10 @@ def test_mxfp4_becomes_nvfp4_without_a_change(model: Path, tmp_path: Path) -> No
     for name, q in before.items():
         assert torch.equal(after[name].codes, q.codes)
         assert torch.equal(after[name].dequantize(), q.dequantize())
+    inputs = {"passes": [{"mxfp4": {"activations": "dynamic"}}], "output": str(tmp_path / "w4a4")}
+    compile_checkpoint(prepare(make_recipe({**recipe, **inputs}), device=CPU))
+    with pytest.raises((InputError, Problems), match="its inputs are MXFP4"):
+        to(tmp_path / "w4a4", tmp_path / "no", "modelopt-nvfp4")
     attention = [after[f"model.layers.0.self_attn.{x}_proj"].second for x in "qkv"]
     assert len({float(second) for second in attention if second is not None}) == 1
     report = verify(tmp_path / "nv", against=open_source(model), device=CPU)
