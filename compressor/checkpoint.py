@@ -154,7 +154,7 @@ def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) 
     """
     used = {entry.file.name for entry in entries.values()}
     others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in used)
-    if indexed and (folder / SINGLE_NAME).is_file() and used != {SINGLE_NAME}:
+    if indexed and (folder / SINGLE_NAME).is_file() and used - {SINGLE_NAME}:
         named = ", ".join(sorted(used - {SINGLE_NAME})[:2])
         raise InputError(
             f"{folder} holds two sets of weights: {SINGLE_NAME}, which transformers loads, and "

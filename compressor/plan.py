@@ -81,9 +81,8 @@ class Plan:
         """The written config.json."""
         config = {k: v for k, v in self.source.checkpoint.config.items() if k != "torch_dtype"}
         config.pop("quantization_config", None)
-        head = self.source.arch.head.linear
         config["dtype"] = str(self.dtype).removeprefix("torch.")
-        stored = any(name.startswith(f"{head}.") for unit in self.units for name in unit.outputs)
+        stored = self.layout.tied is None or self.recipe.untie
         if is_tied(config, self.source.arch) == stored:
             config["tie_word_embeddings"] = not stored
         entry = self.format.config(self.schemes)

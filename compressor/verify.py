@@ -6,6 +6,7 @@ gets every check but that of its hashes. Memory is one unit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def _require_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder} holds no checkpoint", hint="name a checkpoint's folder")
 
 
+LOADED = re.compile(
+    r".*\.(safetensors|index\.json|jinja|model|tiktoken)|adapter_config\.json|tekken\.json"
+    r"|(tokenizer|special_tokens_map|added_tokens|.*vocab|merges|generation_config)\b.*"
+    r"|chat_templates?\b.*|.*processor.*\.json|attention_policy\b.*|(hf_quant|quant|quantize)_config\.json"
+)
+"""Names in lower case of files that a loader takes, and that a stranger among verified files may
+not have: each would change what the checkpoint computes or reads."""
+
+
 def check_manifest(folder: Path, found: Findings) -> Manifest | None:
     """Every file's size and hash; the tensors of a broken shard are named where an index can."""
     try:
@@ -100,7 +110,11 @@ def check_manifest(folder: Path, found: Findings) -> Manifest | None:
             # Which of its tensors changed is told by their own hashes below.
             problems.append(f"{name} has another SHA-256 than when it was written")
     strays = sorted(
-        path.name for path in folder.glob("*.safetensors") if path.name not in manifest.files
+        path.name
+        for path in folder.iterdir()
+        if path.name not in manifest.files
+        and path.is_file()
+        and LOADED.fullmatch(path.name.lower())
     )
     problems += [f"{name} does not belong to this checkpoint" for name in strays]
     size = sum(record.size for record in manifest.files.values())

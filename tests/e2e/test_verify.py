@@ -225,6 +225,10 @@ def test_what_stands_beside_the_artefact_does_not_count(copy: Path) -> None:
     assert verify(copy, device=CPU).ok
     (copy / "adapter.safetensors").write_bytes(b"")
     assert "adapter.safetensors does not belong" in failed(verify(copy, device=CPU))["file hashes"]
+    for name in ("chat_template.jinja", "attention_policy.json", "quantize_config.json"):
+        (copy / name).write_text("{}")
+    named = failed(verify(copy, device=CPU))["file hashes"]
+    assert "chat_template.jinja does not belong" in named and "policy.json does" in named
 
 
 @pytest.mark.skipif(not TRITON, reason="the interpreter is for machines without a GPU")
