@@ -47,8 +47,12 @@ class CopyScores:
 
     def kv_heads(self, kv_heads: int) -> Tensor:
         """Scores [layers, kv_heads]: of a KV head, the highest of the query heads that read it."""
-        scores = self.scores
-        return scores.reshape(scores.shape[0], kv_heads, -1).amax(-1)
+        return of_kv_heads(self.scores, kv_heads)
+
+
+def of_kv_heads(scores: Tensor, kv_heads: int) -> Tensor:
+    """Scores [layers, kv_heads] for scores [layers, heads] of query heads."""
+    return scores.reshape(scores.shape[0], kv_heads, -1).amax(-1)
 
 
 def copy_scores(

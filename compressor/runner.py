@@ -53,15 +53,13 @@ class BlockRunner:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        values = {k: v for k, v in config.items() if k != "quantization_config"}
-        model_type = values.pop("model_type")
         self.names = names
         self.device = device
         self.dtype = dtype
         with foreign("transformers does not accept this config.json"):
-            self.config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
+            self.config = _config(config)
             # Attention logit caps exist in the eager attention only; the fused ones drop them
             # silently.
             eager = getattr(self.config, "attn_logit_softcapping", None) is not None
@@ -354,3 +352,21 @@ class Block:
     def module(self, linear: Linear) -> nn.Module:
         """The module that plays a linear in memory."""
         return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
+
+
+def _config(config: Mapping[str, Any]) -> Any:
+    """transformers' config of a config.json."""
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in config.items() if k != "quantization_config"}
+    return AutoConfig.for_model(values.pop("model_type"), **copy.deepcopy(values))
+
+
+def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as transformers reads it: defaults filled in, old forms of keys made new ones.
+
+    Raises InputError for one that it does not accept.
+    """
+    with foreign("transformers does not accept this config.json"):
+        found: dict[str, Any] = _config(config).to_dict()
+    return found

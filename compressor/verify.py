@@ -6,13 +6,14 @@ gets every check but that of its hashes. Memory is one unit.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from compressor.against import Against
 from compressor.checkpoint import INDEX_NAME, load_json
+from compressor.compare_config import DECIDING, deciding_files
 from compressor.errors import InputError, Problems
 from compressor.kernel_checks import enable_interpreter
 from compressor.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
@@ -27,6 +28,20 @@ from compressor.source import Source, open_source
 from compressor.verify_forecast import check_forecasts
 from compressor.verify_report import Check, Findings, LayerVerdict, VerifyReport
 from compressor.verify_units import Progress, UnitChecks
+
+STRAYS = (
+    *DECIDING,
+    "*.safetensors",
+    "*.index.json",
+    "pytorch_model*.bin*",
+    "adapter_config.json",
+    "attention_policy*",
+    "hf_quant_config.json",
+    "quant_config.json",
+    "quantize_config.json",
+)
+"""Files that loaders take because they are there: beside a manifest that does not name them, they
+change a model whose own files are whole."""
 
 __all__ = ["Check", "LayerVerdict", "VerifyReport", "verify"]
 
@@ -60,7 +75,13 @@ def verify(
     detail = f"{len(entries)} tensors in {shards} files, all that {source.arch.model_type} needs"
     found.add("headers and tensors", _wrong_dtypes(source), detail)
     check_attention(folder, source, found)
-    UnitChecks(source, manifest, original, device, seed, found).run(progress)
+    comparison = None
+    if original is not None:
+        comparison = Against(source, original, folder, device, found)
+        comparison.beside_weights()
+        if not comparison.related:
+            return found.report(folder)
+    UnitChecks(source, manifest, comparison, device, seed, found).run(progress)
     if not found.damage:
         check_forecasts(source, device, found)
     return found.report(folder)
@@ -74,15 +95,6 @@ def _require_checkpoint(folder: Path) -> None:
         folder.glob("*.safetensors")
     ):
         raise InputError(f"{folder} holds no checkpoint", hint="name a checkpoint's folder")
-
-
-LOADED = re.compile(
-    r".*\.(safetensors|index\.json|jinja|model|tiktoken)|adapter_config\.json|tekken\.json"
-    r"|(tokenizer|special_tokens_map|added_tokens|.*vocab|merges|generation_config)\b.*"
-    r"|chat_templates?\b.*|.*processor.*\.json|attention_policy\b.*|(hf_quant|quant|quantize)_config\.json"
-)
-"""Names in lower case of files that a loader takes, and that a stranger among verified files may
-not have: each would change what the checkpoint computes or reads."""
 
 
 def check_manifest(folder: Path, found: Findings) -> Manifest | None:
@@ -109,13 +121,7 @@ def check_manifest(folder: Path, found: Findings) -> Manifest | None:
         elif hash_file(path).sha256 != record.sha256:
             # Which of its tensors changed is told by their own hashes below.
             problems.append(f"{name} has another SHA-256 than when it was written")
-    strays = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in manifest.files
-        and path.is_file()
-        and LOADED.fullmatch(path.name.lower())
-    )
+    strays = sorted(deciding_files(folder, STRAYS) - set(manifest.files))
     problems += [f"{name} does not belong to this checkpoint" for name in strays]
     size = sum(record.size for record in manifest.files.values())
     found.add("file hashes", problems, f"{len(manifest.files)} files, {size} bytes")

@@ -7,9 +7,7 @@ held against float64 with the weight that the second reader adds up.
 from __future__ import annotations
 
 import hashlib
-import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressor.delta import base_weights, stored_hash
+from compressor.against import Against
+from compressor.delta import stored_hash
 from compressor.delta_source import (
     Delta,
     MergedCheckpoint,
@@ -97,9 +96,27 @@ def _verify_delta(
     )
     found.add("headers and base", [], detail)
     check_attention(folder, merged, found)
-    checks = _Checks(delta, merged, manifest, against, device, seed, found)
+    comparison = None
+    if against is not None:
+        comparison = Against(
+            merged,
+            against,
+            folder,
+            device,
+            found,
+            delta=delta.bits,
+            base=merged.checkpoint.base_weight
+            if isinstance(merged.checkpoint, MergedCheckpoint)
+            else None,
+        )
+        comparison.beside_weights()
+        if not comparison.related:
+            return found.report(folder)
+    checks = _Checks(delta, merged, manifest, comparison, device, seed, found)
     for done, unit in enumerate(merged.layout.units, 1):
-        checks.unit(unit)
+        checks.unit(done - 1, unit)
+        if comparison is not None and not comparison.related:
+            return found.report(folder)
         if progress is not None:
             progress(unit.name, done, len(merged.layout.units))
     checks.conclude()
@@ -114,7 +131,7 @@ class _Checks:
         delta: Delta,
         merged: Source,
         manifest: Manifest | None,
-        original: Source | None,
+        against: Against | None,
         device: torch.device,
         seed: int,
         found: Findings,
@@ -122,7 +139,7 @@ class _Checks:
         self.delta = delta
         self.merged = merged
         self.manifest = manifest
-        self.original = original
+        self.against = against
         self.device = device
         self.seed = seed
         self.found = found
@@ -131,9 +148,8 @@ class _Checks:
         self.finite: list[str] = []
         self.decoded: list[str] = []
         self.kernels: list[str] = []
-        self.errors: dict[str, float] = {}
 
-    def unit(self, unit: UnitLayout) -> None:
+    def unit(self, place: int, unit: UnitLayout) -> None:
         """Check one unit."""
         self._hash(unit)
         try:
@@ -149,18 +165,8 @@ class _Checks:
         for linear in unit.linears:
             if linear.name in self.delta.bits:
                 self._linear(linear, tensors[f"{linear.name}.weight"])
-        self._compare(unit, tensors)
-
-    def _compare(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> None:
-        """How far the merged weights are from the fine-tune's."""
-        coded = [x for x in unit.linears if x.name in self.delta.bits]
-        if self.original is None or not coded:
-            return
-        before = base_weights(self.original, [x.name for x in coded])
-        for linear in coded:
-            wanted = before[f"{linear.name}.weight"].float()
-            off = (tensors[f"{linear.name}.weight"].float() - wanted).norm()
-            self.errors[linear.name] = float(off / wanted.norm().clamp(min=1e-30))
+        if self.against is not None:
+            self.against.unit(place, self.merged.assemble(unit, tensors))
 
     def _hash(self, unit: UnitLayout) -> None:
         """Stored tensors against the manifest."""
@@ -249,17 +255,8 @@ class _Checks:
                 where += f", a tile of each through {KERNEL} in Triton's interpreter"
         worst = max((layer.kernel_error or 0.0 for layer in layers), default=0.0)
         found.add("kernels", self.kernels, f"{where}; largest relative error {worst:.2g}")
-        if self.errors:
-            for name, error in self.errors.items():
-                known = found.layers.get(name, LayerVerdict(linear=name))
-                found.layers[name] = replace(known, error=error)
-            middle = statistics.median(self.errors.values())
-            problems = [
-                f"{name} is {error:.2g} of its own size from the fine-tune"
-                for name, error in self.errors.items()
-                if not error <= 1
-            ]
-            found.add("error to the fine-tune", problems, f"median {middle:.3g} of its own size")
+        if self.against is not None:
+            self.against.conclude()
 
 
 def second_reader(base: Tensor, part: SignDelta) -> Tensor:

@@ -52,9 +52,23 @@ class VerifyReport:
         """Every check held."""
         return all(check.ok for check in self.checks)
 
+    @property
+    def proves(self) -> str:
+        """What holds where every check held, and what was not asked."""
+        if any(check.name == "error to the original" for check in self.checks):
+            return (
+                "the files are whole, and compute what the original computes, but for rounding; "
+                "values that a pass learned (gates, scores, forecasts) have no original"
+            )
+        return (
+            "the files are whole and decode to one meaning; not that they are the model they are "
+            "named after, which --against ORIGINAL shows"
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
+            "proves": self.proves if self.ok else None,
             "checks": [asdict(check) for check in self.checks],
             "layers": [asdict(layer) for layer in self.layers],
             "damage": list(self.damage),

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressor.compare_weights import COMPARABLE, MISFIT, layer_errors
 from compressor.errors import InputError
 from compressor.heap import give_back
 from compressor.independent import DecodedWeight, decode_linear
@@ -32,16 +29,19 @@ from compressor.safetensors_file import tensor_bytes
 from compressor.source import Source
 from compressor.verify_report import Findings, LayerVerdict
 
+if TYPE_CHECKING:
+    from compressor.against import Against
+
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(slots=True)
 class UnitChecks:
-    """One checkpoint; `original` is None where nothing is compared."""
+    """One checkpoint; `against` is None where nothing is compared."""
 
     source: Source
     manifest: Manifest | None
-    original: Source | None
+    against: Against | None
     device: torch.device
     seed: int
     found: Findings
@@ -49,21 +49,19 @@ class UnitChecks:
     finite: list[str] = field(default_factory=list)
     decoded: list[str] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     without_kernel: int = 0
     caches: list[KernelResult | None] = field(default_factory=list)
-    misfits: dict[str, float] = field(default_factory=dict)
 
     def run(self, progress: Progress | None) -> None:
         units = self.source.layout.units
-        if self.original is not None:
-            _require_same_model(self.source, self.original)
         for done, unit in enumerate(units, 1):
             try:
                 self._unit(done - 1, unit)
             except InputError as error:
                 self.decoded.append(f"{unit.name}: {error.message}")
+            if self.against is not None and not self.against.related:
+                return  # said at once: what it was made from has to be named first
             give_back()
             if progress is not None:
                 progress(unit.name, done, len(units))
@@ -79,8 +77,8 @@ class UnitChecks:
         for linear, decoded in self._decode(packed, raw):
             self._layer(linear, decoded, raw)
         self._cache(unit, raw)
-        if self.original is not None:
-            self._compare(place, unit, raw)
+        if self.against is not None:
+            self.against.unit(place, self.source.assemble(unit, raw))
 
     def _hash(self, raw: dict[str, Tensor]) -> None:
         self.seen |= set(raw)
@@ -163,36 +161,8 @@ class UnitChecks:
         if found.problem:
             self.kernels.append(f"{path}: {found.problem}")
 
-    def _compare(self, place: int, unit: UnitLayout, raw: dict[str, Tensor]) -> None:
-        assert self.original is not None
-        original, layout = self.original, self.original.layout.units[place]
-        after = self._floats(self.source, unit, raw)
-        before = self._floats(original, layout, original.checkpoint.read(original.names(layout)))
-        tied = original.layout.tied
-        for linear in unit.linears:
-            name = f"{linear.name}.weight"
-            if name in after and name not in before and tied is not None:
-                before[name] = original.checkpoint.read([tied])[tied].to(self.device).float()
-        compared = [x for x in unit.linears if f"{x.name}.weight" in after]
-        if not compared:
-            return
-        schemes = self.source.schemes.linears
-        specs = {x.name: spec for x in compared if (spec := schemes[x.name].weight) is not None}
-        for row in layer_errors(unit, written=after, original=before, specs=specs):
-            known = self.found.layers.get(row.linear, LayerVerdict(linear=row.linear))
-            self.found.layers[row.linear] = LayerVerdict(**{**asdict(known), "error": row.error})
-            if row.misfit is not None:
-                self.misfits[row.linear] = row.misfit
-
     def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
-
-    def _floats(
-        self, source: Source, unit: UnitLayout, raw: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """A unit's weights in float32; what they were made of makes room for them."""
-        weights = source.assemble(unit, self._moved(raw)).dequantized()
-        return {name: tensor.float() for name, tensor in weights.items()}
 
     def _conclude(self) -> None:
         layers = self.found.layers.values()
@@ -205,8 +175,8 @@ class UnitChecks:
         detail = f"{len(packed)} layers, by a reader that shares no code with the writer"
         self.found.add("codes and scales", self.decoded, detail)
         self.found.add("kernels", self.kernels, self._kernel_detail(packed))
-        if self.original is not None:
-            self._judge_errors()
+        if self.against is not None:
+            self.against.conclude()
 
     def _kernel_detail(self, packed: Sequence[LayerVerdict]) -> str:
         """What ran, and how much of it."""
@@ -239,33 +209,6 @@ class UnitChecks:
             parts.append(f"largest relative error {worst:.2g}")
         return "; ".join(parts) or "no packed layers"
 
-    def _judge_errors(self) -> None:
-        errors = {x.linear: x.error for x in self.found.layers.values() if x.error is not None}
-        coded = [errors[name] for name in self.misfits]
-        values = coded or list(errors.values()) or [0.0]
-        middle = statistics.median(values)
-        if not math.isfinite(middle) or middle > COMPARABLE:
-            detail = (
-                f"median {middle:.3g}: a transform moved the weights by more than rescaling, so "
-                "they cannot be compared one by one; compress eval --against compares the models"
-            )
-            self.found.add("error to the original", [], detail)
-            return
-        problems = [
-            f"{name}: its scales are off by {off:.0%} against the original's weights"
-            for name, off in self.misfits.items()
-            if not off <= MISFIT
-        ]
-        problems += [
-            f"{name} is {error:.2g} of its own size from the original"
-            for name, error in errors.items()
-            if not error <= 1 and self.misfits.get(name, 0.0) <= MISFIT
-        ]
-        worst = sorted(errors, key=lambda name: -errors[name])[:3]
-        shown = ", ".join(f"{name} {errors[name]:.3g}" for name in worst)
-        detail = f"median {middle:.3g} of {len(values)} layers; largest {shown}"
-        self.found.add("error to the original", problems, detail)
-
 
 def _same(weight: Tensor, q: QTensor) -> bool:
     """Whether two readers saw one weight, to the rounding of float64."""
@@ -273,15 +216,6 @@ def _same(weight: Tensor, q: QTensor) -> bool:
     return weight.shape == ours.shape and all(
         torch.allclose(weight[rows], ours[rows], rtol=1e-12, atol=0) for rows in row_chunks(ours)
     )
-
-
-def _require_same_model(source: Source, original: Source) -> None:
-    names = [[u.name for u in s.layout.units] for s in (source, original)]
-    if names[0] != names[1]:
-        raise InputError(
-            f"{original.checkpoint.folder} has other blocks than {source.checkpoint.folder}",
-            hint="--against names the checkpoint that was quantized",
-        )
 
 
 def _local(linear: Linear, raw: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -327,6 +327,18 @@ class ModelPass(Pass):
         """Learn. What is costly is kept in `context.scratch`, so that a killed run continues."""
         raise AssertionError(f"{type(self).__name__} learns nothing")
 
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy | None:
+        """The layers' policy once more, from parameters and what was stored with it; None where
+        the pass makes none.
+
+        stored  the policy as it lies beside the weights, of which only `made_by` may be used
+        values  the tensors stored with it
+        Raises InputError where something it needs is not there.
+        """
+        return None
+
 
 def pass_names() -> list[str]:
     """Names of all passes, from the package's folder itself."""

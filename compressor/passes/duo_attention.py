@@ -39,9 +39,10 @@ from compressor.passes.base import (
     PassContext,
     PassResult,
 )
-from compressor.policy import check_policy, streaming_policy
+from compressor.policy import AttentionPolicy, check_policy, streaming_policy
 
 ORDER = "duo_attention.order"
+GATES = "duo_attention.gates"
 
 
 class DuoAttention(ModelPass):
@@ -188,6 +189,15 @@ class DuoAttention(ModelPass):
             threshold = hoyer_threshold(gates) if self.regularizer == "hoyer2" else 0.5
         return threshold_full(gates, threshold), threshold
 
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        if GATES not in values:
+            raise InputError(f"the policy's {GATES} are not stored with it")
+        full, _ = self._choose(values[GATES])
+        sinks, window = self.deployed
+        return streaming_policy(layout, ~full, sinks=sinks, window=window, reordered=self.reorder)
+
     def _learned(self, model: FrozenModel, gates: Tensor, losses: Tensor) -> Learned:
         full, threshold = self._choose(gates)
         order = torch.stack([full_first(row) for row in full])
@@ -234,7 +244,7 @@ class DuoAttention(ModelPass):
                 log=True,
             ),
         }
-        values = {"duo_attention.gates": gates}
+        values = {GATES: gates}
         return Learned(
             policy=policy.to_json(),
             values={**values, ORDER: order} if self.reorder else values,

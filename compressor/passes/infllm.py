@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from compressor.block_policies import block_policy, share_read, sparse_config
 from compressor.errors import InputError
 from compressor.layout import ModelLayout
 from compressor.passes.base import FrozenModel, LearnContext, Learned, ModelPass, Outlook
-from compressor.policy import BlockSelection
+from compressor.policy import AttentionPolicy, BlockSelection
 
 
 class InfLLM(ModelPass):
@@ -75,6 +76,11 @@ class InfLLM(ModelPass):
         made_by = {"infllm": self.model_dump(mode="json", exclude={"targets", "ignore"})}
         policy = block_policy(model.layout, self.block_choice, made_by=made_by)
         return Learned(policy=policy.to_json())
+
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        return block_policy(layout, self.block_choice, made_by={})
 
 
 def reads(selection: BlockSelection, length: int = 65536) -> str:

@@ -8,17 +8,19 @@ is reading it. Nothing is learned and no weight changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from compressor.block_policies import block_policy
 from compressor.errors import InputError
 from compressor.layout import ModelLayout
 from compressor.passes.base import FrozenModel, LearnContext, Learned, ModelPass, Outlook
 from compressor.passes.infllm import reads
-from compressor.policy import BlockSelection
+from compressor.policy import AttentionPolicy, BlockSelection
 
 
 class Quest(ModelPass):
@@ -95,6 +97,11 @@ class Quest(ModelPass):
             model.layout, self.block_choice, made_by=made_by, dense=self.dense_layers
         )
         return Learned(policy=policy.to_json())
+
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        return block_policy(layout, self.block_choice, made_by={}, dense=self.dense_layers)
 
 
 PASS = Quest

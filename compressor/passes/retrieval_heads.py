@@ -16,15 +16,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.copy_scores import CopyScores, copy_scores
+from compressor.copy_scores import CopyScores, copy_scores, of_kv_heads
 from compressor.errors import InputError
 from compressor.head_plots import heat_map
 from compressor.layout import ModelLayout
 from compressor.needles import Needles, haystack_of, make_row
 from compressor.numerics.head_gates import keep_full
 from compressor.passes.base import FrozenModel, LearnContext, Learned, ModelPass
-from compressor.policy import streaming_policy
+from compressor.policy import AttentionPolicy, streaming_policy
 
+SCORES = "retrieval_heads.scores"
 SCORES_NAME = "retrieval_heads.json"
 
 
@@ -75,11 +76,24 @@ class RetrievalHeads(ModelPass):
         whole = CopyScores(per_answer=answers, answers=sum(part.answers for part in found))
         return self._learned(model, whole)
 
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        if SCORES not in values:
+            raise InputError(f"the policy's {SCORES} are not stored with it")
+        shape = next(unit.attention for unit in layout.units if unit.attention)
+        full = self._full(of_kv_heads(values[SCORES], shape.kv_heads))
+        return streaming_policy(layout, ~full, sinks=self.sinks, window=self.window)
+
+    def _full(self, by_kv: Tensor) -> Tensor:
+        """Which KV heads stay full, by their scores."""
+        share = 0.0 if self.share is None else self.share
+        return keep_full(by_kv, share) if share else torch.ones_like(by_kv, dtype=torch.bool)
+
     def _learned(self, model: FrozenModel, found: CopyScores) -> Learned:
         shape = next(unit.attention for unit in model.layout.units if unit.attention)
         by_kv = found.kv_heads(shape.kv_heads)
-        share = 0.0 if self.share is None else self.share
-        full = keep_full(by_kv, share) if share else torch.ones_like(by_kv, dtype=torch.bool)
+        full = self._full(by_kv)
         about = {
             **self.model_dump(mode="json", include={"rows", "share", "sinks", "window"}),
             "accepted": found.accepted,
@@ -95,7 +109,7 @@ class RetrievalHeads(ModelPass):
         plot = heat_map(found.scores, title="Copy scores", across="query head")
         return Learned(
             policy=policy.to_json(),
-            values={"retrieval_heads.scores": found.scores},
+            values={SCORES: found.scores},
             rows=[{"name": "copy scores", **_ranking(found.scores), **about}],
             files={SCORES_NAME: _as_published(found.per_answer)},
             plots={} if plot is None else {"retrieval_heads.png": plot},

@@ -15,7 +15,7 @@ none, becomes (β/γ) R.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -88,17 +88,36 @@ class Rotate(Pass):
         if layout.kind == "embedding":
             turned = {name: turn.right(unit.tensors[name]) for name in layout.tensors}
             return PassResult(unit.with_tensors(turned))
-        for norm in layout.norms:
-            readers = _readers(layout, norm)
-            if readers:
-                unit = unit.with_tensors(_into_readers(unit.tensors, norm, readers, turn))
-        for linear in layout.linears:
-            if _adds(linear):
-                unit = unit.with_tensors(_turned_output(unit.tensors, linear, turn))
+        unit = unit.with_tensors(rotated_stream(layout, unit.tensors, turn))
         if self.heads and layout.attention is not None:
             small = rotation(layout.attention.head_dim, seed=self.seed)
             unit = unit.with_tensors(_turned_heads(unit, small))
         return PassResult(unit)
+
+
+class Turn(Protocol):
+    """An orthogonal matrix R [n, n]."""
+
+    def right(self, x: Tensor) -> Tensor:
+        """x R for x [..., n], in x's dtype."""
+
+    def left(self, x: Tensor) -> Tensor:
+        """Rᵀ x for x [n, m]."""
+
+
+def rotated_stream(
+    layout: UnitLayout, tensors: Mapping[str, Tensor], turn: Turn
+) -> dict[str, Tensor]:
+    """All tensors of a block or the head that change where the residual stream is x R for x."""
+    changed: dict[str, Tensor] = {}
+    for norm in layout.norms:
+        readers = _readers(layout, norm)
+        if readers:
+            changed |= _into_readers({**tensors, **changed}, norm, readers, turn)
+    for linear in layout.linears:
+        if _adds(linear):
+            changed |= _turned_output({**tensors, **changed}, linear, turn)
+    return changed
 
 
 def _stream(unit: Unit) -> int:
@@ -123,7 +142,7 @@ def _readers(layout: UnitLayout, norm: Norm) -> tuple[Linear, ...]:
 
 
 def _into_readers(
-    tensors: Mapping[str, Tensor], norm: Norm, readers: tuple[Linear, ...], turn: Rotation
+    tensors: Mapping[str, Tensor], norm: Norm, readers: tuple[Linear, ...], turn: Turn
 ) -> dict[str, Tensor]:
     """A norm's weight and bias moved into what reads it, which then reads the rotated stream."""
     stored = tensors[f"{norm.name}.weight"]
@@ -148,9 +167,7 @@ def _into_readers(
     return changed
 
 
-def _turned_output(
-    tensors: Mapping[str, Tensor], linear: Linear, turn: Rotation
-) -> dict[str, Tensor]:
+def _turned_output(tensors: Mapping[str, Tensor], linear: Linear, turn: Turn) -> dict[str, Tensor]:
     name, bias = f"{linear.name}.weight", f"{linear.name}.bias"
     changed = {name: turn.left(tensors[name])}
     if bias in tensors:

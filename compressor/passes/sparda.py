@@ -32,7 +32,7 @@ from compressor.forecast_training import Sweep, Training, store_bytes
 from compressor.layout import ModelLayout, UnitLayout
 from compressor.passes.base import FrozenModel, LearnContext, Learned, Outlook
 from compressor.passes.infllm import InfLLM, reads
-from compressor.policy import BlockSelection
+from compressor.policy import AttentionPolicy, BlockSelection
 
 
 class SparDA(InfLLM):
@@ -208,6 +208,11 @@ class SparDA(InfLLM):
             rows=rows,
             files={RECORD_NAME: record_bytes(record)},
         )
+
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        return block_policy(layout, self.block_choice, made_by={})
 
 
 def _attention(unit: UnitLayout) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.head_plots import curves
@@ -111,6 +112,19 @@ class Streaming(ModelPass):
             rows=[{"name": "sinks", "sinks": sinks, "perplexity": named}],
             plots={} if plot is None else {"streaming_sinks.png": plot},
         )
+
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        if isinstance(self.sinks, int):
+            return self._policy(layout, self.sinks, {})
+        measured = stored.made_by.get("streaming", {}).get("perplexity", {})
+        tried: dict[int | None, float] = {
+            int(k): float(v) for k, v in measured.items() if k != "full"
+        }
+        if set(tried) != set(self.candidates):
+            raise InputError("the policy does not say what was measured with each number of sinks")
+        return self._policy(layout, fewest_sinks(tried, tolerance=self.tolerance), {})
 
     def _policy(
         self, layout: ModelLayout, sinks: int, measured: Mapping[str, Any]

@@ -16,6 +16,7 @@ from compressor.passes.base import get_pass
 from compressor.plan import make_plan
 from compressor.recipe import make_recipe
 from compressor.source import open_source
+from compressor.verify_delta import verify_model
 from tests.tiny_models import TYPES
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -80,7 +81,9 @@ def test_it_plans_on_every_architecture_it_is_for(
 
 
 @pytest.mark.parametrize("path", block_recipes(), ids=lambda path: path.stem)
-def test_it_runs(path: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_it_writes_is_its_original(
+    path: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     model = tiny_model("qwen3" if "smollm2" in path.stem else "llama")
     base = tiny_model("qwen3" if "smollm2" in path.stem else "llama", seed=1)
     recipe = make_recipe(small(path, model, tmp_path / "out", tied=False, base=base))
@@ -88,3 +91,11 @@ def test_it_runs(path: Path, tiny_model: Callable[..., Path], tmp_path: Path) ->
     assert prepared.evaluation is not None
     done = compile_checkpoint(prepared)
     assert (done.output / MANIFEST_NAME).is_file()
+    delta = prepared.plan.delta
+    found = verify_model(
+        done.output,
+        base=delta.base.source if delta is not None else None,
+        against=prepared.located.source,
+        device=CPU,
+    )
+    assert found.ok, found.damage

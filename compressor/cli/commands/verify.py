@@ -46,10 +46,13 @@ def command(
 
     Hashes, headers, every tensor the model needs, no NaN; codes and scales by a second reader;
     each packed layer's product through its kernel against float64 (on a CPU one seeded tile of
-    each in Triton's interpreter); with --against, each layer's error to the original.
+    each in Triton's interpreter). By itself that proves that the files are whole and what was
+    written, not that what was written is the model: with --against, every tensor and every key and
+    file that decides the function is held against the original, and each block's output on
+    held-out text. What cannot be compared fails.
 
-    Exit code 1: the checkpoint is damaged, and the damaged tensors are named. 2: there is no
-    checkpoint to read.
+    Exit code 1: the checkpoint is damaged, or not the original's, and what differs is named. 2:
+    there is no checkpoint to read.
 
     \b
     compress verify out/smollm2-135m-awq --against ~/.cache/compressor/smollm2-135m
@@ -83,4 +86,6 @@ def lines(report: VerifyReport) -> list[str]:
     """A verdict for people."""
     shown = [f"{'ok    ' if c.ok else 'FAILED'}  {c.name:<22} {c.detail}" for c in report.checks]
     shown.append(f"{report.folder}: {'verified' if report.ok else 'DAMAGED'}")
+    if report.ok:
+        shown.append(f"proved: {report.proves}")
     return shown
