@@ -20,7 +20,13 @@ from compressor.alignment import Matrix, rotation_between
 from compressor.compare_config import config_problems, file_problems
 from compressor.compare_outputs import OutputError, Outputs
 from compressor.compare_policy import policy_problems
-from compressor.compare_weights import Difference, UnitComparison, comparable, float_floor
+from compressor.compare_weights import (
+    Difference,
+    UnitComparison,
+    comparable,
+    float_floor,
+    not_finite,
+)
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
 from compressor.layout import Linear, UnitLayout
@@ -84,7 +90,7 @@ class Against:
         before = self._floats(self.original.read_unit(layout))
         if unit.layout.kind == "head":
             self._share_head(unit.layout, after, before)
-        lacking = comparable(after, before)
+        lacking = comparable(after, before) + not_finite(after, before)
         if lacking:
             self.problems += [f"{x}: it cannot be compared" for x in lacking]
             return

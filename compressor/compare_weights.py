@@ -102,13 +102,14 @@ class UnitComparison:
 
     def differences(self) -> list[Difference]:
         """Each tensor's, once the original's are moved as the written ones were."""
-        align(
-            self.unit,
-            written=self.written,
-            original=self.original,
-            agrees=lambda linear, weight: self._linear(linear, weight).problem is None,
-            rotation=self.rotation,
-        )
+        if not self.deltas:  # whose linears are what a fine-tune made of its base
+            align(
+                self.unit,
+                written=self.written,
+                original=self.original,
+                agrees=lambda linear, weight: self._linear(linear, weight).problem is None,
+                rotation=self.rotation,
+            )
         linears = {f"{x.name}.weight": x for x in self.unit.linears}
         found = []
         for name, new in self.written.items():
@@ -221,3 +222,13 @@ def comparable(written: Mapping[str, Tensor], original: Tensors) -> list[str]:
         if name in original and written[name].shape != original[name].shape
     ]
     return problems
+
+
+def not_finite(written: Mapping[str, Tensor], original: Tensors) -> list[str]:
+    """Tensors with values that nothing can be computed with."""
+    return [
+        f"{name} {where} holds NaN or infinity"
+        for where, tensors in (("as written", written), ("of the original", original))
+        for name, tensor in tensors.items()
+        if not bool(tensor.isfinite().all())
+    ]

@@ -1,6 +1,6 @@
 """Damages written checkpoints, signs their manifests again, counts what `verify --against` sees.
 
-    python scripts/measure_damages.py WORK [--only rtn4,awq4] [--table FILE]
+    python scripts/measure_damages.py WORK [--only rtn4,awq4] [--every N] [--table FILE]
 
 Every damage is measured: the mean KL divergence of the damaged file's next tokens to the undamaged
 one's, beside that of the undamaged to the original's, which is what rounding did. A damage that is
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rotate8": ("llama", [{"rotate": {"seed": 1}}, {"rtn": {"bits": 8, "group_size": 32}}], {}),
     "qoq": ("llama", [{"qoq": {"group_size": 32}}], {"format": "qserve"}),
     "kv8": ("llama", [{"kv_cache": {"element": "int8"}}], {"format": "compressed-tensors"}),
-    "streaming": ("llama", [{"rtn": G4}, {"streaming": {"sinks": 2, "window": 16}}], {}),
+    "streaming": ("llama", [{"streaming": {"sinks": 2, "window": 16}}, {"rtn": G4}], {}),
     "quest": (
         "llama",
         [{"quest": {"page_size": 4, "token_budget": 16, "dense_layers": [0]}}],
@@ -367,13 +367,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", default=",".join(CASES))
+    parser.add_argument("--every", type=int, default=1, help="try one of so many damages")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     # The kernels are not what is tried here: their plain references answer in less time.
     kernel_checks.interpreter_runs = lambda: False  # type: ignore[assignment]
     outcomes: list[Outcome] = []
     for case in args.only.split(","):
-        for found in Bench(case, args.work).run():
+        for found in Bench(case, args.work).run(args.every):
             outcomes.append(found)
             wrong = found.missed or (found.damage == "none" and found.seen)
             mark = "WRONG" if wrong else "seen" if found.seen else "small"

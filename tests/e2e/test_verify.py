@@ -315,3 +315,56 @@ def test_exit_codes_and_json_of_the_command(copy: Path, model: Path) -> None:
     assert verdict["ok"] is False and verdict["damage"]
     text = runner.invoke(cli, ["verify", str(copy), "--device", "cpu"])
     assert text.exit_code == 1 and "DAMAGED" in text.stdout
+
+
+def test_an_unrelated_model_is_told_at_once(whole: Path, model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    generator = torch.Generator().manual_seed(5)
+
+    def redraw(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            noise = torch.randn(tensor.shape, generator=generator) * 0.1
+            tensors[name] = noise.to(tensor.dtype)
+
+    rewrite(other / "model.safetensors", redraw)
+    report = verify(whole, against=other, device=CPU)
+    assert list(failed(report)) == ["the original"]
+    assert "embeddings have nothing in common" in failed(report)["the original"]
+    assert not report.layers or all(layer.error is None for layer in report.layers)
+
+
+@pytest.mark.parametrize(
+    "file, change, said",
+    [
+        ("config.json", {"rms_norm_eps": 0.1}, "rms_norm_eps 0.1, the original"),
+        ("config.json", {"eos_token_id": 7}, "eos_token_id 7, the original"),
+        ("tokenizer_config.json", {"add_bos_token": True}, "add_bos_token"),
+        ("generation_config.json", {"eos_token_id": 7}, "eos_token_id"),
+    ],
+)
+def test_what_stands_beside_the_weights_is_the_originals(
+    copy: Path, model: Path, file: str, change: dict[str, Any], said: str
+) -> None:
+    (copy / "manifest.json").unlink()
+    path = copy / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert verify(copy, device=CPU).ok  # by itself it is as good as any
+    found = failed(verify(copy, against=model, device=CPU))
+    assert any(said in detail for detail in found.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "attention_policy.json", "additional_chat_templates/t.jinja"]
+)
+def test_a_file_that_loaders_would_take_is_no_part_of_the_artefact(copy: Path, name: str) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    assert f"{name} does not belong" in failed(verify(copy, device=CPU))["file hashes"]
+
+
+def test_the_command_says_what_it_has_proved(copy: Path, model: Path) -> None:
+    runner = CliRunner()
+    alone = runner.invoke(cli, ["verify", str(copy), "--device", "cpu"])
+    assert "not that they are the model they are named after" in alone.stdout
+    held = runner.invoke(cli, ["verify", str(copy), "--against", str(model), "--device", "cpu"])
+    assert "compute what the original computes" in held.stdout
