@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,18 @@ from typing import Any
 from compressor_calibration.bundled import Part
 from compressor_calibration.documents import BadRows, DataError, Unreachable
 from compressor_calibration.tokens import (
+    Sampling,
     TokenSet,
     check_document,
     make_tokens,
+    mixed,
     overlap,
+    shares,
     tokens_needed,
     written_out,
 )
 
-from compressor.data_settings import Data
+from compressor.data_settings import Data, Mixture, Weighted
 from compressor.errors import CompressError, InputError, MachineError
 from compressor.evaluation_settings import Evaluation
 from compressor.passkey import haystack_characters, make_rows
@@ -26,6 +29,7 @@ from compressor.plan import Plan
 from compressor.recipe import Calibration
 from compressor.tokenizer import load_tokenizer
 
+KEYS: Mapping[Part, str] = {"calibration": "calibration.data", "held_out": "evaluate.data"}
 LOOKED_AT = 1_000_000
 """Bytes of text that `check_data` reads at most."""
 ROWS_LOOKED_AT = 16
@@ -33,17 +37,52 @@ ROWS_LOOKED_AT = 16
 
 def calibration_tokens(tokenizer: Any, wanted: Calibration, *, seed: int) -> TokenSet:
     """Rows of calibration tokens. Raises InputError where the data does not give them."""
-    met = BadRows(skip=wanted.skip_bad_rows)
-    with _data_errors("calibration.data"):
-        return make_tokens(
-            tokenizer,
-            wanted.documents("calibration", met),
-            samples=wanted.samples,
-            length=wanted.length,
-            sampling=wanted.sampling,
-            seed=seed,
-            bad_rows=met,
-        )
+    return _tokens(
+        tokenizer,
+        wanted,
+        part="calibration",
+        samples=wanted.samples,
+        length=wanted.length,
+        sampling=wanted.sampling,
+        seed=seed,
+    )
+
+
+def _tokens(
+    tokenizer: Any,
+    wanted: Mixture,
+    *,
+    part: Part,
+    samples: int,
+    length: int,
+    sampling: Sampling,
+    seed: int,
+) -> TokenSet:
+    """Rows of one source, or of each its share: random ones in an order of the seed's."""
+    sets = []
+    for source, rows in _shared(wanted, samples):
+        met = BadRows(skip=source.skip_bad_rows)
+        with _data_errors(KEYS[part]):
+            tokens = make_tokens(
+                tokenizer,
+                source.documents(part, met),
+                samples=rows,
+                length=length,
+                sampling=sampling,
+                seed=seed,
+                bad_rows=met,
+            )
+        sets.append(tokens)
+    if len(sets) == 1:
+        return sets[0]
+    return mixed(sets, seed=seed if sampling == "random" else None)
+
+
+def _shared(wanted: Mixture, rows: int) -> list[tuple[Weighted, int]]:
+    """The sources that get rows, and how many."""
+    sources = wanted.sources()
+    counts = shares([source.weight for source in sources], rows)
+    return [(s, count) for s, count in zip(sources, counts, strict=True) if count]
 
 
 def passkey_text(tokenizer: Any, wanted: Evaluation) -> str:
@@ -53,17 +92,11 @@ def passkey_text(tokenizer: Any, wanted: Evaluation) -> str:
     if task is None:
         return ""
     characters = haystack_characters(task)
-    found, length = [], 0
-    met = BadRows(skip=wanted.skip_bad_rows)
+    found: list[str] = []
     with _data_errors("evaluate.data"):
-        for document in wanted.documents("held_out", met):
-            try:
-                found.append(written_out(tokenizer, document))
-            except DataError as error:
-                met.meet(error)
-                continue
-            length += len(found[-1])
-            if length >= characters:
+        for text in _texts(tokenizer, wanted):
+            found.append(text)
+            if sum(map(len, found)) >= characters:
                 break
     text = "".join(found)[:characters]
     try:
@@ -74,21 +107,30 @@ def passkey_text(tokenizer: Any, wanted: Evaluation) -> str:
     return text
 
 
+def _texts(tokenizer: Any, wanted: Evaluation) -> Iterator[str]:
+    """Held-out texts, one source after the other. Raises DataError."""
+    for source in wanted.sources():
+        met = BadRows(skip=source.skip_bad_rows)
+        for document in source.documents("held_out", met):
+            try:
+                yield written_out(tokenizer, document)
+            except DataError as error:
+                met.meet(error)
+
+
 def evaluation_tokens(
     tokenizer: Any, wanted: Evaluation, *, calibration: TokenSet | None
 ) -> TokenSet:
     """Held-out rows. Raises InputError where they overlap the calibration tokens, unless forced."""
-    met = BadRows(skip=wanted.skip_bad_rows)
-    with _data_errors("evaluate.data"):
-        tokens = make_tokens(
-            tokenizer,
-            wanted.documents("held_out", met),
-            samples=wanted.windows,
-            length=wanted.length,
-            sampling="consecutive",
-            seed=0,
-            bad_rows=met,
-        )
+    tokens = _tokens(
+        tokenizer,
+        wanted,
+        part="held_out",
+        samples=wanted.windows,
+        length=wanted.length,
+        sampling="consecutive",
+        seed=0,
+    )
     if calibration is not None and not wanted.force:
         shared = overlap(calibration, tokens)
         if shared:
@@ -101,7 +143,7 @@ def evaluation_tokens(
 
 def skipped_notes(calibration: TokenSet | None, evaluation: TokenSet | None) -> list[str]:
     """A line for each token set whose data had rows that were passed over."""
-    sets = {"calibration.data": calibration, "evaluate.data": evaluation}
+    sets = dict(zip(KEYS.values(), (calibration, evaluation), strict=True))
     return [
         f"{key}: {rows.skipped} bad row{'s were' if rows.skipped > 1 else ' was'} skipped, "
         f"the first: {rows.first_skipped}"
@@ -119,24 +161,23 @@ def check_data(plan: Plan) -> tuple[list[CompressError], list[str]]:
     problems: list[CompressError] = []
     notes: list[str] = []
     recipe = plan.recipe
-    looks: list[tuple[str, Data, Part, int]] = []
+    looks: list[tuple[Part, Mixture, int, int, Sampling]] = []
     if plan.calibrated:
-        wanted = recipe.calibration
-        needed = tokens_needed(wanted.samples, wanted.length, wanted.sampling)
-        looks.append(("calibration.data", wanted, "calibration", needed))
+        rows = recipe.calibration
+        looks.append(("calibration", rows, rows.samples, rows.length, rows.sampling))
     if recipe.evaluate is not None:
         held_out = recipe.evaluate
-        needed = tokens_needed(held_out.windows, held_out.length, "consecutive")
-        looks.append(("evaluate.data", held_out, "held_out", needed))
+        looks.append(("held_out", held_out, held_out.windows, held_out.length, "consecutive"))
     folder = plan.source.checkpoint.folder
-    for key, data, part, needed in looks:
-        try:
-            with _data_errors(key):
-                _look(data, part, needed, folder)
-        except MachineError as error:
-            notes.append(error.message)
-        except CompressError as error:
-            problems.append(error)
+    for part, wanted, samples, length, sampling in looks:
+        for source, count in _shared(wanted, samples):
+            try:
+                with _data_errors(KEYS[part]):
+                    _look(source, part, tokens_needed(count, length, sampling), folder)
+            except MachineError as error:
+                notes.append(error.message)
+            except CompressError as error:
+                problems.append(error)
     return problems, notes
 
 

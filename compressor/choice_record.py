@@ -107,7 +107,7 @@ def held_out(tokenizer: Any, *, rows: int, length: int) -> TokenSet:
     try:
         return make_tokens(
             tokenizer,
-            read_documents("bundled", part="held_out"),
+            read_documents("bundled/fiction", part="held_out"),
             samples=rows,
             length=length,
             sampling="consecutive",

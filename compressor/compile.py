@@ -222,8 +222,9 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     data = recipe.resolved()
     data["model"] = _portable_model(data["model"])
     for section in (data["calibration"], data.get("evaluate") or {}):
-        if "data" in section:
-            section["data"] = _last_name(section["data"])
+        for source in (section, *section.get("mix", ())):
+            if "data" in source:
+                source["data"] = _last_name(source["data"])
     for entry in data["passes"]:
         for params in entry.values():
             if "base" in params:

@@ -6,11 +6,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from compressor.data_settings import Data
+from compressor.data_settings import Mixture
 from compressor.passkey import Passkey
 
 
-class Evaluation(Data):
+class Evaluation(Mixture):
     """Held-out text that the written files are measured on, and probes of what they can do."""
 
     windows: int = Field(16, ge=1, description="rows of tokens")

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
-from compressor.data_settings import Data
+from compressor.data_settings import Mixture
 from compressor.errors import InputError, Problems
 from compressor.evaluation_settings import Evaluation
 from compressor.gate import Gate
@@ -59,7 +59,7 @@ class Step(BaseModel):
         return {k: v for k, v in data.items() if v is not None or fields[k].default is not None}
 
 
-class Calibration(Data):
+class Calibration(Mixture):
     """The tokens that statistics are taken over."""
 
     samples: int = Field(128, ge=1, description="rows of tokens")

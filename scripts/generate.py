@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    before = tokenizer(bundled_text("held_out")[: 8 * args.context], verbose=False)["input_ids"]
+    before = tokenizer(bundled_text("held_out", "fiction")[: 8 * args.context], verbose=False)[
+        "input_ids"
+    ]
     ids = before[: args.context] + tokenizer(args.prompt)["input_ids"]
     inputs = torch.tensor([ids], device=args.device)
     model = load(args.folder).to(args.device)

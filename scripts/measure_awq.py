@@ -176,8 +176,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
     parser.add_argument("settings", nargs="*", help='passes, such as "awq: {bits: 4}"')
     parser.add_argument("--group-size", type=int, default=64, help="of the default settings")
-    parser.add_argument("--calibration", default="bundled", help="bundled, or a file of text")
-    parser.add_argument("--evaluation", default="bundled", help="bundled, or a file of text")
+    parser.add_argument(
+        "--calibration", default="bundled/prose", help="as in a recipe, or a file of text"
+    )
+    parser.add_argument(
+        "--evaluation", default="bundled/fiction", help="as in a recipe, or a file of text"
+    )
     parser.add_argument("--samples", type=int, default=16, help="rows of calibration tokens")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--windows", type=int, default=8, help="rows of held-out tokens")

@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--range", default="", help="characters of it, such as 400000:460000")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024, help="tokens of one")
-    parser.add_argument("--calibration", default="bundled", help="bundled, or a file or folder")
+    parser.add_argument("--calibration", default="bundled/prose", help="a recipe's data")
     parser.add_argument("--samples", type=int, default=800, help="rows of tokens to fit scales on")
     parser.add_argument("--length", type=int, default=128, help="tokens of one")
     parser.add_argument("--steps", type=int, default=200, help="of distillation, 4 rows each")

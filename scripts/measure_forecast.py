@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--init", type=int, default=1)
     parser.add_argument("--local", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=12)
-    parser.add_argument("--text", default="bundled", help="training text: a file or folder")
+    parser.add_argument("--text", default="bundled/prose", help="training text: a file or folder")
     parser.add_argument(
         "--same-text",
         action="store_true",
@@ -88,7 +88,7 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[TokenSet, TokenS
     if not options.same_text:
         rows = calibration_tokens(tokenizer, Calibration(data=options.text, **wanted), seed=0)
         text = held_out(tokenizer, rows=options.held_out, length=options.length)
-        return rows, text, bundled_text("held_out")
+        return rows, text, bundled_text("held_out", "fiction")
     documents = read_documents(options.text, part="calibration")
     whole = "".join(document.text for document in documents)
     cut = int(len(whole) * 0.85)

@@ -105,7 +105,7 @@ class Measure:
         cuda = self.device.type == "cuda"
         self.dtype = source.checkpoint.dtype if cuda else torch.float32
         self.lengths = tuple(options.lengths)
-        self.text = bundled_text("held_out")
+        self.text = bundled_text("held_out", "fiction")
         ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
         rows, length = options.windows, options.ppl_length
         self.ids = torch.tensor(ids[: rows * length]).reshape(-1, length)
@@ -161,7 +161,7 @@ def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tens
         keys=options.keys, words=options.words, min_length=shortest, max_length=longest, lengths=8,
         prefix="", suffix="", separator="", needle=options.needle, question=options.question,
     )  # fmt: skip
-    text = bundled_text("calibration")[: 40 * longest + 200_000]
+    text = bundled_text("calibration", "prose")[: 40 * longest + 200_000]
     ids = torch.tensor(measure.tokenizer(text, add_special_tokens=False)["input_ids"])[None]
     tokens = TokenSet(ids=ids, sha256="", source="bundled", sampling="consecutive")
     about: dict[str, Any] = {}

@@ -319,8 +319,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose names hold one of")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--calibration", default="bundled", help="bundled, or a file of text")
-    parser.add_argument("--evaluation", default="bundled", help="bundled, or a file of text")
+    parser.add_argument(
+        "--calibration", default="bundled/prose", help="as in a recipe, or a file of text"
+    )
+    parser.add_argument(
+        "--evaluation", default="bundled/fiction", help="as in a recipe, or a file of text"
+    )
     parser.add_argument("--samples", type=int, default=128, help="rows of calibration tokens")
     parser.add_argument("--windows", type=int, default=65, help="rows of held-out tokens")
     parser.add_argument("--length", type=int, default=512, help="tokens of each row")

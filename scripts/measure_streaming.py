@@ -67,7 +67,7 @@ def main() -> None:
     dtype = source.checkpoint.dtype if device.type == "cuda" else torch.float32
     frozen = SourceModel(source, device=device, dtype=dtype)
     length = options.times * options.window + 1
-    text = options.text.read_text("utf-8") if options.text else bundled_text("held_out")
+    text = options.text.read_text("utf-8") if options.text else bundled_text("held_out", "fiction")
     encoded = frozen.tokenizer()(text[: 12 * length], add_special_tokens=False, verbose=False)
     ids = torch.tensor(encoded["input_ids"][:length]).to(device)
     if len(ids) < length:

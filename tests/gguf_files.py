@@ -53,7 +53,7 @@ def byte_level_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([bundled_text("calibration")[:40_000]], trainer)
+    tokenizer.train_from_iterator([bundled_text("calibration", "prose")[:40_000]], trainer)
     return tokenizer
 
 

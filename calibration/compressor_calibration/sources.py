@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from compressor_calibration.bundled import Part, bundled_text
+from compressor_calibration.bundled import BUNDLED, BUNDLED_NAMES, KINDS, Part, bundled_text
 from compressor_calibration.documents import (
     BadRows,
     DataError,
@@ -44,9 +44,10 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of `data`, read as they are asked for.
 
-    data        "bundled"; a file (its kinds: `files.KINDS`); a folder, whose files of those kinds
-                are read in order of name; else the id of a Hub data set
-    part        which of the bundled texts "bundled" stands for, and which split is meant where
+    data        "bundled", all kinds one after the other, or one, such as "bundled/code"; a file
+                (its kinds: `files.KINDS`); a folder, whose files of those kinds are read in order
+                of name; else the id of a Hub data set
+    part        which of the two bundled texts of a kind is meant, and which split is meant where
                 none is named: train, or test for text that is held out
     config      configuration of a Hub data set, or of a folder whose README.md names some
     split       of a Hub data set or a folder, told by the names of its files and folders as
@@ -62,9 +63,12 @@ def read_documents(
 
     Raises DataError, also while it is being iterated.
     """
-    if data == "bundled":
-        yield Document(text=bundled_text(part), source=f"bundled {part} text")
+    if data == BUNDLED or data in BUNDLED_NAMES:
+        for kind in KINDS if data == BUNDLED else (BUNDLED_NAMES[data],):
+            yield Document(text=bundled_text(part, kind), source=f"{BUNDLED}/{kind}, {part}")
         return
+    if data.startswith(f"{BUNDLED}/"):
+        raise DataError(f"there is no text {data}", f"one of: {', '.join(BUNDLED_NAMES)}")
     fields = Fields(text_field=text_field, columns=columns)
     met = bad_rows or BadRows()
     path = _local(data)

@@ -128,6 +128,32 @@ def windows(
     return make_tokens(tokenizer, documents, samples=windows, length=length, sampling="consecutive")
 
 
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """How many of `total` rows each weight gets: in proportion, and at least one each where there
+    are enough."""
+    least = 1 if total >= len(weights) else 0
+    quotas = [weight * total / sum(weights) for weight in weights]
+    counts = [max(least, int(quota)) for quota in quotas]
+    while (missing := total - sum(counts)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [i for i, count in enumerate(counts) if step > 0 or count > least]
+        # The first of those that are farthest from their quota.
+        counts[max(able, key=lambda i: step * (quotas[i] - counts[i]))] += step
+    return counts
+
+
+def mixed(sets: Sequence[TokenSet], *, seed: int | None) -> TokenSet:
+    """Rows of several token sets as one: in an order drawn with `seed`, or one set after the other.
+    They have one length."""
+    ids = torch.cat([tokens.ids for tokens in sets])
+    if seed is not None:
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    met = BadRows(count=sum(tokens.skipped for tokens in sets))
+    met.first = next((tokens.first_skipped for tokens in sets if tokens.skipped), "")
+    source = "; ".join(f"{len(tokens.ids)} rows of {tokens.source}" for tokens in sets)
+    return _token_set(ids, source, "; ".join(dict.fromkeys(t.sampling for t in sets)), met)
+
+
 def overlap(a: TokenSet, b: TokenSet) -> int:
     """How many rows of `b` share a run of 32 tokens with a row of `a` (shorter rows: a whole row).
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from compressor_calibration.bundled import KINDS, bundled_text
 from compressor_calibration.documents import Unreachable
 
 from compressor.calibration_tokens import (
@@ -121,3 +122,36 @@ def test_data_is_described_once():
     with pytest.raises(ValueError, match="give one of them"):
         Calibration(text_field="a", columns=("b",))
     assert Calibration(columns="b").columns == ("b",)
+
+
+def test_bundled_and_mixed_sources_share_the_rows(model, tmp_path):
+    tokenizer = load_tokenizer(model)
+    tokens = calibration_tokens(tokenizer, Calibration(samples=12, length=32), seed=0)
+    assert tokens.ids.shape == (12, 32)
+    for kind in KINDS:
+        assert f"2 rows of bundled/{kind}, calibration" in tokens.source
+    (tmp_path / "own.txt").write_text("it's own\n" * 200)
+    mix = [{"data": str(tmp_path / "own.txt"), "weight": 3}, {"data": "bundled/code"}]
+    wanted = Calibration(mix=mix, samples=8, length=32)
+    found = calibration_tokens(tokenizer, wanted, seed=0)
+    assert f"6 rows of {tmp_path / 'own.txt'}; 2 rows of bundled/code" in found.source
+    assert calibration_tokens(tokenizer, wanted, seed=0).sha256 == found.sha256
+    own = sum("it's own" in tokenizer.decode(row) for row in found.ids)
+    assert own == 6
+    held_out = evaluation_tokens(tokenizer, Evaluation(windows=6, length=32), calibration=tokens)
+    first = bundled_text("held_out", "prose")[:20]
+    assert tokenizer.decode(held_out.ids[0]).startswith(first)
+    missing = [{"data": "bundled"}, {"data": "none.txt"}]
+    (message,), _ = check(model, tmp_path, calibration={"mix": missing, "samples": 8, "length": 16})
+    assert message.startswith("calibration.data: there is no file none.txt")
+
+
+def test_a_mixture_is_written_out_as_it_is_read():
+    mix = [{"data": "a.jsonl", "text_field": "body"}, {"data": "bundled/code", "weight": 0.5}]
+    wanted = Calibration(mix=mix, samples=4)
+    plain = wanted.model_dump(mode="json", exclude_none=True)
+    assert "data" not in plain and plain["mix"][1]["weight"] == 0.5
+    assert Calibration(**plain) == wanted
+    assert "mix" not in Calibration().model_dump()
+    with pytest.raises(ValueError, match="move split into its entries"):
+        Calibration(mix=mix, split="train")

@@ -22,7 +22,7 @@ from tests.head_bench import OWN, context, frozen
 
 
 def own_rows(tokenizer: Any, count: int) -> list[Row]:
-    haystack = tokenizer(bundled_text("held_out")[:60000])["input_ids"]
+    haystack = tokenizer(bundled_text("held_out", "fiction")[:60000])["input_ids"]
     return [
         make_row(tokenizer, haystack, data=OWN, length=512, draw=random.Random(i))
         for i in range(count)
@@ -62,7 +62,7 @@ def test_decoding_and_teacher_forcing_agree_on_copy_scores() -> None:
 
 def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
     model: Any = frozen(trained_model("llama"))
-    text = model.tokenizer()(bundled_text("calibration")[:30000])["input_ids"][:2048]
+    text = model.tokenizer()(bundled_text("calibration", "prose")[:30000])["input_ids"][:2048]
     ids = torch.tensor(text).reshape(4, 512)
     found = RetrievalHeads(data=OWN, rows=2, share=0.5, sinks=4, window=32).learn(
         model, context(ids, tmp_path)
@@ -82,7 +82,7 @@ def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
 
 def test_training_may_start_from_copy_scores(tmp_path: Path) -> None:
     model: Any = frozen(trained_model("llama"))
-    text = model.tokenizer()(bundled_text("calibration")[:20000])["input_ids"][:1024]
+    text = model.tokenizer()(bundled_text("calibration", "prose")[:20000])["input_ids"][:1024]
     given = DuoAttention(
         data=OWN.model_copy(update={"min_length": 256, "max_length": 256, "words": 2}),
         sinks=4, window=32, num_steps=1, init="retrieval",

@@ -389,7 +389,7 @@ def test_a_real_file_becomes_what_transformers_makes_of_it(tmp_path):
     assert all(torch.equal(value, reference[name]) for name, value in found.items())
     ours = AutoTokenizer.from_pretrained(folder)
     theirs = AutoTokenizer.from_pretrained(REAL.parent, gguf_file=REAL.name)
-    for text in (bundled_text("calibration"), bundled_text("held_out")):
+    for text in (bundled_text("calibration", "prose"), bundled_text("held_out", "fiction")):
         ids = ours(text)["input_ids"]
         assert ids == theirs(text)["input_ids"] and ours.decode(ids) == text
     # Published ids; the digits after several spaces are pieces of their own.

@@ -119,7 +119,7 @@ def test_retrieval_needs_attention_over_the_distance() -> None:
     found = passkey(
         open_source(folder),
         load_tokenizer(folder),
-        haystack=bundled_text("held_out"),
+        haystack=bundled_text("held_out", "fiction"),
         task=task,
         device=CPU,
         dtype=torch.float32,

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import yaml
-from compressor_calibration.bundled import bundled_text
+from compressor_calibration.bundled import KINDS, bundled_text
 from compressor_calibration.documents import BadRows, DataError, Document
 from compressor_calibration.sources import read_documents
 
@@ -40,8 +40,12 @@ def write_jsonl(path, rows):
 
 @pytest.mark.parametrize("part", ["calibration", "held_out"])
 def test_bundled_is_the_part_asked_for(part):
-    (document,) = read("bundled", part=part)
-    assert document.text == bundled_text(part) and part in document.source
+    assert texts("bundled", part=part) == [bundled_text(part, kind) for kind in KINDS]
+    (document,) = read("bundled/code", part=part)
+    assert document.text == bundled_text(part, "code") and part in document.source
+    with pytest.raises(DataError, match="no text bundled/poems") as error:
+        read("bundled/poems")
+    assert "bundled/code" in (error.value.hint or "")
 
 
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path):

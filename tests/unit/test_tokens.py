@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from compressor_calibration import tokens
-from compressor_calibration.bundled import bundled_text
+from compressor_calibration.bundled import KINDS, bundled_text
 from compressor_calibration.documents import DataError, Document
-from compressor_calibration.tokens import make_tokens, overlap, windows
+from compressor_calibration.tokens import make_tokens, mixed, overlap, shares, windows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -197,17 +197,48 @@ def test_overlap_counts_rows_that_share_a_run_of_32_tokens():
     assert overlap(known, short) == 2
 
 
-def test_the_bundled_texts_are_of_two_works():
-    tokenizer = byte_tokenizer()
-    parts = [bundled_text(part) for part in ("calibration", "held_out")]
-    a, b = (windows(tokenizer, text(p), windows=len(p) // 200, length=200) for p in parts)
-    assert overlap(a, b) == 0 and min(len(p) for p in parts) > 200_000
-    with pytest.raises(ValueError, match="held_out"):
-        bundled_text("test")  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bundled_texts_of_a_kind_are_of_different_works(kind):
+    known, held_out = (bundled_text(part, kind) for part in ("calibration", "held_out"))
+    assert len(known) > 400_000 and len(held_out) > 180_000
+    # A hundred characters are fewer than the 32 tokens that count as the same passage.
+    assert not [i for i in range(0, len(held_out) - 100, 500) if held_out[i : i + 100] in known]
+    assert held_out[:100] not in known
 
 
-def test_the_bundled_texts_and_their_notes_are_under_800_kb():
+def test_a_kind_that_is_not_bundled_is_refused():
+    with pytest.raises(ValueError, match="spanish"):
+        bundled_text("test", "code")  # type: ignore[arg-type]
+
+
+def test_the_bundled_texts_and_their_notes_are_under_4_mb():
     import compressor_calibration.text as folder
 
-    sizes = [p.stat().st_size for p in Path(folder.__file__).parent.iterdir() if p.suffix != ".pyc"]
-    assert sum(sizes) < 800_000
+    files = [p for p in Path(folder.__file__).parent.rglob("*") if p.suffix in (".txt", ".md")]
+    assert len(files) == 14 and sum(p.stat().st_size for p in files) < 4_000_000
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "expected"),
+    [
+        ([1, 1, 1, 1, 1, 1], 16, [3, 3, 3, 3, 2, 2]),
+        ([1, 1, 1], 2, [1, 1, 0]),
+        ([8, 1, 1], 10, [8, 1, 1]),
+        ([1000, 1, 1], 4, [2, 1, 1]),
+        ([0.5, 0.25], 3, [2, 1]),
+        ([1], 7, [7]),
+    ],
+)
+def test_rows_are_shared_out_by_weight(weights, total, expected):
+    assert shares(weights, total) == expected
+
+
+def test_a_mixture_holds_the_rows_of_its_parts_in_an_order_of_the_seeds():
+    tokenizer = byte_tokenizer()
+    a = windows(tokenizer, text(letters(64)), windows=8, length=8)
+    b = windows(tokenizer, text(letters(32, 1)), windows=4, length=8)
+    joined = mixed([a, b], seed=None)
+    assert torch.equal(joined.ids, torch.cat([a.ids, b.ids])) and "8 rows of" in joined.source
+    one, again, other = (mixed([a, b], seed=seed) for seed in (3, 3, 4))
+    assert one.sha256 == again.sha256 != other.sha256
+    assert sorted(one.ids.tolist()) == sorted(joined.ids.tolist()) != one.ids.tolist()

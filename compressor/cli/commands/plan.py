@@ -157,7 +157,7 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
     if plan.calibrated:
         wanted = recipe.calibration
         echo(
-            f"calibration: {wanted.samples} x {wanted.length} tokens of {wanted.data}, "
+            f"calibration: {wanted.samples} x {wanted.length} tokens of {wanted.name}, "
             f"{costs.batch} rows at a time"
         )
     files = len(plan.shards.shards)
