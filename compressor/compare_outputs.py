@@ -218,7 +218,7 @@ def held_out_rows(source: Source) -> tuple[Tensor, str]:
     count = ROWS * length
     try:
         tokenizer = load_tokenizer(source.checkpoint.folder)
-        text = bundled_text("held_out")[: 16 * count]
+        text = bundled_text("held_out", "fiction")[: 16 * count]
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except InputError:
         ids = []
