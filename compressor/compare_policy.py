@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from compressor.block_policies import sparse_config
 from compressor.errors import InputError
 from compressor.finish import RECIPE_NAME
-from compressor.passes.base import ModelPass
+from compressor.passes.base import ModelPass, Pass, get_pass
 from compressor.policy import AttentionPolicy, combine, read_policy, read_policy_tensors
-from compressor.recipe import load_recipe
 from compressor.source import Source
 
 
@@ -55,13 +56,22 @@ def _again(
         raise InputError(f"there is no {RECIPE_NAME} that says what made it")
     values = read_policy_tensors(folder)
     policy = before
-    for step in load_recipe(folder / RECIPE_NAME, output=str(folder)).passes:
-        if isinstance(step.params, ModelPass):
-            made = step.params.policy_again(written.layout, stored, values)
+    for method in _passes(folder / RECIPE_NAME):
+        if isinstance(method, ModelPass):
+            made = method.policy_again(written.layout, stored, values)
             policy = policy if made is None else combine(policy, made)
     if policy is None:
         raise InputError(f"no pass of {RECIPE_NAME} makes one")
     return policy, f"the passes of {RECIPE_NAME}"
+
+
+def _passes(path: Path) -> list[Pass]:
+    """The passes of a recipe as a run writes it. Raises InputError for another."""
+    try:
+        steps = yaml.safe_load(path.read_text("utf-8"))["passes"]
+        return [get_pass(name)(**params) for step in steps for name, params in step.items()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"{path.name} is not a recipe as a run writes it: {error}") from error
 
 
 def _config_problems(stored: AttentionPolicy, written: Source) -> list[str]:
