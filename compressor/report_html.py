@@ -322,6 +322,7 @@ def _origins(data: Data) -> str:
     groups = (
         ("Source", data["source"]),
         ("Machine", data["machine"]),
+        *(("Computed with", environment) for environment in data["environment"]),
         ("Versions", data["versions"]),
         ("SHA-256", data["hashes"]),
     )

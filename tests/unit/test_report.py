@@ -181,6 +181,7 @@ def test_nothing_in_the_data_becomes_markup() -> None:
         versions={evil: evil},
         hashes={evil: evil},
         machine={evil: evil},
+        environment=({evil: evil},),
         started=evil,
     )
     page = Page(render(data.to_json()))
