@@ -319,13 +319,9 @@ def _units(data: Data) -> str:
 
 
 def _origins(data: Data) -> str:
-    groups = (
-        ("Source", data["source"]),
-        ("Machine", data["machine"]),
-        *(("Computed with", environment) for environment in data["environment"]),
-        ("Versions", data["versions"]),
-        ("SHA-256", data["hashes"]),
-    )
+    groups = [("Source", data["source"]), ("Machine", data["machine"])]
+    groups += [("Computed with", environment) for environment in data["environment"]]
+    groups += [("Versions", data["versions"]), ("SHA-256", data["hashes"])]
     body = "".join(
         f"<h3>{title}</h3>"
         + _table([], [[escape(str(k)), escape(_inline(v))] for k, v in values.items()], names=(1,))
