@@ -23,6 +23,9 @@ from compressor.layout import (
 
 CODES = {"qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax"}
 
+MAX_MISSING = 10_000
+"""Tensors that are named as lacking before the search for more is given up."""
+
 Headers = Mapping[str, Sequence[int] | None]
 
 
@@ -177,6 +180,9 @@ class _Layout:
             self.taken[name] = None
             if name not in self.headers:
                 self.missing.append(name)
+                if len(self.missing) > MAX_MISSING:
+                    # Layers times experts of a config are no bound on the work.
+                    raise self._listed("the checkpoint lacks at least", self.missing)
                 continue
             found = self.headers[name]
             if wanted is not None and found is not None and tuple(found) != wanted:

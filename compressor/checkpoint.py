@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -18,6 +17,7 @@ from torch import Tensor
 from compressor.errors import CompressError, InputError, Problems
 from compressor.lfs import is_pointer, pointer_error
 from compressor.safetensors_file import Entry, read_header, read_tensor, tensor_bytes
+from compressor.untrusted import parse_json, read_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -94,11 +94,10 @@ def content_hash(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) 
 
 def load_json(path: Path, *, what: str) -> dict[str, Any]:
     """A JSON object from a file a stranger wrote. Raises InputError."""
+    data = read_file(path, what=what)
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {what} {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except ValueError as error:
         if is_pointer(path):
             raise pointer_error(path.name) from error
         raise InputError(f"{what} {path.name} is not valid JSON: {error}") from error
@@ -118,9 +117,7 @@ def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", hint="name a checkpoint folder or a Hub id")
     if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} has no config.json", hint="name the folder of a Hugging Face checkpoint"
-        )
+        raise InputError(f"{folder} has no config.json", hint=_what_it_is(folder))
     config = load_json(folder / "config.json", what="config")
     index = folder / INDEX_NAME
     if not (to_plan and index.is_file()):
@@ -143,6 +140,23 @@ def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
     return Checkpoint(
         folder=folder, config=config, entries=entries, problems=tuple(problems), notes=notes
     )
+
+
+def _what_it_is(folder: Path) -> str:
+    """What to name in place of a folder that is no checkpoint."""
+    if (folder / ADAPTER_NAME).is_file():
+        return (
+            "it holds an adapter, not a model: merge it into its base first (peft: "
+            "merge_and_unload, save_pretrained)"
+        )
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"it holds GGUF files: name one, {folder / files[0]}"
+    if snapshots := sorted(path.parent.name for path in folder.glob("snapshots/*/config.json")):
+        return f"it is an entry of the Hub's cache: name {folder / 'snapshots' / snapshots[-1]}"
+    if (folder / "model_index.json").is_file():
+        return "it holds a diffusion pipeline, which is not read"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"name {folder / inner[0]}" if inner else "name the folder of a Hugging Face checkpoint"
 
 
 def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) -> tuple[str, ...]:

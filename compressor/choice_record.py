@@ -25,6 +25,7 @@ from compressor.forecast_teacher import Teacher
 from compressor.numerics.forecast_loss import Pooling
 from compressor.passes.base import FrozenModel
 from compressor.policy import BlockSelection
+from compressor.untrusted import parse_json, read_file
 
 RECORD_NAME = "forecast_recall.json"
 FORECAST = "forecast"
@@ -123,7 +124,7 @@ def read_record(folder: Path) -> ChoiceRecord | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = parse_json(read_file(path, what="record"))
         teacher = data["teacher"]
         return ChoiceRecord(
             selection=BlockSelection.model_validate(data["selection"]),

@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-VERSIONED = ("compressor", "torch", "transformers", "tokenizers", "triton")
+from compressor import __version__
+
+VERSIONED = ("torch", "transformers", "tokenizers", "triton")
 
 EXTENSIONS = ("avx512_bf16", "avx512_fp16", "avx512_vnni", "sve", "sve2", "bf16", "i8mm")
 MATRIX_UNITS = ("amx_bf16", "amx_fp16", "amx_int8", "sme")
@@ -31,7 +33,7 @@ VARIABLES = (
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides numbers."""
-    found = {}
+    found = {"compressor": __version__}
     for name in VERSIONED:
         try:
             found[name] = version(name)

@@ -15,6 +15,10 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+MOST = 50
+"""Problems that are named in one look."""
+
+
 class CompressError(Exception):
     """An error with one clear message and, where possible, what to do about it."""
 
@@ -46,6 +50,9 @@ class Problems(InputError):
     """Several input errors found in one look, reported together."""
 
     def __init__(self, problems: list[CompressError]) -> None:
+        left = problems[MOST:]
+        if left:
+            problems = [*problems[:MOST], InputError(f"and {len(left)} more problems")]
         self.problems = problems
         text = "\n".join(f"{i}. {p.message}" for i, p in enumerate(problems, 1))
         super().__init__(

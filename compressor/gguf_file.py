@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.foreign import foreign
+from compressor.gguf_header import Listed, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,8 @@ class GgufFile:
         if raw.size != stored.nbytes:
             raise InputError(f"{self.path.name} became shorter while it was read")
         rows = math.prod(stored.shape[:-1])
-        try:
+        with foreign(f"{name} is stored as {stored.kind.name}, which the package gguf cannot read"):
             values = gguf.dequantize(raw.reshape(rows, -1), stored.kind)
-        except NotImplementedError as error:
-            raise InputError(
-                f"{name} is stored as {stored.kind.name}, which the package gguf cannot read"
-            ) from error
         return torch.from_numpy(values.reshape(stored.shape))
 
 
@@ -55,37 +54,47 @@ def open_gguf(path: Path) -> GgufFile:
     """Read the header. Raises InputError for a file that is damaged, big-endian or one part of a
     split model, and where the package `gguf` is missing."""
     try:
-        import gguf
+        import gguf  # noqa: F401
     except ImportError as error:
         raise InputError(
             "reading a GGUF file takes the package gguf", hint="pip install 'compressor[gguf]'"
         ) from error
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    # The reader checks as it goes, with whatever exception the damage leads to.
+    size = path.stat().st_size
     try:
-        reader = gguf.GGUFReader(path)
-        little = reader.endianess == gguf.GGUFEndian.LITTLE
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        with path.open("rb") as handle, mmap(handle.fileno(), 0, access=ACCESS_READ) as content:
+            header = parse(content)
         tensors = {
-            tensor.name: Stored(
-                shape=tuple(reversed(tensor.shape.tolist())),
-                kind=tensor.tensor_type,
-                offset=int(tensor.data_offset),
-                nbytes=int(tensor.n_bytes),
-            )
-            for tensor in reader.tensors
+            name: _stored(name, listed, header.data, size)
+            for name, listed in header.tensors.items()
         }
-    except Exception as error:
+    except ValueError as error:
         raise InputError(
-            f"{path.name} is damaged or not a GGUF file: {str(error) or type(error).__name__}",
+            f"{path.name} is damaged or not a GGUF file: {error}",
             hint="download the file again, and compare its size and hash with the source's",
         ) from error
-    if not little:
-        raise InputError(f"{path.name} is big-endian", hint="use the little-endian file")
-    if metadata.get("split.count", 0) > 1:
+    metadata = header.metadata
+    parts = metadata.get("split.count", 0)
+    if type(parts) is not int or parts > 1:
         raise InputError(
             f"{path.name} is one of {metadata['split.count']} parts",
             hint="join the parts first: llama-gguf-split --merge",
         )
     return GgufFile(path=path, metadata=metadata, tensors=tensors)
+
+
+def _stored(name: str, listed: Listed, data: int, size: int) -> Stored:
+    """Where a tensor lies. Raises ValueError for one that does not fit the file."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType(listed.kind)
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    shape = tuple(reversed(listed.dimensions))
+    if not shape or shape[-1] % block:
+        raise ValueError(f"{name} of type {kind.name} has the shape {list(shape)}")
+    nbytes *= math.prod(shape) // block
+    offset = data + listed.offset
+    if offset + nbytes > size:
+        raise ValueError(f"{name} claims {nbytes} bytes at {offset}, of {size}")
+    return Stored(shape=shape, kind=kind, offset=offset, nbytes=nbytes)

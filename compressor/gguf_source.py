@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.checkpoint import INDEX_NAME, NO_TOKENIZER
 from compressor.durable import move, write_atomically
 from compressor.errors import InputError
+from compressor.foreign import foreign
 from compressor.gguf_config import (
     EMBEDDING,
     HEAD,
@@ -122,28 +123,29 @@ def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype | None = No
             hint=f"a GGUF source may be {', '.join(FAMILIES)}; for another, use its Hugging Face "
             "checkpoint",
         )
-    biases = {
-        key: any(name.split(".", 2)[-1] in group for name in file.tensors)
-        for key, group in family.biases.items()
-    }
-    config = model_config(
-        file, architecture, model_class=family.model_class, family={**family.config, **biases}
-    )
-    names = _names(file, family, config)
-    _check_shapes(file, config)
-    specs = _specs(file, names, config, dtype)
-    config["dtype"] = str(_most(specs)).removeprefix("torch.")
-    notes = _rounded(file, specs)
-    files = {
-        "config.json": _json(config),
-        "generation_config.json": _json(generation_config(config, file.metadata)),
-    }
-    try:
-        files |= tokenizer_files(file.metadata, max_length=config["max_position_embeddings"])
-    except UnknownTokenizer as error:
-        files[NO_TOKENIZER] = _json({"message": error.message, "hint": error.hint})
-        notes.append(f"no tokenizer is written: {error.message}")
-    files[CONVERSION] = _json({"notes": notes})
+    with foreign(f"{path.name} is not what its metadata says"):
+        biases = {
+            key: any(name.split(".", 2)[-1] in group for name in file.tensors)
+            for key, group in family.biases.items()
+        }
+        config = model_config(
+            file, architecture, model_class=family.model_class, family={**family.config, **biases}
+        )
+        names = _names(file, family, config)
+        _check_shapes(file, config)
+        specs = _specs(file, names, config, dtype)
+        config["dtype"] = str(_most(specs)).removeprefix("torch.")
+        notes = _rounded(file, specs)
+        files = {
+            "config.json": _json(config),
+            "generation_config.json": _json(generation_config(config, file.metadata)),
+        }
+        try:
+            files |= tokenizer_files(file.metadata, max_length=config["max_position_embeddings"])
+        except UnknownTokenizer as error:
+            files[NO_TOKENIZER] = _json({"message": error.message, "hint": error.hint})
+            notes.append(f"no tokenizer is written: {error.message}")
+        files[CONVERSION] = _json({"notes": notes})
     work = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.new")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -216,6 +218,11 @@ def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[s
 
     The GGUF name is empty for a bias that is zero because only other linears have one.
     """
+    if config["num_hidden_layers"] > len(file.tensors):
+        raise InputError(
+            f"{file.path.name} promises {config['num_hidden_layers']} blocks, but has only "
+            f"{len(file.tensors)} tensors"
+        )
     biases = [group for key, group in family.biases.items() if config[key]]
     names = {"model.embed_tokens.weight": EMBEDDING}
     for i in range(config["num_hidden_layers"]):

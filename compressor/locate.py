@@ -34,6 +34,7 @@ from compressor.one_reading import BESIDE
 from compressor.safetensors_file import DTYPES, Entry
 from compressor.side_files import SideFiles, select, shard_names, side_files
 from compressor.source import Source, as_source
+from compressor.untrusted import read_file
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 FETCHED = (
@@ -112,7 +113,7 @@ def locate(
             hint="a model is a checkpoint folder, a GGUF file or a Hub id: org/name@revision",
         )
     repo, _, revision = model.partition("@")
-    return _hub(repo, revision or None, fetch=fetch, dtype=dtype)
+    return _hub(repo, revision or None, fetch=fetch, to_plan=to_plan, dtype=dtype)
 
 
 def _gguf(path: Path, dtype: torch.dtype | None) -> Located:
@@ -131,9 +132,32 @@ def _gguf(path: Path, dtype: torch.dtype | None) -> Located:
     return Located(as_source(replace(checkpoint, notes=notes)), identity)
 
 
-def _hub(repo: str, revision: str | None, *, fetch: bool, dtype: torch.dtype | None) -> Located:
-    from huggingface_hub import HfApi
+def _cached(repo: str, revision: str | None, dtype: torch.dtype | None) -> Located:
+    """A repository from the Hub's cache, where HF_HUB_OFFLINE keeps from the network."""
+    from huggingface_hub import errors, snapshot_download
 
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        found = open_checkpoint(folder)
+    except errors.HFValidationError as error:
+        raise InputError(f"{repo!r} is not a Hub id: {error}") from error
+    except (errors.LocalEntryNotFoundError, InputError) as error:
+        said = error.message if isinstance(error, InputError) else "nothing of it is there"
+        raise InputError(
+            f"{repo} is not whole in the Hub's cache, and HF_HUB_OFFLINE is set: {said}",
+            hint=f"download it where there is a network: hf download {repo}",
+        ) from error
+    identity = {"name": repo, "revision": folder.name}
+    return Located(as_source(found, dtype=dtype), identity, beside=side_files(folder))
+
+
+def _hub(
+    repo: str, revision: str | None, *, fetch: bool, to_plan: bool, dtype: torch.dtype | None
+) -> Located:
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision, dtype)
     api = HfApi()
     with _hub_errors(repo, revision):
         info = api.model_info(repo, revision=revision)
@@ -144,9 +168,14 @@ def _hub(repo: str, revision: str | None, *, fetch: bool, dtype: torch.dtype | N
             folder, beside = _fetch(repo, commit, names)
             source = as_source(open_checkpoint(folder), dtype=dtype)
             return Located(source, identity, beside=beside)
-        path = Path(api.hf_hub_download(repo, "config.json", revision=commit))
+        folder = Path(api.hf_hub_download(repo, "config.json", revision=commit)).parent
+        known = {"config.json": read_file(folder / "config.json", what=f"config of {repo}")}
+        beside = select(names, read=known.get)
+        if to_plan:
+            # With the tokenizer, which a plan tries.
+            folder, beside = _fetch(repo, commit, names, weights=False)
         found = api.get_safetensors_metadata(repo, revision=commit)
-    config = load_json(path, what=f"config of {repo}")
+    config = load_json(folder / "config.json", what=f"config of {repo}")
     if "quantization_config" not in config:
         for name in BESIDE.keys() & set(names):
             with _hub_errors(repo, revision):
@@ -157,17 +186,17 @@ def _hub(repo: str, revision: str | None, *, fetch: bool, dtype: torch.dtype | N
     for file, metadata in found.files_metadata.items():
         for name, tensor in metadata.tensors.items():
             entries[name] = _entry(file, name, tensor)
-    checkpoint = Checkpoint(folder=Path(repo), config=config, entries=entries)
-    known = {"config.json": path.read_bytes()}
-    beside = select(names, read=known.get)
+    checkpoint = Checkpoint(folder=folder, config=config, entries=entries)
     return Located(as_source(checkpoint, dtype=dtype), identity, local=False, beside=beside)
 
 
-def _fetch(repo: str, commit: str, names: list[str]) -> tuple[Path, SideFiles]:
+def _fetch(
+    repo: str, commit: str, names: list[str], *, weights: bool = True
+) -> tuple[Path, SideFiles]:
     """Download a checkpoint and its side files: first what says which others are needed."""
     from huggingface_hub import snapshot_download
 
-    there = set(names)
+    there = {name for name in names if weights or not name.endswith(".safetensors")}
     asked = {*FETCHED, *select(names, read=lambda name: None).carried}
 
     def read(name: str) -> bytes | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.layout import ModelLayout
+from compressor.untrusted import parse_json, read_file
 
 POLICY_NAME = "attention_policy.json"
 TENSORS_NAME = "attention_policy.safetensors"
@@ -251,8 +252,8 @@ def read_policy(folder: Path) -> AttentionPolicy | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        data = parse_json(read_file(path, what="policy"))
+    except ValueError as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a mapping")

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from compressor.bounded_yaml import MAX_BYTES, load_yaml
 from compressor.data_settings import Mixture
 from compressor.errors import InputError, Problems
 from compressor.evaluation_settings import Evaluation
@@ -19,6 +19,7 @@ from compressor.gate import Gate
 from compressor.ir.frozen import Strict
 from compressor.passes.base import Pass, get_pass, pass_names
 from compressor.report_settings import CardSection, Publish
+from compressor.untrusted import read_stream
 
 SIZE_UNITS = {
     "": 1,
@@ -114,9 +115,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), **top: Any) -> Recipe
     """Read a recipe. `overrides` are key.path=value (YAML values); `top` replaces top-level keys
     that are not None. Raises InputError or Problems."""
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read recipe {path}: {error}") from error
+        text = read_stream(path, what="recipe", most=MAX_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read recipe {path}: it is not UTF-8 ({error})") from error
     data = parse_yaml(text, where=path.name)
     for override in overrides:
         apply_override(data, override)
@@ -127,8 +128,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), **top: Any) -> Recipe
 def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     """A YAML mapping, loaded safely, with duplicate keys refused."""
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        value = load_yaml(text)
+    except ValueError as error:
         shown = str(error).replace('"<unicode string>"', where)
         raise InputError(
             f"{where} is not valid YAML: {shown}",
@@ -137,26 +138,6 @@ def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{where} is not a mapping of recipe keys", hint="see: compress recipes")
     return value
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice."""
-
-
-def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    pairs = [(loader.construct_object(k, deep=True), v) for k, v in node.value]
-    seen = set()
-    for (key, _), (key_node, _) in zip(pairs, node.value, strict=True):
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} appears twice", key_node.start_mark
-            )
-        seen.add(key)
-    return {key: loader.construct_object(value, deep=True) for key, value in pairs}
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -171,8 +152,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         raise InputError(f"--set {override!r} ends at a list entry")
     try:
-        node[last] = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+        node[last] = load_yaml(raw)
+    except ValueError as error:
         raise InputError(f"--set {override!r}: the value is not YAML") from error
 
 
@@ -261,7 +242,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list
     problems = []
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
-        where = prefix + ".".join(path)
+        where = (prefix + ".".join(path)).rstrip(".")
         if item["type"] == "extra_forbidden":
             fields = _fields_at(model, path[:-1])
             problems.append(InputError(f"unknown key {where!r}", hint=nearest(path[-1], fields)))

@@ -13,10 +13,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compressor.durable import write_atomically
-from compressor.errors import MachineError
+from compressor.errors import InputError, MachineError
 from compressor.ir.frozen import Strict
 from compressor.report_attention import attention
 from compressor.report_html import render
+from compressor.untrusted import parse_json, read_file
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
@@ -121,6 +122,7 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path]:
 def read_report(folder: Path) -> ReportData | None:
     """The report in a checkpoint folder; None where there is none that can be read."""
     try:
-        return ReportData.model_validate_json((folder / JSON_NAME).read_bytes())
-    except (OSError, ValueError):
+        data = read_file(folder / JSON_NAME, what="report")
+        return ReportData.model_validate(parse_json(data))
+    except (InputError, ValueError):
         return None

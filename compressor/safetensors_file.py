@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.ir.tensor import TensorShape
 from compressor.lfs import is_pointer, pointer_error
+from compressor.untrusted import parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -92,8 +93,8 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, Entry]:
         )
 
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, pairs=_no_duplicates)
+    except ValueError as error:
         raise damaged(f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise damaged("its header is not an object")
@@ -103,12 +104,21 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, Entry]:
     start = 8 + len(raw)
     entries: dict[str, Entry] = {}
     for name, item in header.items():
+        if not name.isprintable():
+            raise damaged(f"a tensor is called {name!r}")
         try:
-            dtype = DTYPES[item["dtype"]]
-            shape = item["shape"]
+            kind, shape = item["dtype"], item["shape"]
             begin, end = item["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
-            raise damaged(f"the entry of {name} is incomplete or of unknown type") from error
+            raise damaged(f"the entry of {name} is incomplete") from error
+        if not isinstance(kind, str):
+            raise damaged(f"the dtype of {name} is no name")
+        if kind not in DTYPES:
+            raise InputError(
+                f"{path.name} holds {name} as {kind[:20]}, which is not read",
+                hint=f"dtypes that are: {', '.join(DTYPES)}",
+            )
+        dtype = DTYPES[kind]
         numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
         if any(type(n) is not int or n < 0 or n > 1 << 62 for n in numbers):
             raise damaged(f"the shape or offsets of {name} are not counts")

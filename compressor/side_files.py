@@ -9,7 +9,6 @@ the Hub cache's own.
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 from compressor.errors import InputError
 from compressor.lfs import is_pointer, pointer_error
+from compressor.untrusted import parse_json
 
 CARRIED = (
     # tokenizers
@@ -265,8 +265,8 @@ def _imports(name: str, data: bytes) -> list[str]:
 def _json(data: bytes | None) -> dict[str, Any]:
     """An object from a file that may be anything."""
     try:
-        value = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
+        value = parse_json(data or b"{}")
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

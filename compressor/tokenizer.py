@@ -60,7 +60,8 @@ def load_tokenizer(folder: Path) -> GuardedTokenizer:
     Raises InputError where there is none, or none that works.
     """
     if (folder / NO_TOKENIZER).is_file():
-        raise InputError(**load_json(folder / NO_TOKENIZER, what="record"))
+        said = load_json(folder / NO_TOKENIZER, what="record")
+        raise InputError(str(said.get("message")), hint=str(said.get("hint")))
     tokenizer = bounded(
         lambda: _load(folder),
         what=f"{folder} has no tokenizer that loads",

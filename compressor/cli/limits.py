@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from compressor.bounded_yaml import load_yaml
 from compressor.errors import InputError, Problems
 from compressor.gate import Gate
 from compressor.recipe import explain
@@ -50,6 +50,6 @@ def parse_gate(
 def _number(text: str) -> Any:
     """What YAML reads; what it cannot read as it stands, for the gate to refuse by name."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_yaml(text)
+    except ValueError:
         return text

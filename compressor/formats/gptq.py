@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor import __version__
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, WeightsOnly
 from compressor.formats.packing.checks import matrix_shape, take, take_scales
@@ -169,7 +169,7 @@ class GPTQ(WeightsOnly):
             "lm_head": schemes.linears.get("lm_head", Scheme()).weight is not None,
             "checkpoint_format": self.marker,
             "pack_dtype": "int32",
-            "meta": {"quantizer": [f"compressor:{version('compressor')}"]},
+            "meta": {"quantizer": [f"compressor:{__version__}"]},
         }
         plain = [module for module in schemes.plain if module != "lm_head"]
         if plain:

@@ -49,7 +49,10 @@ def test_headers_are_read_and_no_weights(
     size = (folder / "model.safetensors").stat().st_size
     # The client asks for the first 100 KB, in which a header nearly always is.
     assert 0 < result["served"].get("model.safetensors", 0) <= 100_001 < size / 4
-    assert set(result["served"]) <= {"config.json", "model.safetensors"}
+    # A plan tries the tokenizer, too.
+    beside = {"tokenizer.json", "tokenizer_config.json", "NOTICE", "generation_config.json"}
+    allowed = {"config.json", "model.safetensors", *(beside if command == "plan" else ())}
+    assert set(result["served"]) <= allowed
 
 
 def test_a_run_fetches_safetensors_and_text_only(results: dict[str, Any], folder: Path) -> None:
@@ -57,8 +60,10 @@ def test_a_run_fetches_safetensors_and_text_only(results: dict[str, Any], folder
     assert result["code"] == 0, result["errors"]
     size = (folder / "model.safetensors").stat().st_size
     assert result["served"]["model.safetensors"] == size
-    assert {"tokenizer.json", "NOTICE"} <= set(result["served"])
-    assert not {"pytorch_model.bin", "modeling_evil.py"} & set(result["served"])
+    # What came to be planned with does not come again.
+    served = {*result["served"], *results["plan"]["served"]}
+    assert {"tokenizer.json", "NOTICE"} <= served
+    assert not {"pytorch_model.bin", "modeling_evil.py"} & served
 
 
 @pytest.mark.parametrize(
@@ -80,3 +85,33 @@ def test_what_to_do_is_said(
     assert "Traceback" not in result["errors"]
     for word in words:
         assert word in result["errors"], result["errors"]
+
+
+def test_a_repository_in_the_cache_is_used_without_a_network(folder: Path, tmp_path: Path) -> None:
+    """HF_HUB_OFFLINE, as on the nodes of a cluster: by its name, and by a pinned commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--me--small"
+    shutil.copytree(folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{model: me/small, output: out, passes: [{awq: {bits: 4, group_size: 32}}]}")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+
+    def compress(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "compressor", *arguments]
+        options: Any = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path}
+        return subprocess.run(command, timeout=300, **options)
+
+    for name in ("me/small", f"me/small@{commit}"):
+        planned = compress("plan", str(recipe), "--model", name)
+        assert planned.returncode == 0, planned.stderr
+    ran = compress("run", str(recipe), "--set", "calibration.samples=2", "--set", "verify=false")
+    assert ran.returncode == 0, ran.stderr
+    about = json.loads((tmp_path / "out" / "manifest.json").read_text())["about"]
+    assert about["source"]["revision"] == commit
+    missing = compress("inspect", "me/other")
+    assert missing.returncode == 2 and "not whole in the Hub's cache" in missing.stderr
+    (cache / "snapshots" / commit / "model.safetensors").unlink()
+    cut = compress("plan", str(recipe))
+    assert cut.returncode == 2 and "hf download me/small" in cut.stderr

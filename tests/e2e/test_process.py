@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import click
 import pytest
+import torch
+import transformers
 import yaml
 
+from compressor import __version__
 from compressor.cli.main import main
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPRESS = [sys.executable, "-m", "compressor"]
 
 
@@ -97,3 +102,26 @@ def test_a_file_system_without_locks_is_named(
     assert (
         "cannot lock" in errors and "No locks available" in errors and "another run" not in errors
     )
+
+
+def test_a_source_tree_that_is_not_installed(recipe: Path, tmp_path: Path) -> None:
+    """`python -m compressor`, with nothing of this program's installation in sight."""
+    libraries = os.pathsep.join(
+        {str(Path(m.__file__ or "").parents[1]) for m in (click, torch, transformers, yaml)}
+    )
+    environment = {**os.environ, "PYTHONPATH": libraries}
+
+    def compress(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", "-m", "compressor", *map(str, arguments)]
+        options: Any = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
+        return subprocess.run(command, timeout=120, **options)
+
+    assert "llama2-awq" in compress("recipes").stdout
+    ran = compress("run", recipe, "--device", "cpu")
+    assert ran.returncode == 0, ran.stderr
+    made = compress(
+        "convert", tmp_path / "out", tmp_path / "gptq", "--format", "gptq", "--allow-rounding"
+    )
+    assert made.returncode == 0, made.stderr
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert config["quantization_config"]["meta"]["quantizer"] == [f"compressor:{__version__}"]

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from importlib.resources.abc import Traversable
+from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
 from compressor.cli.echo import echo
 from compressor.cli.options import json_option
+
+
+def _folder() -> Traversable:
+    """The recipes, which lie beside the package in a source tree that is not installed."""
+    if find_spec("compressor.recipes") is None:
+        return Path(__file__).parents[3] / "recipes"
+    return resources.files("compressor.recipes")
 
 
 @click.command()
@@ -26,7 +36,7 @@ def command(name: str | None, as_json: bool) -> None:
 
     found = {
         entry.name.removesuffix(".yaml"): entry.read_text("utf-8")
-        for entry in resources.files("compressor.recipes").iterdir()
+        for entry in _folder().iterdir()
         if entry.name.endswith(".yaml")
     }
     if name is not None:

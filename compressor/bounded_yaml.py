@@ -1,0 +1,71 @@
+"""YAML that a stranger may have written: no objects, no key twice, and no more than is there.
+
+Aliases and merge keys can stand for exponentially more than they take to write, so a document is
+measured before anything is made of it. A merge key's values give way to those beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 16 << 20
+MAX_NODES = 500_000
+"""Keys and values, aliases written out."""
+
+SMALL = 2000
+"""Characters of a wrong document that is parsed again in Python, whose messages show the place."""
+
+MERGE = "tag:yaml.org,2002:merge"
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a document. Raises ValueError with what is wrong and where."""
+    try:
+        root = _compose(text)
+        if root is None:
+            return None
+        if _measure(root, {}) > MAX_NODES:
+            raise ValueError(f"its aliases stand for more than {MAX_NODES} values")
+        return yaml.SafeLoader("").construct_document(root)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (yaml.YAMLError, TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _compose(text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        if len(text) > SMALL:
+            raise
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+
+
+def _measure(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes that this one stands for. Raises for a key given twice, and for a node in itself."""
+    size = known.get(id(node))
+    if size is not None:
+        if not size:
+            raise _error("a value is part of itself", node)
+        return size
+    known[id(node)] = 0
+    size = 1
+    if isinstance(node, yaml.SequenceNode):
+        size += sum(_measure(item, known) for item in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in keys and key.tag != MERGE:
+                raise _error(f"key {key.value!r} appears twice", key)
+            keys.add(name)
+            size += _measure(key, known) + _measure(value, known)
+    known[id(node)] = size
+    return size
+
+
+def _error(what: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
