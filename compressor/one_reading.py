@@ -179,5 +179,6 @@ def settle_biases(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
                 hint="if the model was trained with it, config.json has to say so "
                 "(attention_bias: true, mlp_bias: true); else remove it",
             )
-    note = f"left out, as loaders do: {names[0]} and {len(names) - 1} more biases, all zero"
+    more = f" and {len(names) - 1} more biases" if len(names) > 1 else ""
+    note = f"left out, as loaders do: {names[0]}{more}, all zero"
     return replace(checkpoint, entries=kept, notes=(*checkpoint.notes, note))

@@ -109,6 +109,8 @@ def make_plan(
     """
     problems: list[CompressError] = [*source.checkpoint.problems]
     notes: list[str] = [*source.checkpoint.notes]
+    if any(n.endswith((".k_scale", ".v_scale")) for names in source.added.values() for n in names):
+        notes.append("scales of the source's KV cache are left out: a pass makes new ones")
     if beside is not None:
         problems += beside.problems
         if recipe.publish is not None:

@@ -114,7 +114,9 @@ def plan_unit(
         for name, tensor in stored.items():
             outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
     for name in source.added.get(unit.name, ()):
-        outputs.setdefault(name, source.checkpoint.entries[name].spec)
+        # Scales of a quantized cache belong to the config that declared it, which is not carried.
+        if not name.endswith((".k_scale", ".v_scale")):
+            outputs.setdefault(name, source.checkpoint.entries[name].spec)
     return UnitPlan(layout=unit, steps=steps, needs=needs, seen=seen, outputs=outputs)
 
 

@@ -128,7 +128,8 @@ def decoded(
     kind = str(dtype).removeprefix("torch.")
     notes = [f"{len(stored)} weights are stored as {said or 'float8'} and read as {kind}"]
     if inert:
-        notes.append(f"left out: {inert[0]} and {len(inert) - 1} more scales of inputs or caches")
+        more = f" and {len(inert) - 1} more" if len(inert) > 1 else ""
+        notes.append(f"left out: {inert[0]}{more} (scales of inputs or caches)")
     plain = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     plain["config"] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     plain["entries"] = {**rest, **entries}

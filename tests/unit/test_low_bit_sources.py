@@ -13,7 +13,9 @@ from compressor.errors import CompressError
 from compressor.formats.base import ModelSchemes, get_format
 from compressor.formats.packing.e2m1 import LOCAL
 from compressor.numerics import quantize
+from compressor.plan import make_plan
 from compressor.qtensor import NVFP4, QuantSpec
+from compressor.recipe import make_recipe
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.source import open_source
 
@@ -111,3 +113,17 @@ def test_scales_of_the_kv_cache_are_read_with_their_block(name, tiny_model, tmp_
             assert [float(scale) for scale in scales] == [0.5, 1.0]
         else:
             assert scales is None
+
+
+def test_scales_of_a_cache_go_with_the_config_that_declared_it(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "out")
+    spec = QuantSpec("fp8_e4m3", 8, "block", block=(128, 128))
+    write(folder, get_format("compressed-tensors"), spec, None, kv=KVSpec("fp8_e4m3"))
+    source = open_source(folder)
+    assert source.added
+    recipe = {"model": "m", "output": "o", "passes": [{"rtn": {"bits": 8, "group_size": 32}}]}
+    plan = make_plan(make_recipe({**recipe, "dequantize_source": True}), source)
+    written = {name for unit in plan.units for name in unit.outputs}
+    assert not {name for name in written if name.endswith(("k_scale", "v_scale"))}
+    assert "kv_cache_scheme" not in plan.config or plan.config["kv_cache_scheme"] is None
+    assert any("KV cache are left out" in note for note in plan.notes)
