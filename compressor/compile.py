@@ -129,7 +129,7 @@ def prepare(
             calibration, evaluation, haystack = _token_sets(recipe, plan, tokenizer)
     _check_vocabulary(plan, calibration, evaluation)
     return Prepared(
-        recipe=recipe,
+        recipe=plan.recipe,
         located=located,
         plan=plan,
         estimates=estimate(plan, device=device, resident=resident, device_memory=device_memory),

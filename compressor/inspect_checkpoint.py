@@ -12,6 +12,7 @@ from compressor.manifest import read_manifest
 from compressor.policy import describe as describe_policy
 from compressor.policy import read_policy
 from compressor.qtensor import QuantSpec
+from compressor.runtimes.loads import Written, written_form
 from compressor.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.source import Source
 
@@ -125,6 +126,20 @@ def inspect(located: Located) -> CheckpointInfo:
         about=None if manifest is None else manifest.about,
         policy=() if policy is None else tuple(describe_policy(policy)),
         notes=checkpoint.notes,
+    )
+
+
+def stored_form(source: Source) -> Written:
+    """A checkpoint as contracts of runtimes see it."""
+    tensors = {
+        linear.name: source.stored(linear)
+        for linear in source.layout.linears
+        if source.schemes.linears[linear.name].weight is not None
+    }
+    config = source.checkpoint.config.get("quantization_config") or {}
+    tied = source.layout.tied is not None
+    return written_form(
+        source.format, source.layout, source.schemes, tensors, config=config, tied=tied
     )
 
 

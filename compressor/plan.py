@@ -21,10 +21,12 @@ from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.layout import Linear, ModelLayout
 from compressor.manifest import MANIFEST_NAME
 from compressor.one_reading import is_tied
+from compressor.pass_schemes import pass_schemes, some
 from compressor.passes.base import ModelPass
 from compressor.policy import combine
 from compressor.recipe import Recipe, Step, nearest
 from compressor.recipe_checks import check_recipe
+from compressor.runtime_choice import settle
 from compressor.scheme import KVSpec, Scheme
 from compressor.secrets import leaks
 from compressor.shards import ShardLayout, plan_shards
@@ -129,7 +131,7 @@ def make_plan(
             )
         )
     passes = tuple(_select(step, source.layout, problems, notes) for step in recipe.passes)
-    schemes = _schemes(passes, source.layout, fmt, dtype, problems)
+    schemes = pass_schemes(passes, source.layout, fmt, dtype, problems)
     _check_tied(recipe, source.layout, passes, problems)
     _check_order(recipe, passes, problems)
     for step in recipe.passes:
@@ -147,10 +149,22 @@ def make_plan(
     scratch = _outlooks(passes, source, recipe, problems, notes)
     if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
         problems.append(refused)
+    model = ModelSchemes(linears=schemes, kv=kv)
+    if not problems:
+        try:
+            settled = settle(recipe, source.layout, passes, fmt, model, dtype)
+        except InputError as error:
+            raise Problems([error]) from error
+        if settled.format is not None:
+            recipe = recipe.model_copy(update={"format": settled.format})
+            plan = make_plan(recipe, source, output=output, base=base, beside=beside)
+            return replace(plan, notes=(*plan.notes, *settled.notes))
+        model = settled.schemes
+        problems += settled.refusals
+        notes += settled.notes
     if problems:
         room = lacking_room(output, _least_bytes(source, schemes)) if output is not None else None
         raise Problems([*problems, room] if room is not None else problems)
-    model = ModelSchemes(linears=schemes, kv=kv)
     units = tuple(
         plan_unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
     )
@@ -254,51 +268,8 @@ def _select(
         if reason:
             broken.setdefault(reason, []).append(linear.name)
     for reason, names in broken.items():
-        problems.append(InputError(f"{step.name}: {_some(names)}: {reason}"))
+        problems.append(InputError(f"{step.name}: {some(names)}: {reason}"))
     return PassPlan(step, matches, ignored, frozenset(linear.name for linear in picked))
-
-
-def _schemes(
-    passes: Sequence[PassPlan],
-    layout: ModelLayout,
-    fmt: Format,
-    dtype: torch.dtype,
-    problems: list[CompressError],
-) -> dict[str, Scheme]:
-    """One scheme for each linear, from the one quantizer that targets it."""
-    schemes = {linear.name: Scheme() for linear in layout.linears}
-    shapes = {linear.name: linear.shape for linear in layout.linears}
-    owner: dict[str, str] = {}
-    for number, plan in enumerate(passes):
-        name, scheme = f"{plan.step.name} (pass {number + 1})", plan.step.params.scheme()
-        taken = sorted(n for n in plan.names if n in owner)
-        if taken and (scheme is not None or plan.step.params.transforms):
-            what = "is a second quantizer for" if scheme else "changes weights after"
-            problems.append(
-                InputError(
-                    f"{name} {what} {_some(taken)}, which {owner[taken[0]]} quantizes",
-                    hint="transforms come before the one quantizer of a target; "
-                    "split the targets between them, or drop one",
-                )
-            )
-            continue
-        if scheme is None:
-            continue
-        if scheme.weight is not None:
-            spec = replace(scheme.weight, scale_dtype=fmt.scale_dtype(scheme.weight, dtype))
-            scheme = replace(scheme, weight=spec)
-        refused: dict[str, list[str]] = {}
-        for linear in plan.names:
-            owner[linear] = name
-            schemes[linear] = scheme
-            reason = fmt.accepts(scheme, shapes[linear]) or fmt.may_lack(scheme)
-            if reason:
-                refused.setdefault(reason, []).append(linear)
-        for reason, names in refused.items():
-            problems.append(
-                InputError(f"format {fmt.name} cannot hold {_some(sorted(names))}: {reason}")
-            )
-    return schemes
 
 
 def _check_tied(
@@ -388,7 +359,3 @@ def _least_bytes(source: Source, schemes: Mapping[str, Scheme]) -> int:
         count = torch.Size(entry.spec.shape).numel()
         total += entry.spec.nbytes if scheme.weight is None else count * scheme.weight.bits // 8
     return total
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} linears ({names[0]}, …)"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from compressor.bounded_yaml import MAX_BYTES, load_yaml
@@ -19,6 +19,7 @@ from compressor.gate import Gate
 from compressor.ir.frozen import Strict
 from compressor.passes.base import Pass, get_pass, pass_names
 from compressor.report_settings import CardSection, Publish
+from compressor.runtimes.contract import Runtime, parse_runtime
 from compressor.untrusted import read_stream
 
 SIZE_UNITS = {
@@ -79,6 +80,9 @@ class Recipe(Strict):
     calibration: Calibration = Field(Calibration(), description="tokens for statistics")
     passes: tuple[Step, ...] = Field(min_length=1, description="what is done, in order")
     format: str = Field("compressed-tensors", description="what is written: docs/formats.md")
+    runtime: Runtime | None = Field(
+        None, description="where it is to be loaded: vllm, or vllm@0.24; refuses what would not"
+    )
     propagate: Literal["quantized", "original"] = Field(
         "quantized", description="which block's outputs the next block is calibrated on"
     )
@@ -97,6 +101,14 @@ class Recipe(Strict):
     report: bool = Field(True, description="write report.html, report.json and the model card")
     card: CardSection = Field(CardSection(), description="what the card cannot know by itself")
     publish: Publish | None = Field(None, description="upload a checkpoint that passed everything")
+
+    @field_validator("runtime", mode="before")
+    @classmethod
+    def _known_runtime(cls, value: Any) -> Any:
+        try:
+            return None if value is None else parse_runtime(value)
+        except InputError as error:
+            raise ValueError(f"{error.message} ({error.hint})") from error
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data with every default filled in, without where it writes."""

@@ -1,4 +1,4 @@
-"""Writes the reference pages that follow from the code: docs/cli.md and docs/recipe.md.
+"""Writes the reference pages that follow from the code: docs/cli.md, recipe.md and formats.md.
 
 python scripts/make_docs.py            write them
 python scripts/make_docs.py --check    exit code 1 if one of them is out of date
@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 from compressor.cli.main import cli
 from compressor.passes.base import Pass, get_pass, pass_names
 from compressor.recipe import Recipe
+from compressor.runtimes.page import formats_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WRITTEN = "<!-- Written by scripts/make_docs.py from the code; change that instead. -->"
@@ -31,7 +32,7 @@ WIDTH = 96
 
 def pages() -> dict[str, str]:
     """File name in docs/ → its text."""
-    return {"cli.md": cli_page(), "recipe.md": recipe_page()}
+    return {"cli.md": cli_page(), "recipe.md": recipe_page(), "formats.md": formats_page()}
 
 
 def cli_page() -> str:

@@ -20,6 +20,16 @@ CASES = "compressor.cases"
 """Where a context keeps what was checked."""
 
 
+def runtime_option(function: Command) -> Command:
+    """Where the result is to be loaded."""
+    return click.option(
+        "--for",
+        "runtime",
+        metavar="RUNTIME",
+        help="Where it is to be loaded: vllm, sglang@0.5.23, 'vllm@0.24, tp: 2, gpu: h100'.",
+    )(function)
+
+
 def recipe_options(function: Command) -> Command:
     """RECIPE and what replaces parts of it."""
     for decorate in (
@@ -31,6 +41,7 @@ def recipe_options(function: Command) -> Command:
             help="Replace a key: calibration.samples=64, passes.awq.bits=3. Repeatable.",
         ),
         click.option("--max-shard-size", help="Largest output file, such as 5GB."),
+        runtime_option,
         click.option("--output", "-o", help="Folder to write, in place of the recipe's."),
         click.option(
             "--model", "-m", help="Folder, GGUF file or Hub id, in place of the recipe's."

@@ -27,10 +27,12 @@ class ModelSchemes:
 
     linears  module path → scheme, for every linear the runtime sees, quantized or not
     kv       the KV cache's spec, or None
+    named    groups list their linears one by one, also where a class of modules would do
     """
 
     linears: Mapping[str, Scheme]
     kv: KVSpec | None = None
+    named: bool = False
 
     @property
     def plain(self) -> list[str]:
@@ -92,6 +94,11 @@ class Format(Protocol):
 
         tensors  all that a checkpoint has of the linear, by local name
         """
+        ...
+
+    def form(self, tensors: Mapping[str, TensorShape]) -> str:
+        """Which of the format's sub-formats a quantized linear's tensors are in; "" where it has
+        none."""
         ...
 
     def encode(
@@ -181,6 +188,10 @@ class AllValues:
         """What `layout` says."""
         assert scheme.weight is not None
         return self.layout(scheme.weight, shape, model_dtype=model_dtype, input=scheme.input)
+
+    def form(self, tensors: Mapping[str, TensorShape]) -> str:
+        """None."""
+        return ""
 
     def may_lack(self, scheme: Scheme) -> str | None:
         """None."""

@@ -88,6 +88,10 @@ class CompressedTensors(AllValues):
         assert scheme.weight is not None
         return owner(tensors).layout(scheme.weight, shape, input=scheme.input)
 
+    def form(self, tensors: Mapping[str, TensorShape]) -> str:
+        """The sub-format that the tensors' names and dtypes show."""
+        return owner(tensors).format
+
     def encode(
         self,
         q: QTensor,
@@ -150,7 +154,7 @@ class CompressedTensors(AllValues):
         formats = {group["format"] for group in groups.values()}
         entries = {
             f"group_{number}": {
-                "targets": ["Linear"] if len(groups) == 1 else targets[key],
+                "targets": ["Linear"] if len(groups) == 1 and not schemes.named else targets[key],
                 **group,
             }
             for number, (key, group) in enumerate(groups.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,29 +12,40 @@ import click
 
 from compressor.cli.display import size
 from compressor.cli.echo import echo
-from compressor.cli.options import json_option
+from compressor.cli.options import json_option, runtime_option
 
 if TYPE_CHECKING:
+    from compressor.errors import InputError
     from compressor.inspect_checkpoint import CheckpointInfo, LayerInfo
+    from compressor.locate import Located
+    from compressor.runtimes.contract import Runtime
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("--layers", is_flag=True, help="One line for each linear.")
+@runtime_option
 @json_option
-def command(checkpoint: str, layers: bool, as_json: bool) -> None:
+@click.pass_context
+def command(
+    context: click.Context, checkpoint: str, layers: bool, runtime: str | None, as_json: bool
+) -> None:
     """Show what is in a checkpoint: architecture, format, bits, schemes, sizes, origin.
 
     CHECKPOINT is a folder, a GGUF file, or a Hub id, of which headers are read over the network
-    and no weights. Of a delta it shows what compress delta diff does.
+    and no weights. Of a delta it shows what compress delta diff does. With --for it says whether
+    a runtime loads it, and the exit code is 1 where that one does not.
 
     \b
     compress inspect out/smollm2-135m-awq
+    compress inspect out/smollm2-135m-awq --for sglang
     compress inspect meta-llama/Llama-2-7b-hf --json
     """
     from compressor.delta_source import is_delta
-    from compressor.inspect_checkpoint import inspect
+    from compressor.inspect_checkpoint import inspect, stored_form
     from compressor.locate import locate
+    from compressor.runtimes.contract import parse_runtime
+    from compressor.runtimes.loads import loads
 
     folder = Path(checkpoint).expanduser()
     if is_delta(folder):
@@ -41,12 +53,40 @@ def command(checkpoint: str, layers: bool, as_json: bool) -> None:
 
         show(folder, base=None, as_json=as_json)
         return
-    info = inspect(locate(checkpoint, fetch=False))
+    asked = None if runtime is None else parse_runtime(runtime)
+    located = locate(checkpoint, fetch=False)
+    info = inspect(located)
+    reasons = [] if asked is None else loads(asked, stored_form(located.source))
     if as_json:
-        echo(json.dumps({"ok": True, **info.to_json()}, indent=2))
-        return
-    for line in lines(info, every=layers):
-        echo(line)
+        found = {"ok": not reasons, **info.to_json()}
+        if asked is not None:
+            told = [{"message": error.message, "hint": error.hint} for error in reasons]
+            found["for"] = {**asked.model_dump(), "loads": not reasons, "reasons": told}
+        echo(json.dumps(found, indent=2))
+    else:
+        for line in lines(info, every=layers):
+            echo(line)
+        if asked is not None:
+            for line in verdict(asked, reasons, located):
+                echo(line)
+    if reasons:
+        context.exit(1)
+
+
+def verdict(runtime: Runtime, reasons: Sequence[InputError], located: Located) -> list[str]:
+    """Whether a runtime loads a checkpoint, for people."""
+    from compressor.inspect_checkpoint import stored_form
+    from compressor.runtimes.loads import remarks
+
+    if not reasons:
+        found = remarks(runtime, stored_form(located.source))
+        return [f"  loads in    {line}" for line in found or [runtime.title]]
+    shown = []
+    for error in reasons:
+        shown.append(f"  no          {error.message}")
+        if error.hint:
+            shown.append(f"              {error.hint}")
+    return shown
 
 
 def lines(info: CheckpointInfo, *, every: bool = False) -> list[str]:

@@ -41,6 +41,7 @@ def command(
     output: str | None,
     overrides: tuple[str, ...],
     max_shard_size: str | None,
+    runtime: str | None,
     device: str,
     device_memory: str | None,
     as_json: bool,
@@ -69,7 +70,12 @@ def command(
 
     resident = rss()
     loaded = load_recipe(
-        recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
+        recipe,
+        overrides,
+        model=model,
+        output=output,
+        max_shard_size=max_shard_size,
+        runtime=runtime,
     )
     located = locate(loaded.model, fetch=False, to_plan=True, dtype=DTYPES.get(loaded.dtype))
     plan = make_plan(

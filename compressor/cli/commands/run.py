@@ -54,6 +54,7 @@ def command(
     output: str | None,
     overrides: tuple[str, ...],
     max_shard_size: str | None,
+    runtime: str | None,
     device: str,
     device_memory: str | None,
     dry_run: bool,
@@ -81,6 +82,7 @@ def command(
             output=output,
             overrides=overrides,
             max_shard_size=max_shard_size,
+            runtime=runtime,
             device=device,
             device_memory=device_memory,
             as_json=as_json,
@@ -91,7 +93,12 @@ def command(
         from compressor.recipe import load_recipe
 
         loaded = load_recipe(
-            recipe, overrides, model=model, output=output, max_shard_size=max_shard_size
+            recipe,
+            overrides,
+            model=model,
+            output=output,
+            max_shard_size=max_shard_size,
+            runtime=runtime,
         )
     run = execute(loaded, device=device, device_memory=device_memory, display=display)
     if run is None:

@@ -1,0 +1,1 @@
+"""What runtimes load: contracts as data, and what reads them."""

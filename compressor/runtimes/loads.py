@@ -1,0 +1,303 @@
+"""Whether a runtime loads a written form, and if not, why and what it would load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.errors import InputError
+from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.tensor import TensorShape
+from compressor.layout import AttentionShape, Linear, ModelLayout
+from compressor.runtimes.contract import Loads, Runtime, Scope, inputs_of, kind_of, words_of
+from compressor.scheme import KVSpec, Scheme
+
+SPLIT_INPUTS = ("attn.o", "mlp.down", "expert.down")
+"""Roles whose inputs, not outputs, are split between GPUs."""
+APPLY = {"bitdelta": "compress delta apply BASE DELTA OUT makes a checkpoint that everything loads"}
+HOW = {"run": "run", "read": "read in its source, not run", "reported": "as reported, not tried"}
+OFFERS = 3
+"""Forms that would load which a hint names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A checkpoint as it is or will be written, as far as contracts speak of it.
+
+    linears     with scheme and sub-format ("" where a format has one)
+    attention   heads of each block;  tied  the head shares the embedding's weight
+    groups      config groups of linears;  classes  targets of theirs that name no linear
+    """
+
+    format: str
+    linears: tuple[tuple[Linear, Scheme, str], ...]
+    kv: KVSpec | None
+    attention: tuple[AttentionShape, ...]
+    tied: bool
+    groups: int = 0
+    classes: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[tuple[Linear, Scheme, str], ...]:
+        """The linears that are stored as codes."""
+        return tuple(entry for entry in self.linears if entry[1].weight is not None)
+
+    @property
+    def experts(self) -> bool:
+        """Whether it is a mixture of experts whose experts are quantized."""
+        return any(linear.expert is not None for linear, _, _ in self.quantized)
+
+
+def written_form(
+    fmt: Format,
+    layout: ModelLayout,
+    schemes: ModelSchemes,
+    tensors: Mapping[str, Mapping[str, TensorShape]],
+    *,
+    config: Mapping[str, Any],
+    tied: bool,
+) -> Written:
+    """What contracts are held against.
+
+    tensors  quantized linear → its tensors by local name
+    config   the `quantization_config` entry
+    """
+    groups = config.get("config_groups") or {}
+    targets = [target for group in groups.values() for target in group.get("targets", ())]
+    return Written(
+        format=fmt.name,
+        linears=tuple(
+            (x, schemes.linears[x.name], fmt.form(tensors[x.name]) if x.name in tensors else "")
+            for x in layout.linears
+            if not (tied and x.role == "lm_head")
+        ),
+        kv=schemes.kv,
+        attention=tuple(u.attention for u in layout.units if u.attention is not None),
+        tied=tied,
+        groups=len(groups),
+        classes=tuple(t for t in targets if not t.startswith("re:") and "." not in t),
+    )
+
+
+def loads(runtime: Runtime, written: Written) -> list[InputError]:
+    """Why a runtime would not load a checkpoint, or compute wrongly, with what it would load;
+    empty where nothing known speaks against it."""
+    contract, title = runtime.contract, runtime.title
+    lines = [line for line in contract.loads if line.holds_in(runtime.version)]
+    if not any(written.format in line.formats for line in lines):
+        return [
+            InputError(
+                f"{title} does not read the format {written.format}",
+                hint=APPLY.get(
+                    written.format, _offer(lines, [scheme for _, scheme, _ in written.quantized])
+                ),
+            )
+        ]
+    found: dict[tuple[str, str], list[str]] = {}
+    for linear, scheme, form in written.quantized:
+        for reason in _linear(runtime, written, linear, scheme, form):
+            found.setdefault(reason, []).append(linear.name)
+    errors = [
+        InputError(f"{title} {why} ({_some(names)})", hint=hint or None)
+        for (why, hint), names in found.items()
+    ]
+    errors += [*_cache(runtime, written), *_targets(runtime, written)]
+    if contract.tensor_parallel is not None and contract.tensor_parallel.heads:
+        errors += _heads(runtime, written.attention)
+    return errors
+
+
+def _linear(
+    runtime: Runtime, written: Written, linear: Linear, scheme: Scheme, form: str
+) -> list[tuple[str, str]]:
+    """What is wrong with one linear, and what would do."""
+    assert scheme.weight is not None
+    contract, inputs = runtime.contract, inputs_of(scheme.input)
+    modules = "experts" if linear.expert is not None else "linears"
+
+    def unlike(line: Scope) -> list[str]:
+        """What a line wants that this linear does not have."""
+        wrong = line.weights.unlike(scheme.weight) if line.weights is not None else []
+        if line.inputs and inputs not in line.inputs:
+            wrong.append(words_of(line.inputs))
+        if line.form and form != line.form:
+            wrong.append(f"the form {line.form}")
+        if line.modules is not None and line.modules != modules:
+            wrong.append(f"{line.modules} only")
+        return wrong
+
+    reasons = []
+    for hole in contract.holes:
+        speaks = hole.holds_in(runtime.version) and written.format in hole.formats
+        if speaks and (written.tied or not hole.tied) and not unlike(hole):
+            reasons.append((hole.says, f"{hole.instead}{_issue(hole)}"))
+    if reasons:
+        return reasons
+    lines = [line for line in contract.loads if line.holds_in(runtime.version)]
+    ours = [line for line in lines if written.format in line.formats]
+    near = min(ours, key=lambda line: len(unlike(line)))
+    if wrong := unlike(near):
+        what = f"{scheme.weight.bits}-bit {kind_of(scheme.weight)}"
+        what += f" weights with {words_of([inputs])}"
+        return [(f"does not load {what}: it wants {' and '.join(wrong)}", _offer(lines, [scheme]))]
+    fitting = [line for line in ours if not unlike(line)]
+    running = [line for line in fitting if _runs(line, runtime.capability)]
+    if not running:
+        wanted = " or ".join(
+            f"{line.capability / 10:.1f}{'' if line.exact else ' or newer'}" for line in fitting
+        )
+        return [
+            (f"has no kernel for it on {runtime.gpu}: compute capability {wanted}", "another GPU")
+        ]
+    sizes = [_sizes(runtime, line, linear, scheme) for line in running]
+    return [] if "" in sizes else [(sizes[0], "another size of groups, fewer GPUs, or ignore it")]
+
+
+def _runs(line: Loads, capability: int | None) -> bool:
+    if capability is None:
+        return True
+    return capability == line.capability if line.exact else capability >= line.capability
+
+
+def _sizes(runtime: Runtime, line: Loads, linear: Linear, scheme: Scheme) -> str:
+    """What is wrong with a weight's size on each GPU; empty where nothing is."""
+    outputs, inputs = linear.shape
+    across = linear.role in SPLIT_INPUTS
+    if across:
+        if inputs % runtime.tp:
+            return f"cannot split its {inputs} inputs between {runtime.tp} GPUs"
+        inputs //= runtime.tp
+    else:
+        if outputs % runtime.tp:
+            return f"cannot split its {outputs} outputs between {runtime.tp} GPUs"
+        outputs //= runtime.tp
+    split = f", split between {runtime.tp} GPUs" if runtime.tp > 1 else ""
+    size = line.multiples
+    for count, multiple, what in (
+        (outputs, size.out_features, "outputs"),
+        (inputs, size.in_features, "inputs"),
+    ):
+        if count % multiple:
+            return f"wants {what} in multiples of {multiple}, not {count}{split}"
+    spec = scheme.weight
+    assert spec is not None
+    if spec.group_size and inputs % spec.group_size:
+        return f"cannot cut {inputs} inputs{split} into groups of {spec.group_size}"
+    if spec.block is not None and line.whole_blocks:
+        rows, columns = spec.block
+        if across and runtime.tp > 1 and inputs % columns:
+            return f"cannot cut {inputs} inputs{split} into blocks of {columns}"
+        if not across and (linear.fused or runtime.tp > 1) and outputs % rows:
+            return f"cannot cut {outputs} outputs{split} into blocks of {rows}"
+    return ""
+
+
+def _cache(runtime: Runtime, written: Written) -> list[InputError]:
+    kv = written.kv
+    if kv is None:
+        return []
+    lines = [line for line in runtime.contract.kv if line.holds_in(runtime.version)]
+    if any(
+        written.format in line.formats and kv.element in line.elements and kv.per in line.per
+        for line in lines
+    ):
+        return []
+    offers = [f"{' or '.join(x.elements)} per {' or '.join(x.per)}" for x in lines]
+    return [
+        InputError(
+            f"{runtime.title} does not read a KV cache of {kv.element} per {kv.per} from the "
+            f"format {written.format}",
+            hint=f"it reads {'; '.join(dict.fromkeys(offers))}" if offers else "leave it in float",
+        )
+    ]
+
+
+def _heads(runtime: Runtime, attention: Iterable[AttentionShape]) -> list[InputError]:
+    """Attention whose heads do not divide between the GPUs."""
+    tp = runtime.tp
+    for shape in attention:
+        shared = shape.kv_heads % tp == 0 or tp % shape.kv_heads == 0
+        if shape.heads % tp or not shared:
+            return [
+                InputError(
+                    f"{runtime.title} cannot split {shape.heads} heads and {shape.kv_heads} KV "
+                    f"heads between {tp} GPUs",
+                    hint="a number of GPUs that divides them",
+                )
+            ]
+    return []
+
+
+def _offer(lines: Iterable[Loads], schemes: Iterable[Scheme]) -> str:
+    """What would load: the lines that are nearest to one of the schemes."""
+
+    def distance(line: Loads) -> int:
+        return min((_distance(line, scheme) for scheme in schemes), default=0)
+
+    quantized = [line for line in lines if line.weights.kinds != ("float",)]
+    near = sorted(quantized, key=distance)[:OFFERS]
+    return "it loads " + "; ".join(line.describe() for line in near)
+
+
+def _distance(line: Loads, scheme: Scheme) -> int:
+    spec = scheme.weight
+    if spec is None:
+        return 0
+    same = kind_of(spec) in line.weights.kinds
+    bits = not line.weights.bits or spec.bits in line.weights.bits
+    return 4 * (not same) + 2 * (not bits) + (inputs_of(scheme.input) not in line.inputs)
+
+
+def wants_names(runtime: Runtime, *, groups: int, experts: bool) -> bool:
+    """Whether config groups have to name their linears one by one."""
+    targets = runtime.contract.targets
+    if targets is None or groups == 0:
+        return False
+    wanted = [targets.form, targets.mixed if groups > 1 else "", targets.experts if experts else ""]
+    return "names" in wanted
+
+
+def remarks(runtime: Runtime, written: Written) -> list[str]:
+    """How it is known that a runtime loads a checkpoint, and what it needs for that."""
+    found = []
+    for line in fitting_lines(runtime, written):
+        how, more = HOW[line.known_in(runtime.version)], f"; {line.note}" if line.note else ""
+        found.append(f"{runtime.title}: {how} ({line.source}){more}")
+    return found
+
+
+def fitting_lines(runtime: Runtime, written: Written) -> list[Loads]:
+    """The lines of a contract by which a runtime loads a checkpoint."""
+    found: dict[str, Loads] = {}
+    for _, scheme, form in written.quantized or written.linears:
+        for line in runtime.contract.loads:
+            fits = line.holds_in(runtime.version) and written.format in line.formats
+            fits = fits and not line.weights.unlike(scheme.weight)
+            if fits and inputs_of(scheme.input) in line.inputs and line.form in ("", form):
+                found[line.describe()] = line
+                break
+    return list(found.values())
+
+
+def _targets(runtime: Runtime, written: Written) -> list[InputError]:
+    if not written.classes or not wants_names(
+        runtime, groups=written.groups, experts=written.experts
+    ):
+        return []
+    return [
+        InputError(
+            f"{runtime.title} wants config groups that name each linear, not "
+            f"{', '.join(written.classes[:3])}",
+            hint=f"runtime: {runtime.name} in the recipe writes names",
+        )
+    ]
+
+
+def _issue(scope: Scope) -> str:
+    return f" ({scope.issue})" if scope.issue else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
