@@ -16,13 +16,13 @@ import copy
 from pathlib import Path
 
 import torch
-from compressor_kernels.bitdelta import delta_matmul, delta_matmul_ref
+from compressor_kernels.linear.bitdelta import delta_matmul, delta_matmul_ref
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compressor.delta_source import Delta, merged_source, open_delta
+from compressor.checkpoint.delta.source import Delta, merged_source, open_delta
+from compressor.checkpoint.source import open_source
 from compressor.errors import CompressError, InputError
-from compressor.source import open_source
 
 
 class TenantLinear(nn.Module):

@@ -5,7 +5,8 @@
 
 Calibration: the State of the Union addresses of 1940 and later, in order of file name with nothing
 between them, the first 400,000 characters. Held out: characters 400,000 to 460,000 of Moby-Dick.
-Then: measure_awq.py MODEL --calibration OUTPUT/calibration.txt --evaluation OUTPUT/held_out.txt
+Then: measure/awq_options.py MODEL --calibration OUTPUT/calibration.txt \\
+          --evaluation OUTPUT/held_out.txt
 """
 
 from __future__ import annotations

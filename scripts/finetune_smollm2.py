@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.checkpoint import open_checkpoint
+from compressor.checkpoint.reader import open_checkpoint
 
 
 def rows(options: argparse.Namespace) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from compressor_calibration.bundled import bundled_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.attention_runtime import attach
-from compressor.policy import read_policy
+from compressor.attention.policy import read_policy
+from compressor.attention.serve import attach
 
 
 def load(folder: Path) -> Any:

@@ -21,8 +21,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from compressor.cli.main import cli
-from compressor.passes.base import Pass, get_pass, pass_names
-from compressor.recipe import Recipe
+from compressor.methods.base import Pass, get_pass, pass_names
+from compressor.plan.recipe import Recipe
 from compressor.runtimes.page import formats_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -17,9 +17,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from compressor.checkpoint.safetensors import tensor_bytes
+from compressor.checkpoint.shards import plan_shards
 from compressor.ir.tensor import TensorShape
-from compressor.safetensors_file import tensor_bytes
-from compressor.shards import plan_shards
 
 SHAPES = {
     "7b": {"hidden": 4096, "ff": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from compressor.kernel_checks import enable_interpreter
+from compressor.verify.kernels.check import enable_interpreter
 
 enable_interpreter()  # before any test's imports bring Triton with them
 
 
 def beside(name: str) -> ModuleType:
-    """A module of this folder, which is on no path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    """A module of tests/support, which is on no path."""
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parent / "support" / f"{name}.py"
+    )
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,13 +29,13 @@ def beside(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
-    """The module tests/tiny_models.py."""
+    """The module tests/support/tiny_models.py."""
     return beside("tiny_models")
 
 
 @pytest.fixture(scope="session")
 def hub_server() -> ModuleType:
-    """The module tests/hub_server.py."""
+    """The module tests/support/hub_server.py."""
     return beside("hub_server")
 
 

@@ -16,11 +16,11 @@ import click
 from compressor.errors import CheckError, CompressError, MachineError, Problems
 
 if TYPE_CHECKING:
-    from compressor.evaluate import EvaluationResult, TaskScore
-    from compressor.gate import GateResult
-    from compressor.passkey import PasskeyResult
-    from compressor.verdict import Verdict
-    from compressor.verify_report import VerifyReport
+    from compressor.evaluate.gate import GateResult
+    from compressor.evaluate.passkey import PasskeyResult
+    from compressor.evaluate.perplexity import EvaluationResult, TaskScore
+    from compressor.run.judge import Verdict
+    from compressor.verify.findings import VerifyReport
 
 ENDED = "ran to its end"
 """The case that says whether a command did."""

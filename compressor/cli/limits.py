@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compressor.bounded_yaml import load_yaml
 from compressor.errors import InputError, Problems
-from compressor.gate import Gate
-from compressor.recipe import explain
+from compressor.evaluate.gate import Gate
+from compressor.foreign.bounded_yaml import load_yaml
+from compressor.plan.recipe import explain
 
 
 def parse_gate(

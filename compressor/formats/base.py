@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
-from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +238,14 @@ class WeightsOnly(AllValues):
 def format_names() -> list[str]:
     """Names of all formats, from the package's folder itself."""
     folders = importlib.import_module("compressor.formats").__path__
-    found = {path.stem for folder in folders for path in Path(folder).glob("*.py")}
-    return sorted(stem.replace("_", "-") for stem in found - {"__init__", "base"})
+    found = {path.parent.name for f in folders for path in Path(f).glob("*/codec.py")}
+    return sorted(name.replace("_", "-") for name in found)
 
 
 def get_format(name: str) -> Format:
     """The format called `name`; InputError names the known ones."""
     if name not in format_names():
         raise InputError(f"unknown format {name!r}", hint=f"one of: {', '.join(format_names())}")
-    module = importlib.import_module(f"compressor.formats.{name.replace('-', '_')}")
+    module = importlib.import_module(f"compressor.formats.{name.replace('-', '_')}.codec")
     found: Format = module.FORMAT
     return found

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from compressor.layout import Linear, UnitLayout
-from compressor.qtensor import QTensor
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.qtensor import QTensor
 
 
 @dataclass(frozen=True, slots=True)

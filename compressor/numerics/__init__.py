@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.numerics.fp8 import fp8_codes, quantize_fp8
 from compressor.numerics.int_affine import fake_quantize_int, int_codes, quantize_int
 from compressor.numerics.mx import mx_codes, quantize_mx
@@ -23,7 +24,6 @@ from compressor.numerics.progressive import (
     quantize_offset,
     quantize_progressive,
 )
-from compressor.qtensor import QTensor, QuantSpec
 
 _QUANTIZE: dict[tuple[str, str, str], Callable[..., QTensor]] = {
     ("int", "none", "none"): quantize_int,

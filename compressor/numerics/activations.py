@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.qtensor import MXFP4, MXFP8
+from compressor.ir.scheme import ActivationSpec, KVSpec
 from compressor.numerics.mx import fake_quantize_mx_inputs
 from compressor.numerics.nvfp4 import fake_quantize_nvfp4, full_range
-from compressor.qtensor import MXFP4, MXFP8
-from compressor.scheme import ActivationSpec, KVSpec
 
 MX_INPUTS = {"fp4_e2m1": MXFP4, "fp8_e4m3": MXFP8}
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from compressor_kernels.awq_candidate import CLIP_SIZES, candidate_delta, clip_bounds
+from compressor_kernels.search.awq_candidate import CLIP_SIZES, candidate_delta, clip_bounds
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize
 from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
 from compressor.numerics.int_affine import fake_quantize_int, group_range
 from compressor.numerics.migration import Quantizer
-from compressor.qtensor import QuantSpec
 
 SCALE_FLOOR = 1e-4
 """Smallest value of a channel's scale before it is normalised, as in the published code."""

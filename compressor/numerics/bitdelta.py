@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from compressor_kernels.bitdelta import pack_signs, unpack_signs
+from compressor_kernels.linear.bitdelta import pack_signs, unpack_signs
 from torch import Tensor
 from torch.nn.functional import embedding
 

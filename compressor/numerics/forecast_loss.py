@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from compressor_kernels.block_selection import BlockRule, top_blocks_ref
-from compressor_kernels.block_windows import WindowRule, pool_windows_ref
+from compressor_kernels.attention.block_selection import BlockRule, top_blocks_ref
+from compressor_kernels.attention.block_windows import WindowRule, pool_windows_ref
 from torch import Tensor
 
 Pooling = Literal["max", "mean"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.qtensor import QTensor, QuantSpec, spread
+from compressor.ir.qtensor import QTensor, QuantSpec, spread
 
 E4M3_MAX = 448.0
 

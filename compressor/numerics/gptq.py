@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compressor.ir.qtensor import QTensor, decode_elements
 from compressor.numerics import nearest_codes
-from compressor.qtensor import QTensor, decode_elements
 
 BLOCK = 128
 """Inputs after which corrections are passed on to all later inputs in one product."""

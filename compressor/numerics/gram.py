@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from compressor_kernels import gram_error as fused
+from compressor_kernels.search import gram_error as fused
 from torch import Tensor
 
 ROWS = 2**15

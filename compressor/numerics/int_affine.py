@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.numerics.chunks import row_chunks
-from compressor.qtensor import QTensor, QuantSpec
 
 RANGE_FLOOR = 1e-5
 """Smallest range of a group: an all-zero group gets a small positive scale, never 0/0."""

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.qtensor import E8M0, MXFP4, MXFP8, NVFP4, QTensor, QuantSpec, decode_elements
 from compressor.numerics.chunks import row_chunks
 from compressor.numerics.fp8 import fp8_codes
 from compressor.numerics.nvfp4 import e2m1_codes, round_e2m1
-from compressor.qtensor import E8M0, MXFP4, MXFP8, NVFP4, QTensor, QuantSpec, decode_elements
 
 Rule = Literal["floor", "ceil", "nearest", "mse"]
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.qtensor import NVFP4, QTensor, QuantSpec
 from compressor.numerics.chunks import row_chunks
-from compressor.qtensor import NVFP4, QTensor, QuantSpec
 
 Rule = Literal["static_6", "static_4", "mse", "mae", "abs_max"]
 """How a block's scale is chosen: its largest value becomes 6, becomes 4, or whichever of the two

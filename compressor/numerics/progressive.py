@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.qtensor import QTensor, QuantSpec
+from compressor.ir.qtensor import QTensor, QuantSpec
 
 PROTECTIVE_RANGE = {"offset": 120.0, "subtract": 119.0}
 SMALLEST_HALF = 2.0**-24

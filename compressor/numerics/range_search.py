@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import quantize
 from compressor.numerics.gptq import row_errors
-from compressor.qtensor import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from pydantic import Field, field_validator
 
 from compressor.errors import InputError
 from compressor.ir.frozen import Strict
-from compressor.qtensor import QuantSpec
-from compressor.scheme import ActivationSpec
+from compressor.ir.qtensor import QuantSpec
+from compressor.ir.scheme import ActivationSpec
 
 FOLDER = Path(__file__).parent
 

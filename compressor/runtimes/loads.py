@@ -8,10 +8,10 @@ from typing import Any
 
 from compressor.errors import InputError
 from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.layout import AttentionShape, Linear, ModelLayout
+from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
-from compressor.layout import AttentionShape, Linear, ModelLayout
 from compressor.runtimes.contract import Loads, Runtime, Scope, inputs_of, kind_of, words_of
-from compressor.scheme import KVSpec, Scheme
 
 SPLIT_INPUTS = ("attn.o", "mlp.down", "expert.down")
 """Roles whose inputs, not outputs, are split between GPUs."""

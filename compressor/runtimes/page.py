@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 
 from compressor.formats.base import ModelSchemes, format_names, get_format
-from compressor.layout import Linear, ModelLayout, UnitLayout
-from compressor.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
+from compressor.ir.layout import Linear, ModelLayout, UnitLayout
+from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
+from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.runtimes.contract import Contract, Known, Runtime, load_contract, runtime_names
 from compressor.runtimes.loads import Written, fitting_lines, loads, written_form
-from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 WRITTEN = "<!-- Written by scripts/make_docs.py from the code and compressor/runtimes/*.yaml. -->"
 LINEAR = Linear("model.layers.0.mlp.down_proj", "mlp.down", 4096, 4096, "mlp.out")
@@ -147,9 +147,9 @@ def formats_page() -> str:
         ),
         "A second reader shares no code with the writer and follows the format's description: it "
         "decodes the same codes and scales. The tests are `tests/interop/` (runtimes and "
-        "converters), `tests/unit/test_independent.py` and `tests/golden/` (published vectors). "
-        "Those of gptqmodel are slow and run where it is installed: it asks for a torch of its "
-        "own. Last seen to pass with gptqmodel 7.7.0, optimum 2.3.0 and torch 2.14.1, in an "
+        "converters), `tests/formats/test_second_reader.py` and `tests/golden/` (published "
+        "vectors). Those of gptqmodel are slow and run where it is installed: it asks for a torch "
+        "of its own. Last seen to pass with gptqmodel 7.7.0, optimum 2.3.0 and torch 2.14.1, in an "
         "environment beside the project's "
         "(`python -m pytest -m slow tests/interop/test_read_by_others.py`).",
         "## What loads where",

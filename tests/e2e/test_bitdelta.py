@@ -15,19 +15,19 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from compressor.checkpoint import Checkpoint
-from compressor.compile import compile_checkpoint, prepare
-from compressor.delta import Base
-from compressor.delta_apply import apply_delta
-from compressor.delta_source import merged_source, open_delta, open_model
+from compressor.checkpoint.delta.base import Base
+from compressor.checkpoint.delta.source import merged_source, open_delta, open_model
+from compressor.checkpoint.reader import Checkpoint
+from compressor.checkpoint.safetensors import Entry
+from compressor.checkpoint.source import as_source, open_source
 from compressor.errors import InputError, Problems
 from compressor.ir.tensor import TensorShape
-from compressor.plan import make_plan
-from compressor.recipe import make_recipe
-from compressor.safetensors_file import Entry
-from compressor.source import as_source, open_source
-from compressor.verify_delta import verify_model
-from tests.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
+from compressor.run.delta import apply_delta
+from compressor.run.session import compile_checkpoint, prepare
+from compressor.verify.delta import verify_model
+from tests.support.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.compile import compile_checkpoint
-from compressor.delta import Base
-from compressor.delta_apply import apply_delta
-from compressor.delta_source import open_delta, open_model
+from compressor.checkpoint.delta.base import Base
+from compressor.checkpoint.delta.source import open_delta, open_model
+from compressor.checkpoint.source import open_source
 from compressor.errors import Interrupted
-from compressor.evaluate import evaluate
-from compressor.source import open_source
-from compressor.tokenizer import load_tokenizer
-from tests.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
-from tests.golden_files import trained_model
+from compressor.evaluate.perplexity import evaluate
+from compressor.run.delta import apply_delta
+from compressor.run.session import compile_checkpoint
+from compressor.runner.tokenizer import load_tokenizer
+from tests.support.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
+from tests.support.golden_files import trained_model
 
 WHALE = """Secondly: It is well known in the Sperm Whale Fishery, however ignorant the world
 ashore may be of it, that there have been several memorable historical instances

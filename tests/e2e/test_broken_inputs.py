@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from compressor.cli import main as cli_main
-from tests.fuzzing import assert_clear, changed, refused, spoiled
+from tests.support.fuzzing import assert_clear, changed, refused, spoiled
 
 
 @pytest.fixture
@@ -190,8 +190,8 @@ def test_configs_that_are_hardly_json(compress: Callable[..., tuple[int, str]], 
 def test_quantization_configs_with_wrong_values(
     compress: Callable[..., tuple[int, str]], model: Path, tmp_path: Path
 ) -> None:
-    from compressor.compile import choose_device, compile_checkpoint, prepare
-    from compressor.recipe import make_recipe
+    from compressor.plan.recipe import make_recipe
+    from compressor.run.session import choose_device, compile_checkpoint, prepare
 
     rng, results = random.Random(5), []
     for name in ("compressed-tensors", "autoawq", "gptq"):

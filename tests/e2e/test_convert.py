@@ -13,16 +13,16 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint.find import locate
+from compressor.checkpoint.safetensors import read_header
+from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.convert import Converted, convert
 from compressor.errors import InputError, Problems
-from compressor.locate import locate
-from compressor.qtensor import QTensor
-from compressor.recipe import make_recipe
-from compressor.safetensors_file import read_header
-from compressor.source import open_source
-from compressor.verify import verify
+from compressor.ir.qtensor import QTensor
+from compressor.plan.recipe import make_recipe
+from compressor.run.convert import Converted, convert
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.verify import verify
 
 CPU = choose_device("cpu")
 INT4 = ("compressed-tensors", "autoawq", "gptq", "gptq-v2")

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from compressor.compile import Prepared, choose_device, compile_checkpoint, prepare
+from compressor.checkpoint.manifest import read_manifest
 from compressor.errors import CheckError, CompressError, InputError, Interrupted
-from compressor.manifest import read_manifest
-from compressor.recipe import make_recipe
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import Prepared, choose_device, compile_checkpoint, prepare
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 CPU = choose_device("cpu")
 TEXT = "A few words, again and again, which take no time to read. " * 40
 WORK = ".compress-work"
@@ -41,7 +41,7 @@ DOCUMENTED = (1, 2, 3)
 
 
 def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, SUPPORT / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -140,7 +140,7 @@ class dying_after:
         self.left, self.patch = count, pytest.MonkeyPatch()
 
     def __enter__(self) -> None:
-        import compressor.finish
+        import compressor.checkpoint.assemble
 
         def dying(real: Callable[..., Any]) -> Callable[..., Any]:
             def step(*arguments: Any) -> Any:
@@ -151,7 +151,9 @@ class dying_after:
 
             return step
 
-        self.patch.setattr(compressor.finish, "move", dying(compressor.finish.move))
+        self.patch.setattr(
+            compressor.checkpoint.assemble, "move", dying(compressor.checkpoint.assemble.move)
+        )
         self.patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
 
     def __exit__(self, *error: object) -> None:

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from compressor import kernel_checks
+from compressor.verify.kernels import check as kernel_checks
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_damages.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure" / "damages.py"
 
 
 @pytest.fixture(scope="module")

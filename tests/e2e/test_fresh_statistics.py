@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.recipe import make_recipe
-from compressor.source import open_source
+from compressor.checkpoint.source import open_source
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
 
 AWQ = {"bits": 4, "group_size": 32}
 INT8_CACHE = {"kv_cache": {"element": "int8"}}

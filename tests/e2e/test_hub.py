@@ -27,7 +27,7 @@ def folder(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Any]:
-    driver = Path(__file__).with_name("hub_client.py")
+    driver = Path(__file__).resolve().parents[1] / "support" / "hub_client.py"
     done = subprocess.run(
         [sys.executable, str(driver), str(folder)],
         capture_output=True,

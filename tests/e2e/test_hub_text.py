@@ -17,7 +17,7 @@ def test_a_checkpoint_is_measured_on_a_split_of_a_hub_data_set(
     rows = [
         json.dumps({"body": f"line {i} of a held-out text, {i * 7} words on"}) for i in range(60)
     ]
-    command = [sys.executable, "-m", "compressor.cli", "eval", str(tiny_model("llama"))]
+    command = [sys.executable, "-m", "compressor", "eval", str(tiny_model("llama"))]
     options = ["--text", "me/set", "--split", "held_out", "--windows", "2", "--length", "32"]
     fields = ["--text-field", "body", "--device", "cpu", "--json"]
     with hub_server.serving() as hub:

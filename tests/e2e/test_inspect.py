@@ -11,12 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from compressor.checkpoint.find import locate
+from compressor.checkpoint.safetensors import read_tensor
 from compressor.cli.main import cli
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.inspect_checkpoint import inspect
-from compressor.locate import locate
-from compressor.recipe import make_recipe
-from compressor.safetensors_file import read_tensor
+from compressor.plan.recipe import make_recipe
+from compressor.report.inspect import inspect
+from compressor.run.session import choose_device, compile_checkpoint, prepare
 
 TYPES = ("llama", "qwen2", "gemma", "phi3", "opt", "mixtral", "qwen3_moe")
 
@@ -57,7 +57,7 @@ def test_no_weight_is_read(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("compressor.checkpoint.read_tensor", refuse)
+    monkeypatch.setattr("compressor.checkpoint.reader.read_tensor", refuse)
     assert read_tensor is not refuse
     runner = CliRunner()
     done = runner.invoke(cli, ["inspect", str(tiny_model("qwen2")), "--layers"])

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import InputError, Interrupted
-from compressor.recipe import load_recipe, make_recipe
+from compressor.plan.recipe import load_recipe, make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 TEXT = "A few words, again and again, which take no time to read. " * 40
 CPU = choose_device("cpu")
 PASSES: dict[str, list[Any]] = {
@@ -52,7 +52,7 @@ def write_recipe(folder: Path, model: Path, propagate: str, **top: Any) -> Path:
 def drive(script: str, *arguments: str, timeout: float = 600) -> dict[str, Any]:
     """Run a driver in a process of its own; the JSON of its last line."""
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
+        [sys.executable, str(SUPPORT / script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -133,7 +133,7 @@ def test_ctrl_c_stops_after_the_unit_and_says_how_to_go_on(
         tmp_path, tiny_model("llama", num_hidden_layers=8), "quantized", verify=False
     )
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "compressor.cli", "run", str(recipe), "-o", str(output)]
+    command = [sys.executable, "-m", "compressor", "run", str(recipe), "-o", str(output)]
     process = subprocess.Popen(
         [*command, "--device", "cpu", "--log-format", "json"],
         stderr=subprocess.PIPE,
@@ -250,7 +250,8 @@ def test_a_dead_run_leaves_no_lock(tiny_model: Callable[..., Path], tmp_path: Pa
     """The lock is the kernel's: it goes with its process, however that ended."""
     output = tmp_path / "out"
     script = (
-        "import os, sys, time; from pathlib import Path; from compressor.workspace import owned\n"
+        "import os, sys, time; from pathlib import Path\n"
+        "from compressor.checkpoint.workspace import owned\n"
         f"with owned(Path({str(output)!r}), manifest='manifest.json') as work:\n"
         "    work.mkdir(); print('locked', flush=True); time.sleep(60)"
     )

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.evaluate import evaluate
-from compressor.recipe import make_recipe
-from compressor.source import open_source
-from compressor.verify import verify
+from compressor.checkpoint.source import open_source
+from compressor.evaluate.perplexity import evaluate
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.verify import verify
 
 CPU = choose_device("cpu")
 STATIC = {"bits": 8, "group_size": None, "activations": "static"}

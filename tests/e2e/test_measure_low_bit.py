@@ -11,12 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from compressor.passes.base import pass_names
-from compressor.plan import make_plan
-from compressor.recipe import make_recipe
-from compressor.source import open_source
+from compressor.checkpoint.source import open_source
+from compressor.methods.base import pass_names
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_low_bit.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure" / "low_bit.py"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_streaming.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure" / "streaming.py"
 
 
 def test_it_measures_along_a_text(

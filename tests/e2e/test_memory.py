@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.estimate import STARTED_BYTES, estimate
-from compressor.plan import make_plan
-from compressor.recipe import make_recipe
-from compressor.source import open_source
+from compressor.checkpoint.source import open_source
+from compressor.plan.estimate import STARTED_BYTES, estimate
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SLACK = 0.25
@@ -26,7 +26,7 @@ SLACK = 0.25
 def compress(command: str, recipe: Path) -> dict[str, Any]:
     """The JSON that a command prints, run in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "compressor.cli", command, str(recipe), "--device", "cpu", "--json"],
+        [sys.executable, "-m", "compressor", command, str(recipe), "--device", "cpu", "--json"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -94,7 +94,7 @@ def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_depth_and_is_as_planned(tmp_path: Path) -> None:
-    script = ROOT / "scripts" / "measure_memory.py"
+    script = ROOT / "scripts" / "measure" / "memory.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "work")],
         capture_output=True,

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.evaluate import evaluate
-from compressor.recipe import make_recipe
-from compressor.source import open_source
-from tests.golden_files import trained_model
+from compressor.checkpoint.source import open_source
+from compressor.evaluate.perplexity import evaluate
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from tests.support.golden_files import trained_model
 
 CPU = choose_device("cpu")
 CACHE = {"kv_cache": {"element": "int4"}}

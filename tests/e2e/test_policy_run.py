@@ -14,21 +14,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from compressor.attention.policy import policy_files, read_policy, read_policy_tensors
+from compressor.checkpoint.delta.source import open_delta
+from compressor.checkpoint.find import locate
+from compressor.checkpoint.manifest import read_manifest
+from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.convert import convert
-from compressor.delta_apply import apply_delta
-from compressor.delta_source import open_delta
 from compressor.errors import InputError, Problems
-from compressor.evaluate import evaluate
-from compressor.locate import locate
-from compressor.manifest import read_manifest
-from compressor.policy import policy_files, read_policy, read_policy_tensors
-from compressor.recipe import make_recipe
-from compressor.report_attention import attention
-from compressor.source import open_source
-from compressor.verify import verify
-from compressor.verify_delta import verify_model
+from compressor.evaluate.perplexity import evaluate
+from compressor.plan.recipe import make_recipe
+from compressor.report.attention import attention
+from compressor.run.convert import convert
+from compressor.run.delta import apply_delta
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.delta import verify_model
+from compressor.verify.verify import verify
 
 CPU = choose_device("cpu")
 DATA = {
@@ -216,7 +216,7 @@ def test_the_composed_checkpoint_generates_in_transformers(composed: Path) -> No
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
-    from compressor.attention_runtime import attach
+    from compressor.attention.serve import attach
 
     model = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32).eval()
     runtime = attach(model)

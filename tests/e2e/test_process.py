@@ -93,7 +93,7 @@ def test_a_file_system_without_locks_is_named(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("compressor.workspace.fcntl.flock", no_locks)
+    monkeypatch.setattr("compressor.checkpoint.workspace.fcntl.flock", no_locks)
     monkeypatch.setattr("sys.argv", ["compress", "run", str(recipe), "--device", "cpu"])
     with pytest.raises(SystemExit) as left:
         main()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.checkpoint.source import open_source
 from compressor.errors import Problems
-from compressor.evaluate import evaluate
-from compressor.recipe import make_recipe
-from compressor.scheme import ActivationSpec, KVSpec
-from compressor.source import open_source
+from compressor.evaluate.perplexity import evaluate
+from compressor.ir.scheme import ActivationSpec, KVSpec
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
 
 CPU = choose_device("cpu")
 

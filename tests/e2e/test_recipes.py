@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.checkpoint.manifest import MANIFEST_NAME
+from compressor.checkpoint.source import open_source
 from compressor.errors import Problems
-from compressor.manifest import MANIFEST_NAME
-from compressor.passes.base import get_pass
-from compressor.plan import make_plan
-from compressor.recipe import make_recipe
-from compressor.source import open_source
-from compressor.verify_delta import verify_model
-from tests.tiny_models import TYPES
+from compressor.methods.base import get_pass
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.delta import verify_model
+from tests.support.tiny_models import TYPES
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 CPU = choose_device("cpu")

@@ -14,14 +14,14 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from compressor import release
+from compressor.checkpoint.find import locate
+from compressor.checkpoint.manifest import hash_file, read_manifest
 from compressor.cli.main import cli
 from compressor.errors import CheckError, CompressError
-from compressor.locate import locate
-from compressor.manifest import hash_file, read_manifest
-from compressor.report import read_report
-from compressor.verdict import Verdict
-from compressor.verify import verify
+from compressor.report.data import read_report
+from compressor.run import release
+from compressor.run.judge import Verdict
+from compressor.verify.verify import verify
 
 BASE: dict[str, Any] = {
     "calibration": {"samples": 4, "length": 32},

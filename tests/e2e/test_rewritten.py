@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import Interrupted, Problems
-from compressor.recipe import Recipe, make_recipe
-from compressor.verdict import judge
+from compressor.plan.recipe import Recipe, make_recipe
+from compressor.run.judge import judge
+from compressor.run.session import choose_device, compile_checkpoint, prepare
 
 CPU = choose_device("cpu")
 IDS = torch.arange(2, 42)[None]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
+from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Problems
-from compressor.recipe import make_recipe
-from compressor.source import open_source
-from tests.tiny_models import TYPES
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from tests.support.tiny_models import TYPES
 
 CALIBRATION = {"samples": 8, "length": 32}
 CPU = choose_device("cpu")

@@ -11,14 +11,14 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from compressor.allocate import parse_sensitivity
+from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
-from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import InputError, Problems
-from compressor.plan import make_plan
-from compressor.recipe import make_recipe
-from compressor.sensitivity import measure_sensitivity
-from compressor.source import open_source
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
+from compressor.run.allocate import parse_sensitivity
+from compressor.run.sensitivity import measure_sensitivity
+from compressor.run.session import choose_device, compile_checkpoint, prepare
 
 CPU = choose_device("cpu")
 IDS = torch.randint(2, 256, (4, 32), generator=torch.Generator().manual_seed(3))

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from compressor import runner
-from compressor.compile import Prepared, choose_device, compile_checkpoint, prepare
+from compressor.checkpoint.safetensors import read_header
+from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, MachineError, Problems
-from compressor.recipe import make_recipe
-from compressor.safetensors_file import read_header
-from compressor.source import open_source
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import Prepared, choose_device, compile_checkpoint, prepare
+from compressor.runner import block_runner as runner
 
 CPU = choose_device("cpu")
 RTN = [{"rtn": {"bits": 4, "group_size": 32}}]
@@ -137,7 +137,7 @@ def test_a_full_disk_is_seen_beforehand(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr("compressor.workspace.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("compressor.checkpoint.workspace.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match=r"has 0\.00 GB left"):
         prepared(tiny_model("llama"), tmp_path / "out", RTN)
 

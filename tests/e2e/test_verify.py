@@ -14,16 +14,17 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from compressor import kernel_checks, verify_units
+from compressor.checkpoint.safetensors import read_header
 from compressor.cli.main import cli
-from compressor.compile import choose_device, compile_checkpoint, prepare
 from compressor.errors import InputError
-from compressor.layout import Linear
+from compressor.ir.layout import Linear
 from compressor.numerics import chunks
-from compressor.recipe import make_recipe
-from compressor.safetensors_file import read_header
-from compressor.verify import VerifyReport, verify
-from compressor.verify_units import UnitChecks
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify import units as verify_units
+from compressor.verify.kernels import check as kernel_checks
+from compressor.verify.units import UnitChecks
+from compressor.verify.verify import VerifyReport, verify
 
 CPU = choose_device("cpu")
 TRITON = not torch.cuda.is_available()  # a process with a GPU leaves Triton to it
@@ -238,7 +239,7 @@ def test_what_stands_beside_the_artefact_does_not_count(copy: Path) -> None:
 def test_a_kernel_that_computes_something_else_is_found(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import compressor_kernels.w4a16 as kernels
+    import compressor_kernels.linear.w4a16 as kernels
 
     right = kernels.w4a16
     monkeypatch.setattr(kernels, "w4a16", lambda *a, **k: right(*a, **k) * 1.05)

@@ -12,12 +12,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.recipe import make_recipe
-from compressor.source import open_source
-from compressor.verify_delta import verify_model
-from compressor.verify_report import VerifyReport
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.delta import verify_model
+from compressor.verify.findings import VerifyReport
 
 pytestmark = pytest.mark.gpu
 DEVICE = choose_device("auto")

@@ -14,16 +14,16 @@ import torch
 from compressor_calibration.passkeys import WORDS
 from torch import Tensor, nn
 
-from compressor.attention import AttentionCall
-from compressor.copy_scores import copied
+from compressor.attention.evaluation import policy_attention
+from compressor.attention.policy import AttentionPolicy, head_layers, token_mask
+from compressor.ir.layout import AttentionShape, UnitLayout
 from compressor.ir.unit import Unit
-from compressor.layout import AttentionShape, UnitLayout
-from compressor.needles import Needles, make_row
+from compressor.methods.common.copy_scores import copied
+from compressor.methods.common.needles import Needles, make_row
+from compressor.methods.duo_attention.two_stream import TwoStream, _Mix
 from compressor.numerics.head_gates import distillation_loss, full_first, keep_full, reorder_rows
-from compressor.policy import AttentionPolicy, head_layers, token_mask
-from compressor.policy_attention import policy_attention
-from compressor.two_stream import TwoStream, _Mix
-from tests.golden_files import vectors, vectors_and_notes
+from compressor.runner.attention_call import AttentionCall
+from tests.support.golden_files import vectors, vectors_and_notes
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
     search_clip_gram,
@@ -13,8 +14,7 @@ from compressor.numerics.awq_search import (
     search_scales_reference,
 )
 from compressor.numerics.gram import gram_error
-from compressor.qtensor import QuantSpec
-from tests.golden_files import vectors, vectors_and_notes
+from tests.support.golden_files import vectors, vectors_and_notes
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.bitdelta import (
+from compressor_kernels.linear.bitdelta import (
     delta_matmul_ref,
     pack_bits,
     pack_signs,
@@ -10,7 +10,7 @@ from compressor_kernels.bitdelta import (
     unpack_signs,
 )
 
-from tests.golden_files import vectors
+from tests.support.golden_files import vectors
 
 
 @pytest.mark.parametrize("width", [8, 16, 32, 64])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressor_kernels.block_attention import block_attention_ref
-from compressor_kernels.block_memory import memory_blocks, represent_blocks
-from compressor_kernels.block_pages import page_bounds_ref, page_scores_ref
-from compressor_kernels.block_selection import BlockRule, top_blocks_ref
-from compressor_kernels.block_windows import (
+from compressor_kernels.attention.block_attention import block_attention_ref
+from compressor_kernels.attention.block_memory import memory_blocks, represent_blocks
+from compressor_kernels.attention.block_pages import page_bounds_ref, page_scores_ref
+from compressor_kernels.attention.block_selection import BlockRule, top_blocks_ref
+from compressor_kernels.attention.block_windows import (
     WindowRule,
     compress_keys_ref,
     forecast_scores_ref,
@@ -23,7 +23,7 @@ from compressor.numerics.forecast_loss import (
     student_shares,
     teacher_shares,
 )
-from tests.golden_files import vectors
+from tests.support.golden_files import vectors
 
 RULE = BlockRule(block_size=16, init_blocks=1, local_blocks=1, top_k=4)
 DEPLOYED, FINE = WindowRule(kernel_size=8, stride=4), WindowRule(kernel_size=2, stride=1)

@@ -7,11 +7,11 @@ import torch
 
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, get_format
-from compressor.formats.packing.words import pack_words, unpack_words
+from compressor.formats.shared.words import pack_words, unpack_words
+from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.tensor import TensorShape
-from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import ActivationSpec, Scheme
-from tests.golden_files import vectors
+from tests.support.golden_files import vectors
 
 F16 = torch.float16
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.packing.e2m1 import unpack_nibbles
-from compressor.formats.packing.mx import gptoss_experts, gptoss_tensors, rows_by_turns
+from compressor.formats.shared.e2m1 import unpack_nibbles
+from compressor.formats.shared.mx import gptoss_experts, gptoss_tensors, rows_by_turns
+from compressor.ir.qtensor import E8M0, MXFP4, MXFP8, QTensor
 from compressor.numerics import quantize
 from compressor.numerics.mx import largest_exponent, nvfp4_of_mxfp4
-from compressor.qtensor import E8M0, MXFP4, MXFP8, QTensor
-from tests.golden_files import vectors, vectors_and_notes
+from tests.support.golden_files import vectors, vectors_and_notes
 
 
 def by_group(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compressor.formats.base import get_format
+from compressor.ir.qtensor import NVFP4, QTensor, decode_elements
 from compressor.numerics.nvfp4 import (
     e2m1_codes,
     fake_quantize_nvfp4,
@@ -18,8 +19,7 @@ from compressor.numerics.nvfp4 import (
     round_e2m1,
     shared_absmax,
 )
-from compressor.qtensor import NVFP4, QTensor, decode_elements
-from tests.golden_files import vectors
+from tests.support.golden_files import vectors
 
 RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
 EXACT = (

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from compressor.formats.base import get_format
+from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.scheme import ActivationSpec, KVSpec
 from compressor.numerics import quantize
 from compressor.numerics.activations import fake_quantize_kv
-from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import ActivationSpec, KVSpec
-from tests.golden_files import vectors
+from tests.support.golden_files import vectors
 
 CASES = ("gauss", "heavy", "outlier_cols", "shifted")
 FORMS = {"postscale": "offset", "prescale": "subtract"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compressor.ir.scheme import ActivationSpec
 from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.channel_order import head_order, salience_order
 from compressor.numerics.hadamard import rotation
 from compressor.numerics.smooth_attention import smooth_attention_scales
-from compressor.scheme import ActivationSpec
-from tests.golden_files import vectors
+from tests.support.golden_files import vectors
 
 HEAD_DIM = 16
 

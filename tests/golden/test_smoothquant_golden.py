@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.folding import fold
-from compressor.layout import Fold, Linear, UnitLayout
+from compressor.ir.layout import Fold, Linear, UnitLayout
+from compressor.ir.qtensor import QuantSpec
+from compressor.ir.scheme import ActivationSpec
 from compressor.numerics import quantize
 from compressor.numerics.activations import fake_quantize_activation
+from compressor.numerics.folding import fold
 from compressor.numerics.migration import smooth_scales
-from compressor.qtensor import QuantSpec
-from compressor.scheme import ActivationSpec
-from tests.golden_files import vectors
+from tests.support.golden_files import vectors
 
 DEAD = 5
 

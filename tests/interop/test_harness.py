@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
-from compressor.source import open_source
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
@@ -48,7 +48,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def streamed(folder: Path, tokenizer: Any, **options: Any) -> Any:
-    from compressor.harness import StreamedLM
+    from compressor.evaluate.harness import StreamedLM
 
     return StreamedLM(
         open_source(folder),
@@ -73,7 +73,7 @@ def test_likelihoods_are_those_of_the_harness_model(
     from lm_eval.models.huggingface import HFLM
 
     # Three parts of rows instead of one.
-    monkeypatch.setattr("compressor.harness.HIDDEN_BYTES", 64 * 4 * 120)
+    monkeypatch.setattr("compressor.evaluate.harness.HIDDEN_BYTES", 64 * 4 * 120)
     folder, tokenizer = tiny_model(model_type), tiny_models.tokenizer()
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", tokenizer=tokenizer)
     ours = streamed(folder, tokenizer)
@@ -93,7 +93,7 @@ def test_a_task_runs_through_the_public_interface(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from compressor.harness import run_tasks
+    from compressor.evaluate.harness import run_tasks
 
     folder, tokenizer = tiny_model("qwen3"), tiny_models.tokenizer()
     found = run_tasks(streamed(folder, tokenizer), [task])
@@ -107,7 +107,7 @@ def test_a_task_runs_through_the_public_interface(
 def test_what_cannot_be_run_is_said(
     tiny_model: Callable[..., Path], tiny_models: ModuleType
 ) -> None:
-    from compressor.harness import run_tasks
+    from compressor.evaluate.harness import run_tasks
 
     model = streamed(tiny_model("llama"), tiny_models.tokenizer())
     with pytest.raises(InputError, match="no_such_task"):
@@ -123,9 +123,9 @@ def test_a_recipe_runs_a_task_and_holds_it_to_the_gate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The harness knows the local task by its name here, as it knows its own."""
-    from compressor.compile import choose_device, compile_checkpoint, prepare
-    from compressor.recipe import make_recipe
-    from compressor.verdict import judge
+    from compressor.plan.recipe import make_recipe
+    from compressor.run.judge import judge
+    from compressor.run.session import choose_device, compile_checkpoint, prepare
 
     real = lm_eval.simple_evaluate
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from compressor.formats.base import ModelSchemes, get_format
-from compressor.formats.packing.e2m1 import LOCAL
+from compressor.formats.relayout import relayout
+from compressor.formats.shared.e2m1 import LOCAL
+from compressor.ir.qtensor import NVFP4, QTensor, QuantSpec
+from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.numerics import quantize
 from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.nvfp4 import shared_absmax
-from compressor.qtensor import NVFP4, QTensor, QuantSpec
-from compressor.relayout import relayout
-from compressor.scheme import ActivationSpec, KVSpec, Scheme
 
 pytestmark = pytest.mark.interop
 

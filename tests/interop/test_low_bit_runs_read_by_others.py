@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.compile import choose_device, compile_checkpoint, prepare
-from compressor.convert import convert
-from compressor.locate import locate
+from compressor.checkpoint.find import locate
+from compressor.checkpoint.source import open_source
+from compressor.ir.scheme import ActivationSpec
 from compressor.numerics.nvfp4 import fake_quantize_nvfp4, full_range
-from compressor.recipe import make_recipe
-from compressor.scheme import ActivationSpec
-from compressor.source import open_source
-from compressor.streaming import StreamedModel, run_blocks
+from compressor.plan.recipe import make_recipe
+from compressor.run.convert import convert
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.runner.sweep import StreamedModel, run_blocks
 
 pytestmark = pytest.mark.interop
 
@@ -123,7 +123,7 @@ def test_logits(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.Mon
     schemes = open_source(output).schemes.linears.values()
     dynamic = [s.input for s in schemes if s.input and s.input.mode in ("token", "tensor")]
     if any(input.element in ("int8", "fp4_e2m1") for input in dynamic):
-        monkeypatch.setattr("compressor.fake_quant.fake_quantize_activation", as_they_do)
+        monkeypatch.setattr("compressor.runner.simulate.fake_quantize_activation", as_they_do)
         ours = our_logits(output)
     weights = [s.weight for s in schemes if s.weight is not None]
     bfloat16 = any(w.element == "fp4_e2m1" or w.microscaled for w in weights)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from compressor.formats.base import Format, ModelSchemes, get_format
-from compressor.qtensor import QTensor, QuantSpec
-from compressor.scheme import Scheme
+from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.scheme import Scheme
 
 pytestmark = pytest.mark.interop
 

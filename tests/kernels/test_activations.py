@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.activations import quantize_tokens, quantize_tokens_ref
+from compressor_kernels.inputs.activations import quantize_tokens, quantize_tokens_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CODES = [torch.int8, torch.float8_e4m3fn]

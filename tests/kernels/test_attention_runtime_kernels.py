@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.attention_runtime import attach, fused
-from compressor.policy import AttentionPolicy, head_layers
+from compressor.attention.policy import AttentionPolicy, head_layers
+from compressor.attention.serve import attach, fused
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

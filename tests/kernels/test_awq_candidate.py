@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.awq_candidate import (
+from compressor_kernels.search.awq_candidate import (
     candidate_delta,
     candidate_delta_ref,
     clip_bounds,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.bitdelta import (
+from compressor_kernels.linear.bitdelta import (
     DeltaTiles,
     delta_matmul,
     delta_matmul_ref,

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from compressor_kernels.block_attention import (
+from compressor_kernels.attention.block_attention import (
     BlockTiles,
     block_attention,
     block_attention_ref,
     block_mask,
     tile_blocks,
 )
-from compressor_kernels.block_selection import BlockRule, top_blocks_ref
+from compressor_kernels.attention.block_selection import BlockRule, top_blocks_ref
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from compressor_kernels.block_attention import block_attention
-from compressor_kernels.block_cache import (
+from compressor_kernels.attention.block_attention import block_attention
+from compressor_kernels.attention.block_cache import (
     fetch_blocks,
     fetch_blocks_ref,
     place_blocks,
     place_blocks_ref,
 )
-from compressor_kernels.block_selection import BlockRule, top_blocks_ref
+from compressor_kernels.attention.block_selection import BlockRule, top_blocks_ref
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from compressor_kernels.block_memory import memory_blocks, represent_blocks
-from compressor_kernels.block_pages import (
+from compressor_kernels.attention.block_memory import memory_blocks, represent_blocks
+from compressor_kernels.attention.block_pages import (
     page_bounds,
     page_bounds_ref,
     page_scores,
     page_scores_ref,
 )
-from compressor_kernels.block_selection import BlockRule, top_blocks, top_blocks_ref
-from compressor_kernels.block_windows import (
+from compressor_kernels.attention.block_selection import BlockRule, top_blocks, top_blocks_ref
+from compressor_kernels.attention.block_windows import (
     WindowRule,
     attention_blocks,
     attention_scores,
@@ -173,8 +173,8 @@ def test_a_prompt_in_pieces_chooses_what_it_chooses_at_once(monkeypatch):
     compressed = compress_keys(k, WINDOWS)
     whole_forecast = forecast_blocks(q[:, :1], compressed, RULE, WINDOWS, tokens=tokens)
     whole_attention = attention_blocks(q, compressed, RULE, WINDOWS, tokens=tokens)
-    monkeypatch.setattr("compressor_kernels.block_windows.PIECE_BYTES", 1)
-    monkeypatch.setattr("compressor_kernels.block_windows.PIECE_TOKENS", 3)
+    monkeypatch.setattr("compressor_kernels.attention.block_windows.PIECE_BYTES", 1)
+    monkeypatch.setattr("compressor_kernels.attention.block_windows.PIECE_TOKENS", 3)
     in_pieces = forecast_blocks(q[:, :1], compressed, RULE, WINDOWS, tokens=tokens)
     assert torch.equal(in_pieces, whole_forecast)
     in_pieces = attention_blocks(q, compressed, RULE, WINDOWS, tokens=tokens)

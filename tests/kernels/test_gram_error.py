@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.gram_error import (
+from compressor_kernels.search.gram_error import (
     BAND,
     SMALL_TILES,
     GramTiles,

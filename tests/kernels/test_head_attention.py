@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.head_attention import (
+from compressor_kernels.attention.head_attention import (
     DecodeTiles,
     PrefillTiles,
     full_decode,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.mx import (
+from compressor_kernels.linear.mx import (
     MXTiles,
     mx_matmul,
     mx_matmul_ref,

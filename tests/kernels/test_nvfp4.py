@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from compressor_kernels.nvfp4 import (
+from compressor_kernels.linear.nvfp4 import (
     VALUES,
     nvfp4_dequantize,
     nvfp4_dequantize_ref,
     nvfp4_matmul,
     nvfp4_matmul_ref,
 )
-from compressor_kernels.w4a16 import DecodeTiles, TiledTiles
+from compressor_kernels.linear.w4a16 import DecodeTiles, TiledTiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from compressor_kernels.nvfp4_inputs import (
+from compressor_kernels.inputs.nvfp4_inputs import (
     RULES,
     full_range,
     quantize_nvfp4_inputs,
     quantize_nvfp4_inputs_ref,
 )
 
-from compressor.formats.packing.e2m1 import pack_nibbles
+from compressor.formats.shared.e2m1 import pack_nibbles
 from compressor.numerics.nvfp4 import quantize_nvfp4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

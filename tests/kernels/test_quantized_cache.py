@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.quantized_cache import (
+from compressor_kernels.attention.quantized_cache import (
     CacheTiles,
     dequantize_kv4,
     kv4_decode,
@@ -13,8 +13,8 @@ from compressor_kernels.quantized_cache import (
     quantize_kv8,
 )
 
+from compressor.ir.scheme import KVSpec
 from compressor.numerics.activations import fake_quantize_kv
-from compressor.scheme import KVSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]

@@ -4,33 +4,33 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressor_kernels import quantized_cache
+from compressor_kernels.attention import quantized_cache
 
 from compressor.errors import InputError
 from compressor.formats.base import format_names, get_format
-from compressor.formats.compressed_tensors import FORMAT as COMPRESSED_TENSORS
-from compressor.formats.ct_layouts.pack_quantized import PackQuantized
-from compressor.formats.packing.e2m1 import DYNAMIC, LOCAL
-from compressor.formats.packing.mx import INPUTS
-from compressor.formats.qserve import FORMAT as QSERVE
-from compressor.kernel_cache import cache_kernel, check_cache
-from compressor.kernel_checks import WHOLE_ROWS, check_kernel, kernel_for
-from compressor.kernel_layer import EVERYTHING, Layer, Tile
-from compressor.layout import AttentionShape
+from compressor.formats.compressed_tensors.codec import FORMAT as COMPRESSED_TENSORS
+from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
+from compressor.formats.qserve.codec import FORMAT as QSERVE
+from compressor.formats.shared.e2m1 import DYNAMIC, LOCAL
+from compressor.formats.shared.mx import INPUTS
+from compressor.ir.layout import AttentionShape
+from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
+from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
+from compressor.methods.awq import Awq
+from compressor.methods.fp8 import Fp8
+from compressor.methods.gptq import Gptq
+from compressor.methods.nvfp4 import Nvfp4
+from compressor.methods.progressive import Progressive
+from compressor.methods.rtn import Rtn
+from compressor.methods.smoothquant import Smoothquant
 from compressor.numerics.fp8 import quantize_fp8
 from compressor.numerics.int_affine import quantize_int
 from compressor.numerics.mx import quantize_mx
 from compressor.numerics.nvfp4 import quantize_nvfp4
 from compressor.numerics.progressive import quantize_offset, quantize_progressive
-from compressor.passes.awq import Awq
-from compressor.passes.fp8 import Fp8
-from compressor.passes.gptq import Gptq
-from compressor.passes.nvfp4 import Nvfp4
-from compressor.passes.progressive import Progressive
-from compressor.passes.rtn import Rtn
-from compressor.passes.smoothquant import Smoothquant
-from compressor.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
-from compressor.scheme import ActivationSpec, KVSpec, Scheme
+from compressor.verify.kernels.cache import cache_kernel, check_cache
+from compressor.verify.kernels.check import WHOLE_ROWS, check_kernel, kernel_for
+from compressor.verify.kernels.layer import EVERYTHING, Layer, Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (192, 384)

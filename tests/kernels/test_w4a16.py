@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from compressor_kernels.w4a16 import (
+from compressor_kernels.linear.w4a16 import (
     DecodeTiles,
     TiledTiles,
     w4a16,

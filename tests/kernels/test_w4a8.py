@@ -2,11 +2,17 @@
 
 import pytest
 import torch
-from compressor_kernels.w4a8 import DecodeTiles, TiledTiles, w4a8, w4a8_dequantize_ref, w4a8_ref
+from compressor_kernels.linear.w4a8 import (
+    DecodeTiles,
+    TiledTiles,
+    w4a8,
+    w4a8_dequantize_ref,
+    w4a8_ref,
+)
 
-from compressor.formats.qserve import FORMAT, INPUT
+from compressor.formats.qserve.codec import FORMAT, INPUT
+from compressor.ir.qtensor import QuantSpec
 from compressor.numerics.progressive import quantize_offset, quantize_progressive
-from compressor.qtensor import QuantSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.w8a8 import (
+from compressor_kernels.linear.w8a8 import (
     ProductTiles,
     w8a8,
     w8a8_blocks,

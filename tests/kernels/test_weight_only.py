@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressor_kernels.weight_only import weight_only, weight_only_ref
+from compressor_kernels.linear.weight_only import weight_only, weight_only_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn

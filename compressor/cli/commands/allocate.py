@@ -35,9 +35,9 @@ def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bo
     """
     import yaml
 
-    from compressor.allocate import allocate, mixed_recipe, parse_sensitivity
-    from compressor.durable import write_atomically
-    from compressor.recipe import make_recipe
+    from compressor.checkpoint.durable import write_atomically
+    from compressor.plan.recipe import make_recipe
+    from compressor.run.allocate import allocate, mixed_recipe, parse_sensitivity
 
     found = parse_sensitivity(file.read_text("utf-8"), where=str(file))
     choice = allocate(found, bits_per_weight)

@@ -47,10 +47,10 @@ def command(
     compress convert out/llama2-awq out/llama2-autoawq --format autoawq
     compress convert out/llama2-awq out/llama2-float --format dense
     """
-    from compressor.convert import convert
+    from compressor.checkpoint.find import locate
     from compressor.errors import InputError
-    from compressor.locate import locate
-    from compressor.recipe import parse_size
+    from compressor.plan.recipe import parse_size
+    from compressor.run.convert import convert
 
     try:
         limit = int(parse_size(max_shard_size))

@@ -46,9 +46,9 @@ def apply(
     Every tensor that is taken from the base is compared with the hash the delta has of it, so
     another base is refused. The same command continues an interrupted one.
     """
-    from compressor.delta_apply import apply_delta
-    from compressor.delta_source import find_base, open_delta
-    from compressor.recipe import parse_size
+    from compressor.checkpoint.delta.source import find_base, open_delta
+    from compressor.plan.recipe import parse_size
+    from compressor.run.delta import apply_delta
 
     opened = open_delta(delta)
     source = find_base(opened, base)
@@ -78,8 +78,8 @@ def diff(delta: Path, base: str | None, as_json: bool) -> None:
 
 def show(delta: Path, *, base: str | None, as_json: bool) -> None:
     """Print what a delta holds."""
-    from compressor.delta_apply import compare, describe
-    from compressor.delta_source import find_base, open_delta
+    from compressor.checkpoint.delta.source import find_base, open_delta
+    from compressor.run.delta import compare, describe
 
     opened = open_delta(delta)
     found = describe(opened)

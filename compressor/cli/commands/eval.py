@@ -25,10 +25,10 @@ from compressor.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from compressor.evaluate import Estimate, EvaluationResult, TaskScore
-    from compressor.gate import GateResult
-    from compressor.passkey import PasskeyResult
-    from compressor.source import Source
+    from compressor.checkpoint.source import Source
+    from compressor.evaluate.gate import GateResult
+    from compressor.evaluate.passkey import PasskeyResult
+    from compressor.evaluate.perplexity import Estimate, EvaluationResult, TaskScore
 
 
 @click.command(name="eval")
@@ -115,17 +115,17 @@ def command(
     """
     import torch
 
-    from compressor.calibration_tokens import evaluation_tokens, passkey_text, skipped_notes
+    from compressor.checkpoint.delta.source import open_model
+    from compressor.checkpoint.find import locate
     from compressor.cli.limits import parse_gate
-    from compressor.compile import choose_device
-    from compressor.delta_source import open_model
     from compressor.errors import InputError
-    from compressor.evaluate import evaluate, plain_json, strided
-    from compressor.evaluation_settings import Evaluation
-    from compressor.locate import locate
-    from compressor.passkey import Passkey
-    from compressor.passkey import passkey as probe
-    from compressor.tokenizer import load_tokenizer
+    from compressor.evaluate.passkey import Passkey
+    from compressor.evaluate.passkey import passkey as probe
+    from compressor.evaluate.perplexity import evaluate, plain_json, strided
+    from compressor.evaluate.settings import Evaluation
+    from compressor.run.session import choose_device
+    from compressor.run.tokens import evaluation_tokens, passkey_text, skipped_notes
+    from compressor.runner.tokenizer import load_tokenizer
 
     if stride is not None and stride >= length:
         raise InputError("--stride is not below --length", hint=f"at most {length - 1}")
@@ -225,7 +225,7 @@ def answer(
     from compressor.errors import InputError
 
     try:
-        from compressor.harness import StreamedLM, run_tasks
+        from compressor.evaluate.harness import StreamedLM, run_tasks
     except ImportError as error:
         raise InputError(
             "--task needs lm-evaluation-harness, which is not installed",

@@ -15,9 +15,9 @@ from compressor.cli.echo import echo
 from compressor.cli.options import json_option, runtime_option
 
 if TYPE_CHECKING:
+    from compressor.checkpoint.find import Located
     from compressor.errors import InputError
-    from compressor.inspect_checkpoint import CheckpointInfo, LayerInfo
-    from compressor.locate import Located
+    from compressor.report.inspect import CheckpointInfo, LayerInfo
     from compressor.runtimes.contract import Runtime
 
 
@@ -41,9 +41,9 @@ def command(
     compress inspect out/smollm2-135m-awq --for sglang
     compress inspect meta-llama/Llama-2-7b-hf --json
     """
-    from compressor.delta_source import is_delta
-    from compressor.inspect_checkpoint import inspect, stored_form
-    from compressor.locate import locate
+    from compressor.checkpoint.delta.source import is_delta
+    from compressor.checkpoint.find import locate
+    from compressor.report.inspect import inspect, stored_form
     from compressor.runtimes.contract import parse_runtime
     from compressor.runtimes.loads import loads
 
@@ -75,7 +75,7 @@ def command(
 
 def verdict(runtime: Runtime, reasons: Sequence[InputError], located: Located) -> list[str]:
     """Whether a runtime loads a checkpoint, for people."""
-    from compressor.inspect_checkpoint import stored_form
+    from compressor.report.inspect import stored_form
     from compressor.runtimes.loads import remarks
 
     if not reasons:

@@ -61,14 +61,14 @@ def command(
     compress measure recipes/smollm2-awq.yaml --bits 3 --bits 4 --bits 8
     compress allocate sensitivity.json --bits-per-weight 4.5 > mixed.yaml
     """
-    from compressor.calibration_tokens import calibration_tokens
-    from compressor.compile import choose_device
-    from compressor.durable import write_atomically
-    from compressor.locate import locate
-    from compressor.recipe import make_recipe, parse_yaml
-    from compressor.sensitivity import measure_sensitivity, plans_of_bits
-    from compressor.tokenizer import load_tokenizer
-    from compressor.unit_plan import DTYPES
+    from compressor.checkpoint.durable import write_atomically
+    from compressor.checkpoint.find import locate
+    from compressor.plan.recipe import make_recipe, parse_yaml
+    from compressor.plan.unit_plan import DTYPES
+    from compressor.run.sensitivity import measure_sensitivity, plans_of_bits
+    from compressor.run.session import choose_device
+    from compressor.run.tokens import calibration_tokens
+    from compressor.runner.tokenizer import load_tokenizer
 
     where = choose_device(device)
     if subject.endswith((".yaml", ".yml")):

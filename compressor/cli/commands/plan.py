@@ -26,8 +26,8 @@ MANY = 8
 """Patterns of a pass that are listed."""
 
 if TYPE_CHECKING:
-    from compressor.estimate import Estimates
-    from compressor.plan import Plan
+    from compressor.plan.estimate import Estimates
+    from compressor.plan.plan import Plan
 
 
 @click.command()
@@ -58,15 +58,15 @@ def command(
     """
     import torch
 
-    from compressor.calibration_tokens import check_data
+    from compressor.checkpoint.find import locate
     from compressor.errors import Problems
-    from compressor.estimate import estimate
-    from compressor.locate import locate
-    from compressor.plan import make_plan
-    from compressor.preflight import preflight
-    from compressor.process_memory import rss
-    from compressor.recipe import load_recipe, parse_size
-    from compressor.unit_plan import DTYPES
+    from compressor.plan.estimate import estimate
+    from compressor.plan.plan import make_plan
+    from compressor.plan.preflight import preflight
+    from compressor.plan.recipe import load_recipe, parse_size
+    from compressor.plan.unit_plan import DTYPES
+    from compressor.run.tokens import check_data
+    from compressor.runner.process_memory import rss
 
     resident = rss()
     loaded = load_recipe(

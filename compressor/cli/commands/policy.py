@@ -12,7 +12,7 @@ from compressor.cli.echo import echo
 from compressor.cli.options import FOLDER, json_option
 
 if TYPE_CHECKING:
-    from compressor.policy import AttentionPolicy
+    from compressor.attention.policy import AttentionPolicy
 
 
 @click.group()
@@ -25,7 +25,7 @@ def command() -> None:
 @json_option
 def show(checkpoint: Path, as_json: bool) -> None:
     """Which heads stream, which blocks of keys are chosen, and what the cache saves."""
-    from compressor.policy import describe
+    from compressor.attention.policy import describe
 
     policy = _policy(checkpoint)
     if as_json:
@@ -56,9 +56,9 @@ def show(checkpoint: Path, as_json: bool) -> None:
 @json_option
 def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
     """Write the policy of CHECKPOINT into FOLDER, a new one, as another runtime reads it."""
+    from compressor.attention.export import duo_attention_files
+    from compressor.attention.policy import read_policy_tensors
     from compressor.errors import InputError
-    from compressor.policy import read_policy_tensors
-    from compressor.policy_export import duo_attention_files
 
     policy = _policy(checkpoint)
     tensors = read_policy_tensors(checkpoint)
@@ -75,9 +75,9 @@ def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
 
 
 def _policy(checkpoint: Path) -> AttentionPolicy:
+    from compressor.attention.policy import check_policy, read_policy
+    from compressor.checkpoint.source import open_source
     from compressor.errors import InputError
-    from compressor.policy import check_policy, read_policy
-    from compressor.source import open_source
 
     policy = read_policy(checkpoint)
     if policy is None:

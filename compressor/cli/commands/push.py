@@ -14,8 +14,8 @@ from compressor.cli.junit import Case
 from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
 
 if TYPE_CHECKING:
-    from compressor.publish import Changes, Listing
-    from compressor.report_settings import Publish
+    from compressor.report.publish import Changes, Listing
+    from compressor.report.settings import Publish
 
 CARD_NAME = "README.md"
 FIT = "fit to be published"
@@ -65,10 +65,10 @@ def command(
     compress push out/smollm2-135m-awq me/smollm2-135m-awq --dry-run
     compress push out/smollm2-135m-awq me/smollm2-135m-awq
     """
-    from compressor.card import name_repository
     from compressor.errors import CheckError, InputError
-    from compressor.publish import check_token, list_upload, push
-    from compressor.report_settings import REPOSITORY, Publish
+    from compressor.report.card import name_repository
+    from compressor.report.publish import check_token, list_upload, push
+    from compressor.report.settings import REPOSITORY, Publish
 
     if not REPOSITORY.fullmatch(repo):
         raise InputError(f"{repo!r} is not a Hub repository", hint="user/name")
@@ -110,7 +110,7 @@ def command(
 def find_objections(listing: Listing, display: Display) -> list[str]:
     """Why the files should not be published: by their hashes and their report, or by verifying
     them where no report speaks of them."""
-    from compressor.publish import damaged, recorded_objections
+    from compressor.report.publish import damaged, recorded_objections
 
     broken = damaged(listing)
     found = [f"damaged: {', '.join(broken[:4])}"] if broken else []
@@ -119,7 +119,7 @@ def find_objections(listing: Listing, display: Display) -> list[str]:
         return found + recorded
     import torch
 
-    from compressor.verify import verify
+    from compressor.verify.verify import verify
 
     with display.stage("verify", 0):
         verdict = verify(listing.folder, device=torch.device("cpu"), progress=display.unit)
@@ -129,7 +129,7 @@ def find_objections(listing: Listing, display: Display) -> list[str]:
 def look(listing: Listing, to: Publish, display: Display, *, replace_card: bool) -> Changes | None:
     """What a push would change, or None where the Hub cannot be asked."""
     from compressor.errors import CompressError
-    from compressor.publish import preview
+    from compressor.report.publish import preview
 
     try:
         return preview(listing, to, replace_card=replace_card)

@@ -32,7 +32,7 @@ def command(name: str | None, as_json: bool) -> None:
     compress recipes llama2-awq > my.yaml  # a start for your own
     """
     from compressor.errors import InputError
-    from compressor.recipe import nearest
+    from compressor.plan.recipe import nearest
 
     found = {
         entry.name.removesuffix(".yaml"): entry.read_text("utf-8")

@@ -25,15 +25,15 @@ from compressor.cli.options import (
     log_option,
     recipe_options,
 )
-from compressor.row_notes import kept_rows, row_notes
+from compressor.report.notes import kept_rows, row_notes
 
 if TYPE_CHECKING:
-    from compressor.compile import Compiled, Prepared
-    from compressor.job_settings import UnitDone
-    from compressor.publish import Pushed
-    from compressor.recipe import Recipe
-    from compressor.release import Released
-    from compressor.verdict import Verdict
+    from compressor.plan.recipe import Recipe
+    from compressor.report.publish import Pushed
+    from compressor.run.judge import Verdict
+    from compressor.run.release import Released
+    from compressor.run.session import Compiled, Prepared
+    from compressor.run.settings import UnitDone
 
 WORST = 3
 """Linears with the largest errors that a run names."""
@@ -90,7 +90,7 @@ def command(
         return
     display = Display(log_format=log_format)
     with uncollected():
-        from compressor.recipe import load_recipe
+        from compressor.plan.recipe import load_recipe
 
         loaded = load_recipe(
             recipe,
@@ -135,16 +135,16 @@ def execute(
     """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
     started = time.perf_counter()
     with uncollected():
-        from compressor.calibration_tokens import skipped_notes
         from compressor.cli.main import interruptible
-        from compressor.compile import choose_device, compile_checkpoint, prepare
         from compressor.errors import Interrupted
-        from compressor.process_memory import rss
-        from compressor.recipe import parse_size
+        from compressor.plan.recipe import parse_size
+        from compressor.run.session import choose_device, compile_checkpoint, prepare
+        from compressor.run.tokens import skipped_notes
+        from compressor.runner.process_memory import rss
 
         resident = rss()
         if recipe.publish is not None:
-            from compressor.publish import check_token
+            from compressor.report.publish import check_token
 
             check_token()
         prepared = prepare(
@@ -177,13 +177,13 @@ def execute(
     if compiled.already:
         display.event("already done", output=str(compiled.output))
     # Imported only here: it brings kernels, which nothing needs before.
-    from compressor.release import conclude
+    from compressor.run.release import conclude
 
     released = conclude(prepared, compiled, seconds=seconds, watch=display)
     add_cases(verdict_cases(released.verdict))
     pushed = None
     if recipe.publish is not None and released.verdict.ok:
-        from compressor.publish import list_upload, push
+        from compressor.report.publish import list_upload, push
 
         listing = list_upload(compiled.output)
         with display.stage("upload", len(listing.files)):
@@ -266,7 +266,7 @@ def report(run: Run) -> None:
 
 def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
     """What was found, and where the error is."""
-    from compressor.gate import rank_layers
+    from compressor.evaluate.gate import rank_layers
 
     if verdict.evaluation is not None:
         for line in lines(verdict.evaluation):

@@ -18,6 +18,6 @@ def command() -> None:
     # and at the top of a recipe:
     # yaml-language-server: $schema=recipe.schema.json
     """
-    from compressor.recipe import json_schema
+    from compressor.plan.recipe import json_schema
 
     echo(json.dumps(json_schema(), indent=2))

@@ -21,7 +21,7 @@ from compressor.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from compressor.verify import VerifyReport
+    from compressor.verify.verify import VerifyReport
 
 
 @click.command()
@@ -57,9 +57,9 @@ def command(
     \b
     compress verify out/smollm2-135m-awq --against ~/.cache/compressor/smollm2-135m
     """
-    from compressor.compile import choose_device
-    from compressor.locate import locate
-    from compressor.verify_delta import verify_model
+    from compressor.checkpoint.find import locate
+    from compressor.run.session import choose_device
+    from compressor.verify.delta import verify_model
 
     where = choose_device(device)
     display = Display(log_format=log_format)

@@ -1,0 +1,1 @@
+"""Architectures as data: a family's map, bound to one checkpoint."""

@@ -1,0 +1,1 @@
+"""What a checkpoint may attend to, in evaluation and in serving."""

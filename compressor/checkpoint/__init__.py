@@ -1,0 +1,1 @@
+"""Files of checkpoints: find, read, write, commit."""

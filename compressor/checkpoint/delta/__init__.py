@@ -1,0 +1,1 @@
+"""A fine-tune stored as its difference to a base."""

@@ -1,0 +1,299 @@
+"""A GGUF file as a source: rewritten once as a Hugging Face checkpoint, tensor by tensor.
+
+What is written holds the dequantized weights, under the names and in the row order of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.durable import move, write_atomically
+from compressor.checkpoint.gguf.config import (
+    EMBEDDING,
+    HEAD,
+    ROPE_FACTORS,
+    generation_config,
+    model_config,
+)
+from compressor.checkpoint.gguf.file import GgufFile, open_gguf
+from compressor.checkpoint.gguf.tokenizer import UnknownTokenizer, tokenizer_files
+from compressor.checkpoint.reader import INDEX_NAME, NO_TOKENIZER
+from compressor.checkpoint.safetensors import tensor_bytes
+from compressor.checkpoint.shards import plan_shards
+from compressor.errors import InputError
+from compressor.foreign.calls import foreign
+from compressor.ir.tensor import TensorShape
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+# GGUF name of a block's tensor → checkpoint name.
+LLAMA_BLOCK = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+QKV_BIAS = {f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"}
+QK_NORM = {f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}
+ATTENTION_BIAS = {
+    **QKV_BIAS,
+    "attn_output.bias": "self_attn.o_proj.bias",
+}
+MLP_BIAS = {f"ffn_{x}.bias": f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CONVERSION = "conversion.json"
+"""What the folder of a converted model says of its making: {"notes": [...]}."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How one architecture of GGUF is written as a checkpoint.
+
+    block     names within a block
+    permuted  q and k rows lie in the order of interleaved rotary pairs, not of halves
+    config    keys of config.json that the file does not state
+    biases    key of config.json → biases that all blocks have where it is true
+    """
+
+    model_class: str
+    block: Mapping[str, str]
+    permuted: bool
+    config: Mapping[str, Any]
+    biases: Mapping[str, Mapping[str, str]]
+
+
+FAMILIES = {
+    "llama": _Family(
+        model_class="LlamaForCausalLM",
+        block=LLAMA_BLOCK,
+        permuted=True,
+        config={},
+        biases={"attention_bias": ATTENTION_BIAS, "mlp_bias": MLP_BIAS},
+    ),
+    "qwen2": _Family(
+        model_class="Qwen2ForCausalLM",
+        block=LLAMA_BLOCK | QKV_BIAS,
+        permuted=False,
+        config={"use_sliding_window": False},
+        biases={},
+    ),
+    "qwen3": _Family(
+        model_class="Qwen3ForCausalLM",
+        block=LLAMA_BLOCK | QK_NORM,
+        permuted=False,
+        config={"use_sliding_window": False},
+        biases={"attention_bias": ATTENTION_BIAS},
+    ),
+}
+
+
+def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write the model of a GGUF file as a checkpoint folder and return the folder.
+
+    It gets safetensors with an index, config.json, generation_config.json, conversion.json and,
+    where the file's way of splitting text is known, tokenizer.json and tokenizer_config.json. At
+    most one tensor is in memory, and the folder appears only when it is whole.
+
+    dtype  of all weights of a quantized file; None: bfloat16. Files of floats keep their own
+    Raises InputError for a file that is damaged or of an architecture other than llama, qwen2 or
+    qwen3, for an output folder that exists, and where the package `gguf` is missing.
+    """
+    if output_dir.exists():
+        raise InputError(f"{output_dir} is there already", hint="name a new folder")
+    file = open_gguf(path)
+    architecture = str(file.metadata.get("general.architecture"))
+    family = FAMILIES.get(architecture)
+    if family is None:
+        raise InputError(
+            f"{path.name} holds a model of architecture {architecture!r}",
+            hint=f"a GGUF source may be {', '.join(FAMILIES)}; for another, use its Hugging Face "
+            "checkpoint",
+        )
+    with foreign(f"{path.name} is not what its metadata says"):
+        biases = {
+            key: any(name.split(".", 2)[-1] in group for name in file.tensors)
+            for key, group in family.biases.items()
+        }
+        config = model_config(
+            file, architecture, model_class=family.model_class, family={**family.config, **biases}
+        )
+        names = _names(file, family, config)
+        _check_shapes(file, config)
+        specs = _specs(file, names, config, dtype)
+        config["dtype"] = str(_most(specs)).removeprefix("torch.")
+        notes = _rounded(file, specs)
+        files = {
+            "config.json": _json(config),
+            "generation_config.json": _json(generation_config(config, file.metadata)),
+        }
+        try:
+            files |= tokenizer_files(file.metadata, max_length=config["max_position_embeddings"])
+        except UnknownTokenizer as error:
+            files[NO_TOKENIZER] = _json({"message": error.message, "hint": error.hint})
+            notes.append(f"no tokenizer is written: {error.message}")
+        files[CONVERSION] = _json({"notes": notes})
+    work = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.new")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        heads = (config["num_attention_heads"], config["num_key_value_heads"])
+        _write_weights(file, work, names, specs, heads=heads if family.permuted else None)
+        for name, data in files.items():
+            write_atomically(work / name, data)
+        move(work, output_dir)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return output_dir
+
+
+def _specs(
+    file: GgufFile,
+    names: Mapping[str, str],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> dict[str, TensorShape]:
+    """Dtype and shape of every tensor that is written. A bias that only other linears have is
+    zero."""
+    quantized = any(file.tensors[t].kind.name not in FLOATS for t in names.values() if t)
+    common = (dtype or torch.bfloat16) if quantized else None
+    sizes = {
+        "q_proj": config["num_attention_heads"] * config["head_dim"],
+        "k_proj": config["num_key_value_heads"] * config["head_dim"],
+        "v_proj": config["num_key_value_heads"] * config["head_dim"],
+        **dict.fromkeys(("o_proj", "down_proj"), config["hidden_size"]),
+        **dict.fromkeys(("gate_proj", "up_proj"), config["intermediate_size"]),
+    }
+    found = {}
+    for name, theirs in names.items():
+        if theirs:
+            kind, shape = file.tensors[theirs].kind.name, file.tensors[theirs].shape
+            found[name] = TensorShape(common or FLOATS[kind], shape)
+        else:
+            shape = (sizes[name.split(".")[-2]],)
+            found[name] = TensorShape(common or torch.float32, shape)
+    return found
+
+
+def _most(specs: Mapping[str, TensorShape]) -> torch.dtype:
+    """The dtype of most bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in specs.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _rounded(file: GgufFile, specs: Mapping[str, TensorShape]) -> list[str]:
+    """A note where weights are rounded as they are dequantized."""
+    kinds = sorted({t.kind.name for t in file.tensors.values()} - FLOATS.keys())
+    dtype = _most(specs)
+    if not kinds or dtype == torch.float32:
+        return []
+    short = str(dtype).removeprefix("torch.")
+    return [
+        f"{file.path.name} is stored as {', '.join(kinds)} and read as {short}; "
+        "dtype: float32 rounds nothing"
+    ]
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[str, str]:
+    """Checkpoint name → GGUF name, in the order of the model; each tensor of the file once.
+
+    The GGUF name is empty for a bias that is zero because only other linears have one.
+    """
+    if config["num_hidden_layers"] > len(file.tensors):
+        raise InputError(
+            f"{file.path.name} promises {config['num_hidden_layers']} blocks, but has only "
+            f"{len(file.tensors)} tensors"
+        )
+    biases = [group for key, group in family.biases.items() if config[key]]
+    names = {"model.embed_tokens.weight": EMBEDDING}
+    for i in range(config["num_hidden_layers"]):
+        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{t}" for t, ours in family.block.items()}
+        for theirs, ours in (pair for group in biases for pair in group.items()):
+            stored = f"blk.{i}.{theirs}"
+            names[f"model.layers.{i}.{ours}"] = stored if stored in file.tensors else ""
+    names["model.norm.weight"] = "output_norm.weight"
+    if HEAD in file.tensors:
+        names["lm_head.weight"] = HEAD
+    missing = [theirs for theirs in names.values() if theirs and theirs not in file.tensors]
+    unknown = sorted(file.tensors.keys() - set(names.values()) - {ROPE_FACTORS})
+    for found, what in ((missing, "lacks"), (unknown, "has tensors this model does not have:")):
+        if found:
+            shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+            raise InputError(
+                f"{file.path.name} {what} {shown}", hint="use its Hugging Face checkpoint"
+            )
+    return names
+
+
+def _check_shapes(file: GgufFile, config: Mapping[str, Any]) -> None:
+    """Refuse a file whose first block is not what its metadata says."""
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    rows = {
+        "attn_q": config["num_attention_heads"] * head_dim,
+        "attn_k": config["num_key_value_heads"] * head_dim,
+        "ffn_up": config["intermediate_size"],
+    }
+    for name, count in rows.items():
+        shape = file.tensors[f"blk.0.{name}.weight"].shape
+        if shape != (count, hidden):
+            raise InputError(
+                f"{file.path.name} says that blk.0.{name} is {[count, hidden]}, but it is "
+                f"{list(shape)}"
+            )
+
+
+def _write_weights(
+    file: GgufFile,
+    folder: Path,
+    names: Mapping[str, str],
+    specs: Mapping[str, TensorShape],
+    *,
+    heads: tuple[int, int] | None,
+) -> None:
+    """Shards and their index. `heads`, query and key heads, where q and k are permuted."""
+    largest = max(spec.nbytes for spec in specs.values())
+    layout = plan_shards(
+        [{name: spec} for name, spec in specs.items()], max_bytes=max(MAX_SHARD_BYTES, largest)
+    )
+    for shard in layout.shards:
+        with (folder / shard.file).open("wb") as out:
+            out.write(shard.header)
+            for name in shard.tensors:
+                spec = specs[name]
+                value = file.read(names[name]) if names[name] else torch.zeros(spec.shape)
+                if heads and (".q_proj." in name or ".k_proj." in name):
+                    value = halves_from_pairs(value, heads[".k_proj." in name])
+                out.write(tensor_bytes(value.to(spec.dtype)))
+            out.flush()
+            os.fsync(out.fileno())
+    write_atomically(folder / INDEX_NAME, layout.index())
+
+
+def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Reorder a q or k weight [heads · head_dim, in], or bias, from llama.cpp's rows to a
+    checkpoint's.
+
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head together, a checkpoint rows
+    (i, i + head_dim/2).
+    """
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,304 @@
+"""A checkpoint folder as a source: config, headers, and reads of named tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.lfs import is_pointer, pointer_error
+from compressor.checkpoint.safetensors import Entry, read_header, read_tensor, tensor_bytes
+from compressor.errors import CompressError, InputError, Problems
+from compressor.foreign.untrusted import parse_json, read_file
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
+NO_TOKENIZER = "no_tokenizer.json"
+"""In the folder of a converted model: why it has no tokenizer, {"message", "hint"}."""
+PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
+READ_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint: nothing but headers has been read, and no file is kept open.
+
+    problems  what is wrong with its files, where it was opened to be planned with nevertheless
+    notes     what of the folder is left out or read otherwise than it says, a sentence each
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    problems: tuple[CompressError, ...] = field(default=(), kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → shape."""
+        return {name: entry.spec.shape for name, entry in self.entries.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.spec.nbytes for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype: the config's, else that of most bytes."""
+        named = self.config.get("dtype", self.config.get("torch_dtype"))
+        known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if isinstance(named, str) and named in known:
+            return known[named]
+        sizes: dict[torch.dtype, int] = {}
+        for entry in self.entries.values():
+            if entry.spec.dtype in known.values():
+                sizes[entry.spec.dtype] = sizes.get(entry.spec.dtype, 0) + entry.spec.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.bfloat16
+
+    def read(
+        self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
+    ) -> dict[str, Tensor]:
+        """The named tensors on the CPU. Raises InputError for a name that is not there."""
+        entries = {name: self.entry(name) for name in names}
+        with ThreadPoolExecutor(threads) as pool:
+            read = pool.map(lambda entry: read_tensor(entry, pin=pin), entries.values())
+            return dict(zip(entries, read, strict=True))
+
+    def entry(self, name: str) -> Entry:
+        """Header entry of one tensor."""
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise InputError(f"the checkpoint has no tensor {name!r}") from None
+
+
+def content_hash(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> str:
+    """SHA-256 over the names and the bytes of `tensors`, in order of name."""
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(
+            lambda name: hashlib.sha256(tensor_bytes(tensors[name])).hexdigest(), sorted(tensors)
+        )
+        lines = [f"{name} {d}" for name, d in zip(sorted(tensors), digests, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def load_json(path: Path, *, what: str) -> dict[str, Any]:
+    """A JSON object from a file a stranger wrote. Raises InputError."""
+    data = read_file(path, what=what)
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        if is_pointer(path):
+            raise pointer_error(path.name) from error
+        raise InputError(f"{what} {path.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what} {path.name} is not a JSON object")
+    return value
+
+
+def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
+    """Open a checkpoint folder: config.json, the index (if any) and every shard's header.
+
+    to_plan  a tensor that a shard lacks, or whose shard is missing, is taken to be like that of
+             another layer, and what is wrong is left to the plan, which lists it with all else
+    Raises InputError, or Problems with all that is wrong: a missing or damaged shard, an index
+    that points outside the folder or names a tensor its shard does not have.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint="name a checkpoint folder or a Hub id")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json", hint=_what_it_is(folder))
+    config = load_json(folder / "config.json", what="config")
+    index = folder / INDEX_NAME
+    if not (to_plan and index.is_file()):
+        entries = read_entries(folder)
+        notes = other_weights(folder, entries, indexed=index.is_file())
+        return Checkpoint(folder=folder, config=config, entries=entries, notes=notes)
+    named = load_json(index, what="index")
+    entries, problems = _indexed_entries(folder, named)
+    notes = ()
+    try:
+        notes = other_weights(folder, entries, indexed=True)
+    except InputError as error:
+        problems.append(error)
+    known = {_any_layer(name): entry for name, entry in entries.items()}
+    for name in named["weight_map"]:
+        if name not in entries and (like := _like(name, known)) is not None:
+            entries[name] = like
+    if problems and len(entries) < len(named["weight_map"]):
+        raise Problems(problems)
+    return Checkpoint(
+        folder=folder, config=config, entries=entries, problems=tuple(problems), notes=notes
+    )
+
+
+def _what_it_is(folder: Path) -> str:
+    """What to name in place of a folder that is no checkpoint."""
+    if (folder / ADAPTER_NAME).is_file():
+        return (
+            "it holds an adapter, not a model: merge it into its base first (peft: "
+            "merge_and_unload, save_pretrained)"
+        )
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"it holds GGUF files: name one, {folder / files[0]}"
+    if snapshots := sorted(path.parent.name for path in folder.glob("snapshots/*/config.json")):
+        return f"it is an entry of the Hub's cache: name {folder / 'snapshots' / snapshots[-1]}"
+    if (folder / "model_index.json").is_file():
+        return "it holds a diffusion pipeline, which is not read"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"name {folder / inner[0]}" if inner else "name the folder of a Hugging Face checkpoint"
+
+
+def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) -> tuple[str, ...]:
+    """Notes on weight files beside those that `entries` lie in.
+
+    Raises InputError where loaders would not all read the same weights: transformers takes
+    model.safetensors before an index, vLLM what an index names and without one every file; and an
+    adapter beside a model is applied by one and not by the other.
+    """
+    used = {entry.file.name for entry in entries.values()}
+    others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in used)
+    if indexed and (folder / SINGLE_NAME).is_file() and used - {SINGLE_NAME}:
+        named = ", ".join(sorted(used - {SINGLE_NAME})[:2])
+        raise InputError(
+            f"{folder} holds two sets of weights: {SINGLE_NAME}, which transformers loads, and "
+            f"{INDEX_NAME} with {named}, which vLLM loads",
+            hint=f"keep one: delete {SINGLE_NAME}, or {INDEX_NAME} and its shards",
+        )
+    if (folder / ADAPTER_NAME).is_file():
+        raise InputError(
+            f"{folder} holds an adapter ({ADAPTER_NAME}) beside a whole model: transformers "
+            "applies it where peft is installed, vLLM does not",
+            hint="merge it first (peft: merge_and_unload, save_pretrained), or move its files away",
+        )
+    if not indexed:
+        for name in others:
+            twice = _names_in(folder / name) & entries.keys()
+            if twice:
+                raise InputError(
+                    f"{folder} holds two sets of weights: {min(twice)} is in {SINGLE_NAME}, which "
+                    f"transformers loads, and in {name}, which vLLM loads too",
+                    hint=f"keep one: move {name} away, or {SINGLE_NAME}",
+                )
+    others += sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if not others:
+        return ()
+    read = INDEX_NAME if indexed else SINGLE_NAME
+    return (f"weights are those of {read}; left out: {_some(others)}",)
+
+
+def _names_in(file: Path) -> AbstractSet[str]:
+    try:
+        return read_header(file).keys()
+    except InputError:
+        return frozenset()
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _like(name: str, known: Mapping[str, Entry]) -> Entry | None:
+    """An entry of the shape that a tensor should have: another layer's, the embedding's for the
+    head and the other way round, the widest norm's for the last norm.
+
+    known  by name, with layers' numbers left out
+    """
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    if (same := known.get(_any_layer(name))) is not None:
+        return same
+    if name.endswith(ends):
+        return next((entry for other, entry in known.items() if other.endswith(ends)), None)
+    norms = [entry for other, entry in known.items() if "norm" in other and "norm" in name]
+    return max(norms, key=lambda entry: entry.spec.shape, default=None)
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Header entries of every tensor of a folder's checkpoint."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        entries, problems = _indexed_entries(folder, load_json(index, what="index"))
+        if problems:
+            raise Problems(problems)
+        return entries
+    if (folder / SINGLE_NAME).is_file():
+        return read_header(folder / SINGLE_NAME)
+    pickles = sorted(
+        p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    )
+    if pickles:
+        raise InputError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which are never loaded",
+            hint="convert them once, where you trust the source: load the model with transformers "
+            "and save_pretrained(..., safe_serialization=True)",
+        )
+    shards = sorted(p.name for p in folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise InputError(
+            f"{folder} has shards but no {INDEX_NAME}",
+            hint="download the index file too; without it a missing shard cannot be noticed",
+        )
+    raise InputError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}")
+
+
+def _indexed_entries(
+    folder: Path, index: Mapping[str, Any]
+) -> tuple[dict[str, Entry], list[CompressError]]:
+    """Entries of the tensors that are there, and what is wrong with the shards."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{INDEX_NAME} has no weight_map")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+        if not plain:
+            raise InputError(
+                f"{INDEX_NAME} sends {name!r} to {file!r}, which is not a .safetensors file in the "
+                "same folder"
+            )
+    problems: list[CompressError] = []
+    headers: dict[str, dict[str, Entry]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            count = sum(f == file for f in weight_map.values())
+            problems.append(
+                InputError(f"shard {file} is missing ({count} tensors)", hint="download it again")
+            )
+            continue
+        try:
+            headers[file] = read_header(folder / file)
+        except InputError as error:
+            problems.append(error)
+    entries: dict[str, Entry] = {}
+    for name, file in weight_map.items():
+        if file in headers:
+            if name in headers[file]:
+                entries[name] = headers[file][name]
+            else:
+                problems.append(
+                    InputError(f"{INDEX_NAME} sends {name!r} to {file}, which lacks it")
+                )
+    stray = [n for header in headers.values() for n in header if n not in weight_map]
+    if stray:
+        problems.append(
+            InputError(
+                f"{len(stray)} tensors are not in {INDEX_NAME}, first {stray[0]!r}",
+                hint="the index belongs to other files: download both again, or save the model "
+                "once more with save_pretrained",
+            )
+        )
+    return entries, problems

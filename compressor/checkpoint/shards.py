@@ -1,0 +1,274 @@
+"""Writing a checkpoint whose every byte position is known before the first unit is done.
+
+The plan knows each output tensor's dtype and shape, so shard headers are written first and each
+unit lands at its final place with positioned writes. A unit counts only while its record exists
+and its bytes are those that the record tells of; others are simply written again. Nothing
+unfinished looks finished: shards stay in the work folder to the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compressor.checkpoint.durable import is_file, make_way, move, own_folder
+from compressor.checkpoint.reader import SINGLE_NAME
+from compressor.checkpoint.records import Records
+from compressor.checkpoint.safetensors import Entry, encode_header, read_tensor, tensor_bytes
+from compressor.errors import InputError
+from compressor.ir.tensor import TensorShape
+
+HASH_THREADS = 2
+"""Threads that hash tensors while their file is written and hashed as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its name, its tensors in order, its header and each tensor's offset."""
+
+    file: str
+    tensors: Mapping[str, TensorShape]
+    header: bytes
+    offsets: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """All output files, and in which one each tensor lies."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def home(self) -> dict[str, Shard]:
+        """Tensor name → its shard."""
+        return {name: shard for shard in self.shards for name in shard.tensors}
+
+    def index(self) -> bytes:
+        """The index file."""
+        total = sum(spec.nbytes for shard in self.shards for spec in shard.tensors.values())
+        weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
+        value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def plan_shards(groups: Sequence[Mapping[str, TensorShape]], *, max_bytes: int) -> ShardLayout:
+    """Fill shards of at most `max_bytes` with `groups` in order; a group is never split.
+
+    Raises InputError where one group alone is larger.
+    """
+    filled: list[dict[str, TensorShape]] = [{}]
+    used = 0
+    for group in groups:
+        size = sum(spec.nbytes for spec in group.values())
+        if size > max_bytes:
+            raise InputError(
+                f"{next(iter(group))} and its siblings take {size} bytes, more than one shard",
+                hint=f"raise max_shard_size to at least {size}",
+            )
+        if used and used + size > max_bytes:
+            filled.append({})
+            used = 0
+        filled[-1].update(group)
+        used += size
+    shards = []
+    for number, tensors in enumerate(filled, 1):
+        header, offsets = encode_header(tensors)
+        name = SINGLE_NAME
+        if len(filled) > 1:
+            name = f"model-{number:05d}-of-{len(filled):05d}.safetensors"
+        shards.append(Shard(file=name, tensors=tensors, header=header, offsets=offsets))
+    return ShardLayout(shards=tuple(shards))
+
+
+class ShardWriter:
+    """Writes units into the shards of a work folder and keeps their records.
+
+    Records live in `folder/units`, shards in `folder/shards`.
+    owner  what decides the bytes of every unit: records of another are not seen
+    """
+
+    def __init__(self, layout: ShardLayout, folder: Path, *, owner: str) -> None:
+        self.layout = layout
+        self.shards = folder / "shards"
+        self.records = Records(folder / "units", owner)
+        self._home = layout.home
+        self._hashes: dict[str, _RunningHash] = {}
+        self._committed: dict[int, dict[str, Any]] = {}
+
+    def open(self, checking: Callable[[], None] = lambda: None) -> list[str]:
+        """Create the folders and every shard that is not there yet, at its full size, and hold each
+        unit that an interrupted run committed against its bytes.
+
+        checking  called before each committed unit is read
+        Returns the records that are damaged or whose bytes are; their units are to be done again.
+        """
+        own_folder(self.shards)
+        own_folder(self.records.folder)
+        for shard in self.layout.shards:
+            self._lay_out(shard)
+        damaged = []
+        for path in sorted(self.records.folder.glob("[0-9]*.json")):
+            checking()
+            record = self.records.get(path.name)
+            if record is not None and self._intact(record["tensors"]):
+                self._committed[int(path.stem)] = record
+            else:
+                damaged.append(path.name)
+                self.records.drop(path.name)
+        return damaged
+
+    def _lay_out(self, shard: Shard) -> None:
+        """Give a shard its header and its size."""
+        path = self.shards / shard.file
+        if is_file(path):
+            with path.open("r+b") as handle:
+                if handle.read(len(shard.header)) != shard.header:
+                    handle.seek(0)
+                    handle.write(shard.header)
+                if os.fstat(handle.fileno()).st_size != shard.size:
+                    handle.truncate(shard.size)
+                handle.flush()
+                os.fsync(handle.fileno())
+            return
+        make_way(path)
+        temporary = path.with_suffix(".new")
+        with temporary.open("wb") as handle:
+            handle.write(shard.header)
+            handle.truncate(shard.size)
+            handle.flush()
+            os.fsync(handle.fileno())
+        move(temporary, path)
+
+    def _intact(self, hashes: Mapping[str, str]) -> bool:
+        """Whether the files hold the tensors that a record tells of."""
+        names = sorted(hashes, key=lambda name: (self._home[name].file, self._offset(name)))
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            data = [tensor_bytes(tensor) for tensor in self.read(names).values()]
+            found = dict(zip(names, pool.map(_digest, data), strict=True))
+        if found != hashes:
+            return False
+        for name, stored in zip(names, data, strict=True):
+            self._running(self._home[name].file).add(self._offset(name), stored)
+        return True
+
+    def _offset(self, name: str) -> int:
+        return self._home[name].offsets[name]
+
+    def record(self, index: int) -> dict[str, Any] | None:
+        """What `commit` recorded of a unit, or None where it is not committed."""
+        return self._committed.get(index)
+
+    def tensor_hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor; all units are committed."""
+        found: dict[str, str] = {}
+        for _, record in sorted(self._committed.items()):
+            found |= record["tensors"]
+        assert set(found) == set(self._home), f"not committed: {set(self._home) ^ set(found)}"
+        return found
+
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Put tensors at their places; name → SHA-256 of its bytes. They are not committed yet.
+
+        Raises AssertionError where a tensor is not what the plan said: that is a bug, never a
+        user's error.
+        """
+        hashes: dict[str, str] = {}
+        by_shard: dict[str, list[str]] = {}
+        for name, tensor in tensors.items():
+            shard = self._home[name]
+            planned = shard.tensors[name]
+            found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
+            assert planned == found, f"{name}: planned {planned}, made {found}"
+            by_shard.setdefault(shard.file, []).append(name)
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for file, names in by_shard.items():
+                data = {name: tensor_bytes(tensors[name]) for name in names}
+                digests = pool.map(_digest, data.values())
+                with (self.shards / file).open("r+b", buffering=0) as handle:
+                    for name in names:
+                        offset, done = self._home[name].offsets[name], 0
+                        while done < len(data[name]):
+                            done += os.pwrite(handle.fileno(), data[name][done:], offset + done)
+                        self._running(file).add(offset, data[name])
+                hashes.update(zip(names, digests, strict=True))
+        return hashes
+
+    def commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:
+        """Sync what `write` wrote of a unit and put its record in place.
+
+        The record gets each tensor's SHA-256 under "tensors".
+        """
+        for file in sorted({self._home[name].file for name in hashes}):
+            with (self.shards / file).open("rb") as handle:
+                os.fsync(handle.fileno())
+        whole = {**record, "tensors": dict(hashes)}
+        self.records.put(f"{index:05d}.json", whole)
+        self._committed[index] = whole
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Committed tensors, read back."""
+        found = {}
+        for name in names:
+            shard = self._home[name]
+            spec, begin = shard.tensors[name], shard.offsets[name]
+            entry = Entry(self.shards / shard.file, spec, begin, begin + spec.nbytes)
+            found[name] = read_tensor(entry)
+        return found
+
+    def file_hash(self, file: str) -> str:
+        """SHA-256 of a finished shard; bytes hashed while they were written are not read again."""
+        return self._running(file).finish()
+
+    def _running(self, file: str) -> _RunningHash:
+        if file not in self._hashes:
+            self._hashes[file] = _RunningHash(self.shards / file)
+        return self._hashes[file]
+
+
+def _digest(data: memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class _RunningHash:
+    """SHA-256 of a file that is written mostly in order; gaps are read back when it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reached = 0
+        self.hash = hashlib.sha256()
+
+    def add(self, offset: int, data: memoryview) -> None:
+        if offset > self.reached:
+            self._read_to(offset)
+        if offset == self.reached:
+            self.hash.update(data)
+            self.reached += len(data)
+        elif offset < self.reached:
+            self.reached, self.hash = 0, hashlib.sha256()
+
+    def finish(self) -> str:
+        self._read_to(self.path.stat().st_size)
+        return self.hash.hexdigest()
+
+    def _read_to(self, end: int) -> None:
+        with self.path.open("rb") as handle:
+            handle.seek(self.reached)
+            while self.reached < end:
+                data = handle.read(min(1 << 22, end - self.reached))
+                if not data:
+                    break
+                self.hash.update(data)
+                self.reached += len(data)

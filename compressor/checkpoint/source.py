@@ -1,0 +1,264 @@
+"""A model on disk in any format, read unit by unit: dense, or quantized by us or by others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.arch.load import ArchMap, load_map
+from compressor.checkpoint.low_precision.base import DecodedCheckpoint
+from compressor.checkpoint.low_precision.known import as_floats
+from compressor.checkpoint.one_reading import settle_biases, settle_head, settle_quantization
+from compressor.checkpoint.reader import Checkpoint, open_checkpoint
+from compressor.checkpoint.safetensors import Entry
+from compressor.checkpoint.stored_names import canonical
+from compressor.errors import InputError, Problems
+from compressor.formats.base import Format, ModelSchemes, format_names, get_format
+from compressor.ir.layout import Linear, ModelLayout, UnitLayout
+from compressor.ir.scheme import Scheme
+from compressor.ir.tensor import TensorShape
+from compressor.ir.unit import Unit
+
+CODE_NAMES = ("weight_packed", "qweight")
+"""Names under which formats store codes in place of a linear's `weight`."""
+
+TELLING = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_global_scale")
+"""Names by which compressed-tensors' sub-formats are told apart."""
+
+ADDED = re.compile(r".*\.(k_scale|v_scale|q_future_proj\.weight|q_curr_proj\.weight)$")
+"""Tensors that a pass adds beside the architecture's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint with its meaning: what its tensors are, and how its linears are quantized.
+
+    added  names of tensors that a pass added, by the unit they belong to
+    """
+
+    checkpoint: Checkpoint
+    arch: ArchMap
+    layout: ModelLayout
+    format: Format
+    schemes: ModelSchemes
+    added: Mapping[str, tuple[str, ...]]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any linear is read as codes."""
+        return any(scheme.weight is not None for scheme in self.schemes.linears.values())
+
+    @property
+    def low_precision(self) -> str:
+        """What weights are stored as, where that is not floats; empty for a float checkpoint."""
+        if isinstance(self.checkpoint, DecodedCheckpoint):
+            return self.checkpoint.stored_as
+        return self.format.name if self.quantized else ""
+
+    def stored(self, linear: Linear) -> dict[str, TensorShape]:
+        """Tensors that hold a linear's weight: name local to the linear → dtype and shape."""
+        scheme, entries = self.schemes.linears[linear.name], self.checkpoint.entries
+        if scheme.weight is None:
+            return {"weight": entries[f"{linear.name}.weight"].spec}
+        paths = ((leaf, f"{linear.name}.{leaf}") for leaf in TELLING)
+        tensors = {leaf: entries[path].spec for leaf, path in paths if path in entries}
+        return self.format.stored(tensors, scheme, linear.shape, model_dtype=self.checkpoint.dtype)
+
+    def names(self, unit: UnitLayout) -> tuple[str, ...]:
+        """Names on disk of all of a unit's tensors, in a fixed order."""
+        coded = {
+            linear.name: linear
+            for linear in unit.linears
+            if self.schemes.linears[linear.name].weight is not None
+        }
+        names: list[str] = []
+        for name in unit.tensors:
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight" and path in coded:
+                names.extend(f"{path}.{local}" for local in self.stored(coded[path]))
+            else:
+                names.append(name)
+        return (*names, *self.added.get(unit.name, ()))
+
+    def read_unit(self, unit: UnitLayout, *, pin: bool = False) -> Unit:
+        """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded."""
+        return self.assemble(unit, self.checkpoint.read(self.names(unit), pin=pin))
+
+    def assemble(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+        """The unit that tensors read under `names(unit)` stand for."""
+        raw = dict(tensors)
+        quantized, input_scales = {}, {}
+        for linear in unit.linears:
+            spec = self.schemes.linears[linear.name].weight
+            if spec is not None:
+                local = {n: raw.pop(f"{linear.name}.{n}") for n in self.stored(linear)}
+                try:
+                    quantized[linear.name] = self.format.decode(local, spec)
+                    scale = self.format.input_scale(local)
+                except InputError as error:
+                    where = f"{linear.name}: {error.message}"
+                    raise InputError(where, hint=error.hint) from error
+                if scale is not None:
+                    input_scales[linear.name] = scale
+        extra = {name: raw.pop(name) for name in self.added.get(unit.name, ())}
+        return Unit(
+            layout=unit, tensors=raw, quantized=quantized, extra=extra, input_scales=input_scales
+        )
+
+
+def open_source(folder: Path) -> Source:
+    """Open a checkpoint folder. Raises InputError or Problems with all that is wrong."""
+    return as_source(open_checkpoint(folder))
+
+
+def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> Source:
+    """What an opened checkpoint (or one known by its headers alone) holds.
+
+    dtype  what weights of low precision that become floats are read in; None: the model's
+    """
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError("config.json names no model_type", hint="is this a transformers model?")
+    arch = load_map(model_type)
+    checkpoint = settle_quantization(canonical(checkpoint, arch))
+    checkpoint = settle_head(as_floats(checkpoint, dtype), arch)
+    config = checkpoint.config
+    declared = config.get("quantization_config")
+    quantized = isinstance(declared, dict)
+    fmt = recognise(declared) if isinstance(declared, dict) else get_format("dense")
+    if fmt.name == "bitdelta":
+        fmt.schemes(declared or {}, {})  # says that a delta is no model
+    headers: dict[str, tuple[int, ...] | None] = {}
+    modules: dict[str, dict[str, TensorShape]] = {}
+    for name, entry in checkpoint.entries.items():
+        path, _, leaf = name.rpartition(".")
+        modules.setdefault(path, {})[leaf] = entry.spec
+        headers[name] = entry.spec.shape
+    if quantized:
+        for path, locals_ in modules.items():
+            codes = any(code in locals_ for code in CODE_NAMES)
+            stored_low = "weight" in locals_ and not _is_float(locals_["weight"])
+            if codes or stored_low:
+                for leaf in locals_:
+                    # ModelOpt puts the scales of keys and values into their projections.
+                    kept = leaf in ("weight", "bias") or ADDED.fullmatch(f"{path}.{leaf}")
+                    if not kept:
+                        del headers[f"{path}.{leaf}"]
+                # Codes do not show the shape of the weight they stand for: the config does.
+                headers[f"{path}.weight"] = None
+    added = [name for name in headers if ADDED.fullmatch(name)]
+    for name in added:
+        del headers[name]
+    layout = arch.layout(config, headers)
+    checkpoint = settle_biases(checkpoint, layout)
+    linears = {
+        linear.name: modules.get(linear.name, {})
+        for linear in layout.linears
+        if not (linear.role == "lm_head" and layout.tied)
+    }
+    schemes = fmt.schemes(declared if isinstance(declared, dict) else {}, linears)
+    source = Source(
+        checkpoint=checkpoint,
+        arch=arch,
+        layout=layout,
+        format=fmt,
+        schemes=_complete(schemes, layout),
+        added=_by_unit(added, layout),
+    )
+    _check_stored(source)
+    return source
+
+
+def recognise(config: Mapping[str, Any]) -> Format:
+    """The format that a `quantization_config` declares. Raises InputError for an unknown one."""
+    for name in format_names():
+        fmt = get_format(name)
+        if fmt.recognises(config):
+            return fmt
+    method = config.get("quant_method", config.get("quantization"))
+    raise InputError(
+        f"the checkpoint is quantized with {method!r}, in a form that is not known here",
+        hint=f"formats that are read: {', '.join(format_names())}, fp8, and GPTQ in activation "
+        "order; else start from the original weights, or dequantize it with the tool it is from "
+        "(transformers: model.dequantize(), then save_pretrained)",
+    )
+
+
+def _is_float(spec: TensorShape) -> bool:
+    return spec.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _complete(schemes: ModelSchemes, layout: ModelLayout) -> ModelSchemes:
+    every = {linear.name: schemes.linears.get(linear.name, Scheme()) for linear in layout.linears}
+    return ModelSchemes(linears=every, kv=schemes.kv)
+
+
+def _by_unit(names: list[str], layout: ModelLayout) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for unit in layout.units:
+        ours = tuple(sorted(n for n in names if n.startswith(f"{unit.name}.")))
+        if ours:
+            found[unit.name] = ours
+    return found
+
+
+def _check_stored(source: Source) -> None:
+    """Every tensor of a quantized linear is there, with the dtype and shape its scheme implies."""
+    problems: list[Any] = []
+    entries: Mapping[str, Entry] = source.checkpoint.entries
+    leaves: dict[str, set[str]] = {}
+    for name in entries:
+        path, _, leaf = name.rpartition(".")
+        leaves.setdefault(path, set()).add(leaf)
+    for linear in source.layout.linears:
+        spec = source.schemes.linears[linear.name].weight
+        if spec is None:
+            continue
+        reason = source.format.accepts(source.schemes.linears[linear.name], linear.shape)
+        if reason:
+            problems.append(InputError(f"{linear.name}: {reason}"))
+            continue
+        stored = source.stored(linear)
+        for leaf in leaves.get(linear.name, set()) - stored.keys() - {"bias", "k_scale", "v_scale"}:
+            problems.append(
+                InputError(
+                    f"{linear.name}.{leaf} is left over: {source.format.name} does not say what it "
+                    "does to the weight",
+                    hint="start from the original weights, or convert it with the tool it is from",
+                )
+            )
+        for local, planned in stored.items():
+            name = f"{linear.name}.{local}"
+            if name not in entries:
+                problems.append(InputError(f"the checkpoint lacks {name}"))
+            elif entries[name].spec.shape != planned.shape:
+                problems.append(
+                    InputError(
+                        f"{name} has shape {list(entries[name].spec.shape)}; its scheme implies "
+                        f"{list(planned.shape)}"
+                    )
+                )
+    if problems:
+        raise Problems(problems)
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError naming the tensors that hold NaN or an infinity."""
+    # The largest magnitude is finite exactly where all values are; NaN counts as the largest.
+    flags = {
+        name: torch.isfinite(torch.stack(list(torch.aminmax(tensor))).float()).all()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    if flags and not bool(torch.stack(list(flags.values())).all()):
+        bad = [name for name, good in flags.items() if not bool(good)]
+        raise InputError(
+            f"the source holds NaN or infinity in {', '.join(bad[:4])}",
+            hint="the checkpoint is damaged: download it again, or take another revision",
+        )

@@ -1,0 +1,1 @@
+"""What written files are worth: perplexity, probes, tasks, and limits on them."""

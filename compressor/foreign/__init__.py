@@ -1,0 +1,1 @@
+"""What strangers wrote: their code is called within bounds, and one error comes of it."""

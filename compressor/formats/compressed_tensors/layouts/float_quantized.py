@@ -1,0 +1,146 @@
+"""compressed-tensors `float-quantized` (FP8 weights and inputs) and `naive-quantized` (FP8 weights
+alone), which differ in name only.
+
+weight        float8_e4m3fn [out, in]
+weight_scale  [1], [out, 1], [out, in/G] or [⌈out/rows⌉, ⌈in/columns⌉] for blocks; a multiplier
+input_scale   [1], only for static inputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.formats.compressed_tensors.layouts.inputs import (
+    encode_static,
+    input_entry,
+    read_input,
+    read_static,
+    static_layout,
+)
+from compressor.formats.compressed_tensors.layouts.weights import (
+    encode_scales,
+    group_size_of,
+    read_scales,
+    scale_layout,
+    stored_dtype,
+    strategy_of,
+    weight_entry,
+)
+from compressor.formats.shared.checks import check_values, matrix_shape, take
+from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.tensor import TensorShape
+
+STORED = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, slots=True)
+class FloatQuantized:
+    """FP8 weights, with or without quantized inputs as its name says."""
+
+    format: str
+    inputs: bool
+
+    def holds(self, scheme: Scheme) -> bool:
+        """E4M3 weights, and E4M3 inputs where this is the format for them."""
+        weight = scheme.weight
+        if weight is None or weight.element != "fp8_e4m3" or weight.microscaled:
+            return False
+        if not self.inputs:
+            return scheme.input is None
+        return scheme.input is not None and scheme.input.element == "fp8_e4m3"
+
+    def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """A scale per tensor, channel, whole group or block, of which edge ones may be short."""
+        assert scheme.weight is not None
+        if scheme.weight.second != "none" or scheme.weight.zero != "none":
+            return "it has one level of scales and no zero points"
+        if scheme.input is not None and scheme.input.mode in ("local", "mx"):
+            return "its inputs have a scale per token, tensor or group"
+        for spec in (scheme.weight, scheme.input):
+            grouped = isinstance(spec, QuantSpec) and spec.strategy == "group"
+            grouped = grouped or (isinstance(spec, ActivationSpec) and spec.mode == "group")
+            if spec is not None and grouped and shape[1] % (spec.group_size or 1):
+                return f"{shape[1]} inputs do not divide into groups of {spec.group_size}"
+        return None
+
+    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
+        """The model's dtype."""
+        return model_dtype
+
+    def layout(
+        self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
+    ) -> dict[str, TensorShape]:
+        """Tensors of one linear, as the module's docstring lists them."""
+        names = {"weight": TensorShape(STORED, shape), "weight_scale": scale_layout(spec, shape)}
+        return names | static_layout(input, spec)
+
+    def encode(
+        self, q: QTensor, *, input: ActivationSpec | None, input_scale: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The codes as they are; InputError where they break the spec."""
+        check_values(q)
+        tensors = {
+            "weight": q.codes.contiguous().view(STORED),
+            "weight_scale": encode_scales(q),
+        }
+        return tensors | encode_static(input, q.spec, input_scale)
+
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """`input_scale`, if inputs are static."""
+        return read_static(tensors)
+
+    def owns(self, tensors: Mapping[str, Any]) -> bool:
+        """Known by a float8 weight."""
+        return "weight" in tensors and tensors["weight"].dtype == STORED
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """Read back; InputError names the tensor that does not fit."""
+        shape = matrix_shape(tensors, "weight")
+        scales = read_scales(tensors, spec, shape)
+        codes = take(tensors, "weight", shape=shape, dtypes=(STORED,))
+        q = QTensor(spec=spec, codes=codes.contiguous().view(torch.uint8), scales=scales)
+        check_values(q)
+        return q
+
+    def group(self, scheme: Scheme) -> dict[str, Any]:
+        """QuantizationArgs of the weight and, where it is quantized, the input."""
+        spec = scheme.weight
+        assert spec is not None
+        inputs = None if scheme.input is None else input_entry(scheme.input)
+        return {"weights": weight_entry(spec), "input_activations": inputs}
+
+    def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
+        """Specs of weight and input; the scale's dtype is the stored one."""
+        args, inputs = group["weights"], group.get("input_activations")
+        strategy = strategy_of(args)
+        if (args.get("type"), args.get("num_bits")) != ("float", 8):
+            raise InputError(f"weights {args.get('type')!r} of {args.get('num_bits')} bits")
+        if (inputs is not None) != self.inputs:
+            raise InputError(f"input_activations {inputs} in {self.format}")
+        spec = QuantSpec(
+            element="fp8_e4m3",
+            bits=8,
+            strategy=strategy,
+            group_size=group_size_of(args, strategy),
+            block=_block(args) if strategy == "block" else None,
+            scale_dtype=stored_dtype(tensors),
+        )
+        return Scheme(weight=spec, input=None if inputs is None else read_input(inputs))
+
+
+def _block(args: Mapping[str, Any]) -> tuple[int, int]:
+    found = args.get("block_structure")
+    if isinstance(found, str):  # older files write "128x128"
+        found = [int(n) if n.isdigit() else 0 for n in found.split("x")]
+    if not isinstance(found, list) or len(found) != 2 or any(type(n) is not int for n in found):
+        raise InputError(f"weights.block_structure is {found!r}, not two whole numbers")
+    if min(found) < 1:
+        raise InputError(f"weights.block_structure is {found!r}")
+    return (found[0], found[1])

@@ -1,0 +1,1 @@
+"""The format modelopt-nvfp4."""

@@ -1,0 +1,242 @@
+"""AWQ (arXiv 2306.00978): input channels that see large activations are scaled up before rounding.
+
+The scale of a channel is divided out again by the norm or linear that makes the input, so the model
+computes the same function until its weights are rounded. Then bounds are searched at which the
+scaled weights of each group are clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from compressor_calibration.stats import SiteStats, StatNeeds
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compressor.ir.layout import Fold, Linear
+from compressor.ir.qtensor import QuantSpec
+from compressor.ir.scheme import Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, PassResult, output_error
+from compressor.methods.common.rounding import enter_of, quantizer_of
+from compressor.methods.rtn import int_spec, uneven_groups
+from compressor.numerics import fake_quantize, quantize
+from compressor.numerics.awq_search import (
+    ScaleResult,
+    candidate_scales,
+    is_plain_int,
+    search_clip_gram,
+    search_scales_gram,
+    search_scales_reference,
+)
+from compressor.numerics.folding import consumer_scale, fold, source_scale
+from compressor.numerics.gram import relative_error
+from compressor.numerics.migration import search_scales_with_inputs
+
+
+class Awq(Pass):
+    """Scale up input channels that see large activations, clip outliers, then round to integers.
+
+    Without `bits` it only changes weights, and searches with the quantizer that comes after it.
+    """
+
+    version: ClassVar[int] = 2
+    changes_kv: ClassVar[bool] = True
+
+    bits: int | None = Field(
+        None, ge=2, le=8, description="bits of one weight; null leaves rounding to a later pass"
+    )
+    group_size: int | None = Field(
+        128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
+    )
+    symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
+    search: Literal["gram", "reference", "inputs"] = Field(
+        "gram",
+        description="judge scales by the linears' output error, from the Gram matrix of their "
+        "inputs; or (reference) by the output of the module they are in, by running tokens; or "
+        "(inputs) by the linears' output error on tokens whose inputs are quantized too",
+    )
+    duo: bool = Field(False, description="also divide scales by the weights' relative magnitude")
+    clip: bool = Field(True, description="search bounds at which weights of a group are clipped")
+    grid: int = Field(20, ge=1, le=1000, description="how many scales are tried for each input")
+    search_tokens: int = Field(2048, ge=1, description="tokens that a search other than gram runs")
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="what fewer tokens went through (a rare expert) is rounded without data",
+    )
+
+    @model_validator(mode="after")
+    def _grid_needs_bits(self) -> Awq:
+        given = self.altered("group_size", "symmetric")
+        if self.bits is None and given:
+            names = " and ".join(given)
+            raise ValueError(f"{names} without bits; give them to the quantizer that comes later")
+        return self
+
+    @property
+    def rescales(self) -> bool:
+        return True
+
+    def scheme(self) -> Scheme | None:
+        if self.bits is None:
+            return None
+        return Scheme(weight=int_spec(self.bits, self.group_size, symmetric=self.symmetric))
+
+    @property
+    def searches(self) -> bool:
+        return self.bits is None
+
+    def needs(self) -> StatNeeds:
+        kept = 0 if self.search == "gram" else self.search_tokens
+        return StatNeeds(absmean=True, absmax=self.search == "inputs", gram=True, keep_inputs=kept)
+
+    def check(self, linear: Linear) -> str | None:
+        return None if self.bits is None else uneven_groups(linear, self.group_size)
+
+    def compile_kernels(
+        self, specs: Collection[tuple[QuantSpec, int]], device: torch.device
+    ) -> None:
+        square = torch.eye(32, device=device)
+        relative_error(square, square, square)  # of each row of the report, whatever the spec
+        if self.search != "gram":
+            return
+        # Kernels are made for the size of a group, which may be a whole row.
+        for spec, columns in {(spec, spec.group_size or inputs) for spec, inputs in specs}:
+            if is_plain_int(spec):
+                weight = torch.zeros(32, columns, device=device)
+                gram = torch.eye(columns, device=device)
+                search_scales_gram([weight], gram, gram.diagonal(), spec, grid=1)
+                search_clip_gram(weight, gram, spec)
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        folds = {site_fold.site: site_fold for site_fold in unit.layout.folds}
+        expert_tokens: dict[int | None, int] = {}
+        rows = {}
+        result = unit
+        # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
+        # and how many tokens an expert saw is known from its output.
+        for name in reversed(unit.layout.sites):
+            linears = [x for x in context.coded if x.site == name]
+            if not linears:
+                continue
+            site = _Site(context.stats[name])
+            if name in folds and self._scalable(folds[name], unit, context):
+                found = self._search(folds[name], unit, context)
+                changed = fold(
+                    result.tensors,
+                    folds[name],
+                    unit.layout,
+                    source_scale(folds[name], found.scales),
+                )
+                result, site = result.with_tensors(changed), _Site(site.stats, found)
+            for linear in linears:
+                if linear.role == "expert.down":
+                    expert_tokens[linear.expert] = site.stats.tokens
+                tokens = expert_tokens.get(linear.expert, site.stats.tokens)
+                result, rows[linear.name] = self._finish(
+                    result, linear, context, site, tokens=tokens
+                )
+        return PassResult(result, [rows[x.name] for x in context.selected if x.name in rows])
+
+    def _scalable(self, site_fold: Fold, unit: Unit, context: PassContext) -> bool:
+        """Whether all that reads the site takes part, and in one grid; a router always does."""
+        readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
+        specs = {context.spec(x) if x in context.selected else None for x in readers}
+        return (
+            len(specs) == 1
+            and None not in specs
+            and f"{site_fold.source}.weight" in unit.tensors
+            and context.stats[site_fold.site].tokens >= self.min_tokens
+        )
+
+    def _search(self, site_fold: Fold, unit: Unit, context: PassContext) -> ScaleResult:
+        """The scales of a site, judged on weights as they were before anything was folded."""
+        readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
+        weights = [unit.weight(x) for x in readers]
+        spec = context.spec(readers[0])
+        assert spec is not None
+        stats = context.stats[site_fold.site]
+
+        def tie(scales: Tensor) -> Tensor:
+            return consumer_scale(site_fold, source_scale(site_fold, scales, "mean"))
+
+        def loss_of(replaced: list[Tensor]) -> float:
+            named = {x.name: weight for x, weight in zip(readers, replaced, strict=True)}
+            return context.module_loss(site_fold.site, named)
+
+        shared = tie if site_fold.repeat > 1 else None
+        if self.search == "inputs":
+            ratios = [i / self.grid for i in range(1, self.grid + 1)]
+            tried = candidate_scales(stats.absmean, ratios=ratios)
+            best = search_scales_with_inputs(
+                weights,
+                stats.inputs,
+                tried if shared is None else torch.stack([shared(scales) for scales in tried]),
+                ratios,
+                quantizer=quantizer_of(context, readers),
+                enter=enter_of(context.schemes[readers[0].name].input, stats.absmax),
+            )
+            return ScaleResult(best.scales, best.ratio or 0.0, best.losses)
+        options: dict[str, Any] = {"grid": self.grid, "duo": self.duo, "tie": shared}
+        if not is_plain_int(spec) or any(context.rounding.get(x.name) for x in readers):
+            options["quantizer"] = quantizer_of(context, readers)
+        # Of a single linear both searches have the same loss, and the Gram matrix has all tokens.
+        if self.search == "reference" and len(readers) > 1:
+            return search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
+        return search_scales_gram(weights, stats.gram, stats.absmean, spec, **options)
+
+    def _finish(
+        self, unit: Unit, linear: Linear, context: PassContext, site: _Site, *, tokens: int
+    ) -> tuple[Unit, Mapping[str, Any]]:
+        """Clip and, if this pass does, round one linear; its report row."""
+        spec = context.spec(linear)
+        assert spec is not None
+        weight = unit.weight(linear)
+        informed = tokens >= self.min_tokens
+        scales = None if site.found is None else site.found.scales
+        options = {}
+        if self.clip and informed and is_plain_int(spec):
+            gram = site.stats.gram
+            options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
+        if self.bits is None:
+            values = fake_quantize(weight, spec, **options, **context.rounding.get(linear.name, {}))
+            if options:
+                clipped = _clamped(weight, options["clip_max"])
+                unit = unit.with_tensors({f"{linear.name}.weight": clipped})
+        else:
+            q = quantize(weight, spec, **options)
+            values = q.dequantize()
+            unit = unit.with_quantized(linear, q)
+        if scales is not None:
+            weight, values = weight / scales, values.div_(scales)
+        row: dict[str, Any] = {
+            "linear": linear.name,
+            "bits": spec.bits,
+            "error": output_error(weight, values, site.stats.gram if informed else None),
+            "error_of": "output" if informed else "weight",
+            "ratio": None if site.found is None else site.found.ratio,
+        }
+        if not informed:
+            row["note"] = f"{tokens} calibration tokens came here: rounded without data"
+        return unit, row
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """An input site: its statistics, and its scales where it is rescaled."""
+
+    stats: SiteStats
+    found: ScaleResult | None = None
+
+
+def _clamped(weight: Tensor, bounds: Tensor) -> Tensor:
+    """A weight [O, C] cut off at ±bounds [O, groups]."""
+    groups = weight.view(*bounds.shape, -1)
+    return torch.clamp(groups, -bounds[..., None], bounds[..., None]).view(weight.shape)
+
+
+PASS = Awq

@@ -1,0 +1,120 @@
+"""How a pass rounds linears and their inputs as the plan wants them: options of the quantizer that
+is to come, scales that fused linears share, static scales of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.ir.layout import Linear
+from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.scheme import ActivationSpec
+from compressor.ir.unit import Unit
+from compressor.methods.base import PassContext
+from compressor.numerics import fake_quantize, quantize, shared_options
+from compressor.numerics.activations import fake_quantize_activation, stored_scale
+from compressor.numerics.migration import Quantizer
+
+
+def fused_with(linear: Linear) -> Hashable:
+    """Equal for linears that a runtime makes one matrix of: q/k/v, gate and up (of one expert)."""
+    return (linear.fused, linear.expert, linear.site) if linear.fused else None
+
+
+def options_of(
+    context: PassContext, linears: Sequence[Linear], weights: Sequence[Tensor]
+) -> list[dict[str, Any]]:
+    """Options of `quantize` for each linear [out, in]: those of its quantizer, and the absmax of
+    all that it is fused with where that decides a scale."""
+    specs = [_spec(context, linear) for linear in linears]
+    shared = shared_options(weights, specs, [fused_with(linear) for linear in linears])
+    return [
+        {**context.rounding.get(linear.name, {}), **found}
+        for linear, found in zip(linears, shared, strict=True)
+    ]
+
+
+def quantizer_of(context: PassContext, linears: Sequence[Linear]) -> Quantizer:
+    """Weights of these linears [O_i, C] → what their quantized forms will stand for."""
+    specs = [_spec(context, linear) for linear in linears]
+
+    def rounded(weights: Sequence[Tensor]) -> list[Tensor]:
+        options = options_of(context, linears, weights)
+        return [fake_quantize(w, s, **o) for w, s, o in zip(weights, specs, options, strict=True)]
+
+    return rounded
+
+
+def quantize_all(
+    context: PassContext, linears: Sequence[Linear], weights: Sequence[Tensor]
+) -> list[QTensor]:
+    """Each linear's weight rounded to nearest."""
+    options = options_of(context, linears, weights)
+    return [
+        quantize(weight, _spec(context, linear), **option)
+        for linear, weight, option in zip(linears, weights, options, strict=True)
+    ]
+
+
+def enter_of(
+    spec: ActivationSpec | None, absmax: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x/s, s) → x/s as the linear will see it, for inputs [T, C] that were divided by s [C].
+
+    absmax  [C] of the undivided input, for static and local scales
+    """
+
+    def enter(x: Tensor, scales: Tensor) -> Tensor:
+        if spec is None:
+            return x
+        scale = None
+        if spec.mode in ("static", "local"):
+            assert absmax is not None
+            scale = stored_scale(absmax / scales, spec)
+        return fake_quantize_activation(x, spec, scale)
+
+    return enter
+
+
+def with_input_scales(
+    unit: Unit,
+    linears: Sequence[Linear],
+    context: PassContext,
+    *,
+    divided: Mapping[str, Tensor] | None = None,
+) -> Unit:
+    """The unit with a calibrated scale for every linear whose input has a stored one.
+
+    divided  site → what its input has been divided by since the statistics were taken, [C]
+    An expert that calibration sent no token gets the largest scale that its role has elsewhere.
+    """
+    found: dict[str, Tensor] = {}
+    missing: list[Linear] = []
+    for linear in linears:
+        spec = context.schemes[linear.name].input
+        if spec is None or spec.mode not in ("static", "local"):
+            continue
+        absmax = context.stats[linear.site].absmax
+        if divided is not None and linear.site in divided:
+            absmax = absmax / divided[linear.site]
+        scale = stored_scale(absmax, spec)
+        if bool(scale > 0):
+            found[linear.name] = scale
+        else:
+            missing.append(linear)
+    for linear in missing:
+        alike = [found[x.name] for x in linears if x.role == linear.role and x.name in found]
+        found[linear.name] = torch.stack(alike).amax(0) if alike else torch.ones(1)
+    for linear in linears:
+        if linear.name in found:
+            unit = unit.with_input_scale(linear, found[linear.name])
+    return unit
+
+
+def _spec(context: PassContext, linear: Linear) -> QuantSpec:
+    spec = context.spec(linear)
+    assert spec is not None, f"{linear.name} is not quantized"
+    return spec

@@ -1,0 +1,127 @@
+"""Rounds the linears of a unit with GPTQ, site by site, whatever their grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from compressor_calibration.stats import SiteStats
+
+from compressor.ir.layout import Linear
+from compressor.ir.qtensor import QTensor
+from compressor.ir.unit import Unit
+from compressor.methods.base import PassContext, output_error
+from compressor.methods.common.rounding import quantize_all
+from compressor.numerics.gptq import InverseFactor, Rounded, gptq, inverse_factor
+
+Start = Callable[[Sequence[Linear], SiteStats], Mapping[str, QTensor]]
+
+
+class GptqOptions(NamedTuple):
+    """How GPTQ is run.
+
+    damping     share of the Gram matrix's mean diagonal that is added to it
+    act_order   round the inputs with the largest values first
+    min_tokens  what fewer tokens went through is rounded to nearest
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    min_tokens: int = 64
+
+
+def round_unit(
+    unit: Unit,
+    context: PassContext,
+    options: GptqOptions,
+    *,
+    start: Start | None = None,
+) -> tuple[Unit, list[dict[str, Any]]]:
+    """The unit with every selected linear that has a spec quantized, and a report row for each.
+
+    start  how linears of one site are rounded to nearest, on the grid that is to be kept; where
+           None, as the plan says
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    expert_tokens: dict[int | None, int] = {}
+    # Outputs before inputs: how many tokens an expert saw is known from its output.
+    for site in reversed(unit.layout.sites):
+        linears = [x for x in context.coded if x.site == site]
+        if not linears:
+            continue
+        stats = context.stats[site]
+        tokens: dict[str, int] = {}
+        for linear in linears:
+            if linear.role == "expert.down":
+                expert_tokens[linear.expert] = stats.tokens
+            tokens[linear.name] = expert_tokens.get(linear.expert, stats.tokens)
+        if start is not None:
+            starts = start(linears, stats)
+        else:
+            made = quantize_all(context, linears, [unit.weight(x) for x in linears])
+            starts = {x.name: q for x, q in zip(linears, made, strict=True)}
+        informed = [x for x in linears if tokens[x.name] >= options.min_tokens]
+        inverse = None
+        if informed:
+            inverse = inverse_factor(
+                stats.gram, damping=options.damping, act_order=options.act_order
+            )
+        found = _solve(unit, context, informed, starts, inverse)
+        for linear in linears:
+            rounded = found.get(linear.name)
+            q = starts[linear.name] if rounded is None else rounded.q
+            row = _row(linear, q, rounded, inverse)
+            if rounded is None:
+                row["error"] = output_error(unit.weight(linear), q.dequantize(), None)
+                few = linear not in informed
+                why = f"{tokens[linear.name]} calibration tokens came here"
+                row["note"] = (
+                    f"{why if few else 'its Gram matrix is not finite'}: rounded to nearest"
+                )
+            rows[linear.name] = row
+            unit = unit.with_quantized(linear, q)
+    return unit, [rows[x.name] for x in context.selected if x.name in rows]
+
+
+def _solve(
+    unit: Unit,
+    context: PassContext,
+    linears: Sequence[Linear],
+    starts: Mapping[str, QTensor],
+    inverse: InverseFactor | None,
+) -> dict[str, Rounded]:
+    """Linears that share an input and a spec are worked on together."""
+    found: dict[str, Rounded] = {}
+    if inverse is None:
+        return found
+    kinds = {x.name: (starts[x.name].spec, _lowest(context, x)) for x in linears}
+    for kind in dict.fromkeys(kinds.values()):
+        alike = [x for x in linears if kinds[x.name] == kind]
+        weights = [unit.weight(x) for x in alike]
+        made = gptq(weights, [starts[x.name] for x in alike], inverse, lowest=kind[1])
+        found |= {x.name: rounded for x, rounded in zip(alike, made, strict=True)}
+    return found
+
+
+def _lowest(context: PassContext, linear: Linear) -> int:
+    """The least code of a linear's grid; a correction may not go below it."""
+    spec = context.spec(linear)
+    symmetric = spec is not None and spec.symmetric
+    return int(symmetric and bool(context.rounding.get(linear.name, {}).get("narrow", False)))
+
+
+def _row(
+    linear: Linear, q: QTensor, rounded: Rounded | None, inverse: InverseFactor | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"linear": linear.name, "bits": q.spec.bits}
+    if rounded is None or inverse is None:
+        return {**row, "error": None, "error_of": "weight"}
+    return {
+        **row,
+        "error": rounded.error,
+        "error_of": "output",
+        "nearest_error": rounded.nearest,
+        "rows": linear.out_features,
+        "rows_kept_nearest": rounded.kept,
+        "damping": inverse.damping,
+    }

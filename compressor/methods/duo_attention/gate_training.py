@@ -1,0 +1,149 @@
+"""Trains head gates through a frozen model: DuoAttention's optimisation (arXiv 2410.10819)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.records import Records
+from compressor.errors import Interrupted
+from compressor.methods.base import FrozenModel, LearnContext
+from compressor.methods.common.needles import Needles, make_row
+from compressor.methods.duo_attention.two_stream import TwoStream
+from compressor.numerics.head_gates import distillation_loss, hoyer_square, schedule
+
+STATE = "gates.safetensors"
+SAVE_EVERY = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Penalty:
+    """What pushes gates to zero.
+
+    kind    l1: mean |a|;  hoyer2: effective number of active gates over their number
+    weight  of it beside the distillation loss
+    budget  for hoyer2, the share of active gates below which a second term of it is silent
+    """
+
+    kind: str
+    weight: float
+    budget: float | None = None
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        if self.kind == "l1":
+            return self.weight * gates.abs().mean()
+        active = hoyer_square(gates) / gates.numel()
+        over = 0 if self.budget is None else (active - self.budget).clamp(min=0)
+        return self.weight * (active + over)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """Gates float32 [layers, kv_heads] in [0, 1]; both losses of every step [steps, 2]."""
+
+    gates: Tensor
+    losses: Tensor
+
+
+def train_gates(
+    model: FrozenModel,
+    context: LearnContext,
+    *,
+    start: Tensor,
+    data: Needles,
+    haystack: Sequence[int],
+    penalty: Penalty,
+    sinks: int,
+    window: int,
+    steps: int,
+    rate: float,
+    batch: int,
+    name: str,
+) -> Trained:
+    """Train gates from `start` [layers, kv_heads].
+
+    Each step draws its rows from its own seed, and the state is kept in the scratch folder, so that
+    a run that was killed goes on to the same gates. Gates are clamped before every step, and once
+    more at the end, where the reference leaves small negative values.
+    """
+    encode = model.tokenizer()
+    gates = start.detach().clone().to(model.device, torch.float32).requires_grad_()
+    optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
+    losses = torch.zeros(steps, 2)
+    scratch = context.scratch
+    first = _resume(scratch, gates, optimiser, losses)
+    with TwoStream(model, sinks=sinks, window=window).loaded() as streams:
+        for step in range(first, steps):
+            if context.stopping():
+                _save(scratch, step, gates, optimiser, losses)
+                raise Interrupted
+            with torch.no_grad():
+                gates.clamp_(0, 1)
+            draw = random.Random(f"{context.seed} {step}")
+            length = draw.choice(data.row_lengths)
+            rows = [
+                make_row(encode, haystack, data=data, length=length, draw=draw)
+                for _ in range(batch)
+            ]
+            ids = torch.stack([row.ids for row in rows])
+            scored = torch.stack([row.scored for row in rows]).to(model.device)
+            pair = streams.run(ids, gates.clamp(0, 1))
+            distilled = distillation_loss(pair.full, pair.gated, scored)
+            pushed = penalty(gates)
+            torch.autograd.backward(distilled + pushed)
+            for group in optimiser.param_groups:
+                group["lr"] = rate * schedule(step, steps)
+            optimiser.step()
+            optimiser.zero_grad()
+            losses[step] = torch.stack([distilled, pushed]).detach().cpu()
+            if (step + 1) % SAVE_EVERY == 0:
+                _save(scratch, step + 1, gates, optimiser, losses)
+            context.progress(name, step + 1, steps)
+    return Trained(gates=gates.detach().clamp(0, 1).cpu(), losses=losses)
+
+
+def start_gates(
+    shape: tuple[int, int], *, spread: float, seed: int, scores: Tensor | None = None
+) -> Tensor:
+    """First gates [layers, kv_heads]: 1 less a random part up to `spread`, or copy scores relative
+    to the highest of them."""
+    if scores is not None:
+        return (scores / scores.max().clamp(min=1e-8)).clamp(0, 1)
+    generator = torch.Generator().manual_seed(seed)
+    return 1 - spread * torch.rand(shape, generator=generator)
+
+
+def _save(
+    scratch: Records, step: int, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor
+) -> None:
+    state = optimiser.state[gates]
+    kept = {
+        "step": torch.tensor(step),
+        "gates": gates.detach(),
+        "exp_avg": state.get("exp_avg", torch.zeros_like(gates)),
+        "exp_avg_sq": state.get("exp_avg_sq", torch.zeros_like(gates)),
+        "losses": losses,
+    }
+    scratch.put_tensors(STATE, kept)
+
+
+def _resume(scratch: Records, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor) -> int:
+    """Put a saved state back, and give the step that comes next; 0 where none was saved."""
+    state = scratch.get_tensors(STATE)
+    if state is None:
+        return 0
+    step = int(state["step"])
+    with torch.no_grad():
+        gates.copy_(state["gates"])
+    if step:
+        optimiser.state[gates] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": state["exp_avg"].to(gates.device),
+            "exp_avg_sq": state["exp_avg_sq"].to(gates.device),
+        }
+    losses.copy_(state["losses"])
+    return step

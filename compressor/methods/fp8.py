@@ -1,0 +1,77 @@
+"""FP8 (E4M3) weights and inputs: eight bits with an exponent of their own, so that a scale only has
+to keep the largest value below 448.
+
+Formats and their recipes: static scales (arXiv 2209.05433), dynamic ones per token, and the
+128 × 128 blocks of DeepSeek-V3 (arXiv 2412.19437).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from compressor_calibration.stats import StatNeeds
+from pydantic import Field
+
+from compressor.ir.layout import Linear
+from compressor.ir.qtensor import QuantSpec
+from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.rtn import weight_row
+
+BLOCK = 128
+
+SCALES: dict[str, tuple[QuantSpec, ActivationSpec | None]] = {
+    "dynamic": (QuantSpec("fp8_e4m3", 8, "channel"), ActivationSpec("fp8_e4m3", "token")),
+    "static": (QuantSpec("fp8_e4m3", 8, "tensor"), ActivationSpec("fp8_e4m3", "static")),
+    "block": (
+        QuantSpec("fp8_e4m3", 8, "block", block=(BLOCK, BLOCK)),
+        ActivationSpec("fp8_e4m3", "group", BLOCK),
+    ),
+    "weights": (QuantSpec("fp8_e4m3", 8, "channel"), None),
+}
+
+
+class Fp8(Pass):
+    """Round weights and inputs to 8-bit floats (E4M3)."""
+
+    version: ClassVar[int] = 1
+    quantizes: ClassVar[bool] = True
+
+    scales: Literal["dynamic", "static", "block", "weights"] = Field(
+        "dynamic",
+        description="dynamic: weights per channel, inputs per token as the model runs; static: one "
+        "scale per weight and a calibrated one per input; block: weights in tiles of 128 x 128, "
+        "inputs per 128 channels of a token; weights: per channel, inputs stay as they are",
+    )
+
+    def scheme(self) -> Scheme:
+        weight, input = SCALES[self.scales]
+        return Scheme(weight=weight, input=input)
+
+    def needs(self) -> StatNeeds:
+        return StatNeeds(absmax=self.scales == "static")
+
+    def check(self, linear: Linear) -> str | None:
+        if self.scales != "block" or linear.in_features % BLOCK == 0:
+            return None
+        return (
+            f"its {linear.in_features} inputs do not divide into groups of {BLOCK}; "
+            "scales: dynamic would do"
+        )
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        linears = context.coded
+        unit = with_input_scales(unit, linears, context)
+        weights = [unit.weight(linear) for linear in linears]
+        rows = []
+        for linear, weight, q in zip(
+            linears, weights, quantize_all(context, linears, weights), strict=True
+        ):
+            rows.append(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))
+            unit = unit.with_quantized(linear, q)
+        return PassResult(unit, rows)
+
+
+PASS = Fp8

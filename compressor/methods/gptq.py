@@ -1,0 +1,112 @@
+"""GPTQ (arXiv 2210.17323): weights rounded one input after another, each correcting the error of
+those before it.
+
+The grid is that of rounding to nearest, with static groups: inputs are worked on in the order of
+their size, but nothing is reordered in what is written, and no g_idx is needed. A row whose output
+error does not come out below that of rounding to nearest keeps the nearest codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from compressor_calibration.stats import StatNeeds
+from pydantic import Field, model_validator
+
+from compressor.ir.layout import Linear
+from compressor.ir.qtensor import NVFP4
+from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.common.rounding import with_input_scales
+from compressor.methods.common.second_order import GptqOptions, round_unit
+from compressor.methods.rtn import (
+    by_channel_beside_inputs,
+    input_spec,
+    int_spec,
+    narrow_beside_inputs,
+    uneven_groups,
+)
+from compressor.numerics.nvfp4 import BLOCK, Rule
+
+INTEGERS = ("bits", "group_size", "symmetric")
+INPUTS: dict[str, dict[str | None, ActivationSpec | None]] = {
+    "int": {None: None, **{m: input_spec(m) for m in ("token", "tensor", "static")}},
+    "nvfp4": {
+        None: None,
+        "calibrated": ActivationSpec("fp4_e2m1", "local", BLOCK),
+        "dynamic": ActivationSpec("fp4_e2m1", "tensor", BLOCK),
+    },
+}
+
+
+class Gptq(Pass):
+    """Round weights so that each rounding error is corrected by the weights rounded after it."""
+
+    version: ClassVar[int] = 2
+    quantizes: ClassVar[bool] = True
+
+    grid: Literal["int", "nvfp4"] = Field(
+        "int", description="int: integers of `bits`; nvfp4: 4-bit floats with the scales of `rule`"
+    )
+    bits: int = Field(4, ge=2, le=8, description="bits of one integer weight")
+    group_size: int | None = Field(
+        128,
+        ge=1,
+        description="neighbouring inputs that share a scale; null for a whole row, the default "
+        "of 8 bits beside int8 inputs",
+    )
+    symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
+    rule: Rule = Field("mse", description="how NVFP4 chooses a block's scale, as in nvfp4")
+    activations: Literal["token", "tensor", "static", "calibrated", "dynamic"] | None = Field(
+        None,
+        description="quantized inputs: int8 with a scale per token, tensor or a static one; beside "
+        "nvfp4 NVFP4 inputs with a calibrated or dynamic global scale",
+    )
+    damping: float = Field(
+        0.01, gt=0, le=1, description="share of the Gram matrix's mean diagonal added to it"
+    )
+    act_order: bool = Field(
+        True, description="round the inputs with the largest values first; changes no layout"
+    )
+    min_tokens: int = Field(
+        64, ge=1, description="what fewer tokens went through (a rare expert) is rounded to nearest"
+    )
+
+    _by_channel = model_validator(mode="before")(by_channel_beside_inputs)
+
+    @model_validator(mode="after")
+    def _options_of_the_grid(self) -> Gptq:
+        given = self.altered(*(INTEGERS if self.grid == "nvfp4" else ("rule",)))
+        if given:
+            raise ValueError(f"{' and '.join(given)} says nothing with grid: {self.grid}")
+        if self.activations not in INPUTS[self.grid]:
+            known = ", ".join(str(mode) for mode in INPUTS[self.grid] if mode)
+            raise ValueError(f"activations with grid: {self.grid} are null, {known}")
+        return self
+
+    def scheme(self) -> Scheme:
+        weight = NVFP4
+        if self.grid == "int":
+            weight = int_spec(self.bits, self.group_size, symmetric=self.symmetric)
+        return Scheme(weight=weight, input=INPUTS[self.grid][self.activations])
+
+    def rounding(self) -> Mapping[str, Any]:
+        if self.grid == "nvfp4":
+            return {"rule": self.rule}
+        return narrow_beside_inputs(self.bits, self.activations)
+
+    def needs(self) -> StatNeeds:
+        return StatNeeds(gram=True, absmax=self.activations in ("static", "calibrated"))
+
+    def check(self, linear: Linear) -> str | None:
+        return uneven_groups(linear, BLOCK if self.grid == "nvfp4" else self.group_size)
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        unit = with_input_scales(unit, context.coded, context)
+        options = GptqOptions(self.damping, self.act_order, self.min_tokens)
+        return PassResult(*round_unit(unit, context, options))
+
+
+PASS = Gptq

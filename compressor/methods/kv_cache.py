@@ -1,0 +1,82 @@
+"""The KV cache in fewer bits: keys (after the rotary embedding) and values are rounded as they are
+stored. It changes no weight.
+
+fp8 and int8 have static scales, absmax/448 and absmax/127 over the calibration tokens; int4 has a
+scale and a zero for each token and head, made as the model runs (QoQ, arXiv 2405.04532), and
+stores none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from compressor_calibration.stats import KVNeeds
+from pydantic import Field, model_validator
+
+from compressor.ir.scheme import KVSpec
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.numerics.activations import static_kv_scale
+
+ELEMENTS: dict[str, Literal["fp8_e4m3", "int8", "int4"]] = {
+    "fp8": "fp8_e4m3",
+    "int8": "int8",
+    "int4": "int4",
+}
+
+
+class KvCache(Pass):
+    """Have keys and values of the whole model quantized in the cache."""
+
+    version: ClassVar[int] = 2
+
+    targets: str | list[str] = Field("attn.k", description="always all attention of the model")
+    element: Literal["fp8", "int8", "int4"] = Field(
+        "fp8",
+        description="fp8 and int8: static scales from calibration; int4: a dynamic scale and zero "
+        "for each token and head",
+    )
+    scales: Literal["tensor", "head"] = Field(
+        "tensor", description="what shares a static scale: all keys of a layer, or those of a head"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KvCache:
+        if self.targets != "attn.k" or self.ignore != ["lm_head"]:
+            raise ValueError("the cache has one form in the whole model: no targets, no ignore")
+        if self.element == "int4" and self.altered("scales"):
+            raise ValueError("int4 stores no scales: they are dynamic, per token and head")
+        return self
+
+    @property
+    def transforms(self) -> bool:
+        return False
+
+    def needs_kv(self) -> KVNeeds | None:
+        return None if self.element == "int4" else KVNeeds()
+
+    def kv(self) -> KVSpec:
+        per: Literal["tensor", "head", "token_head"] = self.scales
+        return KVSpec(ELEMENTS[self.element], "token_head" if self.element == "int4" else per)
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        if self.element == "int4" or unit.layout.attention is None:
+            return PassResult(unit)
+        assert context.kv is not None
+        output = next(x for x in unit.layout.linears if x.role == "attn.o")
+        path = output.name.rpartition(".")[0]
+        scales = (
+            static_kv_scale(context.kv.keys, self.kv()),
+            static_kv_scale(context.kv.values, self.kv()),
+        )
+        made = replace(unit, kv_scales={**unit.kv_scales, path: scales})
+        row = {
+            "attention": path,
+            "k_scale": scales[0].tolist(),
+            "v_scale": scales[1].tolist(),
+        }
+        return PassResult(made, [row])
+
+
+PASS = KvCache

@@ -1,0 +1,64 @@
+"""MXFP4 (OCP Microscaling Formats 1.0): 4-bit floats with a power of two per 32 inputs, 4.25 bits
+per weight; what gpt-oss ships, and what needs no global scale and no calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compressor.ir.layout import Linear
+from compressor.ir.qtensor import MXFP4, QuantSpec
+from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.common.rounding import quantize_all
+from compressor.methods.rtn import weight_row
+from compressor.numerics.mx import BLOCK, Rule
+
+
+class Mxfp4(Pass):
+    """Round weights, and inputs where asked, to MXFP4."""
+
+    version: ClassVar[int] = 1
+    quantizes: ClassVar[bool] = True
+    spec: ClassVar[QuantSpec] = MXFP4
+
+    rule: Rule = Field(
+        "mse",
+        description="the power of two of a group: floor as the OCP's specification has it, where "
+        "the largest value may saturate; ceil, where none does (ModelOpt); nearest, "
+        "compressed-tensors' mixture; mse, floor or ceil by the smaller squared error",
+    )
+    activations: Literal["none", "dynamic"] = Field(
+        "none",
+        description="none: inputs stay as they are; dynamic: inputs are rounded to the same form "
+        "as the model runs",
+    )
+
+    def scheme(self) -> Scheme:
+        inputs = ActivationSpec("fp4_e2m1" if self.spec.bits == 4 else "fp8_e4m3", "mx", BLOCK)
+        return Scheme(weight=self.spec, input=None if self.activations == "none" else inputs)
+
+    def rounding(self) -> Mapping[str, Any]:
+        return {"rule": self.rule}
+
+    def check(self, linear: Linear) -> str | None:
+        if linear.in_features % BLOCK == 0:
+            return None
+        return f"its {linear.in_features} inputs do not divide into groups of {BLOCK}"
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        linears = context.coded
+        weights = [unit.weight(linear) for linear in linears]
+        rows = []
+        for linear, weight, q in zip(
+            linears, weights, quantize_all(context, linears, weights), strict=True
+        ):
+            rows.append(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))
+            unit = unit.with_quantized(linear, q)
+        return PassResult(unit, rows)
+
+
+PASS = Mxfp4

@@ -1,0 +1,90 @@
+"""NVFP4: 4-bit floats with a scale per 16 inputs and one for the whole matrix; Four Over Six
+(arXiv 2512.02010) lets each block put its largest value on 4 where that loses less than 6.
+
+Values saturate at 6 and scales at 448, as in hardware. The published Four Over Six code overflows
+instead where a block's scale is subnormal, and turns its largest value into zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from compressor_calibration.stats import StatNeeds
+from pydantic import Field
+
+from compressor.ir.layout import Linear
+from compressor.ir.qtensor import NVFP4, QTensor
+from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.rtn import weight_row
+from compressor.numerics.nvfp4 import BLOCK, Rule
+
+INPUTS = {
+    "none": None,
+    "calibrated": ActivationSpec("fp4_e2m1", "local", BLOCK),
+    "dynamic": ActivationSpec("fp4_e2m1", "tensor", BLOCK),
+}
+
+
+class Nvfp4(Pass):
+    """Round weights, and inputs where asked, to NVFP4, with Four Over Six block scales."""
+
+    version: ClassVar[int] = 1
+    quantizes: ClassVar[bool] = True
+
+    rule: Rule = Field(
+        "mse",
+        description="static_6 puts a block's largest value on 6, as plain NVFP4, static_4 on 4; "
+        "mse, mae and abs_max choose for each block whichever makes less squared, absolute or "
+        "largest error (Four Over Six)",
+    )
+    block: Literal["1x16", "16x16"] = Field(
+        "1x16", description="what shares a scale; 16x16 gives the transposed weight the same codes"
+    )
+    activations: Literal["none", "calibrated", "dynamic"] = Field(
+        "none",
+        description="none: inputs stay as they are (NVFP4A16); calibrated: NVFP4 inputs with a "
+        "global scale from calibration; dynamic: with that of each row of tokens",
+    )
+
+    def scheme(self) -> Scheme:
+        return Scheme(weight=NVFP4, input=INPUTS[self.activations])
+
+    def rounding(self) -> Mapping[str, Any]:
+        return {"rule": self.rule, "tile_rows": 1 if self.block == "1x16" else BLOCK}
+
+    def needs(self) -> StatNeeds:
+        return StatNeeds(absmax=self.activations == "calibrated")
+
+    def check(self, linear: Linear) -> str | None:
+        if linear.in_features % BLOCK == 0:
+            return None
+        return f"its {linear.in_features} inputs do not divide into blocks of {BLOCK}"
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        linears = context.coded
+        unit = with_input_scales(unit, linears, context)
+        weights = [unit.weight(linear) for linear in linears]
+        rows = []
+        for linear, weight, q in zip(
+            linears, weights, quantize_all(context, linears, weights), strict=True
+        ):
+            row = dict(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))
+            if saturated := _saturated(weight, q):
+                row["note"] = f"{saturated} values saturate at 6 (their scale is subnormal)"
+            rows.append(row)
+            unit = unit.with_quantized(linear, q)
+        return PassResult(unit, rows)
+
+
+def _saturated(weight: Any, q: QTensor) -> int:
+    """Values that would round beyond 6 on their scale: those the published code loses."""
+    assert q.second is not None
+    scales = q.scales.float().repeat_interleave(BLOCK, dim=1) * q.second
+    return int((weight.float().abs() >= 7 * scales).logical_and(scales > 0).sum())
+
+
+PASS = Nvfp4

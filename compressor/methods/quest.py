@@ -1,0 +1,107 @@
+"""Quest (arXiv 2406.10774): a decoding step reads the pages of keys that could matter most.
+
+Of each page of 16 keys the smallest and largest value of every channel is kept; they bound what a
+query's product with any key of the page can be. The pages with the best bounds are attended to, for
+each query head by itself, and the last page always. The whole cache stays in memory; what is saved
+is reading it. Nothing is learned and no weight changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from compressor.attention.block_policies import block_policy
+from compressor.attention.policy import AttentionPolicy, BlockSelection
+from compressor.errors import InputError
+from compressor.ir.layout import ModelLayout
+from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass, Outlook
+from compressor.methods.infllm import reads
+
+
+class Quest(ModelPass):
+    """Let layers attend to the pages of keys whose bounds promise most; changes no weight."""
+
+    version: ClassVar[int] = 1
+    reads_tokens: ClassVar[bool] = False
+
+    page_size: int = Field(16, ge=1, description="keys of a page")
+    token_budget: int = Field(1024, ge=1, description="keys of a query, in whole pages")
+    dense_layers: tuple[int, ...] = Field(
+        (0, 1), description="layers that attend to everything, as published"
+    )
+    per: Literal["query_head", "kv_head"] = Field(
+        "query_head",
+        description="a choice for each query head, as published, or the best bound of the heads "
+        "that share a KV head",
+    )
+    dense_below: int = Field(0, ge=0, description="shorter texts are attended to whole")
+
+    @field_validator("dense_layers")
+    @classmethod
+    def _are_layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)) or any(layer < 0 for layer in value):
+            raise ValueError("layers are ascending numbers from 0")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_pages(self) -> Quest:
+        if self.token_budget < self.page_size:
+            raise ValueError(f"a budget of {self.token_budget} does not hold one page")
+        return self
+
+    @property
+    def block_choice(self) -> BlockSelection:
+        """What layers do."""
+        return BlockSelection(
+            scorer="quest",
+            block_size=self.page_size,
+            init_blocks=0,
+            local_blocks=0,
+            top_k=self.token_budget // self.page_size,
+            per=self.per,
+            dense_below=self.dense_below,
+        )
+
+    def outlook(
+        self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
+    ) -> Outlook:
+        layers = sum(unit.kind == "block" for unit in layout.units)
+        if self.dense_layers and self.dense_layers[-1] >= layers:
+            return Outlook(
+                problems=(
+                    InputError(
+                        f"quest: there is no layer {self.dense_layers[-1]}, the model has {layers}",
+                        hint="dense_layers counts from 0",
+                    ),
+                )
+            )
+        try:
+            policy = block_policy(
+                layout, self.block_choice, made_by={"quest": {}}, dense=self.dense_layers
+            )
+        except InputError as error:
+            return Outlook(problems=(error,))
+        dense = (
+            f"; {len(self.dense_layers)} of {layers} layers read all" if self.dense_layers else ""
+        )
+        return Outlook(notes=(reads(self.block_choice) + dense,), policy=policy)
+
+    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
+        made_by = {"quest": self.model_dump(mode="json", exclude={"targets", "ignore"})}
+        policy = block_policy(
+            model.layout, self.block_choice, made_by=made_by, dense=self.dense_layers
+        )
+        return Learned(policy=policy.to_json())
+
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        return block_policy(layout, self.block_choice, made_by={}, dense=self.dense_layers)
+
+
+PASS = Quest

@@ -1,0 +1,140 @@
+"""Retrieval heads (arXiv 2404.15574): which heads copy from far back, by their copy scores.
+
+Scores come from passkey rows under teacher forcing, block by block with one unit in memory, where
+the reference decodes and looks at whole models. A KV head takes the highest score of its query
+heads; the reference leaves that open.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compressor.attention.policy import AttentionPolicy, streaming_policy
+from compressor.errors import InputError
+from compressor.ir.layout import ModelLayout
+from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass
+from compressor.methods.common.copy_scores import CopyScores, copy_scores, of_kv_heads
+from compressor.methods.common.head_plots import heat_map
+from compressor.methods.common.needles import Needles, haystack_of, make_row
+from compressor.numerics.head_gates import keep_full
+
+SCORES = "retrieval_heads.scores"
+SCORES_NAME = "retrieval_heads.json"
+
+
+class RetrievalHeads(ModelPass):
+    """Score query heads by how often they copy a hidden passkey; with `share`, let the KV heads
+    that copy least stream.
+
+    The haystack is the calibration text. Writes scores, a heat map, and an attention policy.
+    """
+
+    data: Needles = Field(
+        Needles(keys=4, words=8, max_length=2048, lengths=4), description="the passkey rows"
+    )
+    rows: int = Field(8, ge=1, description="rows for each length")
+    share: float | None = Field(
+        None, ge=0, le=1, description="share of all KV heads that stream; null: only score"
+    )
+    sinks: int = Field(64, ge=0, description="first tokens a streaming head sees")
+    window: int = Field(256, ge=1, description="recent tokens it sees, its own included")
+
+    @model_validator(mode="after")
+    def _window_holds_sinks(self) -> Self:
+        if self.sinks >= self.window:
+            raise ValueError(f"{self.sinks} sinks are not fewer than the window of {self.window}")
+        return self
+
+    def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
+        """Nothing; refuses, in `plan`, a model without a known attention."""
+        if all(unit.attention is None for unit in layout.units):
+            raise InputError("retrieval_heads: the model's attention is not known")
+        return {}
+
+    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
+        """Score all heads at every length, and choose by the means."""
+        assert context.tokens is not None
+        haystack = haystack_of(context.tokens.ids)
+        encode = model.tokenizer()
+        found: list[CopyScores] = []
+        for length in self.data.row_lengths:
+            draw = random.Random(f"{context.seed} {length}")
+            rows = [
+                make_row(encode, haystack, data=self.data, length=length, draw=draw)
+                for _ in range(self.rows)
+            ]
+            scored = copy_scores(model, rows, batch=context.batch, progress=context.progress)
+            found.append(scored)
+        answers = torch.cat([part.per_answer for part in found], dim=1)
+        whole = CopyScores(per_answer=answers, answers=sum(part.answers for part in found))
+        return self._learned(model, whole)
+
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        if SCORES not in values:
+            raise InputError(f"the policy's {SCORES} are not stored with it")
+        shape = next(unit.attention for unit in layout.units if unit.attention)
+        full = self._full(of_kv_heads(values[SCORES], shape.kv_heads))
+        return streaming_policy(layout, ~full, sinks=self.sinks, window=self.window)
+
+    def _full(self, by_kv: Tensor) -> Tensor:
+        """Which KV heads stay full, by their scores."""
+        share = 0.0 if self.share is None else self.share
+        return keep_full(by_kv, share) if share else torch.ones_like(by_kv, dtype=torch.bool)
+
+    def _learned(self, model: FrozenModel, found: CopyScores) -> Learned:
+        shape = next(unit.attention for unit in model.layout.units if unit.attention)
+        by_kv = found.kv_heads(shape.kv_heads)
+        full = self._full(by_kv)
+        about = {
+            **self.model_dump(mode="json", include={"rows", "share", "sinks", "window"}),
+            "accepted": found.accepted,
+            "answers": found.answers,
+        }
+        policy = streaming_policy(
+            model.layout,
+            ~full,
+            sinks=self.sinks,
+            window=self.window,
+            made_by={"retrieval_heads": about},
+        )
+        plot = heat_map(found.scores, title="Copy scores", across="query head")
+        return Learned(
+            policy=policy.to_json(),
+            values={SCORES: found.scores},
+            rows=[{"name": "copy scores", **_ranking(found.scores), **about}],
+            files={SCORES_NAME: _as_published(found.per_answer)},
+            plots={} if plot is None else {"retrieval_heads.png": plot},
+        )
+
+
+def _ranking(scores: Tensor, top: int = 10) -> dict[str, Any]:
+    """The strongest heads, and how many reach the published marks for (strong) retrieval heads."""
+    best = scores.flatten().argsort(descending=True)[:top].tolist()
+    heads = scores.shape[1]
+    return {
+        "top": [f"{i // heads}-{i % heads}: {float(scores.flatten()[i]):.2f}" for i in best],
+        "at_least_0.1": int((scores >= 0.1).sum()),
+        "at_least_0.5": int((scores >= 0.5).sum()),
+    }
+
+
+def _as_published(per_answer: Tensor) -> bytes:
+    """The reference's file: one line of JSON, "layer-head" → the scores of all accepted answers."""
+    data = {
+        f"{layer}-{head}": [round(float(x), 6) for x in per_answer[layer, :, head]]
+        for layer in range(per_answer.shape[0])
+        for head in range(per_answer.shape[2])
+    }
+    return (json.dumps(data) + "\n").encode()
+
+
+PASS = RetrievalHeads

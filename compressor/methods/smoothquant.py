@@ -1,0 +1,173 @@
+"""SmoothQuant (arXiv 2211.10438): outliers of inputs are moved into the weights that read them.
+
+A channel of a linear's input is divided by a scale, which the norm before it takes, and the
+weight's column multiplied by it. So the model computes the same function, and both the input and
+the weight have ranges that 8-bit integers can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from compressor_calibration.stats import StatNeeds
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compressor.ir.layout import Fold, Linear
+from compressor.ir.qtensor import QuantSpec
+from compressor.ir.scheme import Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.common.rounding import (
+    enter_of,
+    quantize_all,
+    quantizer_of,
+    with_input_scales,
+)
+from compressor.methods.rtn import input_spec, int_spec, weight_row
+from compressor.numerics.folding import fold
+from compressor.numerics.migration import (
+    ALPHAS,
+    DEFAULT_ALPHA,
+    Migration,
+    search_scales_with_inputs,
+    smooth_scales,
+)
+
+
+class Smoothquant(Pass):
+    """Move activation outliers into the weights, then, with `bits`, quantize both to int8.
+
+    Without `bits` it only changes weights, and a quantizer with `activations` comes after it.
+    """
+
+    version: ClassVar[int] = 1
+
+    alpha: float | Literal["family", "search"] = Field(
+        "family",
+        description="how much of an outlier the weight takes, 0 to 1; family: as published for the "
+        "model's family (0.5 where nothing is); search: for each input, the one with the least "
+        "output error under the quantizers of weight and input",
+    )
+    fold_up: bool = Field(
+        False, description="also rescale what enters down projections, by the rows of the up one"
+    )
+    grid: int = Field(20, ge=1, le=1000, description="steps from 0 to 1 that alpha: search tries")
+    search_tokens: int = Field(512, ge=1, description="input vectors that alpha: search runs")
+    bits: Literal[8] | None = Field(
+        None, description="8 quantizes weights and inputs; null leaves that to a later pass"
+    )
+    weights: Literal["channel", "tensor"] = Field(
+        "channel", description="what shares a scale: an output channel, or the tensor (O1 to O3)"
+    )
+    activations: Literal["token", "tensor", "static"] = Field(
+        "token",
+        description="dynamic scale per token (O1), dynamic per tensor (O2), or one calibrated "
+        "scale (O3)",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Smoothquant:
+        given = self.altered("weights", "activations")
+        if self.bits is None and given:
+            names = " and ".join(given)
+            raise ValueError(f"{names} without bits; give them to the quantizer that comes later")
+        if isinstance(self.alpha, float) and not 0 <= self.alpha <= 1:
+            raise ValueError("alpha is a number from 0 to 1, 'family' or 'search'")
+        return self
+
+    @property
+    def searches(self) -> bool:
+        return self.alpha == "search" and self.bits is None
+
+    @property
+    def rescales(self) -> bool:
+        return True
+
+    def scheme(self) -> Scheme | None:
+        if self.bits is None:
+            return None
+        weight = int_spec(8, None, symmetric=True)
+        if self.weights == "tensor":
+            weight = QuantSpec("int", 8, "tensor")
+        return Scheme(weight=weight, input=input_spec(self.activations))
+
+    def rounding(self) -> Mapping[str, Any]:
+        # As published: the codes −127 … 127 on absmax/127, which every int8 kernel takes.
+        return {} if self.bits is None else {"narrow": True}
+
+    def needs(self) -> StatNeeds:
+        kept = self.search_tokens if self.alpha == "search" else 0
+        return StatNeeds(absmax=True, keep_inputs=kept)
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        folds = {f.site: f for f in unit.layout.folds if self._smooths(f, unit, context)}
+        divided: dict[str, Tensor] = {}
+        exponents: dict[str, float | None] = {}
+        # Outputs before inputs: rows of `up` are divided before its columns are looked at.
+        for site in reversed(unit.layout.sites):
+            if site not in folds:
+                continue
+            found = self._migrate(folds[site], unit, context)
+            unit = unit.with_tensors(fold(unit.tensors, folds[site], unit.layout, found.scales))
+            divided[site], exponents[site] = found.scales, found.ratio
+        rows = {x.name: self._row(x, divided, exponents) for x in context.selected}
+        if self.bits is not None:
+            linears = context.coded
+            weights = [unit.weight(x) for x in linears]
+            unit = with_input_scales(unit, linears, context, divided=divided)
+            quantized = quantize_all(context, linears, weights)
+            for linear, weight, q in zip(linears, weights, quantized, strict=True):
+                rows[linear.name] |= weight_row(linear, weight, q, stats=None)
+                unit = unit.with_quantized(linear, q)
+        return PassResult(unit, list(rows.values()))
+
+    def _smooths(self, site_fold: Fold, unit: Unit, context: PassContext) -> bool:
+        """Whether a site is rescaled: something selected reads it, calibration reached it, and all
+        that takes the scale is still in float."""
+        readers = unit.layout.site_linears(site_fold.site)
+        if not any(linear in context.selected for linear in readers):
+            return False
+        if site_fold.kind == "linear":
+            down = all(linear.role.endswith(".down") for linear in readers)
+            if not (self.fold_up and down):
+                return False
+        floats = [site_fold.source, *(linear.name for linear in readers)]
+        return (
+            all(f"{name}.weight" in unit.tensors for name in floats)
+            and context.stats[site_fold.site].tokens > 0
+        )
+
+    def _migrate(self, site_fold: Fold, unit: Unit, context: PassContext) -> Migration:
+        stats = context.stats[site_fold.site]
+        readers = unit.layout.site_linears(site_fold.site)
+        weights = [unit.weight(linear) for linear in readers]
+        if self.alpha != "search":
+            alpha = self.alpha
+            if alpha == "family":
+                alpha = ALPHAS.get(context.model_type, DEFAULT_ALPHA)
+            return Migration(smooth_scales(stats.absmax, weights, alpha), alpha, ())
+        judged = [x for x in readers if x in context.selected and context.spec(x) is not None]
+        ratios = [i / self.grid for i in range(self.grid + 1)]
+        return search_scales_with_inputs(
+            [unit.weight(linear) for linear in judged],
+            stats.inputs,
+            torch.stack([smooth_scales(stats.absmax, weights, ratio) for ratio in ratios]),
+            ratios,
+            quantizer=quantizer_of(context, judged),
+            enter=enter_of(context.schemes[judged[0].name].input, stats.absmax),
+        )
+
+    def _row(
+        self,
+        linear: Linear,
+        divided: Mapping[str, Tensor],
+        exponents: Mapping[str, float | None],
+    ) -> dict[str, Any]:
+        alpha, rescaled = exponents.get(linear.site), linear.site in divided
+        return {"linear": linear.name, "alpha": alpha, "rescaled": rescaled}
+
+
+PASS = Smoothquant

@@ -1,0 +1,168 @@
+"""How well scorers choose blocks, layer by layer: against the teacher's choice, and by the share of
+attention that lies in what they chose.
+
+Every block runs over the same rows and attends as the model itself does; the scorers only watch.
+Blocks that are chosen whatever their score say nothing of a scorer, so recall leaves them out, and
+so do queries that have no more blocks than they may choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from compressor.attention.block_evaluation import Forecasts
+from compressor.attention.key_blocks import choose_blocks, recent_blocks, rules
+from compressor.attention.policy import BlockSelection
+from compressor.methods.base import FrozenModel
+from compressor.methods.sparda.teacher import Teacher
+from compressor.runner.attention_call import AttentionCall
+
+RECENT = "recent"
+"""The scorer that needs none: the first blocks, and the last ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerQuality:
+    """One scorer in one layer.
+
+    recall  share of the teacher's blocks, forced ones aside, that it chose
+    mass    share of all attention that lies in what it chose, forced blocks included
+    """
+
+    layer: int
+    scorer: str
+    recall: float
+    mass: float
+
+
+@dataclass(slots=True)
+class _Sums:
+    hit: float = 0.0
+    wanted: float = 0.0
+    mass: float = 0.0
+    rows: float = 0.0
+
+
+@dataclass(slots=True)
+class ChoiceMeter:
+    """Adds up what scorers chose, call by call."""
+
+    teacher: Teacher
+    sums: dict[tuple[int, str], _Sums] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, layer: int, call: AttentionCall, chosen: Mapping[str, Tensor]) -> None:
+        """Blocks chosen for all queries of a call, by scorer: [rows, sets, length, K]."""
+        rule, _ = rules(self.teacher.selection)
+        length, heads = call.key.shape[2], call.query.shape[1]
+        count = rule.blocks(length)
+        block = torch.arange(count, device=call.key.device)
+        for part, behind in self.teacher.parts(call):
+            stop = length - behind
+            at = slice(stop - part.shape[2], stop)
+            own = torch.arange(at.start, stop, device=call.key.device) // rule.block_size
+            choosing = own + 1 > rule.top_k
+            if not bool(choosing.any()):
+                continue
+            free = (block >= rule.init_blocks) & (block < (own - rule.local_blocks)[:, None])
+            free = free & choosing[:, None]
+            wanted = _mask(self.teacher.part_blocks(call, part, behind), count) & free
+            mass = _block_mass(call, part, at, rule.block_size) * choosing[:, None]
+            for scorer, blocks in chosen.items():
+                mine = _mask(blocks[:, :, at], count)
+                sums = self.sums.setdefault((layer, scorer), _Sums())
+                by_set = wanted.repeat_interleave(mine.shape[1] // wanted.shape[1], dim=1)
+                sums.hit += float((mine & by_set).sum())
+                sums.wanted += float(by_set.sum())
+                sums.mass += float((mass * mine.repeat_interleave(heads // mine.shape[1], 1)).sum())
+                sums.rows += float(choosing.sum()) * heads * part.shape[0]
+
+    def qualities(self) -> list[LayerQuality]:
+        """What was found, in order of layers; nothing where no query had to choose."""
+        return [
+            LayerQuality(layer, scorer, s.hit / max(s.wanted, 1.0), s.mass / max(s.rows, 1.0))
+            for (layer, scorer), s in self.sums.items()
+        ]
+
+
+def measure_choices(
+    model: FrozenModel,
+    ids: Tensor,
+    teacher: Teacher,
+    scorers: Mapping[str, BlockSelection | None],
+    *,
+    forecasts: Mapping[str, Tensor] | None = None,
+    batch: int = 1,
+) -> list[LayerQuality]:
+    """Measure scorers on rows of token ids [rows, length].
+
+    scorers    name → how blocks are chosen; None for the most recent blocks
+    forecasts  forecast tensors by full name, if not those that the model carries
+    """
+    meter, said = ChoiceMeter(teacher), Forecasts()
+    hidden = model.runner.embed(model.tensors(0), ids, batch=batch)
+    for index, layout in enumerate(model.layout.units):
+        if layout.kind != "block":
+            continue
+        unit = model.read_unit(index)
+        if forecasts is not None:
+            own = {n: t for n, t in forecasts.items() if n.startswith(f"{layout.name}.")}
+            unit = replace(unit, extra=own)
+
+        def hook(call: AttentionCall, unit=unit, layer=layout.index) -> Tensor:  # type: ignore[no-untyped-def]
+            forecast = said.take(layer, call, unit)
+            said.give(layer, call, unit)
+            chosen = {}
+            for name, selection in scorers.items():
+                if selection is None:
+                    chosen[name] = recent_blocks(teacher.selection, call.query, call.key)
+                else:
+                    chosen[name] = choose_blocks(
+                        selection, call.query, call.key, scaling=call.scaling, forecast=forecast
+                    )
+            meter.add(layer, call, chosen)
+            return call.plain(call.query, call.key, call.value)
+
+        runner = model.runner
+        with runner.block(layout, model.tensors(index)) as block, runner.attention(hook):
+            for start in range(0, ids.shape[0], batch):
+                runner.first_row = start
+                rows = slice(start, start + batch)
+                hidden[rows] = block.forward(hidden[rows]).to(hidden.dtype)
+    return meter.qualities()
+
+
+def means(qualities: Sequence[LayerQuality]) -> dict[str, dict[str, float]]:
+    """Scorer → mean recall and mass over layers."""
+    found: dict[str, dict[str, float]] = {}
+    for scorer in dict.fromkeys(q.scorer for q in qualities):
+        mine = [q for q in qualities if q.scorer == scorer]
+        found[scorer] = {
+            "recall": sum(q.recall for q in mine) / len(mine),
+            "mass": sum(q.mass for q in mine) / len(mine),
+        }
+    return found
+
+
+def _mask(blocks: Tensor, count: int) -> Tensor:
+    """Chosen blocks [..., K] as bool [..., count]."""
+    mask = torch.zeros(*blocks.shape[:-1], count + 1, dtype=torch.bool, device=blocks.device)
+    mask.scatter_(-1, torch.where(blocks < 0, count, blocks).long(), True)
+    return mask[..., :count]
+
+
+def _block_mass(call: AttentionCall, part: Tensor, at: slice, block_size: int) -> Tensor:
+    """Share of each query's attention in each block, [rows, heads, queries, blocks]."""
+    length, groups = call.key.shape[2], call.key.shape[1]
+    group = part.shape[1] // groups
+    queries = part.view(part.shape[0], groups, group, *part.shape[2:]).float()
+    logits = queries @ call.key[:, :, None].float().transpose(-1, -2) * call.scaling
+    place = torch.arange(length, device=call.key.device)
+    logits = logits.masked_fill_(place > place[at, None], -torch.inf)
+    shares = torch.nn.functional.pad(logits.softmax(-1), (0, -length % block_size))
+    by_block: Tensor = shares.view(*shares.shape[:-1], -1, block_size).sum(-1).flatten(1, 2)
+    return by_block

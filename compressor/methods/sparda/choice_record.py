@@ -1,0 +1,178 @@
+"""What a run recorded of its forecasts, so that anyone can measure it again from the files.
+
+The text is the bundled held-out one, cut by the model's own tokenizer, so nothing but the
+checkpoint is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_calibration.documents import DataError
+from compressor_calibration.sources import read_documents
+from compressor_calibration.tokens import TokenSet, make_tokens
+from compressor_kernels.attention.block_windows import WindowRule
+from torch import Tensor
+
+from compressor.attention.policy import BlockSelection
+from compressor.errors import InputError
+from compressor.foreign.untrusted import parse_json, read_file
+from compressor.methods.base import FrozenModel
+from compressor.methods.sparda.choice_quality import RECENT, LayerQuality, means, measure_choices
+from compressor.methods.sparda.teacher import Teacher
+from compressor.numerics.forecast_loss import Pooling
+
+RECORD_NAME = "forecast_recall.json"
+FORECAST = "forecast"
+TOLERANCE, QUANTIZED_TOLERANCE = (0.02, 0.04), (0.1, 0.2)
+"""How far recall may be from the recorded one, the mean over layers and that of each: with the
+weights that it was measured with, only rounding differs; later passes that quantize them change
+what attention sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRecord:
+    """Recall and attention mass of scorers by layer, and what they were measured on.
+
+    sha256  of the tokens
+    """
+
+    selection: BlockSelection
+    fine: WindowRule
+    pooling: Pooling
+    rows: int
+    length: int
+    sha256: str
+    layers: tuple[LayerQuality, ...]
+
+    @property
+    def teacher(self) -> Teacher:
+        """What chooses the blocks that recall is of."""
+        return Teacher(selection=self.selection, fine=self.fine, pooling=self.pooling)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "version": 1,
+            "selection": self.selection.model_dump(mode="json"),
+            "teacher": {**asdict(self.fine), "pooling": self.pooling},
+            "text": "bundled held-out text, consecutive rows",
+            "rows": self.rows,
+            "length": self.length,
+            "sha256": self.sha256,
+            "means": means(self.layers),
+            "layers": [asdict(quality) for quality in self.layers],
+        }
+
+
+def scorers(selection: BlockSelection) -> dict[str, BlockSelection | None]:
+    """The forecast, what it imitates, and what else could choose at the same budget. Quest is given
+    the same blocks and forced ones, so that only its scores are compared."""
+    quest = {"scorer": "quest", "per": "query_head"}
+    return {
+        FORECAST: selection,
+        "infllm": selection.model_copy(update={"scorer": "infllm"}),
+        "quest": selection.model_copy(update=quest),
+        RECENT: None,
+    }
+
+
+def record_choices(
+    model: FrozenModel,
+    teacher: Teacher,
+    forecasts: Mapping[str, Tensor] | None,
+    tokens: TokenSet,
+) -> ChoiceRecord:
+    """Measure forecasts (by full name; None: the model's own) on held-out rows."""
+    found = measure_choices(
+        model, tokens.ids, teacher, scorers(teacher.selection), forecasts=forecasts
+    )
+    return ChoiceRecord(
+        selection=teacher.selection,
+        fine=teacher.fine,
+        pooling=teacher.pooling,
+        rows=tokens.ids.shape[0],
+        length=tokens.ids.shape[1],
+        sha256=tokens.sha256,
+        layers=tuple(found),
+    )
+
+
+def held_out(tokenizer: Any, *, rows: int, length: int) -> TokenSet:
+    """Rows of the bundled held-out text. Raises InputError where it is too short for them."""
+    try:
+        return make_tokens(
+            tokenizer,
+            read_documents("bundled/fiction", part="held_out"),
+            samples=rows,
+            length=length,
+            sampling="consecutive",
+            seed=0,
+        )
+    except DataError as error:
+        raise InputError(f"held-out text: {error}", hint=error.hint) from error
+
+
+def read_record(folder: Path) -> ChoiceRecord | None:
+    """The record beside a checkpoint, or None. Raises InputError for one that is not valid."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return None
+    try:
+        data = parse_json(read_file(path, what="record"))
+        teacher = data["teacher"]
+        return ChoiceRecord(
+            selection=BlockSelection.model_validate(data["selection"]),
+            fine=WindowRule(kernel_size=teacher["kernel_size"], stride=teacher["stride"]),
+            pooling=teacher["pooling"],
+            rows=int(data["rows"]),
+            length=int(data["length"]),
+            sha256=str(data["sha256"]),
+            layers=tuple(LayerQuality(**layer) for layer in data["layers"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a record of forecasts: {error}") from error
+
+
+def check_record(model: FrozenModel, record: ChoiceRecord, *, quantized: bool) -> list[str]:
+    """Measure a stored forecast again; what is wrong with it, nothing where recall is as recorded.
+
+    quantized  whether the checkpoint's weights are rounded, unlike those of the record
+    """
+    tokens = held_out(model.tokenizer(), rows=record.rows, length=record.length)
+    if tokens.sha256 != record.sha256:
+        return ["the held-out text gives other tokens than when recall was recorded"]
+    found = measure_choices(model, tokens.ids, record.teacher, {FORECAST: record.selection})
+    of_mean, of_layer = QUANTIZED_TOLERANCE if quantized else TOLERANCE
+    now, then = _recalls(found), _recalls(record.layers)
+    if now.keys() != then.keys():
+        return [f"{len(now)} layers choose by a forecast, {len(then)} are recorded"]
+    what = "recall of the teacher's blocks"
+    off = [layer for layer in now if not abs(now[layer] - then[layer]) <= of_layer]
+    problems = [
+        f"{what} in layer {layer} is {now[layer]:.4f}, recorded were {then[layer]:.4f}"
+        for layer in off[:3]
+    ]
+    mean_now, mean_then = (sum(x.values()) / max(1, len(x)) for x in (now, then))
+    if len(off) > 3 or not (off or abs(mean_now - mean_then) <= of_mean):
+        problems.append(f"{what} is {mean_now:.4f}, recorded were {mean_then:.4f}")
+    return problems
+
+
+def _recalls(qualities: Sequence[LayerQuality]) -> dict[int, float]:
+    return {q.layer: q.recall for q in qualities if q.scorer == FORECAST}
+
+
+def record_bytes(record: ChoiceRecord) -> bytes:
+    """The record as it is stored."""
+    return (json.dumps(record.to_json(), indent=1) + "\n").encode()
+
+
+def model_dtype(model: FrozenModel) -> torch.dtype:
+    """The dtype that the source stores its weights in."""
+    return next(iter(model.read_unit(0).tensors.values())).dtype

@@ -1,0 +1,230 @@
+"""SparDA (arXiv 2606.04511): each block forecasts which keys the next one will look at.
+
+A projection beside q, k and v turns what a block's attention reads into one vector for each KV head
+of the next block; its products with that block's compressed keys choose the blocks of keys to be
+attended to. The choice is known one block early, so a runtime can fetch the blocks from host memory
+meanwhile, and it needs one head for each group and no softmax. Only these projections are trained,
+on the block's own attention; the model stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from compressor_kernels.attention.block_windows import WindowRule
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compressor.attention.block_evaluation import CURRENT, FUTURE
+from compressor.attention.block_policies import block_policy, sparse_config
+from compressor.attention.policy import AttentionPolicy, BlockSelection
+from compressor.errors import InputError
+from compressor.ir.layout import ModelLayout, UnitLayout
+from compressor.methods.base import FrozenModel, LearnContext, Learned, Outlook
+from compressor.methods.infllm import InfLLM, reads
+from compressor.methods.sparda.choice_record import (
+    RECORD_NAME,
+    held_out,
+    model_dtype,
+    record_bytes,
+    record_choices,
+)
+from compressor.methods.sparda.teacher import Teacher
+from compressor.methods.sparda.training import Sweep, Training, store_bytes
+
+
+class SparDA(InfLLM):
+    """Train a projection per layer that forecasts the blocks of keys the next layer needs.
+
+    The calibration rows are the training rows: give long ones, and enough of them that none is seen
+    often (the published training sees 64,000 rows of 65,536 tokens once).
+    """
+
+    version: ClassVar[int] = 1
+    reads_tokens: ClassVar[bool] = True
+
+    teacher_kernel: int = Field(2, ge=1, description="keys of a compressed key of the teacher")
+    teacher_stride: int = Field(1, ge=1, description="keys from one of those to the next")
+    pooling: Literal["max", "mean"] = Field(
+        "max", description="how the teacher's shares come onto the grid of the compressed keys"
+    )
+    progressive: bool = Field(
+        False, description="begin with the model's own compressed keys as teacher, then halve them"
+    )
+    steps: int = Field(2000, ge=1, description="steps of the optimizer for each layer")
+    rows_per_step: int = Field(32, ge=1, description="rows of one step")
+    learning_rate: float = Field(5e-4, gt=0)
+    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(0.5, gt=0, description="largest norm of a layer's gradient")
+    initial: Literal["uniform", "queries"] = Field(
+        "uniform",
+        description="what forecasts start from: small random values, as published, or a fit of the "
+        "mean queries of the block they are for, with which few steps do",
+    )
+    states: Literal["chosen", "full"] = Field(
+        "chosen",
+        description="let hidden states flow through attention over the teacher's blocks, as "
+        "published, or through the model's own",
+    )
+    held_out_rows: int = Field(2, ge=1, description="held-out rows that recall is measured on")
+
+    @model_validator(mode="after")
+    def _grids_fit(self) -> SparDA:
+        if self.stride % self.teacher_stride or self.teacher_kernel % self.teacher_stride:
+            raise ValueError(
+                f"teacher_stride {self.teacher_stride} divides stride {self.stride} and "
+                f"teacher_kernel {self.teacher_kernel}, or the grids do not meet"
+            )
+        return self
+
+    @property
+    def block_choice(self) -> BlockSelection:
+        """What layers do."""
+        return self._choice("forecast")
+
+    @property
+    def training(self) -> Training:
+        """How forecasts are trained."""
+        fine = WindowRule(kernel_size=self.teacher_kernel, stride=self.teacher_stride)
+        return Training(
+            teacher=Teacher(selection=self.block_choice, fine=fine, pooling=self.pooling),
+            steps=self.steps,
+            rows_per_step=self.rows_per_step,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            progressive=self.progressive,
+            initial=self.initial,
+            chosen_states=self.states == "chosen",
+        )
+
+    def outlook(
+        self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
+    ) -> Outlook:
+        try:
+            policy = block_policy(layout, self.block_choice, made_by={"sparda": {}})
+        except InputError as error:
+            return Outlook(problems=(error,))
+        problems = []
+        blocks = -(-length // self.block_size)
+        if blocks <= self.top_k:
+            problems.append(
+                InputError(
+                    f"sparda: rows of {length} tokens have {blocks} blocks, of which {self.top_k} "
+                    "are chosen: there is nothing to learn",
+                    hint=f"calibration.length: {2 * self.top_k * self.block_size}, or fewer or "
+                    "smaller blocks",
+                )
+            )
+        added = sum(
+            tensor.numel() for unit in layout.units for tensor in self.adds(unit, dtype).values()
+        )
+        kept = store_bytes(rows, length, _width(layout), dtype)
+        seen = self.steps * self.rows_per_step / rows
+        return Outlook(
+            notes=(
+                f"{added:,} parameters are added, {added / parameters:.2%} of the model's",
+                f"{kept / 1e9:.2f} GB of activations are kept on disk while it trains; each of the "
+                f"{rows} rows is seen {seen:.1f} times",
+                reads(self.block_choice),
+            ),
+            scratch_bytes=kept,
+            policy=policy,
+            problems=tuple(problems),
+        )
+
+    def learning_scores(self, layout: ModelLayout, *, rows: int, length: int) -> float:
+        # A teacher for each row of each step; for each row as it goes on, one more and the
+        # attention that its choice is for.
+        heads = sum(u.attention.heads for u in layout.units if u.kind == "block" and u.attention)
+        onward = 2 * rows if self.states == "chosen" and length >= self.dense_below else rows
+        taught = self.steps * self.rows_per_step / self.teacher_stride
+        return (taught + onward) * heads * float(length) ** 2
+
+    def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
+        return {
+            "sparse_config": {
+                **sparse_config(self.block_choice),
+                "create_indexer": True,
+                "use_q_future_for_topk": True,
+                "use_q_future_decode_only": False,
+                "training_kernel_size": self.teacher_kernel,
+                "training_kernel_stride": self.teacher_stride,
+                "kl_target_align_pooling": self.pooling,
+                "progressive_training_kernel": self.progressive,
+                "indexer_kaiming_init": self.initial == "uniform",
+            }
+        }
+
+    def adds(self, unit: UnitLayout, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        if unit.kind != "block" or unit.attention is None:
+            return {}
+        shape = (unit.attention.kv_heads * unit.attention.head_dim, _entering(unit))
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        names = [FUTURE] if unit.index else [FUTURE, CURRENT]
+        return {f"{_attention(unit)}.{name}": tensor for name in names}
+
+    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
+        assert context.tokens is not None
+        sweep = Sweep(
+            model,
+            context.tokens.ids,
+            self.training,
+            seed=context.seed,
+            batch=context.batch,
+            scratch=context.scratch,
+            progress=context.progress,
+            stopping=context.stopping,
+        )
+        # Recall needs blocks to choose from, not the longest rows, of which the text has few.
+        length = min(context.tokens.ids.shape[1], 2 * self.top_k * self.block_size)
+        text = held_out(model.tokenizer(), rows=self.held_out_rows, length=length)
+        trained = sweep.run()
+        blocks = [unit for unit in model.layout.units if unit.kind == "block"]
+        dtype = model_dtype(model)
+        named = trained.named([_attention(unit) for unit in blocks])
+        forecasts = {name: tensor.to(dtype) for name, tensor in named.items()}
+        record = record_choices(model, self.training.teacher, forecasts, text)
+        means = record.to_json()["means"]
+        made_by = {
+            "sparda": {
+                **self.model_dump(mode="json", exclude={"targets", "ignore"}),
+                "recall": {name: round(found["recall"], 4) for name, found in means.items()},
+            }
+        }
+        policy = block_policy(model.layout, self.block_choice, made_by=made_by)
+        rows = [
+            {"name": unit.name, "loss_first": first, "loss_last": last}
+            | {q.scorer: q.recall for q in record.layers if q.layer == unit.index}
+            for unit, (first, last) in zip(blocks, trained.losses, strict=True)
+        ]
+        return Learned(
+            policy=policy.to_json(),
+            extra=forecasts,
+            rows=rows,
+            files={RECORD_NAME: record_bytes(record)},
+        )
+
+    def policy_again(
+        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
+    ) -> AttentionPolicy:
+        return block_policy(layout, self.block_choice, made_by={})
+
+
+def _attention(unit: UnitLayout) -> str:
+    return next(x.name.rpartition(".")[0] for x in unit.linears if x.role == "attn.o")
+
+
+def _entering(unit: UnitLayout) -> int:
+    return next(x.in_features for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
+
+
+def _width(layout: ModelLayout) -> int:
+    return max(linear.in_features for linear in layout.units[-1].linears)
+
+
+PASS = SparDA

@@ -1,0 +1,378 @@
+"""Trains SparDA's forecasts (arXiv 2606.04511) in one sweep over the model, block by block.
+
+The loss of a block trains the forecast of the block before it (block 0 trains one of its own), and
+no gradient crosses blocks: each is trained from stored hidden states, with one block in memory.
+Two buffers on disk hold them: what enters block l - 1, which its forecast reads, and what enters
+block l, whose attention teaches. When block l's forecast is trained its outputs take the place of
+the older ones. Hidden states flow through attention over the blocks that the teacher chooses, as in
+the published training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from compressor_calibration.store import ActivationStore, read_ahead
+from compressor_kernels.attention.block_windows import WindowRule
+from torch import Tensor
+
+from compressor.attention.block_evaluation import CURRENT, FUTURE, by_mask
+from compressor.attention.policy import LayerPolicy
+from compressor.checkpoint.durable import make_way, own_folder
+from compressor.checkpoint.records import Records
+from compressor.errors import Interrupted
+from compressor.ir.layout import UnitLayout
+from compressor.methods.base import FrozenModel
+from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
+from compressor.methods.sparda.teacher import Teacher, attention_call, attention_inputs, norms
+from compressor.runner.attention_call import AttentionCall
+from compressor.runner.block_runner import Block
+
+BETAS = (0.9, 0.95)
+EPSILON = 1e-6
+FIT_TOKENS = 65536
+PROGRESS = "sweep.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How forecasts are trained; the defaults are the published ones.
+
+    rows_per_step  rows of one step of the optimizer
+    warmup         steps over which the learning rate rises
+    clip           largest norm of a block's gradient
+    progressive    begin with a teacher of the deployed compression and halve it, in equal shares of
+                   the steps, down to the fine one
+    initial        what forecasts start from: `uniform` values (published), or `queries`: what comes
+                   closest to the mean query of the heads that share a KV head in the block that it
+                   is for (least squares over some rows), with which few steps do
+    chosen_states  let hidden states flow through attention over the teacher's blocks
+    """
+
+    teacher: Teacher
+    steps: int = 2000
+    rows_per_step: int = 32
+    learning_rate: float = 5e-4
+    warmup: int = 0
+    weight_decay: float = 0.01
+    clip: float = 0.5
+    progressive: bool = False
+    initial: Literal["uniform", "queries"] = "uniform"
+    chosen_states: bool = True
+
+    def teacher_at(self, step: int) -> Teacher:
+        """The teacher of a step."""
+        if not self.progressive:
+            return self.teacher
+        selection, last = self.teacher.selection, self.teacher.fine
+        stages = [WindowRule(kernel_size=selection.kernel_size, stride=selection.stride)]
+        while stages[-1].kernel_size > last.kernel_size and stages[-1].stride > last.stride:
+            now = stages[-1]
+            stages.append(WindowRule(kernel_size=now.kernel_size // 2, stride=now.stride // 2))
+        return replace(self.teacher, fine=stages[step * len(stages) // self.steps])
+
+    def order(self, rows: int, *, seed: int) -> list[list[int]]:
+        """Which rows each step sees: every row once, then again in another order."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn: list[int] = []
+        while len(drawn) < self.steps * self.rows_per_step:
+            drawn += torch.randperm(rows, generator=generator).tolist()
+        size = self.rows_per_step
+        return [drawn[i * size : (i + 1) * size] for i in range(self.steps)]
+
+
+class ForecastOptimizer:
+    """One forecast while it is trained."""
+
+    def __init__(self, weight: Tensor, training: Training) -> None:
+        self.training = training
+        self.weight = weight.float().requires_grad_()
+        self._step = 0
+        self._adamw = torch.optim.AdamW(
+            [self.weight],
+            lr=training.learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+            weight_decay=training.weight_decay,
+        )
+
+    def step(self) -> None:
+        """Use the gradient that has been added up, and forget it."""
+        self._step += 1
+        if self._step <= self.training.warmup:
+            rate = self.training.learning_rate * self._step / self.training.warmup
+            self._adamw.param_groups[0]["lr"] = rate
+        else:
+            self._adamw.param_groups[0]["lr"] = self.training.learning_rate
+        torch.nn.utils.clip_grad_norm_([self.weight], self.training.clip)
+        self._adamw.step()
+        self._adamw.zero_grad()
+
+
+def store_bytes(rows: int, length: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that training keeps on disk: two buffers of hidden states."""
+    return 2 * rows * length * width * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedForecasts:
+    """Forecasts in float32 on the CPU, and each block's mean loss over its first and its last tenth
+    of the steps (the forecast that is for that block).
+
+    current  block 0's forecast of its own keys;  future  each block's of the next one's; the last
+             block's is not trained and nothing reads it
+    """
+
+    current: Tensor
+    future: tuple[Tensor, ...]
+    losses: tuple[tuple[float, float], ...]
+
+    def named(self, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors under the names that serving code loads; `paths` are the attention modules'."""
+        found = {f"{paths[0]}.{CURRENT}": self.current}
+        pairs = zip(paths, self.future, strict=True)
+        return found | {f"{path}.{FUTURE}": weight for path, weight in pairs}
+
+
+@dataclass(slots=True)
+class Sweep:
+    """One training of all forecasts of a model over rows of token ids [rows, length].
+
+    scratch  folder of the buffers and of what is trained; a sweep that is repeated there goes on
+             from all of it that is whole
+    """
+
+    model: FrozenModel
+    ids: Tensor
+    training: Training
+    seed: int
+    batch: int
+    scratch: Records
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    stopping: Callable[[], bool] = lambda: False
+    _reached: int = field(default=-1, init=False)
+    """The block whose inputs are whole in their buffer (and those of the one before); -1: none."""
+    _hashes: list[str | None] = field(default_factory=lambda: [None, None], init=False)
+    """Of the two buffers."""
+
+    def run(self) -> TrainedForecasts:
+        """Train. Raises Interrupted when asked to stop; what is trained stays."""
+        blocks = [unit for unit in self.model.layout.units if unit.kind == "block"]
+        shape = blocks[0].attention
+        assert shape is not None
+        embedding = self.model.tensors(0)
+        self.model.runner.embed(embedding, self.ids[:1])  # notes masks and rotary tables
+        stores = self._stores()
+        self._go_on(stores, len(blocks))
+        if self._reached < 0:
+            self._embed(stores[0], embedding)
+        del embedding
+        size = (shape.kv_heads * shape.head_dim, stores[0].width)
+        weights: list[Tensor] = []
+        losses: list[tuple[float, float]] = []
+        before: dict[str, Tensor] = {}
+        for layer, unit in enumerate(blocks):
+            trained = self._trained(layer)
+            if trained is None or self._reached == layer < len(blocks) - 1:
+                tensors = self.model.tensors(layer + 1)
+                if trained is None:
+                    initial = initial_forecast(*size, seed=self.seed + 1 + layer)
+                    trained = self._train(layer, blocks, tensors, before, stores, initial)
+                if self._reached == layer < len(blocks) - 1:
+                    self._advance(layer, unit, tensors, stores)
+                before = norms(unit, tensors)
+                del tensors
+            else:
+                before = norms(unit, dict(self.model.read_unit(layer + 1).tensors))
+            weights.append(trained["weight"])
+            losses.append((float(trained["losses"][0]), float(trained["losses"][1])))
+            self.progress(unit.name, layer + 1, len(blocks))
+        last = initial_forecast(*size, seed=self.seed + 1 + len(blocks))
+        return TrainedForecasts(weights[0], (*weights[1:], last), tuple(losses))
+
+    def _stores(self) -> list[ActivationStore]:
+        head = self.model.layout.units[-1]
+        width = max(linear.in_features for linear in head.linears)
+        dtype = next(iter(self.model.read_unit(0).tensors.values())).dtype
+        rows, length = self.ids.shape
+        stores = [
+            ActivationStore(self.scratch.folder / f"states.{i}.bin", rows, length, width, dtype)
+            for i in range(2)
+        ]
+        own_folder(self.scratch.folder)
+        for store in stores:
+            make_way(store.path)
+            store.create()
+        return stores
+
+    def _go_on(self, stores: Sequence[ActivationStore], blocks: int) -> None:
+        """Take up what a sweep before this one left. Buffers whose bytes are not what was written,
+        or that a forecast which is not whole would need back, are filled again from the start."""
+        known = self.scratch.get(PROGRESS)
+        missing = next((i for i in range(blocks) if self._trained(i) is None), blocks)
+        if missing == blocks:
+            self._reached = blocks - 1
+            return
+        if known is None or missing < known["reached"]:
+            return
+        reached, hashes = known["reached"], known["hashes"]
+        needed = [reached % 2]
+        if missing == reached > 0:
+            needed.append((reached - 1) % 2)
+        if all(stores[i].content_hash() == hashes[i] for i in needed):
+            self._reached, self._hashes = reached, hashes
+
+    def _reach(self, layer: int, content: str) -> None:
+        self._reached, self._hashes[layer % 2] = layer, content
+        self.scratch.put(PROGRESS, {"reached": layer, "hashes": self._hashes})
+
+    def _trained(self, layer: int) -> dict[str, Tensor] | None:
+        return self.scratch.get_tensors(f"forecast.{layer}.safetensors")
+
+    def _embed(self, store: ActivationStore, tensors: dict[str, Tensor]) -> None:
+        self.scratch.drop(PROGRESS)
+        part = 8 * self.batch
+        with store.writing() as writer:
+            for start in range(0, self.ids.shape[0], part):
+                self._check_stop()
+                rows = self.ids[start : start + part]
+                writer.put(start, self.model.runner.embed(tensors, rows, batch=self.batch))
+        self._reach(0, writer.content_hash())
+
+    def _train(
+        self,
+        layer: int,
+        blocks: Sequence[UnitLayout],
+        tensors: dict[str, Tensor],
+        before: dict[str, Tensor],
+        stores: Sequence[ActivationStore],
+        initial: Tensor,
+    ) -> dict[str, Tensor]:
+        """Train the forecast that is for block `layer`, and keep it in the scratch folder."""
+        runner, device = self.model.runner, self.model.device
+        with ExitStack() as stack:
+            block = stack.enter_context(runner.block(blocks[layer], tensors))
+            inputs, read = None, [stores[layer % 2]]
+            if layer > 0:
+                reader = attention_inputs(runner, blocks[layer - 1], before)
+                inputs, read = stack.enter_context(reader), [*read, stores[(layer - 1) % 2]]
+            if self.training.initial == "queries":
+                initial = self._fitted(block, mean_queries(blocks[layer], tensors), read, inputs)
+            optimizer = ForecastOptimizer(initial.to(device), self.training)
+            pairs = self._calls(block, read, inputs)
+            losses = list(self._steps(optimizer, pairs, max(0, layer - 1)))
+        few = max(1, len(losses) // 10)
+        ends = [sum(part) / few for part in (losses[:few], losses[-few:])]
+        trained = {
+            "weight": optimizer.weight.detach().cpu().contiguous(),
+            "losses": torch.tensor(ends, dtype=torch.float64),
+        }
+        self.scratch.put_tensors(f"forecast.{layer}.safetensors", trained)
+        return trained
+
+    def _fitted(
+        self,
+        block: Block,
+        queries: Tensor,
+        stores: Sequence[ActivationStore],
+        inputs: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """What comes closest to the block's own mean queries, read a block earlier."""
+        if inputs is None:
+            return queries
+        rows = range(min(self.ids.shape[0], math.ceil(FIT_TOKENS / self.ids.shape[1])))
+        batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+        fit = LeastSquares()
+        for _, (states, older) in read_ahead(stores, batches):
+            self._check_stop()
+            own = attention_call(block, states).hidden
+            assert own is not None
+            fit.add(inputs(older), own.float() @ queries.T)
+        return fit.solve()
+
+    def _calls(
+        self,
+        block: Block,
+        stores: Sequence[ActivationStore],
+        inputs: Callable[[Tensor], Tensor] | None,
+    ) -> Iterator[tuple[AttentionCall, Tensor]]:
+        """For every batch of every step: the teaching attention's call, and what the forecast
+        reads."""
+        order = self.training.order(self.ids.shape[0], seed=self.seed)
+        batches = [
+            step[start : start + self.batch]
+            for step in order
+            for start in range(0, len(step), self.batch)
+        ]
+        for _, states in read_ahead(stores, batches):
+            call = attention_call(block, states[0])
+            if inputs is None:
+                assert call.hidden is not None
+                yield call, call.hidden
+            else:
+                yield call, inputs(states[1])
+
+    def _steps(
+        self,
+        optimizer: ForecastOptimizer,
+        pairs: Iterator[tuple[AttentionCall, Tensor]],
+        reader: int,
+    ) -> Iterator[float]:
+        """Take the steps; the loss of each."""
+        training, length = self.training, self.ids.shape[1]
+        tables = self.model.runner.rotary(reader, length)
+        for step in range(training.steps):
+            self._check_stop()
+            teacher, loss, seen = training.teacher_at(step), 0.0, 0
+            while seen < training.rows_per_step:
+                call, hidden = next(pairs)
+                seen += hidden.shape[0]
+                loss += teacher.add_gradient(
+                    optimizer.weight, hidden, call, tables, rows=training.rows_per_step
+                )
+            optimizer.step()
+            yield loss
+
+    def _advance(
+        self,
+        layer: int,
+        unit: UnitLayout,
+        tensors: dict[str, Tensor],
+        stores: Sequence[ActivationStore],
+    ) -> None:
+        """Put what leaves block `layer` where what entered the block before it was."""
+        rows = range(self.ids.shape[0])
+        batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+        runner = self.model.runner
+        source, target = stores[layer % 2], stores[(layer + 1) % 2]
+        hook = chosen_attention(self.training, self.ids.shape[1])
+        with (
+            runner.block(unit, tensors) as block,
+            runner.attention(hook),
+            target.writing() as writer,
+        ):
+            for part, (states,) in read_ahead([source], batches):
+                self._check_stop()
+                writer.put(part[0], block.forward(states))
+        self._reach(layer + 1, writer.content_hash())
+
+    def _check_stop(self) -> None:
+        if self.stopping():
+            raise Interrupted
+
+
+def chosen_attention(training: Training, length: int) -> Callable[[AttentionCall], Tensor] | None:
+    """How blocks attend while hidden states are made, or None for the model's own way."""
+    selection = training.teacher.selection
+    if not training.chosen_states or length < selection.dense_below:
+        return None
+
+    def hook(call: AttentionCall) -> Tensor:
+        return by_mask(call, training.teacher.blocks(call), LayerPolicy(blocks=selection))
+
+    return hook

@@ -1,0 +1,95 @@
+"""Exact rescaling of an input site: what makes the input is divided by a scale, what reads it is
+multiplied by it, so the model computes the same function.
+
+Scales are given per source channel. Where several query heads read one value head, the consumer's
+columns take the head's scale once for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.ir.layout import Fold, UnitLayout
+
+
+def fold(
+    tensors: Mapping[str, Tensor],
+    fold: Fold,
+    unit: UnitLayout,
+    scale: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The tensors that change when the site of `fold` is rescaled; `tensors` is left as it is.
+
+    tensors  checkpoint name → float tensor, with the fold's source and all linears of its site
+    scale    [source channels], positive and finite
+    dtype    of the arithmetic; results have the dtype of what they replace
+
+    Raises ValueError for a scale of the wrong length or sign and for a tensor that is not there,
+    InputError where a result is too large for the tensor's dtype.
+    """
+    if scale.dim() != 1 or not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError(f"the scale of {fold.source} is not a vector of positive finite numbers")
+    scale = scale.to(dtype)
+    changed: dict[str, Tensor] = {}
+
+    def put(name: str, value: Tensor) -> None:
+        changed[name] = value.to(tensors[name].dtype)
+        if tensors[name].dtype == torch.float16 and not bool(changed[name].isfinite().all()):
+            raise InputError(
+                f"rescaling by {scale.min():.3g} to {scale.max():.3g} takes {name} beyond float16",
+                hint="use the bfloat16 or float32 model, or a weaker scaling",
+            )
+
+    def get(name: str) -> Tensor:
+        if name not in tensors:
+            raise ValueError(f"folding into {fold.site} needs {name}, which is not a float tensor")
+        return tensors[name].to(dtype)
+
+    for leaf in ("weight", "bias"):
+        name = f"{fold.source}.{leaf}"
+        if leaf == "bias" and name not in tensors:
+            continue
+        value = get(name)
+        start, stop = fold.rows or (0, value.shape[0])
+        if scale.shape[0] != stop - start:
+            raise ValueError(f"{scale.shape[0]} scales for {stop - start} channels of {name}")
+        by = scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
+        offset = fold.norm_offset if leaf == "weight" else 0.0
+        rows = (value[start:stop] + offset) / by - offset
+        put(name, torch.cat([value[:start], rows, value[stop:]]))
+    columns = consumer_scale(fold, scale)
+    for linear in unit.site_linears(fold.site):
+        name = f"{linear.name}.weight"
+        value = get(name)
+        if columns.shape[0] != value.shape[1]:
+            raise ValueError(f"{columns.shape[0]} scales for {value.shape[1]} inputs of {name}")
+        put(name, value * columns.to(value.device))
+    return changed
+
+
+def consumer_scale(fold: Fold, scale: Tensor) -> Tensor:
+    """The scale of each consumer column, [columns], for a scale per source channel, [channels]."""
+    if fold.repeat == 1:
+        return scale
+    return scale.view(-1, 1, fold.head_dim).expand(-1, fold.repeat, -1).reshape(-1)
+
+
+def source_scale(
+    fold: Fold, per_consumer_scale: Tensor, reduce: Literal["max", "mean"] = "max"
+) -> Tensor:
+    """One scale per source channel from one per consumer column, [columns] → [channels].
+
+    The query heads that read one value head must agree: their scales are reduced to the largest
+    or to the mean.
+    """
+    if fold.repeat == 1:
+        return per_consumer_scale
+    heads = per_consumer_scale.view(-1, fold.repeat, fold.head_dim)
+    return (heads.amax(1) if reduce == "max" else heads.mean(1)).reshape(-1)

@@ -1,0 +1,1 @@
+"""A recipe and headers in, everything decided out: what can fail, fails here."""

@@ -1,0 +1,280 @@
+"""What a run will take: bytes, peak memory and time, from shapes alone.
+
+Memory follows what is alive at the worst moment of the largest unit. Throughputs are rough figures
+of common machines, so the time is an estimate of its order, not a promise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from compressor.attention.key_blocks import PIECE_ELEMENTS
+from compressor.evaluate.perplexity import LOGIT_ELEMENTS
+from compressor.ir.layout import UnitLayout
+from compressor.numerics.chunks import layers_ahead
+from compressor.plan.plan import Plan
+from compressor.plan.unit_plan import UnitPlan
+
+STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
+"""What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
+and a tokenizer, workspaces of products, and CUDA's context and kernels. On a CPU it was the same to
+a few MB with either build of PyTorch; as a figure it spares `plan` the imports of a run.
+"""
+
+PLAIN_BYTES = 45 << 20
+"""The same on a CPU where no token is run, so that neither tokenizer nor model code is loaded."""
+
+CPU_CORE_FLOPS = 6e10
+CUDA_FLOPS = 3e14
+CPU_CORE_SCORES, CUDA_SCORES = 4e7, 5e9
+"""Products of queries with keys a second, with the softmax and the pooling of a teacher after."""
+DISK_BYTES_PER_SECOND = 1e9
+SEARCH_CANDIDATES = 21
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """Bytes and seconds of a run; `device_bytes` is 0 on a CPU."""
+
+    source_bytes: int
+    output_bytes: int
+    host_bytes: int
+    device_bytes: int
+    batch: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(
+    plan: Plan, *, device: torch.device, resident: int, device_memory: int | None = None
+) -> Estimates:
+    """Estimate a run on a device.
+
+    resident       resident bytes of a process that has imported this code, and so PyTorch, and done
+                   nothing. It is measured, since PyTorch's build decides it: 250 MB for a CPU
+                   alone, 550 MB with CUDA, whose libraries are loaded and relocated where
+                   there is no GPU too. `plan` and `run` differ by 2 MB in it
+    device_memory  bounds the batch as in the run itself
+    """
+    kind = device.type
+    batch = batch_rows(plan, device=device, device_memory=device_memory)
+    working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
+    inputs = _input_bytes(plan, device)
+    raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
+    streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)
+    if plan.delta is not None:
+        streams += max(plan.delta.base_bytes(unit.layout) for unit in plan.units)
+    idle = not plan.calibrated and plan.recipe.evaluate is None
+    started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
+    host = resident + started + streams
+    held, learning = 0, _learning_bytes(plan, device)
+    if kind == "cuda":
+        held = max(inputs + working + max(raw), learning)
+    else:
+        host += max(inputs + working, learning)
+    judging = max(_verifying_bytes(plan, device), _evaluating_bytes(plan, device))
+    host = max(host, resident + started + judging)
+    return Estimates(
+        source_bytes=sum(raw),
+        output_bytes=plan.output_bytes,
+        host_bytes=host,
+        device_bytes=held,
+        batch=batch,
+        seconds=_seconds(plan, device),
+    )
+
+
+def _learning_bytes(plan: Plan, device: torch.device) -> int:
+    """The whole model, and its base where there is one, for passes that learn through its depth; a
+    block for others."""
+    passes = [p.step.params for p in plan.passes if p.step.params.holds_model]
+    if not passes:
+        # A teacher's scores of some queries, in float32, four times over; one block beside them.
+        pieces = 16 * PIECE_ELEMENTS[device.type] if _learning_scores(plan) else 0
+        return pieces + max(_working_bytes(plan, u, device=device, batch=1) for u in plan.units)
+    entries = plan.source.checkpoint.entries.values()
+    count = sum(torch.Size(entry.spec.shape).numel() for entry in entries)
+    size = plan.compute_dtype(device).itemsize
+    base = 0
+    if plan.delta is not None:
+        coded = plan.delta.bits
+        base = sum(x.out_features * x.in_features for x in plan.layout.linears if x.name in coded)
+    beside = max(
+        params.learning_bytes(
+            plan.layout,
+            length=plan.recipe.calibration.length,
+            vocabulary=int(plan.source.checkpoint.config.get("vocab_size", 0)),
+            itemsize=size,
+        )
+        for params in passes
+    )
+    # Beside both there are the signs, and one block twice: its weights and their gradients.
+    block = max(
+        sum(x.out_features * x.in_features for x in unit.layout.linears)
+        for unit in plan.units
+        if unit.layout.kind == "block"
+    )
+    return size * (count + base + 2 * block) + base // 8 + beside
+
+
+def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> int:
+    """Rows of calibration tokens in one forward pass."""
+    length, samples = plan.recipe.calibration.length, plan.recipe.calibration.samples
+    batch = min(samples, max(1, TOKENS_PER_BATCH[device.type] // length))
+    if device_memory is not None:
+        fixed = _input_bytes(plan, device)
+        fixed += max(_working_bytes(plan, unit, device=device, batch=0) for unit in plan.units)
+        row = max(_row_bytes(plan, unit.layout, device) for unit in plan.units)
+        batch = max(1, min(batch, int((device_memory - fixed) // max(row, 1))))
+    return batch
+
+
+def _source_bytes(plan: Plan, unit: UnitLayout) -> list[int]:
+    entries = plan.source.checkpoint.entries
+    return [entries[name].spec.nbytes for name in plan.source.names(unit)]
+
+
+def _verifying_bytes(plan: Plan, device: torch.device) -> int:
+    """The largest written unit with its layers in float64, or beside the original's."""
+    if not plan.recipe.verify or plan.delta is not None:
+        return 0
+    most = 0
+    for unit in plan.units:
+        schemes = plan.schemes.linears
+        shapes = [x.shape for x in unit.layout.linears if schemes[x.name].weight is not None]
+        if not shapes:
+            continue
+        largest = max(shapes, key=math.prod)
+        layers, floats = layers_ahead(largest) + 1, 0
+        if device.type == "cpu":
+            # Both readers' weights are there. Units are compared in float32, where those that read
+            # one input are rescaled, and a difference is as large as its layer.
+            layers += 1
+            floats = 8 * sum(map(math.prod, shapes)) + 16 * math.prod(largest)
+        checked = 8 * layers * math.prod(largest)
+        compared = sum(_source_bytes(plan, unit.layout)) + sum(map(math.prod, shapes)) + floats
+        written = sum(spec.nbytes for spec in unit.outputs.values())
+        most = max(most, written + max(checked, compared))
+    return most
+
+
+def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
+    """Hidden states of the written checkpoint, and of the original beside it; on a CPU their heads
+    and logits too."""
+    wanted = plan.recipe.evaluate
+    if wanted is None:
+        return 0
+    models = 2 if wanted.against_original else 1
+    states = 4 * wanted.windows * wanted.length * _hidden(plan)
+    if device.type == "cuda":
+        return models * (states + max(sum(_source_bytes(plan, u.layout)) for u in plan.units))
+    vocabulary = int(plan.source.checkpoint.config.get("vocab_size", 0))
+    head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
+    logits = 4 * LOGIT_ELEMENTS[device.type]
+    return models * (states + head + 3 * logits)
+
+
+def _streamed_bytes(plan: Plan) -> int:
+    """One unit being read ahead, one being worked on, one being written."""
+    raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
+    out = [sum(spec.nbytes for spec in unit.outputs.values()) for unit in plan.units]
+    return max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
+
+
+def _page_locked_bytes(plan: Plan) -> int:
+    """What a GPU's units are read into and written from: two units as they were read, and the
+    outputs of two that wait to be written. PyTorch takes page-locked memory in powers of two for
+    every tensor, and keeps what is given back for later tensors of the same power."""
+    raw = [Counter(map(_power_of_two, _source_bytes(plan, unit.layout))) for unit in plan.units]
+    out = [Counter(_power_of_two(x.nbytes) for x in unit.outputs.values()) for unit in plan.units]
+    most: Counter[int] = Counter()
+    for i in range(len(raw)):
+        most |= sum((*raw[i : i + 2], *out[max(i - 1, 0) : i + 1]), Counter())
+    return sum(size * count for size, count in most.items())
+
+
+def _power_of_two(nbytes: int) -> int:
+    return 1 << max(nbytes - 1, 0).bit_length()
+
+
+def _input_bytes(plan: Plan, device: torch.device) -> int:
+    """The one buffer of activations."""
+    if not plan.calibrated:
+        return 0
+    wanted = plan.recipe.calibration
+    return wanted.samples * wanted.length * _hidden(plan) * plan.compute_dtype(device).itemsize
+
+
+def _hidden(plan: Plan) -> int:
+    head = plan.layout.units[-1]
+    return max(linear.in_features for linear in head.linears)
+
+
+def _row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
+    """Activations of one row while a block runs: its widest site a few times over."""
+    widest = max((max(x.shape) for x in unit.linears if x.role != "lm_head"), default=0)
+    length, size = plan.recipe.calibration.length, plan.compute_dtype(device).itemsize
+    heads = unit.attention.heads if unit.attention else 0
+    scores = heads * length * length if device.type == "cpu" else 0
+    return length * size * (4 * widest + 4 * _hidden(plan)) + scores * size
+
+
+def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: int) -> int:
+    """What is alive while passes work on a unit: weights in float32 and as the runner has them,
+    statistics, and the largest matrix a few times over."""
+    layout = unit.layout
+    entries = plan.source.checkpoint.entries
+    count = sum(torch.Size(entries[n].spec.shape).numel() for n in plan.source.names(layout))
+    runtime = plan.compute_dtype(device).itemsize * count if plan.calibrated else 0
+    if not unit.steps:
+        return runtime + 4 * count
+    grams = 0
+    shared = [site for site in unit.needs if not site.startswith("expert.") or site.endswith(".in")]
+    for site in shared:
+        if unit.needs[site].gram:
+            grams += 4 * layout.site_linears(site)[0].in_features ** 2
+    largest = max((x.out_features * x.in_features for x in layout.linears), default=count)
+    codes = sum(x.out_features * x.in_features for x in layout.linears)
+    rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
+    return runtime + 4 * count + grams + codes + max(rows, 12 * largest)
+
+
+def _seconds(plan: Plan, device: torch.device) -> float:
+    """Products of forward passes, Gram matrices and searches, or the disk where it is slower."""
+    wanted = plan.recipe.calibration
+    tokens = wanted.samples * wanted.length if plan.calibrated else 0
+    flops = 0.0
+    for unit in plan.units:
+        size = sum(x.out_features * x.in_features for x in unit.layout.linears)
+        passes = 2 if plan.recipe.propagate == "quantized" else 1
+        if unit.layout.kind == "block":
+            flops += 2.0 * passes * tokens * size
+        for site, needs in unit.needs.items():
+            if needs.gram:
+                linears = unit.layout.site_linears(site)
+                columns = linears[0].in_features
+                flops += 2.0 * tokens * columns**2
+                rows = sum(linear.out_features for linear in linears)
+                flops += 1.0 * SEARCH_CANDIDATES * rows * columns**2
+    rate, score_rate = CUDA_FLOPS, CUDA_SCORES
+    if device.type != "cuda":
+        cores = os.cpu_count() or 1
+        rate, score_rate = CPU_CORE_FLOPS * cores, CPU_CORE_SCORES * cores
+    moved = (plan.source.checkpoint.nbytes + plan.output_bytes) / DISK_BYTES_PER_SECOND
+    return 5.0 + max(flops / rate, moved) + _learning_scores(plan) / score_rate
+
+
+def _learning_scores(plan: Plan) -> float:
+    rows, length = plan.recipe.calibration.samples, plan.recipe.calibration.length
+    return sum(
+        p.step.params.learning_scores(plan.layout, rows=rows, length=length) for p in plan.passes
+    )

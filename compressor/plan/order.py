@@ -1,0 +1,120 @@
+"""Which passes make sense together: what the plan refuses beyond a second quantizer of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from compressor.errors import CompressError, InputError
+from compressor.ir.layout import ModelLayout
+from compressor.ir.scheme import Scheme
+from compressor.methods.common.rounding import fused_with
+from compressor.plan.unit_plan import PassPlan
+
+
+def composition_problems(
+    passes: Sequence[PassPlan], layout: ModelLayout, schemes: Mapping[str, Scheme]
+) -> list[CompressError]:
+    """Everything about the order and targets of passes that cannot give what was meant."""
+    owners = {
+        name: number
+        for number, plan in enumerate(passes)
+        if plan.step.params.scheme() is not None
+        for name in plan.names
+    }
+    problems: list[CompressError] = []
+    for number, plan in enumerate(passes):
+        problems += _searches(plan, schemes)
+        if plan.step.params.searches_keys and not any(p.step.params.kv() for p in passes):
+            problems.append(
+                InputError(
+                    f"{plan.step.name} searches by what rounding keys does to attention, but "
+                    "nothing rounds them",
+                    hint="add kv_cache after it, or give alpha a number",
+                )
+            )
+        problems += _stale_cache(number, passes)
+        if plan.step.params.transforms:
+            problems += _shared_inputs(number, passes, layout, owners)
+    problems += _shared_scales(passes, layout, schemes, owners)
+    return problems
+
+
+def rounding_of(passes: Sequence[PassPlan], names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Module path → options that its quantizer rounds with, for those of `names` that have one."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for plan in passes:
+        if plan.step.params.scheme() is not None:
+            found |= {name: plan.step.params.rounding() for name in names if name in plan.names}
+    return found
+
+
+def _searches(plan: PassPlan, schemes: Mapping[str, Scheme]) -> Iterator[CompressError]:
+    """A search by rounding error needs to know the rounding."""
+    if not plan.step.params.searches:
+        return
+    floats = sorted(name for name in plan.names if schemes[name].weight is None)
+    if floats:
+        yield InputError(
+            f"{plan.step.name} searches with the quantizer that follows it, but none quantizes "
+            f"{_some(floats)}",
+            hint="add one after it, such as rtn or gptq, or narrow its targets",
+        )
+
+
+def _stale_cache(number: int, passes: Sequence[PassPlan]) -> Iterator[CompressError]:
+    """Static scales of the cache are measured where kv_cache stands."""
+    plan = passes[number]
+    if plan.step.params.kv() is None or plan.step.params.needs_kv() is None:
+        return
+    later = [p.step.name for p in passes[number + 1 :] if p.step.params.changes_kv]
+    if later:
+        yield InputError(
+            f"{plan.step.name} measures keys and values, which {later[0]} changes after it",
+            hint=f"put {plan.step.name} after {later[-1]}",
+        )
+
+
+def _shared_inputs(
+    number: int, passes: Sequence[PassPlan], layout: ModelLayout, owners: Mapping[str, int]
+) -> Iterator[CompressError]:
+    """A transform changes what is read by all that shares an input with its targets."""
+    plan = passes[number]
+    for unit in layout.units:
+        sites = {linear.site for linear in unit.linears if linear.name in plan.names}
+        for linear in unit.linears:
+            owner = owners.get(linear.name, number)
+            if linear.site in sites and linear.name not in plan.names and owner < number:
+                yield InputError(
+                    f"{plan.step.name} changes the input of {linear.name}, which "
+                    f"{passes[owner].step.name} has quantized by then",
+                    hint=f"put {plan.step.name} first",
+                )
+                return
+
+
+def _shared_scales(
+    passes: Sequence[PassPlan],
+    layout: ModelLayout,
+    schemes: Mapping[str, Scheme],
+    owners: Mapping[str, int],
+) -> Iterator[CompressError]:
+    """Linears that runtimes fuse have one global scale, which one pass has to choose."""
+    makers: dict[Any, set[int]] = {}
+    for linear in layout.linears:
+        spec = schemes[linear.name].weight
+        whole = spec is not None and (spec.second == "tensor" or spec.strategy == "tensor")
+        if whole and linear.fused:
+            makers.setdefault(fused_with(linear), set()).add(owners[linear.name])
+    for key, numbers in makers.items():
+        if len(numbers) > 1:
+            names = " and ".join(f"{passes[n].step.name} (pass {n + 1})" for n in sorted(numbers))
+            yield InputError(
+                f"{names} share {key[0]}, whose parts have one scale in runtimes",
+                hint="give them to one pass",
+            )
+            return
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} linears ({names[0]}, …)"

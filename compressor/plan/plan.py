@@ -1,0 +1,361 @@
+"""What a run will do, from config.json and tensor headers alone.
+
+Everything that can fail fails here: all problems are collected and raised together, before a
+weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.attention.policy import combine
+from compressor.checkpoint.delta.base import Base
+from compressor.checkpoint.manifest import MANIFEST_NAME
+from compressor.checkpoint.one_reading import is_tied
+from compressor.checkpoint.secrets import leaks
+from compressor.checkpoint.shards import ShardLayout, plan_shards
+from compressor.checkpoint.side_files import SideFiles
+from compressor.checkpoint.source import Source
+from compressor.checkpoint.workspace import lacking_room, refusal
+from compressor.errors import CompressError, InputError, Problems
+from compressor.formats.base import Format, ModelSchemes, get_format
+from compressor.ir.layout import Linear, ModelLayout
+from compressor.ir.scheme import KVSpec, Scheme
+from compressor.methods.base import ModelPass
+from compressor.plan.check_recipe import check_recipe
+from compressor.plan.delta import DeltaPlan, plan_delta
+from compressor.plan.order import composition_problems
+from compressor.plan.recipe import Recipe, Step, nearest
+from compressor.plan.runtime_choice import settle
+from compressor.plan.schemes import pass_schemes, some
+from compressor.plan.unit_plan import DTYPES, PassPlan, UnitPlan, module_groups, plan_unit
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is decided before the first weight is read."""
+
+    recipe: Recipe
+    source: Source
+    format: Format
+    dtype: torch.dtype
+    passes: tuple[PassPlan, ...]
+    units: tuple[UnitPlan, ...]
+    schemes: ModelSchemes
+    shards: ShardLayout
+    notes: tuple[str, ...]
+    delta: DeltaPlan | None = None
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The source's layout."""
+        return self.source.layout
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any pass reads statistics, so that tokens have to be run."""
+        learned = (p.step.params for p in self.passes)
+        return any(unit.calibrated for unit in self.units) or any(
+            isinstance(params, ModelPass) and params.reads_tokens for params in learned
+        )
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """Dtype in which blocks run: the model's on a GPU, where it is fast; float32 on a CPU."""
+        return self.source.checkpoint.dtype if device.type == "cuda" else torch.float32
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards.shards)
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """JSON files beside config.json."""
+        return self.format.files(self.schemes) | (self.delta.files() if self.delta else {})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The written config.json."""
+        config = {k: v for k, v in self.source.checkpoint.config.items() if k != "torch_dtype"}
+        config.pop("quantization_config", None)
+        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        stored = self.layout.tied is None or self.recipe.untie
+        if is_tied(config, self.source.arch) == stored:
+            config["tie_word_embeddings"] = not stored
+        entry = self.format.config(self.schemes)
+        if entry:
+            config["quantization_config"] = entry | (self.delta.config() if self.delta else {})
+        for plan in self.passes:
+            config.update(plan.step.params.config_entries(self.layout))
+        return config
+
+
+def make_plan(
+    recipe: Recipe,
+    source: Source,
+    *,
+    output: Path | None = None,
+    base: Base | None = None,
+    beside: SideFiles | None = None,
+) -> Plan:
+    """Plan a run. `output` is checked for room where it is given.
+
+    base    what a pass names as its base, where it has been read; else its headers are looked at
+    beside  files of the source that go along, and those that stay behind, which is noted
+    Raises Problems with everything that is wrong.
+    """
+    problems: list[CompressError] = [*source.checkpoint.problems]
+    notes: list[str] = [*source.checkpoint.notes]
+    if any(n.endswith((".k_scale", ".v_scale")) for names in source.added.values() for n in names):
+        notes.append("scales of the source's KV cache are left out: a pass makes new ones")
+    if beside is not None:
+        problems += beside.problems
+        if recipe.publish is not None:
+            problems += leaks(source.checkpoint.folder, beside.carried)
+        notes += beside.notes
+    fmt = _format(recipe, problems)
+    dtype = fmt.model_dtype(
+        source.checkpoint.dtype if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    )
+    if source.low_precision and not recipe.dequantize_source:
+        problems.append(
+            InputError(
+                f"{recipe.model} is already quantized ({source.low_precision})",
+                hint="start from the original weights, or accept the loss twice over with "
+                "dequantize_source: true",
+            )
+        )
+    passes = tuple(_select(step, source.layout, problems, notes) for step in recipe.passes)
+    schemes = pass_schemes(passes, source.layout, fmt, dtype, problems)
+    _check_tied(recipe, source.layout, passes, problems)
+    _check_order(recipe, passes, problems)
+    for step in recipe.passes:
+        refused = step.params.check_model(
+            source.layout, source.checkpoint.config, untied=recipe.untie
+        )
+        if refused is not None:
+            problems.append(InputError(f"{step.name}: {refused.message}", hint=refused.hint))
+    _check_fused(source.layout, schemes, problems)
+    if not problems:
+        problems += composition_problems(passes, source.layout, schemes)
+    kv = _kv(passes, problems)
+    delta = plan_delta(recipe, source, passes, dtype, base, problems, notes)
+    problems += check_recipe(recipe, source)
+    scratch = _outlooks(passes, source, recipe, problems, notes)
+    if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
+        problems.append(refused)
+    model = ModelSchemes(linears=schemes, kv=kv)
+    if not problems:
+        try:
+            settled = settle(recipe, source.layout, passes, fmt, model, dtype)
+        except InputError as error:
+            raise Problems([error]) from error
+        if settled.format is not None:
+            recipe = recipe.model_copy(update={"format": settled.format})
+            plan = make_plan(recipe, source, output=output, base=base, beside=beside)
+            return replace(plan, notes=(*plan.notes, *settled.notes))
+        model = settled.schemes
+        problems += settled.refusals
+        notes += settled.notes
+    if problems:
+        room = lacking_room(output, _least_bytes(source, schemes)) if output is not None else None
+        raise Problems([*problems, room] if room is not None else problems)
+    units = tuple(
+        plan_unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
+    )
+    if delta is not None:
+        units = tuple(replace(u, outputs=delta.outputs(u.layout, u.outputs)) for u in units)
+    try:
+        groups = [group for unit in units for group in module_groups(unit.outputs)]
+        shards = plan_shards(groups, max_bytes=recipe.max_shard_size)
+        plan = Plan(
+            recipe=recipe,
+            source=source,
+            format=fmt,
+            dtype=dtype,
+            passes=passes,
+            units=units,
+            schemes=model,
+            shards=shards,
+            notes=tuple(notes),
+            delta=delta,
+        )
+        assert plan.config
+    except CompressError as error:
+        raise Problems([error]) from error
+    if output is not None:
+        room = lacking_room(output, plan.output_bytes, scratch=scratch)
+        if room is not None:
+            raise room
+    return plan
+
+
+def _outlooks(
+    passes: Sequence[PassPlan],
+    source: Source,
+    recipe: Recipe,
+    problems: list[CompressError],
+    notes: list[str],
+) -> int:
+    """What passes say of the run; the most bytes that one of them keeps in the work folder."""
+    most = 0
+    policy = None
+    for plan in passes:
+        found = plan.step.params.outlook(
+            source.layout,
+            parameters=sum(
+                torch.Size(entry.spec.shape).numel() for entry in source.checkpoint.entries.values()
+            ),
+            rows=recipe.calibration.samples,
+            length=recipe.calibration.length,
+            dtype=source.checkpoint.dtype,
+        )
+        problems += found.problems
+        if found.policy is not None:
+            try:
+                policy = combine(policy, found.policy)
+            except InputError as error:
+                problems.append(error)
+        notes += [f"{plan.step.name}: {note}" for note in found.notes]
+        most = max(most, found.scratch_bytes)
+    return most
+
+
+def _format(recipe: Recipe, problems: list[CompressError]) -> Format:
+    try:
+        return get_format(recipe.format)
+    except InputError as error:
+        problems.append(InputError(f"format: {error.message}", hint=error.hint))
+        return get_format("dense")
+
+
+def _select(
+    step: Step, layout: ModelLayout, problems: list[CompressError], notes: list[str]
+) -> PassPlan:
+    """What a pass works on; a target that means nothing is an error, an `ignore` a note."""
+    selection = step.params.selection
+    try:
+        matches = selection.counts(layout.linears)
+        ignored = selection.ignored_counts(layout.linears)
+        picked = selection.pick(layout.linears) if step.params.works_on_blocks else ()
+    except InputError as error:
+        problems.append(InputError(f"{step.name}: {error.message}", hint=error.hint))
+        return PassPlan(step, {}, {}, frozenset())
+    roles = sorted({linear.role for linear in layout.linears})
+    for pattern, count in matches.items():
+        if not count:
+            problems.append(
+                InputError(
+                    f"{step.name}: target {pattern!r} matches no linear of this model",
+                    hint=nearest(pattern, ["linear", *roles]),
+                )
+            )
+    for pattern, count in ignored.items():
+        if not count:
+            notes.append(f"{step.name}: ignore {pattern!r} matches nothing")
+    if not picked and all(matches.values()) and step.params.works_on_blocks:
+        problems.append(
+            InputError(f"{step.name}: everything it targets is ignored", hint="shorten `ignore`")
+        )
+    broken: dict[str, list[str]] = {}
+    for linear in picked:
+        reason = step.params.check(linear)
+        if reason:
+            broken.setdefault(reason, []).append(linear.name)
+    for reason, names in broken.items():
+        problems.append(InputError(f"{step.name}: {some(names)}: {reason}"))
+    return PassPlan(step, matches, ignored, frozenset(linear.name for linear in picked))
+
+
+def _check_tied(
+    recipe: Recipe,
+    layout: ModelLayout,
+    passes: Sequence[PassPlan],
+    problems: list[CompressError],
+) -> None:
+    if layout.tied is None or recipe.untie:
+        return
+    heads = {linear.name for linear in layout.linears if linear.role == "lm_head"}
+    for plan in passes:
+        if plan.names & heads:
+            problems.append(
+                InputError(
+                    f"{plan.step.name} targets lm_head, which shares its weight with {layout.tied}",
+                    hint="leave it alone with ignore: [lm_head], or write it separately with "
+                    "untie: true at the top of the recipe",
+                )
+            )
+
+
+def _check_order(recipe: Recipe, passes: Sequence[PassPlan], problems: list[CompressError]) -> None:
+    """Model passes see the source's weights; a rotated block wants rotated inputs."""
+    block = None
+    for plan in passes:
+        params = plan.step.params
+        if isinstance(params, ModelPass) and block is not None:
+            problems.append(
+                InputError(
+                    f"{plan.step.name} learns from the whole source model, but comes after {block}",
+                    hint=f"put {plan.step.name} before it",
+                )
+            )
+        if params.rotates_residual and block is not None:
+            problems.append(
+                InputError(
+                    f"{plan.step.name} rotates what enters a block, which {block} sees before the "
+                    "block itself is rotated",
+                    hint=f"put {plan.step.name} first",
+                )
+            )
+        if params.rotates_residual and recipe.propagate == "original":
+            problems.append(
+                InputError(
+                    f"{plan.step.name} changes the basis of the hidden states, so blocks cannot be "
+                    "calibrated on the original ones",
+                    hint="propagate: quantized",
+                )
+            )
+        if not isinstance(params, ModelPass):
+            block = block or plan.step.name
+
+
+def _check_fused(
+    layout: ModelLayout, schemes: Mapping[str, Scheme], problems: list[CompressError]
+) -> None:
+    """Runtimes fuse q/k/v and gate/up into one matrix: they need one scheme."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in layout.linears:
+        if linear.fused:
+            groups.setdefault(linear.fused, []).append(linear)
+    for linears in groups.values():
+        if len({schemes[linear.name] for linear in linears}) > 1:
+            problems.append(
+                InputError(
+                    f"{', '.join(linear.name for linear in linears)} would get different schemes, "
+                    "but runtimes fuse them into one matrix",
+                    hint="target or ignore them together",
+                )
+            )
+
+
+def _kv(passes: Sequence[PassPlan], problems: list[CompressError]) -> KVSpec | None:
+    found = [(p.step.name, p.step.params.kv()) for p in passes if p.step.params.kv() is not None]
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        problems.append(InputError(f"{names} both quantize the KV cache", hint="keep one"))
+    return found[0][1] if found else None
+
+
+def _least_bytes(source: Source, schemes: Mapping[str, Scheme]) -> int:
+    """Bytes of codes and of all that stays as it is, without scales: at least what is written."""
+    total = 0
+    for name, entry in source.checkpoint.entries.items():
+        scheme = schemes.get(name.removesuffix(".weight"), Scheme())
+        count = torch.Size(entry.spec.shape).numel()
+        total += entry.spec.nbytes if scheme.weight is None else count * scheme.weight.bits // 8
+    return total

@@ -1,0 +1,180 @@
+"""What a run would die of beyond names and shapes, tried before it begins.
+
+transformers builds the model from its config.json without memory for weights, each kind of block is
+held against the checkpoint's tensors and run once on the meta device, and the tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint.source import Source
+from compressor.errors import CompressError, InputError, Problems
+from compressor.foreign.calls import foreign
+from compressor.ir.layout import UnitLayout
+from compressor.plan.plan import Plan
+from compressor.runner.block_runner import BlockRunner
+from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer
+
+Result = TypeVar("Result")
+
+LENGTH = 8
+"""Tokens of the one row that is run."""
+
+DTYPE = torch.bfloat16
+"""What every kernel for experts takes."""
+
+NO_DATA = ("meta", "data-dependent", "data dependent")
+"""Words of what PyTorch says where an operator needs values, which are not there without data."""
+
+REFUSED = "transformers cannot run this model as config.json describes it"
+SHOWN = 4
+
+
+def preflight(plan: Plan) -> tuple[GuardedTokenizer | None, list[CompressError]]:
+    """The tokenizer, and all that is wrong with what a run will need of transformers; nothing is
+    tried where it runs no token."""
+    problems: list[CompressError] = []
+    if not plan.calibrated and plan.recipe.evaluate is None:
+        return None, problems
+    tokenizer = _try(lambda: load_tokenizer(plan.source.checkpoint.folder), problems)
+    _try(lambda: check_model(plan.source), problems)
+    return tokenizer, problems
+
+
+def _try(check: Callable[[], Result], problems: list[CompressError]) -> Result | None:
+    try:
+        return check()
+    except Problems as error:
+        problems += error.problems
+    except InputError as error:
+        problems.append(error)
+    return None
+
+
+def check_model(source: Source) -> None:
+    """Raises InputError, or Problems, for a config.json whose model is not that of the
+    checkpoint's tensors, or does not run."""
+    runner = BlockRunner(
+        source.checkpoint.config,
+        source.arch.runtime,
+        device=torch.device("cpu"),
+        dtype=DTYPE,
+    )
+    embedding, *blocks, head = source.layout.units
+    if len(runner.layers) != len(blocks):
+        raise InputError(
+            f"config.json describes {len(runner.layers)} blocks, the checkpoint has {len(blocks)}"
+        )
+    kinds: dict[Any, UnitLayout] = {}
+    for unit in blocks:
+        kinds.setdefault(_kind(source, unit), unit)
+    problems: list[CompressError] = []
+    ends = [
+        *embedding.tensors,
+        *(n for n in head.tensors if n.startswith(source.arch.head.norm.name)),
+    ]
+    whole = runner.model.state_dict()
+    state = {name: _stand_in(source, head, name) for name in ends}
+    problems += _differences(state, {n: whole[n] for n in whole if n in state}, where="the model")
+    for unit in kinds.values():
+        layer = runner.layers[unit.index]
+        tensors = {name: _stand_in(source, unit, name) for name in unit.tensors}
+        with foreign(REFUSED):
+            state = runner.names.block_state(unit, tensors)
+        problems += _differences(state, layer.state_dict(), where=unit.name)
+    if problems:
+        raise Problems(problems)
+    arguments = _arguments(source, runner)
+    hidden = torch.empty(1, LENGTH, _size(source), dtype=DTYPE, device="meta")
+    with torch.no_grad(), foreign(REFUSED):
+        for unit in kinds.values():
+            _forward(runner.layers[unit.index], hidden, arguments[unit.index])
+        _forward(runner.model.get_submodule(runner.names.norm), hidden, {})
+
+
+def _kind(source: Source, unit: UnitLayout) -> Any:
+    """What is alike in blocks that one check does for: tensors, and their type in config.json."""
+    types = source.checkpoint.config.get("layer_types")
+    named = types[unit.index] if isinstance(types, list) and unit.index < len(types) else None
+    shapes = [
+        (name.removeprefix(unit.name), tuple(_stand_in(source, unit, name).shape))
+        for name in unit.tensors
+    ]
+    return str(named), tuple(shapes)
+
+
+def _stand_in(source: Source, unit: UnitLayout, name: str) -> Tensor:
+    """A tensor of the checkpoint in its shape, without data; of a packed weight, the weight's."""
+    shapes = {f"{linear.name}.weight": linear.shape for linear in unit.linears}
+    entries = source.checkpoint.entries
+    shape = shapes[name] if name in shapes else entries[name].spec.shape
+    return torch.empty(shape, device="meta")
+
+
+def _differences(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str
+) -> list[InputError]:
+    """What the model of config.json and the checkpoint's tensors disagree on."""
+    lacking = sorted(expected.keys() - state.keys())
+    beyond = sorted(state.keys() - expected.keys())
+    other = sorted(
+        f"{name} {list(state[name].shape)}, not {list(expected[name].shape)}"
+        for name in state.keys() & expected.keys()
+        if state[name].shape != expected[name].shape
+    )
+    biases = any(name.endswith(".bias") for name in (*lacking, *beyond))
+    hint = "biases follow keys such as attention_bias and mlp_bias" if biases else None
+    found = [
+        (lacking, "needs what the checkpoint does not have"),
+        (beyond, "has no place for what the checkpoint has"),
+        (other, "has other shapes than the checkpoint"),
+    ]
+    return [
+        InputError(
+            f"{where}: the model that config.json describes {what}: "
+            + ", ".join(names[:SHOWN])
+            + (f" and {len(names) - SHOWN} more" if names[SHOWN:] else ""),
+            hint=hint,
+        )
+        for names, what in found
+        if names
+    ]
+
+
+def _arguments(source: Source, runner: BlockRunner) -> dict[int, dict[str, Any]]:
+    """What the model passes to each layer: masks and rotary tables, computed for a row of zeros."""
+    found: dict[int, dict[str, Any]] = {}
+    position = source.arch.embedding.position
+    inputs = {"inputs_embeds": torch.zeros(1, LENGTH, _size(source), dtype=DTYPE)}
+    with torch.no_grad(), foreign(REFUSED):
+        if position is not None:
+            table = runner.model.get_submodule(position)
+            table.to_empty(device="cpu")
+        runner.capture(inputs, found)
+    return found
+
+
+def _size(source: Source) -> int:
+    """Channels of the hidden states."""
+    token = f"{source.arch.embedding.token}.weight"
+    return source.checkpoint.entries[token].spec.shape[1]
+
+
+def _forward(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> None:
+    """Run a module without data, as far as it goes: experts are chosen by values."""
+    try:
+        module(hidden, **{name: _on_meta(value) for name, value in arguments.items()})
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(word in str(error).lower() for word in NO_DATA):
+            raise
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_on_meta(item) for item in value)
+    return value.to("meta") if isinstance(value, Tensor) else value

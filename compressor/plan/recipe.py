@@ -1,0 +1,322 @@
+"""A recipe: a frozen value made from YAML and checked; unknown keys name the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.json_schema import GenerateJsonSchema
+
+from compressor.errors import InputError, Problems
+from compressor.evaluate.gate import Gate
+from compressor.evaluate.settings import Evaluation
+from compressor.evaluate.text import Mixture
+from compressor.foreign.bounded_yaml import MAX_BYTES, load_yaml
+from compressor.foreign.untrusted import read_stream
+from compressor.ir.frozen import Strict
+from compressor.methods.base import Pass, get_pass, pass_names
+from compressor.report.settings import CardSection, Publish
+from compressor.runtimes.contract import Runtime, parse_runtime
+
+SIZE_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes from "5GB", "512MiB" or a number."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", value.upper())
+        if not found:
+            raise ValueError(f"{value!r} is not a size such as 5GB or 512MiB")
+        return int(float(found[1]) * SIZE_UNITS[found[2] or ""])
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class Step(BaseModel):
+    """One entry of `passes`: a pass and its parameters."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    name: str
+    params: Pass
+
+    def plain(self) -> dict[str, Any]:
+        """The parameters as plain data; one that is null by default and left so is left out."""
+        fields = type(self.params).model_fields
+        data = self.params.model_dump(mode="json")
+        return {k: v for k, v in data.items() if v is not None or fields[k].default is not None}
+
+
+class Calibration(Mixture):
+    """The tokens that statistics are taken over."""
+
+    samples: int = Field(128, ge=1, description="rows of tokens")
+    length: int = Field(512, ge=8, description="tokens per row")
+    sampling: Literal["random", "consecutive"] = Field(
+        "random", description="windows drawn with the seed, or the first rows one after the other"
+    )
+
+
+class Recipe(Strict):
+    """Everything a run depends on."""
+
+    model: str = Field(description="folder, Hub id (id@revision pins one) or GGUF file")
+    output: str = Field(description="folder to write; it must be new or this recipe's own")
+    seed: int = Field(0, description="of everything that is drawn")
+    calibration: Calibration = Field(Calibration(), description="tokens for statistics")
+    passes: tuple[Step, ...] = Field(min_length=1, description="what is done, in order")
+    format: str = Field("compressed-tensors", description="what is written: docs/formats.md")
+    runtime: Runtime | None = Field(
+        None, description="where it is to be loaded: vllm, or vllm@0.24; refuses what would not"
+    )
+    propagate: Literal["quantized", "original"] = Field(
+        "quantized", description="which block's outputs the next block is calibrated on"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of what stays unquantized; auto: as in the source"
+    )
+    dequantize_source: bool = Field(False, description="accept an already quantized source")
+    untie: bool = Field(False, description="write a tied lm_head as a tensor of its own")
+    reproducible: bool = Field(
+        False, description="continue only where instructions, threads and libraries are the same"
+    )
+    max_shard_size: Size = Field(5 * 10**9, description="largest file: bytes, or such as 2GB")
+    verify: bool = Field(True, description="reopen the written files and prove them")
+    evaluate: Evaluation | None = Field(None, description="measure the written files; {} will do")
+    gate: Gate | None = Field(None, description="limits; a run that misses one ends with exit 1")
+    report: bool = Field(True, description="write report.html, report.json and the model card")
+    card: CardSection = Field(CardSection(), description="what the card cannot know by itself")
+    publish: Publish | None = Field(None, description="upload a checkpoint that passed everything")
+
+    @field_validator("runtime", mode="before")
+    @classmethod
+    def _known_runtime(cls, value: Any) -> Any:
+        try:
+            return None if value is None else parse_runtime(value)
+        except InputError as error:
+            raise ValueError(f"{error.message} ({error.hint})") from error
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain data with every default filled in, without where it writes."""
+        data = self.model_dump(
+            mode="json", exclude={"output", "passes", "publish"}, exclude_none=True
+        )
+        data["passes"] = [{s.name: s.plain()} for s in self.passes]
+        return {key: value for key, value in data.items() if value != {}}
+
+
+AFTERWARDS = ("verify", "evaluate", "gate", "report", "card")
+"""Keys that decide nothing of the artefact: a finished one can be judged by other limits."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), **top: Any) -> Recipe:
+    """Read a recipe. `overrides` are key.path=value (YAML values); `top` replaces top-level keys
+    that are not None. Raises InputError or Problems."""
+    try:
+        text = read_stream(path, what="recipe", most=MAX_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read recipe {path}: it is not UTF-8 ({error})") from error
+    data = parse_yaml(text, where=path.name)
+    for override in overrides:
+        apply_override(data, override)
+    data.update({key: value for key, value in top.items() if value is not None})
+    return make_recipe(data)
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """A YAML mapping, loaded safely, with duplicate keys refused."""
+    try:
+        value = load_yaml(text)
+    except ValueError as error:
+        shown = str(error).replace('"<unicode string>"', where)
+        raise InputError(
+            f"{where} is not valid YAML: {shown}",
+            hint="indent with spaces; quote text that holds ': ' or begins with a sign",
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is not a mapping of recipe keys", hint="see: compress recipes")
+    return value
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value`; a list index or a pass name is a path element too."""
+    path, separator, raw = override.partition("=")
+    if not separator:
+        raise InputError(f"--set {override!r} has no '='", hint="--set calibration.samples=64")
+    *parents, last = path.split(".")
+    node: Any = data
+    for key in parents:
+        node = _step_into(node, key, override)
+    if isinstance(node, list):
+        raise InputError(f"--set {override!r} ends at a list entry")
+    try:
+        node[last] = load_yaml(raw)
+    except ValueError as error:
+        raise InputError(f"--set {override!r}: the value is not YAML") from error
+
+
+def _step_into(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, dict):
+        found = node.setdefault(key, {})
+        if found is None:
+            found = node[key] = {}
+    elif isinstance(node, list):
+        named = [entry for entry in node if isinstance(entry, dict) and key in entry]
+        if key.isdigit() and int(key) < len(node):
+            found = node[int(key)]
+        elif len(named) == 1:
+            found = named[0][key] = named[0][key] or {}
+        else:
+            raise InputError(f"--set {override!r}: {key!r} names no single pass of this recipe")
+    else:
+        found = None
+    if not isinstance(found, (dict, list)):
+        raise InputError(f"--set {override!r}: {key!r} is not a group of keys")
+    return found
+
+
+def make_recipe(data: Mapping[str, Any]) -> Recipe:
+    """Validate plain data. Raises Problems with everything that is wrong."""
+    problems: list[Any] = []
+    steps = []
+    entries = data.get("passes")
+    if not isinstance(entries, list) or not entries:
+        problems.append(
+            InputError("passes: at least one pass is needed", hint="passes: [{rtn: {}}]")
+        )
+        entries = []
+    for number, entry in enumerate(entries):
+        try:
+            steps.extend(_make_steps(entry, f"passes.{number}"))
+        except Problems as error:
+            problems.extend(error.problems)
+        except InputError as error:
+            problems.append(error)
+    only = [step.params.only_format for step in steps if step.params.only_format is not None]
+    if only and "format" not in data:
+        data = {**data, "format": only[0]}
+    try:
+        recipe = Recipe.model_validate({**data, "passes": steps or [_PLACEHOLDER]})
+    except ValidationError as error:
+        problems.extend(explain(error, Recipe, ""))
+    if problems:
+        raise Problems(problems)
+    return recipe
+
+
+def _make_steps(entry: Any, where: str) -> list[Step]:
+    """A pass, or the passes that it stands for."""
+    step = _make_step(entry, where)
+    parts = step.params.stands_for()
+    return [_make_step({name: dict(params)}, where) for name, params in parts] or [step]
+
+
+def _make_step(entry: Any, where: str) -> Step:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise InputError(
+            f"{where}: a pass is one name with its parameters", hint="- awq: {bits: 4}"
+        )
+    name, params = next(iter(entry.items()))
+    if name not in pass_names():
+        raise InputError(f"{where}: unknown pass {name!r}", hint=nearest(str(name), pass_names()))
+    kind = get_pass(name)
+    try:
+        return Step(name=name, params=kind.model_validate(params or {}))
+    except ValidationError as error:
+        raise Problems(explain(error, kind, f"{where}.{name}.")) from error
+
+
+class _Nothing(Pass):
+    """Stands in for passes that were already reported as wrong."""
+
+
+_PLACEHOLDER = Step(name="", params=_Nothing())
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[Any]:
+    """One InputError for each thing pydantic found wrong."""
+    problems = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        where = (prefix + ".".join(path)).rstrip(".")
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(model, path[:-1])
+            problems.append(InputError(f"unknown key {where!r}", hint=nearest(path[-1], fields)))
+        elif item["type"] == "missing":
+            problems.append(InputError(f"key {where!r} is missing", hint=_meaning(model, path)))
+        else:
+            got = repr(item.get("input"))
+            shown = got if len(got) < 60 else got[:57] + "..."
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(InputError(f"{where}: {message} (got {shown})"))
+    return problems
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for key in path:
+        field = model.model_fields.get(key)
+        found = field.annotation if field else None
+        options = [found, *getattr(found, "__args__", ())]
+        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
+
+
+def _meaning(model: type[BaseModel], path: Sequence[str]) -> str | None:
+    """What a key at the top of a model stands for."""
+    field = model.model_fields.get(path[-1]) if len(path) == 1 else None
+    return f"{path[-1]}: {field.description}" if field and field.description else None
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint that names the nearest valid word, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(sorted(known))}"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe's YAML; each pass brings the schema of its parameters."""
+    schema = Recipe.model_json_schema(
+        schema_generator=_StepsLeftOut, ref_template="#/$defs/{model}", mode="validation"
+    )
+    options: list[dict[str, Any]] = [{"enum": pass_names()}]
+    for name in pass_names():
+        found = get_pass(name).model_json_schema(ref_template="#/$defs/{model}")
+        schema.setdefault("$defs", {}).update(found.pop("$defs", {}))
+        options.append(
+            {
+                "type": "object",
+                "properties": {name: {"anyOf": [found, {"type": "null"}]}},
+                "required": [name],
+                "additionalProperties": False,
+            }
+        )
+    schema["properties"]["passes"] = {"type": "array", "minItems": 1, "items": {"anyOf": options}}
+    schema["properties"]["max_shard_size"] = {"type": ["integer", "string"], "default": 5 * 10**9}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+class _StepsLeftOut(GenerateJsonSchema):
+    """Steps hold a pass of any class, whose schema is put in by name."""
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,397 @@
+"""Draws report.json as one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from compressor.report.choices import choices
+from compressor.report.svg import Point, columns, dots, lines
+from compressor.report.text import counted, duration, factor, number, share, size, with_error
+
+TEMPLATE = Path(__file__).with_name("template.html")
+WORST = 12
+GATE_LAYERS = 3
+
+Data = Mapping[str, Any]
+
+
+def render(data: Data, *, attention: str = "") -> str:
+    """The page for a report's plain data (`ReportData.to_json`); `attention` is HTML about the
+    checkpoint's policy."""
+    parts = [
+        _header(data),
+        _tiles(data),
+        _warnings(data),
+        _gate(data),
+        _evaluation(data),
+        _passkey(data),
+        _choices(data),
+        _section("Attention", attention) if attention else "",
+        _layers(data),
+        _verify(data),
+        _done(data),
+        _plan(data),
+        _units(data),
+        _origins(data),
+    ]
+    body = "\n".join(part for part in parts if part)
+    template = Template(TEMPLATE.read_text("utf-8"))
+    return template.substitute(title=escape(f"{data['title']}: report"), body=body)
+
+
+def _header(data: Data) -> str:
+    badges = [
+        _badge("verify", data["verify"], good="files verified", bad="files damaged"),
+        _badge("gate", data["gate"], good="gate passed", bad="gate failed"),
+    ]
+    if data["warnings"]:
+        warnings = counted(len(data["warnings"]), "warning")
+        badges.append(f'<span class="badge warn">{warnings}</span>')
+    passes = " → ".join(name for name, _ in _passes(data))
+    return (
+        f"<header><h1>{escape(data['title'])}</h1>"
+        f'<p class="quiet">{escape(str(data["recipe"].get("model", "")))} → {escape(passes)} → '
+        f"{escape(data['format'])}</p>"
+        f'<div class="badges">{"".join(badges)}</div></header>'
+    )
+
+
+def _badge(name: str, verdict: Data | None, *, good: str, bad: str) -> str:
+    if verdict is None:
+        return f'<span class="badge">no {escape(name)}</span>'
+    passed = _held(verdict)
+    return f'<span class="badge {"good" if passed else "bad"}">{good if passed else bad}</span>'
+
+
+def _tiles(data: Data) -> str:
+    spent, evaluation = data["spent"], data["evaluation"] or {}
+    before, after = spent["source_bytes"], spent["output_bytes"]
+    small = f"{factor(before, after)} smaller than {size(before)}" if after else ""
+    if data["parameters"] and after:
+        small += f", {after * 8 / data['parameters']:.2f} bits per weight"
+    tiles = [(size(after), small)]
+    if evaluation:
+        perplexity, ratio = evaluation["perplexity"], evaluation["perplexity_ratio"]
+        note = "perplexity"
+        if ratio and ratio["value"] is not None:
+            note += f", {with_error(ratio)} of the original's"
+        tiles.append((number(perplexity["value"]), note))
+    for key, note in (("kl", "KL from the original, nats"), ("top1", "top-1 agreement")):
+        if evaluation.get(key):
+            value = evaluation[key]["value"]
+            tiles.append((share(value) if key == "top1" else number(value), note))
+    tiles.append((duration(spent["seconds"]), "from the first to the last unit"))
+    memory = "peak main memory"
+    if spent["device_bytes"]:
+        memory += f", {size(spent['device_bytes'])} on the device"
+    tiles.append((size(spent["host_bytes"]), memory))
+    cells = "".join(
+        f'<div class="tile"><b>{escape(big)}</b><span>{escape(note)}</span></div>'
+        for big, note in tiles
+    )
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _warnings(data: Data) -> str:
+    if not data["warnings"]:
+        return ""
+    return _section("Warnings", "".join(f"<p>{escape(text)}</p>" for text in data["warnings"]))
+
+
+def _gate(data: Data) -> str:
+    gate = data["gate"]
+    if gate is None:
+        return ""
+    rows = [[_mark(check["passed"]), escape(check["message"])] for check in gate.get("checks", ())]
+    body = _table(["", "limit"], rows, texts=(1,))
+    layers = gate.get("layers") or []
+    if not gate.get("passed") and layers and layers[0].get("share"):
+        worst = ", ".join(
+            f"<code>{_breakable(layer['linear'])}</code> ({layer['share']:.1%})"
+            for layer in layers[:GATE_LAYERS]
+        )
+        body += (
+            '<p class="after">Largest shares of the summed error of '
+            f"{len(layers)} linears: {worst}.</p>"
+        )
+    if gate.get("suggestion"):
+        body += (
+            "<h3>What may help</h3><p>More bits where most of the error is; in the recipe, "
+            f"replace <code>passes</code> by</p><pre>{escape(gate['suggestion'])}</pre>"
+        )
+    return _section("Gate", body)
+
+
+def _evaluation(data: Data) -> str:
+    evaluation = data["evaluation"]
+    if evaluation is None:
+        return ""
+    rows = []
+    for key, title in (
+        ("perplexity", "perplexity"),
+        ("original_perplexity", "the original's perplexity"),
+        ("perplexity_ratio", "ratio, over paired windows"),
+        ("kl", "KL(original ‖ this), nats"),
+        ("top1", "top-1 agreement"),
+    ):
+        if evaluation.get(key):
+            found = evaluation[key]
+            rows.append([escape(title), number(found["value"]), f"± {number(found['error'])}"])
+    for task, found in data["tasks"].items():
+        over = f" ({found['documents']:,} documents)" if found.get("documents") else ""
+        rows.append([escape(task) + over, number(found["value"]), f"± {number(found['error'])}"])
+    body = (
+        f'<p class="quiet">{evaluation["tokens"]:,} tokens scored in {evaluation["windows"]} '
+        f"windows of {evaluation['length']}; ± is one standard error.</p>"
+        + _table(["measure", "value", ""], rows, numbers=(1, 2))
+    )
+    blocks = evaluation.get("blocks") or []
+    if len(blocks) > 1:
+        points = [
+            Point(i, block["error"] or 0.0, f"{block['name']}: {number(block['error'])}")
+            for i, block in enumerate(blocks)
+        ]
+        body += "<h3>How the difference grows</h3>" + lines(
+            {"": points},
+            x_title="block",
+            y_title="squared difference of the hidden states to the original's, relative",
+            show=number,
+            log=True,
+        )
+    return _section("Evaluation", body)
+
+
+def _passkey(data: Data) -> str:
+    passkey = data["passkey"]
+    if passkey is None:
+        return ""
+    compared = passkey["original_accuracy"] is not None
+    found, whole = passkey["accuracy"], passkey["exact"]
+    header = ["tokens", "depth", "accuracy", "exact"] + ["original"] * compared
+    rows = []
+    for cell in passkey["cells"]:
+        row = [f"{cell['length']:,}", *(share(cell[k]) for k in ("depth", "accuracy", "exact"))]
+        rows.append(row + ([share(cell["original_accuracy"])] if compared else []))
+    body = (
+        f"<p>{share(found['value'])} ± {share(found['error'])} of the answers' "
+        f"{passkey.get('tokens') or ''} tokens were found, {share(whole['value'])} ± "
+        f"{share(whole['error'])} of {sum(c['rows'] for c in passkey['cells'])} passkeys whole.</p>"
+    )
+    return _section("Passkey retrieval", body + _table(header, rows, numbers=range(len(header))))
+
+
+def _choices(data: Data) -> str:
+    return _section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
+
+
+def _layers(data: Data) -> str:
+    errors = _linear_errors(data)
+    if not errors:
+        return ""
+    by_leaf: dict[str, dict[int, list[tuple[float, str]]]] = {}
+    for name, (error, _) in errors.items():
+        place = re.search(r"\.(\d+)\.", name)
+        if place:
+            leaf = by_leaf.setdefault(name.rpartition(".")[2], {})
+            leaf.setdefault(int(place[1]), []).append((error, name))
+    series = {
+        leaf: [_mean_point(i, found) for i, found in rows.items()] for leaf, rows in by_leaf.items()
+    }
+    kinds = {kind for _, kind in errors.values()}
+    title = "relative squared error of the " + " or ".join(sorted(kinds or {"output"}))
+    body = dots(series, x_title="block", y_title=title, show=number) if series else ""
+    worst = sorted(errors.items(), key=lambda entry: -entry[1][0])[:WORST]
+    top = worst[0][1][0] or 1.0
+    rows = [[_breakable(name), number(error), _meter(error / top)] for name, (error, _) in worst]
+    table = _table(["linear", "error", ""], rows, numbers=(1,), names=(0,))
+    return _section("Error by layer", f"{body}<h3>Largest errors</h3>{table}")
+
+
+def _linear_errors(data: Data) -> dict[str, tuple[float, str]]:
+    """Linear → its error, and what that is an error of."""
+    return {
+        row["linear"]: (float(row["error"]), str(row.get("error_of", "output")))
+        for unit in data["units"]
+        for row in unit["rows"]
+        if isinstance(row.get("linear"), str) and isinstance(row.get("error"), (int, float))
+    }
+
+
+def _mean_point(block: int, found: Sequence[tuple[float, str]]) -> Point:
+    """One linear of a block, or the mean over its experts."""
+    mean = sum(error for error, _ in found) / len(found)
+    worst, name = max(found)
+    label = f"{name}: {number(worst)}"
+    if len(found) > 1:
+        label = f"mean of {len(found)}: {number(mean)}; worst {label}"
+    return Point(block, mean, label)
+
+
+def _verify(data: Data) -> str:
+    verify = data["verify"]
+    if verify is None:
+        return ""
+    checks = [
+        [
+            _mark(_held(check)),
+            escape(str(check.get("name", ""))),
+            escape(str(check.get("detail", ""))),
+        ]
+        for check in verify.get("checks", ())
+    ]
+    body = _table(["", "check", "found"], checks, texts=(2,)) if checks else ""
+    # What else the verdict carries: single values, and lists of messages.
+    others = [
+        [escape(key.replace("_", " ")), escape(_inline(value))]
+        for key, value in verify.items()
+        if key not in ("ok", "passed", "checks")
+        and not isinstance(value, dict)
+        and not (isinstance(value, list) and any(isinstance(entry, dict) for entry in value))
+        and value not in (None, "", [])
+    ]
+    return _section(
+        "Verification of the written files",
+        body + (_table([], others, texts=(1,)) if others else ""),
+    )
+
+
+def _held(verdict: Data) -> bool:
+    return bool(verdict.get("ok", verdict.get("passed")))
+
+
+def _done(data: Data) -> str:
+    rows = [
+        [str(i), escape(name), escape(_inline(params))]
+        for i, (name, params) in enumerate(_passes(data), 1)
+    ]
+    text = yaml.safe_dump(dict(data["recipe"]), sort_keys=False, width=100, allow_unicode=True)
+    details = f"<details><summary>The recipe in full</summary><pre>{escape(text)}</pre></details>"
+    table = _table(["", "pass", "parameters"], rows, texts=(2,))
+    return _section("What was done", table + details)
+
+
+def _plan(data: Data) -> str:
+    planned, spent = data["estimates"], data["spent"]
+    rows = []
+    for key, title, show in (
+        ("output_bytes", "bytes written", size),
+        ("host_bytes", "peak main memory", size),
+        ("device_bytes", "peak device memory", size),
+        ("seconds", "time", duration),
+    ):
+        if planned[key] or spent[key]:
+            ratio = factor(spent[key], planned[key])
+            rows.append([title, show(planned[key]), show(spent[key]), ratio])
+    header = ["", "planned", "happened", "ratio"]
+    body = _table(header, rows, numbers=(1, 2, 3))
+    phases = [[escape(name), duration(seconds)] for name, seconds in data["phases"].items()]
+    if phases:
+        body += "<h3>Time by phase</h3>" + _table(["phase", "time"], phases, numbers=(1,))
+    return _section("The plan, and what happened", body)
+
+
+def _units(data: Data) -> str:
+    units = data["units"]
+    if not units:
+        return ""
+    times, host, device = [], [], []
+    for i, unit in enumerate(units):
+        mark = " (done by an earlier run)" if unit["resumed"] else ""
+        times.append(
+            Point(i, unit["seconds"], f"{unit['name']}: {duration(unit['seconds'])}{mark}")
+        )
+        host.append(Point(i, unit["peak_rss"], f"{unit['name']}: {size(unit['peak_rss'])}"))
+        device.append(Point(i, unit["peak_device"], f"{unit['name']}: {size(unit['peak_device'])}"))
+    memory = {"main memory": host}
+    if any(point.y for point in device):
+        memory["device"] = device
+    title = "highest memory up to each unit"
+    body = columns(times, x_title="unit", y_title="time of each unit", show=duration)
+    body += lines(memory, x_title="unit", y_title=title, show=size)
+    return _section("Time and memory by unit", body)
+
+
+def _origins(data: Data) -> str:
+    groups = [("Source", data["source"]), ("Machine", data["machine"])]
+    groups += [("Computed with", environment) for environment in data["environment"]]
+    groups += [("Versions", data["versions"]), ("SHA-256", data["hashes"])]
+    body = "".join(
+        f"<h3>{title}</h3>"
+        + _table([], [[escape(str(k)), escape(_inline(v))] for k, v in values.items()], names=(1,))
+        for title, values in groups
+        if values
+    )
+    started = f"<footer>Started {escape(data['started'])}</footer>" if data["started"] else ""
+    return _section("Where it comes from", body) + started if body else started
+
+
+def _passes(data: Data) -> list[tuple[str, Data]]:
+    return [
+        (name, params or {})
+        for step in data["recipe"].get("passes", ())
+        for name, params in step.items()
+    ]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_inline(entry)}" for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_inline, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _breakable(name: str) -> str:
+    """A module path that may break after its dots."""
+    return escape(name).replace(".", ".<wbr>")
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _mark(passed: bool) -> str:
+    return (
+        f'<span class="badge {"good" if passed else "bad"}">{"ok" if passed else "failed"}</span>'
+    )
+
+
+def _meter(part: float) -> str:
+    return f'<span class="meter"><i style="width:{max(0.0, min(part, 1.0)):.1%}"></i></span>'
+
+
+def _table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: Iterable[int] = (),
+    names: Iterable[int] = (),
+    texts: Iterable[int] = (),
+) -> str:
+    """A table of cells that are HTML already; `names` and `texts` may break anywhere."""
+    numbers, names = tuple(numbers), tuple(names)
+    kinds = {
+        **dict.fromkeys(numbers, ' class="n"'),
+        **dict.fromkeys(names, ' class="name"'),
+        **dict.fromkeys(texts, ' class="text"'),
+    }
+    head = "".join(
+        f"<th{kinds.get(i, '') if i in set(kinds) else ''}>{cell}</th>"
+        for i, cell in enumerate(header)
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td{kinds.get(i, '')}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    top = f"<thead><tr>{head}</tr></thead>" if header else ""
+    narrow = ' class="compact"' if header and numbers and not names else ""
+    return f'<div class="scroll"><table{narrow}>{top}<tbody>{body}</tbody></table></div>'

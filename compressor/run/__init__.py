@@ -1,0 +1,1 @@
+"""Units through methods to disk, and what becomes of the files."""

@@ -1,0 +1,214 @@
+"""Mixed precision from measured sensitivities: how many bits each group of linears gets, and the
+recipe that says so. Pure: it reads no model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from compressor.errors import InputError
+from compressor.ir.frozen import Strict
+from compressor.methods.base import get_pass
+
+
+class Option(Strict):
+    """One way to store a group of linears.
+
+    bits             of a code; null leaves the linears as they are
+    bits_per_weight  with scales and zero points
+    error            what it costs, on one scale for all groups of the file
+    """
+
+    bits: int | None
+    bits_per_weight: float = Field(gt=0)
+    error: float = Field(ge=0)
+
+
+class Group(Strict):
+    """Linears that must have one scheme, with what each way of storing them costs."""
+
+    linears: tuple[str, ...] = Field(min_length=1)
+    weights: int = Field(gt=0)
+    options: tuple[Option, ...] = Field(min_length=1)
+
+
+class Sensitivity(Strict):
+    """What `compress measure` writes.
+
+    recipe  the measured recipe: model, calibration, format and passes, of which the quantizer's
+            `bits` is what the options differ in
+    measure what `error` means
+    """
+
+    schema_version: Literal[1] = 1
+    recipe: dict[str, Any]
+    measure: str
+    tokens: int
+    groups: tuple[Group, ...] = Field(min_length=1)
+
+    def bits_per_weight(self, choice: Sequence[int]) -> float:
+        """Mean over all measured weights, where `choice` holds each group's option."""
+        sizes = [group.weights for group in self.groups]
+        bits = [g.options[i].bits_per_weight for g, i in zip(self.groups, choice, strict=True)]
+        return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
+
+
+def parse_sensitivity(text: str, *, where: str) -> Sensitivity:
+    """Read the file. Raises InputError for one that is none."""
+    try:
+        return Sensitivity.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{where} holds no measured sensitivities: {place}: {first['msg']}",
+            hint="compress measure writes such a file",
+        ) from error
+
+
+def allocate(sensitivity: Sensitivity, bits_per_weight: float) -> list[int]:
+    """The option of each group with a small sum of errors, at most `bits_per_weight` on average.
+
+    Bits go where each buys most: along the lower convex hull of every group's options, best rate
+    first, and what is left over to any single improvement that still fits. No choice can be better
+    by more than the last hull step that did not fit. Raises InputError where even the smallest
+    options are too large.
+    """
+    groups = sensitivity.groups
+    total = sum(group.weights for group in groups)
+    hulls = [_hull(group.options) for group in groups]
+    choice = [hull[0] for hull in hulls]
+    room = bits_per_weight * total - sum(
+        group.options[i].bits_per_weight * group.weights
+        for group, i in zip(groups, choice, strict=True)
+    )
+    slack = 1e-9 * total
+    if room < -slack:
+        least = sensitivity.bits_per_weight(choice)
+        raise InputError(
+            f"{bits_per_weight:g} bits per weight are fewer than the smallest options take",
+            hint=f"at least {least:.3f}; measure with fewer --bits to go below",
+        )
+    steps = []
+    for number, (group, hull) in enumerate(zip(groups, hulls, strict=True)):
+        for old, new in itertools.pairwise(hull):
+            a, b = group.options[old], group.options[new]
+            bits = (b.bits_per_weight - a.bits_per_weight) * group.weights
+            steps.append(((a.error - b.error) / bits, number, old, new, bits))
+    steps.sort(key=lambda step: (-step[0], step[1]))
+    for _, number, old, new, bits in steps:
+        if choice[number] == old and bits <= room + slack:
+            choice[number] = new
+            room -= bits
+    while True:
+        found = _improvement(groups, choice, room + slack)
+        if found is None:
+            return choice
+        number, new, bits = found
+        choice[number] = new
+        room -= bits
+
+
+def _hull(options: Sequence[Option]) -> list[int]:
+    """Indices of the lower convex hull of error over size, from the smallest option on."""
+    order = sorted(range(len(options)), key=lambda i: _key(options[i]))
+    hull: list[int] = []
+    for i in order:
+        b = options[i]
+        if hull and b.error >= options[hull[-1]].error:
+            continue
+        while len(hull) > 1:
+            x, y = options[hull[-2]], options[hull[-1]]
+            rise = (y.error - x.error) * (b.bits_per_weight - x.bits_per_weight)
+            if rise < (b.error - x.error) * (y.bits_per_weight - x.bits_per_weight):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _key(option: Option) -> tuple[float, float]:
+    return (option.bits_per_weight, option.error)
+
+
+def _improvement(
+    groups: Sequence[Group], choice: Sequence[int], room: float
+) -> tuple[int, int, float] | None:
+    """The single change that fits and lowers the error most: group, option, bits it takes."""
+    best: tuple[float, int, int, float] | None = None
+    for number, (group, now) in enumerate(zip(groups, choice, strict=True)):
+        for new, option in enumerate(group.options):
+            gain = group.options[now].error - option.error
+            bits = (option.bits_per_weight - group.options[now].bits_per_weight) * group.weights
+            if gain > 0 and bits <= room and (best is None or gain > best[0]):
+                best = (gain, number, new, bits)
+    return None if best is None else best[1:]
+
+
+def split_bits(passes: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A recipe's passes as its transforms and the one quantizer whose `bits` can differ.
+
+    A pass that is a transform and rounds too (awq with bits) becomes the transform and `rtn`, which
+    is the same thing. Raises InputError where there is no such quantizer, or more than one.
+    """
+    before: list[dict[str, Any]] = []
+    quantizers: list[dict[str, Any]] = []
+    for entry in passes:
+        ((name, params),) = ({entry: {}} if isinstance(entry, str) else entry).items()
+        given = dict(params or {})
+        step = get_pass(name).model_validate(given)
+        if step.scheme() is None or quantizers:
+            (quantizers if step.scheme() is not None else before).append({name: given})
+        elif "bits" not in type(step).model_fields:
+            raise InputError(
+                f"{name} has no `bits` to choose", hint="measure a recipe with rtn, awq or gptq"
+            )
+        elif type(step).model_fields["bits"].default is None:
+            grid = ("bits", "group_size", "symmetric")
+            before.append({name: {k: v for k, v in given.items() if k not in grid}})
+            shared = (*grid, "targets", "ignore")
+            quantizers.append(
+                {"rtn": {k: getattr(step, k) for k in shared if k in type(step).model_fields}}
+            )
+        else:
+            quantizers.append({name: given})
+    if len(quantizers) != 1:
+        raise InputError(
+            f"the recipe has {len(quantizers)} quantizers; bits are chosen for exactly one",
+            hint="leave one quantizer, with all its targets",
+        )
+    return before, quantizers[0]
+
+
+def mixed_recipe(sensitivity: Sensitivity, choice: Sequence[int]) -> dict[str, Any]:
+    """The measured recipe with the chosen bits: its transforms, then its quantizer once for each
+    number of bits. The most usual one keeps the recipe's targets and ignores the other linears,
+    which the others have by exact names."""
+    recipe = copy.deepcopy(sensitivity.recipe)
+    before, quantizer = split_bits(recipe["passes"])
+    ((name, params),) = quantizer.items()
+    chosen: dict[int | None, list[str]] = {}
+    for group, option in zip(sensitivity.groups, choice, strict=True):
+        chosen.setdefault(group.options[option].bits, []).extend(group.linears)
+    alone = chosen.pop(None, [])
+    if not chosen:
+        raise InputError("nothing would be quantized", hint="allow fewer bits per weight")
+    usual = max(chosen, key=lambda bits: len(chosen[bits]))
+    others = {bits: names for bits, names in chosen.items() if bits != usual}
+    for entry in before:
+        ((_, given),) = entry.items()
+        if alone:
+            given["ignore"] = [*given.get("ignore", ["lm_head"]), *alone]
+    apart = [*alone, *(linear for names in others.values() for linear in names)]
+    kept = {key: value for key, value in params.items() if key not in ("targets", "ignore", "bits")}
+    main = {**params, "bits": usual, "ignore": [*params.get("ignore", ["lm_head"]), *apart]}
+    recipe["passes"] = [
+        *before,
+        {name: main},
+        *({name: {"bits": bits, **kept, "targets": names}} for bits, names in others.items()),
+    ]
+    return recipe

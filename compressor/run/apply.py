@@ -1,0 +1,80 @@
+"""The passes of one unit, in order. Statistics are taken just before the first pass that reads
+them, and anew once a pass has changed what can be observed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from compressor.ir.unit import Unit
+from compressor.methods.base import Learned, PassContext
+from compressor.plan.order import rounding_of
+from compressor.plan.plan import Plan
+from compressor.plan.unit_plan import Observable, UnitPlan
+from compressor.runner.block_runner import Observation
+
+Observe = Callable[[Unit, bool, Observable], Observation]
+"""Runs the calibration inputs through a unit as it stands; the flag says whether any pass has
+changed it."""
+
+
+def apply_passes(
+    plan: Plan,
+    index: int,
+    unit: UnitPlan,
+    current: Unit,
+    *,
+    observe: Observe,
+    learned: Mapping[int, Learned],
+    base: Mapping[str, Tensor] | None = None,
+) -> tuple[Unit, list[dict[str, Any]]]:
+    """The unit after its passes, and their report rows.
+
+    index    of the unit in the plan
+    current  the unit before them, in float32
+    learned  what model passes found, by the index of the pass
+    base     weights of the base model that a pass names
+    """
+    rows: list[dict[str, Any]] = []
+    rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
+    seen: Observation | None = None
+    changed = False
+    for number, wanted in zip(unit.steps, unit.seen, strict=True):
+        step = plan.passes[number]
+        params = step.step.params
+        if wanted.anything and seen is None:
+            seen = observe(current, changed, wanted)
+        context = PassContext(
+            stats={} if seen is None else seen.stats,
+            schemes=plan.schemes.linears,
+            selected=tuple(x for x in unit.layout.linears if x.name in step.names),
+            module_loss=_unseen if seen is None else seen.module_loss,
+            seed=unit_seed(plan.recipe.seed, index, number),
+            rounding=rounding,
+            model_type=plan.layout.model_type,
+            kv=None if seen is None else seen.kv,
+            cache=plan.schemes.kv,
+            learned=learned[number].values if number in learned else {},
+            base=base or {},
+        )
+        result = params.apply(current, context)
+        rows.extend({"pass": step.step.name, **row} for row in result.rows)
+        if result.unit is not current:
+            changed = True
+            if params.rescales:
+                seen = None
+        current = result.unit
+    return current, rows
+
+
+def unit_seed(seed: int, unit: int, step: int) -> int:
+    """A seed of its own for each unit and pass, so that redoing one gives the same bytes."""
+    digest = hashlib.sha256(f"{seed}/{unit}/{step}".encode()).digest()
+    return int.from_bytes(digest[:6], "little")
+
+
+def _unseen(site: str, weights: Mapping[str, Any]) -> float:
+    raise AssertionError(f"{site} was not observed")

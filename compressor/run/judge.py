@@ -1,0 +1,253 @@
+"""What is found out about a finished checkpoint by reopening its files: verify, evaluate, probe,
+gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from compressor.checkpoint.delta.source import merged_source, open_delta
+from compressor.checkpoint.source import Source, open_source
+from compressor.errors import CompressError
+from compressor.evaluate.gate import GateResult, Passes
+from compressor.evaluate.passkey import PasskeyResult, passkey
+from compressor.evaluate.perplexity import (
+    EvaluationResult,
+    TaskScore,
+    evaluate,
+    plain_json,
+    strided,
+)
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import Compiled, Prepared, portable
+from compressor.runner.heap import give_back_page_locked
+from compressor.runner.tokenizer import load_tokenizer
+from compressor.verify.delta import verify_model
+from compressor.verify.verify import VerifyReport
+
+
+class Watch(Protocol):
+    """Whoever is shown what goes on."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[None]:
+        """A stage of `total` units begins, and ends with the context."""
+
+    def unit(self, name: str, done: int, total: int) -> None:
+        """One more unit of the stage is finished."""
+
+
+class Unwatched:
+    """A watch that shows nothing."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def unit(self, name: str, done: int, total: int) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The findings; None, or empty, for what the recipe does not ask for.
+
+    tasks    accuracy of the harness's tasks
+    seconds  wall time of each part
+    """
+
+    verified: VerifyReport | None = None
+    evaluation: EvaluationResult | None = None
+    passkey: PasskeyResult | None = None
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)
+    gate: GateResult | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing that was checked failed."""
+        return (self.verified is None or self.verified.ok) and (
+            self.gate is None or self.gate.passed
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "ok": self.ok,
+            "verify": None if self.verified is None else self.verified.to_json(),
+            "evaluate": None if self.evaluation is None else self.evaluation.to_json(),
+            "passkey": None if self.passkey is None else self.passkey.to_json(),
+            "tasks": self.tasks_json(),
+            "gate": None if self.gate is None else self.gate.to_json(),
+        }
+
+    def tasks_json(self) -> dict[str, dict[str, float]]:
+        """The tasks as plain data."""
+        found: dict[str, dict[str, float]] = plain_json(
+            {name: asdict(estimate) for name, estimate in self.tasks.items()}
+        )
+        return found
+
+
+def judge(
+    prepared: Prepared,
+    compiled: Compiled,
+    *,
+    rows: Sequence[Mapping[str, Any]] = (),
+    watch: Watch | None = None,
+) -> Verdict:
+    """Check and measure the written files as the recipe says, and hold them to its gate.
+
+    rows  report rows of the passes, which say where the errors are
+    Files that do not verify are not measured.
+    """
+    return _Judge(prepared, compiled, watch or Unwatched()).run(rows)
+
+
+@dataclass(slots=True)
+class _Judge:
+    prepared: Prepared
+    compiled: Compiled
+    watch: Watch
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+        recipe = self.prepared.recipe
+        if self.prepared.device.type == "cuda" and (recipe.verify or recipe.evaluate):
+            # What the run copied units through is not used again.
+            give_back_page_locked()
+        verified = self._verify() if recipe.verify else None
+        if verified is not None and not verified.ok:
+            return Verdict(verified=verified, seconds=self.seconds)
+        evaluation = self._evaluate()
+        found = self._passkey()
+        tasks = self._tasks()
+        gate = None
+        if recipe.gate is not None:
+            gate = recipe.gate.check(
+                evaluation,
+                rows,
+                passkey=found,
+                tasks=tasks,
+                passes=portable(recipe)["passes"],
+                layout=self.prepared.plan.layout,
+                plans=self._plans,
+            )
+        if self.prepared.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return Verdict(
+            verified=verified,
+            evaluation=evaluation,
+            passkey=found,
+            tasks=tasks,
+            gate=gate,
+            seconds=self.seconds,
+        )
+
+    def _plans(self, passes: Passes) -> bool:
+        """Whether the recipe with these passes in place of its own could be run."""
+        mine, delta = self.prepared.recipe, self.prepared.plan.delta
+        recipe = {**mine.resolved(), "output": mine.output, "passes": passes}
+        try:
+            make_plan(
+                make_recipe(recipe),
+                self.prepared.located.source,
+                base=delta.base if delta is not None else None,
+            )
+        except CompressError:
+            return False
+        return True
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with self.watch.stage(name, len(self.prepared.plan.units)):
+            yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def _rows(self, length: int) -> int:
+        """Rows of this length in one forward pass: as many tokens as of the calibration."""
+        return max(1, self.prepared.batch * self.prepared.recipe.calibration.length // length)
+
+    def _written(self) -> Source:
+        """The finished checkpoint, a delta together with its base."""
+        delta = self.prepared.plan.delta
+        if delta is None:
+            return open_source(self.compiled.output)
+        return merged_source(open_delta(self.compiled.output), delta.base.source)
+
+    def _verify(self) -> VerifyReport:
+        with self._stage("verify"):
+            delta = self.prepared.plan.delta
+            return verify_model(
+                self.compiled.output,
+                base=delta.base.source if delta is not None else None,
+                against=self.prepared.located.source,
+                device=self.prepared.device,
+                seed=self.prepared.recipe.seed,
+                progress=self.watch.unit,
+            )
+
+    def _evaluate(self) -> EvaluationResult | None:
+        wanted, tokens = self.prepared.recipe.evaluate, self.prepared.evaluation
+        if wanted is None or tokens is None:
+            return None
+        ids, scored = tokens.ids, None
+        if wanted.stride is not None:
+            ids, scored = strided(ids.reshape(-1), length=wanted.length, stride=wanted.stride)
+        with self._stage("evaluate"):
+            found = evaluate(
+                self._written(),
+                ids,
+                device=self.prepared.device,
+                dtype=self.prepared.plan.compute_dtype(self.prepared.device),
+                against=self.prepared.located.source if wanted.against_original else None,
+                scored=scored,
+                batch=self._rows(wanted.length),
+                progress=self.watch.unit,
+            )
+        if any(step.params.rotates_residual for step in self.prepared.recipe.passes):
+            # Hidden states in two bases: their difference says nothing.
+            found = replace(found, blocks=())
+        return found
+
+    def _passkey(self) -> PasskeyResult | None:
+        wanted = self.prepared.recipe.evaluate
+        if wanted is None or wanted.passkey is None:
+            return None
+        with self._stage("passkey"):
+            return passkey(
+                self._written(),
+                load_tokenizer(self.compiled.output),
+                haystack=self.prepared.haystack,
+                task=wanted.passkey,
+                device=self.prepared.device,
+                dtype=self.prepared.plan.compute_dtype(self.prepared.device),
+                against=self.prepared.located.source if wanted.against_original else None,
+                batch=self._rows(max(wanted.passkey.lengths)),
+                progress=self.watch.unit,
+            )
+
+    def _tasks(self) -> dict[str, TaskScore]:
+        wanted = self.prepared.recipe.evaluate
+        if wanted is None or not wanted.tasks:
+            return {}
+        # The harness is an extra; check_recipe has seen to its being there.
+        from compressor.evaluate.harness import StreamedLM, run_tasks
+
+        with self._stage("tasks"):
+            model = StreamedLM(
+                self._written(),
+                load_tokenizer(self.compiled.output),
+                device=self.prepared.device,
+                dtype=self.prepared.plan.compute_dtype(self.prepared.device),
+                batch=self.prepared.batch,
+                progress=self.watch.unit,
+            )
+            return run_tasks(
+                model, wanted.tasks, limit=wanted.task_limit, seed=self.prepared.recipe.seed
+            )

@@ -1,0 +1,378 @@
+"""The one loop: read a unit, observe it, apply the passes, encode, commit, make the next inputs.
+
+Reading and hashing the next unit and writing the last one go on while a unit is worked on. What is
+committed is not done again, once the source and the written bytes of each committed unit have been
+held against their hashes: a resumed run replays the forward passes from the written files, with the
+same batches, and so arrives at the same inputs bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_calibration.tokens import TokenSet
+from torch import Tensor
+
+from compressor.checkpoint.background import CommitQueue
+from compressor.checkpoint.shards import ShardWriter
+from compressor.checkpoint.source import require_finite
+from compressor.errors import Interrupted, MachineError
+from compressor.ir.layout import UnitLayout
+from compressor.ir.unit import Unit
+from compressor.methods.base import Learned
+from compressor.plan.plan import Plan
+from compressor.plan.unit_plan import Observable, UnitPlan
+from compressor.run.apply import Observe, apply_passes
+from compressor.run.emit import decode_unit, encode_unit
+from compressor.run.environment import environment
+from compressor.run.settings import JobSettings, UnitDone
+from compressor.run.source_content import SourceContent
+from compressor.runner.block_runner import BlockRunner, Observation
+from compressor.runner.heap import give_back
+from compressor.runner.process_memory import peak_rss
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What a finished loop leaves: shards in the work folder, and the source's content hash.
+
+    environments  what units were computed with; more than one where a run went on elsewhere
+    """
+
+    writer: ShardWriter
+    source_hash: str
+    units: tuple[UnitDone, ...]
+    environments: tuple[Mapping[str, str], ...]
+
+
+def run_units(
+    plan: Plan,
+    tokens: TokenSet | None,
+    work: Path,
+    settings: JobSettings,
+    *,
+    owner: str,
+    content: SourceContent | None = None,
+    learned: Mapping[int, Learned] | None = None,
+) -> JobResult:
+    """Run the plan's units into `work`, continuing after what is committed there.
+
+    owner    what all that is committed has to be made from: the run and what was learned
+    content  the source, where some of it has been read already
+    learned  what model passes found, by the index of the pass
+    Raises InputError for a source that is not finite or has changed, MachineError where memory or
+    disk fail, Interrupted when asked to stop.
+    """
+    writer = ShardWriter(plan.shards, work, owner=owner)
+    try:
+        for name in writer.open(settings.check_stop):
+            settings.on_note(f"units/{name} or what it tells of is damaged: the unit is done again")
+        loop = _Loop(
+            plan=plan,
+            tokens=tokens,
+            writer=writer,
+            settings=settings,
+            learned=learned or {},
+            content=content or SourceContent(plan),
+        )
+        return loop.run()
+    except OSError as error:
+        raise MachineError(
+            f"writing {work} failed: {error.strerror or error}",
+            hint="free some space or repair the disk; the same command continues",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "the device ran out of memory with one row at a time",
+            hint="use a shorter calibration.length, or a larger device; the same command continues",
+        ) from error
+
+
+@dataclass(slots=True)
+class _Loop:
+    plan: Plan
+    tokens: TokenSet | None
+    writer: ShardWriter
+    settings: JobSettings
+    learned: Mapping[int, Learned]
+    content: SourceContent
+    runner: BlockRunner | None = None
+    hidden: Tensor | None = None
+    done: list[UnitDone] = field(default_factory=list)
+    committed: set[int] = field(default_factory=set)
+
+    def run(self) -> JobResult:
+        plan, units = self.plan, self.plan.units
+        here = environment(self.settings.device)
+        self._check_sources()
+        with (
+            ThreadPoolExecutor(1) as reads,
+            ThreadPoolExecutor(1) as writes,
+            ThreadPoolExecutor(1) as syncs,
+        ):
+            ahead = reads.submit(self._read, 0)
+            output = CommitQueue(self.writer, writes, syncs, self.settings.device)
+            if plan.calibrated:
+                self.runner = BlockRunner(
+                    plan.source.checkpoint.config,
+                    plan.source.arch.runtime,
+                    device=self.settings.device,
+                    dtype=plan.compute_dtype(self.settings.device),
+                )
+            for index, unit in enumerate(units):
+                if self.settings.stopping():
+                    output.drain()
+                    raise Interrupted
+                started = time.perf_counter()
+                source = ahead.result()
+                if index + 1 < len(units):
+                    ahead = reads.submit(self._read, index + 1)
+                if index in self.committed:
+                    record = self.writer.record(index)
+                    assert record is not None
+                    self._replay(index, unit, source, record)
+                    self._finished(index, unit, record["rows"], started, resumed=True)
+                    continue
+                assert source is not None
+                outputs, rows, originals = self._work(index, unit, source)
+                record = {
+                    "source": self.content.hashes[index],
+                    "rows": rows,
+                    "batches": self._next_inputs(index, unit, outputs, originals),
+                    "environment": here,
+                }
+                output.put(index, outputs, record)
+                # The next unit is not to be worked on beside what is left of this one.
+                del source, outputs, originals
+                self._finished(index, unit, rows, started)
+            output.drain()
+        records = [self.writer.record(index) or {} for index in range(len(units))]
+        return JobResult(
+            writer=self.writer,
+            source_hash=self.content.whole,
+            units=tuple(self.done),
+            environments=tuple(record["environment"] for record in records),
+        )
+
+    def _check_sources(self) -> None:
+        """Read what the committed units were made from, also where nothing else reads it again."""
+        records = {i: self.writer.record(i) for i in range(len(self.plan.units))}
+        before = {i: record["source"] for i, record in records.items() if record is not None}
+        self.committed = set(before)
+        self.content.look(before, stopping=self.settings.stopping)
+        self.content.require(before)
+
+    def _read(self, index: int) -> Unit | None:
+        """A unit of the source; None where nothing needs it."""
+        unit = self.plan.units[index]
+        if index in self.committed and not (self._feeds(index) and self._from_source(unit)):
+            return None
+        return self.content.read(index, pin=self.settings.device.type == "cuda")
+
+    def _from_source(self, unit: UnitPlan) -> bool:
+        """Whether the next unit's inputs come from the source's weights, not the written ones."""
+        if unit.layout.kind == "embedding":
+            return not unit.steps
+        return self.plan.recipe.propagate == "original"
+
+    def _feeds(self, index: int) -> bool:
+        """Whether a later unit that is still to be done needs the activations that leave this."""
+        later = range(index + 1, len(self.plan.units))
+        return any(self.plan.units[i].calibrated and i not in self.committed for i in later)
+
+    def _replay(
+        self,
+        index: int,
+        unit: UnitPlan,
+        source: Unit | None,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Make the inputs of the next unit from a committed one, exactly as it was done then."""
+        if not self._feeds(index) or unit.layout.kind == "head":
+            return
+        if source is not None:
+            tensors = source.dequantized()
+        else:
+            tensors = self._as_written(unit, self.writer.read(unit.outputs))
+        if unit.layout.kind == "embedding":
+            self._embed(tensors)
+            return
+        self._advance(unit.layout, tensors, record["batches"])
+
+    def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A unit's weights as the files say, rounding of every tensor included."""
+        if self.plan.delta is not None:
+            return self.plan.delta.restored(unit.layout, outputs, self.plan.dtype)
+        dtype = self.plan.compute_dtype(self.settings.device)
+        return decode_unit(self.plan, unit, outputs).dequantized(dtype)
+
+    def _next_inputs(
+        self,
+        index: int,
+        unit: UnitPlan,
+        outputs: Mapping[str, Tensor],
+        originals: Mapping[str, Tensor],
+    ) -> list[int]:
+        """Make the inputs of the next unit, where one needs them, and return the batches."""
+        if unit.layout.kind == "head" or not self._feeds(index):
+            return []
+        seen = originals or self._as_written(unit, outputs)
+        if unit.layout.kind == "embedding":
+            self._embed(seen)
+            return []
+        return self._advance(unit.layout, seen, None)
+
+    def _work(
+        self, index: int, unit: UnitPlan, source: Unit
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Tensor]]:
+        """One unit's output tensors, its report rows, and the original weights where the next
+        unit's inputs are to come from them."""
+        layout, device = unit.layout, self.settings.device
+        dtype = self.plan.compute_dtype(device)
+        moved = {n: t.to(device, non_blocking=True) for n, t in source.dequantized(dtype).items()}
+        require_finite(moved)
+        if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
+            tied = self.plan.layout.tied
+            shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
+            moved |= {f"{linear.name}.weight": shared for linear in layout.linears}
+        with ExitStack() as stack:
+            current, rows = apply_passes(
+                self.plan,
+                index,
+                unit,
+                self._start(unit, source, moved),
+                observe=self._observer(unit, moved, stack),
+                learned=self.learned,
+                base=self.plan.delta.weights(unit.layout) if self.plan.delta else None,
+            )
+        kept = moved if self._from_source(unit) else {}
+        return encode_unit(self.plan, unit, current), rows, kept
+
+    def _start(self, unit: UnitPlan, source: Unit, moved: Mapping[str, Tensor]) -> Unit:
+        """A unit in float32, as passes work on it, with what model passes add to it."""
+        added = {
+            name: tensor
+            for found in self.learned.values()
+            for name, tensor in found.extra.items()
+            if name in unit.outputs
+        }
+        tensors = {name: tensor.float() for name, tensor in moved.items()}
+        return Unit(layout=source.layout, tensors=tensors, extra={**source.extra, **added})
+
+    def _observer(self, unit: UnitPlan, tensors: Mapping[str, Tensor], stack: ExitStack) -> Observe:
+        """What observes the unit; `tensors` are its weights before any pass."""
+        if not unit.calibrated:
+            return _nothing
+        assert self.runner is not None
+        runner = self.runner
+        if unit.layout.kind == "head":
+
+            def observe_head(current: Unit, changed: bool, wanted: Observable) -> Observation:
+                (site,) = wanted.sites
+                known = current.dequantized() if changed else tensors
+                stats = runner.head_stats(known, self._inputs, needs=wanted.sites[site])
+                return Observation(stats={site: stats}, module_loss=_no_module_loss)
+
+            return observe_head
+        block = stack.enter_context(runner.block(unit.layout, tensors))
+
+        def observe(current: Unit, changed: bool, wanted: Observable) -> Observation:
+            if changed:
+                block.tensors = current.dequantized()
+                block.load(block.tensors)
+            return self._halving(
+                lambda batch: block.observe(
+                    self._inputs, needs=wanted.sites, batch=batch, kv=wanted.kv
+                )
+            )
+
+        return observe
+
+    @property
+    def _inputs(self) -> Tensor:
+        assert self.hidden is not None
+        return self.hidden
+
+    def _embed(self, tensors: Mapping[str, Tensor]) -> None:
+        assert self.runner is not None and self.tokens is not None
+        self.hidden = self.runner.embed(tensors, self.tokens.ids, batch=self.settings.batch)
+
+    def _advance(
+        self, layout: UnitLayout, tensors: Mapping[str, Tensor], batches: list[int] | None
+    ) -> list[int]:
+        """Run all rows through a block, in place, and return the batches it took.
+
+        Rows are replaced as soon as they are done, so that running out of memory loses nothing;
+        the batches are recorded because other batches may round otherwise.
+        """
+        assert self.runner is not None
+        used: list[int] = []
+        rows, start = self._inputs, 0
+        with self.runner.block(layout, tensors) as block:
+            while start < rows.shape[0]:
+                if batches is not None:
+                    size = batches[len(used)]
+                    out = block.forward(rows[start : start + size])
+                else:
+                    size = min(self.settings.batch, rows.shape[0] - start)
+                    try:
+                        out = block.forward(rows[start : start + size])
+                    except torch.OutOfMemoryError:
+                        self._halve()
+                        continue
+                rows[start : start + size] = out.to(rows.dtype)
+                used.append(size)
+                start += size
+        return used
+
+    def _halving(self, attempt: Callable[[int], Observation]) -> Observation:
+        while True:
+            try:
+                return attempt(self.settings.batch)
+            except torch.OutOfMemoryError:
+                self._halve()
+
+    def _halve(self) -> None:
+        if self.settings.batch == 1:
+            raise
+        self.settings.batch //= 2
+        torch.cuda.empty_cache()
+
+    def _finished(
+        self,
+        index: int,
+        unit: UnitPlan,
+        rows: list[dict[str, Any]],
+        started: float,
+        *,
+        resumed: bool = False,
+    ) -> None:
+        device = self.settings.device
+        done = UnitDone(
+            name=unit.layout.name,
+            index=index,
+            total=len(self.plan.units),
+            rows=tuple(rows),
+            seconds=time.perf_counter() - started,
+            peak_rss=peak_rss(),
+            peak_device=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            resumed=resumed,
+        )
+        give_back()
+        self.done.append(done)
+        self.settings.on_unit(done)
+
+
+def _nothing(current: Unit, changed: bool, wanted: Observable) -> Observation:
+    raise AssertionError(f"{current.layout.name} is not calibrated")
+
+
+def _no_module_loss(site: str, weights: Mapping[str, Tensor]) -> float:
+    raise AssertionError(f"{site} was not observed")

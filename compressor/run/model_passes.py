@@ -1,0 +1,205 @@
+"""Runs a recipe's model passes over the frozen source, and keeps what each of them learned.
+
+A result lies in the work folder under the pass's number until the run has finished, so that a run
+that was killed later does not learn it again. It is sealed with the run and with the content of the
+whole source, which is read for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from compressor_calibration.tokens import TokenSet
+
+from compressor.attention.policy import (
+    check_policy,
+    combine,
+    make_policy,
+    policy_files,
+    read_policy,
+    read_policy_tensors,
+)
+from compressor.checkpoint.durable import is_file, make_way, own_folder, write_atomically
+from compressor.checkpoint.manifest import hash_file
+from compressor.checkpoint.records import Records, stated_hash, tensors_hash
+from compressor.checkpoint.source import Source
+from compressor.methods.base import LearnContext, Learned, ModelPass
+from compressor.plan.plan import Plan
+from compressor.run.apply import unit_seed
+from compressor.run.environment import environment
+from compressor.run.settings import JobSettings
+from compressor.run.source_content import SourceContent
+from compressor.runner.source_model import SourceModel
+
+Progress = Callable[[str, int, int], None]
+
+RECORD_NAME = "learned.json"
+PARTS = ("files", "plots")
+
+
+def learn(
+    plan: Plan,
+    tokens: TokenSet | None,
+    work: Path,
+    settings: JobSettings,
+    progress: Progress = lambda name, done, total: None,
+    *,
+    owner: str,
+    content: SourceContent,
+) -> dict[int, Learned]:
+    """What the plan's model passes learned, by the index of the pass.
+
+    tokens   the calibration tokens
+    work     the run's work folder; what is there whole from an interrupted run is used
+    owner    what identifies the run
+    content  the source, all of which is read where there is a model pass
+    Raises Interrupted when asked to stop, InputError where the source is not what the interrupted
+    run read, and what the passes raise.
+    """
+    found: dict[int, Learned] = {}
+    passes = {n: p.step for n, p in enumerate(plan.passes) if isinstance(p.step.params, ModelPass)}
+    if not passes:
+        return found
+    seal = _source_seal(Records(work, owner), plan, content, settings)
+    for name in ("learned", "learning"):
+        own_folder(work / name)
+    here = environment(settings.device)
+    model: SourceModel | None = None
+    for number, step in passes.items():
+        params, device = step.params, settings.device
+        assert isinstance(params, ModelPass)
+        name = f"{number}.{step.name}"
+        kept = Records(work / "learned" / name, seal)
+        known = _read(kept)
+        if known is None:
+            if kept.folder.exists():
+                settings.on_note(f"learned/{name} is not whole: {step.name} learns again")
+            if model is None:
+                model = SourceModel(plan.source, device=device, dtype=plan.compute_dtype(device))
+            scratch = Records(work / "learning" / name, seal)
+            own_folder(scratch.folder)
+            before = (scratch.get("environments.json") or {"all": []})["all"]
+            environments = [*(e for e in before if e != here), here]
+            scratch.put("environments.json", {"all": environments})
+            context = LearnContext(
+                tokens=tokens if params.reads_tokens else None,
+                seed=unit_seed(plan.recipe.seed, -1, number),
+                batch=settings.batch,
+                scratch=scratch,
+                base=lambda index: (
+                    plan.delta.weights(plan.units[index].layout) if plan.delta else {}
+                ),
+                progress=progress,
+                stopping=settings.stopping,
+            )
+            known = replace(params.learn(model, context), environments=tuple(environments))
+            own_folder(kept.folder)
+            _write(kept, known)
+            shutil.rmtree(scratch.folder)
+        found[number] = known
+    return found
+
+
+def _source_seal(
+    records: Records, plan: Plan, content: SourceContent, settings: JobSettings
+) -> str:
+    """What all that is learned is sealed with: the run, and the whole source as it is now, which
+    has to be what an interrupted run learned from."""
+    now = content.look(range(len(plan.units)), stopping=settings.stopping)
+    before = records.get("source.json")
+    if before is not None:
+        content.require(dict(enumerate(before["units"])))
+    else:
+        records.put("source.json", {"units": list(now.values())})
+    return stated_hash([records.owner, content.whole])
+
+
+def policy_of(source: Source, learned: Mapping[int, Learned]) -> dict[str, bytes]:
+    """Files of the artefact that model passes ask for: the attention policy, which joins what the
+    source carries with what was learned, and files of their own.
+
+    Raises InputError where two passes decide the same.
+    """
+    folder = source.checkpoint.folder
+    policy = read_policy(folder)
+    tensors = read_policy_tensors(folder)
+    files: dict[str, bytes] = {}
+    for found in learned.values():
+        files |= found.files
+        if found.policy is not None:
+            policy = combine(policy, make_policy(found.policy))
+            tensors |= found.values
+    if policy is None:
+        return files
+    check_policy(policy, source.layout)
+    return files | policy_files(policy, tensors)
+
+
+def learned_hash(learned: Mapping[int, Learned]) -> str:
+    """SHA-256 of what units and files are made from."""
+    stated = []
+    for number, found in sorted(learned.items()):
+        files = {name: _digest(data) for name, data in found.files.items()}
+        tensors = [tensors_hash(found.values), tensors_hash(found.extra)]
+        stated.append([number, found.policy, tensors, files])
+    return stated_hash(stated)
+
+
+def _write(records: Records, learned: Learned) -> None:
+    """Put a result in place; its record comes last and names every file by its hash."""
+    hashes: dict[str, dict[str, str]] = {}
+    for part in PARTS:
+        own_folder(records.folder / part)
+        hashes[part] = {}
+        for name, data in getattr(learned, part).items():
+            make_way(records.folder / part / name)
+            write_atomically(records.folder / part / name, data)
+            hashes[part][name] = _digest(data)
+    records.put_tensors("values.safetensors", learned.values)
+    records.put_tensors("extra.safetensors", learned.extra)
+    about = {
+        "policy": learned.policy,
+        "rows": list(learned.rows),
+        "environments": list(learned.environments),
+    }
+    records.put(RECORD_NAME, {**about, **hashes})
+
+
+def _read(records: Records) -> Learned | None:
+    """A result of which every byte is there, or None."""
+    about = records.get(RECORD_NAME)
+    if about is None:
+        return None
+    values = records.get_tensors("values.safetensors")
+    extra = records.get_tensors("extra.safetensors")
+    files = {part: _files(records.folder / part, about[part]) for part in PARTS}
+    if values is None or extra is None or None in files.values():
+        return None
+    return Learned(
+        policy=about["policy"],
+        values=values,
+        extra=extra,
+        rows=about["rows"],
+        files=files["files"] or {},
+        plots=files["plots"] or {},
+        environments=tuple(about["environments"]),
+    )
+
+
+def _files(folder: Path, hashes: Mapping[str, str]) -> dict[str, bytes] | None:
+    """The files of a folder, or None where one is not what it was."""
+    found = {}
+    for name, digest in hashes.items():
+        path = folder / name
+        if not is_file(path) or hash_file(path).sha256 != digest:
+            return None
+        found[name] = path.read_bytes()
+    return found
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

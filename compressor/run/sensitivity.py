@@ -1,0 +1,193 @@
+"""Measures how much each group of linears costs at each number of bits, block by block.
+
+A group is what must have one scheme: q/k/v, gate and up, all experts of a block, or one linear.
+Its error is the relative squared change of the hidden states after its block, averaged over
+calibration tokens, where this group alone is quantized. The recipe's transforms come first, as in a
+run; inputs are those of the unquantized model, so that groups are measured independently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.source import Source
+from compressor.errors import InputError
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.unit import Unit
+from compressor.plan.plan import Plan, make_plan
+from compressor.plan.recipe import make_recipe
+from compressor.plan.unit_plan import Observable, UnitPlan
+from compressor.run.allocate import Group, Option, Sensitivity, split_bits
+from compressor.run.apply import apply_passes
+from compressor.runner.block_runner import Block, BlockRunner, Observation
+from compressor.runner.simulate import StoredInput, quantized_inputs
+
+MEASURE = "relative squared change of the hidden states after the block, mean over tokens"
+
+
+def plans_of_bits(
+    recipe: Mapping[str, Any], source: Source, bits: Sequence[int]
+) -> dict[int, Plan]:
+    """The recipe planned with its quantizer at each number of bits, in ascending order.
+
+    Raises Problems or InputError where a plan fails or there is no one quantizer with `bits`.
+    """
+    before, quantizer = split_bits(recipe["passes"])
+    ((name, params),) = quantizer.items()
+    plans = {}
+    for number in sorted(set(bits)):
+        passes = [*before, {name: {**params, "bits": number}}]
+        plans[number] = make_plan(make_recipe({**recipe, "passes": passes}), source)
+        heads = [n for n in plans[number].passes[-1].names if n in _head(source)]
+        if heads:
+            raise InputError(
+                f"{heads[0]} has no block to be measured in", hint="leave it in `ignore`"
+            )
+    return plans
+
+
+def measure_sensitivity(
+    recipe: Mapping[str, Any],
+    source: Source,
+    bits: Sequence[int],
+    ids: Tensor,
+    *,
+    device: torch.device,
+    batch: int,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Sensitivity:
+    """Every group's error at each number of bits, and unquantized.
+
+    recipe    as plain data, with exactly one quantizer that has `bits`
+    ids       calibration tokens [rows, length]
+    progress  called with a unit's name, how many are done, and how many there are
+    """
+    plans = plans_of_bits(recipe, source, bits)
+    plan = next(iter(plans.values()))
+    runner = BlockRunner(
+        source.checkpoint.config,
+        source.arch.runtime,
+        device=device,
+        dtype=plan.compute_dtype(device),
+    )
+    units = source.layout.units
+    embedding = source.read_unit(units[0]).dequantized()
+    hidden = runner.embed(embedding, ids, batch=batch)
+    groups: list[Group] = []
+    for index, layout in enumerate(units[1:-1], 1):
+        found, hidden = _measure_block(plans, index, hidden, runner=runner, batch=batch)
+        groups += found
+        progress(layout.name, index, len(units) - 2)
+    return Sensitivity(
+        recipe=dict(recipe), measure=MEASURE, tokens=ids.numel(), groups=tuple(groups)
+    )
+
+
+def _measure_block(
+    plans: Mapping[int, Plan], index: int, hidden: Tensor, *, runner: BlockRunner, batch: int
+) -> tuple[list[Group], Tensor]:
+    """The groups of one block, and the next block's inputs."""
+    any_plan = next(iter(plans.values()))
+    layout = any_plan.units[index].layout
+    raw = any_plan.source.read_unit(layout)
+    start = Unit(
+        layout=layout,
+        tensors={k: v.to(runner.device, torch.float32) for k, v in raw.dequantized().items()},
+        extra=raw.extra,
+    )
+    wanted = groups_of(layout, any_plan.passes[-1].names)
+    options: list[list[Option]] = [[] for _ in wanted]
+    with runner.block(layout, start.tensors) as block:
+        outputs = block.forward_rows(hidden, batch=batch)
+
+        def observe(current: Unit, changed: bool, needs: Observable) -> Observation:
+            block.tensors = current.dequantized()
+            block.load(block.tensors)
+            return block.observe(hidden, needs=needs.sites, batch=batch, kv=needs.kv)
+
+        for bits, plan in plans.items():
+            unit = plan.units[index]
+            if not wanted:
+                break
+            last = len(unit.steps) - 1
+            first = replace(unit, steps=unit.steps[:last], seen=unit.seen[:last])
+            second = replace(unit, steps=unit.steps[last:], seen=unit.seen[last:])
+            floats, _ = apply_passes(plan, index, first, start, observe=observe, learned={})
+            rounded, _ = apply_passes(plan, index, second, floats, observe=observe, learned={})
+            for number, linears in enumerate(wanted):
+                error = _error(block, plan, linears, floats, rounded, hidden, outputs, batch=batch)
+                size = bits_per_weight(unit, linears)
+                options[number].append(Option(bits=bits, bits_per_weight=size, error=error))
+    stored = any_plan.dtype.itemsize * 8
+    groups = [
+        Group(
+            linears=tuple(linear.name for linear in linears),
+            weights=_weights(linears),
+            options=(*found, Option(bits=None, bits_per_weight=stored, error=0.0)),
+        )
+        for linears, found in zip(wanted, options, strict=True)
+    ]
+    return groups, outputs
+
+
+def groups_of(unit: UnitLayout, names: frozenset[str]) -> list[list[Linear]]:
+    """The unit's linears among `names`, by what must have one scheme, in order."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in unit.linears:
+        if linear.name in names:
+            groups.setdefault(linear.fused or linear.name, []).append(linear)
+    return list(groups.values())
+
+
+def bits_per_weight(unit: UnitPlan, linears: Sequence[Linear]) -> float:
+    """What the planned tensors of some linears take, without their biases."""
+    modules = {linear.name for linear in linears}
+    size = sum(
+        shape.nbytes
+        for name, shape in unit.outputs.items()
+        if name.rpartition(".")[0] in modules and not name.endswith(".bias")
+    )
+    return 8 * size / _weights(linears)
+
+
+def _weights(linears: Sequence[Linear]) -> int:
+    return sum(linear.out_features * linear.in_features for linear in linears)
+
+
+def _error(
+    block: Block,
+    plan: Plan,
+    linears: Sequence[Linear],
+    floats: Unit,
+    rounded: Unit,
+    hidden: Tensor,
+    outputs: Tensor,
+    *,
+    batch: int,
+) -> float:
+    """Relative squared change of a block's outputs where only some linears are quantized."""
+    names = {linear.name for linear in linears}
+    own = {f"{n}.weight": q.dequantize() for n, q in rounded.quantized.items() if n in names}
+    block.load({**floats.dequantized(), **own})
+    inputs = {
+        name: StoredInput(spec, rounded.input_scales.get(name))
+        for name in names
+        if (spec := plan.schemes.linears[name].input) is not None
+    }
+    total = 0.0
+    with quantized_inputs(block, inputs):
+        for start in range(0, hidden.shape[0], batch):
+            wanted = outputs[start : start + batch].float()
+            off = block.forward(hidden[start : start + batch]).float() - wanted
+            size = wanted.square().sum(-1).clamp(min=1e-30)
+            total += float((off.square().sum(-1) / size).sum(dtype=torch.float64))
+    return total / (hidden.shape[0] * hidden.shape[1])
+
+
+def _head(source: Source) -> set[str]:
+    return {linear.name for linear in source.layout.units[-1].linears}

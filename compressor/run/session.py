@@ -1,0 +1,311 @@
+"""A recipe from its first check to a finished checkpoint: locate, plan, run, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from compressor_calibration.tokens import TokenSet
+
+from compressor.checkpoint.assemble import finish, take_up
+from compressor.checkpoint.delta.base import locate_base, survey
+from compressor.checkpoint.durable import make_folder, write_atomically
+from compressor.checkpoint.find import Located, locate, name_folder
+from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
+from compressor.checkpoint.records import stated_hash
+from compressor.checkpoint.workspace import owned
+from compressor.errors import InputError, Problems
+from compressor.foreign.calls import foreign
+from compressor.methods.base import Learned
+from compressor.plan.estimate import Estimates, batch_rows, estimate
+from compressor.plan.plan import Plan, make_plan
+from compressor.plan.preflight import preflight
+from compressor.plan.recipe import AFTERWARDS, Recipe
+from compressor.plan.unit_plan import DTYPES
+from compressor.run.environment import environment, versions
+from compressor.run.loop import run_units
+from compressor.run.model_passes import learn, learned_hash, policy_of
+from compressor.run.settings import JobSettings, UnitDone
+from compressor.run.source_content import SourceContent
+from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
+from compressor.run.warm_up import warm_up
+from compressor.runner.heap import share_heap
+from compressor.runner.process_memory import rss
+from compressor.verify.kernels.check import enable_interpreter
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run of which everything that can be known beforehand is known and right.
+
+    calibration, evaluation  token sets;  haystack  text that the passkey probe hides its key in
+    batch                    rows of calibration tokens in one forward pass
+    """
+
+    recipe: Recipe
+    located: Located
+    plan: Plan
+    estimates: Estimates
+    calibration: TokenSet | None
+    evaluation: TokenSet | None
+    haystack: str
+    device: torch.device
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A finished checkpoint. `units` and `learned` are empty where it was finished before.
+
+    learned  what model passes found, by the index of the pass
+    """
+
+    output: Path
+    units: tuple[UnitDone, ...]
+    already: bool
+    learned: Mapping[int, Learned] = field(default_factory=dict)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU. Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"{name!r} is not a device", hint="cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"{name!r} is not supported", hint="cpu, cuda or cuda:1")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("this machine has no usable GPU", hint="--device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"there is no {name}", hint=f"GPUs: {torch.cuda.device_count()}")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    device_memory: int | None = None,
+    resident: int | None = None,
+) -> Prepared:
+    """Locate the model (downloading it if need be), plan, and cut the token sets.
+
+    resident  what the process held before it did anything, for the estimate; what it holds now, if
+              None
+    Raises InputError or Problems with all that is wrong, before any weight is read.
+    """
+    share_heap()
+    resident = rss() if resident is None else resident
+    if device.type == "cpu":
+        # Now, since others import Triton, and it looks only once.
+        enable_interpreter()
+    located = locate(recipe.model, fetch=True, to_plan=True, dtype=DTYPES.get(recipe.dtype))
+    plan = _plan(recipe, located)
+    warm_up(plan, device)
+    tokenizer, problems = preflight(plan)
+    if problems:
+        raise Problems(problems)
+    calibration = evaluation = None
+    haystack = ""
+    if tokenizer is not None:
+        with foreign("cannot make rows of tokens"):
+            calibration, evaluation, haystack = _token_sets(recipe, plan, tokenizer)
+    _check_vocabulary(plan, calibration, evaluation)
+    return Prepared(
+        recipe=plan.recipe,
+        located=located,
+        plan=plan,
+        estimates=estimate(plan, device=device, resident=resident, device_memory=device_memory),
+        calibration=calibration,
+        evaluation=evaluation,
+        haystack=haystack,
+        device=device,
+        batch=batch_rows(plan, device=device, device_memory=device_memory),
+    )
+
+
+def _plan(recipe: Recipe, located: Located) -> Plan:
+    """The plan; a base is read once, for its hashes and for what the fine-tune shares with it."""
+    output = Path(recipe.output).expanduser()
+    source, beside = located.source, located.beside
+    named = [step.params.base_model() for step in recipe.passes]
+    base = next((locate_base(name, fetch=True) for name in named if name is not None), None)
+    plan = make_plan(recipe, source, output=output, base=base, beside=beside)
+    if plan.delta is None:
+        return plan
+    found = survey(plan.delta.base, source.checkpoint)
+    return make_plan(recipe, source, output=output, base=found, beside=beside)
+
+
+def _token_sets(
+    recipe: Recipe, plan: Plan, tokenizer: Any
+) -> tuple[TokenSet | None, TokenSet | None, str]:
+    """Calibration and evaluation rows, and the text of the passkey probe; those that are needed."""
+    calibration = evaluation = None
+    haystack = ""
+    if plan.calibrated:
+        calibration = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
+    if recipe.evaluate is not None:
+        evaluation = evaluation_tokens(tokenizer, recipe.evaluate, calibration=calibration)
+        haystack = passkey_text(tokenizer, recipe.evaluate)
+    return calibration, evaluation, haystack
+
+
+def _check_vocabulary(plan: Plan, *sets: TokenSet | None) -> None:
+    size = int(plan.source.checkpoint.config.get("vocab_size", 0))
+    largest = max((int(tokens.ids.max()) for tokens in sets if tokens is not None), default=-1)
+    if 0 < size <= largest:
+        raise InputError(
+            f"the tokenizer gives token {largest}, the model knows {size}",
+            hint="the tokenizer in the model's folder belongs to another model",
+        )
+
+
+def fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """All that decides the bytes of the artefact. No time, no path of this machine."""
+    entries = prepared.located.source.checkpoint.entries
+    shapes = [
+        [name, str(e.spec.dtype), list(e.spec.shape), e.begin]
+        for name, e in sorted(entries.items())
+    ]
+    config = prepared.located.source.checkpoint.config
+    delta = prepared.plan.delta
+    here = environment(prepared.device) if prepared.recipe.reproducible else None
+    return {
+        "recipe": {k: v for k, v in portable(prepared.recipe).items() if k not in AFTERWARDS},
+        "source": {
+            **prepared.located.identity,
+            "config": stated_hash(config),
+            "headers": stated_hash(shapes),
+            "tokenizer": stated_hash(_tokenizer(prepared.located.source.checkpoint.folder)),
+        },
+        **({"base": delta.config()["base"]} if delta is not None else {}),
+        "tokens": prepared.calibration.sha256 if prepared.calibration else None,
+        "passes": {
+            f"{i}.{p.step.name}": p.step.params.version for i, p in enumerate(prepared.plan.passes)
+        },
+        "compute": {
+            "device": _device_name(prepared.device),
+            "dtype": str(prepared.plan.compute_dtype(prepared.device)).removeprefix("torch."),
+            "batch": prepared.batch,
+            **({"environment": here} if here is not None else {}),
+        },
+        "versions": versions(),
+    }
+
+
+def _tokenizer(folder: Path) -> dict[str, str]:
+    """Hashes of what turns text into tokens, which passes also do by themselves."""
+    files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    return {path.name: hash_file(path).sha256 for path in sorted(files) if path.is_file()}
+
+
+def portable(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without where it writes; local files by their last name only."""
+    data = recipe.resolved()
+    data["model"] = _portable_model(data["model"])
+    for section in (data["calibration"], data.get("evaluate") or {}):
+        for source in (section, *section.get("mix", ())):
+            if "data" in source:
+                source["data"] = _last_name(source["data"])
+    for entry in data["passes"]:
+        for params in entry.values():
+            if "base" in params:
+                params["base"] = _portable_model(params["base"])
+    return data
+
+
+def _portable_model(value: str) -> str:
+    path = Path(value).expanduser()
+    return "@".join(name_folder(path).values()) if path.is_dir() else _last_name(value)
+
+
+def _last_name(value: str) -> str:
+    path = Path(value).expanduser()
+    return path.resolve().name if path.exists() else value
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def compile_checkpoint(
+    prepared: Prepared,
+    *,
+    on_unit: Callable[[UnitDone], None] = lambda done: None,
+    on_learning: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Compiled:
+    """Write the checkpoint into the recipe's output folder, continuing an interrupted run.
+
+    on_note  told what an interrupted run left damaged, which is done again
+    A finished output of the same run is left as it is; one of another run is refused.
+    """
+    recipe, plan = prepared.recipe, prepared.plan
+    output = Path(recipe.output).expanduser()
+    about = fingerprint(prepared)
+    with owned(output, manifest=MANIFEST_NAME) as work:
+        if take_up(work, output, layout=plan.shards, about=about, judged_later=recipe.verify):
+            return Compiled(output=output, units=(), already=True)
+        settings = JobSettings(
+            device=prepared.device,
+            batch=prepared.batch,
+            on_unit=on_unit,
+            on_note=on_note,
+            stopping=stopping,
+        )
+        owner, content = stated_hash(about), SourceContent(plan)
+        learned = learn(
+            plan, prepared.calibration, work, settings, on_learning, owner=owner, content=content
+        )
+        # Passes that contradict each other are refused before any block is worked on.
+        files = policy_of(prepared.located.source, learned)
+        result = run_units(
+            plan,
+            prepared.calibration,
+            work,
+            settings,
+            owner=stated_hash([owner, learned_hash(learned)]),
+            content=content,
+            learned=learned,
+        )
+        for found in learned.values():
+            for name, data in found.plots.items():
+                make_folder(output / "plots")
+                write_atomically(output / "plots" / name, data)
+        used = [e for found in learned.values() for e in found.environments]
+        used += result.environments
+        finish(
+            work,
+            output,
+            writer=result.writer,
+            config=plan.config,
+            extra_files=plan.files,
+            files=files,
+            beside=prepared.located.source.checkpoint.folder,
+            recipe=yaml.safe_dump(portable(recipe), sort_keys=False).encode(),
+            about={
+                **about,
+                "source": {**about["source"], "content": result.source_hash},
+                "environment": [e for i, e in enumerate(used) if e not in used[:i]],
+            },
+        )
+    return Compiled(output=output, units=result.units, already=False, learned=learned)

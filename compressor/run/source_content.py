@@ -1,0 +1,71 @@
+"""A source that is the same whenever it is read: each unit's content is hashed, and compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from compressor.checkpoint.reader import content_hash
+from compressor.errors import InputError, Interrupted
+from compressor.ir.unit import Unit
+from compressor.plan.plan import Plan
+
+
+@dataclass(slots=True)
+class SourceContent:
+    """Units of a plan's source as this process found them.
+
+    hashes  by the index of the unit, of those that have been read
+    """
+
+    plan: Plan
+    hashes: dict[int, str] = field(default_factory=dict)
+
+    def read(self, index: int, *, pin: bool = False) -> Unit:
+        """One unit, on the CPU. Raises InputError where it is not what it was."""
+        source, layout = self.plan.source, self.plan.units[index].layout
+        raw = source.checkpoint.read(source.names(layout), pin=pin)
+        self._note(index, content_hash(raw))
+        return source.assemble(layout, raw)
+
+    def look(
+        self, units: Iterable[int], *, stopping: Callable[[], bool] = lambda: False
+    ) -> dict[int, str]:
+        """The hashes of some units; those that are not known yet are read for it.
+
+        Raises Interrupted when asked to stop.
+        """
+        wanted = list(units)
+        for index in wanted:
+            if index not in self.hashes:
+                if stopping():
+                    raise Interrupted
+                names = self.plan.source.names(self.plan.units[index].layout)
+                self._note(index, content_hash(self.plan.source.checkpoint.read(names)))
+        return {index: self.hashes[index] for index in wanted}
+
+    def require(self, before: Mapping[int, str]) -> None:
+        """Raises InputError with the name of the first unit that an interrupted run read as
+        something else. All of them are known."""
+        for index, digest in sorted(before.items()):
+            if self.hashes[index] != digest:
+                raise InputError(
+                    f"{self.plan.units[index].layout.name} of the source is not what the "
+                    "interrupted run read",
+                    hint="restore the source, or start anew in another folder",
+                )
+
+    @property
+    def whole(self) -> str:
+        """One hash for all units, in order."""
+        lines = (self.hashes[index] for index in range(len(self.plan.units)))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _note(self, index: int, digest: str) -> None:
+        if self.hashes.setdefault(index, digest) != digest:
+            raise InputError(
+                f"{self.plan.units[index].layout.name} of the source changed while this run read "
+                "it",
+                hint="leave the source alone, and start anew in another folder",
+            )

@@ -1,0 +1,62 @@
+"""What takes seconds the first time on a GPU, done aside while the recipe is being prepared.
+
+The device's context, the libraries of matrix products, page-locked memory and the kernels of the
+passes are all needed by the first block, and none of them needs a weight or a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import torch
+
+from compressor.plan.plan import Plan
+
+UNITS_AHEAD = 3
+"""Units whose weights get page-locked memory beforehand: the embedding, a block that is worked on,
+and one that is read meanwhile. Later ones find what these gave back."""
+
+
+def warm_up(plan: Plan, device: torch.device) -> None:
+    """Start in the background; the first use of anything waits only for what is left of it."""
+    if device.type != "cuda":
+        return
+    # Imported by this thread, since two threads in the middle of the same imports may block.
+    with contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
+    torch.zeros(1, device=device)
+    threading.Thread(target=_warm_up, args=(plan, device), daemon=True).start()
+
+
+def _warm_up(plan: Plan, device: torch.device) -> None:
+    # What fails here fails again where it is needed, and is reported there.
+    with contextlib.suppress(Exception), torch.cuda.device(device):
+        if plan.calibrated:
+            _multiply(plan.compute_dtype(device), device)
+        _lock_pages(plan)
+        for passing in plan.passes:
+            specs = {
+                (spec, linear.in_features)
+                for linear in plan.layout.linears
+                if linear.name in passing.names
+                and (spec := plan.schemes.linears[linear.name].weight) is not None
+            }
+            passing.step.params.compile_kernels(specs, device)
+
+
+def _multiply(dtype: torch.dtype, device: torch.device) -> None:
+    for kind in (dtype, torch.float32):
+        square = torch.zeros(64, 64, dtype=kind, device=device)
+        torch.mm(square, square)
+
+
+def _lock_pages(plan: Plan) -> None:
+    """Have blocks of page-locked memory ready: PyTorch keeps those that are given back."""
+    entries = plan.source.checkpoint.entries
+    held = [
+        torch.empty(entries[name].spec.nbytes, dtype=torch.uint8, pin_memory=True)
+        for unit in plan.units[:UNITS_AHEAD]
+        for name in plan.source.names(unit.layout)
+    ]
+    del held

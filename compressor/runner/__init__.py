@@ -1,0 +1,1 @@
+"""A transformers model of which one block is in memory."""

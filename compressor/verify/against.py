@@ -1,0 +1,253 @@
+"""A written checkpoint held against its original: every tensor, every key and file that decides the
+function, and what each block computes.
+
+Nothing that the run recorded loosens a check: what rounding may do is measured on the original.
+What cannot be compared is a failure that says so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.source import Source
+from compressor.errors import InputError
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.unit import Unit
+from compressor.verify.alignment import Matrix, rotation_between
+from compressor.verify.compare import (
+    Difference,
+    UnitComparison,
+    comparable,
+    float_floor,
+    not_finite,
+)
+from compressor.verify.compare_config import config_problems, file_problems
+from compressor.verify.compare_outputs import OutputError, Outputs
+from compressor.verify.compare_policy import policy_problems
+from compressor.verify.findings import Findings, LayerVerdict
+
+UNRELATED = 0.5
+"""Median error of an embedding's rows, best rotated, from which it is another model's."""
+
+ROTATED = 0.05
+"""The same without a rotation, from which one is looked for."""
+
+
+@dataclass(slots=True)
+class Against:
+    """The comparison of one checkpoint, unit by unit.
+
+    written   the checkpoint, a delta together with its base
+    folder    where its files lie
+    delta     for a delta, signs for each weight of a linear, by its name;  base  its base's weight
+    related   false once the embedding has shown that the original is another model's
+    """
+
+    written: Source
+    original: Source
+    folder: Path
+    device: torch.device
+    found: Findings
+    delta: Mapping[str, int] = field(default_factory=dict)
+    base: Callable[[Linear], Tensor] | None = None
+    related: bool = True
+    differences: list[Difference] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    blocks: list[OutputError] = field(default_factory=list)
+    rotation: Matrix | None = None
+    outputs: Outputs | None = None
+
+    def beside_weights(self) -> None:
+        """Config, tokenizer, generation ids, attention policy."""
+        written, original = self.written.checkpoint, self.original.checkpoint
+        problems = config_problems(written.config, original.config)
+        self.found.add("config to the original", problems, "every key that decides the function")
+        problems, alike = file_problems(self.folder, original.folder)
+        detail = f"{alike} files: tokenizer, templates, generation"
+        self.found.add("files to the original", problems, detail)
+        problems, detail = policy_problems(self.folder, self.original, self.written)
+        if problems or detail:
+            self.found.add("policy to the original", problems, detail)
+        if not same_units(self.written, self.original):
+            self.related = False
+            self.found.add(
+                "the original",
+                [f"{original.folder.name} has other blocks or sizes: it is another model"],
+                "",
+            )
+
+    def unit(self, place: int, unit: Unit) -> None:
+        """Compare one unit of the written checkpoint with the original's."""
+        layout = self.original.layout.units[place]
+        after = self._floats(unit)
+        before = self._floats(self.original.read_unit(layout))
+        if unit.layout.kind == "head":
+            self._share_head(unit.layout, after, before)
+        lacking = comparable(after, before) + not_finite(after, before)
+        if lacking:
+            self.problems += [f"{x}: it cannot be compared" for x in lacking]
+            return
+        if unit.layout.kind == "embedding":
+            self._embedding(unit.layout, after, before)
+            return
+        made = None
+        if unit.layout.kind == "block" and self.outputs is not None:
+            made = self.outputs.block(
+                unit, written=after, original=before, layout=layout, rotation=self.rotation
+            )
+        schemes = self.written.schemes.linears
+        comparison = UnitComparison(
+            unit=unit.layout,
+            written=after,
+            original=before,
+            specs={x.name: s for x in unit.layout.linears if (s := schemes[x.name].weight)},
+            dtype=self.written.checkpoint.dtype,
+            rotation=self.rotation,
+            deltas=self._deltas(unit.layout),
+        )
+        self.differences += comparison.differences()
+        if made is not None:
+            for linear in unit.layout.linears:
+                name = f"{linear.name}.weight"
+                before[name] = comparison.rounded(linear, before[name])
+            self.blocks += made.judge(before)
+
+    def _deltas(self, layout: UnitLayout) -> dict[str, tuple[Tensor, int]]:
+        if self.base is None:
+            return {}
+        return {
+            x.name: (self.base(x).to(self.device, torch.float32), self.delta[x.name])
+            for x in layout.linears
+            if x.name in self.delta
+        }
+
+    def _floats(self, unit: Unit) -> dict[str, Tensor]:
+        """A unit's weights in float32 on the device, one after the other."""
+        floats = {name: t.to(self.device, torch.float32) for name, t in unit.tensors.items()}
+        for name, q in unit.quantized.items():
+            floats[f"{name}.weight"] = q.to(self.device).dequantize(torch.float32)
+        return floats
+
+    def _share_head(
+        self, layout: UnitLayout, after: dict[str, Tensor], before: dict[str, Tensor]
+    ) -> None:
+        """A tied head is the embedding's weight; where both are tied there is none to compare."""
+        name = f"{layout.linears[0].name}.weight"
+        for source, floats, other in (
+            (self.original, before, after),
+            (self.written, after, before),
+        ):
+            tied = source.layout.tied
+            if name not in floats and name in other and tied is not None:
+                read = source.checkpoint.read([tied])[tied]
+                floats[name] = read.to(self.device, torch.float32)
+
+    def _embedding(
+        self, layout: UnitLayout, after: Mapping[str, Tensor], before: Mapping[str, Tensor]
+    ) -> None:
+        new = torch.cat([after[name] for name in layout.tensors])
+        old = torch.cat([before[name] for name in layout.tensors])
+        errors = _row_errors(new, old)
+        moved = float(errors.median()) > ROTATED
+        if moved:
+            rotation = rotation_between(old, new)
+            turned = _row_errors(new, rotation.right(old))
+            if not float(turned.median()) <= UNRELATED:
+                self.related = False
+                self.found.add("the original", [self._unrelated()], "")
+                return
+            if float(turned.median()) <= ROTATED:
+                errors, self.rotation = turned, rotation
+        floor = 2 * float_floor(self.written.checkpoint.dtype, moved=self.rotation is not None)
+        bad = (~(errors <= floor)).nonzero()[:, 0]
+        if len(bad):
+            many = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            self.problems.append(
+                f"{layout.tensors[0]}: row {int(bad[0])}{many} is not the original's"
+            )
+        error = float((new - self._turned(old)).norm() / old.norm().clamp(min=1e-30))
+        self.differences.append(Difference(layout.tensors[0], error, max(error, floor)))
+        try:
+            self.outputs = Outputs(self.written, self.original, device=self.device)
+            self.outputs.embed(before, after)
+        except (InputError, ValueError, RuntimeError, IndexError) as error:
+            self.outputs = None
+            self.problems.append(f"the blocks' outputs cannot be compared: {error}")
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else self.rotation.right(x)
+
+    def _unrelated(self) -> str:
+        return (
+            f"{self.original.checkpoint.folder.name} is not what {self.folder.name} was made from: "
+            "their embeddings have nothing in common, rotated or not"
+        )
+
+    def conclude(self) -> None:
+        """Turn what was found into checks."""
+        if not self.related:
+            return
+        for row in self.differences:
+            name = row.name
+            known = self.found.layers.get(name)
+            if known is not None or name in self._linears():
+                known = known or LayerVerdict(linear=name)
+                self.found.layers[name] = replace(known, error=row.error)
+        problems = self.problems + [p for row in self.differences if (p := row.problem)]
+        self.found.add("error to the original", problems, self._weights_detail())
+        if self.outputs is not None:
+            wrong = [p for row in self.blocks if (p := row.problem)]
+            self.found.add("outputs to the original", wrong, self._outputs_detail())
+
+    def _linears(self) -> set[str]:
+        return {linear.name for linear in self.written.layout.linears}
+
+    def _weights_detail(self) -> str:
+        names = self._linears()
+        rows = [row for row in self.differences if row.name in names]
+        schemes = self.written.schemes.linears
+        coded = [x for x in rows if x.name in self.delta or schemes[x.name].weight is not None]
+        middle = statistics.median(x.error for x in coded or rows) if rows else 0.0
+        worst = sorted(rows, key=lambda row: -row.error)[:3]
+        shown = ", ".join(f"{row.name} {row.error:.3g}" for row in worst)
+        turned = "; the rotation of the stream was read off the embedding" if self.rotation else ""
+        return (
+            f"{len(self.differences)} tensors; median {middle:.3g} of {len(coded or rows)} layers; "
+            f"largest {shown}{turned}"
+        )
+
+    def _outputs_detail(self) -> str:
+        assert self.outputs is not None
+        worst = max((row.error for row in self.blocks), default=math.nan)
+        blocks = len({row.block for row in self.blocks})
+        return (
+            f"{blocks} blocks on {self.outputs.text}, each from the original's own states; largest "
+            f"error {worst:.2g}, none beyond rounding"
+        )
+
+
+def same_units(written: Source, original: Source) -> bool:
+    """Whether the two have the same blocks, with linears of the same shapes."""
+    one, other = (
+        [
+            (u.name, sorted((x.name, x.shape) for x in u.linears), u.attention)
+            for u in s.layout.units
+        ]
+        for s in (written, original)
+    )
+    return one == other
+
+
+def _row_errors(new: Tensor, old: Tensor) -> Tensor:
+    """Relative error of each row; rows of next to nothing count by the size of the others."""
+    size = old.norm(dim=1)
+    smallest = max(float(size.median()) * 1e-3, 1e-30)
+    errors: Tensor = (new - old).norm(dim=1) / size.clamp(min=smallest)
+    return errors

@@ -1,0 +1,333 @@
+"""The original's weights in the form of the written ones, undone by nothing but exact symmetries.
+
+A model is the same function when a norm's weight moves into what reads it, when the residual stream
+is rotated, when KV heads or MLP channels change their order, when a key's channel is divided by
+what its query is multiplied by, or when the values of a head are multiplied by a matrix whose
+inverse goes into the output projection. Passes use all of these; which, and by how much, is read
+off the two checkpoints, never off a record. The original is then moved in the same way, so that
+what is left between the two is rounding, or damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.ir.layout import Fold, Linear, UnitLayout
+from compressor.ir.rows import change_rows, parts_of
+from compressor.methods.rotate import rotated_stream
+from compressor.numerics.folding import fold
+
+Tensors = dict[str, Tensor]
+Agrees = Callable[[Linear, Tensor], bool]
+"""Whether a linear's written weight is this one [out, in], rounded."""
+
+ENOUGH = 4
+"""Embedding rows for each channel from which a rotation is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A rotation R [n, n] of the residual stream, float32."""
+
+    matrix: Tensor
+
+    def right(self, x: Tensor) -> Tensor:
+        """x R for x [..., n], in x's dtype."""
+        return (x.to(self.matrix) @ self.matrix).to(x.dtype)
+
+    def left(self, x: Tensor) -> Tensor:
+        """Rᵀ x for x [n, m]."""
+        return (self.matrix.mT @ x.to(self.matrix)).to(x.dtype)
+
+
+def rotation_between(original: Tensor, written: Tensor) -> Matrix:
+    """The rotation that takes rows [tokens, n] of one embedding nearest to the other's."""
+    step = max(1, original.shape[0] // (ENOUGH * original.shape[1]))
+    product = original[::step].double().mT @ written[::step].double()
+    left, _, right = torch.linalg.svd(product)
+    return Matrix((left @ right).float())
+
+
+def align(
+    unit: UnitLayout,
+    *,
+    written: Mapping[str, Tensor],
+    original: Tensors,
+    agrees: Agrees,
+    rotation: Matrix | None = None,
+) -> Tensors:
+    """The original's tensors of a unit, moved as the written ones were: by what brings the two
+    nearer. Taking a scale back from the written ones instead would blow up the rounding of columns
+    that a dead channel made small.
+
+    written, original  every weight by its full name, float32; a tensor that is moved replaces the
+                       original's at once, since a unit in float32 is large
+    agrees             what agrees as it is needs no move of keys or values
+    """
+    if rotation is not None:
+        original |= rotated_stream(unit, original, rotation)
+    for site in unit.folds:
+        if site.kind == "norm":
+            moved = fold(original, site, unit, _plain(_norm_ratio(site, written, original)))
+            readers = unit.site_linears(site.site)
+            # By angle, since rows may be scaled too; one scale for all columns changes no angle.
+            if _cosine(readers, written, moved) > _cosine(readers, written, original) + 1e-6 or all(
+                agrees(x, moved[f"{x.name}.weight"]) for x in readers
+            ):
+                original |= moved
+    for move in (_head_order, *(_channel_order(x) for x in unit.linears)):
+        touched, changed = move(unit, written, original)
+        # By angle, since scales come later.
+        if touched and _cosine(touched, written, changed) > _cosine(touched, written, original):
+            original |= changed
+    for site in unit.folds:
+        if site.kind == "linear":
+            original |= _rescaled(site, unit, written, original, agrees)
+    for move in (_key_scales, _value_maps):
+        touched, changed = move(unit, written, original)
+        if touched and all(agrees(x, original[f"{x.name}.weight"]) for x in touched):
+            continue
+        if not touched or _distance(touched, written, {**original, **changed}) < _distance(
+            touched, written, original
+        ):
+            original |= changed
+    return original
+
+
+def _cosine(
+    linears: Sequence[Linear], written: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> float:
+    """Mean cosine of the linears' rows to the written ones, summed over linears."""
+    pairs = [(tensors[f"{x.name}.weight"], written[f"{x.name}.weight"]) for x in linears]
+    return sum(float(torch.cosine_similarity(a, b, dim=1).mean()) for a, b in pairs)
+
+
+def _norm_ratio(
+    site: Fold, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
+) -> Tensor:
+    """What the norm lost of its weight."""
+    name = f"{site.source}.weight"
+    return (original[name] + site.norm_offset) / (written[name] + site.norm_offset)
+
+
+def _row_ratio(site: Fold, written: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> Tensor:
+    """What the rows of a linear lost of their size."""
+    name = f"{site.source}.weight"
+    start, stop = site.rows or (0, written[name].shape[0])
+    new, old = written[name][start:stop], original[name][start:stop]
+    return old.square().sum(1) / (old * new).sum(1)
+
+
+def _column_ratio(
+    site: Fold, unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
+) -> Tensor:
+    """What the columns of its readers gained."""
+    names = [f"{x.name}.weight" for x in unit.site_linears(site.site)]
+    both = sum((written[n] * original[n]).sum(0) for n in names)
+    size = sum(original[n].square().sum(0) for n in names)
+    if site.repeat > 1:
+        heads = (-1, site.repeat, site.head_dim)
+        both, size = (torch.as_tensor(x).reshape(heads).sum(1).reshape(-1) for x in (both, size))
+    return torch.as_tensor(both / size)
+
+
+def _rescaled(
+    site: Fold,
+    unit: UnitLayout,
+    written: Mapping[str, Tensor],
+    original: Mapping[str, Tensor],
+    agrees: Agrees,
+) -> Tensors:
+    """The original's tensors of a fold from a linear into its readers, where that is nearer."""
+    readers = unit.site_linears(site.site)
+    touched = [*readers, *(x for x in unit.linears if x.name == site.source)]
+    before = _distance(readers, written, original)
+    for ratio in (
+        _row_ratio(site, written, original),
+        # Rows that were clipped look as if they were rescaled; then the columns know better.
+        _column_ratio(site, unit, written, original),
+    ):
+        moved = fold(original, site, unit, _plain(ratio))
+        if all(agrees(x, moved[f"{x.name}.weight"]) for x in touched):
+            break
+    else:
+        moved = fold(original, site, unit, _plain(_row_ratio(site, written, original)))
+    return moved if _distance(readers, written, moved) < before else {}
+
+
+def _plain(ratio: Tensor) -> Tensor:
+    """1 where a ratio means nothing."""
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
+
+
+def _distance(
+    linears: Sequence[Linear], after: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> float:
+    """Squared distance of the linears' weights, relative to their size in `before`."""
+    names = [f"{linear.name}.weight" for linear in linears]
+    gap = sum(float((after[name] - before[name]).square().sum()) for name in names)
+    return gap / max(sum(float(before[name].square().sum()) for name in names), 1e-30)
+
+
+Moved = tuple[list[Linear], Tensors]
+
+
+def _rows(unit: UnitLayout, tensors: Mapping[str, Tensor], role: str) -> Tensor | None:
+    """Rows of the weight with this role, [rows, in]."""
+    for linear, part in parts_of(unit, role):
+        return tensors[f"{linear.name}.weight"][part.start : part.stop]
+    return None
+
+
+def _head_order(
+    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
+) -> Moved:
+    """KV heads in another order, with the query heads that read them."""
+    shape = unit.attention
+    new, old = _rows(unit, written, "attn.k"), _rows(unit, original, "attn.k")
+    if shape is None or new is None or old is None:
+        return [], {}
+    order = _matching(new.reshape(shape.kv_heads, -1), old.reshape(shape.kv_heads, -1))
+    if order is None:
+        return [], {}
+    moved: Tensors = {}
+    for role in ("attn.q", "attn.k", "attn.v"):
+        for linear, part in parts_of(unit, role):
+
+            def sort(rows: Tensor) -> Tensor:
+                return rows.reshape(shape.kv_heads, -1, *rows.shape[1:])[order].reshape(rows.shape)
+
+            moved |= change_rows({**original, **moved}, linear, part, sort)
+    touched = _touched(unit, "attn.")
+    for linear in touched:
+        if linear.role == "attn.o":
+            old = original[f"{linear.name}.weight"]
+            heads = old.reshape(old.shape[0], shape.kv_heads, -1)[:, order]
+            moved[f"{linear.name}.weight"] = heads.reshape(old.shape)
+    return touched, moved
+
+
+def _key_scales(
+    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
+) -> Moved:
+    """Channels of keys divided by what queries are multiplied by, one for both of a rotary pair."""
+    shape = unit.attention
+    new, old = _rows(unit, written, "attn.k"), _rows(unit, original, "attn.k")
+    if shape is None or new is None or old is None:
+        return [], {}
+    if any(norm.role == "norm.k" for norm in unit.norms):
+        return _norm_scales(unit, written, original)
+    pairs = (shape.kv_heads, 2, -1)
+    up, down = (new * old).sum(1).reshape(pairs), old.square().sum(1).reshape(pairs)
+    ratio = _plain(up.sum(1, keepdim=True) / down.sum(1, keepdim=True)).expand(pairs[0], 2, -1)
+    ratio = ratio.reshape(shape.kv_heads, -1)
+    repeat = shape.heads // shape.kv_heads
+    scales = {"attn.k": ratio.reshape(-1), "attn.q": 1 / ratio.repeat_interleave(repeat, 0)}
+    moved: Tensors = {}
+    for role, by in scales.items():
+        for linear, part in parts_of(unit, role):
+            moved |= change_rows({**original, **moved}, linear, part, _times(by.reshape(-1)))
+    return [x for x in _touched(unit, "attn.") if f"{x.name}.weight" in moved], moved
+
+
+def _norm_scales(
+    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
+) -> Moved:
+    """The same where keys and queries are normalised: their norms take the scales."""
+    norms = {norm.role: norm for norm in unit.norms}
+    query, key = norms["norm.q"], norms["norm.k"]
+    new, old = (x[f"{key.name}.weight"] + key.offset for x in (written, original))
+    pairs = (new / old).reshape(2, -1)
+    ratio = _plain(pairs.prod(0).sqrt()).repeat(2)
+    moved = {
+        f"{key.name}.weight": old * ratio - key.offset,
+        f"{query.name}.weight": (original[f"{query.name}.weight"] + query.offset) / ratio
+        - query.offset,
+    }
+    return [], moved
+
+
+def _channel_order(
+    down: Linear,
+) -> Callable[[UnitLayout, Mapping[str, Tensor], Mapping[str, Tensor]], Moved]:
+    """The inputs of a down projection in another order, with what makes them."""
+
+    def find(
+        unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
+    ) -> Moved:
+        if not down.role.endswith(".down"):
+            return [], {}
+        kind = down.role.removesuffix("down")
+        sources = [
+            (x, part)
+            for x, part in parts_of(unit, f"{kind}up", f"{kind}gate")
+            if x.expert == down.expert and part.stop - part.start == down.in_features
+        ]
+        linear, part = sources[-1]
+        name, rows = f"{linear.name}.weight", slice(part.start, part.stop)
+        order = _matching(written[name][rows], original[name][rows])
+        if order is None:
+            return [], {}
+        moved: Tensors = {}
+        for linear, part in sources:
+            moved |= change_rows({**original, **moved}, linear, part, lambda r: r[order])
+        moved[f"{down.name}.weight"] = original[f"{down.name}.weight"][:, order]
+        return [*dict.fromkeys(x for x, _ in sources), down], moved
+
+    return find
+
+
+def _value_maps(
+    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
+) -> Moved:
+    """The values of each KV head times a matrix A, the output projection's columns times A⁻¹."""
+    shape = unit.attention
+    new, old = _rows(unit, written, "attn.v"), _rows(unit, original, "attn.v")
+    if shape is None or new is None or old is None:
+        return [], {}
+    heads = (shape.kv_heads, shape.head_dim, -1)
+    new, old = new.reshape(heads).double(), old.reshape(heads).double()
+    maps = torch.linalg.lstsq(old.mT, new.mT).solution.mT
+    # A map of zeros has no condition number: NaN fails the comparison too.
+    if not bool(maps.isfinite().all()) or not bool((torch.linalg.cond(maps) <= 1e6).all()):
+        return [], {}
+    moved: Tensors = {}
+    for linear, part in parts_of(unit, "attn.v"):
+
+        def turn(rows: Tensor) -> Tensor:
+            return torch.bmm(maps, rows.double().reshape(heads)).reshape(rows.shape)
+
+        moved |= change_rows(original, linear, part, turn)
+    touched = [x for x in _touched(unit, "attn.") if f"{x.name}.weight" in moved]
+    back = torch.linalg.inv(maps).repeat_interleave(shape.heads // shape.kv_heads, 0)
+    for linear in unit.linears:
+        if linear.role == "attn.o":
+            weight = original[f"{linear.name}.weight"]
+            columns = weight.double().reshape(weight.shape[0], shape.heads, -1).transpose(0, 1)
+            turned = (columns @ back).transpose(0, 1).reshape(weight.shape)
+            moved[f"{linear.name}.weight"] = turned.to(weight.dtype)
+            touched.append(linear)
+    return touched, moved
+
+
+def _times(by: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: rows * by.view(-1, *[1] * (rows.dim() - 1))
+
+
+def _touched(unit: UnitLayout, prefix: str) -> list[Linear]:
+    return [x for x in unit.linears if x.role.startswith(prefix)]
+
+
+def _matching(new: Tensor, old: Tensor) -> Tensor | None:
+    """order with new[i] most like old[order[i]], by angle; None where they are in order already,
+    or two are most like the same."""
+    new, old = (torch.nn.functional.normalize(x, dim=1) for x in (new, old))
+    order = torch.cat([(part @ old.mT).argmax(1) for part in torch.split(new, 1024)])
+    there = torch.arange(len(order), device=order.device)
+    if bool((order == there).all()) or not bool((order.sort().values == there).all()):
+        return None
+    return order

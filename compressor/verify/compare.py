@@ -1,0 +1,234 @@
+"""How far the written weights of a unit are from the original's, and whether rounding explains it.
+
+What rounding may do is measured, not taken from a record: the original, moved as the written
+weights were by exact symmetries (`alignment`), is rounded to nearest in the written form, and a
+written weight is held against that. A method that compensates its rounding, or clips, is further
+from the original than rounding to nearest, but it leaves scales and means where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.qtensor import QuantSpec
+from compressor.methods.common.rounding import fused_with
+from compressor.numerics import quantize, shared_options
+from compressor.numerics.bitdelta import sign_delta
+from compressor.numerics.chunks import row_chunks
+from compressor.verify.alignment import Matrix, Tensors, align
+
+ERROR = 2.5
+"""Error of a weight, in units of what rounding to nearest gives: GPTQ, which moves weights to save
+outputs, reached 1.75 on trained models at 8 to 2 bits, all else 1.2."""
+
+LOST = 1.0
+"""Error of a weight or row that says no more of the original than zeros do."""
+
+ROW = 4.0
+"""The same as ERROR for one row: 2.1 was reached."""
+
+SHRINK = 0.6
+"""How much smaller than the original's a weight may be, in units of its rounding error. Clipping
+made it smaller by up to 0.36 of that."""
+
+OFFSET = 0.5
+"""Mean of a row's error over its root mean square: 0.06 was reached, a zero point that is off by
+one gives 0.95."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor against the original's, moved like the written one.
+
+    error     ‖written − original‖ / ‖original‖ (Frobenius)
+    expected  the same for the original rounded to nearest in the written form
+    gain      median over rows of ⟨written, original⟩ / ‖original‖², less that of rounding
+    offset    median over rows of |mean of the error| / its root mean square
+    rows      rows that are further off than rounding explains
+    """
+
+    name: str
+    error: float
+    expected: float
+    gain: float = 0.0
+    offset: float = 0.0
+    rows: tuple[int, ...] = ()
+
+    @property
+    def problem(self) -> str | None:
+        """What rounding does not explain."""
+        if not self.error < max(LOST, 1.5 * self.expected):
+            return f"{self.name} has nothing in common with the original's (error {self.error:.3g})"
+        # Nothing makes a weight larger but what correlates with rounding, by half its square.
+        larger = self.expected**2 + 0.05 * self.expected + 1e-3
+        if self.gain > larger or -self.gain > SHRINK * self.expected + 1e-3:
+            return f"{self.name} is {1 + self.gain:.3g} times what it is in the original"
+        if self.offset > OFFSET and self.error > 1.5 * self.expected:
+            return f"{self.name} is shifted against the original: its zero points are off"
+        if self.error > ERROR * self.expected:
+            return (
+                f"{self.name} is {self.error:.3g} of its own size from the original, where "
+                f"rounding gives {self.expected:.3g}"
+            )
+        if self.rows:
+            many = f" and {len(self.rows) - 1} more" if len(self.rows) > 1 else ""
+            return f"{self.name}: row {self.rows[0]}{many} differs by more than rounding"
+        return None
+
+
+@dataclass(slots=True)
+class UnitComparison:
+    """The tensors of one unit.
+
+    written, original  every tensor by its full name, float32 on one device; the original's are
+                       replaced by those that were moved, since a unit in float32 is large
+    specs              how linears are quantized
+    dtype              of the written float tensors
+    rotation           what the residual stream was turned by
+    """
+
+    unit: UnitLayout
+    written: Mapping[str, Tensor]
+    original: Tensors
+    specs: Mapping[str, QuantSpec]
+    dtype: torch.dtype
+    rotation: Matrix | None = None
+    deltas: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def differences(self) -> list[Difference]:
+        """Each tensor's, once the original's are moved as the written ones were."""
+        if not self.deltas:  # whose linears are what a fine-tune made of its base
+            align(
+                self.unit,
+                written=self.written,
+                original=self.original,
+                agrees=lambda linear, weight: self._linear(linear, weight).problem is None,
+                rotation=self.rotation,
+            )
+        linears = {f"{x.name}.weight": x for x in self.unit.linears}
+        found = []
+        for name, new in self.written.items():
+            if name in linears:
+                found.append(self._linear(linears[name], self.original[name]))
+            elif name in self.original:
+                found.append(self._plain(name, new, self.original[name]))
+        return found
+
+    def rounded(self, linear: Linear, weight: Tensor) -> Tensor:
+        """An original weight as rounding to nearest in the written form leaves it."""
+        spec = self.specs.get(linear.name)
+        if linear.name in self.deltas:
+            base, bits = self.deltas[linear.name]
+            return sign_delta(weight - base, bits=bits).merged(base, self.dtype).float()
+        if spec is None:
+            return weight.to(self.dtype).float()
+        return quantize(weight, spec, **self._shared(linear, weight, spec)).dequantize()
+
+    def _shared(self, linear: Linear, weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+        """Options of the rounding where fused linears share a scale."""
+        group = fused_with(linear)
+        same = [
+            x for x in self.unit.linears if x is not linear and group and fused_with(x) == group
+        ]
+        weights = [weight, *(self.original[f"{x.name}.weight"] for x in same)]
+        return shared_options(weights, [spec] * len(weights), [group or 0] * len(weights))[0]
+
+    def _linear(self, linear: Linear, old: Tensor) -> Difference:
+        name = f"{linear.name}.weight"
+        coded = linear.name in self.specs
+        floor = 0.0 if coded else float_floor(self.dtype, moved=True)
+        found = _Sums()
+        new, near = self.written[name], self.rounded(linear, old)
+        base = self.deltas[linear.name][0] if linear.name in self.deltas else None
+        if base is not None and float((old - base).norm()) > floor * float(old.norm()):
+            # What a delta holds is the difference: that is what must be whole.
+            new, old, near, floor = new - base, old - base, near - base, 0.0
+        for rows in row_chunks(old):
+            found.add(new[rows], old[rows], near[rows])
+        return found.difference(linear.name, floor)
+
+    def _plain(self, name: str, new: Tensor, old: Tensor) -> Difference:
+        """A norm's weight, a bias: what a move made of it is known as well as the move is."""
+        error = float((new - old).norm() / old.norm().clamp(min=1e-12))
+        if not bool(old.any()) and not bool(new.any()):
+            error = 0.0
+        expected = float_floor(self.dtype, moved=True) / ERROR
+        if name.endswith(".bias") and (spec := self.specs.get(name.removesuffix(".bias"))):
+            # Rows of a rounded weight say what the bias was multiplied by only roughly.
+            expected += 2.0**-spec.bits / 4
+        return Difference(name, error, expected)
+
+
+class _Sums:
+    """What a difference is made of, added up over chunks of rows."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def add(self, new: Tensor, old: Tensor, near: Tensor) -> None:
+        off, size = new - old, old.square().sum(1)
+        error = off.square().sum(1)
+        ratio = 1 / size.clamp(min=1e-30)
+        self.parts.append(
+            torch.stack(
+                [
+                    size,
+                    error,
+                    (near - old).square().sum(1),
+                    ((new - near) * old).sum(1) * ratio,
+                    off.mean(1).abs() / (error / off.shape[1]).sqrt().clamp(min=1e-30),
+                ]
+            )
+        )
+
+    def difference(self, name: str, floor: float) -> Difference:
+        size, error, near, gain, offset = torch.cat(self.parts, dim=1).cpu()
+        total = float(size.sum().clamp(min=1e-30))
+        expected = max((float(near.sum()) / total) ** 0.5, floor)
+        rows = (error / size.clamp(min=float(size.mean()) * 1e-6 + 1e-30)).sqrt()
+        own = (near / size.clamp(min=1e-30)).sqrt()
+        allowed = (ROW * own.clamp(min=expected)).clamp(max=LOST).maximum(1.5 * own)
+        alive = size > 0
+        return Difference(
+            name=name,
+            error=(float(error.sum()) / total) ** 0.5,
+            expected=expected,
+            gain=float(gain[alive].median()) if bool(alive.any()) else 0.0,
+            offset=float(offset.median()),
+            rows=tuple(int(i) for i in (~(rows <= allowed)).nonzero()[:, 0]),
+        )
+
+
+def float_floor(dtype: torch.dtype, *, moved: bool) -> float:
+    """Relative error that casts to a dtype may leave in a tensor, those of a few moves if `moved`.
+
+    float32 has the arithmetic of the comparison itself in it."""
+    eps = torch.finfo(dtype).eps
+    return max(eps if moved else eps / 2, 1e-4)
+
+
+def comparable(written: Mapping[str, Tensor], original: Tensors) -> list[str]:
+    """What stands in one of the two only, or in another shape."""
+    lonely = sorted(set(written) ^ set(original))
+    problems = [f"{name} is in one of the two only" for name in lonely]
+    problems += [
+        f"{name} is {list(written[name].shape)}, in the original {list(original[name].shape)}"
+        for name in written
+        if name in original and written[name].shape != original[name].shape
+    ]
+    return problems
+
+
+def not_finite(written: Mapping[str, Tensor], original: Tensors) -> list[str]:
+    """Tensors with values that nothing can be computed with."""
+    return [
+        f"{name} {where} holds NaN or infinity"
+        for where, tensors in (("as written", written), ("of the original", original))
+        for name, tensor in tensors.items()
+        if not bool(tensor.isfinite().all())
+    ]

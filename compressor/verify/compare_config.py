@@ -1,0 +1,132 @@
+"""What beside the weights decides what a model does: config, tokenizer, templates, token ids."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import InputError
+from compressor.runner.block_runner import resolved_config
+
+NOT_THE_FUNCTION = (
+    "_name_or_path",
+    "*dropout*",
+    "*_pdrop",
+    "dtype",
+    "initializer_range",
+    "name_or_path",
+    "output_*",
+    "quantization_config",
+    "return_dict",
+    "router_aux_loss_coef",
+    "sparse_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+"""Keys of config.json that training or saving read. How weights are stored, whether the head is,
+and the attention policy are held against the original by what they stand for."""
+
+DECIDING = (
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map*",
+    "added_tokens*",
+    "*vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config*",
+    "*processor*.json",
+)
+"""Files that loaders take from a checkpoint's folder because they are there."""
+
+PROVENANCE = ("transformers_version", "_from_model_config", "name_or_path", "_commit_hash")
+
+
+def deciding_files(folder: Path, patterns: tuple[str, ...] = DECIDING) -> set[str]:
+    """Names of the files of a folder that decide what its model does, relative to it."""
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    names = {str(path.relative_to(folder)) for path in paths}
+    return {
+        name
+        for name in names
+        if (folder / name).is_file()
+        and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
+    }
+
+
+def config_problems(written: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
+    """Keys of config.json that decide the function and differ, defaults filled in."""
+    try:
+        one, other = (_flat(resolved_config(config)) for config in (written, original))
+    except InputError as error:
+        return [f"config.json cannot be compared: {error.message}"]
+    problems = [
+        f"config.json says {key} {_shown(one, key)}, the original {_shown(other, key)}"
+        for key in sorted(set(one) | set(other))
+        if one.get(key) != other.get(key) and not _ignored(key)
+    ]
+    if one.get("tie_word_embeddings") and not other.get("tie_word_embeddings"):
+        problems.append("config.json ties the head to the embedding, which the original does not")
+    return problems
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _ignored(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key.split(".")[0], pattern) for pattern in NOT_THE_FUNCTION)
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key], default=str) if key in config else "nothing"
+
+
+def file_problems(written: Path, original: Path) -> tuple[list[str], int]:
+    """Files that differ in more than how they are written down, or stand in one folder only; and
+    how many are alike."""
+    ours, theirs = deciding_files(written), deciding_files(original)
+    problems = [f"{name} is missing: the original has it" for name in sorted(theirs - ours)]
+    problems += [f"{name} is not in the original" for name in sorted(ours - theirs)]
+    both = sorted(ours & theirs)
+    for name in both:
+        one, other = (folder / name for folder in (written, original))
+        try:
+            if one.read_bytes() == other.read_bytes():
+                continue
+            keys = _different(one, other) if name.endswith(".json") else [""]
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
+            continue
+        if keys:
+            where = f" ({', '.join(k for k in keys[:3] if k)})" if any(keys) else ""
+            problems.append(f"{name} is not the original's{where}")
+    return problems, len(both)
+
+
+def _different(one: Path, other: Path) -> list[str]:
+    """Keys in which two JSON files differ; [""] where they are no objects."""
+    try:
+        mine, theirs = (json.loads(path.read_bytes()) for path in (one, other))
+    except (ValueError, RecursionError):
+        return [""]
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        return [] if mine == theirs else [""]
+    keys = sorted(set(mine) | set(theirs))
+    return [k for k in keys if k not in PROVENANCE and mine.get(k) != theirs.get(k)]

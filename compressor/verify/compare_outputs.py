@@ -1,0 +1,229 @@
+"""What the written blocks compute, held against the original's on held-out text, block by block.
+
+Each block gets the original's own hidden states, so that errors do not add up and a block answers
+for itself. Everything that decides its output takes part: weights, norms, biases, rotary embedding,
+quantized inputs and keys with the scales that are stored. What rounding may do is measured on the
+same text with the original rounded to nearest, its inputs and keys with scales of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from compressor_calibration.bundled import bundled_text
+from torch import Tensor
+
+from compressor.checkpoint.source import Source
+from compressor.errors import InputError
+from compressor.ir.layout import UnitLayout
+from compressor.ir.scheme import KVSpec
+from compressor.ir.unit import Unit
+from compressor.numerics.activations import (
+    fake_quantize_activation,
+    fake_quantize_kv,
+    static_kv_scale,
+    stored_scale,
+)
+from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.runner.block_runner import Block, BlockRunner
+from compressor.runner.simulate import StoredInput, quantized_inputs, quantized_kv, stored_inputs
+from compressor.runner.tokenizer import load_tokenizer
+from compressor.verify.alignment import Matrix
+
+ROWS, LENGTH = 4, 64
+"""Rows of held-out text, and tokens of each."""
+
+ERROR = 2.0
+"""Error of a block's output in units of what rounding to nearest gives. On trained models GPTQ and
+AWQ are below 1.5 on text of another kind than they were calibrated on."""
+
+LOST = 0.9
+"""Error of an output that says next to nothing of the original's."""
+
+FLOOR = 2e-5
+"""Error that float32 arithmetic in another order leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputError:
+    """One block, by the median over tokens of ‖written − original‖ / ‖original‖.
+
+    what      attention's output, or the whole of what the block adds to the stream
+    expected  the same for the original rounded to nearest
+    """
+
+    block: str
+    what: str
+    error: float
+    expected: float
+
+    @property
+    def problem(self) -> str | None:
+        """What rounding does not explain."""
+        allowed = min(max(ERROR * self.expected, FLOOR), max(LOST, 1.2 * self.expected))
+        if self.error <= allowed:
+            return None
+        return (
+            f"{self.block}: {self.what} is {self.error:.3g} of its own size from the original's on "
+            f"held-out text, where rounding gives {self.expected:.3g}"
+        )
+
+
+class Outputs:
+    """The original's hidden states on their way through its blocks, and what is put beside them."""
+
+    def __init__(self, written: Source, original: Source, *, device: torch.device) -> None:
+        """Raises InputError where a config is none that a model can be made from."""
+        self.written, self.original, self.device = written, original, device
+        self.ids, self.text = held_out_rows(original)
+        self.runners = [self._runner(source) for source in (original, written)]
+        self.hidden: Tensor | None = None
+
+    def _runner(self, source: Source) -> BlockRunner:
+        config, names = source.checkpoint.config, source.arch.runtime
+        return BlockRunner(config, names, device=self.device, dtype=torch.float32)
+
+    def embed(self, original: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
+        """Run the embeddings; float tensors by their full names."""
+        self.hidden = self.runners[0].embed(original, self.ids)
+        self.runners[1].embed(written, self.ids)  # for the rotary tables of its own config
+
+    @torch.no_grad()
+    def block(
+        self,
+        unit: Unit,
+        *,
+        written: Mapping[str, Tensor],
+        original: Mapping[str, Tensor],
+        layout: UnitLayout,
+        rotation: Matrix | None,
+    ) -> BlockOutputs:
+        """Run one block of both: float tensors by their full names.
+
+        unit  the written block, whose stored scales are used;  layout  the original's block
+        """
+        assert self.hidden is not None
+        entering = self.hidden
+        with (
+            self.runners[0].block(layout, original) as block,
+            quantized_inputs(block, stored_inputs(self.original, layout)),
+        ):
+            self.hidden, attended = _run(block, entering)
+        added = self.hidden - entering
+        if rotation is not None:
+            entering, added = rotation.right(entering), rotation.right(added)
+            attended = rotation.right(attended)
+        found = BlockOutputs(self, unit, entering, {"attention": attended, "the block": added})
+        kv = self.written.schemes.kv
+        hook = None if kv is None else quantized_kv(kv, unit, None)
+        found.errors = found.run(written, stored_inputs(self.written, unit.layout), hook)
+        return found
+
+
+class BlockOutputs:
+    """What one written block made of the original's hidden states."""
+
+    def __init__(
+        self, outputs: Outputs, unit: Unit, entering: Tensor, wanted: Mapping[str, Tensor]
+    ) -> None:
+        self.outputs, self.unit = outputs, unit
+        self.entering, self.wanted = entering, wanted
+        self.errors: dict[str, float] = {}
+
+    @torch.no_grad()
+    def run(
+        self,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+        hook: AttentionHook | None,
+    ) -> dict[str, float]:
+        """Errors of the block with these tensors, inputs and cache."""
+        runner = self.outputs.runners[1]
+        with (
+            runner.block(self.unit.layout, tensors) as block,
+            quantized_inputs(block, inputs),
+            runner.attention(hook),
+        ):
+            after, attended = _run(block, self.entering)
+        made = {"attention": attended, "the block": after - self.entering}
+        return {what: _error(made[what], self.wanted[what]) for what in self.wanted}
+
+    def judge(self, rounded: Mapping[str, Tensor]) -> list[OutputError]:
+        """The errors, beside those of the original's tensors rounded to nearest."""
+        source = self.outputs.written
+        inputs: dict[str, Any] = {
+            name: _own_scale(stored)
+            for name, stored in stored_inputs(source, self.unit.layout).items()
+        }
+        kv = source.schemes.kv
+        expected = self.run(rounded, inputs, None if kv is None else _own_cache(kv))
+        name = self.unit.layout.name
+        return [OutputError(name, what, self.errors[what], expected[what]) for what in self.wanted]
+
+
+def _run(block: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's output, and what its attention puts out, for all rows."""
+    (linear,) = (x for x in block.unit.linears if x.role == "attn.o")
+    kept: list[Tensor] = []
+    handle = block.module(linear).register_forward_hook(lambda m, args, out: kept.append(out))
+    try:
+        return block.forward(hidden), kept[0] if kept else torch.zeros_like(hidden)
+    finally:
+        handle.remove()
+
+
+def _own_scale(stored: StoredInput) -> Callable[[Tensor], Tensor]:
+    """A linear's input quantized with a scale that it calls for itself."""
+
+    def enter(x: Tensor) -> Tensor:
+        fixed = stored.spec.mode in ("static", "local")
+        scale = stored_scale(x.abs().amax(), stored.spec) if fixed and bool(x.any()) else None
+        return x if fixed and scale is None else fake_quantize_activation(x, stored.spec, scale)
+
+    return enter
+
+
+def _own_cache(spec: KVSpec) -> AttentionHook:
+    """Attention over keys and values rounded with scales that they call for themselves."""
+
+    def rounded(x: Tensor) -> Tensor:
+        fixed = spec.per != "token_head"
+        scale = static_kv_scale(x.abs().amax((0, 2)), spec) if fixed else None
+        return fake_quantize_kv(x, spec, scale)
+
+    def hook(call: AttentionCall) -> Tensor:
+        near = replace(call, key=rounded(call.key), value=rounded(call.value))
+        return near.plain(near.query, near.key, near.value)
+
+    return hook
+
+
+def _error(new: Tensor, old: Tensor) -> float:
+    """Median over tokens, since a few tokens carry outliers that drown all else."""
+    off = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-12)
+    return float(off.median()) if bool(off.isfinite().all()) else float("inf")
+
+
+def held_out_rows(source: Source) -> tuple[Tensor, str]:
+    """Token ids [rows, length] of the bundled held-out text, and what they are.
+
+    A checkpoint without a tokenizer that loads gets ids from all over its vocabulary.
+    """
+    config = source.checkpoint.config
+    vocabulary = int(config["vocab_size"])
+    length = min(LENGTH, int(config.get("max_position_embeddings") or LENGTH))
+    count = ROWS * length
+    try:
+        tokenizer = load_tokenizer(source.checkpoint.folder)
+        text = bundled_text("held_out", "fiction")[: 16 * count]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except InputError:
+        ids = []
+    if len(ids) < count or max(ids) >= vocabulary:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(0, vocabulary, (ROWS, length), generator=generator)
+        return rows, f"{ROWS} x {length} tokens drawn from the vocabulary"
+    return torch.tensor(ids[:count]).view(ROWS, length), f"{ROWS} x {length} held-out tokens"

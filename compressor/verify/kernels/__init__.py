@@ -1,0 +1,1 @@
+"""Packed layers through the kernels that multiply by them, against float64."""

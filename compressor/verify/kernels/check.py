@@ -1,0 +1,229 @@
+"""Which kernel multiplies by a packed layer, and how its product is held against float64.
+
+One entry for each kind of scheme. On a GPU the whole layer runs; on a CPU one seeded tile of it
+runs in Triton's interpreter, and the whole layer through the kernel's plain reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
+from compressor.ir.scheme import Scheme
+from compressor.numerics.chunks import row_chunks
+from compressor.verify.kernels.layer import EVERYTHING, KernelCheck, Layer, Product, Tile
+from compressor.verify.kernels.low_bit import NVFP4, W4A8, W8A8
+from compressor.verify.kernels.mx import MX
+from compressor.verify.kernels.weight_only import WeightOnly
+
+GPU_TOKENS = (1, 16, 64)
+TILE_OUTPUTS, TILE_INPUTS = 32, 1024
+WHOLE_ROWS = 128
+"""Rows after which words, tiles and blocks of every format begin anew."""
+INTERPRETER = (3, 7)
+"""The oldest Triton whose interpreter runs these kernels."""
+
+
+class W4A16:
+    """4-bit integers, float inputs: any int4 layout, re-laid to `pack-quantized` where it is not.
+
+    Only words move in a re-layout: no code, zero point or scale changes.
+    """
+
+    name = "w4a16"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec = scheme.weight
+        if spec is None or scheme.input is not None or (spec.element, spec.bits) != ("int", 4):
+            return False
+        if spec.second != "none" or spec.zero == "offset":
+            return False
+        if spec.strategy == "channel":
+            return True
+        size = spec.group_size or 0
+        whole = size >= 8 and (128 % size == 0 or size % 128 == 0)
+        return spec.strategy == "group" and whole
+
+    def prepared(self, layer: Layer) -> Layer:
+        if "weight_packed" in layer.tensors:
+            return layer
+        return layer.laid_out(PackQuantized().encode(layer.q, input=None, input_scale=None))
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.linear.w4a16 import w4a16
+
+        packed, scales, zeros = self._operands(layer, tile, x.device)
+        half = torch.float16 if scales.dtype == torch.float16 else torch.bfloat16
+        x = x.to(half)
+        found = w4a16(
+            x,
+            packed,
+            scales,
+            zeros,
+            group_size=layer.q.spec.group_size,
+            out_dtype=torch.float32,
+        )
+        weight = layer.weight[tile.rows, tile.columns].to(x.device)
+        # The kernel may round a scale, and then its product with a code, to the inputs' dtype.
+        magnitudes = x.double().abs() @ weight.abs().mT
+        bound = (2 * torch.finfo(half).eps + 1e-5) * magnitudes + 1e-30
+        return Product(found=found, expected=x.double() @ weight.mT, bound=bound)
+
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.linear.w4a16 import w4a16_ref
+
+        x = x.double()
+        packed, scales, zeros = self._operands(layer, tile, x.device)
+        found = w4a16_ref(x, packed, scales, zeros, group_size=layer.q.spec.group_size)
+        weight = layer.weight[tile.rows, tile.columns].to(x.device)
+        bound = 1e-11 * (x.abs() @ weight.abs().mT) + 1e-30
+        return Product(found=found, expected=x @ weight.mT, bound=bound)
+
+    def _operands(
+        self, layer: Layer, tile: Tile, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed words, scales and zero points of a tile, which starts at whole words."""
+        tensors, (outputs, inputs) = layer.tensors, layer.q.shape
+        first, last, _ = tile.rows.indices(outputs)
+        left, right, _ = tile.columns.indices(inputs)
+        groups = tensors["weight_scale"].shape[1]
+        size = inputs // groups
+        among = slice(left // size, -(-right // size))
+        packed = tensors["weight_packed"][first:last, left // 8 : -(-right // 8)]
+        scales = tensors["weight_scale"][first:last, among]
+        zeros = tensors.get("weight_zero_point")
+        if zeros is not None:
+            zeros = zeros[first // 8 : -(-last // 8), among].to(device).contiguous()
+        return packed.to(device).contiguous(), scales.to(device).contiguous(), zeros
+
+
+CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), MX(), W4A8(), WeightOnly())
+"""The first that holds a scheme multiplies by it: the last takes what the fast ones leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelResult:
+    """One layer's product against float64.
+
+    kernel  the kernel's name;  triton  whether the Triton code itself ran
+    error   largest relative error of a product (RMS over its outputs);  problem  why it failed
+    """
+
+    kernel: str
+    triton: bool
+    error: float
+    problem: str = ""
+
+
+def kernel_for(scheme: Scheme, shape: tuple[int, int]) -> KernelCheck | None:
+    """The kernel that multiplies by such weights, or None."""
+    return next((check for check in CHECKS if check.holds(scheme, shape)), None)
+
+
+def interpreter_runs() -> bool:
+    """Whether Triton code runs on the CPU in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def enable_interpreter() -> None:
+    """Let Triton code run on the CPU in this process, where that works and can still be decided.
+
+    Triton looks at the variable once, when it is imported. A process that may use a GPU leaves
+    Triton to it. Interpreters before `INTERPRETER` stumble over loops with NumPy 2.4 and later.
+    """
+    if "triton" in sys.modules or torch.cuda.is_available() or _triton() < INTERPRETER:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _triton() -> tuple[int, ...]:
+    """The first two numbers of Triton's version; zeros where it is not installed."""
+    try:
+        return tuple(int(part) for part in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return (0, 0)
+
+
+def check_kernel(
+    check: KernelCheck, layer: Layer, *, device: torch.device, seed: int
+) -> KernelResult:
+    """Run a layer's product as far as the device lets it, and compare with float64."""
+    generator = torch.Generator().manual_seed(_layer_seed(layer.name, seed))
+    inputs = layer.q.shape[1]
+    products: list[Product] = []
+    triton = device.type == "cuda" or interpreter_runs()
+    if device.type == "cuda":
+        layer = replace(
+            layer,
+            tensors={name: tensor.to(device) for name, tensor in layer.tensors.items()},
+            q=layer.q.to(device),
+            weight=layer.weight.to(device),
+        )
+    layer = check.prepared(layer)
+    if device.type == "cuda":
+        for tokens in GPU_TOKENS:
+            x = torch.randn(tokens, inputs, generator=generator).to(device)
+            products.append(check.kernel(layer, x, EVERYTHING))
+    else:
+        if triton:
+            tile = seeded_tile(layer, generator)
+            columns = tile.columns.stop - tile.columns.start
+            x = torch.randn(1, columns, generator=generator)
+            products.append(check.kernel(layer, x, tile))
+        products.append(_reference(check, layer, torch.randn(2, inputs, generator=generator)))
+    errors, problem = [], ""
+    for product in products:
+        found, expected = product.found.double(), product.expected
+        difference = (found - expected).abs()
+        scale = expected.square().mean().sqrt().clamp(min=1e-30)
+        errors.append(float(difference.square().mean().sqrt() / scale))
+        wrong = ~(difference <= product.bound)
+        if bool(wrong.any()):
+            token, output = (int(i) for i in wrong.nonzero()[0])
+            gives, should = float(found[token, output]), float(expected[token, output])
+            problem = problem or (
+                f"{check.name} gives {gives:.6g} for an output that is {should:.6g} "
+                f"({int(wrong.sum())} of {wrong.numel()} wrong)"
+            )
+    return KernelResult(kernel=check.name, triton=triton, error=max(errors), problem=problem)
+
+
+def _reference(check: KernelCheck, layer: Layer, x: Tensor) -> Product:
+    """The plain reference's product with a whole layer, some rows after others."""
+    parts = [
+        check.reference(layer, x, Tile(rows=rows, columns=slice(None)))
+        for rows in row_chunks(layer.weight, multiple=WHOLE_ROWS)
+    ]
+    return Product(
+        found=torch.cat([part.found for part in parts], -1),
+        expected=torch.cat([part.expected for part in parts], -1),
+        bound=torch.cat([part.bound for part in parts], -1),
+    )
+
+
+def seeded_tile(layer: Layer, generator: torch.Generator) -> Tile:
+    """Up to TILE_OUTPUTS x TILE_INPUTS of a layer, at whole words and whole groups."""
+    outputs, inputs = layer.q.shape
+    size = layer.q.spec.group_size or inputs
+    width = max(TILE_INPUTS // size, 1) * size
+    row = _start(outputs, TILE_OUTPUTS, generator)
+    column = _start(inputs, width, generator)
+    return Tile(
+        rows=slice(row, min(row + TILE_OUTPUTS, outputs)),
+        columns=slice(column, min(column + width, inputs)),
+    )
+
+
+def _start(count: int, step: int, generator: torch.Generator) -> int:
+    return int(torch.randint(0, -(-count // step), (1,), generator=generator)) * step
+
+
+def _layer_seed(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "little")

@@ -1,0 +1,76 @@
+"""What the check of a kernel is given and what it gives: one packed linear, and its product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from compressor.ir.qtensor import QTensor
+from compressor.ir.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One packed linear.
+
+    tensors  what the file holds, by local name;  q  the same as a QTensor
+    weight   float64 [out, in] as the second reader decoded it
+    """
+
+    name: str
+    scheme: Scheme
+    tensors: Mapping[str, Tensor]
+    q: QTensor
+    weight: Tensor
+
+    def laid_out(self, tensors: Mapping[str, Tensor]) -> Layer:
+        """This layer with other tensors of the same codes and scales."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Outputs and inputs of a layer that a product is limited to."""
+
+    rows: slice
+    columns: slice
+
+
+EVERYTHING = Tile(rows=slice(None), columns=slice(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What a kernel made of x, and what float64 makes of it, both [tokens, outputs].
+
+    bound  how far the kernel's arithmetic may be off, elementwise
+    """
+
+    found: Tensor
+    expected: Tensor
+    bound: Tensor
+
+
+class KernelCheck(Protocol):
+    """How one kernel is checked."""
+
+    name: str
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        """Whether this kernel multiplies by weights of this scheme and shape."""
+        ...
+
+    def prepared(self, layer: Layer) -> Layer:
+        """The layer in the layout that the kernel reads, made once for all its products."""
+        ...
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        """The Triton kernel's product with inputs x [tokens, columns] float32 of a tile."""
+        ...
+
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        """The plain reference's product with inputs x of a tile of whole rows."""
+        ...

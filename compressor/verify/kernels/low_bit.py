@@ -1,0 +1,327 @@
+"""Checks of the kernels whose inputs are quantized too, and of NVFP4 weights.
+
+Inputs go through the activation quantizer's kernel; what is expected is the float64 product of
+what its plain reference makes of them, so that a wrong code shows as a wrong product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.ir.qtensor import QTensor
+from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.verify.kernels.layer import Layer, Product, Tile
+
+DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
+BLOCK = 128
+SUMS = 1e-5
+"""Of the sum of magnitudes: what fp32 sums may lose."""
+FP8_SUMS = 2.0**-10
+"""The same for tensor cores, which keep 13 bits below the largest term of a sum of E4M3."""
+
+
+class W8A8:
+    """int8 or E4M3 weights, a byte each, with inputs of the same kind: scales per tensor, channel
+    (int8 with zero points, too), 128 inputs or 128 × 128 block; inputs per token, tensor (static or
+    not) or 128 inputs."""
+
+    name = "w8a8"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec, input = scheme.weight, scheme.input
+        if spec is None or input is None or input.element not in DTYPES:
+            return False
+        if spec.element != {"int8": "int", "fp8_e4m3": "fp8_e4m3"}[input.element]:
+            return False
+        if spec.second != "none" or spec.zero == "offset":
+            return False
+        if spec.zero == "subtract":  # int32 sums are corrected by a zero point for each output
+            return spec.strategy in ("tensor", "channel") and input.mode != "group"
+        if input.mode == "group":
+            return _blocked(scheme) and input.group_size == BLOCK
+        return spec.strategy in ("tensor", "channel") or _blocked(scheme)
+
+    def prepared(self, layer: Layer) -> Layer:
+        return layer
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.inputs.activations import quantize_tokens
+        from compressor_kernels.linear.w8a8 import w8a8, w8a8_blocks
+
+        codes, scales = _input_codes(layer, x, quantize_tokens)
+        found = self._multiply(layer, tile, codes, scales, plain=w8a8, blocks=w8a8_blocks)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        fp8 = input_of(layer.scheme).element == "fp8_e4m3"
+        loss = FP8_SUMS if fp8 and x.is_cuda else SUMS
+        return product(found, quantized_input(layer, x), dense, loss)
+
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.inputs.activations import quantize_tokens_ref
+        from compressor_kernels.linear.w8a8 import w8a8_blocks_ref, w8a8_ref
+
+        codes, scales = _input_codes(layer, x, quantize_tokens_ref)
+        found = self._multiply(layer, tile, codes, scales, plain=w8a8_ref, blocks=w8a8_blocks_ref)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        return product(found, quantized_input(layer, x), dense, SUMS)
+
+    def _multiply(
+        self,
+        layer: Layer,
+        tile: Tile,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        plain: Callable[..., Tensor],
+        blocks: Callable[..., Tensor],
+    ) -> Tensor:
+        """Quantized inputs by a part of the layer, float32 [tokens, outputs].
+
+        plain, blocks  `w8a8` and `w8a8_blocks`, or the references of both
+        """
+        weight, weight_scales = _bytes(layer.q, tile, codes.device)
+        if _blocked(layer.scheme):
+            return blocks(
+                codes,
+                weight,
+                input_scales=scales,
+                weight_scales=weight_scales,
+                out_dtype=torch.float32,
+            )
+        return plain(
+            codes,
+            weight,
+            row_scales=scales,
+            column_scales=weight_scales,
+            column_zeros=_column_zeros(layer.q, tile, codes.device),
+            out_dtype=torch.float32,
+        )
+
+
+class NVFP4:
+    """NVFP4 weights, whose inputs are float, or NVFP4 with a calibrated or own global scale.
+
+    Rounded inputs are exact in bf16 but for their global scale, which multiplies the product.
+    """
+
+    name = "nvfp4"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec, input = scheme.weight, scheme.input
+        if spec is None or spec.element != "fp4_e2m1" or spec.second != "tensor":
+            return False
+        return input is None or input.element == "fp4_e2m1"
+
+    def prepared(self, layer: Layer) -> Layer:
+        return layer
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs
+        from compressor_kernels.linear.nvfp4 import nvfp4_matmul
+
+        operands = self._operands(layer.q, tile, x.device)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        if layer.scheme.input is None:
+            x = x.to(torch.bfloat16)
+            found = nvfp4_matmul(x, *operands, out_dtype=torch.float32)
+            return product(found, x.double(), dense, SUMS)
+        parts = quantize_nvfp4_inputs(x, amax=_amax(layer, x))
+        units, second = _units(parts)
+        found = nvfp4_matmul(units.to(torch.bfloat16), *operands, out_dtype=torch.float32) * second
+        return product(found, self._seen(layer, x), dense, SUMS)
+
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.linear.nvfp4 import nvfp4_matmul_ref
+
+        operands = self._operands(layer.q, tile, x.device)
+        seen = x.double() if layer.scheme.input is None else self._seen(layer, x)
+        found = nvfp4_matmul_ref(seen, *operands)
+        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), 1e-11)
+
+    def _seen(self, layer: Layer, x: Tensor) -> Tensor:
+        from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs_ref
+
+        units, second = _units(quantize_nvfp4_inputs_ref(x, amax=_amax(layer, x)))
+        return units.double() * second.double()
+
+    def _operands(
+        self, q: QTensor, tile: Tile, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert q.second is not None and q.spec.group_size is not None
+        codes = q.codes[tile.rows, tile.columns]
+        left, right, _ = tile.columns.indices(q.shape[1])
+        blocks = slice(left // q.spec.group_size, right // q.spec.group_size)
+        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        scales = q.scales[tile.rows, blocks].contiguous()
+        return packed.to(device), scales.to(device), q.second.reshape(1).to(device)
+
+
+class W4A8:
+    """QServe's tiles with int8 inputs per token."""
+
+    name = "w4a8"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec, input = scheme.weight, scheme.input
+        if spec is None or input != ActivationSpec("int8", "token"):
+            return False
+        if (spec.element, spec.bits) != ("int", 4) or any(side % 32 for side in shape):
+            return False
+        if spec.strategy == "channel":
+            return spec.zero == "offset" and spec.second == "none"
+        size = spec.group_size or 0
+        return spec.second == "channel" and (size in (32, 64) or (size > 0 and size % 128 == 0))
+
+    def prepared(self, layer: Layer) -> Layer:
+        if "qweight" in layer.tensors:
+            return layer
+        from compressor.formats.qserve.codec import FORMAT, INPUT
+
+        return layer.laid_out(FORMAT.encode(layer.q, model_dtype=torch.float16, input=INPUT))
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.inputs.activations import quantize_tokens
+        from compressor_kernels.linear.w4a8 import w4a8
+
+        codes, scales = quantize_tokens(x, dtype=torch.int8)
+        operands = self._operands(layer, tile, x.device)
+        found = w4a8(codes, **operands, row_scales=scales, out_dtype=torch.float32)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        return product(found, quantized_input(layer, x), dense, SUMS)
+
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.inputs.activations import quantize_tokens_ref
+        from compressor_kernels.linear.w4a8 import w4a8_ref
+
+        codes, scales = quantize_tokens_ref(x, dtype=torch.int8)
+        operands = self._operands(layer, tile, x.device)
+        found = w4a8_ref(codes, **operands, row_scales=scales, out_dtype=torch.float32)
+        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        return product(found, quantized_input(layer, x), dense, SUMS)
+
+    def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
+        """Stored tensors of a part of the layer, which starts and ends at whole tiles."""
+        tensors, (outputs, inputs) = layer.tensors, layer.q.shape
+        top, bottom, _ = tile.rows.indices(outputs)
+        left, right, _ = tile.columns.indices(inputs)
+        blocks = tensors["qweight"].reshape(outputs // 32, inputs // 32, 512)
+        blocks = blocks[top // 32 : bottom // 32, left // 32 : right // 32].contiguous()
+        found = {"qweight": blocks.reshape(bottom - top, (right - left) // 2)}
+        for name in ("s1_scales", "s1_szeros"):
+            if name in tensors:
+                found[name] = tensors[name].reshape(-1)[top:bottom]
+        for name in ("s2_scales", "s2_zeros"):
+            if name in tensors:
+                size = inputs // tensors[name].shape[0]
+                found[name] = tensors[name][left // size : right // size, top:bottom].contiguous()
+        return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def _blocked(scheme: Scheme) -> bool:
+    """Whether a scale belongs to 128 inputs of one output, or to a 128 × 128 block."""
+    spec = scheme.weight
+    assert spec is not None
+    groups = spec.strategy == "group" and spec.group_size == BLOCK
+    return groups or (spec.strategy == "block" and spec.block == (BLOCK, BLOCK))
+
+
+def input_of(scheme: Scheme) -> ActivationSpec:
+    assert scheme.input is not None
+    return scheme.input
+
+
+def _bytes(q: QTensor, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes of a tile as the kernel reads them, and the scales that belong to it."""
+    codes = q.codes[tile.rows, tile.columns]
+    if q.spec.element == "int":
+        codes = (codes.to(torch.int16) - (1 << (q.spec.bits - 1))).to(torch.int8)
+    else:
+        codes = codes.contiguous().view(torch.float8_e4m3fn)
+    top, bottom, _ = tile.rows.indices(q.shape[0])
+    left, right, _ = tile.columns.indices(q.shape[1])
+    among = slice(left // BLOCK, -(-right // BLOCK))
+    scales = {
+        "tensor": q.scales,
+        "channel": q.scales[tile.rows],
+        "group": q.scales[tile.rows, among],
+        "block": q.scales[top // BLOCK : -(-bottom // BLOCK), among],
+    }[q.spec.strategy]
+    return codes.contiguous().to(device), scales.contiguous().to(device)
+
+
+def _column_zeros(q: QTensor, tile: Tile, device: torch.device) -> Tensor | None:
+    """Zero points of a tile's outputs as they stand beside centred codes, int8, or None."""
+    if q.zeros is None:
+        return None
+    zeros = q.zeros if q.spec.strategy == "tensor" else q.zeros[tile.rows]
+    return (zeros.to(torch.int16) - (1 << (q.spec.bits - 1))).to(torch.int8).to(device)
+
+
+def scale_of_inputs(layer: Layer, input: ActivationSpec, x: Tensor) -> Tensor | None:
+    """The scale of all inputs [1], or None where each token or group has its own."""
+    if input.mode == "static":
+        return _stored(layer, "input_scale").to(x.device)
+    if input.mode != "tensor":
+        return None
+    absmax = x.abs().amax().float().reshape(1)
+    return absmax / torch.full_like(absmax, LARGEST[input.element])
+
+
+def _amax(layer: Layer, x: Tensor) -> Tensor:
+    """The absmax [1] that the global scale of NVFP4 inputs stands for."""
+    if input_of(layer.scheme).mode == "tensor":
+        return x.abs().amax().float().reshape(1)
+    if "input_global_scale" in layer.tensors:
+        scale = _stored(layer, "input_global_scale").reciprocal()
+    else:
+        scale = _stored(layer, "input_scale")
+    return (scale * 2688.0).to(x.device)
+
+
+def _stored(layer: Layer, name: str) -> Tensor:
+    if name not in layer.tensors:
+        raise InputError(f"the checkpoint has no {layer.name}.{name}")
+    return layer.tensors[name].float().reshape(1)
+
+
+def quantized_input(layer: Layer, x: Tensor) -> Tensor:
+    """float64 [tokens, inputs]: what the plain reference makes of 8-bit inputs."""
+    from compressor_kernels.inputs.activations import quantize_tokens_ref
+
+    input = input_of(layer.scheme)
+    codes, scales = _input_codes(layer, x, quantize_tokens_ref)
+    if input.mode == "group" and input.group_size is not None:
+        scales = scales.repeat_interleave(input.group_size, dim=-1)
+    return codes.double() * scales.double()
+
+
+def _input_codes(
+    layer: Layer, x: Tensor, quantize: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """8-bit codes of inputs and their scales, by `quantize_tokens` or its reference."""
+    input = input_of(layer.scheme)
+    return quantize(
+        x,
+        dtype=DTYPES[input.element],
+        group_size=input.group_size if input.mode == "group" else None,
+        scale=scale_of_inputs(layer, input, x),
+    )
+
+
+def _units(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """NVFP4 inputs less their global scale, float32, and that scale."""
+    from compressor_kernels.linear.nvfp4 import nvfp4_dequantize_ref
+
+    codes, scales, second = parts
+    one = torch.ones_like(second)
+    return nvfp4_dequantize_ref(codes, scales, one, dtype=torch.float32), second
+
+
+def product(found: Tensor, seen: Tensor, weight: Tensor, loss: float) -> Product:
+    magnitudes = seen.abs() @ weight.abs().mT
+    return Product(found=found, expected=seen @ weight.mT, bound=loss * magnitudes + 1e-30)

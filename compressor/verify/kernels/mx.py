@@ -1,0 +1,63 @@
+"""Check of the kernel that multiplies by MXFP4 and MXFP8 weights, whose inputs are float or of the
+same kind: rounded inputs are exact in bf16, as the weights are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.ir.scheme import Scheme
+from compressor.verify.kernels.layer import Layer, Product, Tile
+from compressor.verify.kernels.low_bit import SUMS, product
+
+
+class MX:
+    """Microscaling weights, alone or with inputs of their own kind."""
+
+    name = "mx"
+
+    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        spec, input = scheme.weight, scheme.input
+        return spec is not None and spec.microscaled and (input is None or input.mode == "mx")
+
+    def prepared(self, layer: Layer) -> Layer:
+        return layer
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.linear.mx import mx_matmul, mx_values, quantize_mx_inputs
+
+        if layer.scheme.input is None:
+            entered = x.to(torch.bfloat16)
+            seen = entered.double()
+        else:
+            parts = quantize_mx_inputs(x, element=layer.scheme.input.element)
+            entered, seen = mx_values(*parts, dtype=torch.bfloat16), _rounded(layer, x)
+        found = mx_matmul(entered, *_operands(layer, tile, x.device), out_dtype=torch.float32)
+        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), SUMS)
+
+    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        from compressor_kernels.linear.mx import mx_matmul_ref
+
+        seen = x.double() if layer.scheme.input is None else _rounded(layer, x)
+        found = mx_matmul_ref(seen, *_operands(layer, tile, x.device))
+        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), 1e-11)
+
+
+def _rounded(layer: Layer, x: Tensor) -> Tensor:
+    """float64 inputs as the plain quantizer makes them."""
+    from compressor_kernels.linear.mx import mx_values, quantize_mx_inputs_ref
+
+    assert layer.scheme.input is not None
+    parts = quantize_mx_inputs_ref(x, element=layer.scheme.input.element)
+    return mx_values(*parts, dtype=torch.float64)
+
+
+def _operands(layer: Layer, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stored codes and exponents of a part of the layer that starts and ends at whole groups."""
+    tensors, inputs = layer.tensors, layer.q.shape[1]
+    left, right, _ = tile.columns.indices(inputs)
+    codes = tensors["weight_packed" if layer.q.spec.bits == 4 else "weight"]
+    each = inputs // codes.shape[1]
+    codes = codes[tile.rows, left // each : right // each]
+    exponents = tensors["weight_scale"].view(torch.uint8)[tile.rows, left // 32 : right // 32]
+    return codes.contiguous().to(device), exponents.contiguous().to(device)

@@ -1,0 +1,1 @@
+"""Attention: heads, chosen blocks, quantized and paged caches."""

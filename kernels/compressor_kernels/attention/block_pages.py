@@ -1,0 +1,120 @@
+"""Scores of key pages from their bounds: Quest's page selection (arXiv 2406.10774).
+
+Each page of keys keeps the smallest and the largest value of every component. A query's score of
+a page, the sum over components of the larger of q*min and q*max, is at least its dot product with
+any key of the page. Quest chooses per query head; the best score of a group's heads gives one set
+for each KV head instead. The last page is always attended (`BlockRule(..., init_blocks=0,
+local_blocks=0)`; Quest's evaluation code alone lets it drop out, `own_block=False`).
+
+Layouts: k [B, G, T, D], bounds [B, G, pages, D], q [B, H, 1, D], scores fp32 [B, H, 1, pages] or
+[B, G, 1, pages].
+"""
+
+import torch
+from torch import Tensor
+
+from compressor_kernels.triton.launch import dense, pow2
+
+
+def page_bounds(
+    k: Tensor, *, page_size: int, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest key values of each page, two of [B, G, pages, D] in k's dtype.
+
+    lengths int32 [B]: tokens of each batch row; bounds of pages past them are undefined.
+    """
+    from compressor_kernels.attention import block_pages_jit as jit
+
+    k = dense(k)
+    batch, groups, tokens, dim = k.shape
+    pages = -(-tokens // page_size)
+    low, high = (
+        torch.empty((batch, groups, pages, dim), dtype=k.dtype, device=k.device) for _ in range(2)
+    )
+    if low.numel():
+        jit.bound_kernel[(-(-pages // 32), batch * groups)](
+            k,
+            low,
+            high,
+            lengths,
+            tokens,
+            pages,
+            groups,
+            *k.stride()[:3],
+            PAGE=page_size,
+            D=dim,
+            BLOCK_P=32,
+            BLOCK_D=pow2(dim),
+        )
+    return low, high
+
+
+def page_bounds_ref(
+    k: Tensor, *, page_size: int, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`page_bounds` in plain PyTorch; pages past a row's length hold +inf and -inf."""
+    batch, groups, tokens, dim = k.shape
+    pages = -(-tokens // page_size)
+    token = torch.arange(pages * page_size, device=k.device)
+    limit = torch.full((batch,), tokens, device=k.device) if lengths is None else lengths
+    unused = (token[None, :] >= limit.to(k.device)[:, None])[:, None, :, None]
+    padded = torch.nn.functional.pad(k, (0, 0, 0, pages * page_size - tokens))
+    low, high = padded.masked_fill(unused, torch.inf), padded.masked_fill(unused, -torch.inf)
+    shape = (batch, groups, pages, page_size, dim)
+    return low.view(shape).amin(3), high.view(shape).amax(3)
+
+
+def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False) -> Tensor:
+    """Upper bound of q·k over each page's keys, fp32 [B, H, 1, pages], or [B, G, 1, pages].
+
+    group_max: the best score of the query heads that share a KV head, one set for each KV head.
+    """
+    from compressor_kernels.attention import block_pages_jit as jit
+
+    q, low, high = (dense(x) for x in (q, low, high))
+    _check(q, low, high)
+    if q.shape[2] != 1:
+        raise ValueError(f"pages are scored for one query a row, not {q.shape[2]}")
+    (batch, heads, _, dim), (groups, pages) = q.shape, low.shape[1:3]
+    sets = groups if group_max else heads
+    out = torch.empty((batch, sets, 1, pages), dtype=torch.float32, device=q.device)
+    if out.numel():
+        jit.page_kernel[(-(-pages // 32), batch * groups)](
+            q,
+            low,
+            high,
+            out,
+            pages,
+            groups,
+            *q.stride()[:2],
+            *low.stride()[:3],
+            *high.stride()[:3],
+            GROUP=heads // groups,
+            GROUP_MAX=group_max,
+            D=dim,
+            BLOCK_P=32,
+            BLOCK_D=pow2(dim),
+        )
+    return out
+
+
+def page_scores_ref(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False) -> Tensor:
+    """`page_scores` in plain PyTorch, for any number of queries: [B, H or G, Tq, pages].
+
+    The larger of q*min and q*max is q*max where q is positive and q*min elsewhere: two products.
+    """
+    _check(q, low, high)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (batch, heads, q_len, dim), groups = q.shape, low.shape[1]
+    query = q.to(wide).view(batch, groups, heads // groups, q_len, dim)
+    low, high = (x.to(wide)[:, :, None].transpose(-1, -2) for x in (low, high))
+    scores = query.clamp(min=0) @ high + query.clamp(max=0) @ low
+    return scores.amax(2) if group_max else scores.flatten(1, 2)
+
+
+def _check(q: Tensor, low: Tensor, high: Tensor) -> None:
+    fits = low.shape == high.shape and (q.shape[0], q.shape[3]) == (low.shape[0], low.shape[3])
+    if not fits or q.shape[1] % low.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)} does not fit bounds {tuple(low.shape)}, {tuple(high.shape)}"
+        )

@@ -1,0 +1,1 @@
+"""Quantizers of a linear's inputs."""

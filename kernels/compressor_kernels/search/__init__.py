@@ -1,0 +1,1 @@
+"""What methods compute again and again while they search."""

@@ -1,0 +1,225 @@
+"""The elementwise part of AWQ's searches (arXiv 2306.00978) in one pass over the weight.
+
+`candidate_delta` gives the error of one candidate scale as the next matrix product wants it;
+`clip_bounds` tries every clipping bound of a group while the group stays in registers. Grids are
+    asymmetric  scale = (high − low)/(2^b − 1), zero = clamp(−round(low/scale), 0, 2^b − 1)
+                over a range that is widened to hold zero
+    symmetric   scale = −extreme/2^(b−1), codes −2^(b−1) … 2^(b−1) − 1
+An asymmetric group of one sign, or whose range or scale is tiny or huge, takes the symmetric grid
+where that has the smaller error. Grids come
+with the scale rounded to the dtype it is stored in before codes are chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STORED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+USUAL_RANGE = (2.0**-14, 65504.0)
+"""Of a group: narrower or wider ones are tiny or huge."""
+TILE, WARPS = 4096, 4
+"""Weights that one program of `candidate_delta` works on, and its warps."""
+CLIP_TILE, CLIP_WARPS = 4096, 8
+"""The same of `clip_bounds`."""
+CLIP_SIZES = (16, 32, 64, 128, 256)
+"""Group sizes of `clip_bounds`: a group is one side of a tensor-core tile."""
+
+
+def candidate_delta(
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    stored: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Q(W·s)/s − W, [O, C] bfloat16, computed in float32.
+
+    weight      [O, C] float32, float16 or bfloat16, contiguous
+    scales      [C] float32, positive
+    group_size  inputs that share a grid, None for a whole row
+    stored      dtype the grid's scale is rounded to
+    out         contiguous bfloat16 [O, C] to write into
+    Raises ValueError for shapes and dtypes that do not fit.
+    """
+    import triton
+
+    from compressor_kernels.search.awq_candidate_jit import delta_kernel
+
+    size = _checked(weight, bits, group_size, stored)
+    if scales.shape != weight.shape[1:] or scales.dtype != torch.float32:
+        raise ValueError(f"scales {list(scales.shape)} {scales.dtype} for {list(weight.shape)}")
+    if out is None:
+        out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    if out.shape != weight.shape or out.dtype != torch.bfloat16 or not out.is_contiguous():
+        raise ValueError("out is not a contiguous bfloat16 tensor of the weight's shape")
+    groups, width = weight.numel() // size, triton.next_power_of_2(size)
+    rows = max(1, TILE // width)
+    delta_kernel[(triton.cdiv(groups, rows),)](
+        weight,
+        scales.contiguous(),
+        out,
+        groups,
+        weight.shape[1] // size,
+        SIZE=size,
+        BITS=bits,
+        SYMMETRIC=symmetric,
+        STORED=STORED[stored],
+        ROWS=rows,
+        WIDTH=width,
+        num_warps=WARPS if rows * width <= TILE else 8,
+    )
+    return out
+
+
+def candidate_delta_ref(
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    stored: torch.dtype,
+) -> Tensor:
+    """The plain reference of `candidate_delta`."""
+    size = _checked(weight, bits, group_size, stored)
+    scaled = (weight.float() * scales).view(weight.shape[0], -1, size)
+    low, high = scaled.aminmax(dim=-1)
+    values = _rounded_ref(scaled, low, high, bits=bits, symmetric=symmetric, stored=stored)
+    return (values.view(weight.shape) / scales - weight.float()).to(torch.bfloat16)
+
+
+def clip_bounds(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    bits: int,
+    symmetric: bool,
+    stored: torch.dtype,
+    grid: int = 20,
+    steps: int = 10,
+) -> Tensor:
+    """Bounds absmax·(1 − i/grid), i < steps, with the least Δ_g G_gg Δ_gᵀ in each group of a row.
+
+    weight  [O, C] float32, float16 or bfloat16, contiguous
+    gram    [C / g, g, g] float32, the diagonal blocks of the inputs' Gram matrix; g in `CLIP_SIZES`
+    Returns [O, C / g] float32. Raises ValueError for shapes and dtypes that do not fit.
+    """
+    import triton
+
+    from compressor_kernels.search.awq_candidate_jit import clip_kernel
+
+    size = gram.shape[-1]
+    _checked(weight, bits, size, stored)
+    if size not in CLIP_SIZES or gram.shape != (weight.shape[1] // size, size, size):
+        raise ValueError(f"gram {list(gram.shape)} for a weight {list(weight.shape)}")
+    rows = max(16, CLIP_TILE // size)
+    bounds = torch.empty(
+        weight.shape[0], weight.shape[1] // size, dtype=torch.float32, device=weight.device
+    )
+    clip_kernel[(triton.cdiv(weight.shape[0], rows), weight.shape[1] // size)](
+        weight,
+        gram.float().contiguous(),
+        bounds,
+        weight.shape[0],
+        weight.shape[1],
+        SIZE=size,
+        STEPS=steps,
+        GRID=grid,
+        BITS=bits,
+        SYMMETRIC=symmetric,
+        STORED=STORED[stored],
+        ROWS=rows,
+        num_warps=CLIP_WARPS,
+    )
+    return bounds
+
+
+def clip_bounds_ref(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    bits: int,
+    symmetric: bool,
+    stored: torch.dtype,
+    grid: int = 20,
+    steps: int = 10,
+) -> Tensor:
+    """The plain reference of `clip_bounds`."""
+    size = gram.shape[-1]
+    groups = weight.float().view(weight.shape[0], -1, size)
+    low, high = groups.aminmax(dim=-1)
+    largest = torch.maximum(-low, high)
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+    for i in range(steps):
+        bound = largest * (1 - i / grid)
+        clipped = groups.clamp(-bound[..., None], bound[..., None])
+        values = _rounded_ref(
+            clipped,
+            low.clamp(min=-bound),
+            high.clamp(max=bound),
+            bits=bits,
+            symmetric=symmetric,
+            stored=stored,
+        )
+        delta = values - groups
+        error = torch.einsum("rgi,gij,rgj->rg", delta, gram.float(), delta)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, bound, best)
+    return best
+
+
+def _rounded_ref(
+    groups: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetric: bool, stored: torch.dtype
+) -> Tensor:
+    """The values that codes stand for, for groups [..., g] with ranges [low, high] [...]."""
+    if symmetric:
+        return _symmetric_ref(groups, low, high, bits=bits, stored=stored)
+    levels = 2**bits - 1
+    one_sign = (low >= 0) | (high <= 0)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    span = high - low
+    step = span.clamp(min=1e-5) / levels
+    tiny = (span < USUAL_RANGE[0]) | (step < torch.finfo(stored).smallest_normal)
+    degenerate = one_sign | tiny | (span > USUAL_RANGE[1])
+    scale = _stored_ref(step, stored)[..., None]
+    steps = torch.round(groups / scale)
+    zero = (-torch.round(low[..., None] / scale)).clamp(0, levels)
+    values = ((steps + zero).clamp(0, levels) - zero) * scale
+    other = _symmetric_ref(groups, low, high, bits=bits, stored=stored)
+    # In units of the extreme, whose square may leave float32.
+    extreme = torch.maximum(-low, high).clamp(min=1e-30)[..., None]
+    errors = [((v - groups) / extreme).square().sum(-1) for v in (values, other)]
+    better = degenerate & (errors[1] < errors[0])
+    return torch.where(better[..., None], other, values)
+
+
+def _symmetric_ref(
+    groups: Tensor, low: Tensor, high: Tensor, *, bits: int, stored: torch.dtype
+) -> Tensor:
+    half = 2 ** (bits - 1)
+    scale = _stored_ref(torch.maximum(-low, high).clamp(min=1e-5) / half, stored)
+    scale = torch.where(high > -low, -scale, scale)[..., None]
+    return torch.round(groups / scale).clamp(-half, half - 1) * scale
+
+
+def _stored_ref(step: Tensor, stored: torch.dtype) -> Tensor:
+    """Positive scales as they will be stored, in float32."""
+    info = torch.finfo(stored)
+    return step.clamp(max=info.max).to(stored).float().clamp(min=info.smallest_normal * info.eps)
+
+
+def _checked(weight: Tensor, bits: int, group_size: int | None, stored: torch.dtype) -> int:
+    """The size of a group. Raises ValueError for what the kernels do not take."""
+    size = weight.shape[-1] if group_size is None else group_size
+    if weight.dim() != 2 or not weight.is_contiguous() or not weight.is_floating_point():
+        raise ValueError("the weight is not a contiguous float matrix")
+    if size < 1 or weight.shape[1] % size:
+        raise ValueError(f"{weight.shape[1]} inputs do not divide into groups of {size}")
+    if not 2 <= bits <= 8 or stored not in STORED:
+        raise ValueError(f"no grid of {bits} bits with scales in {stored}")
+    return size

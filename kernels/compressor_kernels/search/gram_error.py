@@ -1,0 +1,142 @@
+"""tr(Δ G Δᵀ) of a weight that is off by Δ, with the Gram matrix G = XᵀX of its inputs.
+
+It is Σ_jk (ΔᵀΔ)_jk G_jk, and both factors are symmetric: tiles of the square on and above the
+diagonal are multiplied in tensor cores, weighed with G where their sums lie, and leave one number
+each. Nothing of the size of the square is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from compressor_kernels.triton.launch import dense, processors
+
+BAND = 2048
+"""Columns of the square whose tiles run one row after the other, so that they share Δ in L2."""
+
+
+@dataclass(frozen=True, slots=True)
+class GramTiles:
+    """Rows and columns of a tile of the square and rows of Δ in a step, powers of two up to `BAND`;
+    warps, depth of the pipeline, and how many programs a multiprocessor holds."""
+
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    num_warps: int = 8
+    num_stages: int = 4
+    resident: int = 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that the pipeline takes."""
+        return 2 * self.num_stages * self.block_k * (self.block_m + self.block_n)
+
+
+SMALL_TILES = GramTiles(128, 128, 32, num_stages=3)
+"""For devices with little shared memory."""
+
+
+def gram_error(delta: Tensor, gram: Tensor, *, tiles: GramTiles | None = None) -> Tensor:
+    """tr(Δ G Δᵀ), a float32 scalar: products of bfloat16, all else in float32.
+
+    delta  [O, C] bfloat16; copied where the bulk copy engine cannot read it as it lies
+    gram   [C, C] float32, symmetric; only its upper half counts
+    The same inputs give the same bits on the same device. Raises ValueError for what does not fit.
+    """
+    _check(delta, gram)
+    if not delta.numel():
+        return torch.zeros((), dtype=torch.float32, device=delta.device)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from compressor_kernels.search.gram_error_jit import gram_kernel
+
+    tiles = tiles or _tiles(delta.device)
+    work = _work(*delta.shape, tiles, delta.device)
+    parts = torch.empty(len(work), dtype=torch.float32, device=delta.device)
+    delta, gram = _copyable(delta), dense(gram)
+    gram_kernel[(len(work),)](
+        TensorDescriptor.from_tensor(delta, [tiles.block_k, tiles.block_m]),
+        TensorDescriptor.from_tensor(delta, [tiles.block_k, tiles.block_n]),
+        gram,
+        work,
+        parts,
+        gram.shape[0],
+        gram.stride(0),
+        BM=tiles.block_m,
+        BN=tiles.block_n,
+        BK=tiles.block_k,
+        ASM=delta.is_cuda,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return parts.sum()
+
+
+def gram_error_ref(delta: Tensor, gram: Tensor) -> Tensor:
+    """`gram_error` in plain PyTorch, in float64."""
+    _check(delta, gram)
+    wide, upper = delta.double(), gram.double().triu()
+    return ((wide.t() @ wide) * (upper + upper.triu(1))).sum()
+
+
+@lru_cache(maxsize=64)
+def _work(rows: int, columns: int, tiles: GramTiles, device: torch.device) -> Tensor:
+    """What each program does: row and column of its tile, first and last step; int32 [programs, 4].
+
+    Programs run a device full at a time. Tiles that would leave the last round mostly empty are cut
+    into ranges of Δ's rows, whose sums add up, so that it is full and short.
+    """
+    tall, wide = tiles.block_m, tiles.block_n
+    places = [
+        (row // tall, column // wide)
+        for band in range(0, columns, BAND)
+        for row in range(0, min(band + BAND, columns), tall)
+        for column in range(band, min(band + BAND, columns), wide)
+        if column + wide > row
+    ]
+    places_at_once = processors(device) * tiles.resident
+    steps = -(-rows // tiles.block_k)
+    left = len(places) % places_at_once
+    pieces = min(places_at_once // left, steps) if left else 1
+    each = -(-steps // pieces)
+    work = [(*place, 0, steps) for place in places[: len(places) - left]]
+    for first in range(0, steps, each):
+        work += [
+            (*place, first, min(first + each, steps)) for place in places[len(places) - left :]
+        ]
+    return torch.tensor(work, dtype=torch.int32, device=device)
+
+
+def _tiles(device: torch.device) -> GramTiles:
+    tiles = GramTiles()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        # AMD's devices do not say, and have little.
+        if getattr(properties, "shared_memory_per_block_optin", 0) < tiles.shared_bytes + 1024:
+            return SMALL_TILES
+    return tiles
+
+
+def _copyable(delta: Tensor) -> Tensor:
+    """Δ itself if the bulk copy engine can read it, or a copy whose rows are whole 16 bytes."""
+    rows, columns = delta.shape
+    step, one = delta.stride()
+    if one == 1 and step % 8 == 0 and step >= columns and delta.data_ptr() % 16 == 0:
+        return delta
+    padded = delta.new_empty(rows, -(-columns // 8) * 8)
+    padded[:, :columns] = delta
+    return padded[:, :columns]
+
+
+def _check(delta: Tensor, gram: Tensor) -> None:
+    if delta.dim() != 2 or gram.shape != (delta.shape[1], delta.shape[1]):
+        raise ValueError(f"Δ {list(delta.shape)} and a Gram matrix {list(gram.shape)} do not fit")
+    if delta.dtype != torch.bfloat16 or gram.dtype != torch.float32:
+        raise ValueError(f"Δ in {delta.dtype}, Gram matrix in {gram.dtype}: bfloat16 and float32")
+    if delta.device != gram.device:
+        raise ValueError(f"Δ on {delta.device}, Gram matrix on {gram.device}")

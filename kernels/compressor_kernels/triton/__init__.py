@@ -1,0 +1,1 @@
+"""Launching, and pieces that several kernels share."""

@@ -1,0 +1,210 @@
+"""Measure rtn, awq and its options on a checkpoint: perplexity, divergence and time.
+
+    python scripts/measure/awq_options.py CHECKPOINT --group-size 64
+    python scripts/measure/awq_options.py CHECKPOINT "awq: {bits: 4, duo: true}" "rtn: {bits: 4}"
+
+A setting is a pass with its parameters, written as in a recipe; without any, rtn and awq are
+compared at 4 and 3 bits, symmetric and asymmetric. Nothing is written: each block is calibrated,
+changed by the pass, rounded to the checkpoint's dtype, and run over the held-out tokens, as a run
+and an evaluation of its files would. Texts are the bundled ones, cut from their beginning.
+
+The ratio is that of the perplexity to the unquantized model's, with its standard error over tokens.
+KL is the mean divergence of the next token's distribution from the unquantized model's, in nats; on
+as little text as this it tells settings apart far better than perplexity. Time is that of the
+calibration and the pass, without reading the checkpoint and without the evaluation.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from compressor_calibration.sources import read_documents
+from compressor_calibration.tokens import windows
+from torch import Tensor
+
+from compressor.checkpoint.source import Source, open_source
+from compressor.errors import CompressError
+from compressor.formats.base import get_format
+from compressor.ir.layout import UnitLayout
+from compressor.ir.scheme import Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import Pass, PassContext, get_pass
+from compressor.runner.block_runner import BlockRunner
+from compressor.runner.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table."""
+
+    setting: str
+    perplexity: float
+    ratio: float
+    ratio_error: float
+    kl: float
+    seconds: float
+
+
+class Measure:
+    """A checkpoint, its runner and both token sets."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.source: Source = open_source(options.checkpoint)
+        self.device = torch.device(options.device)
+        self.runner = BlockRunner(
+            self.source.checkpoint.config,
+            self.source.arch.runtime,
+            device=self.device,
+            dtype=torch.float32 if self.device.type == "cpu" else self.source.checkpoint.dtype,
+        )
+        first, *blocks, last = self.source.layout.units
+        self.blocks: list[UnitLayout] = blocks
+        embedding, self.head = self.read(first).tensors, self.read(last).tensors
+        tied = self.source.layout.tied
+        self.lm_head = embedding[tied] if tied else self.head["lm_head.weight"]
+        tokenizer = load_tokenizer(options.checkpoint)
+
+        def cut(data: str, part: str, rows: int, length: int) -> Tensor:
+            documents = read_documents(data, part=part)
+            return windows(tokenizer, documents, windows=rows, length=length).ids
+
+        calibration = cut(options.calibration, "calibration", options.samples, options.length)
+        self.targets = cut(options.evaluation, "held_out", options.windows, options.window)
+        self.calibration = self.runner.embed(embedding, calibration)
+        self.held_out = self.runner.embed(embedding, self.targets)
+        self.original = self.held_out.clone()
+        for layout in blocks:
+            self.forward(layout, self.read(layout).tensors, self.original)
+
+    def read(self, layout: UnitLayout) -> Unit:
+        """A unit in float32 on the device."""
+        unit = self.source.read_unit(layout)
+        tensors = {k: v.to(self.device, torch.float32) for k, v in unit.dequantized().items()}
+        return Unit(layout=layout, tensors=tensors)
+
+    def forward(self, layout: UnitLayout, tensors: dict[str, Tensor], hidden: Tensor) -> None:
+        with self.runner.block(layout, tensors) as block:
+            block.forward_rows(hidden, batch=self.options.batch, out=hidden)
+
+    def apply(self, step: Pass, layout: UnitLayout, hidden: Tensor) -> dict[str, Tensor]:
+        """A block's tensors after the pass, as they would be read back from the files.
+
+        `hidden` becomes the next block's calibration inputs.
+        """
+        unit, scheme = self.read(layout), step.scheme()
+        assert scheme is not None and scheme.weight is not None
+        dtype = self.source.checkpoint.dtype
+        stored = get_format("compressed-tensors").scale_dtype(scheme.weight, dtype)
+        scheme = Scheme(weight=replace(scheme.weight, scale_dtype=stored))
+        selected = step.selection.pick(layout.linears)
+        for linear in selected:
+            if reason := step.check(linear):
+                raise CompressError(f"{linear.name}: {reason}")
+        outputs = hidden.clone()
+        with self.runner.block(layout, unit.tensors) as block:
+            needs = {linear.site: step.needs() for linear in selected}
+            seen = block.observe(hidden, needs=needs, batch=self.options.batch, out=outputs)
+            context = PassContext(
+                stats=seen.stats,
+                schemes={linear.name: scheme for linear in selected},
+                selected=selected,
+                module_loss=seen.module_loss,
+                seed=0,
+            )
+            changed = step.apply(unit, context).unit
+        rounded = {k: v.to(dtype).float() for k, v in changed.tensors.items()}
+        tensors = replace(changed, tensors=rounded).dequantized()
+        if self.options.propagate == "original":
+            hidden.copy_(outputs)
+        else:
+            self.forward(layout, tensors, hidden)
+        return tensors
+
+    def run(self, setting: str) -> Result:
+        """Quantize all blocks as the setting says, one at a time, and evaluate."""
+        (name, params), *more = yaml.safe_load(setting).items()
+        if more:
+            raise CompressError(f"{setting!r} is not one pass", hint='"awq: {bits: 4}"')
+        step = get_pass(name).model_validate(params or {})
+        hidden, held_out, seconds = self.calibration.clone(), self.held_out.clone(), 0.0
+        for layout in self.blocks:
+            start = time.perf_counter()
+            tensors = self.apply(step, layout, hidden)
+            seconds += time.perf_counter() - start
+            self.forward(layout, tensors, held_out)
+        perplexity, ratio, error, kl = self.evaluate(held_out)
+        return Result(setting, perplexity, ratio, error, kl, seconds)
+
+    @torch.no_grad()
+    def evaluate(self, hidden: Tensor) -> tuple[float, float, float, float]:
+        """Perplexity, its ratio to the original's with a standard error, and the KL divergence
+        from the original, of what the blocks made of the held-out tokens."""
+        losses, differences, divergence = [], [], 0.0
+        with self.runner.head(self.head, self.lm_head) as logits:
+            for row, target in enumerate(self.targets):
+                ours = torch.log_softmax(logits(hidden[row : row + 1])[0, :-1], -1)
+                base = torch.log_softmax(logits(self.original[row : row + 1])[0, :-1], -1)
+                at = target[1:, None].to(ours.device)
+                losses.append(-ours.gather(1, at))
+                differences.append((base - ours).gather(1, at))
+                divergence += float((base.exp() * (base - ours)).sum(-1).mean())
+        loss, difference = torch.cat(losses).double(), torch.cat(differences).double()
+        ratio = math.exp(float(difference.mean()))
+        error = ratio * float(difference.std()) / math.sqrt(difference.numel())
+        return math.exp(float(loss.mean())), ratio, error, divergence / len(self.targets)
+
+
+def default_settings(group_size: int) -> list[str]:
+    """rtn and awq at 4 and 3 bits, symmetric and not."""
+    return [
+        f"{name}: {{bits: {bits}, group_size: {group_size}, symmetric: {str(symmetric).lower()}}}"
+        for bits, symmetric, name in itertools.product((4, 3), (False, True), ("rtn", "awq"))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
+    parser.add_argument("settings", nargs="*", help='passes, such as "awq: {bits: 4}"')
+    parser.add_argument("--group-size", type=int, default=64, help="of the default settings")
+    parser.add_argument(
+        "--calibration", default="bundled/prose", help="as in a recipe, or a file of text"
+    )
+    parser.add_argument(
+        "--evaluation", default="bundled/fiction", help="as in a recipe, or a file of text"
+    )
+    parser.add_argument("--samples", type=int, default=16, help="rows of calibration tokens")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--windows", type=int, default=8, help="rows of held-out tokens")
+    parser.add_argument("--window", type=int, default=512, help="tokens of each")
+    parser.add_argument("--propagate", choices=("quantized", "original"), default="quantized")
+    parser.add_argument("--batch", type=int, default=8, help="rows run at a time")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    measure = Measure(options)
+    perplexity, *_ = measure.evaluate(measure.original)
+    print(f"{'perplexity':>10} {'ratio':>17} {'KL':>8} {'seconds':>8}  setting")
+    print(f"{perplexity:>10.3f} {'':>17} {0:>8.4f} {'':>8}  unquantized", flush=True)
+    rows = []
+    for setting in options.settings or default_settings(options.group_size):
+        row = measure.run(setting)
+        rows.append(asdict(row))
+        ratio = f"{row.ratio:.4f} ± {row.ratio_error:.4f}"
+        figures = f"{row.perplexity:>10.3f} {ratio:>17} {row.kl:>8.4f} {row.seconds:>8.1f}"
+        print(f"{figures}  {setting}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"unquantized": perplexity, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

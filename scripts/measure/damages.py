@@ -1,0 +1,394 @@
+"""Damages written checkpoints, signs their manifests again, counts what `verify --against` sees.
+
+    python scripts/measure/damages.py WORK [--only rtn4,awq4] [--every N] [--table FILE]
+
+Every damage is measured: the mean KL divergence of the damaged file's next tokens to the undamaged
+one's, beside that of the undamaged to the original's, which is what rounding did. A damage that is
+not seen and is larger than rounding is a miss, and the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.checkpoint.delta.source import is_delta, open_model
+from compressor.checkpoint.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
+from compressor.checkpoint.safetensors import tensor_bytes
+from compressor.checkpoint.source import open_source
+from compressor.errors import CompressError
+from compressor.evaluate.perplexity import evaluate
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.compare_outputs import held_out_rows
+from compressor.verify.delta import verify_model
+from compressor.verify.kernels import check as kernel_checks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.support.tiny_models import build
+
+CPU = choose_device("cpu")
+Tensors = dict[str, Tensor]
+Change = Callable[["Copy"], None]
+G4 = {"bits": 4, "group_size": 32}
+W8A8 = {"bits": 8, "group_size": None, "activations": "token"}
+
+CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
+    "rtn4": ("llama", [{"rtn": {**G4, "symmetric": False}}], {}),
+    "rtn8": ("qwen2", [{"rtn": {"bits": 8, "group_size": 32}}], {"format": "gptq"}),
+    "awq4": ("llama", [{"awq": {**G4, "symmetric": False}}], {"format": "autoawq"}),
+    "gptq4": ("qwen3", [{"gptq": G4}], {}),
+    "smoothquant": ("opt", [{"smoothquant": {}}, {"rtn": W8A8}], {}),
+    "fp8": ("gemma2", [{"fp8": {}}], {}),
+    "nvfp4": ("mixtral", [{"nvfp4": {}}], {}),
+    "rotate8": ("llama", [{"rotate": {"seed": 1}}, {"rtn": {"bits": 8, "group_size": 32}}], {}),
+    "qoq": ("llama", [{"qoq": {"group_size": 32}}], {"format": "qserve"}),
+    "kv8": ("llama", [{"kv_cache": {"element": "int8"}}], {"format": "compressed-tensors"}),
+    "streaming": ("llama", [{"streaming": {"sinks": 2, "window": 16}}, {"rtn": G4}], {}),
+    "quest": (
+        "llama",
+        [{"quest": {"page_size": 4, "token_budget": 16, "dense_layers": [0]}}],
+        {},
+    ),
+    "delta": ("llama", [{"bitdelta": {"distill": "none"}}], {}),
+}
+
+
+@dataclass
+class Copy:
+    """A checkpoint folder to be damaged."""
+
+    folder: Path
+
+    def tensors(self, change: Callable[[Tensors], None]) -> None:
+        """Change the tensors of the one shard."""
+        (file,) = self.folder.glob("model*.safetensors")
+        found = load_file(file)
+        change(found)
+        ready = {name: tensor.contiguous() for name, tensor in found.items()}
+        save_file(ready, file, metadata={"format": "pt"})
+
+    def json(self, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+        """Change a JSON file."""
+        data = json.loads((self.folder / name).read_text())
+        change(data)
+        (self.folder / name).write_text(json.dumps(data))
+
+    def sign(self) -> None:
+        """A manifest that fits what lies there now."""
+        old = read_manifest(self.folder)
+        assert old is not None
+        hashes: dict[str, str] = {}
+        for file in self.folder.glob("model*.safetensors"):
+            for name, tensor in load_file(file).items():
+                hashes[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        present = [n for n in old.files if (self.folder / n).is_file()]
+        files = {name: hash_file(self.folder / name) for name in present}
+        (self.folder / MANIFEST_NAME).write_bytes(Manifest(files, hashes, old.about).to_bytes())
+
+
+def whole(copy: Copy) -> None:
+    """No damage: the same tensors, saved again."""
+    copy.tensors(lambda found: None)
+
+
+def scaled(name: str, by: float) -> Change:
+    def change(found: Tensors) -> None:
+        found[name] = (found[name].float() * by).to(found[name].dtype)
+
+    return lambda copy: copy.tensors(change)
+
+
+def swapped(one: str, two: str) -> Change:
+    def change(found: Tensors) -> None:
+        found[one], found[two] = found[two].clone(), found[one].clone()
+
+    return lambda copy: copy.tensors(change)
+
+
+def set_rows(name: str, rows: Callable[[Tensor], Tensor]) -> Change:
+    def change(found: Tensors) -> None:
+        found[name] = rows(found[name].clone())
+
+    return lambda copy: copy.tensors(change)
+
+
+def two_rows(tensor: Tensor) -> Tensor:
+    tensor[[1, 5]] = tensor[[5, 1]]
+    return tensor
+
+
+def weight_damages(names: dict[str, Tensor]) -> Iterator[tuple[str, Change]]:
+    """Of what holds weights, biases and scales."""
+    layers = sorted({n.split(".layers.")[1].split(".")[0] for n in names if ".layers." in n})
+    for name, tensor in names.items():
+        leaf = name.rpartition(".")[2]
+        if ".experts." in name and ".experts.1." not in name:
+            continue
+        small = leaf in ("k_scale", "v_scale", "input_scale", "input_global_scale")
+        if small:
+            yield f"{name} / 8", scaled(name, 1 / 8)
+            yield f"{name} * 64", scaled(name, 64.0)
+        elif "scale" in leaf and tensor.is_floating_point() and f".{layers[-1]}." in name:
+            yield from ((f"{name} * {by}", scaled(name, by)) for by in (1.02, 1.1, 4.0, -1.0))
+        elif "norm" in name and leaf == "weight" and f".{layers[0]}." not in name:
+            yield f"{name} * 1.02", scaled(name, 1.02)
+            yield f"{name} * 1.5", scaled(name, 1.5)
+        elif leaf == "bias" and f".{layers[-1]}." in name:
+            yield f"{name} * -1", scaled(name, -1.0)
+        elif leaf in ("weight", "weight_packed", "qweight", "signs") and f".{layers[0]}." in name:
+            yield f"{name} zeroed", set_rows(name, lambda t: torch.zeros_like(t))
+            if tensor.dim() > 1 and tensor.shape[0] > 5:
+                yield f"{name} two rows swapped", set_rows(name, two_rows)
+            other = name.replace(f".{layers[0]}.", f".{layers[-1]}.", 1)
+            if other in names and names[other].shape == tensor.shape:
+                yield f"{name} swapped with layer {layers[-1]}", swapped(name, other)
+        elif leaf in ("weight_zero_point", "qzeros") and f".{layers[0]}." in name:
+            # One more in each of eight zero points of four bits.
+            yield f"{name} + 1", set_rows(name, lambda t: t + 0x11111111)
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        full = next((n for n in names if n.endswith(name)), None)
+        if full is not None:
+            yield f"{full} two rows swapped", set_rows(full, two_rows)
+            yield f"{full} * 1.1", scaled(full, 1.1)
+            yield f"{full} rolled", set_rows(full, lambda t: t.roll(1, 0))
+
+
+def in_last(part: str, key: str, value: Any) -> Callable[[list[dict[str, Any]]], object]:
+    """Set one field of the last layer's policy."""
+    return lambda rows: rows[-1][part].update({key: value})
+
+
+def config_damages(config: dict[str, Any]) -> Iterator[tuple[str, Change]]:
+    """Of config.json."""
+
+    def put(**values: Any) -> Change:
+        return lambda copy: copy.json("config.json", lambda data: data.update(values))
+
+    rope = config.get("rope_parameters")
+    if rope:
+        yield "rope theta", put(rope_parameters={**rope, "rope_theta": 500.0})
+        scaling = {**rope, "rope_type": "linear", "factor": 4.0}
+        yield "rope scaling", put(rope_parameters=scaling)
+    for key in ("rms_norm_eps", "layer_norm_eps"):
+        if key in config:
+            yield key, put(**{key: 0.1})
+    for key in ("hidden_act", "activation_function", "hidden_activation"):
+        if key in config:
+            yield key, put(**{key: "gelu" if config[key] != "gelu" else "relu"})
+    for key, value in (
+        ("attn_logit_softcapping", 1.0),
+        ("final_logit_softcapping", 1.0),
+        ("query_pre_attn_scalar", 4),
+        ("sliding_window", 4),
+        ("num_experts_per_tok", 1),
+    ):
+        if config.get(key) is not None:
+            yield key, put(**{key: value})
+    yield "bos and eos", put(bos_token_id=1, eos_token_id=0)
+
+
+def file_damages(folder: Path) -> Iterator[tuple[str, Change]]:
+    """Of tokenizer, generation ids and policy."""
+
+    def swap_tokens(data: dict[str, Any]) -> None:
+        words = data["model"]["vocab"]
+        a, b = list(words)[10:12]
+        words[a], words[b] = words[b], words[a]
+
+    def write(name: str, text: str) -> Change:
+        return lambda copy: (copy.folder / name).write_text(text) and None
+
+    yield "tokenizer.json: two tokens swapped", lambda c: c.json("tokenizer.json", swap_tokens)
+    yield (
+        "tokenizer_config.json: add_bos_token",
+        lambda c: c.json("tokenizer_config.json", lambda d: d.update(add_bos_token=True)),
+    )
+    yield "stray chat template", write("chat_template.jinja", "{{ messages }}")
+    if (folder / "generation_config.json").is_file():
+        yield (
+            "generation_config.json: eos",
+            lambda c: c.json("generation_config.json", lambda d: d.update(eos_token_id=7)),
+        )
+    name = "attention_policy.json"
+    if not (folder / name).is_file():
+        policy = {"version": 1, "heads": 4, "kv_heads": 2, "layers": [{}, {}]}
+        streaming = {"streaming": {"heads": [0, 1], "sinks": 1, "window": 2}}
+        yield "stray policy", write(name, json.dumps({**policy, "layers": [streaming, streaming]}))
+        return
+
+    def layers(change: Callable[[list[dict[str, Any]]], object]) -> Change:
+        return lambda c: c.json(name, lambda d: change(d["layers"]) and None)
+
+    yield "policy lost", lambda c: (c.folder / name).unlink()
+    yield "policy: first layer full", layers(lambda rows: rows.__setitem__(0, {}))
+    yield "policy: last layer full", layers(lambda rows: rows.__setitem__(-1, {}))
+    for part, key, value in (
+        ("streaming", "window", 4),
+        ("streaming", "sinks", 0),
+        ("streaming", "heads", [0]),
+        ("blocks", "top_k", 1),
+        ("blocks", "block_size", 2),
+    ):
+        row = json.loads((folder / name).read_text())["layers"][-1]
+        if part in row:
+            yield f"policy: {part}.{key}", layers(in_last(part, key, value))
+    yield "policy: positions", lambda c: c.json(name, lambda d: d.update(positions="text"))
+
+
+NOT_LOGITS = ("tokenizer", "generation", "stray chat", "bos and eos")
+"""Damages that change what is computed, but not from given token ids."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One damage; `rounding` is what the run itself did.
+
+    kl  None where the file cannot be run, or logits do not show the damage: it has to be seen
+    """
+
+    case: str
+    damage: str
+    seen: bool
+    kl: float | None
+    rounding: float
+
+    @property
+    def missed(self) -> bool:
+        return not self.seen and (self.kl is None or self.kl > self.rounding)
+
+
+class Bench:
+    """One case: its original, the written checkpoint, and copies of that."""
+
+    def __init__(self, case: str, work: Path) -> None:
+        kind, passes, top = CASES[case]
+        self.case, self.work = case, work / case
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.model = build(kind, self.work / "model", dtype=torch.bfloat16)
+        self.base: str | None = None
+        if case == "delta":
+            self.base = str(build(kind, self.work / "base", dtype=torch.bfloat16))
+            passes = [{"bitdelta": {**passes[0]["bitdelta"], "base": self.base}}]
+            self._fine_tune()
+        tied = open_source(self.model).layout.tied is not None
+        recipe = {
+            "model": str(self.model),
+            "output": str(self.work / "out"),
+            "passes": passes,
+            "calibration": {"samples": 16, "length": 64},
+            "untie": tied and case in ("rotate8", "qoq"),
+            **top,
+        }
+        self.output = compile_checkpoint(prepare(make_recipe(recipe), device=CPU)).output
+        self.ids = held_out_rows(open_source(self.model))[0]
+        self.rounding = self.kl(self.output, self.model)
+
+    def _fine_tune(self) -> None:
+        file = self.model / "model.safetensors"
+        found = load_file(file)
+        generator = torch.Generator().manual_seed(7)
+        for name, tensor in found.items():
+            noise = torch.randn(tensor.shape, generator=generator) * 0.02
+            found[name] = (tensor.float() + noise).to(tensor.dtype)
+        save_file(found, file, metadata={"format": "pt"})
+
+    def kl(self, ours: Path, theirs: Path) -> float:
+        """Mean KL divergence of the next tokens, in nats."""
+        one, other = (
+            open_model(f, base=self.base if is_delta(f) else None) for f in (ours, theirs)
+        )
+        found = evaluate(one, self.ids, device=CPU, dtype=torch.float32, against=other).kl
+        assert found is not None
+        return found.value
+
+    def verified(self, folder: Path) -> bool:
+        against = open_source(self.model)
+        try:
+            return verify_model(folder, base=self.base, against=against, device=CPU).ok
+        except CompressError:
+            return False
+
+    def damages(self) -> Iterator[tuple[str, Change]]:
+        (file,) = self.output.glob("model*.safetensors")
+        yield from weight_damages(load_file(file))
+        yield from config_damages(json.loads((self.output / "config.json").read_text()))
+        yield from file_damages(self.output)
+
+    def run(self, every: int = 1) -> Iterator[Outcome]:
+        """An undamaged copy first, signed again, which has to pass."""
+        for number, (name, change) in enumerate([("none", whole), *self.damages()]):
+            if number % every:
+                continue
+            copy = Copy(Path(shutil.copytree(self.output, self.work / "copy", dirs_exist_ok=False)))
+            try:
+                change(copy)
+                copy.sign()
+                seen = not self.verified(copy.folder)
+                try:
+                    kl = None if name.startswith(NOT_LOGITS) else self.kl(copy.folder, self.output)
+                except (CompressError, RuntimeError, ValueError, AssertionError):
+                    kl = None
+            finally:
+                shutil.rmtree(copy.folder)
+            yield Outcome(self.case, name, seen, kl, self.rounding)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Markdown, a row for each case."""
+    lines = [
+        "| case | damages | larger than rounding | seen | smaller, seen | KL of rounding |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(o.case for o in outcomes):
+        rows = [o for o in outcomes if o.case == case and o.damage != "none"]
+        large = [o for o in rows if o.kl is None or o.kl > o.rounding]
+        small = [o for o in rows if o not in large]
+        lines.append(
+            f"| {case} ({CASES[case][0]}) | {len(rows)} | {len(large)} | "
+            f"{sum(o.seen for o in large)} | {sum(o.seen for o in small)} of {len(small)} | "
+            f"{rows[0].rounding:.2g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", default=",".join(CASES))
+    parser.add_argument("--every", type=int, default=1, help="try one of so many damages")
+    parser.add_argument("--table", type=Path)
+    args = parser.parse_args()
+    # The kernels are not what is tried here: their plain references answer in less time.
+    kernel_checks.interpreter_runs = lambda: False  # type: ignore[assignment]
+    outcomes: list[Outcome] = []
+    for case in args.only.split(","):
+        for found in Bench(case, args.work).run(args.every):
+            outcomes.append(found)
+            wrong = found.missed or (found.damage == "none" and found.seen)
+            mark = "WRONG" if wrong else "seen" if found.seen else "small"
+            kl = "no logits" if found.kl is None else f"{found.kl:.2g}"
+            print(
+                f"{mark:<6} {found.case:<12} {kl:>10} {found.rounding:.2g}  {found.damage}",
+                flush=True,
+            )
+    text = table(outcomes)
+    print(text)
+    if args.table is not None:
+        args.table.write_text(text)
+    return int(any(o.missed or (o.damage == "none" and o.seen) for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

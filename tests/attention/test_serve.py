@@ -1,0 +1,188 @@
+"""Generating in transformers under a policy: the same numbers as the mask, from a smaller cache."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compressor.attention.policy import AttentionPolicy, head_layers, policy_files
+from compressor.attention.serve import Runtime, attach
+from compressor.checkpoint.source import open_source
+from compressor.errors import InputError
+from compressor.evaluate.perplexity import evaluate
+
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "phi3", "opt", "mixtral"]
+IDS = torch.randint(2, 256, (2, 60), generator=torch.Generator().manual_seed(5))
+
+
+def mixed(layers: int, heads: int, kv_heads: int) -> AttentionPolicy:
+    """Streaming heads that differ from layer to layer; in the last one, none."""
+    rows = torch.tensor([[(i + g) % 2 == 1 for g in range(kv_heads)] for i in range(layers)])
+    rows[-1] = False
+    return AttentionPolicy(
+        heads=heads, kv_heads=kv_heads, layers=head_layers(rows, sinks=3, window=9)
+    )
+
+
+def slots(layers: int, heads: int, kv_heads: int) -> AttentionPolicy:
+    rows = torch.ones(layers, kv_heads, dtype=torch.bool)
+    held = head_layers(rows, sinks=3, window=9)
+    return AttentionPolicy(heads=heads, kv_heads=kv_heads, positions="slot", layers=held)
+
+
+def prepared(folder: Path, make: Callable[..., AttentionPolicy]) -> tuple[Any, Runtime]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    shape = open_source(folder).layout.units[1].attention
+    assert shape is not None
+    runtime = attach(model, make(2, shape.heads, shape.kv_heads))
+    return model, runtime
+
+
+@torch.no_grad()
+def logits_in(model: Any, runtime: Runtime, chunks: list[int]) -> Tensor:
+    options, start, found = runtime.options(), 0, []
+    for length in chunks:
+        part = IDS[:, start : start + length]
+        found.append(model(part, **options, use_cache=True).logits)
+        start += length
+    assert start == IDS.shape[1]
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("make", [mixed, slots])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_and_decoding_give_what_one_pass_gives(
+    family: str, make: Callable[..., AttentionPolicy], tiny_model: Callable[..., Path]
+) -> None:
+    if make is slots and family == "opt":
+        pytest.skip("learned positions")
+    model, runtime = prepared(tiny_model(family), make)
+    with torch.no_grad():
+        whole = model(IDS, use_cache=False).logits
+    for chunks in ([60], [7, 30, 23], [1] * 60, [45, *[1] * 15]):
+        torch.testing.assert_close(logits_in(model, runtime, chunks), whole, atol=2e-5, rtol=1e-4)
+    runtime.detach()
+    with torch.no_grad():
+        assert not torch.allclose(model(IDS).logits, whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [mixed, slots])
+def test_numbers_are_those_of_the_evaluation(
+    make: Callable[..., AttentionPolicy], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The evaluation masks a whole text; this decodes it from the small cache."""
+    folder = tiny_model("llama")
+    model, runtime = prepared(folder, make)
+    logits = logits_in(model, runtime, [20, *[1] * 40])
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 256), IDS[:, 1:].ravel())
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, data in policy_files(runtime.policy).items():
+        (tmp_path / name).write_bytes(data)
+    found = evaluate(open_source(tmp_path), IDS, device=torch.device("cpu"), dtype=torch.float32)
+    assert found.nll.value == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_the_cache_holds_what_the_policy_says(tiny_model: Callable[..., Path]) -> None:
+    model, runtime = prepared(tiny_model("llama"), mixed)
+    options = runtime.options()
+    (cache,) = options.values()
+    assert cache.nbytes == 0
+    with torch.no_grad():
+        for length in range(1, 61):
+            model(IDS[:, length - 1 : length], **options, use_cache=True)
+            pairs = runtime.policy.cached_tokens(length)
+            assert cache.nbytes == pairs * 2 * 16 * 4 * IDS.shape[0]
+            assert cache.get_seq_length() == length
+    stored = sum(t.untyped_storage().nbytes() for t in storages(cache))
+    assert stored == cache.nbytes, "a view keeps the evicted keys alive"
+    cache.reset()
+    assert cache.nbytes == 0 and cache.get_seq_length() == 0
+
+
+def storages(cache: Any) -> list[Tensor]:
+    found = []
+    for layer in cache.layers:
+        found += [layer.keys, layer.values, layer.held.keys, layer.held.values]
+    return [t for t in found if t.numel()]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_takes_the_cache(beams: int, tiny_model: Callable[..., Path]) -> None:
+    """`generate` from the small cache picks the tokens that whole passes pick."""
+    model, runtime = prepared(tiny_model("llama"), mixed)
+    options: dict[str, Any] = {
+        "max_new_tokens": 12, "do_sample": False, "num_beams": beams, "eos_token_id": None,
+        "pad_token_id": 1, "attention_mask": torch.ones(1, 30, dtype=torch.long),
+    }  # fmt: skip
+    small = runtime.options()
+    (cache,) = small.values()
+    out = model.generate(IDS[:1, :30], **small, **options)
+    again = model.generate(IDS[:1, :30], use_cache=False, **options)
+    assert torch.equal(out, again)
+    assert cache.nbytes < 41 * 4 * 2 * 16 * 4 * 2 * beams * 0.75
+
+
+class Rounding(torch.nn.Module):
+    """What compressed-tensors puts before the cache of a layer, for a scheme of keys and values."""
+
+    past_key_values: weakref.ref[Any] | None = None
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        key, value = (key * 4).round() / 4, (value * 4).round() / 4
+        if self.past_key_values is None:
+            return key, value
+        return self.past_key_values().update(key, value, *args, **options)
+
+
+def rounding(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = "cache" if "cache" in kwargs else "past_key_values"
+    held = kwargs.get(name)
+    module.kv_cache.past_key_values = None if held is None else weakref.ref(held)
+    return args, {**kwargs, name: module.kv_cache}
+
+
+def test_keys_rounded_on_their_way_into_the_cache_are_attended_to(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """With a cache or without one, and the cache is no larger for it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).eval()
+    policy = mixed(2, 4, 2)
+    plain = attach(model, policy)
+    before = logits_in(model, plain, [60])
+    plain.detach()
+    for layer in model.model.layers:
+        layer.self_attn.kv_cache = Rounding()
+        layer.self_attn.register_forward_pre_hook(rounding, with_kwargs=True)
+    runtime = attach(model, policy)
+    whole = logits_in(model, runtime, [60])
+    torch.testing.assert_close(logits_in(model, runtime, [20, *[1] * 40]), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS, use_cache=False).logits, whole)
+    assert not torch.allclose(whole, before, atol=1e-3)
+
+
+def test_what_is_not_supported_says_so(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with pytest.raises(InputError, match="carries no attention policy"):
+        attach(model)
+    with pytest.raises(InputError, match="2 layers of 8/2 heads, the model has 2 of 4/2"):
+        attach(model, mixed(2, 8, 2))
+    with pytest.raises(InputError, match="rotary"):
+        opt = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
+        attach(opt, slots(2, 4, 4))
+    runtime = attach(model, mixed(2, 4, 2))
+    with pytest.raises(InputError, match="DynamicCache is not its cache"):
+        model(IDS, use_cache=True)
+    padded = torch.ones_like(IDS)
+    padded[0, :3] = 0
+    with pytest.raises(InputError, match="padded rows"):
+        model(IDS, attention_mask=padded, **runtime.options())

@@ -1,0 +1,173 @@
+"""AWQ's searches: what a Gram matrix says is what tokens say; degenerate inputs; seams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compressor.errors import InputError
+from compressor.ir.qtensor import QuantSpec
+from compressor.numerics import awq_search, fake_quantize
+from compressor.numerics import gram as gram_module
+from compressor.numerics.awq_search import (
+    candidate_scales,
+    search_clip_gram,
+    search_clip_reference,
+    search_scales_gram,
+    search_scales_reference,
+    weight_magnitude,
+)
+from compressor.numerics.gram import difference_error, gram_error, relative_error, work_dtype
+
+SPEC = QuantSpec("int", 3, "group", 16, zero="subtract")
+
+
+def problem(rows=24, columns=64, tokens=200, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator)
+    x *= torch.exp(torch.randn(columns, generator=generator))
+    return torch.randn(rows, columns, generator=generator), x, x.t() @ x
+
+
+# In float32, and as where a processor multiplies bfloat16 in units of its own.
+PRECISIONS = pytest.mark.parametrize("units, bound", [(False, 1e-4), (True, 3e-3)])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("columns", [7, 64, 200, 403])
+def test_gram_error_is_the_output_error(columns, units, bound, monkeypatch):
+    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: units)
+    delta, x, gram = problem(columns=columns)
+    want = (x.double() @ delta.double().t()).square().sum()
+    assert float(gram_error(delta, gram)) == pytest.approx(float(want), rel=bound)
+
+
+def test_products_of_bfloat16_leave_other_products_alone(monkeypatch):
+    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: True)
+    matmul = torch.backends.mkldnn.matmul
+    a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    before, setting = a @ a, matmul.fp32_precision
+    gram_error(a, a.t() @ a)
+    assert torch.equal(a @ a, before) and matmul.fp32_precision == setting
+
+
+def same_difference(dtype, device):
+    weight, _, gram = problem()
+    weight, gram = weight.to(device, dtype), gram.to(device)
+    off = (weight.float() + 0.1 * torch.randn_like(weight, dtype=torch.float32)).to(dtype)
+    plain = (off.float() - weight.float()).to(work_dtype(gram))
+    assert torch.equal(difference_error(off, weight, gram), gram_error(plain, gram))
+    for work in (torch.float32, torch.bfloat16):
+        written = torch.empty(weight.shape, dtype=work, device=device)
+        torch.sub(off.float(), weight.float(), out=written)
+        assert torch.equal(written, (off.float() - weight.float()).to(work))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_difference_written_in_place_is_the_same_to_the_bit(dtype):
+    same_difference(dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_difference_written_in_place_on_a_device(dtype):
+    same_difference(dtype, "cuda")
+
+
+@PRECISIONS
+def test_relative_error(units, bound, monkeypatch):
+    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: units)
+    weight, x, gram = problem()
+    off = weight + 0.1 * torch.randn_like(weight)
+    want = (x @ (off - weight).t()).square().sum() / (x @ weight.t()).square().sum()
+    assert float(relative_error(weight, off, gram)) == pytest.approx(float(want), rel=bound)
+    assert float(relative_error(weight * 0, weight * 0, gram)) == 0
+
+
+@pytest.mark.parametrize("rows", [8, 50])
+def test_both_searches_agree_on_one_linear(rows, monkeypatch):
+    """Of one linear's output the Gram matrix knows all; also where rows come in several blocks."""
+    monkeypatch.setattr(awq_search, "ROWS", rows)
+    weight, x, gram = problem()
+    absmean = x.abs().mean(0)
+    ran = search_scales_reference(
+        [weight], absmean, lambda w: float((x @ (w[0] - weight).t()).square().sum()), SPEC
+    )
+    summed = search_scales_gram([weight], gram, absmean, SPEC)
+    torch.testing.assert_close(
+        torch.tensor(ran.losses), torch.tensor(summed.losses[:20]), rtol=1e-3, atol=0
+    )
+    assert summed.ratio in (ran.ratio, 1.0) and summed.ratio > 0
+
+
+def test_several_weights_add_up(monkeypatch):
+    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: False)
+    weight, x, gram = problem(rows=40)
+    absmean = x.abs().mean(0)
+    whole = search_scales_gram([weight], gram, absmean, SPEC, duo=True)
+    parts = search_scales_gram(list(weight.split([8, 20, 12])), gram, absmean, SPEC, duo=True)
+    torch.testing.assert_close(whole.scales, parts.scales)
+    torch.testing.assert_close(torch.tensor(whole.losses), torch.tensor(parts.losses))
+
+
+def test_channels_that_were_never_seen_keep_their_scale():
+    _, x, _ = problem()
+    absmean = x.abs().mean(0)
+    absmean[3], absmean[5] = 0, torch.nan
+    scales = candidate_scales(absmean, ratios=[0.0, 0.5, 1.0])
+    assert scales.shape == (3, 64) and scales.isfinite().all() and (scales > 0).all()
+    assert (scales[:, [3, 5]] == 1).all() and (scales[0] == 1).all()
+    alive = [i for i in range(64) if i not in (3, 5)]
+    alone = candidate_scales(absmean[alive], ratios=[0.0, 0.5, 1.0])
+    torch.testing.assert_close(scales[:, alive], alone)
+    assert (candidate_scales(torch.zeros(8), ratios=[0.5]) == 1).all()
+
+
+def test_tied_channels_get_one_scale():
+    weight, x, gram = problem()
+
+    def tie(scales):
+        return scales.view(2, 32).mean(0).repeat(2)
+
+    result = search_scales_gram([weight], gram, x.abs().mean(0), SPEC, tie=tie)
+    assert torch.equal(result.scales[:32], result.scales[32:]) and result.ratio > 0
+
+
+def test_zero_groups_have_a_magnitude():
+    weight, _, _ = problem()
+    weight[:, :16] = 0
+    assert weight_magnitude([weight], SPEC).isfinite().all()
+
+
+def test_no_finite_loss_is_an_error():
+    weight, x, gram = problem()
+    with pytest.raises(InputError, match="no scale candidate"):
+        search_scales_gram([weight], gram * torch.nan, x.abs().mean(0), SPEC)
+
+
+@pytest.mark.parametrize("zero", ["none", "subtract"])
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+def test_clipping_never_makes_a_group_worse(zero, strategy):
+    weight, x, gram = problem()
+    weight[:, ::16] *= 4
+    spec = QuantSpec("int", 3, strategy, 16 if strategy == "group" else None, zero=zero)
+    size = spec.group_size or 64
+    scales = torch.linspace(0.5, 2, 64)
+    bounds = search_clip_gram(weight * scales, gram, spec, scales=scales)
+    by_tokens = search_clip_reference(weight * scales, x / scales, spec, tokens=200)
+    assert torch.isclose(bounds, by_tokens, rtol=1e-4).float().mean() > 0.95
+
+    def errors(**options):
+        delta = fake_quantize(weight * scales, spec, **options) / scales - weight
+        groups = delta.view(24, -1, size)
+        inputs = x.view(-1, 64 // size, size)
+        return torch.einsum("tgc,rgc->trg", inputs, groups).square().sum(0)
+
+    assert (errors(clip_max=bounds) <= errors() * (1 + 1e-4)).all()
+    assert errors(clip_max=bounds).sum() < 0.95 * errors().sum()
+
+
+def test_what_has_no_range_has_no_bounds():
+    weight, _, gram = problem()
+    with pytest.raises(InputError, match="clipping bounds"):
+        search_clip_gram(weight, gram, QuantSpec("int", 4, "tensor"))

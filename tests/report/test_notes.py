@@ -1,0 +1,56 @@
+"""What a run says of its layers beside errors, where people see it."""
+
+import json
+
+import yaml
+from click.testing import CliRunner
+
+from compressor.cli.main import cli
+from compressor.report.notes import kept_rows, row_notes
+
+
+def test_alike_notes_are_one_line_and_counts_are_summed():
+    rows = [
+        {"pass": "nvfp4", "linear": "a", "note": "3 values saturate at 6"},
+        {"pass": "nvfp4", "linear": "b"},
+        {"pass": "nvfp4", "linear": "c", "note": "1200 values saturate at 6"},
+        {"pass": "gptq", "linear": "d", "note": "its Gram matrix is not finite"},
+    ]
+    assert row_notes(rows) == [
+        "nvfp4: 1,203 values saturate at 6, in 2 layers",
+        "gptq: its Gram matrix is not finite, in 1 layer",
+    ]
+    assert row_notes([]) == []
+
+
+def test_rows_that_keep_the_nearest_codes_are_counted_for_each_pass():
+    rows = [
+        {"pass": "gptq", "rows": 64, "rows_kept_nearest": 3},
+        {"pass": "gptq", "rows": 1024, "rows_kept_nearest": 0},
+        {"pass": "progressive", "rows": 32, "rows_kept_nearest": 32},
+        {"pass": "kv_cache"},
+    ]
+    first, second = kept_rows(rows)
+    assert first.startswith("gptq: 3 of 1,088 outputs keep")
+    assert second.startswith("progressive: 32 of 32 outputs keep")
+
+
+def test_a_run_says_them(tiny_model, tmp_path):
+    recipe = {
+        "model": str(tiny_model("mixtral")),
+        "output": str(tmp_path / "out"),
+        "calibration": {"samples": 4, "length": 16},
+        "passes": [{"gptq": {"bits": 4, "group_size": 32}}],
+        "verify": False,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(cli, ["run", str(tmp_path / "recipe.yaml"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = [row for unit in report["units"] for row in unit["rows"]]
+    kept = sum(row.get("rows_kept_nearest", 0) for row in rows)
+    assert f"  noted       gptq: {kept:,} of " in result.stdout
+    few = [line for line in row_notes(rows) if "came here: rounded to nearest" in line]
+    assert few and all(f"  noted       {line}" in result.stdout for line in few)
+    assert set(few) <= set(report["warnings"])
+    assert "came here: rounded to nearest" in (tmp_path / "out" / "report.html").read_text()

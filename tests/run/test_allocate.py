@@ -1,0 +1,144 @@
+"""Bits are spent where they help most, never more than allowed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.errors import InputError
+from compressor.plan.recipe import make_recipe
+from compressor.run.allocate import (
+    Group,
+    Option,
+    Sensitivity,
+    allocate,
+    mixed_recipe,
+    parse_sensitivity,
+    split_bits,
+)
+
+RECIPE = {
+    "model": "m",
+    "output": "out",
+    "calibration": {"samples": 4},
+    "passes": [{"awq": {"bits": 4, "group_size": 64}}],
+}
+
+
+def sensitivity(groups):
+    return Sensitivity(recipe=RECIPE, measure="", tokens=1, groups=groups)
+
+
+def group(number, weights, options):
+    return Group(
+        linears=(f"layers.{number}",),
+        weights=weights,
+        options=tuple(Option(bits=round(b), bits_per_weight=b, error=e) for b, e in options),
+    )
+
+
+OPTIONS = st.lists(
+    st.tuples(st.sampled_from([2.0, 3.0, 4.0, 6.0, 8.0]), st.floats(0, 1)),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda option: option[0],
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), OPTIONS), min_size=1, max_size=4),
+    st.floats(1.5, 9),
+)
+def test_the_choice_fits_and_is_near_the_best(shapes, target):
+    found = sensitivity([group(i, n, options) for i, (n, options) in enumerate(shapes)])
+    every = list(itertools.product(*(range(len(g.options)) for g in found.groups)))
+    fitting = [c for c in every if found.bits_per_weight(c) <= target + 1e-9]
+
+    def error(choice):
+        return sum(g.options[i].error for g, i in zip(found.groups, choice, strict=True))
+
+    if not fitting:
+        with pytest.raises(InputError, match="fewer than the smallest"):
+            allocate(found, target)
+        return
+    choice = allocate(found, target)
+    assert found.bits_per_weight(choice) <= target + 1e-6
+    best = min(map(error, fitting))
+    # A relaxed optimum is one hull step of one group away.
+    step = max(
+        max(o.error for o in g.options) - min(o.error for o in g.options) for g in found.groups
+    )
+    assert error(choice) <= best + step + 1e-9
+    for number, g in enumerate(found.groups):
+        for other in range(len(g.options)):
+            changed = [*choice[:number], other, *choice[number + 1 :]]
+            if found.bits_per_weight(changed) <= target - 1e-6:
+                assert error(changed) >= error(choice) - 1e-12
+
+
+def test_sensitive_layers_get_the_bits():
+    hard = [(3, 0.9), (4, 0.2), (8, 0.001)]
+    easy = [(3, 0.01), (4, 0.003), (8, 0.0001)]
+    found = sensitivity([group(0, 10, easy), group(1, 10, hard), group(2, 10, easy)])
+    assert allocate(found, 3) == [0, 0, 0]
+    assert allocate(found, 14 / 3) == [0, 2, 0]
+    assert allocate(found, 8) == [2, 2, 2]
+
+
+def test_the_recipe_names_every_group_once():
+    left = Group(
+        linears=("a", "b"),
+        weights=4,
+        options=(
+            Option(bits=4, bits_per_weight=4.25, error=0.1),
+            Option(bits=None, bits_per_weight=16, error=0),
+        ),
+    )
+    right = left.model_copy(update={"linears": ("c",)})
+    made = mixed_recipe(sensitivity([left, right]), [0, 1])
+    recipe = make_recipe(made)
+    assert [step.name for step in recipe.passes] == ["awq", "rtn"]
+    for step in recipe.passes:
+        assert step.params.targets == "linear" and step.params.ignore == ["lm_head", "c"]
+    assert recipe.passes[1].params.group_size == 64
+    assert recipe.calibration.samples == 4
+    assert len(make_recipe(mixed_recipe(sensitivity([left, left]), [0, 0])).passes) == 2
+    with pytest.raises(InputError, match="nothing"):
+        mixed_recipe(sensitivity([left, right]), [1, 1])
+
+
+def test_unusual_bits_have_names():
+    hard, easy = (
+        group(i, 10, [(4, error), (8, error / 100)]) for i, error in ((0, 0.9), (1, 0.01))
+    )
+    made = mixed_recipe(
+        sensitivity([easy, hard, easy.model_copy(update={"linears": ("x",)})]), [0, 1, 0]
+    )
+    awq, usual, other = make_recipe(made).passes
+    assert awq.params.ignore == ["lm_head"]
+    assert usual.params.bits == 4 and usual.params.ignore == ["lm_head", "layers.0"]
+    assert other.params.bits == 8 and other.params.targets == ["layers.0"]
+    assert other.params.group_size == 64
+
+
+def test_which_pass_has_bits_to_choose():
+    before, quantizer = split_bits([{"smoothquant": {"alpha": 0.5}}, {"rtn": {"bits": 8}}])
+    assert before == [{"smoothquant": {"alpha": 0.5}}] and quantizer == {"rtn": {"bits": 8}}
+    with pytest.raises(InputError, match="no `bits`"):
+        split_bits([{"fp8": {}}])
+    with pytest.raises(InputError, match="0 quantizers"):
+        split_bits([{"smoothquant": {}}])
+    with pytest.raises(InputError, match="2 quantizers"):
+        split_bits([{"rtn": {"targets": "mlp.*"}}, {"rtn": {"targets": "attn.*"}}])
+
+
+def test_files():
+    found = sensitivity([group(0, 10, [(3.0, 0.1)])])
+    assert parse_sensitivity(found.model_dump_json(), where="x") == found
+    for bad in ("", "{}", '{"groups": []}', "[1"):
+        with pytest.raises(InputError, match="x holds no"):
+            parse_sensitivity(bad, where="x")

@@ -1,0 +1,82 @@
+"""What a run makes ready on a GPU beforehand is what its first block uses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.checkpoint.source import open_source
+from compressor.ir.qtensor import QuantSpec
+from compressor.methods.awq import Awq
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
+from compressor.run.warm_up import warm_up
+
+SPEC = QuantSpec(
+    element="int",
+    bits=4,
+    strategy="group",
+    group_size=32,
+    scale_dtype=torch.bfloat16,
+    zero="subtract",
+)
+
+SEARCH = """
+import os, torch
+from pathlib import Path
+from compressor.numerics.awq_search import search_clip_gram, search_scales_gram
+from compressor.numerics.gram import relative_error
+from compressor.methods.awq import Awq
+from tests_spec import SPEC
+
+def kernels():
+    return set(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
+
+device = torch.device("cuda")
+Awq(bits=4, group_size=32, symmetric=False).compile_kernels({(SPEC, 96)}, device)
+before = kernels()
+for outputs, inputs in ((96, 96), (512, 1376), (64, 4096), (192, 576), (576, 1536)):
+    weight, gram = torch.randn(outputs, inputs, device=device), torch.eye(inputs, device=device)
+    search_scales_gram([weight, weight], gram, weight[0].abs(), SPEC)
+    search_clip_gram(weight, gram, SPEC)
+    relative_error(weight, 0.9 * weight, gram)
+assert before and kernels() == before, (before, kernels())
+"""
+
+
+def test_nothing_is_started_for_a_cpu(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    output = tmp_path / "out"
+    passes = [{"rtn": {"group_size": 32}}]
+    recipe = make_recipe({"model": str(model), "output": str(output), "passes": passes})
+    plan = make_plan(recipe, open_source(model), output=output)
+    threads = threading.active_count()
+    warm_up(plan, torch.device("cpu"))
+    assert threading.active_count() == threads
+
+
+def test_a_pass_searches_beforehand_by_any_of_its_specs() -> None:
+    for spec in (SPEC, QuantSpec(element="int", bits=4, strategy="channel")):
+        Awq(bits=4).compile_kernels({(spec, 96)}, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_kernels_compiled_beforehand_serve_every_shape(tmp_path: Path) -> None:
+    """In a process of its own, since other tests leave compiled kernels behind."""
+    (tmp_path / "tests_spec.py").write_text(
+        f"import torch\nfrom compressor.ir.qtensor import QuantSpec\nSPEC = {SPEC!r}\n"
+    )
+    cache = tmp_path / "cache"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", SEARCH],
+        env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)},
+        check=True,
+    )

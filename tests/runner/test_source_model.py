@@ -1,0 +1,26 @@
+"""The source as model passes see it: whole, it gives the logits transformers gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compressor.checkpoint.source import open_source
+from compressor.runner.source_model import SourceModel
+
+TYPES = ("llama", "qwen2", "gemma2", "opt", "mixtral", "phi3")
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_whole_model_is_the_model(model_type, tiny_model):
+    folder = tiny_model(model_type)
+    model = SourceModel(open_source(folder), device=torch.device("cpu"), dtype=torch.float32)
+    whole = model.whole()
+    # Soft caps exist in the eager attention only, which is what the runner takes for them.
+    eager = "eager" if model_type == "gemma2" else "sdpa"
+    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=eager).eval()
+    ids = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(whole(ids).logits, loaded(ids).logits)
+    assert not any(parameter.requires_grad for parameter in whole.parameters())

@@ -1,0 +1,33 @@
+"""Rules of choosing blocks that suit the rows of tiny models, and forecasts to choose them by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.attention.policy import BlockSelection
+
+_TINY = {"block_size": 8, "kernel_size": 4, "stride": 2, "init_blocks": 1, "local_blocks": 1}
+SELECTIONS = {
+    "infllm": BlockSelection(scorer="infllm", **_TINY, top_k=4),
+    "quest": BlockSelection(
+        scorer="quest", block_size=8, init_blocks=0, local_blocks=0, top_k=4, per="query_head"
+    ),
+    "quest by KV head": BlockSelection(
+        scorer="quest", block_size=8, init_blocks=0, local_blocks=0, top_k=4
+    ),
+    "forecast": BlockSelection(scorer="forecast", **_TINY, top_k=4),
+}
+
+
+def with_forecasts(folder: Path, *, seed: int = 0) -> Path:
+    """The checkpoint with random forecasts beside its weights."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model.layers.{i}.self_attn.q_future_proj.weight" for i in range(2)]
+    for name in [*names, "model.layers.0.self_attn.q_curr_proj.weight"]:
+        tensors[name] = torch.randn(32, 64, generator=generator) / 8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

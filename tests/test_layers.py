@@ -1,0 +1,118 @@
+"""The shape of the code itself: imports point one way, leaves stay leaves, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HOMES = {
+    "compressor": ROOT / "compressor",
+    "compressor_kernels": ROOT / "kernels" / "compressor_kernels",
+    "compressor_calibration": ROOT / "calibration" / "compressor_calibration",
+}
+LEVELS = {
+    **dict.fromkeys(("compressor_kernels", "compressor_calibration", "errors"), 0),
+    **dict.fromkeys(("ir", "foreign"), 1),
+    **dict.fromkeys(("arch", "numerics", "formats"), 2),
+    **dict.fromkeys(("checkpoint", "runtimes"), 3),
+    "runner": 4,
+    "attention": 5,
+    **dict.fromkeys(("evaluate", "methods", "report"), 6),
+    **dict.fromkeys(("plan", "verify"), 7),
+    "run": 8,
+    "cli": 9,
+    "__main__": 10,
+}
+"""A package imports only those on lower levels, and none beside it."""
+MAX_LINES = 400
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for home, folder in HOMES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([home, *(p for p in parts if p != "__init__")])] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def package(module: str) -> str:
+    home, _, rest = module.partition(".")
+    return rest.partition(".")[0] if home == "compressor" and rest else home
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_imports_point_one_way() -> None:
+    known = modules()
+    assert not [
+        f"{module} imports {name}"
+        for module, path in known.items()
+        for name in sorted(imports(path) & known.keys() - {"compressor"})
+        if package(name) != package(module) and LEVELS[package(name)] >= LEVELS[package(module)]
+    ]
+
+
+def test_the_second_reader_shares_no_code_with_the_first() -> None:
+    reader = "compressor.formats.second_reader"
+    assert not [
+        f"{module} imports {name}"
+        for module, path in modules().items()
+        if under(module, reader)
+        for name in sorted(imports(path))
+        if package(name) in ("formats", "ir", "numerics") and not under(name, reader)
+    ]
+
+
+def test_only_what_runs_models_imports_transformers() -> None:
+    runners = ("compressor.runner", "compressor.attention.serve", "compressor.evaluate.harness")
+    assert not [
+        module
+        for module, path in modules().items()
+        if any(under(name, "transformers") for name in imports(path))
+        and not any(under(module, runner) for runner in runners)
+    ]
+
+
+def test_files_stay_readable() -> None:
+    assert not [
+        f"{module}: {lines} lines"
+        for module, path in modules().items()
+        if (lines := len(path.read_text("utf-8").splitlines())) > MAX_LINES
+    ]
+
+
+def test_the_folders_of_leaves_are_no_packages() -> None:
+    """A package named `kernels` would hide the one that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "calibration" / "__init__.py").exists()
+
+
+def test_the_architecture_page_lists_every_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    listed, folders = [], [""]
+    for line in re.findall(r"```text\n(compressor/.*?)```", page, re.DOTALL)[0].splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[: depth + 1], *([folders[depth] + name] if name[-1] == "/" else [])]
+        if name.endswith(".py"):
+            listed.append(folders[depth] + name)
+    here = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules().values()
+        if path.name != "__init__.py" or len(path.read_text("utf-8").splitlines()) > 20
+    }
+    assert sorted(listed) == sorted(here)
