@@ -39,6 +39,8 @@ WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
     *(".ot", ".npz", ".index.json"),
 )
+POLICY_TENSORS = "attention_policy.safetensors"
+"""Gates and scores of an attention policy: no weights of the model, and they go where it goes."""
 OWN = (
     *("config.json", "readme.md", "manifest.json", "recipe.yaml", "report.json", "report.html"),
     *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
@@ -148,7 +150,7 @@ def select(names: Iterable[str], *, read: Read) -> SideFiles:
         base = (rest or top).lower()
         if name in carried or base.startswith(".") or f"{top}/" in left or base in OWN:
             continue
-        if base.endswith(WEIGHTS):
+        if base.endswith(WEIGHTS) and base != POLICY_TENSORS:
             if name not in shards:
                 left[name] = "weights that are not read"
         elif base.endswith(CODE):
