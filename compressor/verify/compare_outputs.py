@@ -208,7 +208,7 @@ def _error(new: Tensor, old: Tensor) -> float:
 
 
 def held_out_rows(source: Source) -> tuple[Tensor, str]:
-    """Token ids [rows, length] of the bundled held-out text, and what they are.
+    """Token ids [rows, length] of the bundled novel, and what they are.
 
     A checkpoint without a tokenizer that loads gets ids from all over its vocabulary.
     """

@@ -13,7 +13,7 @@ from compressor.verify.findings import Findings
 
 
 def check_forecasts(source: Source, device: torch.device, found: Findings) -> None:
-    """Measure recall on the bundled held-out text again, where a record lies beside the shards."""
+    """Measure recall on the bundled novel again, where a record lies beside the shards."""
     try:
         record = read_record(source.checkpoint.folder)
         if record is None:

@@ -61,7 +61,7 @@ class ChoiceRecord:
             "version": 1,
             "selection": self.selection.model_dump(mode="json"),
             "teacher": {**asdict(self.fine), "pooling": self.pooling},
-            "text": "bundled held-out text, consecutive rows",
+            "text": "bundled novel, consecutive rows",
             "rows": self.rows,
             "length": self.length,
             "sha256": self.sha256,
@@ -104,7 +104,7 @@ def record_choices(
 
 
 def held_out(tokenizer: Any, *, rows: int, length: int) -> TokenSet:
-    """Rows of the bundled held-out text. Raises InputError where it is too short for them."""
+    """Rows of the bundled novel. Raises InputError where it is too short for them."""
     try:
         return make_tokens(
             tokenizer,
