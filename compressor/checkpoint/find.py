@@ -20,6 +20,7 @@ import torch
 
 from compressor.checkpoint.assemble import RECIPE_NAME
 from compressor.checkpoint.gguf.source import CONVERSION, convert_gguf
+from compressor.checkpoint.lfs import is_pointer, pointer_error
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.one_reading import BESIDE
 from compressor.checkpoint.reader import (
@@ -105,6 +106,8 @@ def locate(
                 f"{model} is a file, but not a GGUF file",
                 hint="name the checkpoint's folder, a .gguf file or a Hub id",
             )
+        if is_pointer(path):
+            raise pointer_error(path.name)
         return _gguf(path, dtype)
     looks_local = model.startswith(("/", "./", "../", "~")) or path.suffix.lower() == ".gguf"
     if looks_local or not HUB_ID.fullmatch(model):

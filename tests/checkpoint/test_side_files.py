@@ -118,6 +118,9 @@ def test_pointers_are_refused_by_name(tiny_model: Callable[..., Path], tmp_path:
         with pytest.raises((InputError, Problems), match=f"{name} is a Git LFS pointer") as caught:
             locate(str(folder), fetch=False)
         assert "git lfs pull" in (caught.value.hint or "")
+    put(tmp_path, "model.gguf", data=pointer)
+    with pytest.raises(InputError, match=r"model\.gguf is a Git LFS pointer"):
+        locate(str(tmp_path / "model.gguf"), fetch=False)
 
 
 def test_of_a_repository_only_what_is_needed_comes(
