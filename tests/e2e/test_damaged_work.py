@@ -366,7 +366,7 @@ def test_another_environment(
         here.about["environment"][0]
     )
     elsewhere = {**here.about["environment"][0], "instructions": "DEFAULT"}
-    for module in ("compile", "job", "learn"):
+    for module in ("run.session", "run.loop", "run.model_passes"):
         monkeypatch.setattr(f"compressor.{module}.environment", lambda device: elsewhere)
     with pytest.raises(InputError, match=r"compute\.environment\.instructions: .*now \"DEFAULT\""):
         compile_checkpoint(going_to(exact, strict))
