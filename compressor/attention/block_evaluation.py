@@ -16,10 +16,11 @@ from torch import Tensor
 from compressor.attention.key_blocks import choose_blocks, forecast_of, in_pieces
 from compressor.attention.policy import AttentionPolicy, BlockSelection, LayerPolicy, layer_mask
 from compressor.errors import InputError
+from compressor.ir.layout import weight_name
 from compressor.ir.unit import Unit
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 
-FUTURE, CURRENT = "q_future_proj.weight", "q_curr_proj.weight"
+FUTURE, CURRENT = weight_name("q_future_proj"), weight_name("q_curr_proj")
 """Tensors of a block's attention: what it says of the next block's keys, and block 0 of its own."""
 
 

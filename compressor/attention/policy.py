@@ -321,7 +321,7 @@ def tensor_problems(policy: AttentionPolicy, tensors: Mapping[str, Tensor]) -> l
 
 def learned_positions(layout: ModelLayout) -> bool:
     """Whether the embedding holds a table of positions."""
-    return len(layout.units[0].tensors) > 1
+    return len(layout.embedding.tensors) > 1
 
 
 def describe(policy: AttentionPolicy) -> list[str]:

@@ -16,7 +16,7 @@ from compressor.arch.schema import MapFile
 from compressor.checkpoint.reader import Checkpoint, load_json
 from compressor.checkpoint.safetensors import Entry, read_tensor
 from compressor.errors import InputError
-from compressor.ir.layout import ModelLayout
+from compressor.ir.layout import ModelLayout, weight_name
 from compressor.ir.tensor import TensorShape
 
 CHUNK = 64 << 20
@@ -113,7 +113,7 @@ def settle_head(checkpoint: Checkpoint, arch: MapFile) -> Checkpoint:
     Raises InputError where they differ: transformers takes the stored head then, vLLM and
     llama.cpp the embedding.
     """
-    head, token = f"{arch.head.linear}.weight", f"{arch.embedding.token}.weight"
+    head, token = weight_name(arch.head.linear), weight_name(arch.embedding.token)
     stored = [name for name in checkpoint.entries if name.startswith(f"{arch.head.linear}.")]
     if not is_tied(checkpoint.config, arch) or not stored:
         return checkpoint

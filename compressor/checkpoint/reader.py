@@ -18,6 +18,7 @@ from compressor.checkpoint.lfs import is_pointer, pointer_error
 from compressor.checkpoint.safetensors import Entry, read_header, read_tensor, tensor_bytes
 from compressor.errors import CompressError, InputError, Problems
 from compressor.foreign.untrusted import parse_json, read_file
+from compressor.ir.layout import weight_name
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -219,7 +220,7 @@ def _like(name: str, known: Mapping[str, Entry]) -> Entry | None:
 
     known  by name, with layers' numbers left out
     """
-    ends = ("embed_tokens.weight", "lm_head.weight")
+    ends = (weight_name("embed_tokens"), weight_name("lm_head"))
     if (same := known.get(_any_layer(name))) is not None:
         return same
     if name.endswith(ends):

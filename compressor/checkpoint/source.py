@@ -20,7 +20,7 @@ from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.stored_names import canonical
 from compressor.errors import InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, format_names, get_format
-from compressor.ir.layout import Linear, ModelLayout, UnitLayout
+from compressor.ir.layout import Linear, ModelLayout, UnitLayout, weight_name
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
@@ -65,7 +65,7 @@ class Source:
         """Tensors that hold a linear's weight: name local to the linear → dtype and shape."""
         scheme, entries = self.schemes.linears[linear.name], self.checkpoint.entries
         if scheme.weight is None:
-            return {"weight": entries[f"{linear.name}.weight"].spec}
+            return {"weight": entries[linear.weight_name].spec}
         paths = ((leaf, f"{linear.name}.{leaf}") for leaf in TELLING)
         tensors = {leaf: entries[path].spec for leaf, path in paths if path in entries}
         return self.format.stored(tensors, scheme, linear.shape, model_dtype=self.checkpoint.dtype)
@@ -151,7 +151,7 @@ def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> So
                     if not kept:
                         del headers[f"{path}.{leaf}"]
                 # Codes do not show the shape of the weight they stand for: the config does.
-                headers[f"{path}.weight"] = None
+                headers[weight_name(path)] = None
     added = [name for name in headers if ADDED.fullmatch(name)]
     for name in added:
         del headers[name]

@@ -9,6 +9,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def weight_name(path: str) -> str:
+    """The name of a module's weight in a unit's tensors and in what is written."""
+    return f"{path}.weight"
+
+
+def bias_name(path: str) -> str:
+    """The name of a module's bias."""
+    return f"{path}.bias"
+
+
+def is_bias(name: str) -> bool:
+    """Whether a tensor's name is that of a bias."""
+    return name == bias_name(name.rpartition(".")[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Rows [start, stop) of a linear's weight that play one role (fused q/k/v, gate/up)."""
@@ -43,6 +58,16 @@ class Linear:
     fused: str = ""
 
     @property
+    def weight_name(self) -> str:
+        """The name of its weight among a unit's tensors."""
+        return weight_name(self.name)
+
+    @property
+    def bias_name(self) -> str:
+        """The name that its bias has there, if it has one."""
+        return bias_name(self.name)
+
+    @property
     def shape(self) -> tuple[int, int]:
         return (self.out_features, self.in_features)
 
@@ -61,6 +86,16 @@ class Norm:
     role: str
     offset: float = 0.0
     bias: bool = False
+
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight among a unit's tensors."""
+        return weight_name(self.name)
+
+    @property
+    def bias_name(self) -> str:
+        """The name that its bias has there, if it has one."""
+        return bias_name(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +175,25 @@ class ModelLayout:
     units: tuple[UnitLayout, ...]
     tied: str | None = None
     unannounced: tuple[str, ...] = ()
+
+    @property
+    def embedding(self) -> UnitLayout:
+        """The unit that turns tokens into hidden states."""
+        return self.units[0]
+
+    @property
+    def blocks(self) -> tuple[UnitLayout, ...]:
+        """The blocks in order; `blocks[i].index` is i."""
+        return self.units[1:-1]
+
+    @property
+    def head(self) -> UnitLayout:
+        """The final norm and lm_head."""
+        return self.units[-1]
+
+    def unit(self, index: int) -> UnitLayout:
+        """The unit at a place in execution order: 0 is the embedding."""
+        return self.units[index]
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -31,8 +31,7 @@ def change_rows(
     change  rows [part, in] of the weight or [part] of the bias → the same shape
     """
     changed = {}
-    for leaf in ("weight", "bias"):
-        name = f"{linear.name}.{leaf}"
+    for name in (linear.weight_name, linear.bias_name):
         if name in tensors:
             value = tensors[name]
             rows = change(value[part.start : part.stop]).to(value.dtype)

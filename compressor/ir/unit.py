@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
 
 
@@ -33,7 +33,19 @@ class Unit:
 
     def weight(self, linear: Linear) -> Tensor:
         """The float weight [out, in] of a linear that is not quantized yet."""
-        return self.tensors[f"{linear.name}.weight"]
+        return self.tensors[linear.weight_name]
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        """The bias [out] of a linear, or None."""
+        return self.tensors.get(linear.bias_name)
+
+    def has_weight(self, path: str) -> bool:
+        """Whether the module at `path` has a weight that is still in float."""
+        return weight_name(path) in self.tensors
+
+    def with_weight(self, linear: Linear, weight: Tensor) -> Unit:
+        """This unit with a linear's float weight [out, in] replaced."""
+        return self.with_tensors({linear.weight_name: weight})
 
     def with_tensors(self, changed: Mapping[str, Tensor]) -> Unit:
         """This unit with some float tensors replaced."""
@@ -45,8 +57,7 @@ class Unit:
 
     def with_quantized(self, linear: Linear, q: QTensor) -> Unit:
         """This unit with a linear's weight replaced by a QTensor."""
-        name = f"{linear.name}.weight"
-        rest = {key: value for key, value in self.tensors.items() if key != name}
+        rest = {k: v for k, v in self.tensors.items() if k != linear.weight_name}
         return replace(self, tensors=rest, quantized={**self.quantized, linear.name: q})
 
     def with_input_scale(self, linear: Linear, scale: Tensor) -> Unit:
@@ -56,5 +67,5 @@ class Unit:
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""
-        weights = {f"{name}.weight": q.dequantize(dtype) for name, q in self.quantized.items()}
+        weights = {weight_name(name): q.dequantize(dtype) for name, q in self.quantized.items()}
         return {**self.tensors, **weights}

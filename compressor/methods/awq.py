@@ -149,7 +149,7 @@ class Awq(Pass):
         return (
             len(specs) == 1
             and None not in specs
-            and f"{site_fold.source}.weight" in unit.tensors
+            and unit.has_weight(site_fold.source)
             and context.stats[site_fold.site].tokens >= self.min_tokens
         )
 
@@ -206,7 +206,7 @@ class Awq(Pass):
             values = fake_quantize(weight, spec, **options, **context.rounding.get(linear.name, {}))
             if options:
                 clipped = _clamped(weight, options["clip_max"])
-                unit = unit.with_tensors({f"{linear.name}.weight": clipped})
+                unit = unit.with_weight(linear, clipped)
         else:
             q = quantize(weight, spec, **options)
             values = q.dequantize()

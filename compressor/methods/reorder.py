@@ -56,7 +56,7 @@ class Reorder(Pass):
             order = _order(unit.layout, linear, salience)
             for source, part, change in _sources(unit.layout, linear, order):
                 tensors |= change_rows(tensors, source, part, change)
-            name = f"{linear.name}.weight"
+            name = linear.weight_name
             tensors[name] = tensors[name][:, _columns(unit.layout, linear, order)]
             moved = order != torch.arange(order.shape[-1], device=order.device)
             rows.append({"linear": linear.name, "moved": int(moved.sum())})

@@ -145,30 +145,30 @@ def _into_readers(
     tensors: Mapping[str, Tensor], norm: Norm, readers: tuple[Linear, ...], turn: Turn
 ) -> dict[str, Tensor]:
     """A norm's weight and bias moved into what reads it, which then reads the rotated stream."""
-    stored = tensors[f"{norm.name}.weight"]
+    stored = tensors[norm.weight_name]
     weight = stored.double() + norm.offset
-    changed = {f"{norm.name}.weight": torch.full_like(stored, 1 - norm.offset)}
-    bias = tensors.get(f"{norm.name}.bias")
-    takes = all(f"{linear.name}.bias" in tensors for linear in readers)
+    changed = {norm.weight_name: torch.full_like(stored, 1 - norm.offset)}
+    bias = tensors.get(norm.bias_name)
+    takes = all(linear.bias_name in tensors for linear in readers)
     if bias is not None and takes:
-        changed[f"{norm.name}.bias"] = torch.zeros_like(bias)
+        changed[norm.bias_name] = torch.zeros_like(bias)
     elif bias is not None:
         if not bool((weight != 0).all()):
             raise InputError(f"{norm.name} has weights of 0: its bias cannot be rotated")
-        changed[f"{norm.name}.bias"] = turn.right(bias.double() / weight).to(bias.dtype)
+        changed[norm.bias_name] = turn.right(bias.double() / weight).to(bias.dtype)
     for linear in readers:
-        name = f"{linear.name}.weight"
+        name = linear.weight_name
         old = tensors[name]
         if bias is not None and takes:
-            own = tensors[f"{linear.name}.bias"]
+            own = tensors[linear.bias_name]
             added = old.double() @ bias.double()
-            changed[f"{linear.name}.bias"] = (own.double() + added).to(own.dtype)
+            changed[linear.bias_name] = (own.double() + added).to(own.dtype)
         changed[name] = turn.right(old.double() * weight).to(old.dtype)
     return changed
 
 
 def _turned_output(tensors: Mapping[str, Tensor], linear: Linear, turn: Turn) -> dict[str, Tensor]:
-    name, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+    name, bias = linear.weight_name, linear.bias_name
     changed = {name: turn.left(tensors[name])}
     if bias in tensors:
         changed[bias] = turn.right(tensors[bias])
@@ -189,7 +189,7 @@ def _turned_heads(unit: Unit, turn: Rotation) -> dict[str, Tensor]:
         if linear.role == "attn.o":
             weight = unit.weight(linear)
             heads = weight.view(weight.shape[0], -1, turn.size)
-            changed[f"{linear.name}.weight"] = turn.right(heads).view(weight.shape)
+            changed[linear.weight_name] = turn.right(heads).view(weight.shape)
     return changed
 
 

@@ -94,7 +94,7 @@ class SmoothAttention(Pass):
             assert context.cache is not None
             output = next(x for x in layout.linears if x.role == "attn.o")
             tried = attention_candidates(self.grid)
-            behind = unit.dequantized()[f"{output.name}.weight"]
+            behind = unit.dequantized()[output.weight_name]
             errors = _errors(context.kv, tried, context.cache, behind, shared=bool(norms))
             best = int(errors.argmin())
             alpha, beta = tried[best]
@@ -106,7 +106,7 @@ class SmoothAttention(Pass):
         tensors = dict(unit.tensors)
         if norms:
             for role, by in (("norm.q", scales[0]), ("norm.k", 1 / scales[0])):
-                name = f"{norms[role].name}.weight"
+                name = norms[role].weight_name
                 offset = norms[role].offset
                 tensors[name] = (tensors[name] + offset) * by.to(tensors[name]) - offset
         else:

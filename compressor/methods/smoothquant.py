@@ -136,7 +136,7 @@ class Smoothquant(Pass):
                 return False
         floats = [site_fold.source, *(linear.name for linear in readers)]
         return (
-            all(f"{name}.weight" in unit.tensors for name in floats)
+            all(unit.has_weight(name) for name in floats)
             and context.stats[site_fold.site].tokens > 0
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.ir.layout import Fold, UnitLayout
+from compressor.ir.layout import Fold, UnitLayout, bias_name, weight_name
 
 
 def fold(
@@ -52,21 +52,19 @@ def fold(
             raise ValueError(f"folding into {fold.site} needs {name}, which is not a float tensor")
         return tensors[name].to(dtype)
 
-    for leaf in ("weight", "bias"):
-        name = f"{fold.source}.{leaf}"
-        if leaf == "bias" and name not in tensors:
-            continue
+    weight, bias = weight_name(fold.source), bias_name(fold.source)
+    for name in (weight, bias) if bias in tensors else (weight,):
         value = get(name)
         start, stop = fold.rows or (0, value.shape[0])
         if scale.shape[0] != stop - start:
             raise ValueError(f"{scale.shape[0]} scales for {stop - start} channels of {name}")
         by = scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
-        offset = fold.norm_offset if leaf == "weight" else 0.0
+        offset = fold.norm_offset if name == weight else 0.0
         rows = (value[start:stop] + offset) / by - offset
         put(name, torch.cat([value[:start], rows, value[stop:]]))
     columns = consumer_scale(fold, scale)
     for linear in unit.site_linears(fold.site):
-        name = f"{linear.name}.weight"
+        name = linear.weight_name
         value = get(name)
         if columns.shape[0] != value.shape[1]:
             raise ValueError(f"{columns.shape[0]} scales for {value.shape[1]} inputs of {name}")

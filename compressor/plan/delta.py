@@ -39,7 +39,7 @@ class DeltaPlan:
         self, unit: UnitLayout, planned: Mapping[str, TensorShape]
     ) -> dict[str, TensorShape]:
         """A unit's tensors on disk, where `planned` are those of the dense fine-tune."""
-        coded = {f"{x.name}.weight": x for x in unit.linears if x.name in self.bits}
+        coded = {x.weight_name: x for x in unit.linears if x.name in self.bits}
         found: dict[str, TensorShape] = {}
         for name, spec in planned.items():
             if name in coded:
@@ -56,7 +56,7 @@ class DeltaPlan:
         self, unit: UnitLayout, outputs: Mapping[str, Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """A unit's weights as they are read back from its written tensors; `dtype` the model's."""
-        coded = {f"{x.name}.weight": x for x in unit.linears if x.name in self.bits}
+        coded = {x.weight_name: x for x in unit.linears if x.name in self.bits}
         weights = self.weights(unit)
         found: dict[str, Tensor] = {}
         for name in unit.tensors:
@@ -154,7 +154,7 @@ def plan_delta(
         n for n in base.same if dtypes.get(n) == entries[n].spec.dtype and n not in retrained
     )
     bits = params.delta_bits()
-    coded = {x.name: bits for x in linears if f"{x.name}.weight" not in borrowed}
+    coded = {x.name: bits for x in linears if x.weight_name not in borrowed}
     return DeltaPlan(base, coded, borrowed)
 
 

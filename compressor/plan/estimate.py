@@ -215,7 +215,7 @@ def _input_bytes(plan: Plan, device: torch.device) -> int:
 
 
 def _hidden(plan: Plan) -> int:
-    head = plan.layout.units[-1]
+    head = plan.layout.head
     return max(linear.in_features for linear in head.linears)
 
 

@@ -24,7 +24,7 @@ from compressor.checkpoint.source import Source
 from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
-from compressor.ir.layout import Linear, ModelLayout
+from compressor.ir.layout import Linear, ModelLayout, weight_name
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.methods.base import ModelPass
 from compressor.plan.check_recipe import check_recipe
@@ -354,8 +354,9 @@ def _kv(passes: Sequence[PassPlan], problems: list[CompressError]) -> KVSpec | N
 def _least_bytes(source: Source, schemes: Mapping[str, Scheme]) -> int:
     """Bytes of codes and of all that stays as it is, without scales: at least what is written."""
     total = 0
+    weights = {weight_name(path): scheme for path, scheme in schemes.items()}
     for name, entry in source.checkpoint.entries.items():
-        scheme = schemes.get(name.removesuffix(".weight"), Scheme())
+        scheme = weights.get(name, Scheme())
         count = torch.Size(entry.spec.shape).numel()
         total += entry.spec.nbytes if scheme.weight is None else count * scheme.weight.bits // 8
     return total

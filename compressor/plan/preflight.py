@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor.checkpoint.source import Source
 from compressor.errors import CompressError, InputError, Problems
 from compressor.foreign.calls import foreign
-from compressor.ir.layout import UnitLayout
+from compressor.ir.layout import UnitLayout, is_bias, weight_name
 from compressor.plan.plan import Plan
 from compressor.runner.block_runner import BlockRunner
 from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer
@@ -110,7 +110,7 @@ def _kind(source: Source, unit: UnitLayout) -> Any:
 
 def _stand_in(source: Source, unit: UnitLayout, name: str) -> Tensor:
     """A tensor of the checkpoint in its shape, without data; of a packed weight, the weight's."""
-    shapes = {f"{linear.name}.weight": linear.shape for linear in unit.linears}
+    shapes = {linear.weight_name: linear.shape for linear in unit.linears}
     entries = source.checkpoint.entries
     shape = shapes[name] if name in shapes else entries[name].spec.shape
     return torch.empty(shape, device="meta")
@@ -127,7 +127,7 @@ def _differences(
         for name in state.keys() & expected.keys()
         if state[name].shape != expected[name].shape
     )
-    biases = any(name.endswith(".bias") for name in (*lacking, *beyond))
+    biases = any(is_bias(name) for name in (*lacking, *beyond))
     hint = "biases follow keys such as attention_bias and mlp_bias" if biases else None
     found = [
         (lacking, "needs what the checkpoint does not have"),
@@ -161,7 +161,7 @@ def _arguments(source: Source, runner: BlockRunner) -> dict[int, dict[str, Any]]
 
 def _size(source: Source) -> int:
     """Channels of the hidden states."""
-    token = f"{source.arch.embedding.token}.weight"
+    token = weight_name(source.arch.embedding.token)
     return source.checkpoint.entries[token].spec.shape[1]
 
 

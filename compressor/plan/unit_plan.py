@@ -86,11 +86,11 @@ def plan_unit(
     for wanted in seen:
         needs = _merged(needs, wanted.sites)
     outputs: dict[str, TensorShape] = {}
-    by_weight = {f"{linear.name}.weight": linear for linear in unit.linears}
+    by_weight = {linear.weight_name: linear for linear in unit.linears}
     tensors = list(unit.tensors)
     untie = unit.kind == "head" and recipe.untie and source.layout.tied is not None
     if untie:
-        tensors += [f"{linear.name}.weight" for linear in unit.linears]
+        tensors += [linear.weight_name for linear in unit.linears]
     for name in tensors:
         found = by_weight.get(name)
         scheme = model.linears[found.name] if found else Scheme()

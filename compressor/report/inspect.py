@@ -100,7 +100,7 @@ def inspect(located: Located) -> CheckpointInfo:
     floats = sum(_count(e.spec.shape) for n, e in checkpoint.entries.items() if n in own)
     manifest = read_manifest(checkpoint.folder) if located.local else None
     policy = read_policy(checkpoint.folder) if located.local else None
-    codes = {f"{linear.name}.weight" for linear in coded}
+    codes = {linear.weight_name for linear in coded}
     # A format that keeps codes under the name of the weight was counted with the floats.
     doubled = sum(
         _count(checkpoint.entries[name].spec.shape) for name in codes if name in checkpoint.entries

@@ -324,7 +324,7 @@ class _Conversion:
     def outputs(self, unit: UnitLayout) -> dict[str, TensorShape]:
         """The tensors a unit will have on disk."""
         found: dict[str, TensorShape] = {}
-        coded = {f"{linear.name}.weight": linear for linear in unit.linears}
+        coded = {linear.weight_name: linear for linear in unit.linears}
         entries = self.source.checkpoint.entries
         for name in unit.tensors:
             linear = coded.get(name)
@@ -345,7 +345,7 @@ class _Conversion:
 
     def _packed_shapes(self, linear: Linear) -> dict[str, TensorShape]:
         if self.dense:
-            return {f"{linear.name}.weight": TensorShape(self.dtype, linear.shape)}
+            return {linear.weight_name: TensorShape(self.dtype, linear.shape)}
         scheme = self.linears[linear.name]
         assert scheme.weight is not None
         local = self.target.layout(

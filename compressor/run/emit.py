@@ -66,7 +66,7 @@ def decode_unit(plan: Plan, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> Un
             )
             tensors = {leaf: floats.pop(f"{linear.name}.{leaf}") for leaf in local}
             quantized[linear.name] = plan.format.decode(tensors, scheme.weight)
-    own = {*unit.layout.tensors, *(f"{linear.name}.weight" for linear in unit.layout.linears)}
+    own = {*unit.layout.tensors, *(linear.weight_name for linear in unit.layout.linears)}
     return Unit(
         layout=unit.layout,
         tensors={name: tensor for name, tensor in floats.items() if name in own},

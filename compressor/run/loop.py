@@ -241,7 +241,7 @@ class _Loop:
         if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
             tied = self.plan.layout.tied
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
-            moved |= {f"{linear.name}.weight": shared for linear in layout.linears}
+            moved |= {linear.weight_name: shared for linear in layout.linears}
         with ExitStack() as stack:
             current, rows = apply_passes(
                 self.plan,

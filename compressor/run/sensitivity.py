@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.layout import Linear, UnitLayout, is_bias, weight_name
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
@@ -75,14 +75,14 @@ def measure_sensitivity(
         device=device,
         dtype=plan.compute_dtype(device),
     )
-    units = source.layout.units
-    embedding = source.read_unit(units[0]).dequantized()
+    blocks = source.layout.blocks
+    embedding = source.read_unit(source.layout.embedding).dequantized()
     hidden = runner.embed(embedding, ids, batch=batch)
     groups: list[Group] = []
-    for index, layout in enumerate(units[1:-1], 1):
+    for index, layout in enumerate(blocks, 1):
         found, hidden = _measure_block(plans, index, hidden, runner=runner, batch=batch)
         groups += found
-        progress(layout.name, index, len(units) - 2)
+        progress(layout.name, index, len(blocks))
     return Sensitivity(
         recipe=dict(recipe), measure=MEASURE, tokens=ids.numel(), groups=tuple(groups)
     )
@@ -150,7 +150,7 @@ def bits_per_weight(unit: UnitPlan, linears: Sequence[Linear]) -> float:
     size = sum(
         shape.nbytes
         for name, shape in unit.outputs.items()
-        if name.rpartition(".")[0] in modules and not name.endswith(".bias")
+        if name.rpartition(".")[0] in modules and not is_bias(name)
     )
     return 8 * size / _weights(linears)
 
@@ -172,7 +172,7 @@ def _error(
 ) -> float:
     """Relative squared change of a block's outputs where only some linears are quantized."""
     names = {linear.name for linear in linears}
-    own = {f"{n}.weight": q.dequantize() for n, q in rounded.quantized.items() if n in names}
+    own = {weight_name(n): q.dequantize() for n, q in rounded.quantized.items() if n in names}
     block.load({**floats.dequantized(), **own})
     inputs = {
         name: StoredInput(spec, rounded.input_scales.get(name))
@@ -190,4 +190,4 @@ def _error(
 
 
 def _head(source: Source) -> set[str]:
-    return {linear.name for linear in source.layout.units[-1].linears}
+    return {linear.name for linear in source.layout.head.linears}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor.arch.load import RuntimeNames
 from compressor.foreign.calls import foreign
-from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.layout import Linear, UnitLayout, bias_name
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 
 
@@ -266,7 +266,7 @@ class BlockRunner:
         """
         self._assign({k: v for k, v in tensors.items() if not k.startswith("lm_head.")})
         lm_head = lm_head.to(self.device, self.dtype)
-        bias = tensors.get("lm_head.bias")
+        bias = tensors.get(bias_name(self.names.lm_head))
         bias = None if bias is None else bias.to(self.device, self.dtype)
         norm = self.model.get_submodule(self.names.norm)
         cap = getattr(self.config, "final_logit_softcapping", None)

@@ -15,7 +15,7 @@ import torch
 from compressor_calibration.stats import KVStats, SiteStats, StatNeeds
 from torch import Tensor, nn
 
-from compressor.ir.layout import Linear
+from compressor.ir.layout import Linear, weight_name
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Observer:
         if calls.original is None:
             calls.original = calls.run()
         block = self.block
-        replaced = {f"{name}.weight": value for name, value in weights.items()}
+        replaced = {weight_name(name): value for name, value in weights.items()}
         block.load({**block.tensors, **replaced})
         try:
             changed = calls.run()

@@ -38,7 +38,7 @@ class SourceModel:
 
     def read_unit(self, index: int) -> Unit:
         """A unit's weights, on the CPU."""
-        return self.source.read_unit(self.layout.units[index])
+        return self.source.read_unit(self.layout.unit(index))
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """A unit's weights in float on the device, as the runner takes them."""

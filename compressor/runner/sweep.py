@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.ir.layout import UnitLayout
+from compressor.ir.layout import UnitLayout, weight_name
 from compressor.ir.unit import Unit
 from compressor.runner.attention_call import AttentionHook
 from compressor.runner.block_runner import Block, BlockRunner
@@ -50,11 +50,11 @@ class Stream:
     def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from final hidden states [tokens, hidden] to logits [tokens, vocabulary]."""
         source = self.model.source
-        layout = source.layout.units[-1]
+        layout = source.layout.head
         tensors = floats(source.read_unit(layout), self.runner)
         tied = source.layout.tied
         (linear,) = (x for x in layout.linears if x.role == "lm_head")
-        name = f"{linear.name}.weight"
+        name = linear.weight_name
         enter = stored_inputs(source, layout).get(linear.name)
         # No name here holds the weight as it was read, beside the one that the head computes with.
         with self.runner.head(
@@ -82,11 +82,11 @@ def run_blocks(
     Raises InputError for rows that a model cannot take, or models of different depth.
     """
     _check(models, ids)
-    blocks = len(models[0].source.layout.units) - 2
+    blocks = len(models[0].source.layout.blocks)
     streams = []
     total = len(models) * (blocks + 1)
     order = [(m, u) for u in range(blocks + 1) for m in range(len(models))]
-    units = _read_ahead([(models[m].source, models[m].source.layout.units[u]) for m, u in order])
+    units = _read_ahead([(models[m].source, models[m].source.layout.unit(u)) for m, u in order])
     for done, ((m, u), unit) in enumerate(zip(order, units, strict=True), 1):
         if u == 0:
             streams.append(_embed(models[m], unit, ids, device=device, dtype=dtype, batch=batch))
@@ -103,7 +103,7 @@ def run_blocks(
 def floats(unit: Unit, runner: BlockRunner) -> dict[str, Tensor]:
     """The unit's tensors in float, quantized weights decoded on the runner's device."""
     decoded = {
-        f"{name}.weight": q.to(runner.device).dequantize(runner.dtype)
+        weight_name(name): q.to(runner.device).dequantize(runner.dtype)
         for name, q in unit.quantized.items()
     }
     return {**unit.tensors, **decoded}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.unit import Unit
 from compressor.verify.alignment import Matrix, rotation_between
 from compressor.verify.compare import (
@@ -85,7 +85,7 @@ class Against:
 
     def unit(self, place: int, unit: Unit) -> None:
         """Compare one unit of the written checkpoint with the original's."""
-        layout = self.original.layout.units[place]
+        layout = self.original.layout.unit(place)
         after = self._floats(unit)
         before = self._floats(self.original.read_unit(layout))
         if unit.layout.kind == "head":
@@ -115,7 +115,7 @@ class Against:
         self.differences += comparison.differences()
         if made is not None:
             for linear in unit.layout.linears:
-                name = f"{linear.name}.weight"
+                name = linear.weight_name
                 before[name] = comparison.rounded(linear, before[name])
             self.blocks += made.judge(before)
 
@@ -132,14 +132,14 @@ class Against:
         """A unit's weights in float32 on the device, one after the other."""
         floats = {name: t.to(self.device, torch.float32) for name, t in unit.tensors.items()}
         for name, q in unit.quantized.items():
-            floats[f"{name}.weight"] = q.to(self.device).dequantize(torch.float32)
+            floats[weight_name(name)] = q.to(self.device).dequantize(torch.float32)
         return floats
 
     def _share_head(
         self, layout: UnitLayout, after: dict[str, Tensor], before: dict[str, Tensor]
     ) -> None:
         """A tied head is the embedding's weight; where both are tied there is none to compare."""
-        name = f"{layout.linears[0].name}.weight"
+        name = layout.linears[0].weight_name
         for source, floats, other in (
             (self.original, before, after),
             (self.written, after, before),

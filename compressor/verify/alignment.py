@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.ir.layout import Fold, Linear, UnitLayout
+from compressor.ir.layout import Fold, Linear, UnitLayout, weight_name
 from compressor.ir.rows import change_rows, parts_of
 from compressor.methods.rotate import rotated_stream
 from compressor.numerics.folding import fold
@@ -76,7 +76,7 @@ def align(
             readers = unit.site_linears(site.site)
             # By angle, since rows may be scaled too; one scale for all columns changes no angle.
             if _cosine(readers, written, moved) > _cosine(readers, written, original) + 1e-6 or all(
-                agrees(x, moved[f"{x.name}.weight"]) for x in readers
+                agrees(x, moved[x.weight_name]) for x in readers
             ):
                 original |= moved
     for move in (_head_order, *(_channel_order(x) for x in unit.linears)):
@@ -89,7 +89,7 @@ def align(
             original |= _rescaled(site, unit, written, original, agrees)
     for move in (_key_scales, _value_maps):
         touched, changed = move(unit, written, original)
-        if touched and all(agrees(x, original[f"{x.name}.weight"]) for x in touched):
+        if touched and all(agrees(x, original[x.weight_name]) for x in touched):
             continue
         if not touched or _distance(touched, written, {**original, **changed}) < _distance(
             touched, written, original
@@ -102,7 +102,7 @@ def _cosine(
     linears: Sequence[Linear], written: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> float:
     """Mean cosine of the linears' rows to the written ones, summed over linears."""
-    pairs = [(tensors[f"{x.name}.weight"], written[f"{x.name}.weight"]) for x in linears]
+    pairs = [(tensors[x.weight_name], written[x.weight_name]) for x in linears]
     return sum(float(torch.cosine_similarity(a, b, dim=1).mean()) for a, b in pairs)
 
 
@@ -110,13 +110,13 @@ def _norm_ratio(
     site: Fold, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
 ) -> Tensor:
     """What the norm lost of its weight."""
-    name = f"{site.source}.weight"
+    name = weight_name(site.source)
     return (original[name] + site.norm_offset) / (written[name] + site.norm_offset)
 
 
 def _row_ratio(site: Fold, written: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> Tensor:
     """What the rows of a linear lost of their size."""
-    name = f"{site.source}.weight"
+    name = weight_name(site.source)
     start, stop = site.rows or (0, written[name].shape[0])
     new, old = written[name][start:stop], original[name][start:stop]
     return old.square().sum(1) / (old * new).sum(1)
@@ -126,7 +126,7 @@ def _column_ratio(
     site: Fold, unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
 ) -> Tensor:
     """What the columns of its readers gained."""
-    names = [f"{x.name}.weight" for x in unit.site_linears(site.site)]
+    names = [x.weight_name for x in unit.site_linears(site.site)]
     both = sum((written[n] * original[n]).sum(0) for n in names)
     size = sum(original[n].square().sum(0) for n in names)
     if site.repeat > 1:
@@ -152,7 +152,7 @@ def _rescaled(
         _column_ratio(site, unit, written, original),
     ):
         moved = fold(original, site, unit, _plain(ratio))
-        if all(agrees(x, moved[f"{x.name}.weight"]) for x in touched):
+        if all(agrees(x, moved[x.weight_name]) for x in touched):
             break
     else:
         moved = fold(original, site, unit, _plain(_row_ratio(site, written, original)))
@@ -168,7 +168,7 @@ def _distance(
     linears: Sequence[Linear], after: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> float:
     """Squared distance of the linears' weights, relative to their size in `before`."""
-    names = [f"{linear.name}.weight" for linear in linears]
+    names = [linear.weight_name for linear in linears]
     gap = sum(float((after[name] - before[name]).square().sum()) for name in names)
     return gap / max(sum(float(before[name].square().sum()) for name in names), 1e-30)
 
@@ -179,7 +179,7 @@ Moved = tuple[list[Linear], Tensors]
 def _rows(unit: UnitLayout, tensors: Mapping[str, Tensor], role: str) -> Tensor | None:
     """Rows of the weight with this role, [rows, in]."""
     for linear, part in parts_of(unit, role):
-        return tensors[f"{linear.name}.weight"][part.start : part.stop]
+        return tensors[linear.weight_name][part.start : part.stop]
     return None
 
 
@@ -205,9 +205,9 @@ def _head_order(
     touched = _touched(unit, "attn.")
     for linear in touched:
         if linear.role == "attn.o":
-            old = original[f"{linear.name}.weight"]
+            old = original[linear.weight_name]
             heads = old.reshape(old.shape[0], shape.kv_heads, -1)[:, order]
-            moved[f"{linear.name}.weight"] = heads.reshape(old.shape)
+            moved[linear.weight_name] = heads.reshape(old.shape)
     return touched, moved
 
 
@@ -231,7 +231,7 @@ def _key_scales(
     for role, by in scales.items():
         for linear, part in parts_of(unit, role):
             moved |= change_rows({**original, **moved}, linear, part, _times(by.reshape(-1)))
-    return [x for x in _touched(unit, "attn.") if f"{x.name}.weight" in moved], moved
+    return [x for x in _touched(unit, "attn.") if x.weight_name in moved], moved
 
 
 def _norm_scales(
@@ -240,13 +240,12 @@ def _norm_scales(
     """The same where keys and queries are normalised: their norms take the scales."""
     norms = {norm.role: norm for norm in unit.norms}
     query, key = norms["norm.q"], norms["norm.k"]
-    new, old = (x[f"{key.name}.weight"] + key.offset for x in (written, original))
+    new, old = (x[key.weight_name] + key.offset for x in (written, original))
     pairs = (new / old).reshape(2, -1)
     ratio = _plain(pairs.prod(0).sqrt()).repeat(2)
     moved = {
-        f"{key.name}.weight": old * ratio - key.offset,
-        f"{query.name}.weight": (original[f"{query.name}.weight"] + query.offset) / ratio
-        - query.offset,
+        key.weight_name: old * ratio - key.offset,
+        query.weight_name: (original[query.weight_name] + query.offset) / ratio - query.offset,
     }
     return [], moved
 
@@ -268,14 +267,14 @@ def _channel_order(
             if x.expert == down.expert and part.stop - part.start == down.in_features
         ]
         linear, part = sources[-1]
-        name, rows = f"{linear.name}.weight", slice(part.start, part.stop)
+        name, rows = linear.weight_name, slice(part.start, part.stop)
         order = _matching(written[name][rows], original[name][rows])
         if order is None:
             return [], {}
         moved: Tensors = {}
         for linear, part in sources:
             moved |= change_rows({**original, **moved}, linear, part, lambda r: r[order])
-        moved[f"{down.name}.weight"] = original[f"{down.name}.weight"][:, order]
+        moved[down.weight_name] = original[down.weight_name][:, order]
         return [*dict.fromkeys(x for x, _ in sources), down], moved
 
     return find
@@ -302,14 +301,14 @@ def _value_maps(
             return torch.bmm(maps, rows.double().reshape(heads)).reshape(rows.shape)
 
         moved |= change_rows(original, linear, part, turn)
-    touched = [x for x in _touched(unit, "attn.") if f"{x.name}.weight" in moved]
+    touched = [x for x in _touched(unit, "attn.") if x.weight_name in moved]
     back = torch.linalg.inv(maps).repeat_interleave(shape.heads // shape.kv_heads, 0)
     for linear in unit.linears:
         if linear.role == "attn.o":
-            weight = original[f"{linear.name}.weight"]
+            weight = original[linear.weight_name]
             columns = weight.double().reshape(weight.shape[0], shape.heads, -1).transpose(0, 1)
             turned = (columns @ back).transpose(0, 1).reshape(weight.shape)
-            moved[f"{linear.name}.weight"] = turned.to(weight.dtype)
+            moved[linear.weight_name] = turned.to(weight.dtype)
             touched.append(linear)
     return touched, moved
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.layout import Linear, UnitLayout, is_bias
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.common.rounding import fused_with
 from compressor.numerics import quantize, shared_options
@@ -110,7 +110,7 @@ class UnitComparison:
                 agrees=lambda linear, weight: self._linear(linear, weight).problem is None,
                 rotation=self.rotation,
             )
-        linears = {f"{x.name}.weight": x for x in self.unit.linears}
+        linears = {x.weight_name: x for x in self.unit.linears}
         found = []
         for name, new in self.written.items():
             if name in linears:
@@ -135,11 +135,11 @@ class UnitComparison:
         same = [
             x for x in self.unit.linears if x is not linear and group and fused_with(x) == group
         ]
-        weights = [weight, *(self.original[f"{x.name}.weight"] for x in same)]
+        weights = [weight, *(self.original[x.weight_name] for x in same)]
         return shared_options(weights, [spec] * len(weights), [group or 0] * len(weights))[0]
 
     def _linear(self, linear: Linear, old: Tensor) -> Difference:
-        name = f"{linear.name}.weight"
+        name = linear.weight_name
         coded = linear.name in self.specs
         floor = 0.0 if coded else float_floor(self.dtype, moved=True)
         found = _Sums()
@@ -158,7 +158,7 @@ class UnitComparison:
         if not bool(old.any()) and not bool(new.any()):
             error = 0.0
         expected = float_floor(self.dtype, moved=True) / ERROR
-        if name.endswith(".bias") and (spec := self.specs.get(name.removesuffix(".bias"))):
+        if is_bias(name) and (spec := self.specs.get(name.rpartition(".")[0])):
             # Rows of a rounded weight say what the bias was multiplied by only roughly.
             expected += 2.0**-spec.bits / 4
         return Difference(name, error, expected)

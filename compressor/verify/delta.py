@@ -164,7 +164,7 @@ class _Checks:
         ]
         for linear in unit.linears:
             if linear.name in self.delta.bits:
-                self._linear(linear, tensors[f"{linear.name}.weight"])
+                self._linear(linear, tensors[linear.weight_name])
         if self.against is not None:
             self.against.unit(place, self.merged.assemble(unit, tensors))
 

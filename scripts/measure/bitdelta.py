@@ -51,12 +51,12 @@ def low_rank(base: Source, fine: Source, *, device: torch.device) -> tuple[Sourc
     """The fine-tune with each linear's difference cut to as many ranks as one bit pays for, and
     the bytes of all factors."""
     tensors, size = {}, 0
-    for unit in fine.layout.units[1:-1]:
+    for unit in fine.layout.blocks:
         linears = [linear for linear in unit.linears if linear.role != "router"]
         names = [linear.name for linear in linears]
         before, after = base_weights(base, names), base_weights(fine, names)
         for linear in linears:
-            name = f"{linear.name}.weight"
+            name = linear.weight_name
             old, new = before[name].to(device).float(), after[name].to(device).float()
             rows, columns = linear.shape
             rank = max(1, rows * columns // (16 * (rows + columns)))
@@ -148,7 +148,7 @@ class Measure:
         self.row("fine-tune", self.fine, size=self.fine.checkpoint.nbytes)
         started = time.perf_counter()
         source, size = low_rank(self.base, self.fine, device=self.device)
-        inside = {f"{x.name}.weight" for u in self.fine.layout.units[1:-1] for x in u.linears}
+        inside = {x.weight_name for u in self.fine.layout.blocks for x in u.linears}
         entries = self.fine.checkpoint.entries
         rest = sum(entry.spec.nbytes for name, entry in entries.items() if name not in inside)
         seconds = time.perf_counter() - started

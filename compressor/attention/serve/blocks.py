@@ -16,7 +16,7 @@ from compressor.attention.serve.attend import Rule, softmax_attention
 from compressor.checkpoint.reader import open_checkpoint
 from compressor.errors import InputError
 
-FORECAST_NAME = re.compile(r".*\.(\d+)\.[^.]+\.(q_future_proj|q_curr_proj)\.weight")
+FORECAST_NAME = re.compile(r".*\.(\d+)\.[^.]+\.(q_future_proj|q_curr_proj)\.\w+")
 
 
 def stored_forecasts(folder: Path) -> dict[str, Tensor]:

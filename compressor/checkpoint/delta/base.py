@@ -22,7 +22,7 @@ from compressor.checkpoint.reader import READ_THREADS, Checkpoint, load_json
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.ir.layout import Linear
+from compressor.ir.layout import Linear, weight_name
 from compressor.ir.tensor import TensorShape
 from compressor.numerics.bitdelta import SCALES, SIGNS
 
@@ -145,7 +145,7 @@ def base_weights(source: Source, names: Iterable[str]) -> dict[str, Tensor]:
     """Weights of linears of a checkpoint, quantized ones decoded: checkpoint name → [out, in]."""
     linears = {linear.name: linear for linear in source.layout.linears}
     return {
-        f"{name}.weight": decoded(
+        weight_name(name): decoded(
             source, linears[name], source.checkpoint.read(stored_names(source, linears[name]))
         )
         for name in names
@@ -161,6 +161,6 @@ def decoded(source: Source, linear: Linear, tensors: Mapping[str, Tensor]) -> Te
     """The weight [out, in] that those tensors stand for."""
     spec = source.schemes.linears[linear.name].weight
     if spec is None:
-        return tensors[f"{linear.name}.weight"]
+        return tensors[linear.weight_name]
     local = {leaf: tensors[f"{linear.name}.{leaf}"] for leaf in source.stored(linear)}
     return source.format.decode(local, spec).dequantize()

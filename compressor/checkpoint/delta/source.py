@@ -27,7 +27,7 @@ from compressor.checkpoint.reader import Checkpoint, load_json, open_checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.source import Source, as_source, open_source
 from compressor.errors import InputError, Problems
-from compressor.ir.layout import Linear
+from compressor.ir.layout import Linear, weight_name
 from compressor.ir.tensor import TensorShape
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
 
@@ -105,7 +105,7 @@ class MergedCheckpoint(Checkpoint):
     ) -> dict[str, Tensor]:
         """The named tensors on the CPU. Raises InputError where the base is not the delta's."""
         wanted = list(names)
-        linears = {f"{x.name}.weight": x for x in self.base.layout.linears}
+        linears = {x.weight_name: x for x in self.base.layout.linears}
         stored = [name for name in wanted if name in self.delta.checkpoint.entries]
         borrowed = [name for name in wanted if name in self.delta.borrowed]
         found = self.delta.checkpoint.read(stored, pin=pin, threads=threads)
@@ -171,7 +171,7 @@ def merged_source(delta: Delta, base: Source) -> Source:
                         hint="the delta is damaged, or was made from a base of another size",
                     )
                 )
-        virtual(f"{name}.weight", TensorShape(dtype, linears[name].shape))
+        virtual(weight_name(name), TensorShape(dtype, linears[name].shape))
     if problems:
         raise Problems(problems)
     config = {k: v for k, v in delta.checkpoint.config.items() if k != "quantization_config"}

@@ -21,6 +21,7 @@ from torch import Tensor
 from compressor.checkpoint.low_precision.base import Stored
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
+from compressor.ir.layout import weight_name
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 METHODS = ("fp8", "fbgemm_fp8")
@@ -66,8 +67,8 @@ class FP8Weights:
         bare: list[str] = []
         for name in [n for n, entry in entries.items() if entry.spec.dtype in FP8]:
             candidates = [name + suffix for suffix in SUFFIXES]
-            if name.endswith(".weight"):
-                candidates.append(name.removesuffix("weight") + "scale")
+            if name == weight_name(path := name.rpartition(".")[0]):
+                candidates.append(f"{path}.scale")
             scales = [n for n in candidates if n in entries]
             if len(scales) > 1:
                 raise InputError(f"{name} has two scales: {' and '.join(scales)}")

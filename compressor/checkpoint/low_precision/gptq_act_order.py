@@ -17,6 +17,7 @@ from compressor.checkpoint.low_precision.base import Stored
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
 from compressor.formats.shared.words import WORD, unpack_words
+from compressor.ir.layout import weight_name
 
 BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -76,7 +77,7 @@ class GPTQActOrder:
             ):
                 raise InputError(f"{path}: its parts do not fit together: {shapes}")
             decode = _Ordered(bits, shift=1 if marker == "gptq" else 0)
-            found[f"{path}.weight"] = Stored(parts, (out, columns), decode)
+            found[weight_name(path)] = Stored(parts, (out, columns), decode)
         return found
 
 

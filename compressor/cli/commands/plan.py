@@ -21,6 +21,7 @@ from compressor.cli.options import (
     junit_option,
     recipe_options,
 )
+from compressor.ir.layout import weight_name
 
 MANY = 8
 """Patterns of a pass that are listed."""
@@ -128,7 +129,7 @@ def label(plan: Plan, name: str) -> str:
     spec = scheme.weight
     if plan.delta is not None and name in plan.delta.bits:
         return f"{plan.delta.bits[name]}-bit difference to the base"
-    if plan.delta is not None and f"{name}.weight" in plan.delta.borrowed:
+    if plan.delta is not None and weight_name(name) in plan.delta.borrowed:
         return "the base's own"
     if spec is None:
         return "unchanged"

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from compressor.arch.load import RuntimeNames
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
-from compressor.ir.layout import UnitLayout
+from compressor.ir.layout import UnitLayout, weight_name
 from compressor.methods.base import FrozenModel, LearnContext
 from compressor.numerics.bitdelta import merge, sign_delta
 
@@ -146,7 +146,7 @@ class Student:
             tensors = model.tensors(index)
             parts: dict[str, _Part] = {}
             for linear in unit.linears:
-                name = f"{linear.name}.weight"
+                name = linear.weight_name
                 if name in weights:
                     before = weights[name].to(self.device)
                     fine = tensors.pop(name)
@@ -192,7 +192,7 @@ class Student:
         state = {}
         if merging and self.head:
             (part,) = self.head.values()
-            state = {f"{self.names.lm_head}.weight": self.weight(part)}
+            state = {weight_name(self.names.lm_head): self.weight(part)}
         try:
             out: Any = functional_call(
                 self.whole, state, kwargs={"input_ids": ids, "use_cache": False}

@@ -106,7 +106,7 @@ class Bitdelta(ModelPass):
         rows: list[Mapping[str, Any]] = []
         made: dict[str, Tensor] = {}
         for linear in context.selected:
-            base = context.base.get(f"{linear.name}.weight")
+            base = context.base.get(linear.weight_name)
             if base is None:  # the base has this very weight
                 continue
             weight = unit.weight(linear)

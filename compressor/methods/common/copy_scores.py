@@ -138,10 +138,10 @@ def _visible(call: AttentionCall, at: Tensor, keys: int) -> Tensor:
 def _answered(model: FrozenModel, rows: Sequence[Row], hidden: Tensor) -> Tensor:
     """Whether the model gives most of each answer's tokens, bool [answers]."""
     tied = model.layout.tied
-    head: Any = model.layout.units[-1]
+    head: Any = model.layout.head
     tensors = model.tensors(len(model.layout.units) - 1)
     (linear,) = (x for x in head.linears if x.role == "lm_head")
-    weight = model.tensors(0)[tied] if tied else tensors[f"{linear.name}.weight"]
+    weight = model.tensors(0)[tied] if tied else tensors[linear.weight_name]
     good = []
     with model.runner.head(tensors, weight) as logits:
         for number, row in enumerate(rows):

@@ -101,7 +101,7 @@ class DuoAttention(ModelPass):
         self, layout: ModelLayout, *, length: int, vocabulary: int, itemsize: int
     ) -> int:
         blocks = [unit for unit in layout.units if unit.kind == "block"]
-        hidden = max(x.in_features for x in layout.units[-1].linears)
+        hidden = max(x.in_features for x in layout.head.linears)
         widest = max(x.out_features for unit in blocks for x in unit.linears)
         tokens = self.batch * self.data.max_length
         # Each layer keeps the gated stream's input and the full one's attention; one layer runs
@@ -260,28 +260,28 @@ class DuoAttention(ModelPass):
         order = context.learned[ORDER][unit.layout.index]
         changed: dict[str, Tensor] = {}
         for linear in unit.layout.linears:
-            weight = unit.tensors.get(f"{linear.name}.weight")
+            weight = unit.tensors.get(linear.weight_name)
             if weight is None:
                 continue
             if linear.role in ("attn.q", "attn.k", "attn.v", "attn.qkv"):
                 changed |= _rows(unit, linear, order)
             elif linear.role == "attn.o":
                 size = linear.in_features // shape.kv_heads
-                changed[f"{linear.name}.weight"] = reorder_rows(weight.T, order, size=size).T
+                changed[linear.weight_name] = reorder_rows(weight.T, order, size=size).T
         return PassResult(unit.with_tensors({k: v.contiguous() for k, v in changed.items()}))
 
 
 def _rows(unit: Unit, linear: Linear, order: Tensor) -> dict[str, Tensor]:
     """A projection's weight and bias with the rows of its KV heads reordered."""
     found = {}
-    for leaf in ("weight", "bias"):
-        tensor = unit.tensors.get(f"{linear.name}.{leaf}")
+    for name in (linear.weight_name, linear.bias_name):
+        tensor = unit.tensors.get(name)
         if tensor is not None:
             parts = []
             for part in linear.parts or (None,):
                 piece = tensor if part is None else tensor[part.start : part.stop]
                 parts.append(reorder_rows(piece, order, size=piece.shape[0] // len(order)))
-            found[f"{linear.name}.{leaf}"] = torch.cat(parts)
+            found[name] = torch.cat(parts)
     return found
 
 

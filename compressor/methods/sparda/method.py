@@ -224,7 +224,7 @@ def _entering(unit: UnitLayout) -> int:
 
 
 def _width(layout: ModelLayout) -> int:
-    return max(linear.in_features for linear in layout.units[-1].linears)
+    return max(linear.in_features for linear in layout.head.linears)
 
 
 PASS = SparDA

@@ -24,7 +24,7 @@ def mean_queries(unit: UnitLayout, tensors: dict[str, Tensor]) -> Tensor:
     assert shape is not None
     linear = next(x for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
     rows = shape.heads * shape.head_dim  # of a fused projection, queries come first
-    weight = tensors[f"{linear.name}.weight"][:rows].float()
+    weight = tensors[linear.weight_name][:rows].float()
     by_group = weight.view(shape.kv_heads, -1, shape.head_dim, weight.shape[1])
     return by_group.mean(1).flatten(0, 1)
 

@@ -196,7 +196,7 @@ class Sweep:
         return TrainedForecasts(weights[0], (*weights[1:], last), tuple(losses))
 
     def _stores(self) -> list[ActivationStore]:
-        head = self.model.layout.units[-1]
+        head = self.model.layout.head
         width = max(linear.in_features for linear in head.linears)
         dtype = next(iter(self.model.read_unit(0).tensors.values())).dtype
         rows, length = self.ids.shape

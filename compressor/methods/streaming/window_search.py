@@ -45,8 +45,8 @@ def sink_perplexities(
         progress(unit.name, number + 1, len(blocks))
     last = len(layout.units) - 1
     tensors = model.tensors(last)
-    (linear,) = (x for x in layout.units[-1].linears if x.role == "lm_head")
-    weight = model.tensors(0)[layout.tied] if layout.tied else tensors[f"{linear.name}.weight"]
+    (linear,) = (x for x in layout.head.linears if x.role == "lm_head")
+    weight = model.tensors(0)[layout.tied] if layout.tied else tensors[linear.weight_name]
     with model.runner.head(tensors, weight) as logits:
         return {kind: _perplexity(logits, states[kind], ids, first=window) for kind in kinds}
 
