@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,11 @@ def _tokens(
     seed: int,
 ) -> TokenSet:
     """Rows of one source, or of each its share: random ones in an order of the seed's."""
-    sets = []
-    for source, rows in _shared(wanted, samples):
+
+    def rows_of(source: Weighted, rows: int) -> TokenSet:
         met = BadRows(skip=source.skip_bad_rows)
         with _data_errors(KEYS[part]):
-            tokens = make_tokens(
+            return make_tokens(
                 tokenizer,
                 source.documents(part, met),
                 samples=rows,
@@ -72,7 +73,10 @@ def _tokens(
                 seed=seed,
                 bad_rows=met,
             )
-        sets.append(tokens)
+
+    # Tokenizers work beside each other: one text is cut by one thread, which takes seconds.
+    with ThreadPoolExecutor() as threads:
+        sets = list(threads.map(lambda shared: rows_of(*shared), _shared(wanted, samples)))
     if len(sets) == 1:
         return sets[0]
     return mixed(sets, seed=seed if sampling == "random" else None)
