@@ -1,26 +1,28 @@
 """GPTQ (arXiv 2210.17323): weights rounded one input after another, each correcting the error of
 those before it.
 
-The grid is that of rounding to nearest, with static groups: inputs are worked on in the order of
-their size, but nothing is reordered in what is written, and no g_idx is needed. A row whose output
-error does not come out below that of rounding to nearest keeps the nearest codes.
+Groups are static: inputs are worked on in the order of their size, but nothing is reordered in what
+is written, and no g_idx is needed. The grid is that of rounding to nearest, or a searched one; its
+scales stay, unless they are refitted to the codes. A row whose output error does not come out below
+that of rounding to nearest keeps the nearest codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
-from compressor_calibration.stats import StatNeeds
+from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
 
 from compressor.ir.layout import Linear
-from compressor.ir.qtensor import NVFP4
+from compressor.ir.qtensor import NVFP4, QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Pass, PassContext, PassResult
-from compressor.methods.common.rounding import with_input_scales
-from compressor.methods.common.second_order import GptqOptions, round_unit
+from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.common.second_order import GptqOptions, lowest_code, round_unit
 from compressor.methods.rtn import (
     by_channel_beside_inputs,
     input_spec,
@@ -28,9 +30,10 @@ from compressor.methods.rtn import (
     narrow_beside_inputs,
     uneven_groups,
 )
+from compressor.numerics.grid_search import search_grid
 from compressor.numerics.nvfp4 import BLOCK, Rule
 
-INTEGERS = ("bits", "group_size", "symmetric")
+INTEGERS = ("bits", "group_size", "symmetric", "scales", "refits")
 INPUTS: dict[str, dict[str | None, ActivationSpec | None]] = {
     "int": {None: None, **{m: input_spec(m) for m in ("token", "tensor", "static")}},
     "nvfp4": {
@@ -64,11 +67,25 @@ class Gptq(Pass):
         description="quantized inputs: int8 with a scale per token, tensor or a static one; beside "
         "nvfp4 NVFP4 inputs with a calibrated or dynamic global scale",
     )
+    scales: Literal["range", "search"] = Field(
+        "range",
+        description="how integers get scales and zero points: range, so that the whole range of a "
+        "group fits; search, so that the error of its inputs, by their size, is least",
+    )
     damping: float = Field(
         0.01, gt=0, le=1, description="share of the Gram matrix's mean diagonal added to it"
     )
     act_order: bool = Field(
         True, description="round the inputs with the largest values first; changes no layout"
+    )
+    descent: int = Field(
+        0, ge=0, le=100, description="sweeps that improve one input's codes after another"
+    )
+    refits: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="times that scales are refitted to the codes; `descent` follows each",
     )
     min_tokens: int = Field(
         64, ge=1, description="what fewer tokens went through (a rare expert) is rounded to nearest"
@@ -105,8 +122,32 @@ class Gptq(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         unit = with_input_scales(unit, context.coded, context)
-        options = GptqOptions(self.damping, self.act_order, self.min_tokens)
-        return PassResult(*round_unit(unit, context, options))
+        options = GptqOptions(
+            damping=self.damping,
+            act_order=self.act_order,
+            min_tokens=self.min_tokens,
+            descent=self.descent,
+            refits=self.refits,
+        )
+        start = None
+        if self.scales == "search":
+            start = partial(self._searched, unit, context)
+        return PassResult(*round_unit(unit, context, options, start=start))
+
+    def _searched(
+        self, unit: Unit, context: PassContext, linears: Sequence[Linear], stats: SiteStats
+    ) -> dict[str, QTensor]:
+        """Linears of one site rounded to nearest on searched grids."""
+        if stats.tokens < self.min_tokens:
+            made = quantize_all(context, linears, [unit.weight(x) for x in linears])
+            return {x.name: q for x, q in zip(linears, made, strict=True)}
+        diagonal, found = stats.gram.diagonal(), {}
+        for linear in linears:
+            spec = context.spec(linear)
+            assert spec is not None, f"{linear.name} is not quantized"
+            narrow = bool(lowest_code(context, linear))
+            found[linear.name] = search_grid(unit.weight(linear), diagonal, spec, narrow=narrow)
+        return found
 
 
 PASS = Gptq

@@ -13,6 +13,7 @@ What differs from the published code:
   explicit inverse.
 - The correction is greedy and can lose: a row whose error tr(δ H δᵀ) does not come out below that
   of rounding to nearest keeps the nearest codes.
+- Its codes may be improved by coordinate descent, and scales refitted to them, on the damped H.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compressor.ir.qtensor import QTensor, decode_elements
-from compressor.numerics import nearest_codes
+from compressor.ir.qtensor import QTensor
+from compressor.numerics.columns import Columns
+from compressor.numerics.coordinate_descent import descend
+from compressor.numerics.scale_refit import refit_scales
 
 BLOCK = 128
 """Inputs after which corrections are passed on to all later inputs in one product."""
@@ -43,13 +46,20 @@ class InverseFactor:
     gram     [C, C] float32, undamped, in the model's order
     factor   [C, C] float32 upper triangular R of the damped, reordered matrix
     order    [C] which input is rounded as the i-th
-    damping  what was added to the diagonal, as a share of its mean
+    added    [C] float32, what was added to the diagonal
+    damping  the same as a share of its mean, where an input was seen
     """
 
     gram: Tensor
     factor: Tensor
     order: Tensor
+    added: Tensor
     damping: float
+
+    @property
+    def damped(self) -> Tensor:
+        """The damped Gram matrix [C, C] float32, in the model's order."""
+        return self.gram + torch.diag(self.added)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +98,11 @@ def inverse_factor(
     backwards = order.flip(0)
     matrix = gram.double()[backwards][:, backwards]
     mean = float(diagonal[seen].mean())
-    unseen = (~seen)[backwards].double() * mean
+    unseen = (~seen).double() * mean
     damped = max(damping, 1e-8)
     for _ in range(RETRIES):
-        shifted = matrix + torch.diag(unseen + damped * mean)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
+        added = unseen + damped * mean
+        lower, failed = torch.linalg.cholesky_ex(matrix + torch.diag(added[backwards]))
         if not bool(failed):
             break
         damped *= 2
@@ -103,7 +113,9 @@ def inverse_factor(
     factor = inverse.flip(0, 1).float().contiguous()
     if not bool(torch.isfinite(factor).all()):
         return None
-    return InverseFactor(gram=gram.float(), factor=factor, order=order, damping=damped)
+    return InverseFactor(
+        gram=gram.float(), factor=factor, order=order, added=added.float(), damping=damped
+    )
 
 
 def gptq(
@@ -112,38 +124,53 @@ def gptq(
     inverse: InverseFactor,
     *,
     lowest: int = 0,
+    descent: int = 0,
+    refits: int = 0,
 ) -> list[Rounded]:
     """Round weights [O_i, C] that read one input, on the grids of their nearest codes.
 
     nearest  of each weight: `quantize(weight, spec)`; all of one spec
     lowest   codes below it are not used (1 on a narrow symmetric grid)
+    descent  sweeps of coordinate descent after GPTQ, and after each refit
+    refits   times that the scales of integers are refitted to the codes
     Every row's error in the Hessian's norm is at most that of its nearest codes.
     """
     codes = [torch.empty_like(q.codes) for q in nearest]
+    scales = [q.scales.clone() for q in nearest]
+    damped = inverse.damped if descent or refits else inverse.gram
     # Of each weight: rows kept, and the squares of our error, the nearest codes' and the output.
     sums = torch.zeros(len(weights), 4, dtype=torch.float64, device=inverse.gram.device)
     for batch in _batches(weights):
         rows = [(weights[i][part].float(), _rows(nearest[i], part)) for i, part in batch]
         grids = [q for _, q in rows]
-        found = _solve(torch.cat([w for w, _ in rows]), grids, inverse, lowest=lowest)
-        start = 0
-        for (i, part), (weight, q) in zip(batch, rows, strict=True):
-            ours = replace(q, codes=found[start : start + weight.shape[0]])
-            start += weight.shape[0]
+        target = torch.cat([w for w, _ in rows])
+        found = _split(_solve(target, grids, inverse, lowest=lowest), grids)
+        found = _descended(found, target, damped, lowest=lowest, sweeps=descent)
+        for _ in range(refits):
+            found = [
+                replace(q, scales=refit_scales(q, w, damped))
+                for q, (w, _) in zip(found, rows, strict=True)
+            ]
+            found = _descended(found, target, damped, lowest=lowest, sweeps=descent)
+        for (i, part), (weight, q), ours in zip(batch, rows, found, strict=True):
             errors = [row_errors(x.dequantize() - weight, inverse.gram) for x in (ours, q)]
             better = errors[0] < errors[1]
             codes[i][part] = torch.where(better[:, None], ours.codes, q.codes)
+            if refits:
+                scales[i][part] = torch.where(better[:, None], ours.scales, q.scales)
             least = torch.where(better, errors[0], errors[1])
             power = row_errors(weight, inverse.gram)
             sums[i] += torch.stack([x.double().sum() for x in (~better, least, errors[1], power)])
     return [
         Rounded(
-            q=replace(q, codes=made),
+            q=replace(q, codes=made, scales=scale),
             kept=int(kept),
             error=error / max(power, 1e-30),
             nearest=plain / max(power, 1e-30),
         )
-        for q, made, (kept, error, plain, power) in zip(nearest, codes, sums.tolist(), strict=True)
+        for q, made, scale, (kept, error, plain, power) in zip(
+            nearest, codes, scales, sums.tolist(), strict=True
+        )
     ]
 
 
@@ -152,11 +179,31 @@ def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     return ((delta @ gram) * delta).sum(1)
 
 
+def _descended(
+    found: Sequence[QTensor], target: Tensor, damped: Tensor, *, lowest: int, sweeps: int
+) -> list[QTensor]:
+    """The same grids with the codes of coordinate descent towards their stacked target."""
+    if not sweeps:
+        return list(found)
+    codes, values = (
+        torch.cat(x) for x in ([q.codes for q in found], [q.dequantize() for q in found])
+    )
+    columns = Columns(found, lowest=lowest)
+    codes, _ = descend(codes, values, target, damped, columns, sweeps=sweeps)
+    return _split(codes, found)
+
+
+def _split(codes: Tensor, grids: Sequence[QTensor]) -> list[QTensor]:
+    """Stacked codes [O, C] on the grids of their weights."""
+    parts = torch.split(codes, [q.shape[0] for q in grids])
+    return [replace(q, codes=part) for q, part in zip(grids, parts, strict=True)]
+
+
 def _solve(
     weight: Tensor, grids: Sequence[QTensor], inverse: InverseFactor, *, lowest: int
 ) -> Tensor:
     """Codes uint8 [O, C] of rows [O, C] float32, in the model's order."""
-    columns = _Columns(grids, lowest=lowest)
+    columns = Columns(grids, lowest=lowest)
     order, factor = inverse.order, inverse.factor
     count = weight.shape[1]
     # Transposed, so that one input's weights lie together.
@@ -182,45 +229,6 @@ def _solve(
     out = torch.empty_like(codes)
     out[order] = codes
     return out.t()
-
-
-class _Columns:
-    """The grids of stacked weights, one input at a time."""
-
-    def __init__(self, grids: Sequence[QTensor], *, lowest: int) -> None:
-        self.spec = spec = grids[0].spec
-        self.lowest = lowest
-        width = {"group": spec.group_size, "block": (spec.block or (0, 0))[1]}
-        self.size = width.get(spec.strategy) or grids[0].shape[1]
-        self.scales = _stacked(grids, [q.scales for q in grids])
-        zeros = [q.zeros for q in grids if q.zeros is not None]
-        self.zeros = _stacked(grids, zeros) if zeros else None
-        second = [q.second for q in grids if q.second is not None]
-        self.second = _stacked(grids, second)[0] if second else None
-        every = torch.arange(2**spec.bits, dtype=torch.uint8, device=self.scales.device)
-        self.elements = decode_elements(every, spec, torch.float32)
-
-    def round(self, value: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Nearest codes of one input's weights [O], and what they stand for."""
-        scales = self.scales[column // self.size]
-        zeros = None if self.zeros is None else self.zeros[column // self.size]
-        codes = nearest_codes(value, self.spec, scales=scales, zeros=zeros, second=self.second)
-        if self.lowest:
-            codes.clamp_(min=self.lowest)
-        values = self.elements[codes.int()]
-        if zeros is None:
-            values = values * scales
-        elif self.spec.zero == "offset":
-            values = values * scales - zeros
-        else:
-            values = (values - zeros) * scales
-        return codes, values if self.second is None else values * self.second
-
-
-def _stacked(grids: Sequence[QTensor], values: Sequence[Tensor]) -> Tensor:
-    """Per-group values of each weight as float32 [groups, all rows]."""
-    rows = [v.float().expand(q.shape[0], -1) for q, v in zip(grids, values, strict=True)]
-    return torch.cat(rows).t().contiguous()
 
 
 def _batches(weights: Sequence[Tensor]) -> Iterator[list[tuple[int, slice]]]:

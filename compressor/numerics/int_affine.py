@@ -148,12 +148,12 @@ def int_grid(
         low = torch.minimum(torch.maximum(low, lower), upper)
         high = torch.minimum(torch.maximum(high, lower), upper)
     if spec.zero == "none":
-        return _symmetric_scales(low, high, spec, narrow=narrow), None
-    grid, degenerate = _asymmetric_grid(low, high, spec)
+        return symmetric_scales(low, high, spec, narrow=narrow), None
+    grid, degenerate = asymmetric_grid(low, high, spec)
     if not bool(degenerate.any()):
         return grid
     levels, centre = 2**spec.bits - 1, 2 ** (spec.bits - 1)
-    signed = _symmetric_scales(low, high, spec, narrow=narrow)
+    signed = symmetric_scales(low, high, spec, narrow=narrow)
     # A negative scale mirrors the codes: −(c − centre) = (levels − c) − (levels − centre).
     other = signed.abs(), torch.where(signed < 0, levels - centre, centre).to(low.dtype)
     clip = (clip_max, clip_min)
@@ -162,7 +162,7 @@ def int_grid(
     return torch.where(better, other[0], grid[0]), torch.where(better, other[1], grid[1])
 
 
-def _symmetric_scales(low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: bool) -> Tensor:
+def symmetric_scales(low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: bool) -> Tensor:
     """Scales in spec.scale_dtype of symmetric grids for ranges [low, high]; negative where the
     extreme is positive, unless `narrow`."""
     absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)
@@ -172,7 +172,7 @@ def _symmetric_scales(low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: boo
     return torch.where(high > -low, -scales, scales)
 
 
-def _asymmetric_grid(
+def asymmetric_grid(
     low: Tensor, high: Tensor, spec: QuantSpec
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Scales in spec.scale_dtype and integer zeros in low's dtype for ranges [low, high], zero

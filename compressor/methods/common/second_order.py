@@ -23,11 +23,15 @@ class GptqOptions(NamedTuple):
     damping     share of the Gram matrix's mean diagonal that is added to it
     act_order   round the inputs with the largest values first
     min_tokens  what fewer tokens went through is rounded to nearest
+    descent     sweeps of coordinate descent after GPTQ, and after each refit
+    refits      times that the scales of integers are refitted to the codes
     """
 
     damping: float = 0.01
     act_order: bool = True
     min_tokens: int = 64
+    descent: int = 0
+    refits: int = 0
 
 
 def round_unit(
@@ -66,7 +70,7 @@ def round_unit(
             inverse = inverse_factor(
                 stats.gram, damping=options.damping, act_order=options.act_order
             )
-        found = _solve(unit, context, informed, starts, inverse)
+        found = _solve(unit, context, informed, starts, inverse, options)
         for linear in linears:
             rounded = found.get(linear.name)
             q = starts[linear.name] if rounded is None else rounded.q
@@ -89,21 +93,29 @@ def _solve(
     linears: Sequence[Linear],
     starts: Mapping[str, QTensor],
     inverse: InverseFactor | None,
+    options: GptqOptions,
 ) -> dict[str, Rounded]:
     """Linears that share an input and a spec are worked on together."""
     found: dict[str, Rounded] = {}
     if inverse is None:
         return found
-    kinds = {x.name: (starts[x.name].spec, _lowest(context, x)) for x in linears}
+    kinds = {x.name: (starts[x.name].spec, lowest_code(context, x)) for x in linears}
     for kind in dict.fromkeys(kinds.values()):
         alike = [x for x in linears if kinds[x.name] == kind]
         weights = [unit.weight(x) for x in alike]
-        made = gptq(weights, [starts[x.name] for x in alike], inverse, lowest=kind[1])
+        made = gptq(
+            weights,
+            [starts[x.name] for x in alike],
+            inverse,
+            lowest=kind[1],
+            descent=options.descent,
+            refits=options.refits,
+        )
         found |= {x.name: rounded for x, rounded in zip(alike, made, strict=True)}
     return found
 
 
-def _lowest(context: PassContext, linear: Linear) -> int:
+def lowest_code(context: PassContext, linear: Linear) -> int:
     """The least code of a linear's grid; a correction may not go below it."""
     spec = context.spec(linear)
     symmetric = spec is not None and spec.symmetric
