@@ -7,14 +7,14 @@ import torch
 from compressor_calibration.stats import StatNeeds
 from pydantic import ValidationError
 
-from compressor.ir.qtensor import NVFP4
+from compressor.ir.qtensor import NVFP4, spread
 from compressor.ir.scheme import ActivationSpec
 from compressor.methods.awq import Awq
 from compressor.methods.gptq import Gptq
 from compressor.methods.nvfp4 import Nvfp4
 from compressor.methods.rtn import Rtn
 from compressor.methods.smoothquant import Smoothquant
-from compressor.numerics import quantize
+from compressor.numerics import nearest_codes, quantize
 from tests.support.block_bench import BlockBench
 from tests.support.tiny_models import TYPES
 
@@ -39,6 +39,34 @@ def test_gptq_beats_rounding_to_nearest(model_type, bench):
         q, nearest = (r.unit.quantized[linear.name] for r in (ours, plain))
         assert torch.equal(q.scales, nearest.scales) and torch.equal(q.zeros, nearest.zeros)
     assert b.error(ours) < b.error(plain)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
+def test_search_descent_and_refits_each_lower_the_error(model_type, symmetric, bench):
+    b = bench(model_type)
+    grid = {"bits": 3, "group_size": 16, "symmetric": symmetric, "min_tokens": 16}
+    settings = ({}, {"scales": "search"}, {"descent": 2}, {"descent": 2, "refits": 2})
+    errors = []
+    for more in settings:
+        grid |= more
+        errors.append(sum(r["error"] for r in b.run(Gptq(**grid, damping=0.1)).rows))
+    assert errors == sorted(errors, reverse=True) and errors[3] < 0.9 * errors[0]
+
+
+def test_searched_scales_of_a_channel_beside_int8_inputs_are_narrow(bench):
+    b = bench("llama")
+    step = Gptq(bits=8, activations="token", scales="search", descent=1, refits=1)
+    for q in b.run(step).unit.quantized.values():
+        assert (q.scales > 0).all() and (q.codes >= 1).all()
+
+
+def test_descent_works_on_the_grid_of_nvfp4(bench):
+    b = bench("llama")
+    plain, ours = (b.run(Gptq(grid="nvfp4", descent=n)) for n in (0, 2))
+    assert sum(r["error"] for r in ours.rows) < sum(r["error"] for r in plain.rows)
+    for name, q in ours.unit.quantized.items():
+        assert torch.equal(q.scales.float(), plain.unit.quantized[name].scales.float())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
@@ -77,9 +105,10 @@ def test_awq_then_gptq(bench):
     assert b.error(b.run(step, unit=scaled)) < b.error(b.run(Rtn(bits=3, group_size=16)))
 
 
-def test_experts_that_saw_few_tokens_are_rounded_to_nearest(bench):
+@pytest.mark.parametrize("scales", ["range", "search"])
+def test_experts_that_saw_few_tokens_are_rounded_to_nearest(scales, bench):
     b = bench("mixtral", rows=1, length=24)
-    ours = b.run(Gptq(bits=4, group_size=16, min_tokens=12))
+    ours = b.run(Gptq(bits=4, group_size=16, min_tokens=12, scales=scales, descent=1, refits=1))
     noted = [row for row in ours.rows if "note" in row]
     experts = {row["linear"].split(".experts.")[1][0] for row in noted}
     assert 0 < len(experts) < 4 and len(noted) == 3 * len(experts)
@@ -87,9 +116,14 @@ def test_experts_that_saw_few_tokens_are_rounded_to_nearest(bench):
         assert "tokens came here: rounded to nearest" in row["note"]
         assert row["error_of"] == "weight" and "rows_kept_nearest" not in row
         q = ours.unit.quantized[row["linear"]]
-        assert torch.equal(
-            q.codes, quantize(b.unit.tensors[f"{row['linear']}.weight"], q.spec).codes
-        )
+        weight = b.unit.tensors[f"{row['linear']}.weight"]
+        nearest = quantize(weight, q.spec)
+        if scales == "range" or row["linear"].endswith("w2"):
+            assert torch.equal(q.codes, nearest.codes)
+        else:  # what enters is known from the tokens of all experts
+            assert not torch.equal(q.scales, nearest.scales)
+            values = spread(q.scales, q.spec, q.shape)
+            assert torch.equal(q.codes, nearest_codes(weight, q.spec, scales=values))
 
 
 def test_a_gram_matrix_that_is_not_finite_is_said_and_survived(bench):
@@ -97,7 +131,7 @@ def test_a_gram_matrix_that_is_not_finite_is_said_and_survived(bench):
         stats["mlp.in"].gram[3, 3] = float("inf")
 
     b = bench("llama")
-    ours = b.run(Gptq(bits=4, group_size=16), patch=spoil)
+    ours = b.run(Gptq(bits=4, group_size=16, scales="search", descent=1), patch=spoil)
     noted = {row["linear"].rpartition(".")[2] for row in ours.rows if "note" in row}
     assert noted == {"gate_proj", "up_proj"}
     assert all(q.dequantize().isfinite().all() for q in ours.unit.quantized.values())
@@ -112,6 +146,7 @@ def test_parameters_are_those_of_the_grid():
     assert Gptq(activations="static").needs().absmax and not Gptq().needs().absmax
     for wrong, message in (
         ({"grid": "nvfp4", "bits": 3}, "bits says nothing"),
+        ({"grid": "nvfp4", "scales": "search", "refits": 1}, "scales and refits says nothing"),
         ({"rule": "mae"}, "rule says nothing"),
         ({"activations": "calibrated"}, "null, token, tensor, static"),
         ({"grid": "nvfp4", "activations": "token"}, "null, calibrated, dynamic"),
