@@ -26,6 +26,14 @@ from compressor.cli.options import CASES
 from compressor.errors import CompressError, InputError, MachineError, Problems
 
 COMMANDS = Path(__file__).parent / "commands"
+MISNAMED = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL),
+)
+"""What is wrong with a path that was named, and not with the machine."""
+
+LONGEST = 4000
+"""Characters of a message that are printed."""
 
 
 class InternalError(MachineError):
@@ -103,6 +111,8 @@ def outcome(error: BaseException) -> tuple[int, list[CompressError]]:
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        if error.errno in MISNAMED:
+            return 2, [InputError(what)]
         hint = "free some space; the same command continues" if full else None
         return 3, [MachineError(what, hint=hint)]
     what = f"internal error: {type(error).__name__}: {error}"
@@ -200,11 +210,14 @@ def report(problems: Sequence[CompressError], code: int, *, as_json: bool) -> No
         found = [{"message": p.message, "hint": p.hint} for p in problems]
         echo(json.dumps({"ok": False, "exit_code": code, "errors": found}, indent=2))
     for problem in problems:
+        message = problem.message
+        if len(message) > LONGEST:
+            message = f"{message[:LONGEST]}… and {len(message) - LONGEST} more characters"
         if logs_json():
             event = {"event": "error", "time": round(time.time(), 3), "exit_code": code}
-            text = json.dumps({**event, "message": problem.message, "hint": problem.hint})
+            text = json.dumps({**event, "message": message, "hint": problem.hint})
             echo(text, err=True)
             continue
-        echo(click.style("error: ", fg="red", bold=True) + problem.message, err=True)
+        echo(click.style("error: ", fg="red", bold=True) + message, err=True)
         if problem.hint:
             echo(click.style("  hint: ", fg="cyan") + problem.hint, err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
@@ -12,6 +13,39 @@ import click
 from compressor.cli.junit import Case, junit
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
+    """Bytes, as a number or such as 5GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes. A usage error where there are none."""
+        from compressor.plan.recipe import parse_size
+
+        try:
+            size = int(parse_size(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if size < 1:
+            self.fail(f"{value!r} is no size", param, ctx)
+        return size
+
+
+class Device(click.ParamType):  # type: ignore[type-arg]
+    """A device by name, whether it is there or not."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name. A usage error for what is none."""
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
+            self.fail(f"{value!r} is not a device; cpu, cuda or cuda:1 are", param, ctx)
+        return str(value)
+
+
+SIZE, DEVICE = Size(), Device()
 
 RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)
@@ -40,7 +74,9 @@ def recipe_options(function: Command) -> Command:
             metavar="KEY=VALUE",
             help="Replace a key: calibration.samples=64, passes.awq.bits=3. Repeatable.",
         ),
-        click.option("--max-shard-size", help="Largest output file, such as 5GB."),
+        click.option(
+            "--max-shard-size", type=SIZE, metavar="SIZE", help="Largest output file, such as 5GB."
+        ),
         runtime_option,
         click.option("--output", "-o", help="Folder to write, in place of the recipe's."),
         click.option(
@@ -65,15 +101,23 @@ def checkpoint_options(function: Command) -> Command:
 
 def device_option(function: Command) -> Command:
     """Where to compute."""
-    return click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")(
-        function
-    )
+    return click.option(
+        "--device",
+        type=DEVICE,
+        metavar="TEXT",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda or cuda:1.",
+    )(function)
 
 
 def device_options(function: Command) -> Command:
     """Where to compute, and how much memory may be taken there."""
     memory = click.option(
-        "--device-memory", help="Bound on device memory, such as 5GB: smaller batches."
+        "--device-memory",
+        type=SIZE,
+        metavar="SIZE",
+        help="Bound on device memory, such as 5GB: smaller batches.",
     )
     return device_option(memory(function))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,6 +11,8 @@ from typing import TypeVar
 from compressor.errors import CompressError, InputError
 
 Result = TypeVar("Result")
+
+PATIENCE = 5.0
 
 SHOWN = 300
 """Characters of a library's own message."""
@@ -43,7 +46,8 @@ def said(error: BaseException) -> str:
 def bounded(
     function: Callable[[], Result], *, what: str, seconds: float, hint: str | None = None
 ) -> Result:
-    """`function()` as in `foreign`, and InputError where it takes longer than `seconds`.
+    """`function()` as in `foreign`, and InputError where it takes more than `seconds` of processor
+    time (a busy machine is no reason), or `PATIENCE` times as long in all.
 
     Templates, regular expressions and tokenizers of a stranger may run for ever, in code that
     nothing interrupts; such a thread is left behind, and ends with the process.
@@ -58,8 +62,13 @@ def bounded(
             errors.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
+    began, started = time.process_time(), time.monotonic()
     thread.start()
     thread.join(seconds)
+    while thread.is_alive() and (
+        time.process_time() - began < seconds and time.monotonic() - started < PATIENCE * seconds
+    ):
+        thread.join(0.1)
     if thread.is_alive():
         raise InputError(f"{what}: no end after {seconds:.0f} s", hint=hint)
     with foreign(what, hint=hint):

@@ -62,8 +62,15 @@ def load_tokenizer(folder: Path) -> GuardedTokenizer:
     if (folder / NO_TOKENIZER).is_file():
         said = load_json(folder / NO_TOKENIZER, what="record")
         raise InputError(str(said.get("message")), hint=str(said.get("hint")))
+    for path in folder.glob("*.json"):
+        if path.exists() and not path.is_file():
+            # A pipe would be waited for.
+            raise InputError(f"tokenizer file {path} is not a regular file")
+    # Before the clock runs.
+    from transformers import AutoTokenizer
+
     tokenizer = bounded(
-        lambda: _load(folder),
+        lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False),
         what=f"{folder} has no tokenizer that loads",
         seconds=LOAD_SECONDS,
         hint=HINT,
@@ -77,9 +84,3 @@ def load_tokenizer(folder: Path) -> GuardedTokenizer:
         if value is not None and type(value) is not int:
             raise InputError(f"the tokenizer of {folder.name} has {value!r} as its {name}")
     return found
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from compressor.cli.main import main
 
 JUNK: tuple[Any, ...] = (
     None,
@@ -91,3 +93,28 @@ def spoiled(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randrange(1, 6)):
         flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
     return bytes(flipped)
+
+
+def typed(errors: Callable[[], str]) -> tuple[int, str]:
+    """Run what stands in sys.argv; its exit code, and what is wrong with how it ended.
+
+    errors  what was written on stderr
+    """
+    try:
+        main()
+    except SystemExit as left:
+        code = int(left.code or 0)
+    except BaseException as error:
+        return -1, f"{type(error).__name__}: {error}"
+    said = errors()
+    if code not in (0, 1, 2):
+        return code, f"exit code {code}: {said[-500:]}"
+    if "internal error" in said or "Traceback" in said:
+        return code, said[-500:]
+    if code == 2 and "error: " not in said:
+        return code, f"nothing was said: {said[-200:]!r}"
+    if "\x1b" in said or "\x07" in said:
+        return code, f"control characters: {said!r:.300}"
+    if len(said) > 40_000:
+        return code, f"{len(said)} characters of errors"
+    return code, ""

@@ -10,7 +10,7 @@ import click
 from compressor.cli.display import Display, LogFormat, size
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
-from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
+from compressor.cli.options import FOLDER, SIZE, add_cases, json_option, junit_option, log_option
 
 SHOWN = 5
 
@@ -24,7 +24,14 @@ SHOWN = 5
     is_flag=True,
     help="Write the nearest value where none is exact; say so.",
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--max-shard-size",
+    type=SIZE,
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    help="Largest output file.",
+)
 @log_option
 @junit_option
 @json_option
@@ -33,7 +40,7 @@ def command(
     output: Path,
     target: str,
     allow_rounding: bool,
-    max_shard_size: str,
+    max_shard_size: int,
     log_format: LogFormat,
     as_json: bool,
 ) -> None:
@@ -48,14 +55,8 @@ def command(
     compress convert out/llama2-awq out/llama2-float --format dense
     """
     from compressor.checkpoint.find import locate
-    from compressor.errors import InputError
-    from compressor.plan.recipe import parse_size
     from compressor.run.convert import convert
 
-    try:
-        limit = int(parse_size(max_shard_size))
-    except ValueError as error:
-        raise InputError(f"--max-shard-size: {error}") from error
     display = Display(log_format=log_format)
     located = locate(source, fetch=True)
     with display.stage("convert", 2 * len(located.source.layout.units)):
@@ -64,7 +65,7 @@ def command(
             output.expanduser(),
             format=target,
             allow_rounding=allow_rounding,
-            max_shard_size=limit,
+            max_shard_size=max_shard_size,
             progress=lambda name, count, total: display.unit(name, count, total),
         )
     rounded = "\n".join(f"rounded {report}" for report in done.rounded)

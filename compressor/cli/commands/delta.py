@@ -11,7 +11,7 @@ import click
 
 from compressor.cli.display import Display, LogFormat, size
 from compressor.cli.echo import echo
-from compressor.cli.options import FOLDER, json_option, junit_option, log_option
+from compressor.cli.options import FOLDER, SIZE, json_option, junit_option, log_option
 
 
 @click.group(name="delta")
@@ -29,7 +29,14 @@ def command() -> None:
 @click.argument("base")
 @click.argument("delta", type=FOLDER)
 @click.argument("output", type=FOLDER)
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--max-shard-size",
+    type=SIZE,
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    help="Largest output file.",
+)
 @log_option
 @junit_option
 @json_option
@@ -37,7 +44,7 @@ def apply(
     base: str,
     delta: Path,
     output: Path,
-    max_shard_size: str,
+    max_shard_size: int,
     log_format: LogFormat,
     as_json: bool,
 ) -> None:
@@ -47,7 +54,6 @@ def apply(
     another base is refused. The same command continues an interrupted one.
     """
     from compressor.checkpoint.delta.source import find_base, open_delta
-    from compressor.plan.recipe import parse_size
     from compressor.run.delta import apply_delta
 
     opened = open_delta(delta)
@@ -58,7 +64,7 @@ def apply(
             opened,
             source,
             output,
-            max_shard_size=parse_size(max_shard_size),
+            max_shard_size=max_shard_size,
             progress=lambda name, done, total: display.unit(name, done, total),
         )
     if as_json:

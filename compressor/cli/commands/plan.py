@@ -41,10 +41,10 @@ def command(
     model: str | None,
     output: str | None,
     overrides: tuple[str, ...],
-    max_shard_size: str | None,
+    max_shard_size: int | None,
     runtime: str | None,
     device: str,
-    device_memory: str | None,
+    device_memory: int | None,
     as_json: bool,
 ) -> None:
     """Show what a run would do and cost, and everything that is wrong with it.
@@ -64,7 +64,7 @@ def command(
     from compressor.plan.estimate import estimate
     from compressor.plan.plan import make_plan
     from compressor.plan.preflight import preflight
-    from compressor.plan.recipe import load_recipe, parse_size
+    from compressor.plan.recipe import load_recipe
     from compressor.plan.unit_plan import DTYPES
     from compressor.run.tokens import check_data
     from compressor.runner.process_memory import rss
@@ -87,8 +87,9 @@ def command(
     )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bound = parse_size(device_memory) if device_memory else None
-    costs = estimate(plan, device=torch.device(device), resident=resident, device_memory=bound)
+    costs = estimate(
+        plan, device=torch.device(device), resident=resident, device_memory=device_memory
+    )
     problems, notes = check_data(plan)
     problems += preflight(plan)[1]
     if problems:

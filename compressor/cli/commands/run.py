@@ -53,10 +53,10 @@ def command(
     model: str | None,
     output: str | None,
     overrides: tuple[str, ...],
-    max_shard_size: str | None,
+    max_shard_size: int | None,
     runtime: str | None,
     device: str,
-    device_memory: str | None,
+    device_memory: int | None,
     dry_run: bool,
     log_format: LogFormat,
     as_json: bool,
@@ -130,14 +130,13 @@ class Run:
 
 
 def execute(
-    recipe: Recipe, *, device: str, device_memory: str | None, display: Display
+    recipe: Recipe, *, device: str, device_memory: int | None, display: Display
 ) -> Run | None:
     """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
     started = time.perf_counter()
     with uncollected():
         from compressor.cli.main import interruptible
         from compressor.errors import Interrupted
-        from compressor.plan.recipe import parse_size
         from compressor.run.session import choose_device, compile_checkpoint, prepare
         from compressor.run.tokens import skipped_notes
         from compressor.runner.process_memory import rss
@@ -150,7 +149,7 @@ def execute(
         prepared = prepare(
             recipe,
             device=choose_device(device),
-            device_memory=parse_size(device_memory) if device_memory else None,
+            device_memory=device_memory,
             resident=resident,
         )
     add_cases([Case("plan", "recipe and model", seconds=time.perf_counter() - started)])
