@@ -28,8 +28,8 @@ from compressor.plan.recipe import make_recipe
 from compressor.run.session import Compiled, Prepared, portable
 from compressor.runner.heap import give_back_page_locked
 from compressor.runner.tokenizer import load_tokenizer
-from compressor.verify.delta import verify_model
-from compressor.verify.verify import VerifyReport
+from compressor.verify.findings import VerifyReport
+from compressor.verify.verify import verify
 
 
 class Watch(Protocol):
@@ -183,7 +183,7 @@ class _Judge:
     def _verify(self) -> VerifyReport:
         with self._stage("verify"):
             delta = self.prepared.plan.delta
-            return verify_model(
+            return verify(
                 self.compiled.output,
                 base=delta.base.source if delta is not None else None,
                 against=self.prepared.located.source,

@@ -13,7 +13,7 @@ NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CheckResult:
     """One thing that was checked: `detail` says what was found, or what is wrong."""
 
     name: str
@@ -43,7 +43,7 @@ class VerifyReport:
     """The verdict. `damage` is every complaint, each with the name of the tensor or file."""
 
     folder: str
-    checks: tuple[Check, ...]
+    checks: tuple[CheckResult, ...]
     layers: tuple[LayerVerdict, ...]
     damage: tuple[str, ...]
 
@@ -75,9 +75,13 @@ class VerifyReport:
         }
 
 
+class NothingMore(Exception):
+    """What was found leaves nothing to check: the report is what there is."""
+
+
 @dataclass(slots=True)
 class Findings:
-    checks: list[Check] = field(default_factory=list)
+    checks: list[CheckResult] = field(default_factory=list)
     layers: dict[str, LayerVerdict] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
 
@@ -87,7 +91,7 @@ class Findings:
         if problems:
             more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
             detail = "; ".join(problems[:NAMED]) + more
-        self.checks.append(Check(name=name, ok=not problems, detail=detail))
+        self.checks.append(CheckResult(name=name, ok=not problems, detail=detail))
 
     def report(self, folder: Path) -> VerifyReport:
         return VerifyReport(

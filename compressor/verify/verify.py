@@ -6,85 +6,112 @@ gets every check but that of its hashes. Memory is one unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from compressor.attention.policy import (
-    check_policy,
-    describe,
-    read_policy,
-    read_policy_tensors,
-    tensor_problems,
-)
-from compressor.checkpoint.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
-from compressor.checkpoint.reader import INDEX_NAME, load_json
+from compressor.checkpoint.manifest import MANIFEST_NAME
+from compressor.checkpoint.reader import INDEX_NAME
 from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError, Problems
-from compressor.verify.against import Against
-from compressor.verify.compare_config import DECIDING, deciding_files
-from compressor.verify.findings import Check, Findings, LayerVerdict, VerifyReport
-from compressor.verify.forecasts import check_forecasts
+from compressor.ir.layout import UnitLayout
+from compressor.runner.heap import give_back
+from compressor.verify.checks.attention_policy import AttentionPolicy
+from compressor.verify.checks.base import Check
+from compressor.verify.checks.base_of_delta import BaseOfDelta
+from compressor.verify.checks.codes import Codes
+from compressor.verify.checks.finite import Finite
+from compressor.verify.checks.forecasts import Forecasts
+from compressor.verify.checks.hashes import TensorHashes, check_files
+from compressor.verify.checks.headers import Headers
+from compressor.verify.checks.kernels import Kernels
+from compressor.verify.checks.original import Original
+from compressor.verify.findings import Findings, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
-from compressor.verify.units import Progress, UnitChecks
+from compressor.verify.target import Target, kind_of
 
-STRAYS = (
-    *DECIDING,
-    "*.safetensors",
-    "*.index.json",
-    "pytorch_model*.bin*",
-    "adapter_config.json",
-    "attention_policy*",
-    "hf_quant_config.json",
-    "quant_config.json",
-    "quantize_config.json",
+Progress = Callable[[str, int, int], None]
+
+CHECKS: tuple[type[Check], ...] = (
+    Headers,
+    AttentionPolicy,
+    TensorHashes,
+    BaseOfDelta,
+    Finite,
+    Codes,
+    Kernels,
+    Original,
+    Forecasts,
 )
-"""Files that loaders take because they are there: beside a manifest that does not name them, they
-change a model whose own files are whole."""
-
-__all__ = ["Check", "LayerVerdict", "VerifyReport", "verify"]
+"""In the order of the report."""
 
 
 def verify(
     folder: Path,
     *,
+    base: str | Source | None = None,
     against: Path | Source | None = None,
     device: torch.device,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check a checkpoint folder; `against` is the original that its layers are compared with.
+    """Check a checkpoint folder; `against` is the original that its layers are compared with,
+    `base` a delta's, if not the recorded one.
 
-    Raises InputError where there is no checkpoint to read, or `against` is none.
+    Raises InputError where there is no checkpoint to read, a base is named for what is no delta,
+    or `against` is none.
     """
     _require_checkpoint(folder)
+    kind = kind_of(folder)
+    if base is not None and kind is Target:
+        raise InputError(f"{folder} is not a delta, so it needs no base")
     if device.type == "cpu":
         enable_interpreter()
     original = open_source(against) if isinstance(against, Path) else against
     found = Findings()
-    manifest = check_manifest(folder, found)
+    manifest = check_files(folder, found)
     try:
-        source = open_source(folder)
+        target = kind.open(
+            folder, base, manifest=manifest, original=original, device=device, seed=seed
+        )
     except InputError as error:
         problems = error.problems if isinstance(error, Problems) else [error]
-        found.add("headers and tensors", [p.message for p in problems], "")
+        found.add(kind.opened, [p.message for p in problems], "")
         return found.report(folder)
-    entries = source.checkpoint.entries
-    shards = len({entry.file for entry in entries.values()})
-    detail = f"{len(entries)} tensors in {shards} files, all that {source.arch.model_type} needs"
-    found.add("headers and tensors", _wrong_dtypes(source), detail)
-    check_attention(folder, source, found)
-    comparison = None
-    if original is not None:
-        comparison = Against(source, original, folder, device, found)
-        comparison.beside_weights()
-        if not comparison.related:
-            return found.report(folder)
-    UnitChecks(source, manifest, comparison, device, seed, found).run(progress)
-    if not found.damage:
-        check_forecasts(source, device, found)
+    checks = [check(target, found) for check in CHECKS]
+    try:
+        for check in checks:
+            check.begin()
+        for done, unit in enumerate(target.source.layout.units, 1):
+            _show(unit, target, checks)
+            give_back()
+            if progress is not None:
+                progress(unit.name, done, len(target.source.layout.units))
+        for check in checks:
+            check.conclude()
+    except NothingMore:
+        pass
     return found.report(folder)
+
+
+def _show(unit: UnitLayout, target: Target, checks: list[Check]) -> None:
+    """Each check what there is of a unit; a layer is decoded once for all of them."""
+    try:
+        stored = target.stored(unit)
+        for check in checks:
+            check.stored(stored)
+        tensors = target.read(unit, stored)
+        for check in checks:
+            check.read(tensors)
+        for linear, layer in target.layers(unit, tensors):
+            for check in checks:
+                check.layer(linear, layer)
+        for check in checks:
+            check.unit(unit, tensors)
+    except InputError as error:
+        for check in checks:
+            check.unread(f"{unit.name}: {error.message}")
 
 
 def _require_checkpoint(folder: Path) -> None:
@@ -95,97 +122,3 @@ def _require_checkpoint(folder: Path) -> None:
         folder.glob("*.safetensors")
     ):
         raise InputError(f"{folder} holds no checkpoint", hint="name a checkpoint's folder")
-
-
-def check_manifest(folder: Path, found: Findings) -> Manifest | None:
-    """Every file's size and hash; the tensors of a broken shard are named where an index can."""
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        found.add("file hashes", [error.message], "")
-        return None
-    if manifest is None:
-        found.add("file hashes", [], f"no {MANIFEST_NAME}: written by others, nothing to compare")
-        return None
-    problems = []
-    homes = _index_homes(folder)
-    for name, record in manifest.files.items():
-        path = folder / name
-        inside = _some(homes.get(name, ()), "holds")
-        if not path.is_file():
-            whose = inside if name != INDEX_NAME else _some(tuple(manifest.tensors), "places")
-            problems.append(f"{name} is missing{whose}")
-        elif path.stat().st_size != record.size:
-            size = path.stat().st_size
-            problems.append(f"{name} has {size} bytes, not {record.size}{inside}")
-        elif hash_file(path).sha256 != record.sha256:
-            # Which of its tensors changed is told by their own hashes below.
-            problems.append(f"{name} has another SHA-256 than when it was written")
-    strays = sorted(deciding_files(folder, STRAYS) - set(manifest.files))
-    problems += [f"{name} does not belong to this checkpoint" for name in strays]
-    size = sum(record.size for record in manifest.files.values())
-    found.add("file hashes", problems, f"{len(manifest.files)} files, {size} bytes")
-    return manifest
-
-
-def check_attention(folder: Path, source: Source, found: Findings) -> None:
-    """The attention policy, where there is one: valid, for this model, its tensors whole."""
-    try:
-        policy = read_policy(folder)
-        if policy is None:
-            return
-        check_policy(policy, source.layout)
-        problems = tensor_problems(policy, read_policy_tensors(folder))
-    except InputError as error:
-        found.add("attention policy", [error.message], "")
-        return
-    found.add("attention policy", problems, "; ".join(describe(policy)))
-
-
-def _index_homes(folder: Path) -> dict[str, tuple[str, ...]]:
-    """File → tensors it should hold, as far as an index says."""
-    try:
-        weight_map = load_json(folder / INDEX_NAME, what="index").get("weight_map")
-    except InputError:
-        return {}
-    homes: dict[str, tuple[str, ...]] = {}
-    if isinstance(weight_map, dict):
-        for name, file in weight_map.items():
-            if isinstance(file, str):
-                homes[file] = (*homes.get(file, ()), name)
-    return homes
-
-
-def _some(names: Sequence[str], verb: str) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" ({verb} {', '.join(names[:3])}{more})"
-
-
-def _wrong_dtypes(source: Source) -> list[str]:
-    """Tensors whose dtype is not what their linear's scheme or a float tensor calls for."""
-    expected: dict[str, torch.dtype] = {}
-    for linear in source.layout.linears:
-        if source.schemes.linears[linear.name].weight is not None:
-            stored = source.stored(linear)
-            expected |= {f"{linear.name}.{leaf}": spec.dtype for leaf, spec in stored.items()}
-    problems = []
-    for name, entry in source.checkpoint.entries.items():
-        dtype, wanted = entry.spec.dtype, expected.get(name)
-        if wanted is not None and dtype != wanted:
-            problems.append(f"{name} is {_plain(dtype)}, its scheme implies {_plain(wanted)}")
-    for unit in source.layout.units:
-        for name in unit.tensors:
-            entry_ = source.checkpoint.entries.get(name)
-            if (
-                entry_ is not None
-                and name not in expected
-                and not entry_.spec.dtype.is_floating_point
-            ):
-                problems.append(f"{name} is {_plain(entry_.spec.dtype)}, not a float tensor")
-    return problems
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -32,8 +32,8 @@ from compressor.evaluate.perplexity import evaluate
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.verify.compare_outputs import held_out_rows
-from compressor.verify.delta import verify_model
 from compressor.verify.kernels import check as kernel_checks
+from compressor.verify.verify import verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.support.tiny_models import build
@@ -316,7 +316,7 @@ class Bench:
     def verified(self, folder: Path) -> bool:
         against = open_source(self.model)
         try:
-            return verify_model(folder, base=self.base, against=against, device=CPU).ok
+            return verify(folder, base=self.base, against=against, device=CPU).ok
         except CompressError:
             return False
 

@@ -26,7 +26,7 @@ from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.delta import apply_delta
 from compressor.run.session import compile_checkpoint, prepare
-from compressor.verify.delta import verify_model
+from compressor.verify.verify import verify
 from tests.support.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def test_a_delta_is_signs_on_top_of_the_base_and_everything_else_in_full(
         else:  # biases, norms, embeddings, routers
             assert torch.equal(stored[name], tensor) and torch.equal(found[name], tensor)
     if model_type == "opt":
-        report = verify_model(output, base=str(base), against=open_source(fine), device=CPU)
+        report = verify(output, base=str(base), against=open_source(fine), device=CPU)
         assert report.ok, report.damage
         assert {layer.linear for layer in report.layers if layer.kernel} == coded
 
@@ -105,7 +105,7 @@ def test_inputs_that_fill_no_whole_word_are_padded(pair: Pair, tmp_path: Path) -
     base, fine = pair("llama", hidden_size=40, intermediate_size=72)
     output = run(base, fine, tmp_path / "delta")
     assert tensors_of(output)["model.layers.0.mlp.down_proj.delta_signs"].shape == (1, 3, 40)
-    assert verify_model(output, base=str(base), device=CPU).ok
+    assert verify(output, base=str(base), device=CPU).ok
 
 
 def test_what_the_base_has_costs_nothing(pair: Pair, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_quantized_base_is_taken_as_what_its_codes_stand_for(
     merged = open_model(output, base=str(low))
     found = merged.read_unit(merged.layout.units[1]).tensors[f"{name}.weight"]
     torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-6)
-    assert verify_model(output, base=str(low), against=open_source(fine), device=CPU).ok
+    assert verify(output, base=str(low), against=open_source(fine), device=CPU).ok
     with pytest.raises(InputError, match="is not the base of this delta"):
         open_model(output, base=str(base))
 
@@ -246,7 +246,7 @@ def test_what_is_wrong_is_said(pair: Pair, tiny_model: Callable[..., Path], tmp_
         save_file(kept, broken / "model.safetensors")
         with pytest.raises(InputError, match=f"lacks .*{lost}"):
             open_model(broken, base=str(base))
-        report = verify_model(broken, base=str(base), device=CPU)
+        report = verify(broken, base=str(base), device=CPU)
         assert not report.ok and any(lost in text for text in report.damage)
 
 
@@ -257,7 +257,7 @@ def test_one_flipped_sign_is_found_and_named(pair: Pair, tmp_path: Path) -> None
     name = "model.layers.1.mlp.gate_proj.delta_signs"
     tensors[name][0, 1, 5] ^= 1 << 9
     save_file(tensors, output / "model.safetensors")
-    report = verify_model(output, base=str(base), device=CPU)
+    report = verify(output, base=str(base), device=CPU)
     assert f"{name} is not what was written" in report.damage
 
 

@@ -27,7 +27,6 @@ from compressor.report.attention import attention
 from compressor.run.convert import convert
 from compressor.run.delta import apply_delta
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.verify.delta import verify_model
 from compressor.verify.verify import verify
 
 CPU = choose_device("cpu")
@@ -140,7 +139,7 @@ def test_a_delta_of_a_gated_fine_tune_carries_it(
 ) -> None:
     base = tiny_model("llama", dtype=torch.bfloat16, seed=1)
     delta = run(gated, tmp_path / "delta", [{"bitdelta": {"base": str(base), "distill": "none"}}])
-    report = verify_model(delta, base=str(base), device=CPU)
+    report = verify(delta, base=str(base), device=CPU)
     assert report.ok and any(check.name == "attention policy" for check in report.checks)
     apply_delta(open_delta(delta), open_source(base), tmp_path / "dense")
     for file in FILES:

@@ -16,7 +16,7 @@ from compressor.methods.base import get_pass
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.verify.delta import verify_model
+from compressor.verify.verify import verify
 from tests.support.tiny_models import TYPES
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -92,7 +92,7 @@ def test_what_it_writes_is_its_original(
     done = compile_checkpoint(prepared)
     assert (done.output / MANIFEST_NAME).is_file()
     delta = prepared.plan.delta
-    found = verify_model(
+    found = verify(
         done.output,
         base=delta.base.source if delta is not None else None,
         against=prepared.located.source,

@@ -21,10 +21,11 @@ from compressor.ir.layout import Linear
 from compressor.numerics import chunks
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.verify import units as verify_units
+from compressor.verify import target as verify_target
+from compressor.verify.checks.kernels import Kernels
+from compressor.verify.findings import VerifyReport
 from compressor.verify.kernels import check as kernel_checks
-from compressor.verify.units import UnitChecks
-from compressor.verify.verify import VerifyReport, verify
+from compressor.verify.verify import verify
 
 CPU = choose_device("cpu")
 TRITON = not torch.cuda.is_available()  # a process with a GPU leaves Triton to it
@@ -273,21 +274,21 @@ def test_few_layers_are_decoded_ahead_of_the_one_that_is_checked(
     """A layer in float64 is the largest thing that `verify` holds."""
     decoded: set[str] = set()
     checked: list[int] = []
-    decode, layer = verify_units.decode_linear, UnitChecks._layer
+    decode, layer = verify_target.decode_linear, Kernels.layer
 
     def counted(config: Any, name: str, arrays: Any) -> Any:
         decoded.add(name)
         return decode(config, name, arrays)
 
-    def slow(self: UnitChecks, linear: Linear, *rest: Any) -> None:
+    def slow(self: Kernels, linear: Linear, *rest: Any) -> None:
         time.sleep(0.02)  # the others have time to run ahead
         checked.append(len(decoded))
         layer(self, linear, *rest)
 
     monkeypatch.setattr(chunks, "AHEAD_ELEMENTS", room)
-    monkeypatch.setattr(verify_units.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(verify_units, "decode_linear", counted)
-    monkeypatch.setattr(UnitChecks, "_layer", slow)
+    monkeypatch.setattr(verify_target.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(verify_target, "decode_linear", counted)
+    monkeypatch.setattr(Kernels, "layer", slow)
     assert verify(copy, device=CPU).ok
     assert len(checked) == 14
     beside = [n - i for i, n in enumerate(checked)]

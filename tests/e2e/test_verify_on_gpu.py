@@ -16,8 +16,8 @@ from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.verify.delta import verify_model
 from compressor.verify.findings import VerifyReport
+from compressor.verify.verify import verify
 
 pytestmark = pytest.mark.gpu
 DEVICE = choose_device("auto")
@@ -49,7 +49,7 @@ def test_a_delta(
     base, fine = (tiny_model(model_type, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
     params = {"base": str(base), "distill": distill, "bits": bits, "steps": 4, "lr": 1e-4}
     output = run(fine, tmp_path / "delta", [{"bitdelta": params}])
-    report = verify_model(output, base=str(base), against=open_source(fine), device=DEVICE)
+    report = verify(output, base=str(base), against=open_source(fine), device=DEVICE)
     coded = {name.rpartition(".")[0] for name in load_file(output / "model.safetensors")
              if name.endswith("delta_signs")}  # fmt: skip
     assert kernels(report, "delta_matmul") == coded and coded
@@ -70,7 +70,7 @@ def test_a_quantized_checkpoint(
 ) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     output = run(model, tmp_path / "out", passes)
-    report = verify_model(output, against=open_source(model), device=DEVICE)
+    report = verify(output, against=open_source(model), device=DEVICE)
     assert len(kernels(report, kernel)) == 14
 
 

@@ -21,7 +21,7 @@ from compressor.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from compressor.verify.verify import VerifyReport
+    from compressor.verify.findings import VerifyReport
 
 
 @click.command()
@@ -59,13 +59,13 @@ def command(
     """
     from compressor.checkpoint.find import locate
     from compressor.run.session import choose_device
-    from compressor.verify.delta import verify_model
+    from compressor.verify.verify import verify
 
     where = choose_device(device)
     display = Display(log_format=log_format)
     with display.stage("verify", 0):
         original = locate(against, fetch=True).source if against else None
-        report = verify_model(
+        report = verify(
             checkpoint,
             base=base,
             against=original,

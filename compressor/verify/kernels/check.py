@@ -156,14 +156,14 @@ def check_kernel(
 ) -> KernelResult:
     """Run a layer's product as far as the device lets it, and compare with float64."""
     generator = torch.Generator().manual_seed(_layer_seed(layer.name, seed))
-    inputs = layer.q.shape[1]
+    inputs = layer.weight.shape[1]
     products: list[Product] = []
     triton = device.type == "cuda" or interpreter_runs()
     if device.type == "cuda":
         layer = replace(
             layer,
             tensors={name: tensor.to(device) for name, tensor in layer.tensors.items()},
-            q=layer.q.to(device),
+            codes=None if layer.codes is None else layer.codes.to(device),
             weight=layer.weight.to(device),
         )
     layer = check.prepared(layer)
@@ -210,8 +210,9 @@ def _reference(check: KernelCheck, layer: Layer, x: Tensor) -> Product:
 
 def seeded_tile(layer: Layer, generator: torch.Generator) -> Tile:
     """Up to TILE_OUTPUTS x TILE_INPUTS of a layer, at whole words and whole groups."""
-    outputs, inputs = layer.q.shape
-    size = layer.q.spec.group_size or inputs
+    outputs, inputs = layer.weight.shape
+    # Signs of 32 inputs are in a word.
+    size = 32 if layer.codes is None else layer.codes.spec.group_size or inputs
     width = max(TILE_INPUTS // size, 1) * size
     row = _start(outputs, TILE_OUTPUTS, generator)
     column = _start(inputs, width, generator)

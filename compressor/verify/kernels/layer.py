@@ -16,15 +16,21 @@ from compressor.ir.scheme import Scheme
 class Layer:
     """One packed linear.
 
-    tensors  what the file holds, by local name;  q  the same as a QTensor
+    tensors  what the file holds, by local name
+    codes    the same as a QTensor, or None for a delta's signs
     weight   float64 [out, in] as the second reader decoded it
     """
 
     name: str
     scheme: Scheme
     tensors: Mapping[str, Tensor]
-    q: QTensor
+    codes: QTensor | None
     weight: Tensor
+
+    @property
+    def q(self) -> QTensor:
+        assert self.codes is not None
+        return self.codes
 
     def laid_out(self, tensors: Mapping[str, Tensor]) -> Layer:
         """This layer with other tensors of the same codes and scales."""

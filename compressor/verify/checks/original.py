@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.ir.layout import Linear, UnitLayout, weight_name
+from compressor.ir.layout import UnitLayout, weight_name
 from compressor.ir.unit import Unit
 from compressor.verify.alignment import Matrix, rotation_between
+from compressor.verify.checks.base import Check
 from compressor.verify.compare import (
     Difference,
     UnitComparison,
@@ -31,7 +32,7 @@ from compressor.verify.compare import (
 from compressor.verify.compare_config import config_problems, file_problems
 from compressor.verify.compare_outputs import OutputError, Outputs
 from compressor.verify.compare_policy import policy_problems
-from compressor.verify.findings import Findings, LayerVerdict
+from compressor.verify.findings import LayerVerdict, NothingMore
 
 UNRELATED = 0.5
 """Median error of an embedding's rows, best rotated, from which it is another model's."""
@@ -40,32 +41,21 @@ ROTATED = 0.05
 """The same without a rotation, from which one is looked for."""
 
 
-@dataclass(slots=True)
-class Against:
-    """The comparison of one checkpoint, unit by unit.
+class Original(Check):
+    """The comparison of one target, unit by unit, where there is an original."""
 
-    written   the checkpoint, a delta together with its base
-    folder    where its files lie
-    delta     for a delta, signs for each weight of a linear, by its name;  base  its base's weight
-    related   false once the embedding has shown that the original is another model's
-    """
-
-    written: Source
     original: Source
-    folder: Path
-    device: torch.device
-    found: Findings
-    delta: Mapping[str, int] = field(default_factory=dict)
-    base: Callable[[Linear], Tensor] | None = None
-    related: bool = True
-    differences: list[Difference] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    blocks: list[OutputError] = field(default_factory=list)
-    rotation: Matrix | None = None
-    outputs: Outputs | None = None
 
-    def beside_weights(self) -> None:
+    def begin(self) -> None:
         """Config, tokenizer, generation ids, attention policy."""
+        self.differences: list[Difference] = []
+        self.blocks: list[OutputError] = []
+        self.rotation: Matrix | None = None
+        self.outputs: Outputs | None = None
+        if self.target.original is None:
+            return
+        self.written, self.original = self.target.source, self.target.original
+        self.device, self.folder = self.target.device, self.target.folder
         written, original = self.written.checkpoint, self.original.checkpoint
         problems = config_problems(written.config, original.config)
         self.found.add("config to the original", problems, "every key that decides the function")
@@ -76,16 +66,17 @@ class Against:
         if problems or detail:
             self.found.add("policy to the original", problems, detail)
         if not same_units(self.written, self.original):
-            self.related = False
-            self.found.add(
-                "the original",
-                [f"{original.folder.name} has other blocks or sizes: it is another model"],
-                "",
+            self._unrelated(
+                f"{original.folder.name} has other blocks or sizes: it is another model"
             )
+        self.layouts = {unit.name: unit for unit in self.original.layout.units}
 
-    def unit(self, place: int, unit: Unit) -> None:
-        """Compare one unit of the written checkpoint with the original's."""
-        layout = self.original.layout.unit(place)
+    def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
+        if self.target.original is not None:
+            self._compare(self.written.assemble(unit, tensors))
+
+    def _compare(self, unit: Unit) -> None:
+        layout = self.layouts[unit.layout.name]
         after = self._floats(unit)
         before = self._floats(self.original.read_unit(layout))
         if unit.layout.kind == "head":
@@ -110,7 +101,7 @@ class Against:
             specs={x.name: s for x in unit.layout.linears if (s := schemes[x.name].weight)},
             dtype=self.written.checkpoint.dtype,
             rotation=self.rotation,
-            deltas=self._deltas(unit.layout),
+            deltas=self._differences(unit.layout),
         )
         self.differences += comparison.differences()
         if made is not None:
@@ -119,13 +110,13 @@ class Against:
                 before[name] = comparison.rounded(linear, before[name])
             self.blocks += made.judge(before)
 
-    def _deltas(self, layout: UnitLayout) -> dict[str, tuple[Tensor, int]]:
-        if self.base is None:
-            return {}
+    def _differences(self, layout: UnitLayout) -> dict[str, tuple[Tensor, int]]:
+        """Base's weight and bits of each linear of a delta."""
+        stored = ((x.name, self.target.difference(x)) for x in layout.linears)
         return {
-            x.name: (self.base(x).to(self.device, torch.float32), self.delta[x.name])
-            for x in layout.linears
-            if x.name in self.delta
+            name: (part[0].to(self.device, torch.float32), part[1])
+            for name, part in stored
+            if part is not None
         }
 
     def _floats(self, unit: Unit) -> dict[str, Tensor]:
@@ -160,9 +151,10 @@ class Against:
             rotation = rotation_between(old, new)
             turned = _row_errors(new, rotation.right(old))
             if not float(turned.median()) <= UNRELATED:
-                self.related = False
-                self.found.add("the original", [self._unrelated()], "")
-                return
+                self._unrelated(
+                    f"{self.original.checkpoint.folder.name} is not what {self.folder.name} was "
+                    "made from: their embeddings have nothing in common, rotated or not"
+                )
             if float(turned.median()) <= ROTATED:
                 errors, self.rotation = turned, rotation
         floor = 2 * float_floor(self.written.checkpoint.dtype, moved=self.rotation is not None)
@@ -184,15 +176,13 @@ class Against:
     def _turned(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else self.rotation.right(x)
 
-    def _unrelated(self) -> str:
-        return (
-            f"{self.original.checkpoint.folder.name} is not what {self.folder.name} was made from: "
-            "their embeddings have nothing in common, rotated or not"
-        )
+    def _unrelated(self, problem: str) -> NoReturn:
+        """Said at once: what it was made from has to be named before anything is compared."""
+        self.found.add("the original", [problem], "")
+        raise NothingMore
 
     def conclude(self) -> None:
-        """Turn what was found into checks."""
-        if not self.related:
+        if self.target.original is None:
             return
         for row in self.differences:
             name = row.name
@@ -212,8 +202,8 @@ class Against:
     def _weights_detail(self) -> str:
         names = self._linears()
         rows = [row for row in self.differences if row.name in names]
-        schemes = self.written.schemes.linears
-        coded = [x for x in rows if x.name in self.delta or schemes[x.name].weight is not None]
+        packed = {x.name for unit in self.written.layout.units for x in self.target.packed(unit)}
+        coded = [x for x in rows if x.name in packed]
         middle = statistics.median(x.error for x in coded or rows) if rows else 0.0
         worst = sorted(rows, key=lambda row: -row.error)[:3]
         shown = ", ".join(f"{row.name} {row.error:.3g}" for row in worst)

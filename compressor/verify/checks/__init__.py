@@ -1,0 +1,1 @@
+"""Checks of written files, one a file; `verify.CHECKS` lists them."""

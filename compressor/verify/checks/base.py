@@ -1,0 +1,44 @@
+"""What a check of written files is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.verify.findings import Findings
+from compressor.verify.kernels.layer import Layer
+from compressor.verify.target import Target
+
+
+class Check:
+    """One check of one target. It is shown each unit once, in order, and says what it found.
+
+    A subclass has those of the methods below that it needs; complaints go to `problems`.
+    """
+
+    def __init__(self, target: Target, found: Findings) -> None:
+        self.target, self.found = target, found
+        self.problems: list[str] = []
+
+    def begin(self) -> None:
+        """Before any weight is read."""
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """What the folder's own files hold of a unit."""
+
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """A unit's tensors by their full names, a delta's together with its base's."""
+
+    def layer(self, linear: Linear, layer: Layer | str) -> None:
+        """One of the unit's packed layers, or what is wrong with it."""
+
+    def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
+        """The whole unit, after its layers."""
+
+    def unread(self, problem: str) -> None:
+        """A unit could not be read to its end."""
+
+    def conclude(self) -> None:
+        """After the last unit."""

@@ -1,0 +1,88 @@
+"""Each packed layer, and each quantized cache, through the kernel that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.verify.checks.base import Check
+from compressor.verify.kernels.cache import cache_kernel, check_cache
+from compressor.verify.kernels.check import KernelResult, check_kernel, interpreter_runs
+from compressor.verify.kernels.layer import Layer
+
+
+class Kernels(Check):
+    """The products are those of float64 with the weight that the second reader sees."""
+
+    def begin(self) -> None:
+        self.without_kernel = 0
+        self.caches: list[KernelResult | None] = []
+
+    def layer(self, linear: Linear, layer: Layer | str) -> None:
+        if isinstance(layer, str):
+            return
+        check = self.target.kernel(linear)
+        if check is None:
+            self.without_kernel += 1
+            return
+        result = check_kernel(check, layer, device=self.target.device, seed=self.target.seed)
+        if result.problem:
+            self.problems.append(f"{linear.name}: {result.problem}")
+        self.found.layers[linear.name] = replace(
+            self.found.layers[linear.name],
+            kernel=result.kernel,
+            triton=result.triton,
+            kernel_error=result.error,
+        )
+
+    def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
+        """One decoding step over the block's quantized cache."""
+        target, shape = self.target, unit.attention
+        kv = target.source.schemes.kv
+        if kv is None or shape is None:
+            return
+        if cache_kernel(shape, kv) is None:
+            self.caches.append(None)
+            return
+        path = unit.attention_path
+        scales = target.source.format.kv_scales(tensors, path)
+        found = check_cache(path, shape, kv, scales, device=target.device, seed=target.seed)
+        self.caches.append(found)
+        if found.problem:
+            self.problems.append(f"{path}: {found.problem}")
+
+    def conclude(self) -> None:
+        self.found.add("kernels", self.problems, self._detail())
+
+    def _detail(self) -> str:
+        """What ran, and how much of it."""
+        ran = [layer for layer in self.found.layers.values() if layer.kernel]
+        triton = [layer for layer in ran if layer.triton]
+        parts = []
+        worst = max((layer.kernel_error or 0.0 for layer in ran), default=0.0)
+        names = ", ".join(sorted({layer.kernel for layer in ran}))
+        if self.target.device.type == "cuda" and triton:
+            parts.append(f"{len(triton)} whole layers through {names} on the GPU")
+        elif ran:
+            if triton:
+                parts.append(
+                    f"one seeded tile of each of {len(triton)} layers through {names} in Triton's "
+                    "interpreter (at most 32 outputs by 1024 inputs, one token)"
+                )
+            elif not interpreter_runs():
+                parts.append("Triton was loaded for a GPU, so no interpreter")
+            parts.append(f"{len(ran)} whole layers through the plain reference")
+        if self.without_kernel:
+            parts.append(f"{self.without_kernel} layers have no kernel here: decoded only")
+        if any(self.caches):
+            names = ", ".join(sorted({cache.kernel for cache in self.caches if cache}))
+            count = sum(cache is not None for cache in self.caches)
+            parts.append(f"a decoding step over the cache of each of {count} blocks by {names}")
+            worst = max([worst, *(cache.error for cache in self.caches if cache)])
+        if missing := sum(cache is None for cache in self.caches):
+            parts.append(f"{missing} caches have heads of a size that no kernel here takes")
+        if ran or any(self.caches):
+            parts.append(f"largest relative error {worst:.2g}")
+        return "; ".join(parts) or "no packed layers"

@@ -1,0 +1,253 @@
+"""What is verified: a checkpoint, or a delta together with its base, unit by unit."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compressor.checkpoint.delta.source import (
+    Delta,
+    MergedCheckpoint,
+    find_base,
+    is_delta,
+    merged_source,
+    open_delta,
+)
+from compressor.checkpoint.manifest import Manifest
+from compressor.checkpoint.source import Source, open_source
+from compressor.errors import InputError
+from compressor.formats.second_reader.decode import DecodedWeight, decode_linear
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.qtensor import QTensor
+from compressor.ir.scheme import Scheme
+from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
+from compressor.numerics.chunks import DECODERS, layers_ahead, row_chunks
+from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
+from compressor.verify.kernels.check import kernel_for
+from compressor.verify.kernels.layer import KernelCheck, Layer
+
+DIFFERENT = "two readers see different weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A checkpoint.
+
+    source    what its files stand for
+    manifest  the hashes they should have, where they were written by us
+    original  what it is compared with, if anything
+    """
+
+    opened: ClassVar[str] = "headers and tensors"
+    coding: ClassVar[str] = "codes and scales"
+    """Names of two checks, as its users know them."""
+
+    folder: Path
+    source: Source
+    manifest: Manifest | None
+    original: Source | None
+    device: torch.device
+    seed: int
+
+    @classmethod
+    def open(cls, folder: Path, base: str | Source | None, **asked: Any) -> Self:
+        """Raises InputError, or Problems, where headers show that it is not whole."""
+        return cls(folder=folder, source=open_source(folder), **asked)
+
+    @property
+    def contents(self) -> str:
+        """What it consists of."""
+        entries = self.source.checkpoint.entries
+        shards = len({entry.file for entry in entries.values()})
+        return f"{len(entries)} tensors in {shards} files, all that {self._architecture} needs"
+
+    @property
+    def _architecture(self) -> str:
+        return self.source.arch.model_type
+
+    @property
+    def from_base(self) -> int | None:
+        """How many of a base's tensors it needs; None where it has no base."""
+        return None
+
+    def packed(self, unit: UnitLayout) -> list[Linear]:
+        """Linears that are stored as something else than floats."""
+        schemes = self.source.schemes.linears
+        return [x for x in unit.linears if schemes[x.name].weight is not None]
+
+    def difference(self, linear: Linear) -> tuple[Tensor, int] | None:
+        """The base's weight, and the signs that each weight has, where that is what is stored."""
+        return None
+
+    def kernel(self, linear: Linear) -> KernelCheck | None:
+        """The kernel that multiplies by a packed linear, or None."""
+        return kernel_for(self.source.schemes.linears[linear.name], linear.shape)
+
+    def stored(self, unit: UnitLayout) -> dict[str, Tensor]:
+        """Tensors of the folder's own files that belong to a unit."""
+        return self.source.checkpoint.read(self.source.names(unit))
+
+    def read(self, unit: UnitLayout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of a unit's tensors, `stored` among them."""
+        return stored
+
+    def layers(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Linear, Layer | str]]:
+        """Each packed linear as both readers see it, or what is wrong with it."""
+        for linear, decoded in self._decode(self.packed(unit), tensors):
+            if isinstance(decoded, str):
+                yield linear, decoded
+            else:
+                yield linear, self._layer(linear, decoded, tensors)
+
+    def _layer(
+        self, linear: Linear, decoded: DecodedWeight, raw: Mapping[str, Tensor]
+    ) -> Layer | str:
+        scheme = self.source.schemes.linears[linear.name]
+        assert scheme.weight is not None
+        tensors = {name: tensor.to(self.device) for name, tensor in _local(linear, raw).items()}
+        q = self.source.format.decode(tensors, scheme.weight)
+        weight = torch.from_numpy(decoded.weight).to(self.device)
+        if not _same(weight, q):
+            return f"{linear.name}: {DIFFERENT}"
+        return Layer(name=linear.name, scheme=scheme, tensors=tensors, codes=q, weight=weight)
+
+    def _decode(
+        self, linears: Sequence[Linear], raw: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Linear, DecodedWeight | str]]:
+        """Each layer by the second reader, a few ahead: its weight or what is wrong."""
+        config = self.source.checkpoint.config.get("quantization_config")
+
+        def decode(linear: Linear) -> DecodedWeight | str:
+            arrays = {leaf: _array(t) for leaf, t in _local(linear, raw).items()}
+            try:
+                return decode_linear(config, linear.name, arrays)
+            except ValueError as error:
+                return f"{linear.name}.{error}"
+
+        workers = min(DECODERS, os.cpu_count() or 1)
+        ahead: deque[tuple[Linear, Future[DecodedWeight | str]]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            for coming in linears:
+                ahead.append((coming, pool.submit(decode, coming)))
+                if len(ahead) > layers_ahead(coming.shape, workers):
+                    linear, decoded = ahead.popleft()
+                    yield linear, decoded.result()
+            for linear, decoded in ahead:
+                yield linear, decoded.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaTarget(Target):
+    """A delta; its `source` is the model that it makes of its base."""
+
+    opened = "headers and base"
+    coding = "signs and scales"
+
+    delta: Delta
+    merged: MergedCheckpoint
+
+    @classmethod
+    def open(cls, folder: Path, base: str | Source | None, **asked: Any) -> Self:
+        delta = open_delta(folder)
+        source = merged_source(delta, base if isinstance(base, Source) else find_base(delta, base))
+        merged = source.checkpoint
+        assert isinstance(merged, MergedCheckpoint)
+        return cls(folder=folder, source=source, delta=delta, merged=merged, **asked)
+
+    @property
+    def contents(self) -> str:
+        stored, taken = len(self.delta.checkpoint.entries), len(self.delta.borrowed)
+        return f"{stored} tensors, {taken} more from the base, all that {self._architecture} needs"
+
+    @property
+    def from_base(self) -> int | None:
+        return len(self.delta.borrowed) + len(self.delta.bits)
+
+    def packed(self, unit: UnitLayout) -> list[Linear]:
+        return [x for x in unit.linears if x.name in self.delta.bits]
+
+    def difference(self, linear: Linear) -> tuple[Tensor, int] | None:
+        bits = self.delta.bits.get(linear.name)
+        return None if bits is None else (self.merged.base_weight(linear), bits)
+
+    def kernel(self, linear: Linear) -> KernelCheck | None:
+        return SignsOnBase()
+
+    def stored(self, unit: UnitLayout) -> dict[str, Tensor]:
+        names = [name for name in unit.tensors if name in self.delta.checkpoint.entries]
+        names += [f"{x.name}.{leaf}" for x in self.packed(unit) for leaf in (SIGNS, SCALES)]
+        return self.delta.checkpoint.read(names)
+
+    def read(self, unit: UnitLayout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.merged.read(self.source.names(unit))
+
+    def layers(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Linear, Layer | str]]:
+        for linear in self.packed(unit):
+            base, part = self.merged.base_weight(linear), self.delta.read(linear)
+            weight, second = tensors[linear.weight_name], second_reader(base, part)
+            # Float32 sums and one rounding to the checkpoint's dtype lie between the two.
+            terms = base.double().abs() + float(part.scales.abs().sum())
+            bound = torch.finfo(weight.dtype).eps * second.abs() + 2**-21 * terms
+            if not bool(((weight.double() - second).abs() <= bound).all()):
+                yield linear, f"{linear.name}: {DIFFERENT}"
+                continue
+            held = {BASE: base, SIGNS: part.signs, SCALES: part.scales}
+            yield (
+                linear,
+                Layer(name=linear.name, scheme=Scheme(), tensors=held, codes=None, weight=second),
+            )
+
+
+def kind_of(folder: Path) -> type[Target]:
+    """What a checkpoint folder holds, as far as its config says; opening it says the rest."""
+    try:
+        return DeltaTarget if is_delta(folder) else Target
+    except InputError:
+        return Target
+
+
+def second_reader(base: Tensor, part: SignDelta) -> Tensor:
+    """The weight [out, in] in float64, from the words as bytes say them."""
+    total: NDArray[np.float64] = base.double().numpy()
+    for words, scale in zip(part.signs.numpy(), part.scales.numpy(), strict=True):
+        raw = np.ascontiguousarray(words.T).astype("<i4").view(np.uint8)
+        bits = np.unpackbits(raw, axis=1, bitorder="little")[:, : part.in_features]
+        total = total + np.where(bits == 1, float(scale), -float(scale))
+    return torch.from_numpy(total)
+
+
+def _same(weight: Tensor, q: QTensor) -> bool:
+    """Whether two readers saw one weight, to the rounding of float64."""
+    ours = q.dequantize(torch.float64)
+    return weight.shape == ours.shape and all(
+        torch.allclose(weight[rows], ours[rows], rtol=1e-12, atol=0) for rows in row_chunks(ours)
+    )
+
+
+def _local(linear: Linear, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A linear's own tensors, by local name."""
+    prefix = f"{linear.name}."
+    return {n.removeprefix(prefix): t for n, t in raw.items() if n.startswith(prefix)}
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's bytes as numpy holds them: bfloat16 as uint16, float8 as uint8."""
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(tensor.view(torch.uint16).numpy())
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return np.asarray(tensor.view(torch.uint8).numpy())
+    return np.asarray(tensor.numpy())
