@@ -17,6 +17,7 @@ from compressor.attention.policy import (
     layer_mask,
     read_policy,
 )
+from compressor.attention.rope import rotated_back
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
@@ -69,7 +70,7 @@ def by_slot(*, sinks: int, window: int) -> AttentionHook:
 
     Between recent tokens slots are as far apart as places in the text. A sink is nearer than in
     the text by what was evicted between, so the sinks appear a second time, in channels of their
-    own, for a query that is turned back by as much: one softmax, and the model's own attention.
+    own, for a query that is rotated back by as much: one softmax, and the model's own attention.
     """
 
     def hook(call: AttentionCall) -> Tensor:
@@ -82,8 +83,8 @@ def by_slot(*, sinks: int, window: int) -> AttentionHook:
         recent = (distance >= 0) & (distance < window) & (place >= sinks)[None, :]
         mask = torch.cat([recent, distance[:, :first] >= 0], dim=1)
         evicted = (place - (sinks + window - 1)).clamp(min=0)
-        turned = turn_back(call.query, evicted, call.rotary)
-        query = torch.cat([call.query, turned], dim=-1)
+        far = rotated_back(call.query, evicted, call.rotary)
+        query = torch.cat([call.query, far], dim=-1)
         key = torch.cat(
             [
                 torch.nn.functional.pad(call.key, (0, call.key.shape[3])),
@@ -96,21 +97,6 @@ def by_slot(*, sinks: int, window: int) -> AttentionHook:
         return call.plain(query, key, value, _masked(own, mask[None, None]))
 
     return hook
-
-
-def turn_back(x: Tensor, by: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """What x [rows, heads, length, head_dim] would be `by` [length] positions earlier.
-
-    rotary  cosine and sine [positions, channels], halves paired as in Llama; a factor that a
-            scaled embedding puts on them is taken out, as x carries it already
-    """
-    cos, sin = (table[by] for table in rotary)
-    factor = rotary[0][0]
-    cos, sin = cos / factor, sin / factor
-    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    a, b = turning.chunk(2, dim=-1)
-    back = turning * cos + torch.cat([b, -a], dim=-1) * sin
-    return torch.cat([back, rest], dim=-1).to(x.dtype)
 
 
 def restricted(call: AttentionCall, mask: Tensor) -> Tensor:

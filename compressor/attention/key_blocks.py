@@ -28,12 +28,11 @@ from compressor_kernels.attention.block_windows import (
 from torch import Tensor
 
 from compressor.attention.policy import BlockSelection
+from compressor.attention.rope import Rotary, rotated
 from compressor.errors import InputError
 
 PIECE_ELEMENTS = {"cuda": 2**25, "cpu": 2**23}
 """Scores of a piece of the queries that are in memory at a time, a few times over."""
-
-Rotary = tuple[Tensor, Tensor]
 
 
 def rules(selection: BlockSelection) -> tuple[BlockRule, WindowRule]:
@@ -60,7 +59,7 @@ def choose_blocks(
     """Blocks of each query, int32 [rows, sets, Tq, K], ascending, then -1.
 
     query [rows, heads, Tq, head_dim] of the last Tq tokens of key [rows, kv_heads, T, head_dim],
-    forecast [rows, kv_heads, Tq, head_dim] where the scorer is one; all turned by position. There
+    forecast [rows, kv_heads, Tq, head_dim] where the scorer is one; all rotated by position. There
     is a set for each KV head, or for each query head with `per: query_head`.
     """
     rule, windows = rules(selection)
@@ -143,17 +142,7 @@ def in_pieces(
 
 def forecast_of(hidden: Tensor, weight: Tensor, *, kv_heads: int, rotary: Rotary | None) -> Tensor:
     """What attention's input [rows, length, hidden] says of the keys to come, [rows, kv_heads,
-    length, head_dim], turned by position. weight [kv_heads * head_dim, hidden]."""
+    length, head_dim], rotated by position. weight [kv_heads * head_dim, hidden]."""
     flat = torch.nn.functional.linear(hidden.to(weight.dtype), weight)
     heads = flat.view(*flat.shape[:2], kv_heads, -1).transpose(1, 2)
-    return heads if rotary is None else turned(heads, rotary)
-
-
-def turned(x: Tensor, rotary: Rotary) -> Tensor:
-    """x [rows, heads, length, head_dim] turned by cosine and sine [length, channels], halves paired
-    as in Llama; channels beyond the tables stay. Computed in float32."""
-    cos, sin = (table.to(x.device, torch.float32) for table in rotary)
-    turning, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
-    a, b = turning.chunk(2, dim=-1)
-    out = turning * cos + torch.cat([-b, a], dim=-1) * sin
-    return torch.cat([out.to(x.dtype), rest], dim=-1)
+    return heads if rotary is None else rotated(heads, rotary)

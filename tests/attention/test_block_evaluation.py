@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from compressor.attention.evaluation import policy_attention
-from compressor.attention.key_blocks import choose_blocks, forecast_of, recent_blocks, turned
+from compressor.attention.key_blocks import choose_blocks, forecast_of, recent_blocks
 from compressor.attention.policy import (
     AttentionPolicy,
     BlockSelection,
@@ -181,16 +181,3 @@ def test_recent_blocks_are_the_first_and_the_last() -> None:
     blocks = recent_blocks(SELECTIONS["infllm"], key, key)
     assert blocks[0, 0, 89].tolist() == [0, 9, 10, 11]
     assert blocks[0, 1, 10].tolist() == [0, 1, -1, -1]
-
-
-def test_turning_depends_on_distance_alone() -> None:
-    angle = torch.arange(20)[:, None] * torch.tensor([1.0, 0.1])
-    table = torch.cat([angle, angle], dim=-1)
-    a, b = torch.randn(1, 1, 20, 6), torch.randn(1, 1, 20, 6)
-    rotary = (table.cos(), table.sin())
-    products = (
-        turned(a[:, :, :1].expand_as(a), rotary)
-        @ turned(b[:, :, :1].expand_as(b), rotary).transpose(-1, -2)
-    )[0, 0]
-    torch.testing.assert_close(products[3, 1], products[12, 10])
-    torch.testing.assert_close(products.diagonal(), products[0, 0].expand(20))

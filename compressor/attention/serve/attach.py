@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from compressor.attention.policy import AttentionPolicy, LayerPolicy, read_policy
+from compressor.attention.rope import Rotary
 from compressor.attention.serve import fused
-from compressor.attention.serve.attend import Rule, Tables, by_slot, full, streaming
+from compressor.attention.serve.attend import Rule, by_slot, full, streaming
 from compressor.attention.serve.blocks import ForecastsInUse, over_blocks, stored_forecasts
 from compressor.attention.serve.cache import HeadLayer, Held, PolicyCache
 from compressor.errors import InputError
@@ -187,10 +188,10 @@ class Runtime:
             return full(q, k, v, rule)
         return over_blocks(q, k, v, layer.blocks, rule, forecast=forecast)
 
-    def _tables(self, like: Tensor, slots: int) -> Tables:
+    def _tables(self, like: Tensor, slots: int) -> Rotary:
         assert self.rotary is not None
         cos, sin = self.rotary(like, torch.arange(slots, device=like.device)[None])
-        return Tables(cos[0], sin[0])
+        return cos[0], sin[0]
 
 
 def _attend(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from compressor.attention.policy import token_mask
+from compressor.attention.rope import Rotary, rotated
 
 QUERY_ROWS = 1024
 """Queries of a streaming head computed at a time: a prompt takes no memory of its square."""
@@ -29,21 +30,6 @@ class Rule:
     scaling: float
     softcap: float | None = None
     window: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """Cosine and sine of a rotary embedding, [slots, channels]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def turn(self, x: Tensor, slots: Tensor) -> Tensor:
-        """x [rows, heads, length, head_dim] turned to its slots, int [length]."""
-        cos, sin = self.cos[slots].to(x.dtype), self.sin[slots].to(x.dtype)
-        turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        a, b = turning.chunk(2, dim=-1)
-        return torch.cat([turning * cos + torch.cat([-b, a], dim=-1) * sin, rest], dim=-1)
 
 
 def full(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
@@ -88,12 +74,12 @@ def by_slot(
     v: Tensor,
     places: Tensor,
     rule: Rule,
-    tables: Tables,
+    rotary: Rotary,
     *,
     sinks: int,
     window: int,
 ) -> Tensor:
-    """Streaming heads whose positions are cache slots; q and k are not turned yet.
+    """Streaming heads whose positions are cache slots; q and k are not rotated yet.
 
     A query stands at its rank among the keys it may see. For the recent keys of a chunk only their
     distance counts, so they take the slots in which they lie; for the sinks a query takes its rank.
@@ -102,9 +88,11 @@ def by_slot(
     slots = torch.arange(k_len, device=q.device)
     own = places[k_len - q_len :]
     first = int((places < sinks).sum())
-    key = tables.turn(k, slots)
-    near = tables.turn(q, slots[k_len - q_len :])
-    far = tables.turn(q, own.clamp(max=sinks + window - 1))
+    cos, sin = rotary
+    rank = own.clamp(max=sinks + window - 1)
+    key = rotated(k, (cos[slots], sin[slots]))
+    near = rotated(q, (cos[slots[k_len - q_len :]], sin[slots[k_len - q_len :]]))
+    far = rotated(q, (cos[rank], sin[rank]))
     zeros = torch.zeros_like
     query = torch.cat([near, far], dim=-1)
     keys = torch.cat(

@@ -10,8 +10,9 @@ import torch
 from compressor_kernels.attention.block_attention import block_attention, block_mask
 from torch import Tensor
 
-from compressor.attention.key_blocks import Rotary, choose_blocks, forecast_of, in_pieces
+from compressor.attention.key_blocks import choose_blocks, forecast_of, in_pieces
 from compressor.attention.policy import AttentionPolicy, BlockSelection
+from compressor.attention.rope import Rotary
 from compressor.attention.serve.attend import Rule, softmax_attention
 from compressor.checkpoint.reader import open_checkpoint
 from compressor.errors import InputError
