@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
+from compressor.attention.policy import describe, read_policy
+from compressor.attention.serve import attach
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Problems
 from compressor.evaluate.perplexity import evaluate
 from compressor.ir.qtensor import QTensor
 from compressor.plan.recipe import json_schema, make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.verify import verify
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adding.md"
 CPU = choose_device("cpu")
@@ -82,6 +86,54 @@ def test_a_method(
         run(tiny_model("llama"), tmp_path / "no", [{"clip": {"deviations": -1}}])
 
 
+def test_an_attention_rule(
+    drop: Callable[[str, str], None], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """From a recipe to generated tokens: plan, run, verify, evaluation, and a smaller cache."""
+    drop("compressor.attention.rules", "dilated.py")
+    drop("compressor.methods", "dilated.py")
+    model, passes = tiny_model("llama"), [{"dilated": {"step": 4, "window": 6}}]
+    recipe = {"model": str(model), "output": str(tmp_path / "out"), "passes": passes}
+    recipe |= {"format": "dense", "verify": False}
+    prepared = prepare(make_recipe(recipe), device=CPU)
+    output = compile_checkpoint(prepared).output
+    policy = read_policy(output)
+    assert policy is not None
+    said = "2 of 2 layers see 6 recent keys and every 4th"
+    assert describe(policy) == [said]
+    with pytest.raises(InputError, match="both decide `dilated` of layer 0"):
+        run(output, tmp_path / "twice", passes, format="dense")
+    report = verify(output, against=model, device=CPU)
+    assert report.ok, report.damage
+    assert any(check.detail == said for check in report.checks)
+
+    ids = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    position = torch.arange(40)
+    distance = position[:, None] - position
+    mask = (distance >= 0) & ((distance < 6) | (position % 4 == 0))
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = loaded(ids, attention_mask=mask.expand(2, 1, 40, 40)).logits
+        plain = loaded(ids).logits
+    loss = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].ravel())
+    found = evaluate(open_source(output), ids, device=CPU, dtype=torch.float32)
+    assert found.nll.value == pytest.approx(float(loss), rel=1e-5)
+    assert not torch.allclose(expected, plain, atol=1e-2)
+
+    runtime = attach(loaded)
+    (cache,) = (small := runtime.options()).values()
+    with torch.no_grad():
+        parts = [loaded(part, **small).logits for part in ids.split([20, 7, *[1] * 13], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=2e-5, rtol=1e-4)
+    assert cache.nbytes == policy.cached_tokens(40) * 2 * 2 * 16 * 4
+    assert policy.cached_tokens(40) == 4 * (5 + 9)  # two layers of two heads; 36 is near as well
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    tokens = loaded.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
+    options |= runtime.options()
+    again = loaded.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(again, tokens)
+
+
 def test_a_format(
     drop: Callable[[str, str], None], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -108,8 +160,6 @@ def test_an_architecture(
     tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Block by block it is what transformers computes at once, and a recipe runs on it."""
-    from transformers import AutoModelForCausalLM
-
     monkeypatch.setitem(tiny_models.FAMILIES, "helium", {"head_dim": 16})
     model = tiny_models.build("helium", tmp_path / "model")
     with pytest.raises(InputError) as caught:

@@ -1,23 +1,21 @@
 """Attention under a stored policy, as evaluations run it: a hook for each block.
 
-The whole text is one pass, masked by the policy's token mask, so every position sees exactly the
-keys that a decoding step over the small cache would have kept.
+The whole text is one pass under the rules' masks in which every query attends as a decoding step
+would: it sees exactly the keys that the step would have been left. What a block says of the next
+one's keys is carried from block to block, row by row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from compressor.attention.block_evaluation import BlockAttending
-from compressor.attention.policy import (
-    AttentionPolicy,
-    LayerPolicy,
-    check_policy,
-    layer_mask,
-    read_policy,
-)
-from compressor.attention.rope import rotated_back
+from compressor.attention.masked import both_masks, in_pieces
+from compressor.attention.policy import AttentionPolicy, Group, check_policy, read_policy
+from compressor.attention.rule import Rule, RuleCall, Seen
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
@@ -38,80 +36,133 @@ def as_stored(source: Source, attention: Attending | None = None) -> StreamedMod
 
 def policy_attention(policy: AttentionPolicy) -> Attending:
     """How blocks attend under a policy, in one run over a model."""
-    blocks = BlockAttending(policy)
+    ahead = Ahead()
 
     def of_block(unit: Unit) -> AttentionHook | None:
-        layer = policy.layers[unit.layout.index]
-        choosing = blocks.hook(unit)
-        if choosing is not None:
-            return choosing
-        if layer.streaming is None:
+        index = unit.layout.index
+        groups = policy.layers[index].groups(policy.kv_heads)
+        told = [
+            (number, rule)
+            for number in (index, index + 1)
+            if number < len(policy.layers)
+            for rule in policy.layers[number].rules
+            if (needs := rule.ahead_tensor(number)) is not None and needs[0] == index
+        ]
+        if not told and not policy.layers[index].rules:
             return None
-        if policy.positions == "slot":
-            return by_slot(sinks=layer.streaming.sinks, window=layer.streaming.window)
-        return _by_text(layer)
+
+        def hook(call: AttentionCall) -> Tensor:
+            for number, rule in told:
+                ahead.look(rule, number, call, unit)
+            if policy.positions == "slot":
+                return groups[0].rules[0].evaluate_by_slot(call)
+            return under_masks(call, [(g.heads, _seen(g, call, unit, ahead)) for g in groups])
+
+        return hook
 
     return of_block
 
 
-def _by_text(layer: LayerPolicy) -> AttentionHook:
-    def hook(call: AttentionCall) -> Tensor:
-        place = torch.arange(call.key.shape[2], device=call.key.device)
-        kv_heads = call.key.shape[1]
-        mask = layer_mask(layer, kv_heads=kv_heads, queries=place, keys=place)
-        mask = mask.repeat_interleave(call.query.shape[1] // kv_heads, dim=0)
-        return call.plain(call.query, call.key, call.value, restricted(call, mask[None]))
+@dataclass(slots=True)
+class Ahead:
+    """What blocks said of the keys of the blocks after them.
 
-    return hook
-
-
-def by_slot(*, sinks: int, window: int) -> AttentionHook:
-    """Every head streaming, positions by cache slot.
-
-    Between recent tokens slots are as far apart as places in the text. A sink is nearer than in
-    the text by what was evicted between, so the sinks appear a second time, in channels of their
-    own, for a query that is rotated back by as much: one softmax, and the model's own attention.
+    Kept by block, rule and row, so that rows which are run again (with smaller batches, because
+    memory did not do) find what was said before.
     """
 
-    def hook(call: AttentionCall) -> Tensor:
-        if call.rotary is None:
-            raise InputError("slot positions need a rotary embedding, which this model has not")
-        length = call.key.shape[2]
-        place = torch.arange(length, device=call.key.device)
-        distance = place[:, None] - place[None, :]
-        first = min(sinks, length)
-        recent = (distance >= 0) & (distance < window) & (place >= sinks)[None, :]
-        mask = torch.cat([recent, distance[:, :first] >= 0], dim=1)
-        evicted = (place - (sinks + window - 1)).clamp(min=0)
-        far = rotated_back(call.query, evicted, call.rotary)
-        query = torch.cat([call.query, far], dim=-1)
-        key = torch.cat(
-            [
-                torch.nn.functional.pad(call.key, (0, call.key.shape[3])),
-                torch.nn.functional.pad(call.key[:, :, :first], (call.key.shape[3], 0)),
-            ],
-            dim=2,
-        )
-        value = torch.cat([call.value, call.value[:, :, :first]], dim=2)
-        own = None if call.mask is None else _extended(call.mask, first)
-        return call.plain(query, key, value, _masked(own, mask[None, None]))
+    said: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
 
-    return hook
+    def look(self, rule: Rule, index: int, call: AttentionCall, unit: Unit) -> None:
+        """Note what this block says for a rule of block `index`, where it has the tensor for it."""
+        needs = rule.ahead_tensor(index)
+        if needs is None or needs[0] != unit.layout.index:
+            return
+        weight = next((t for n, t in unit.extra.items() if n.endswith(f".{needs[1]}")), None)
+        if weight is None:
+            return
+        if call.hidden is None:
+            raise InputError(f"{rule.kind} needs the attention's input, which is not known here")
+        weight = weight.to(call.key.device, call.key.dtype)
+        kv_heads = call.key.shape[1]
+        said = rule.look_ahead(call.hidden, weight, kv_heads=kv_heads, rotary=call.rotary)
+        for row, values in enumerate(said.cpu()):
+            self.said[index, rule.kind, call.first_row + row] = values
 
-
-def restricted(call: AttentionCall, mask: Tensor) -> Tensor:
-    """The model's own mask and `mask` [rows or 1, heads, length, keys] together."""
-    return _masked(call.mask, mask)
+    def take(self, rule: Rule, index: int, call: AttentionCall) -> Tensor | None:
+        """What was said for a rule of block `index` and these rows, [rows, kv_heads, length, …]."""
+        for key in [key for key in self.said if key[0] < index]:
+            del self.said[key]
+        rows = range(call.first_row, call.first_row + call.query.shape[0])
+        said = [self.said.get((index, rule.kind, row)) for row in rows]
+        if any(values is None for values in said):
+            return None
+        return torch.stack([x for x in said if x is not None]).to(call.key.device, call.key.dtype)
 
 
-def _masked(own: Tensor | None, mask: Tensor) -> Tensor:
-    if own is None:
-        return mask
-    if own.dtype == torch.bool:
-        return own & mask
-    return own.masked_fill(~mask, torch.finfo(own.dtype).min)
+def _seen(group: Group, call: AttentionCall, unit: Unit, ahead: Ahead) -> Seen | None:
+    """The mask of some heads; None where they see everything."""
+    rule = group.acting("decode") or group.acting("prefill")
+    if rule is None or not rule.acts(call.key.shape[2]):
+        return None
+    said, needs = None, rule.ahead_tensor(unit.layout.index)
+    if needs is not None:
+        said = ahead.take(rule, unit.layout.index, call)
+        if said is None:
+            raise InputError(
+                f"{unit.layout.name} attends by {rule.kind}, whose tensor the checkpoint lacks",
+                hint=f"the attention of block {needs[0]} should carry {needs[1]}",
+            )
+    return rule.seen(rule_call(call, group.heads, said))
 
 
-def _extended(own: Tensor, first: int) -> Tensor:
-    """A model's mask with the first keys' columns repeated at its end."""
-    return torch.cat([own, own[..., :first]], dim=-1)
+def rule_call(
+    call: AttentionCall, heads: Sequence[int] | None = None, ahead: Tensor | None = None
+) -> RuleCall:
+    """A block's call as a rule for some KV heads (None: all) sees it."""
+    query, key = call.query, call.key
+    if heads is not None and len(heads) < key.shape[1]:
+        query = query[:, query_heads(heads, query.shape[1] // key.shape[1])]
+        key = key[:, heads]
+        ahead = None if ahead is None else ahead[:, heads]
+    positions = torch.arange(key.shape[2], device=key.device)
+    return RuleCall(query, key, positions, call.scaling, ahead)
+
+
+def under_masks(call: AttentionCall, seen: Sequence[tuple[Sequence[int], Seen | None]]) -> Tensor:
+    """The model's own attention where KV heads see what their masks say (all keys, if None), [rows,
+    length, heads, head_dim]; some queries at a time."""
+    if all(mask is None for _, mask in seen):
+        return call.plain(call.query, call.key, call.value)
+    heads, length = call.query.shape[1], call.key.shape[2]
+    group = heads // call.key.shape[1]
+    position = torch.arange(length, device=call.key.device)
+
+    def attend(query: Tensor, behind: int) -> Tensor:
+        part = slice(length - behind - query.shape[2], length - behind)
+        causal = (position[part, None] >= position)[None, None]
+        masks = [(of, causal if see is None else see(part)) for of, see in seen]
+        if len(masks) == 1:
+            mask = by_query_head(masks[0][1], heads)
+        else:
+            rows = max(mask.shape[0] for _, mask in masks)
+            mask = torch.empty(
+                (rows, heads, query.shape[2], length), dtype=torch.bool, device=query.device
+            )
+            for of, some in masks:
+                mask[:, query_heads(of, group)] = by_query_head(some, len(of) * group)
+        own = None if call.mask is None else call.mask[..., part, :]
+        return call.plain(query, call.key, call.value, both_masks(own, mask)).transpose(1, 2)
+
+    return in_pieces(attend, call.query, heads * length).transpose(1, 2)
+
+
+def by_query_head(mask: Tensor, heads: int) -> Tensor:
+    """A mask [rows, sets, n, keys] for each query head, unless it is one for all."""
+    sets = mask.shape[1]
+    return mask if sets == 1 else mask.repeat_interleave(heads // sets, dim=1)
+
+
+def query_heads(kv_heads: Sequence[int], group: int) -> list[int]:
+    """The query heads that share some KV heads."""
+    return [head * group + member for head in kv_heads for member in range(group)]

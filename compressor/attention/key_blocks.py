@@ -1,148 +1,136 @@
-"""Which blocks of keys a layer's queries choose under its policy, from what its attention sees.
+"""Rules by which queries choose blocks of keys: what they share.
 
-The rules are InfLLM-V2's, Quest's (arXiv 2406.10774) and SparDA's (arXiv 2606.04511); kernels serve
-half precision on a GPU, their plain references everything else.
+Kernels serve half precision on a GPU, their plain references everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from compressor_kernels.attention.block_pages import (
-    page_bounds,
-    page_bounds_ref,
-    page_scores,
-    page_scores_ref,
-)
-from compressor_kernels.attention.block_selection import BlockRule, top_blocks, top_blocks_ref
-from compressor_kernels.attention.block_windows import (
-    WindowRule,
-    attention_blocks,
-    attention_scores_ref,
-    compress_keys,
-    compress_keys_ref,
-    forecast_blocks,
-    forecast_scores_ref,
-)
+from compressor_kernels.attention.block_attention import block_attention, block_mask
+from compressor_kernels.attention.block_selection import BlockRule, top_blocks_ref
+from compressor_kernels.attention.block_windows import WindowRule
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import BlockSelection
-from compressor.attention.rope import Rotary, rotated
-from compressor.errors import InputError
+from compressor.attention.masked import OwnAttention
+from compressor.attention.rule import Rule, RuleCall, Seen
 
-PIECE_ELEMENTS = {"cuda": 2**25, "cpu": 2**23}
-"""Scores of a piece of the queries that are in memory at a time, a few times over."""
+HALF = (torch.float16, torch.bfloat16)
 
 
-def rules(selection: BlockSelection) -> tuple[BlockRule, WindowRule]:
-    """The rule of blocks and that of compressed keys."""
-    block = BlockRule(
-        block_size=selection.block_size,
-        init_blocks=selection.init_blocks,
-        local_blocks=selection.local_blocks,
-        top_k=selection.top_k,
-    )
-    if selection.scorer == "quest":
-        return block, WindowRule(kernel_size=1, stride=1)
-    return block, WindowRule(kernel_size=selection.kernel_size, stride=selection.stride)
+class KeyBlocks(Rule):
+    """Each query attends to the blocks of keys that score best.
 
-
-def choose_blocks(
-    selection: BlockSelection,
-    query: Tensor,
-    key: Tensor,
-    *,
-    scaling: float,
-    forecast: Tensor | None = None,
-) -> Tensor:
-    """Blocks of each query, int32 [rows, sets, Tq, K], ascending, then -1.
-
-    query [rows, heads, Tq, head_dim] of the last Tq tokens of key [rows, kv_heads, T, head_dim],
-    forecast [rows, kv_heads, Tq, head_dim] where the scorer is one; all rotated by position. There
-    is a set for each KV head, or for each query head with `per: query_head`.
+    block_size   keys of a block;  top_k  blocks of a query, forced ones included
+    kernel_size, stride  of mean keys, for rules that score by them
+    init_blocks, local_blocks  first blocks, and blocks before the query's own, always chosen
+    per          whether all query heads of a KV head share one choice
+    dense_below  texts of fewer keys are attended to whole
     """
-    rule, windows = rules(selection)
-    tokens = key.shape[2]
-    fast = key.is_cuda and key.dtype in (torch.float16, torch.bfloat16)
-    if selection.scorer == "quest":
-        return _by_pages(selection, query, key, rule, fast=fast)
-    by_forecast = selection.scorer == "forecast"
-    if by_forecast and forecast is None:
-        raise InputError("blocks are to be chosen by a forecast, and there is none")
-    asked = forecast if by_forecast and forecast is not None else query
-    if fast:
-        compressed, asked = compress_keys(key, windows), asked.to(key.dtype)
-        choices: Tensor = (
-            forecast_blocks(asked, compressed, rule, windows, tokens=tokens)
-            if by_forecast
-            else attention_blocks(asked, compressed, rule, windows, tokens=tokens, scale=scaling)
-        )
-        return choices
-    compressed = compress_keys_ref(key, windows)
 
-    def choose(part: Tensor, behind: int) -> Tensor:
-        scores = (
-            forecast_scores_ref(part, compressed, rule, windows, tokens=tokens, behind=behind)
-            if by_forecast
-            else attention_scores_ref(
-                part, compressed, rule, windows, tokens=tokens, behind=behind, scale=scaling
+    part: ClassVar[str] = "blocks"
+
+    block_size: int = Field(64, ge=1)
+    kernel_size: int = Field(32, ge=1)
+    stride: int = Field(16, ge=1)
+    init_blocks: int = Field(1, ge=0)
+    local_blocks: int = Field(32, ge=0)
+    top_k: int = Field(96, ge=1)
+    per: Literal["kv_head", "query_head"] = "kv_head"
+    dense_below: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _holds_forced_blocks(self) -> Self:
+        if self.init_blocks + self.local_blocks + 1 > self.top_k:
+            raise ValueError(
+                f"top_k {self.top_k} cannot hold {self.init_blocks} first blocks, "
+                f"{self.local_blocks} local ones and the query's own"
             )
+        return self
+
+    @property
+    def blocks(self) -> BlockRule:
+        """How blocks are chosen once they have scores."""
+        return BlockRule(
+            block_size=self.block_size,
+            init_blocks=self.init_blocks,
+            local_blocks=self.local_blocks,
+            top_k=self.top_k,
         )
-        blocks: Tensor = top_blocks_ref(scores, rule, tokens=tokens, behind=behind)
-        return blocks
 
-    return in_pieces(choose, asked, asked.shape[1] * max(1, windows.windows(tokens)))
+    @property
+    def windows(self) -> WindowRule:
+        """The compression of keys."""
+        return WindowRule(kernel_size=self.kernel_size, stride=self.stride)
+
+    def choose(self, call: RuleCall) -> Tensor:
+        """Blocks of each query, int32 [rows, sets, Tq, K], ascending, then -1. There is a set for
+        each KV head, or for each query head with `per: query_head`."""
+        raise NotImplementedError
+
+    def acts(self, length: int) -> bool:
+        return length >= self.dense_below
+
+    def seen(self, call: RuleCall) -> Seen:
+        return self.seen_in(self.choose(call), call.key.shape[2])
+
+    def seen_in(self, blocks: Tensor, tokens: int) -> Seen:
+        """The mask of chosen blocks [rows, sets, Tq, K], of the last queries of `tokens`."""
+
+        def mask(part: slice) -> Tensor:
+            behind = blocks.shape[2] - part.stop
+            chosen: Tensor = block_mask(
+                blocks[:, :, part], tokens, block_size=self.block_size, behind=behind
+            )
+            return chosen
+
+        return mask
+
+    def attend(self, call: RuleCall, value: Tensor, own: OwnAttention) -> Tensor:
+        plain = own.softcap is None and own.window is None
+        if not (call.query.is_cuda and call.query.dtype in HALF and plain):
+            return super().attend(call, value, own)
+        out: Tensor = block_attention(
+            call.query,
+            call.key,
+            value,
+            self.choose(call),
+            block_size=self.block_size,
+            scale=own.scaling,
+        )
+        return out
+
+    def share_read(self, length: int) -> float:
+        """Share of the keys of a text of `length` tokens that its last query attends to."""
+        return min(1.0, self.top_k / self.blocks.blocks(length))
+
+    @classmethod
+    def describe(
+        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
+    ) -> list[str]:
+        return [
+            f"{rules.count(rule)} of {layers} layers choose {rule.top_k} blocks of "
+            f"{rule.block_size} keys by {rule.kind}, one choice for each {rule.per}"
+            for rule in dict.fromkeys(rules)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"scorer": self.kind, **super().to_json()}
 
 
-def recent_blocks(selection: BlockSelection, query: Tensor, key: Tensor) -> Tensor:
-    """The first blocks and the most recent ones, as many as the selection has: what it costs
-    nothing to choose. int32 [rows, kv_heads, Tq, K]."""
-    rule, _ = rules(selection)
-    count = rule.blocks(key.shape[2])
+def recent_blocks(rule: KeyBlocks, query: Tensor, key: Tensor) -> Tensor:
+    """The first blocks and the most recent ones, as many as the rule has: what it costs nothing to
+    choose. int32 [rows, kv_heads, Tq, K]."""
+    count = rule.blocks.blocks(key.shape[2])
     shape = (key.shape[0], key.shape[1], query.shape[2], count)
     age = torch.arange(count, device=key.device, dtype=torch.float32).expand(shape)
-    blocks: Tensor = top_blocks_ref(age, rule, tokens=key.shape[2])
+    blocks: Tensor = top_blocks_ref(age, rule.blocks, tokens=key.shape[2])
     return blocks
 
 
-def _by_pages(
-    selection: BlockSelection, query: Tensor, key: Tensor, rule: BlockRule, *, fast: bool
-) -> Tensor:
-    group_max = selection.per == "kv_head"
-    tokens, size = key.shape[2], rule.block_size
-    if fast and query.shape[2] == 1:
-        scores = page_scores(query, *page_bounds(key, page_size=size), group_max=group_max)
-        blocks: Tensor = top_blocks(scores, rule, tokens=tokens)
-        return blocks
-    # Only a query's own page may hold keys after it, and that page is chosen whatever its score.
-    low, high = (page_bounds if fast else page_bounds_ref)(key, page_size=size)
-
-    def choose(part: Tensor, behind: int) -> Tensor:
-        scores = page_scores_ref(part, low, high, group_max=group_max)
-        blocks: Tensor = top_blocks_ref(scores, rule, tokens=tokens, behind=behind)
-        return blocks
-
-    return in_pieces(choose, query, query.shape[1] * rule.blocks(tokens))
-
-
-def in_pieces(
-    choose: Callable[[Tensor, int], Tensor], queries: Tensor, row_elements: int
-) -> Tensor:
-    """`choose(part, tokens behind it)` over parts of the queries [rows, heads, Tq, head_dim]."""
-    q_len = queries.shape[2]
-    most = PIECE_ELEMENTS.get(queries.device.type, PIECE_ELEMENTS["cuda"])
-    size = max(1, most // (queries.shape[0] * row_elements))
-    found = []
-    for start in range(0, q_len, size):
-        part = queries[:, :, start : start + size]
-        found.append(choose(part, q_len - start - part.shape[2]))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
-
-
-def forecast_of(hidden: Tensor, weight: Tensor, *, kv_heads: int, rotary: Rotary | None) -> Tensor:
-    """What attention's input [rows, length, hidden] says of the keys to come, [rows, kv_heads,
-    length, head_dim], rotated by position. weight [kv_heads * head_dim, hidden]."""
-    flat = torch.nn.functional.linear(hidden.to(weight.dtype), weight)
-    heads = flat.view(*flat.shape[:2], kv_heads, -1).transpose(1, 2)
-    return heads if rotary is None else rotated(heads, rotary)
+def by_kernel(key: Tensor) -> bool:
+    """Whether the kernels score such keys."""
+    return key.is_cuda and key.dtype in HALF

@@ -1,99 +1,90 @@
-"""The attention policy: what each layer and KV head of a checkpoint may attend to, and how.
+"""The attention policy: which rules each layer's KV heads attend by.
 
 It is stored beside the weights as `attention_policy.json`, tensors that belong to it (gates,
-scores) as `attention_policy.safetensors`. A KV head is full, or streaming: it sees a few first
-tokens and a recent window (StreamingLLM, arXiv 2309.17453; DuoAttention, arXiv 2410.10819). Heads
-that are full may choose blocks of keys by a score (Quest, arXiv 2406.10774; InfLLM-V2; SparDA,
-arXiv 2606.04511).
-The token mask below is the definition: a runtime may skip whole blocks, but masks by token.
+scores) as `attention_policy.safetensors`. What a rule does stands in its file in `rules/`; a KV
+head without a rule sees everything. Rules' masks are the definition: a runtime may skip whole
+blocks, but masks by token.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from compressor.attention.rule import Phase, Rule, Value, make_rule, messages
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
-from compressor.ir.layout import ModelLayout
+from compressor.ir.layout import AttentionShape, ModelLayout
 
 POLICY_NAME = "attention_policy.json"
 TENSORS_NAME = "attention_policy.safetensors"
 VERSION = 1
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+@dataclass(frozen=True, slots=True)
+class Group:
+    """KV heads of a layer that attend by the same rules: one for each phase, or none."""
+
+    heads: list[int]
+    rules: tuple[Rule, ...]
+
+    def acting(self, phase: Phase) -> Rule | None:
+        """The rule of a phase; where none is for drafts, that of decoding."""
+        for rule in self.rules:
+            if phase in rule.phases:
+                return rule
+        return self.acting("decode") if phase == "draft" else None
+
+    def kept(self, positions: Tensor, length: int) -> Tensor | None:
+        """`Rule.kept` of all phases together."""
+        stay = []
+        for rule in {self.acting("prefill"), self.acting("decode")}:
+            index = None if rule is None else rule.kept(positions, length)
+            if index is None:
+                return None
+            stay.append(index)
+        return stay[0] if len(stay) == 1 else torch.unique(torch.cat(stay))
 
 
-class StreamingHeads(_Value):
-    """KV heads of a layer that see the first `sinks` tokens and the last `window`.
+class LayerPolicy(Value):
+    """One block: its rules, those that name their heads first."""
 
-    window  counts the query's own token: a decoding step reads at most sinks + window keys
-    """
-
-    heads: tuple[int, ...] = Field(min_length=1, strict=False)
-    sinks: int = Field(ge=0)
-    window: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _is_a_window(self) -> Self:
-        if self.sinks >= self.window:
-            raise ValueError(f"{self.sinks} sinks are not fewer than the window of {self.window}")
-        if list(self.heads) != sorted(set(self.heads)) or min(self.heads) < 0:
-            raise ValueError(f"heads {list(self.heads)} are not ascending numbers from 0")
-        return self
-
-
-class BlockSelection(_Value):
-    """How the full heads of a layer choose blocks of keys for a query.
-
-    scorer       infllm: attention to mean keys;  quest: bounds of a page;  forecast: a projection
-    block_size   keys of a block;  top_k  blocks of a query, forced ones included
-    kernel_size, stride  of the mean keys (infllm, forecast); quest has none
-    init_blocks, local_blocks  first blocks, and blocks before the query's own, always chosen
-    per          whether all query heads of a KV head share one choice
-    dense_below  texts of fewer keys are attended to whole
-    """
-
-    scorer: Literal["infllm", "quest", "forecast"]
-    block_size: int = Field(64, ge=1)
-    kernel_size: int = Field(32, ge=1)
-    stride: int = Field(16, ge=1)
-    init_blocks: int = Field(1, ge=0)
-    local_blocks: int = Field(32, ge=0)
-    top_k: int = Field(96, ge=1)
-    per: Literal["kv_head", "query_head"] = "kv_head"
-    dense_below: int = Field(0, ge=0)
+    rules: tuple[Rule, ...] = ()
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        forced = self.init_blocks + self.local_blocks + 1
-        if forced > self.top_k:
-            raise ValueError(
-                f"top_k {self.top_k} cannot hold {self.init_blocks} first blocks, "
-                f"{self.local_blocks} local ones and the query's own"
-            )
-        if self.scorer != "quest" and self.block_size % self.stride:
-            raise ValueError(f"stride {self.stride} does not divide block_size {self.block_size}")
+    def _one_rule_at_a_time(self) -> Self:
+        ordered = tuple(sorted(self.rules, key=lambda rule: (rule.heads is None, rule.decides)))
+        object.__setattr__(self, "rules", ordered)
+        for number, rule in enumerate(ordered):
+            for other in ordered[:number]:
+                shared = rule.heads == other.heads or {*(rule.heads or ())} & {*(other.heads or ())}
+                if rule.decides == other.decides or (shared and rule.phases & other.phases):
+                    raise ValueError(f"{other.kind} and {rule.kind} are for the same heads")
         return self
 
+    def groups(self, kv_heads: int) -> tuple[Group, ...]:
+        """All KV heads, by the rules that they attend by."""
+        by_rules: dict[tuple[Rule, ...], list[int]] = {}
+        for head in range(kv_heads):
+            named = tuple(rule for rule in self.rules if rule.heads and head in rule.heads)
+            rest = tuple(rule for rule in self.rules if rule.heads is None)
+            by_rules.setdefault(named or rest, []).append(head)
+        return tuple(Group(heads, rules) for rules, heads in by_rules.items())
 
-class LayerPolicy(_Value):
-    """One block. Streaming heads follow their window; `blocks` is for the others."""
-
-    streaming: StreamingHeads | None = None
-    blocks: BlockSelection | None = None
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: an entry for each rule."""
+        return {rule.decides: rule.to_json() for rule in self.rules}
 
 
-class AttentionPolicy(_Value):
+class AttentionPolicy(Value):
     """A whole model's policy.
 
     heads, kv_heads  of every layer
@@ -116,81 +107,45 @@ class AttentionPolicy(_Value):
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} KV heads do not divide {self.heads} heads")
         for number, layer in enumerate(self.layers):
-            if layer.streaming and layer.streaming.heads[-1] >= self.kv_heads:
-                raise ValueError(
-                    f"layer {number} has {self.kv_heads} KV heads, no {layer.streaming.heads[-1]}"
-                )
+            most = max((rule.heads[-1] for rule in layer.rules if rule.heads), default=0)
+            if most >= self.kv_heads:
+                raise ValueError(f"layer {number} has {self.kv_heads} KV heads, no {most}")
         if self.positions == "slot":
-            kinds = {_window(layer, self.kv_heads) for layer in self.layers}
-            if len(kinds) > 1 or None in kinds:
+            kinds = {group.rules for layer in self.layers for group in layer.groups(self.kv_heads)}
+            if len(kinds) > 1 or not all(len(k) == 1 and k[0].by_slot for k in kinds):
                 raise ValueError("slot positions need every head streaming, all with one window")
         return self
-
-    @property
-    def streaming_share(self) -> float:
-        """Share of all KV heads that stream."""
-        count = sum(len(layer.streaming.heads) for layer in self.layers if layer.streaming)
-        return count / (len(self.layers) * self.kv_heads)
-
-    def streaming_mask(self) -> Tensor:
-        """Which KV heads stream, bool [layers, kv_heads]."""
-        mask = torch.zeros(len(self.layers), self.kv_heads, dtype=torch.bool)
-        for row, layer in zip(mask, self.layers, strict=True):
-            if layer.streaming:
-                row[list(layer.streaming.heads)] = True
-        return mask
 
     def cached_tokens(self, length: int) -> int:
         """Key/value pairs kept after a text of `length` tokens, over all layers and KV heads: the
         next query's own token makes a window full."""
+        positions = torch.arange(length)
+        kept: dict[tuple[Rule, ...], int] = {}
         total = 0
         for layer in self.layers:
-            held = layer.streaming
-            kept = min(length, held.sinks + held.window - 1) if held else 0
-            streaming = len(held.heads) if held else 0
-            total += streaming * kept + (self.kv_heads - streaming) * length
+            for group in layer.groups(self.kv_heads):
+                if group.rules not in kept:
+                    index = group.kept(positions, length)
+                    kept[group.rules] = length if index is None else len(index)
+                total += len(group.heads) * kept[group.rules]
         return total
+
+    def whole_heads(self) -> list[list[bool]]:
+        """Of which KV heads every key stays, by layer."""
+        rows = []
+        for layer in self.layers:
+            row = [True] * self.kv_heads
+            for group in layer.groups(self.kv_heads):
+                for head in group.heads:
+                    row[head] = group.kept(torch.arange(1), 1) is None
+            rows.append(row)
+        return rows
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what is None is left out."""
-        return self.model_dump(mode="json", exclude_none=True)
-
-
-def _window(layer: LayerPolicy, kv_heads: int) -> tuple[int, int] | None:
-    held = layer.streaming
-    return (held.sinks, held.window) if held and len(held.heads) == kv_heads else None
-
-
-def token_mask(queries: Tensor, keys: Tensor, *, sinks: int, window: int) -> Tensor:
-    """Which key a streaming head lets a query see: (j < S or i - j < W) and j <= i.
-
-    queries, keys  places in the text, int [Tq] and [Tk]. Gives bool [Tq, Tk].
-    """
-    distance = queries[:, None] - keys[None, :]
-    return ((keys < sinks)[None, :] | (distance < window)) & (distance >= 0)
-
-
-def layer_mask(layer: LayerPolicy, *, kv_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """Which key each KV head lets a query see, bool [kv_heads, Tq, Tk], `blocks` left out."""
-    causal = queries[:, None] >= keys[None, :]
-    mask = causal.expand(kv_heads, *causal.shape).clone()
-    held = layer.streaming
-    if held is not None:
-        mask[list(held.heads)] = token_mask(queries, keys, sinks=held.sinks, window=held.window)
-    return mask
-
-
-def head_layers(
-    streaming: Sequence[Sequence[bool]] | Tensor, *, sinks: int, window: int
-) -> tuple[LayerPolicy, ...]:
-    """Layers from which KV heads stream, [layers, kv_heads], with one window for all."""
-    rows = torch.as_tensor(streaming, dtype=torch.bool)
-    found = []
-    for row in rows:
-        chosen = tuple(int(i) for i in row.nonzero()[:, 0])
-        held = StreamingHeads(heads=chosen, sinks=sinks, window=window) if chosen else None
-        found.append(LayerPolicy(streaming=held))
-    return tuple(found)
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"layers"})
+        made_by = data.pop("made_by")
+        return {**data, "layers": [layer.to_json() for layer in self.layers], "made_by": made_by}
 
 
 def combine(first: AttentionPolicy | None, second: AttentionPolicy) -> AttentionPolicy:
@@ -200,7 +155,7 @@ def combine(first: AttentionPolicy | None, second: AttentionPolicy) -> Attention
     shape = (first.heads, first.kv_heads, len(first.layers))
     if shape != (second.heads, second.kv_heads, len(second.layers)):
         raise InputError("two attention policies of one model disagree about its heads")
-    if second.reordered and any(layer.streaming or layer.blocks for layer in first.layers):
+    if second.reordered and any(layer.rules for layer in first.layers):
         raise InputError(
             "a pass that sorts heads in the weights would change which heads an earlier policy "
             "means",
@@ -208,13 +163,14 @@ def combine(first: AttentionPolicy | None, second: AttentionPolicy) -> Attention
         )
     layers = []
     for number, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
-        for part in ("streaming", "blocks"):
-            if getattr(a, part) is not None and getattr(b, part) is not None:
-                raise InputError(
-                    f"two passes both decide `{part}` of layer {number}",
-                    hint="keep one of: " + ", ".join([*first.made_by, *second.made_by]),
-                )
-        merged = LayerPolicy(streaming=a.streaming or b.streaming, blocks=a.blocks or b.blocks)
+        hint = "keep one of: " + ", ".join([*first.made_by, *second.made_by])
+        for part in [rule.decides for rule in a.rules]:
+            if part in [rule.decides for rule in b.rules]:
+                raise InputError(f"two passes both decide `{part}` of layer {number}", hint=hint)
+        try:
+            merged = LayerPolicy(rules=(*a.rules, *b.rules))
+        except ValidationError as error:
+            raise InputError(f"layer {number}: {messages(error)[0]}", hint=hint) from error
         layers.append(merged)
     positions = "slot" if "slot" in (first.positions, second.positions) else "text"
     return first.model_copy(
@@ -235,15 +191,40 @@ def make_policy(data: Mapping[str, Any], *, where: str = POLICY_NAME) -> Attenti
             f"{where} has version {version!r}; this program knows {VERSION}",
             hint="a newer release may read it",
         )
+    given = data.get("layers")
+    layers, problems = [], []
+    for number, entry in enumerate(given if isinstance(given, list) else ()):
+        layer, wrong = _read_layer(entry)
+        layers.append(layer)
+        problems += [f"layers.{number}{problem}" for problem in wrong]
+    values = {**data, "layers": layers if isinstance(given, list) else given}
     try:
-        return AttentionPolicy.model_validate(dict(data))
+        policy = AttentionPolicy.model_validate(values)
     except ValidationError as error:
-        found = []
-        for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            found.append(f"{path}: {message}" if path else message)
-        raise InputError(f"{where}: {'; '.join(found)}") from error
+        problems += messages(error)
+    if problems:
+        raise InputError(f"{where}: {'; '.join(problems)}")
+    return policy
+
+
+def _read_layer(entry: Any) -> tuple[LayerPolicy, list[str]]:
+    """A layer's rules, and what is wrong with them."""
+    if not isinstance(entry, Mapping):
+        return LayerPolicy(), [" is not a mapping"]
+    rules, problems = [], []
+    for part, values in entry.items():
+        if values is None:
+            continue
+        try:
+            if not isinstance(values, Mapping):
+                raise InputError("not a mapping")
+            rules.append(make_rule(part, values))
+        except InputError as error:
+            problems.append(f".{part}: {error.message}")
+    try:
+        return LayerPolicy(rules=tuple(rules)), problems
+    except ValidationError as error:
+        return LayerPolicy(), [*problems, *(f": {message}" for message in messages(error))]
 
 
 def read_policy(folder: Path) -> AttentionPolicy | None:
@@ -297,6 +278,8 @@ def check_policy(policy: AttentionPolicy, layout: ModelLayout) -> None:
                 f"the attention policy is for {policy.heads}/{policy.kv_heads} heads, "
                 f"{unit.name} has {has}"
             )
+        for rule in policy.layers[unit.index].rules:
+            rule.check(unit)
     if policy.positions == "slot" and learned_positions(layout):
         raise InputError(
             "slot positions need a rotary embedding; this model adds learned positions to its "
@@ -326,40 +309,45 @@ def learned_positions(layout: ModelLayout) -> bool:
 
 def describe(policy: AttentionPolicy) -> list[str]:
     """The policy for people, one line for each thing it says."""
-    total = len(policy.layers) * policy.kv_heads
-    streaming = int(policy.streaming_mask().sum())
+    rules = [rule for layer in policy.layers for rule in layer.rules]
     lines = []
-    windows = sorted(
-        {(x.streaming.sinks, x.streaming.window) for x in policy.layers if x.streaming}
-    )
-    if windows:
-        shown = ", ".join(f"{sinks} sinks + {window} recent" for sinks, window in windows)
-        lines.append(
-            f"{streaming} of {total} KV heads streaming ({shown}; positions by {policy.positions})"
-        )
-    selections = [layer.blocks for layer in policy.layers if layer.blocks]
-    for kind in dict.fromkeys(selections):
-        count = selections.count(kind)
-        lines.append(
-            f"{count} of {len(policy.layers)} layers choose {kind.top_k} blocks of "
-            f"{kind.block_size} keys by {kind.scorer}, one choice for each {kind.per}"
+    for kind in sorted({type(rule) for rule in rules}, key=lambda kind: _first(kind, rules)):
+        lines += kind.describe(
+            [rule for rule in rules if type(rule) is kind],
+            layers=len(policy.layers),
+            kv_heads=policy.kv_heads,
+            positions=policy.positions,
         )
     if policy.reordered:
         lines.append("KV heads are reordered in the weights, full ones first")
     return lines or ["every head is full"]
 
 
-def streaming_policy(
-    layout: ModelLayout, streaming: Tensor, *, sinks: int, window: int, **options: Any
-) -> AttentionPolicy:
-    """A model's policy from which KV heads stream, bool [layers, kv_heads], with one window.
+def _first(kind: type[Rule], rules: list[Rule]) -> tuple[bool, int]:
+    """Rules that name their heads come before those that do not, else as layers do."""
+    at = next(number for number, rule in enumerate(rules) if type(rule) is kind)
+    return rules[at].heads is None, at
 
-    options  further fields of the policy
-    """
-    shape = next(unit.attention for unit in layout.units if unit.attention is not None)
-    return AttentionPolicy(
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        layers=head_layers(streaming, sinks=sinks, window=window),
-        **options,
+
+def attention_shape(layout: ModelLayout) -> AttentionShape:
+    """The heads that all blocks have. Raises InputError where they differ."""
+    shapes = {unit.attention for unit in layout.units if unit.kind == "block"}
+    (shape,) = shapes if len(shapes) == 1 else (None,)
+    if shape is None:
+        raise InputError("blocks of this model differ in their heads: one policy cannot hold them")
+    return shape
+
+
+def rule_policy(
+    layout: ModelLayout, rule: Rule, *, made_by: Mapping[str, Any], dense: Collection[int] = ()
+) -> AttentionPolicy:
+    """Every block attends by one rule, but for the `dense` ones. Raises InputError where a policy
+    cannot describe the model."""
+    shape = attention_shape(layout)
+    blocks = sum(unit.kind == "block" for unit in layout.units)
+    layers = tuple(LayerPolicy(rules=() if index in dense else (rule,)) for index in range(blocks))
+    policy = AttentionPolicy(
+        heads=shape.heads, kv_heads=shape.kv_heads, layers=layers, made_by=dict(made_by)
     )
+    check_policy(policy, layout)
+    return policy

@@ -9,14 +9,15 @@ dense model loses what its attention spreads over more blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.block_policies import block_policy, share_read, sparse_config
-from compressor.attention.policy import AttentionPolicy, BlockSelection
+from compressor.attention.key_blocks import KeyBlocks
+from compressor.attention.policy import AttentionPolicy, rule_policy
+from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass, Outlook
@@ -27,6 +28,7 @@ class InfLLM(ModelPass):
 
     version: ClassVar[int] = 1
     reads_tokens: ClassVar[bool] = False
+    rule: ClassVar[type[InfLLMBlocks]] = InfLLMBlocks
 
     block_size: int = Field(64, ge=1, description="keys of a block")
     kernel_size: int = Field(32, ge=1, description="keys that a compressed key is the mean of")
@@ -44,13 +46,9 @@ class InfLLM(ModelPass):
         return self
 
     @property
-    def block_choice(self) -> BlockSelection:
+    def block_choice(self) -> InfLLMBlocks:
         """What layers do."""
-        return self._choice("infllm")
-
-    def _choice(self, scorer: Literal["infllm", "forecast"]) -> BlockSelection:
-        return BlockSelection(
-            scorer=scorer,
+        return self.rule(
             block_size=self.block_size,
             kernel_size=self.kernel_size,
             stride=self.stride,
@@ -64,30 +62,30 @@ class InfLLM(ModelPass):
         self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
     ) -> Outlook:
         try:
-            policy = block_policy(layout, self.block_choice, made_by={"infllm": {}})
+            policy = rule_policy(layout, self.block_choice, made_by={"infllm": {}})
         except InputError as error:
             return Outlook(problems=(error,))
         return Outlook(notes=(reads(self.block_choice),), policy=policy)
 
     def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
-        return {"sparse_config": sparse_config(self.block_choice)}
+        return self.block_choice.config()
 
     def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
         made_by = {"infllm": self.model_dump(mode="json", exclude={"targets", "ignore"})}
-        policy = block_policy(model.layout, self.block_choice, made_by=made_by)
+        policy = rule_policy(model.layout, self.block_choice, made_by=made_by)
         return Learned(policy=policy.to_json())
 
     def policy_again(
         self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
     ) -> AttentionPolicy:
-        return block_policy(layout, self.block_choice, made_by={})
+        return rule_policy(layout, self.block_choice, made_by={})
 
 
-def reads(selection: BlockSelection, length: int = 65536) -> str:
-    """What a selection saves, for people."""
-    share = share_read(selection, length)
+def reads(rule: KeyBlocks, length: int = 65536) -> str:
+    """What a rule saves, for people."""
+    share = rule.share_read(length)
     return (
-        f"{selection.top_k} blocks of {selection.block_size} keys: after {length:,} tokens a "
+        f"{rule.top_k} blocks of {rule.block_size} keys: after {length:,} tokens a "
         f"query reads {share:.1%} of them"
     )
 

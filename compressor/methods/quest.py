@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compressor.attention.block_policies import block_policy
-from compressor.attention.policy import AttentionPolicy, BlockSelection
+from compressor.attention.policy import AttentionPolicy, rule_policy
+from compressor.attention.rules.quest import QuestPages
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass, Outlook
@@ -55,10 +55,9 @@ class Quest(ModelPass):
         return self
 
     @property
-    def block_choice(self) -> BlockSelection:
+    def block_choice(self) -> QuestPages:
         """What layers do."""
-        return BlockSelection(
-            scorer="quest",
+        return QuestPages(
             block_size=self.page_size,
             init_blocks=0,
             local_blocks=0,
@@ -81,7 +80,7 @@ class Quest(ModelPass):
                 )
             )
         try:
-            policy = block_policy(
+            policy = rule_policy(
                 layout, self.block_choice, made_by={"quest": {}}, dense=self.dense_layers
             )
         except InputError as error:
@@ -93,7 +92,7 @@ class Quest(ModelPass):
 
     def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
         made_by = {"quest": self.model_dump(mode="json", exclude={"targets", "ignore"})}
-        policy = block_policy(
+        policy = rule_policy(
             model.layout, self.block_choice, made_by=made_by, dense=self.dense_layers
         )
         return Learned(policy=policy.to_json())
@@ -101,7 +100,7 @@ class Quest(ModelPass):
     def policy_again(
         self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
     ) -> AttentionPolicy:
-        return block_policy(layout, self.block_choice, made_by={}, dense=self.dense_layers)
+        return rule_policy(layout, self.block_choice, made_by={}, dense=self.dense_layers)
 
 
 PASS = Quest

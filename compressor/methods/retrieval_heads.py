@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy, streaming_policy
+from compressor.attention.policy import AttentionPolicy
+from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compressor.attention.key_blocks import PIECE_ELEMENTS
+from compressor.attention.masked import PIECE_ELEMENTS
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import UnitLayout
 from compressor.numerics.chunks import layers_ahead

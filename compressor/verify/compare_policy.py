@@ -8,10 +8,10 @@ derived once more. Those values themselves have nothing to be held against.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from compressor.attention.block_policies import sparse_config
 from compressor.attention.policy import AttentionPolicy, combine, read_policy, read_policy_tensors
 from compressor.checkpoint.assemble import RECIPE_NAME
 from compressor.checkpoint.source import Source
@@ -75,13 +75,15 @@ def _passes(path: Path) -> list[Pass]:
 
 
 def _config_problems(stored: AttentionPolicy, written: Source) -> list[str]:
-    """Where config.json repeats the choice of blocks for runtimes, it says the same."""
-    declared = written.checkpoint.config.get("sparse_config")
-    chosen = {layer.blocks for layer in stored.layers if layer.blocks is not None}
-    if not isinstance(declared, dict) or len(chosen) != 1:
-        return []
+    """Where config.json repeats what a rule does for runtimes, it says the same."""
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for rule in {rule for layer in stored.layers for rule in layer.rules}:
+        for entry, values in rule.config().items():
+            entries.setdefault(entry, []).append(values)
     return [
-        f"config.json's sparse_config.{key} is {declared.get(key)!r}, the policy's {value!r}"
-        for key, value in sparse_config(chosen.pop()).items()
+        f"config.json's {entry}.{key} is {declared.get(key)!r}, the policy's {value!r}"
+        for entry, (values, *others) in entries.items()
+        if isinstance(declared := written.checkpoint.config.get(entry), dict) and not others
+        for key, value in values.items()
         if declared.get(key) != value
     ]

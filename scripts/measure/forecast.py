@@ -29,10 +29,9 @@ from compressor_calibration.tokens import TokenSet
 from compressor_kernels.attention.block_windows import WindowRule
 from torch import Tensor
 
-from compressor.attention.block_evaluation import by_mask
-from compressor.attention.evaluation import policy_attention
-from compressor.attention.key_blocks import recent_blocks
-from compressor.attention.policy import AttentionPolicy, BlockSelection, LayerPolicy
+from compressor.attention.evaluation import policy_attention, under_masks
+from compressor.attention.key_blocks import KeyBlocks, recent_blocks
+from compressor.attention.policy import rule_policy
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.source import Source, open_source
 from compressor.evaluate.passkey import Passkey, passkey
@@ -125,25 +124,18 @@ def train(model: SourceModel, ids: Tensor, training: Training, batch: int) -> di
 
 
 def attending(
-    source: Source, selection: BlockSelection | None, recent: BlockSelection, forecasts: Any
+    source: Source, selection: KeyBlocks | None, recent: KeyBlocks, forecasts: Any
 ) -> Attending:
     """How blocks attend under one scorer; None for the most recent blocks."""
     if selection is None:
 
         def hook(call: AttentionCall) -> Tensor:
             blocks = recent_blocks(recent, call.query, call.key)
-            return by_mask(call, blocks, LayerPolicy(blocks=recent))
+            seen = recent.seen_in(blocks, call.key.shape[2])
+            return under_masks(call, [(range(call.key.shape[1]), seen)])
 
         return lambda unit: hook
-    blocks = [unit for unit in source.layout.units if unit.kind == "block"]
-    shape = blocks[0].attention
-    assert shape is not None
-    policy = AttentionPolicy(
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        layers=(LayerPolicy(blocks=selection),) * len(blocks),
-    )
-    inner = policy_attention(policy)
+    inner = policy_attention(rule_policy(source.layout, selection, made_by={}))
 
     def of_unit(unit: Unit) -> AttentionHook | None:
         own = {n: t for n, t in forecasts.items() if n.startswith(f"{unit.layout.name}.")}

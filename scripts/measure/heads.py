@@ -32,7 +32,7 @@ from compressor_calibration.tokens import TokenSet
 from torch import Tensor
 
 from compressor.attention.evaluation import policy_attention
-from compressor.attention.policy import streaming_policy
+from compressor.attention.rules.streaming import streaming_policy
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.source import Source

@@ -21,7 +21,7 @@ import torch
 from compressor_calibration.bundled import bundled_text
 from torch import Tensor
 
-from compressor.attention.policy import streaming_policy
+from compressor.attention.rules.streaming import streaming_policy
 from compressor.attention.serve import attach
 from compressor.checkpoint.find import locate
 from compressor.errors import InputError

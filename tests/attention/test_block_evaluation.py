@@ -9,15 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compressor.attention.evaluation import policy_attention
-from compressor.attention.key_blocks import choose_blocks, forecast_of, recent_blocks
-from compressor.attention.policy import (
-    AttentionPolicy,
-    BlockSelection,
-    LayerPolicy,
-    StreamingHeads,
-    policy_files,
-)
+from compressor.attention.evaluation import policy_attention, rule_call
+from compressor.attention.key_blocks import KeyBlocks, recent_blocks
+from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_files
+from compressor.attention.rules.forecast import forecast_of
+from compressor.attention.rules.streaming import StreamingHeads
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import evaluate
@@ -26,8 +22,8 @@ from tests.support.block_cases import SELECTIONS, with_forecasts
 from tests.support.tiny_models import build
 
 
-def policy(*selections: BlockSelection | None, **change: Any) -> AttentionPolicy:
-    layers = tuple(LayerPolicy(blocks=selection) for selection in selections)
+def policy(*rules: KeyBlocks | None, **change: Any) -> AttentionPolicy:
+    layers = tuple(LayerPolicy(rules=(rule,) if rule else ()) for rule in rules)
     return AttentionPolicy(heads=4, kv_heads=2, layers=layers, **change)
 
 
@@ -103,9 +99,7 @@ def test_a_forecast_is_the_block_before_s(model: Path) -> None:
     first, second = seen
     weight = load_file(model / "model.safetensors")["model.layers.0.self_attn.q_future_proj.weight"]
     forecast = forecast_of(first.hidden, weight, kv_heads=2, rotary=first.rotary)
-    blocks = choose_blocks(
-        SELECTIONS["forecast"], second.query, second.key, scaling=1.0, forecast=forecast
-    )
+    blocks = SELECTIONS["forecast"].choose(rule_call(second, ahead=forecast))
     out = run(model, tokens(), chosen)
     hooked = run_with(model, lambda unit: fixed(blocks) if unit.layout.index == 1 else None)
     torch.testing.assert_close(out, hooked, atol=1e-5, rtol=1e-5)
@@ -136,8 +130,8 @@ def run_with(folder: Path, attending: Any) -> torch.Tensor:
 def test_streaming_heads_keep_their_window_beside_blocks(model: Path) -> None:
     held = StreamingHeads(heads=(1,), sinks=1, window=6)
     every = SELECTIONS["infllm"].model_copy(update={"top_k": 12})
-    both = tuple(LayerPolicy(streaming=held, blocks=every) for _ in range(2))
-    alone = tuple(LayerPolicy(streaming=held) for _ in range(2))
+    both = tuple(LayerPolicy(rules=(held, every)) for _ in range(2))
+    alone = tuple(LayerPolicy(rules=(held,)) for _ in range(2))
     outs = [
         run(model, tokens(), AttentionPolicy(heads=4, kv_heads=2, layers=layers))
         for layers in (both, alone)
@@ -150,8 +144,8 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     folder = build(family, tmp_path)
     heads = {"heads": 4, "kv_heads": 4 if family == "opt" else 2}
     every = SELECTIONS["infllm"].model_copy(update={"top_k": 12})
-    few = AttentionPolicy(**heads, layers=(LayerPolicy(blocks=SELECTIONS["infllm"]),) * 2)
-    rules = AttentionPolicy(**heads, layers=(LayerPolicy(blocks=every),) * 2)
+    few = AttentionPolicy(**heads, layers=(LayerPolicy(rules=(SELECTIONS["infllm"],)),) * 2)
+    rules = AttentionPolicy(**heads, layers=(LayerPolicy(rules=(every,)),) * 2)
     plain = run(folder, tokens(), None)
     torch.testing.assert_close(run(folder, tokens(), rules), plain, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(run(folder, tokens(), few), plain, atol=1e-2)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,17 +15,23 @@ from transformers import AutoModelForCausalLM
 
 from compressor.attention.policy import (
     AttentionPolicy,
-    BlockSelection,
     LayerPolicy,
-    StreamingHeads,
     check_policy,
     combine,
     describe,
-    head_layers,
     make_policy,
     policy_files,
     read_policy,
     read_policy_tensors,
+)
+from compressor.attention.rule import Phase
+from compressor.attention.rules.forecast import ForecastBlocks
+from compressor.attention.rules.infllm import InfLLMBlocks
+from compressor.attention.rules.quest import QuestPages
+from compressor.attention.rules.streaming import (
+    StreamingHeads,
+    head_layers,
+    streaming_heads,
     token_mask,
 )
 from compressor.checkpoint.source import open_source
@@ -33,6 +39,7 @@ from compressor.errors import InputError
 from compressor.evaluate.perplexity import evaluate
 
 CPU = torch.device("cpu")
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "draft")
 
 
 def some_policy(layers: int = 2, *, heads: int = 4, kv_heads: int = 2) -> AttentionPolicy:
@@ -67,7 +74,7 @@ def test_the_mask_is_its_definition() -> None:
 
 def test_files_give_the_policy_back(tmp_path: Path) -> None:
     policy = some_policy()
-    layer = LayerPolicy(streaming=policy.layers[0].streaming, blocks=BlockSelection(scorer="quest"))
+    layer = LayerPolicy(rules=(*policy.layers[0].rules, QuestPages()))
     policy = policy.model_copy(update={"layers": (layer, policy.layers[1])})
     gates = torch.rand(2, 2)
     for name, data in policy_files(policy, {"duo_attention.gates": gates}).items():
@@ -81,7 +88,7 @@ def test_files_give_the_policy_back(tmp_path: Path) -> None:
 
 def test_the_cache_is_as_small_as_the_policy_says() -> None:
     policy = some_policy()
-    assert policy.streaming_share == 0.5
+    assert streaming_heads(policy).float().mean() == 0.5
     assert policy.cached_tokens(100) == 2 * 100 + 2 * 6
     assert policy.cached_tokens(6) == 4 * 6
 
@@ -98,6 +105,12 @@ def test_the_cache_is_as_small_as_the_policy_says() -> None:
         ({"layers": [{"streaming": {"heads": [0], "sinks": 1, "windov": 5}}]}, "windov"),
         ({"layers": [{"blocks": {"scorer": "quest", "top_k": 4}}]}, "cannot hold"),
         ({"layers": [{"blocks": {"scorer": "infllm", "stride": 24}}]}, "does not divide"),
+        ({"layers": [{"blocks": {"scorer": "none"}}]}, "unknown attention rule 'none'"),
+        ({"layers": [{"blocks": {"scorer": "streaming"}}]}, "stands under 'streaming'"),
+        ({"layers": [{"infllm": {}}]}, "stands under 'blocks'"),
+        ({"layers": [{"blocks": 1}]}, "not a mapping"),
+        ({"layers": [[]]}, "layers.0 is not a mapping"),
+        ({"layers": 1}, "layers"),
         ({"layers": []}, "layers"),
         ({"heads": "4"}, "heads"),
     ],
@@ -133,13 +146,12 @@ def test_policies_of_two_passes_combine() -> None:
     blocks = AttentionPolicy(
         heads=4,
         kv_heads=2,
-        layers=(LayerPolicy(), LayerPolicy(blocks=BlockSelection(scorer="infllm"))),
+        layers=(LayerPolicy(), LayerPolicy(rules=(InfLLMBlocks(),))),
         made_by={"sparda": {}},
     )
     both = combine(combine(None, heads), blocks)
     assert both.layers[0] == heads.layers[0]
-    assert both.layers[1].streaming == heads.layers[1].streaming
-    assert both.layers[1].blocks == blocks.layers[1].blocks
+    assert both.layers[1].rules == (*heads.layers[1].rules, InfLLMBlocks())
     assert list(both.made_by) == ["duo_attention", "sparda"]
     with pytest.raises(InputError, match="both decide `streaming` of layer 0"):
         combine(heads, heads)
@@ -220,6 +232,101 @@ def test_heads_differ(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_one_head_and_window_are_what_make_a_layer() -> None:
     (first, second) = head_layers([[True, False], [False, False]], sinks=1, window=3)
-    assert first.streaming == StreamingHeads(heads=(0,), sinks=1, window=3)
-    assert second.streaming is None
+    assert first.rules == (StreamingHeads(heads=(0,), sinks=1, window=3),)
+    assert second.rules == ()
     assert make_policy(some_policy().to_json()) == some_policy()
+
+
+FILE = """{
+ "version": 1,
+ "heads": 4,
+ "kv_heads": 2,
+ "positions": "text",
+ "reordered": false,
+ "layers": [
+  {
+   "streaming": {
+    "heads": [
+     0
+    ],
+    "sinks": 1,
+    "window": 3
+   },
+   "blocks": {
+    "scorer": "quest",
+    "block_size": 16,
+    "kernel_size": 32,
+    "stride": 16,
+    "init_blocks": 0,
+    "local_blocks": 0,
+    "top_k": 4,
+    "per": "query_head",
+    "dense_below": 0
+   }
+  },
+  {
+   "blocks": {
+    "scorer": "forecast",
+    "block_size": 64,
+    "kernel_size": 32,
+    "stride": 16,
+    "init_blocks": 1,
+    "local_blocks": 32,
+    "top_k": 96,
+    "per": "kv_head",
+    "dense_below": 8192
+   }
+  },
+  {}
+ ],
+ "made_by": {
+  "quest": {}
+ }
+}
+"""
+"""A file of version 1, as it was written before rules had files of their own."""
+
+
+def test_files_of_version_1_are_read_and_written_byte_for_byte(tmp_path: Path) -> None:
+    (tmp_path / "attention_policy.json").write_text(FILE)
+    policy = read_policy(tmp_path)
+    assert policy is not None
+    quest = QuestPages(
+        block_size=16, init_blocks=0, local_blocks=0, top_k=4, per="query_head"
+    )  # fmt: skip
+    assert policy.layers[0].rules == (StreamingHeads(heads=(0,), sinks=1, window=3), quest)
+    assert policy.layers[1].rules == (ForecastBlocks(dense_below=8192),)
+    assert policy_files(policy) == {"attention_policy.json": FILE.encode()}
+    turned = LayerPolicy(rules=policy.layers[0].rules[::-1])
+    assert turned == policy.layers[0]
+
+
+class Prefill(StreamingHeads):
+    """Streaming in prompts alone."""
+
+    part: ClassVar[str] = "prefill"
+    phases: ClassVar[frozenset[Phase]] = frozenset(("prefill",))
+
+
+class Draft(StreamingHeads):
+    """Streaming for drafts alone."""
+
+    part: ClassVar[str] = "draft"
+    phases: ClassVar[frozenset[Phase]] = frozenset(("draft",))
+
+
+def test_a_phase_has_its_own_rule() -> None:
+    window = {"heads": (1,), "sinks": 1, "window": 4}
+    prefill, draft = Prefill(**window), Draft(**window)
+    full, some = LayerPolicy(rules=(draft, prefill, InfLLMBlocks())).groups(2)
+    assert full.heads == [0] and {full.acting(p) for p in PHASES} == {InfLLMBlocks()}
+    assert some.heads == [1] and [some.acting(p) for p in PHASES] == [prefill, None, draft]
+    assert some.kept(torch.arange(9), 9) is None, "a decoding step sees everything"
+    both = StreamingHeads(**window)
+    with pytest.raises(ValueError, match="for the same heads"):
+        LayerPolicy(rules=(both, prefill))
+    with pytest.raises(ValueError, match="for the same heads"):
+        LayerPolicy(rules=(InfLLMBlocks(), QuestPages()))
+    (_, alone) = LayerPolicy(rules=(both,)).groups(2)
+    kept = alone.kept(torch.arange(9), 9)
+    assert kept is not None and kept.tolist() == [0, 6, 7, 8]

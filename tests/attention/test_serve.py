@@ -5,14 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.attention.policy import AttentionPolicy, head_layers, policy_files
+from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_files
+from compressor.attention.rule import Phase, Rule
+from compressor.attention.rules.streaming import StreamingHeads, head_layers
 from compressor.attention.serve import Runtime, attach
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
@@ -108,10 +110,8 @@ def test_the_cache_holds_what_the_policy_says(tiny_model: Callable[..., Path]) -
 
 
 def storages(cache: Any) -> list[Tensor]:
-    found = []
-    for layer in cache.layers:
-        found += [layer.keys, layer.values, layer.held.keys, layer.held.values]
-    return [t for t in found if t.numel()]
+    held = [held for layer in cache.layers for held in layer.held]
+    return [tensor for x in held for tensor in (x.keys, x.values) if tensor.numel()]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -186,3 +186,41 @@ def test_what_is_not_supported_says_so(tiny_model: Callable[..., Path]) -> None:
     padded[0, :3] = 0
     with pytest.raises(InputError, match="padded rows"):
         model(IDS, attention_mask=padded, **runtime.options())
+
+
+class Prefill(StreamingHeads):
+    """A window in prompts alone."""
+
+    phases: ClassVar[frozenset[Phase]] = frozenset(("prefill",))
+
+
+class Draft(StreamingHeads):
+    """A window for drafts alone."""
+
+    phases: ClassVar[frozenset[Phase]] = frozenset(("draft",))
+
+
+def of_every_head(rule: Rule) -> AttentionPolicy:
+    return AttentionPolicy(heads=4, kv_heads=2, layers=(LayerPolicy(rules=(rule,)),) * 2)
+
+
+@torch.no_grad()
+def test_rules_act_in_their_phase(tiny_model: Callable[..., Path]) -> None:
+    """What a phase computes is what the same window in all phases does, or full attention."""
+    window = {"heads": (0, 1), "sinks": 2, "window": 9}
+
+    def logits(rule: Rule, chunks: list[int]) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+        return logits_in(model.eval(), attach(model, of_every_head(rule)), chunks)
+
+    always, nowhere = StreamingHeads(**window), Draft(**window)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    torch.testing.assert_close(logits(Prefill(**window), [60]), logits(always, [60]))
+    whole = plain(IDS).logits
+    for rule, chunks in ((Prefill(**window), [1] * 60), (nowhere, [50, *[1] * 10])):
+        torch.testing.assert_close(logits(rule, chunks), whole, atol=2e-5, rtol=1e-4)
+    runtime = attach(plain, of_every_head(nowhere))
+    with runtime.drafting():
+        drafted = logits_in(plain, runtime, [60])
+    torch.testing.assert_close(drafted, logits(always, [60]))
+    torch.testing.assert_close(logits_in(plain, runtime, [60]), whole, atol=2e-5, rtol=1e-4)

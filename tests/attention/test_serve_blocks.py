@@ -10,13 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor.attention.evaluation import policy_attention
-from compressor.attention.policy import (
-    AttentionPolicy,
-    BlockSelection,
-    LayerPolicy,
-    StreamingHeads,
-    policy_files,
-)
+from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_files
+from compressor.attention.rule import Rule
+from compressor.attention.rules.streaming import StreamingHeads
 from compressor.attention.serve.attach import attach
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
@@ -25,8 +21,8 @@ from tests.support.block_cases import SELECTIONS, with_forecasts
 from tests.support.tiny_models import build
 
 
-def policy(selection: BlockSelection, **layer: Any) -> AttentionPolicy:
-    kind = LayerPolicy(blocks=selection, **layer)
+def policy(*rules: Rule) -> AttentionPolicy:
+    kind = LayerPolicy(rules=rules)
     return AttentionPolicy(heads=4, kv_heads=2, layers=(kind, kind))
 
 
@@ -87,7 +83,7 @@ def test_steps_over_a_cache_give_what_one_pass_does(
 @torch.no_grad()
 def test_streaming_heads_beside_blocks(folder: Path, tmp_path: Path) -> None:
     held = StreamingHeads(heads=(0,), sinks=1, window=9)
-    model, runtime = attached(folder, tmp_path, policy(SELECTIONS["forecast"], streaming=held))
+    model, runtime = attached(folder, tmp_path, policy(SELECTIONS["forecast"], held))
     whole = model(ids(), use_cache=False).logits
     options = runtime.options()
     parts = [model(part, **options).logits for part in ids().split([50, *[1] * 25], dim=1)]

@@ -15,6 +15,8 @@ import torch
 from click.testing import CliRunner
 
 from compressor.attention.policy import policy_files, read_policy, read_policy_tensors
+from compressor.attention.rules.streaming import streaming_heads
+from compressor.attention.serve import attach
 from compressor.checkpoint.delta.source import open_delta
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.manifest import read_manifest
@@ -62,7 +64,7 @@ def nll(folder: Path, **options: Any) -> float:
 def test_weights_gates_and_cache_are_one_run(composed: Path, tmp_path: Path) -> None:
     source = open_source(composed)
     policy = read_policy(composed)
-    assert policy is not None and policy.streaming_share == 0.5
+    assert policy is not None and streaming_heads(policy).float().mean() == 0.5
     assert source.quantized and source.schemes.kv is not None
     assert source.schemes.kv.element == "int8"
     assert read_policy_tensors(composed)["duo_attention.gates"].shape == (2, 2)
@@ -183,7 +185,7 @@ def test_sorted_heads_are_the_same_model(tiny_model: Callable[..., Path], tmp_pa
     )  # fmt: skip
     policy = read_policy(moved)
     assert policy is not None and policy.reordered
-    mask = policy.streaming_mask()
+    mask = streaming_heads(policy)
     assert torch.equal(mask, mask.sort(dim=1).values), "full heads come first"
     assert nll(moved) == pytest.approx(nll(plain), abs=1e-5)
     assert verify(moved, device=CPU).ok
@@ -205,7 +207,7 @@ def test_the_command_line_shows_and_exports(composed: Path, tmp_path: Path) -> N
     values = np.loadtxt(out / "full_attention_heads.tsv", delimiter="\t")
     full = values >= np.quantile(np.clip(values, 0, 1), config["sparsity"])
     policy = read_policy(composed)
-    assert policy is not None and (full == ~policy.streaming_mask().numpy()).all()
+    assert policy is not None and (full == ~streaming_heads(policy).numpy()).all()
     again = runner.invoke(cli, ["policy", "export", str(composed), str(out)])
     assert isinstance(again.exception, InputError)
 
@@ -214,8 +216,6 @@ def test_the_command_line_shows_and_exports(composed: Path, tmp_path: Path) -> N
 def test_the_composed_checkpoint_generates_in_transformers(composed: Path) -> None:
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
-
-    from compressor.attention.serve import attach
 
     model = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32).eval()
     runtime = attach(model)

@@ -15,7 +15,8 @@ from compressor_calibration.passkeys import WORDS
 from torch import Tensor, nn
 
 from compressor.attention.evaluation import policy_attention
-from compressor.attention.policy import AttentionPolicy, head_layers, token_mask
+from compressor.attention.policy import AttentionPolicy
+from compressor.attention.rules.streaming import head_layers, token_mask
 from compressor.ir.layout import AttentionShape, UnitLayout
 from compressor.ir.unit import Unit
 from compressor.methods.common.copy_scores import copied

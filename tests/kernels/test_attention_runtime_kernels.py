@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.attention.policy import AttentionPolicy, head_layers
-from compressor.attention.serve import attach, fused
+from compressor.attention.policy import AttentionPolicy
+from compressor.attention.rules import streaming
+from compressor.attention.rules.streaming import head_layers
+from compressor.attention.serve import attach
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,13 +32,13 @@ def test_kernels_give_the_same_logits(
     calls = {"prefill": 0, "decode": 0}
 
     def counted(name: str) -> None:
-        make = getattr(fused, name)
+        make = getattr(streaming, f"head_{name}")
 
         def call(*args: Any, **options: Any) -> Tensor:
             calls[name] += 1
             return make(*args, **options)
 
-        monkeypatch.setattr(fused, name, call)
+        monkeypatch.setattr(streaming, f"head_{name}", call)
 
     counted("prefill")
     counted("decode")

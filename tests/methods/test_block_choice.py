@@ -86,13 +86,13 @@ def test_config_says_what_the_policy_says(trained: Path) -> None:
     config = json.loads((trained / "config.json").read_text())["sparse_config"]
     assert policy is not None
     for layer in policy.layers:
-        assert layer.blocks is not None
-        assert layer.blocks.scorer == "forecast"
-        assert config["block_size"] == layer.blocks.block_size == 8
-        assert config["kernel_size"] == layer.blocks.kernel_size == 4
-        assert config["kernel_stride"] == layer.blocks.stride == 2
-        assert config["topk"] + config["window_size"] // 8 == layer.blocks.top_k == 4
-        assert config["dense_len"] == layer.blocks.dense_below == 0
+        (rule,) = layer.rules
+        assert rule.kind == "forecast"
+        assert config["block_size"] == rule.block_size == 8
+        assert config["kernel_size"] == rule.kernel_size == 4
+        assert config["kernel_stride"] == rule.stride == 2
+        assert config["topk"] + config["window_size"] // 8 == rule.top_k == 4
+        assert config["dense_len"] == rule.dense_below == 0
     assert config["use_q_future_for_topk"] and config["create_indexer"]
     assert set(policy.made_by["sparda"]["recall"]) == {"forecast", "infllm", "quest", "recent"}
 
@@ -182,7 +182,7 @@ def test_selectors_change_no_weight(model: Path, tmp_path: Path, step: Any, laye
     output = run(model, tmp_path / "out", step)
     policy = read_policy(output)
     assert policy is not None
-    assert [x.blocks and x.blocks.scorer for x in policy.layers] == layers
+    assert [next((rule.kind for rule in x.rules), None) for x in policy.layers] == layers
     before, after = open_source(model), open_source(output)
     for unit in before.layout.units:
         ours, theirs = after.read_unit(unit), before.read_unit(unit)

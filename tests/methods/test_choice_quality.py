@@ -6,14 +6,16 @@ import pytest
 import torch
 from compressor_kernels.attention.block_windows import WindowRule
 
-from compressor.attention.key_blocks import PIECE_ELEMENTS, choose_blocks, recent_blocks
-from compressor.attention.policy import BlockSelection
+from compressor.attention.evaluation import rule_call
+from compressor.attention.key_blocks import recent_blocks
+from compressor.attention.masked import PIECE_ELEMENTS
+from compressor.attention.rules.infllm import InfLLMBlocks
+from compressor.attention.rules.quest import QuestPages
 from compressor.methods.sparda.choice_quality import RECENT, ChoiceMeter, LayerQuality, means
 from compressor.methods.sparda.teacher import Teacher
 from compressor.runner.attention_call import AttentionCall
 
-SELECTION = BlockSelection(
-    scorer="infllm",
+SELECTION = InfLLMBlocks(
     block_size=4,
     kernel_size=4,
     stride=2,
@@ -59,9 +61,9 @@ def by_loops(seen: AttentionCall, chosen: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])
 def test_recall_and_mass_are_those_of_the_definition(per, monkeypatch):
     seen = call()
-    quest = SELECTION.model_copy(update={"scorer": "quest", "per": per})
+    quest = QuestPages(**{**SELECTION.model_dump(), "per": per})
     chosen = {
-        "quest": choose_blocks(quest, seen.query, seen.key, scaling=0.5),
+        "quest": quest.choose(rule_call(seen)),
         RECENT: recent_blocks(SELECTION, seen.query, seen.key),
     }
     meter = ChoiceMeter(TEACHER)

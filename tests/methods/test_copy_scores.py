@@ -13,6 +13,7 @@ from compressor_calibration.bundled import bundled_text
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from compressor.attention.policy import make_policy
+from compressor.attention.rules.streaming import streaming_heads
 from compressor.methods.common.copy_scores import copied, copy_scores
 from compressor.methods.common.needles import Row, make_row
 from compressor.methods.duo_attention.method import DuoAttention
@@ -71,9 +72,9 @@ def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
     policy = make_policy(found.policy)
     scores = found.values["retrieval_heads.scores"]
     by_kv = scores.reshape(8, 4, 2).amax(-1)
-    kept = by_kv[~policy.streaming_mask()]
-    assert policy.streaming_share == 0.5
-    assert float(kept.min()) >= float(by_kv[policy.streaming_mask()].max())
+    kept = by_kv[~streaming_heads(policy)]
+    assert streaming_heads(policy).float().mean() == 0.5
+    assert float(kept.min()) >= float(by_kv[streaming_heads(policy)].max())
     table = json.loads(found.files["retrieval_heads.json"])
     assert set(table) == {f"{i}-{h}" for i in range(8) for h in range(8)}
     strongest = max(table, key=lambda name: sum(table[name]))

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor.attention.evaluation import policy_attention
-from compressor.attention.policy import make_policy, streaming_policy
+from compressor.attention.policy import make_policy
+from compressor.attention.rules.streaming import streaming_heads, streaming_policy
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Interrupted
 from compressor.evaluate.perplexity import evaluate
@@ -244,12 +245,12 @@ def test_what_is_learned_is_a_policy(
     assert found.policy is not None
     policy = make_policy(found.policy)
     gates, about = found.values["duo_attention.gates"], policy.made_by["duo_attention"]
-    assert torch.equal(~policy.streaming_mask(), gates >= about["threshold"])
-    assert {(x.streaming.sinks, x.streaming.window) for x in policy.layers if x.streaming} == {
+    assert torch.equal(~streaming_heads(policy), gates >= about["threshold"])
+    assert {(rule.sinks, rule.window) for layer in policy.layers for rule in layer.rules} == {
         (1, 5)
     }
     if options.get("share"):
-        assert policy.streaming_share == 0.5
+        assert streaming_heads(policy).float().mean() == 0.5
     else:
         assert about["threshold"] == pytest.approx(hoyer_threshold(gates))
     assert found.plots["duo_attention_gates.png"].startswith(b"\x89PNG")
@@ -313,7 +314,7 @@ def test_measured_sinks_are_those_of_evaluation(
     assert found.policy is not None
     policy = make_policy(found.policy)
     measured = policy.made_by["streaming"]["perplexity"]
-    assert policy.streaming_share == 1 and policy.positions == positions
+    assert streaming_heads(policy).float().mean() == 1 and policy.positions == positions
     scored = torch.zeros(2, 89, dtype=torch.bool)
     scored[:, 12:] = True
     for sinks in (0, 3):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from compressor_kernels.attention.block_windows import WindowRule
 
-from compressor.attention.block_evaluation import by_mask
-from compressor.attention.key_blocks import forecast_of
-from compressor.attention.policy import BlockSelection, LayerPolicy
+from compressor.attention.evaluation import under_masks
+from compressor.attention.rules.forecast import ForecastBlocks, forecast_of
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.source import open_source
 from compressor.errors import Interrupted
@@ -21,8 +20,7 @@ from compressor.runner.attention_call import AttentionCall
 from compressor.runner.source_model import SourceModel
 from tests.support.tiny_models import build
 
-SELECTION = BlockSelection(
-    scorer="forecast",
+SELECTION = ForecastBlocks(
     block_size=8,
     kernel_size=4,
     stride=2,
@@ -68,7 +66,7 @@ def all_at_once(model: SourceModel, training: Training) -> list[torch.Tensor]:
             if not training.chosen_states:
                 return call.plain(call.query, call.key, call.value)
             blocks = training.teacher.blocks(call)
-            return by_mask(call, blocks, LayerPolicy(blocks=SELECTION))
+            return under_masks(call, [(range(2), SELECTION.seen_in(blocks, call.key.shape[2]))])
 
         with torch.no_grad(), runner.attention(hook):
             runner.model(input_ids=ids()[rows], use_cache=False)
@@ -138,7 +136,7 @@ def test_forecasts_that_start_from_queries(model, tmp_path):
     def hook(call: AttentionCall) -> torch.Tensor:
         entered.append(call.hidden)
         blocks = TEACHER.blocks(call)
-        return by_mask(call, blocks, LayerPolicy(blocks=SELECTION))
+        return under_masks(call, [(range(2), SELECTION.seen_in(blocks, call.key.shape[2]))])
 
     with torch.no_grad(), runner.attention(hook):
         runner.model(input_ids=ids(), use_cache=False)

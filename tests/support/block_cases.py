@@ -7,18 +7,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.attention.policy import BlockSelection
+from compressor.attention.rules.forecast import ForecastBlocks
+from compressor.attention.rules.infllm import InfLLMBlocks
+from compressor.attention.rules.quest import QuestPages
 
 _TINY = {"block_size": 8, "kernel_size": 4, "stride": 2, "init_blocks": 1, "local_blocks": 1}
 SELECTIONS = {
-    "infllm": BlockSelection(scorer="infllm", **_TINY, top_k=4),
-    "quest": BlockSelection(
-        scorer="quest", block_size=8, init_blocks=0, local_blocks=0, top_k=4, per="query_head"
-    ),
-    "quest by KV head": BlockSelection(
-        scorer="quest", block_size=8, init_blocks=0, local_blocks=0, top_k=4
-    ),
-    "forecast": BlockSelection(scorer="forecast", **_TINY, top_k=4),
+    "infllm": InfLLMBlocks(**_TINY, top_k=4),
+    "quest": QuestPages(block_size=8, init_blocks=0, local_blocks=0, top_k=4, per="query_head"),
+    "quest by KV head": QuestPages(block_size=8, init_blocks=0, local_blocks=0, top_k=4),
+    "forecast": ForecastBlocks(**_TINY, top_k=4),
 }
 
 

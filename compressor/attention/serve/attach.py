@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from compressor.attention.policy import AttentionPolicy, LayerPolicy, read_policy
+from compressor.attention.evaluation import query_heads
+from compressor.attention.masked import OwnAttention, full
+from compressor.attention.policy import AttentionPolicy, Group, read_policy
 from compressor.attention.rope import Rotary
-from compressor.attention.serve import fused
-from compressor.attention.serve.attend import Rule, by_slot, full, streaming
-from compressor.attention.serve.blocks import ForecastsInUse, over_blocks, stored_forecasts
-from compressor.attention.serve.cache import HeadLayer, Held, PolicyCache
+from compressor.attention.rule import Held, Rule, RuleCall
+from compressor.attention.serve.ahead import Ahead, stored_tensors
+from compressor.attention.serve.cache import HeadLayer, PolicyCache, split
 from compressor.errors import InputError
 
 NAME = "attention_policy"
@@ -30,15 +33,14 @@ def attach(
     model: Any,
     policy: AttentionPolicy | Path | str | None = None,
     *,
-    forecasts: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
     kernels: bool | None = None,
 ) -> Runtime:
     """Have a loaded model attend by a policy: a value, or that of a checkpoint folder (the one that
     the model was loaded from, if none is given).
 
-    forecasts  tensors that choose blocks, by name, if not those of the folder
-    kernels    whether the kernels of full and streaming heads are used; None: on a GPU, in half
-               precision
+    tensors  those that rules read a block ahead, by name, if not those of the folder
+    kernels  whether kernels of heads with a rule and without are used; None: on a GPU
     Raises InputError where there is no policy, or it is not for this model.
     """
     if not isinstance(policy, AttentionPolicy):
@@ -47,8 +49,8 @@ def attach(
         if found is None:
             raise InputError(f"{folder} carries no attention policy")
         policy = found
-        forecasts = stored_forecasts(folder) if forecasts is None else forecasts
-    return Runtime(model, policy, forecasts, kernels=kernels)
+        tensors = stored_tensors(folder, policy) if tensors is None else tensors
+    return Runtime(model, policy, tensors, kernels=kernels)
 
 
 class Runtime:
@@ -62,13 +64,15 @@ class Runtime:
         self,
         model: Any,
         policy: AttentionPolicy,
-        forecasts: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
         *,
         kernels: bool | None = None,
     ) -> None:
         self.policy = policy
         self.kernels = kernels
-        self._forecasts = ForecastsInUse(policy, forecasts or {})
+        self._ahead = Ahead(policy, tensors or {})
+        self._groups = [layer.groups(policy.kv_heads) for layer in policy.layers]
+        self._drafting = False
         self.modules = _attention_modules(model)
         _check(model, policy, len(self.modules))
         self.rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
@@ -117,7 +121,7 @@ class Runtime:
             )
         self._caches[module.layer_idx] = cache
         tables = kwargs.get("position_embeddings")
-        self._forecasts.enter(
+        self._ahead.enter(
             module.layer_idx,
             args[0] if args else kwargs["hidden_states"],
             None if tables is None else (tables[0][0], tables[1][0]),
@@ -128,68 +132,79 @@ class Runtime:
             return args, {**kwargs, "position_embeddings": still}
         return None
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """For the length of a `with`, tokens are only proposed: rules for drafts act."""
+        self._drafting = True
+        try:
+            yield
+        finally:
+            self._drafting = False
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, own: OwnAttention
+    ) -> Tensor:
         """One call of a layer's attention: [rows, heads, length, head_dim]."""
-        layer = self.policy.layers[module.layer_idx]
-        forecast = self._forecasts.take(module.layer_idx)
-        cache = self._caches[module.layer_idx]
-        held = cache.layers[module.layer_idx] if cache is not None else None
-        assert held is None or isinstance(held, HeadLayer)
-        if layer.streaming is None:
-            whole = (held.keys, held.values) if held else (key, value)
-            return self._attend_full(layer, query, *whole, rule, forecast)
-        kind = HeadLayer(layer, kv_heads=self.policy.kv_heads)
-        if held is not None:
-            whole, step = (held.keys, held.values), held.take()
-        else:
-            places = torch.arange(key.shape[2], device=key.device)
-            whole = (key[:, kind.full], value[:, kind.full])
-            step = Held(key[:, kind.streaming], value[:, kind.streaming], places)
-        sinks, window = layer.streaming.sinks, layer.streaming.window
-        if self._fused(layer, query, rule) and kind.full:
-            heads = {"streaming": kind.streaming, "full": kind.full}
-            if query.shape[2] == 1:
-                return fused.decode(query, whole, step, rule, **heads)
-            if query.shape[2] == step.places.shape[0]:
-                return fused.prefill(
-                    query, key, value, rule,
-                    streaming=kind.streaming, sinks=sinks, window=window,
-                )  # fmt: skip
-        group = query.shape[1] // self.policy.kv_heads
-        few, many = (_query_heads(heads, group) for heads in (kind.streaming, kind.full))
+        layer = module.layer_idx
+        groups, cache = self._groups[layer], self._caches[layer]
+        rules = self.policy.layers[layer].rules
+        ahead = {rule.kind: self._ahead.take(rule, layer) for rule in rules}
+        held = cache.layers[layer] if cache is not None else None
+        steps = held.take() if isinstance(held, HeadLayer) else split(key, value, groups)
+        if len(groups) == 1:
+            return self._attend_heads(groups[0], query, steps[0], own, ahead)
+        out = self._in_one_kernel(query, Held(key, value), groups, steps, own)
+        if out is not None:
+            return out
         out = torch.empty((*query.shape[:3], value.shape[-1]), dtype=query.dtype, device=key.device)
-        kept = (step.keys, step.values, step.places, rule)
-        if self.policy.positions == "slot":
-            tables = self._tables(query, step.places.shape[0] + sinks + window)
-            out[:, few] = by_slot(query[:, few], *kept, tables, sinks=sinks, window=window)
-        else:
-            out[:, few] = streaming(query[:, few], *kept, sinks=sinks, window=window)
-        if many:
-            said = None if forecast is None else forecast[:, kind.full]
-            out[:, many] = self._attend_full(layer, query[:, many], *whole, rule, said)
+        for group, step in zip(groups, steps, strict=True):
+            mine = query_heads(group.heads, query.shape[1] // self.policy.kv_heads)
+            out[:, mine] = self._attend_heads(group, query[:, mine], step, own, ahead)
         return out
 
-    def _fused(self, layer: LayerPolicy, query: Tensor, rule: Rule) -> bool:
-        wanted = query.is_cuda if self.kernels is None else self.kernels
-        ordinary = layer.blocks is None and self.policy.positions == "text"
-        return wanted and ordinary and fused.fits(query, rule)
-
-    def _attend_full(
+    def _attend_heads(
         self,
-        layer: LayerPolicy,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rule: Rule,
-        forecast: Tensor | None,
+        group: Group,
+        query: Tensor,
+        step: Held,
+        own: OwnAttention,
+        ahead: Mapping[str, Tensor | None],
     ) -> Tensor:
-        """Heads that do not stream: over the blocks they choose, or over everything."""
-        if layer.blocks is None or k.shape[2] < layer.blocks.dense_below:
-            return full(q, k, v, rule)
-        return over_blocks(q, k, v, layer.blocks, rule, forecast=forecast)
+        """Heads of one group, over what is held for them."""
+        rule = self._acting(group, query)
+        if rule is None or not rule.acts(step.keys.shape[2]):
+            return full(query, step.keys, step.values, own)
+        said = ahead[rule.kind]
+        if said is not None and len(group.heads) < said.shape[1]:
+            said = said[:, group.heads]
+        call = RuleCall(query, step.keys, step.on_device(), own.scaling, said)
+        if self.policy.positions == "slot":
+            return rule.attend_by_slot(call, step.values, own, partial(self._tables, query))
+        return rule.attend(call, step.values, own)
+
+    def _acting(self, group: Group, query: Tensor) -> Rule | None:
+        if self._drafting:
+            return group.acting("draft")
+        return group.acting("decode" if query.shape[2] == 1 else "prefill")
+
+    def _in_one_kernel(
+        self, query: Tensor, new: Held, groups: Sequence[Group], steps: Sequence[Held],
+        own: OwnAttention,
+    ) -> Tensor | None:  # fmt: skip
+        """Heads without a rule and heads with one, where the rule has a kernel for both."""
+        if not (query.is_cuda if self.kernels is None else self.kernels) or len(groups) != 2:
+            return None
+        rules = [self._acting(group, query) for group in groups]
+        whole = 0 if rules[0] is None else 1
+        rule = rules[1 - whole]
+        if rules[whole] is not None or rule is None:
+            return None
+        heads = (groups[whole].heads, groups[1 - whole].heads)
+        return rule.beside_full(query, new, steps[whole], steps[1 - whole], heads, own)
 
     def _tables(self, like: Tensor, slots: int) -> Rotary:
-        assert self.rotary is not None
+        if self.rotary is None:
+            raise InputError("slot positions need a rotary embedding, which this model has not")
         cos, sin = self.rotary(like, torch.arange(slots, device=like.device)[None])
         return cos[0], sin[0]
 
@@ -205,12 +220,12 @@ def _attend(
         )
     if mask is not None:
         raise InputError("attention masks of one's own are not supported under a policy")
-    rule = Rule(
+    own = OwnAttention(
         scaling=float(options["scaling"]),
         softcap=options.get("softcap"),
         window=options.get("sliding_window"),
     )
-    return runtime.attend(module, query, key, value, rule).transpose(1, 2).contiguous(), None
+    return runtime.attend(module, query, key, value, own).transpose(1, 2).contiguous(), None
 
 
 def _behind(cache: Any) -> Any:
@@ -229,10 +244,6 @@ def _no_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -
             "padded rows are not supported under an attention policy",
             hint="give texts of one length, or one at a time",
         )
-
-
-def _query_heads(kv_heads: list[int], group: int) -> list[int]:
-    return [head * group + member for head in kv_heads for member in range(group)]
 
 
 def _attention_modules(model: Any) -> list[Any]:

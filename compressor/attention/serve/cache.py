@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from compressor.attention.policy import AttentionPolicy, LayerPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Keys and values [rows, heads, n, head_dim] with their places in the text, int [n]."""
-
-    keys: Tensor
-    values: Tensor
-    places: Tensor
+from compressor.attention.policy import AttentionPolicy, Group
+from compressor.attention.rule import Held
 
 
 class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer: whole texts for full heads, first and recent tokens for streaming ones.
+    """One layer: of each group of heads the keys that its rules keep.
 
-    Between two steps a streaming head holds its sinks and window - 1 tokens; the next query's own
-    token makes the window full. `step` is what the current queries may look at: it holds a chunk's
-    own tokens too, and is gone when the attention function has taken it.
+    `steps` is what the current queries may look at: it holds a chunk's own tokens too, and is gone
+    when the attention function has taken it.
     """
 
     is_sliding = False
@@ -34,26 +25,17 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, layer: LayerPolicy, *, kv_heads: int) -> None:
+    def __init__(self, groups: Sequence[Group]) -> None:
         super().__init__()
-        streaming = layer.streaming.heads if layer.streaming else ()
-        self.layer = layer
-        self.streaming = list(streaming)
-        self.full = [head for head in range(kv_heads) if head not in streaming]
+        self.groups = groups
         self.seen = 0
-        self.held: Held | None = None
-        self.step: Held | None = None
+        self.held: list[Held] = []
+        self.steps: list[Held] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty, on the device and in the dtype of the first keys."""
         self.device, self.dtype = key_states.device, key_states.dtype
-        self.keys = key_states[:, self.full, :0]
-        self.values = value_states[:, self.full, :0]
-        self.held = Held(
-            key_states[:, self.streaming, :0],
-            value_states[:, self.streaming, :0],
-            torch.empty(0, dtype=torch.long, device=self.device),
-        )
+        self.held = split(key_states[:, :, :0], value_states[:, :, :0], self.groups)
         self.is_initialized = True
 
     def update(
@@ -62,39 +44,31 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Take in a step's keys and values [rows, kv_heads, length, head_dim]; gives them back."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[2]
-        if self.full:
-            self.keys = torch.cat([self.keys, key_states[:, self.full]], dim=2)
-            self.values = torch.cat([self.values, value_states[:, self.full]], dim=2)
-        if self.layer.streaming is not None:
-            assert self.held is not None
-            new = torch.arange(self.seen, self.seen + length, device=key_states.device)
-            self.step = Held(
-                torch.cat([self.held.keys, key_states[:, self.streaming]], dim=2),
-                torch.cat([self.held.values, value_states[:, self.streaming]], dim=2),
-                torch.cat([self.held.places, new]),
-            )
-            self.held = self._kept(self.step, self.seen + length)
-        self.seen += length
+        before, self.seen = self.seen, self.seen + key_states.shape[2]
+        new = split(key_states, value_states, self.groups)
+        self.steps = [_joined(old, more, before) for old, more in zip(self.held, new, strict=True)]
+        self.held = [
+            self._kept(group, step) for group, step in zip(self.groups, self.steps, strict=True)
+        ]
         return key_states, value_states
 
-    def _kept(self, step: Held, seen: int) -> Held:
-        """What a query at place `seen` or later may see, copied so that the rest is freed."""
-        assert self.layer.streaming is not None
-        sinks, window = self.layer.streaming.sinks, self.layer.streaming.window
-        total = step.places.shape[0]
-        # Places ascend, so what is kept is a beginning and an end.
-        recent = min(window - 1, total, max(0, seen - sinks))
-        first = min(sinks, total - recent)
-        index = torch.cat([torch.arange(first), torch.arange(total - recent, total)])
-        index = index.to(step.places.device)
-        return Held(step.keys[:, :, index], step.values[:, :, index], step.places[index])
+    def _kept(self, group: Group, step: Held) -> Held:
+        """What later queries may see, copied so that the rest is freed."""
+        positions = step.positions
+        if positions is None:
+            positions = torch.arange(self.seen) if group.rules else torch.empty(0)
+        index = group.kept(positions, self.seen)
+        if index is None:
+            return step
+        at = index.to(step.keys.device)
+        return Held(step.keys[:, :, at], step.values[:, :, at], positions[index])
 
-    def take(self) -> Held:
-        """What the current step's queries may look at in streaming heads, once."""
-        assert self.step is not None
-        step, self.step = self.step, None
-        return step
+    def take(self) -> list[Held]:
+        """What the current step's queries may look at, by group of heads, once."""
+        if self.steps is None:
+            raise RuntimeError("a step was taken before its keys came")
+        steps, self.steps = self.steps, None
+        return steps
 
     def get_seq_length(self) -> int:
         """Tokens of the text so far."""
@@ -114,26 +88,39 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.held = self.step = None
-        del self.keys, self.values
+        self.held, self.steps = [], None
         self.seen, self.is_initialized = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
         if self.is_initialized:
-            index = beam_idx.to(self.device)
-            self.keys, self.values = self.keys[index], self.values[index]
-            assert self.held is not None
-            keys, values = self.held.keys[index], self.held.values[index]
-            self.held = Held(keys, values, self.held.places)
+            at = beam_idx.to(self.device)
+            self.held = [Held(x.keys[at], x.values[at], x.positions) for x in self.held]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values held."""
-        if self.held is None:
-            return 0
-        tensors = (self.keys, self.values, self.held.keys, self.held.values)
+        tensors = [tensor for held in self.held for tensor in (held.keys, held.values)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def split(keys: Tensor, values: Tensor, groups: Sequence[Group]) -> list[Held]:
+    """Keys and values [rows, kv_heads, length, head_dim] by group of heads."""
+    if len(groups) == 1:
+        return [Held(keys, values)]
+    return [Held(keys[:, group.heads], values[:, group.heads]) for group in groups]
+
+
+def _joined(old: Held, new: Held, seen: int) -> Held:
+    positions = old.positions
+    if positions is not None:
+        more = torch.arange(seen, seen + new.keys.shape[2])
+        positions = torch.cat([positions, more])
+    return Held(
+        torch.cat([old.keys, new.keys], dim=2),
+        torch.cat([old.values, new.values], dim=2),
+        positions,
+    )
 
 
 class PolicyCache(Cache):  # type: ignore[misc]
@@ -141,7 +128,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
     def __init__(self, policy: AttentionPolicy) -> None:
         super().__init__(
-            layers=[HeadLayer(layer, kv_heads=policy.kv_heads) for layer in policy.layers]
+            layers=[HeadLayer(layer.groups(policy.kv_heads)) for layer in policy.layers]
         )
 
     @property

@@ -37,10 +37,8 @@ def show(checkpoint: Path, as_json: bool) -> None:
         whole = length * len(policy.layers) * policy.kv_heads
         share = policy.cached_tokens(length) / whole
         echo(f"a text of {length} tokens keeps {share:.1%} of its keys and values")
-    for number, layer in enumerate(policy.layers):
-        streaming = layer.streaming.heads if layer.streaming else ()
-        marks = "".join("." if g in streaming else "#" for g in range(policy.kv_heads))
-        echo(f"  layer {number:>3}  {marks}")
+    for number, heads in enumerate(policy.whole_heads()):
+        echo(f"  layer {number:>3}  {''.join('#' if head else '.' for head in heads)}")
 
 
 @command.command()
@@ -48,7 +46,7 @@ def show(checkpoint: Path, as_json: bool) -> None:
 @click.argument("folder", type=FOLDER)
 @click.option(
     "--form",
-    type=click.Choice(["duo-attention"]),
+    metavar="FORM",
     default="duo-attention",
     show_default=True,
     help="duo-attention: full_attention_heads.tsv and config.json, which LServe reads too.",
@@ -56,13 +54,16 @@ def show(checkpoint: Path, as_json: bool) -> None:
 @json_option
 def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
     """Write the policy of CHECKPOINT into FOLDER, a new one, as another runtime reads it."""
-    from compressor.attention.export import duo_attention_files
     from compressor.attention.policy import read_policy_tensors
+    from compressor.attention.rule import policy_forms
     from compressor.errors import InputError
 
+    forms = policy_forms()
+    if form not in forms:
+        raise InputError(f"unknown form {form!r}", hint=f"one of: {', '.join(sorted(forms))}")
     policy = _policy(checkpoint)
     tensors = read_policy_tensors(checkpoint)
-    files = duo_attention_files(policy, tensors, model=checkpoint.resolve().name)
+    files = forms[form](policy, tensors, model=checkpoint.resolve().name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not a new folder", hint="nothing is ever overwritten")
     folder.mkdir(parents=True, exist_ok=True)

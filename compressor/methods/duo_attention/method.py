@@ -15,7 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy, check_policy, streaming_policy
+from compressor.attention.policy import AttentionPolicy, check_policy
+from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, ModelLayout
 from compressor.ir.unit import Unit

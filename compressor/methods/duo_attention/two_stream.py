@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compressor.attention.evaluation import restricted
-from compressor.attention.policy import token_mask
+from compressor.attention.masked import both_masks
+from compressor.attention.rules.streaming import token_mask
 from compressor.methods.base import FrozenModel
 from compressor.runner.attention_call import AttentionCall
 
@@ -138,7 +138,7 @@ class _Mix:
         assert self.heard is not None
         place = torch.arange(call.key.shape[2], device=call.key.device)
         mask = token_mask(place, place, sinks=self.sinks, window=self.window)[None, None]
-        near = call.plain(call.query, call.key, call.value, restricted(call, mask))
+        near = call.plain(call.query, call.key, call.value, both_masks(call.mask, mask))
         group = call.query.shape[1] // call.key.shape[1]
         gates = self.gates.to(near.dtype).repeat_interleave(group)[:, None]
         return (1 - gates) * near + gates * self.heard

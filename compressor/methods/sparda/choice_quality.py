@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from compressor.attention.block_evaluation import Forecasts
-from compressor.attention.key_blocks import choose_blocks, recent_blocks, rules
-from compressor.attention.policy import BlockSelection
+from compressor.attention.evaluation import Ahead, rule_call
+from compressor.attention.key_blocks import KeyBlocks, recent_blocks
 from compressor.methods.base import FrozenModel
 from compressor.methods.sparda.teacher import Teacher
 from compressor.runner.attention_call import AttentionCall
@@ -57,7 +56,7 @@ class ChoiceMeter:
     @torch.no_grad()
     def add(self, layer: int, call: AttentionCall, chosen: Mapping[str, Tensor]) -> None:
         """Blocks chosen for all queries of a call, by scorer: [rows, sets, length, K]."""
-        rule, _ = rules(self.teacher.selection)
+        rule = self.teacher.selection.blocks
         length, heads = call.key.shape[2], call.query.shape[1]
         count = rule.blocks(length)
         block = torch.arange(count, device=call.key.device)
@@ -93,7 +92,7 @@ def measure_choices(
     model: FrozenModel,
     ids: Tensor,
     teacher: Teacher,
-    scorers: Mapping[str, BlockSelection | None],
+    scorers: Mapping[str, KeyBlocks | None],
     *,
     forecasts: Mapping[str, Tensor] | None = None,
     batch: int = 1,
@@ -103,7 +102,7 @@ def measure_choices(
     scorers    name → how blocks are chosen; None for the most recent blocks
     forecasts  forecast tensors by full name, if not those that the model carries
     """
-    meter, said = ChoiceMeter(teacher), Forecasts()
+    meter, ahead = ChoiceMeter(teacher), Ahead()
     hidden = model.runner.embed(model.tensors(0), ids, batch=batch)
     for index, layout in enumerate(model.layout.units):
         if layout.kind != "block":
@@ -114,16 +113,14 @@ def measure_choices(
             unit = replace(unit, extra=own)
 
         def hook(call: AttentionCall, unit=unit, layer=layout.index) -> Tensor:  # type: ignore[no-untyped-def]
-            forecast = said.take(layer, call, unit)
-            said.give(layer, call, unit)
             chosen = {}
-            for name, selection in scorers.items():
-                if selection is None:
+            for name, rule in scorers.items():
+                if rule is None:
                     chosen[name] = recent_blocks(teacher.selection, call.query, call.key)
-                else:
-                    chosen[name] = choose_blocks(
-                        selection, call.query, call.key, scaling=call.scaling, forecast=forecast
-                    )
+                    continue
+                for index in (layer, layer + 1):
+                    ahead.look(rule, index, call, unit)
+                chosen[name] = rule.choose(rule_call(call, ahead=ahead.take(rule, layer, call)))
             meter.add(layer, call, chosen)
             return call.plain(call.query, call.key, call.value)
 

@@ -19,7 +19,10 @@ from compressor_calibration.tokens import TokenSet, make_tokens
 from compressor_kernels.attention.block_windows import WindowRule
 from torch import Tensor
 
-from compressor.attention.policy import BlockSelection
+from compressor.attention.key_blocks import KeyBlocks
+from compressor.attention.rule import make_rule
+from compressor.attention.rules.infllm import InfLLMBlocks
+from compressor.attention.rules.quest import QuestPages
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.methods.base import FrozenModel
@@ -42,7 +45,7 @@ class ChoiceRecord:
     sha256  of the tokens
     """
 
-    selection: BlockSelection
+    selection: KeyBlocks
     fine: WindowRule
     pooling: Pooling
     rows: int
@@ -59,7 +62,7 @@ class ChoiceRecord:
         """Plain data."""
         return {
             "version": 1,
-            "selection": self.selection.model_dump(mode="json"),
+            "selection": self.selection.to_json(),
             "teacher": {**asdict(self.fine), "pooling": self.pooling},
             "text": "bundled novel, consecutive rows",
             "rows": self.rows,
@@ -70,14 +73,14 @@ class ChoiceRecord:
         }
 
 
-def scorers(selection: BlockSelection) -> dict[str, BlockSelection | None]:
+def scorers(selection: KeyBlocks) -> dict[str, KeyBlocks | None]:
     """The forecast, what it imitates, and what else could choose at the same budget. Quest is given
     the same blocks and forced ones, so that only its scores are compared."""
-    quest = {"scorer": "quest", "per": "query_head"}
+    budget = selection.model_dump()
     return {
         FORECAST: selection,
-        "infllm": selection.model_copy(update={"scorer": "infllm"}),
-        "quest": selection.model_copy(update=quest),
+        "infllm": InfLLMBlocks(**budget),
+        "quest": QuestPages(**{**budget, "per": "query_head"}),
         RECENT: None,
     }
 
@@ -125,9 +128,11 @@ def read_record(folder: Path) -> ChoiceRecord | None:
         return None
     try:
         data = parse_json(read_file(path, what="record"))
-        teacher = data["teacher"]
+        teacher, selection = data["teacher"], make_rule(KeyBlocks.part, data["selection"])
+        if not isinstance(selection, KeyBlocks):
+            raise TypeError(f"{selection.kind} chooses no blocks of keys")
         return ChoiceRecord(
-            selection=BlockSelection.model_validate(data["selection"]),
+            selection=selection,
             fine=WindowRule(kernel_size=teacher["kernel_size"], stride=teacher["stride"]),
             pooling=teacher["pooling"],
             rows=int(data["rows"]),

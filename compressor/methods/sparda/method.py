@@ -17,9 +17,9 @@ from compressor_kernels.attention.block_windows import WindowRule
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.block_evaluation import CURRENT, FUTURE
-from compressor.attention.block_policies import block_policy, sparse_config
-from compressor.attention.policy import AttentionPolicy, BlockSelection
+from compressor.attention.policy import AttentionPolicy, rule_policy
+from compressor.attention.rules.forecast import CURRENT, FUTURE, ForecastBlocks
+from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout, UnitLayout
 from compressor.methods.base import FrozenModel, LearnContext, Learned, Outlook
@@ -44,6 +44,7 @@ class SparDA(InfLLM):
 
     version: ClassVar[int] = 1
     reads_tokens: ClassVar[bool] = True
+    rule: ClassVar[type[InfLLMBlocks]] = ForecastBlocks
 
     teacher_kernel: int = Field(2, ge=1, description="keys of a compressed key of the teacher")
     teacher_stride: int = Field(1, ge=1, description="keys from one of those to the next")
@@ -81,11 +82,6 @@ class SparDA(InfLLM):
         return self
 
     @property
-    def block_choice(self) -> BlockSelection:
-        """What layers do."""
-        return self._choice("forecast")
-
-    @property
     def training(self) -> Training:
         """How forecasts are trained."""
         fine = WindowRule(kernel_size=self.teacher_kernel, stride=self.teacher_stride)
@@ -106,7 +102,7 @@ class SparDA(InfLLM):
         self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
     ) -> Outlook:
         try:
-            policy = block_policy(layout, self.block_choice, made_by={"sparda": {}})
+            policy = rule_policy(layout, self.block_choice, made_by={"sparda": {}})
         except InputError as error:
             return Outlook(problems=(error,))
         problems = []
@@ -148,7 +144,7 @@ class SparDA(InfLLM):
     def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
         return {
             "sparse_config": {
-                **sparse_config(self.block_choice),
+                **self.block_choice.config()["sparse_config"],
                 "create_indexer": True,
                 "use_q_future_for_topk": True,
                 "use_q_future_decode_only": False,
@@ -196,7 +192,7 @@ class SparDA(InfLLM):
                 "recall": {name: round(found["recall"], 4) for name, found in means.items()},
             }
         }
-        policy = block_policy(model.layout, self.block_choice, made_by=made_by)
+        policy = rule_policy(model.layout, self.block_choice, made_by=made_by)
         rows = [
             {"name": unit.name, "loss_first": first, "loss_last": last}
             | {q.scorer: q.recall for q in record.layers if q.layer == unit.index}
@@ -212,7 +208,7 @@ class SparDA(InfLLM):
     def policy_again(
         self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
     ) -> AttentionPolicy:
-        return block_policy(layout, self.block_choice, made_by={})
+        return rule_policy(layout, self.block_choice, made_by={})
 
 
 def _attention(unit: UnitLayout) -> str:

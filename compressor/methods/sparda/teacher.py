@@ -11,8 +11,9 @@ import torch
 from compressor_kernels.attention.block_windows import WindowRule, compress_keys_ref
 from torch import Tensor
 
-from compressor.attention.key_blocks import forecast_of, in_pieces, rules
-from compressor.attention.policy import BlockSelection
+from compressor.attention.key_blocks import KeyBlocks
+from compressor.attention.masked import in_pieces
+from compressor.attention.rules.forecast import forecast_of
 from compressor.ir.layout import UnitLayout
 from compressor.numerics.forecast_loss import (
     Pooling,
@@ -35,7 +36,7 @@ class Teacher:
     pooling    how its shares come onto the grid of the deployed compression
     """
 
-    selection: BlockSelection
+    selection: KeyBlocks
     fine: WindowRule
     pooling: Pooling = "max"
 
@@ -49,7 +50,7 @@ class Teacher:
         rotary  tables that turn a forecast, or None
         rows    how many rows the loss is the mean over
         """
-        rule, windows = rules(self.selection)
+        rule, windows = self.selection.blocks, self.selection.windows
         length, groups = call.key.shape[2], call.key.shape[1]
         forecast = forecast_of(hidden, weight, kv_heads=groups, rotary=rotary)
         leaf = forecast.detach().requires_grad_()
@@ -83,7 +84,7 @@ class Teacher:
         return self._shares(call, part, behind)[1]
 
     def _shares(self, call: AttentionCall, part: Tensor, behind: int) -> tuple[Tensor, Tensor]:
-        rule, windows = rules(self.selection)
+        rule, windows = self.selection.blocks, self.selection.windows
         where = {"tokens": call.key.shape[2], "behind": behind}
         fine_keys = compress_keys_ref(call.key, self.fine)
         shares = teacher_shares(part, fine_keys, self.fine, **where, scale=call.scaling)

@@ -21,8 +21,8 @@ from compressor_calibration.store import ActivationStore, read_ahead
 from compressor_kernels.attention.block_windows import WindowRule
 from torch import Tensor
 
-from compressor.attention.block_evaluation import CURRENT, FUTURE, by_mask
-from compressor.attention.policy import LayerPolicy
+from compressor.attention.evaluation import under_masks
+from compressor.attention.rules.forecast import CURRENT, FUTURE
 from compressor.checkpoint.durable import make_way, own_folder
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
@@ -373,6 +373,8 @@ def chosen_attention(training: Training, length: int) -> Callable[[AttentionCall
         return None
 
     def hook(call: AttentionCall) -> Tensor:
-        return by_mask(call, training.teacher.blocks(call), LayerPolicy(blocks=selection))
+        blocks, kv_heads = training.teacher.blocks(call), call.key.shape[1]
+        seen = selection.seen_in(blocks, call.key.shape[2])
+        return under_masks(call, [(range(kv_heads), seen)])
 
     return hook

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy, check_policy, streaming_policy
+from compressor.attention.policy import AttentionPolicy, check_policy
+from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from compressor.attention.evaluation import by_slot, restricted
-from compressor.attention.policy import token_mask
+from compressor.attention.masked import both_masks
+from compressor.attention.rules.streaming import evaluated_by_slot, token_mask
 from compressor.methods.base import FrozenModel
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 
@@ -53,12 +54,12 @@ def sink_perplexities(
 
 def _hook(sinks: int, window: int, *, slots: bool) -> AttentionHook:
     if slots:
-        return by_slot(sinks=sinks, window=window)
+        return partial(evaluated_by_slot, sinks=sinks, window=window)
 
     def hook(call: AttentionCall) -> Tensor:
         place = torch.arange(call.key.shape[2], device=call.key.device)
         mask = token_mask(place, place, sinks=sinks, window=window)[None, None]
-        return call.plain(call.query, call.key, call.value, restricted(call, mask))
+        return call.plain(call.query, call.key, call.value, both_masks(call.mask, mask))
 
     return hook
 
