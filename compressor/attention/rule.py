@@ -88,6 +88,8 @@ class Rule(Value):
     """When it acts; at other times its heads see every key that is kept."""
     by_slot: ClassVar[bool] = False
     """Whether positions may be cache slots: `evaluate_by_slot` and `attend_by_slot`."""
+    title: ClassVar[str] = ""
+    """What plots call it. "": `kind`."""
 
     heads: tuple[int, ...] | None = Field(None, min_length=1, strict=False)
 

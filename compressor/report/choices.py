@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from compressor.attention.rule import rule_module, rule_names
 from compressor.report.svg import Point, lines
 from compressor.report.text import share
-
-TITLES = {
-    "forecast": "forecast",
-    "infllm": "InfLLM-V2's selector",
-    "quest": "Quest's bounds",
-    "recent": "most recent blocks",
-}
 
 
 def choices(record: Mapping[str, Any]) -> str:
@@ -26,7 +20,7 @@ def choices(record: Mapping[str, Any]) -> str:
         ("mass", "share of attention in what is chosen"),
     ):
         series = {
-            TITLES.get(scorer, scorer): [
+            _title(scorer): [
                 Point(q["layer"], q[key], f"{scorer}, layer {q['layer']}: {share(q[key])}")
                 for q in record["layers"]
                 if q["scorer"] == scorer
@@ -35,8 +29,7 @@ def choices(record: Mapping[str, Any]) -> str:
         }
         drawn.append(lines(series, x_title="layer", y_title=title, show=share))
     means = ", ".join(
-        f"{escape(TITLES.get(scorer, scorer))} {share(found['recall'])} "
-        f"({share(found['mass'])} of attention)"
+        f"{escape(_title(scorer))} {share(found['recall'])} ({share(found['mass'])} of attention)"
         for scorer, found in record["means"].items()
     )
     return (
@@ -44,3 +37,10 @@ def choices(record: Mapping[str, Any]) -> str:
         f"on {record['rows']} held-out rows of {record['length']:,} tokens, where queries had more "
         f"blocks than that. Mean over layers: {means}.</p>{''.join(drawn)}"
     )
+
+
+def _title(scorer: str) -> str:
+    """A rule's title, or what a scorer that is no rule says of itself."""
+    if scorer not in rule_names():
+        return f"most {scorer} blocks"
+    return rule_module(scorer).RULE.title or scorer

@@ -16,6 +16,10 @@ from compressor_kernels.attention.block_windows import (
 )
 from torch import Tensor
 
+from compressor.attention.masked import OwnAttention
+from compressor.attention.rule import RuleCall
+from compressor.attention.rules.forecast import ForecastBlocks
+from compressor.attention.rules.quest import QuestPages
 from compressor.numerics.forecast_loss import (
     aligned_shares,
     bucketed_kl,
@@ -108,6 +112,11 @@ def test_forecast_selection() -> None:
     seen = torch.isfinite(pooled)
     torch.testing.assert_close(scores[seen], pooled[seen], atol=0.05, rtol=1e-2)
     assert_chosen(golden["topk_idx"], pooled)
+    rule = ForecastBlocks(
+        block_size=16, kernel_size=8, stride=4, init_blocks=1, local_blocks=1, top_k=4
+    )
+    call = RuleCall(forecast, k, torch.arange(160), 16**-0.5, forecast)
+    assert torch.equal(rule.choose(call), top_blocks_ref(scores, RULE, tokens=160))
 
 
 @pytest.mark.parametrize(("name", "budget"), [("aligned", 3), ("unaligned", 4)])
@@ -127,6 +136,12 @@ def test_quest_pages(name: str, budget: int) -> None:
         assert ours == sorted([*theirs, 7])
     out = block_attention_ref(q, k, v, pages, block_size=16)
     torch.testing.assert_close(out[0, :, 0][None], golden["out"], atol=1e-5, rtol=1e-4)
+    quest = QuestPages(block_size=16, init_blocks=0, local_blocks=0, top_k=budget, per="query_head")
+    scaling = q.shape[-1] ** -0.5
+    call = RuleCall(q, k, torch.arange(k.shape[2]), scaling)
+    assert torch.equal(quest.choose(call), pages)
+    attended = quest.attend(call, v, OwnAttention(scaling=scaling))
+    torch.testing.assert_close(attended[0, :, 0][None], golden["out"], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("budget", [64, 16])

@@ -6,6 +6,8 @@ next block; block 0 has a `q_curr_proj` for its own.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from compressor_kernels.attention.block_windows import forecast_blocks, forecast_scores_ref
 from torch import Tensor
@@ -23,6 +25,8 @@ FUTURE, CURRENT = weight_name("q_future_proj"), weight_name("q_curr_proj")
 
 class ForecastBlocks(InfLLMBlocks):
     """One choice for all heads that share a KV head, without a softmax."""
+
+    title: ClassVar[str] = "forecast"
 
     def ahead_tensor(self, index: int) -> tuple[int, str]:
         return (index - 1, FUTURE) if index else (0, CURRENT)

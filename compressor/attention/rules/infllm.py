@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from compressor_kernels.attention.block_selection import top_blocks_ref
 from compressor_kernels.attention.block_windows import (
@@ -21,6 +21,8 @@ from compressor.attention.rule import RuleCall
 
 class InfLLMBlocks(KeyBlocks):
     """One choice for all heads that share a KV head."""
+
+    title: ClassVar[str] = "InfLLM-V2's selector"
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Self:

@@ -3,6 +3,8 @@ can be."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from compressor_kernels.attention.block_pages import (
     page_bounds,
     page_bounds_ref,
@@ -19,6 +21,8 @@ from compressor.attention.rule import RuleCall
 
 class QuestPages(KeyBlocks):
     """A page is a block; nothing is compressed, so `kernel_size` and `stride` say nothing."""
+
+    title: ClassVar[str] = "Quest's bounds"
 
     def choose(self, call: RuleCall) -> Tensor:
         group_max = self.per == "kv_head"
