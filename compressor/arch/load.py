@@ -49,6 +49,8 @@ def load_map(model_type: str) -> ArchMap:
         data = _read(model_type)
         if isinstance(data, dict) and "same_as" in data:
             data = {**_read(data.pop("same_as")), **data}
+        if isinstance(data, dict) and isinstance(data.get("attention"), dict):
+            data["attention"] = [data["attention"]]  # all blocks attend alike
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))
     except (OSError, yaml.YAMLError, ValidationError, TypeError) as error:

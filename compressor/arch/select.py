@@ -20,7 +20,7 @@ def matches(pattern: str, linear: Linear) -> bool:
         return linear.role != "router"
     if pattern.startswith("re:"):
         return linear.name in Names((pattern,), where="the recipe")
-    roles = [linear.role, *(part.role for part in linear.parts)]
+    roles = [linear.role, *(part.role for part in linear.rows)]
     return (
         any(fnmatch.fnmatchcase(role, pattern) for role in roles)
         or fnmatch.fnmatchcase(linear.name, pattern)

@@ -17,6 +17,7 @@ from compressor.checkpoint.low_precision.known import as_floats
 from compressor.checkpoint.one_reading import settle_biases, settle_head, settle_quantization
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint
 from compressor.checkpoint.safetensors import Entry
+from compressor.checkpoint.slices import sliced
 from compressor.checkpoint.stored_names import canonical
 from compressor.errors import InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, format_names, get_format
@@ -39,7 +40,8 @@ ADDED = re.compile(r".*\.(k_scale|v_scale|q_future_proj\.weight|q_curr_proj\.wei
 class Source:
     """A checkpoint with its meaning: what its tensors are, and how its linears are quantized.
 
-    added  names of tensors that a pass added, by the unit they belong to
+    added  names of tensors that a pass added, by the unit they belong to; with the embedding go
+           those that are carried over
     """
 
     checkpoint: Checkpoint
@@ -156,7 +158,7 @@ def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> So
     for name in added:
         del headers[name]
     layout = arch.layout(config, headers)
-    checkpoint = settle_biases(checkpoint, layout)
+    checkpoint = sliced(settle_biases(checkpoint, layout), layout)
     linears = {
         linear.name: modules.get(linear.name, {})
         for linear in layout.linears
@@ -201,6 +203,8 @@ def _complete(schemes: ModelSchemes, layout: ModelLayout) -> ModelSchemes:
 
 def _by_unit(names: list[str], layout: ModelLayout) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
+    if layout.carried:
+        found[layout.embedding.name] = layout.carried
     for unit in layout.units:
         ours = tuple(sorted(n for n in names if n.startswith(f"{unit.name}.")))
         if ours:

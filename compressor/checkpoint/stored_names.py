@@ -33,7 +33,9 @@ def canonical(checkpoint: Checkpoint, arch: MapFile) -> Checkpoint:
     """
     notes = list(checkpoint.notes)
     entries = _without_skipped(checkpoint.entries, notes)
-    names = _names(list(entries), arch)
+    prefixed = {name: _with_prefix(name, arch.prefixes) for name in entries}
+    inner = _names(list(prefixed.values()), arch)
+    names = {name: inner[ours] for name, ours in prefixed.items()}
     renamed: dict[str, Entry] = {}
     origin: dict[str, str] = {}
     for name, entry in entries.items():
@@ -51,6 +53,14 @@ def canonical(checkpoint: Checkpoint, arch: MapFile) -> Checkpoint:
     if not moved and len(entries) == len(checkpoint.entries):
         return checkpoint
     return replace(checkpoint, entries=renamed, notes=tuple(notes))
+
+
+def _with_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """A name with the map's own prefix in place of another one."""
+    for other, ours in prefixes.items():
+        if name.startswith(other):
+            return ours + name.removeprefix(other)
+    return name
 
 
 def _without_skipped(entries: Mapping[str, Entry], notes: list[str]) -> dict[str, Entry]:

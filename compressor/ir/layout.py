@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 
 def weight_name(path: str) -> str:
     """The name of a module's weight in a unit's tensors and in what is written."""
@@ -25,24 +28,78 @@ def is_bias(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Rows [start, stop) of a linear's weight that play one role (fused q/k/v, gate/up)."""
+class Rows:
+    """Rows of a matrix that play one role: offset + o·stride + c for o < outer, c < count.
+
+    One range of a fused linear has outer = 1; per-head interleaving ([heads, 3, d]) and every
+    second row (gate and up of stacked experts) repeat it.
+    """
 
     role: str
-    start: int
-    stop: int
+    offset: int
+    count: int
+    outer: int = 1
+    stride: int = 0
+
+    @property
+    def total(self) -> int:
+        """How many rows these are."""
+        return self.count * self.outer
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """The rows [total, ...] of a matrix [rows, ...], in the order of the pattern."""
+        if self.outer == 1:
+            return matrix[self.offset : self.offset + self.count]
+        return matrix.index_select(0, self._index(matrix))
+
+    def put(self, matrix: Tensor, rows: Tensor) -> Tensor:
+        """A copy of a matrix with these rows replaced by `rows` [total, ...]."""
+        if self.outer == 1:
+            stop = self.offset + self.count
+            return torch.cat([matrix[: self.offset], rows, matrix[stop:]])
+        return matrix.index_copy(0, self._index(matrix), rows)
+
+    def _index(self, matrix: Tensor) -> Tensor:
+        starts = torch.arange(self.outer, device=matrix.device) * self.stride + self.offset
+        return (starts[:, None] + torch.arange(self.count, device=matrix.device)).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a checkpoint keeps a tensor: under a name of its own, or as part of a stack.
+
+    name        in the checkpoint
+    index       which of the stack's first dimension, or None for the whole tensor
+    transposed  whether it is stored [in, out]
+    rows        which rows of that matrix, once it is [out, in]; None for all
+    """
+
+    name: str
+    index: int | None = None
+    transposed: bool = False
+    rows: Rows | None = None
+
+    def read(self, stored: Tensor) -> Tensor:
+        """The tensor, out of what the checkpoint has under `name`."""
+        value = stored if self.index is None else stored[self.index]
+        value = value.T if self.transposed else value
+        return (value if self.rows is None else self.rows.take(value)).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One nn.Linear as the checkpoint names it.
 
-    name     module path, e.g. model.layers.0.self_attn.q_proj; tensors: name.weight, name.bias
-    role     attn.q attn.k attn.v attn.qkv attn.o mlp.gate mlp.up mlp.gate_up mlp.down
-             expert.gate expert.up expert.down router lm_head
+    name     module path, e.g. model.layers.0.self_attn.q_proj; its weight and bias go by
+             name.weight and name.bias wherever units are worked on and written
+    role     attn.q attn.k attn.v attn.qkv attn.o; attn.q_a attn.q_b attn.kv_a attn.kv_b (latent);
+             linear.in linear.out (linear attention); mlp.gate mlp.up mlp.gate_up mlp.down;
+             expert.gate expert.up expert.down; shared.gate shared.up shared.down; lm_head;
+             router for a small linear that gates others: scaled with its site, never quantized
     site     id of the input it reads, unique in its unit: attn.in, attn.out, mlp.in, mlp.out,
              expert.in, expert.3.out, shared.in …
-    parts    row ranges by role; a single part for an unfused linear
+    rows     its rows by role; a single pattern over all of them for an unfused linear
+    tensor   where the checkpoint keeps the weight;  bias_tensor  the bias, if there is one
     expert   expert number, or None
     fused    linears with the same non-empty tag are fused by runtimes and need one scheme
     """
@@ -53,9 +110,11 @@ class Linear:
     in_features: int
     site: str
     bias: bool = False
-    parts: tuple[Part, ...] = ()
+    rows: tuple[Rows, ...] = ()
     expert: int | None = None
     fused: str = ""
+    tensor: TensorRef | None = None
+    bias_tensor: TensorRef | None = None
 
     @property
     def weight_name(self) -> str:
@@ -78,14 +137,17 @@ class Norm:
 
     name    module path; its tensors are name.weight and, if `bias`, name.bias
     role    norm.attn norm.mlp (before), norm.attn.out norm.mlp.out (after, before the residual
-            sum), norm.q norm.k (per head, after the projection), norm.final
+            sum), norm.q norm.k (per head, after the projection), norm.q_a norm.kv_a (latents),
+            norm.gated (of a linear attention's output), norm.final
     offset  1.0 for norms that multiply by (1 + weight)
+    kind    layer: subtracts the mean first, with or without a bias
     """
 
     name: str
     role: str
     offset: float = 0.0
     bias: bool = False
+    kind: Literal["rms", "layer"] = "rms"
 
     @property
     def weight_name(self) -> str:
@@ -107,7 +169,7 @@ class Fold:
     source     module path of the norm or linear that makes this input
     kind       norm: weight (and bias) / s;  linear: rows [rows] of weight and bias / s
     norm_offset  1.0 for norms that multiply by (1 + weight)
-    rows       the source's rows that make the input, (start, stop), or None for all
+    rows       the source's rows that make the input, or None for all
     repeat     how many consumer heads read one source head (GQA); 1 otherwise
     head_dim   channels of one head, only where repeat > 1
     """
@@ -116,18 +178,47 @@ class Fold:
     source: str
     kind: Literal["norm", "linear"]
     norm_offset: float = 0.0
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     repeat: int = 1
     head_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Heads of a block's attention."""
+    """Heads of a block's self attention.
+
+    pairs  which channels of a head RoPE turns together: i and i + half, or neighbours
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
+    pairs: Literal["halves", "neighbours"] = "halves"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """What mixes tokens in a block; a block has none, one, or two side by side.
+
+    kind   self (keys and values by head), latent (MLA: keys and values from a latent), linear
+           (a recurrent state)
+    path   its module in the checkpoint
+    shape  heads of a self attention
+    """
+
+    kind: Literal["self", "latent", "linear"]
+    path: str
+    shape: AttentionShape | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of the whole model: channels of the hidden states, tokens it knows, and positions it
+    was made for, if its config says so."""
+
+    hidden: int
+    vocabulary: int
+    positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +226,11 @@ class UnitLayout:
     """One unit: the embedding, a block, or the head (final norm and lm_head).
 
     name     "embedding", "head", or the block's module path in the checkpoint
-    tensors  every checkpoint tensor that belongs to the unit, in a fixed order
+    tensors  every tensor that belongs to the unit, in a fixed order; what lies in a stack goes by
+             the name of its linear
     linears  its linears, routers included, in the order of `tensors`
+    others   those of `tensors` that are of no linear and no norm: sinks, correction bias, A_log,
+             conv1d …; they are written as they are
     """
 
     name: str
@@ -145,13 +239,28 @@ class UnitLayout:
     tensors: tuple[str, ...]
     linears: tuple[Linear, ...] = ()
     folds: tuple[Fold, ...] = ()
-    attention: AttentionShape | None = None
+    mixers: tuple[Mixer, ...] = ()
     norms: tuple[Norm, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def attention(self) -> AttentionShape | None:
+        """Heads of a block's self attention, or None where it has none."""
+        return next((mixer.shape for mixer in self.mixers if mixer.shape is not None), None)
 
     @property
     def attention_path(self) -> str:
-        """Path of a block's attention module: the one that its output projection is in."""
-        return next(x.name.rpartition(".")[0] for x in self.linears if x.role == "attn.o")
+        """Path of a block's self attention. Raises StopIteration where it has none."""
+        return next(mixer.path for mixer in self.mixers if mixer.kind == "self")
+
+    @property
+    def stacks(self) -> dict[str, tuple[Linear, ...]]:
+        """Tensors of the checkpoint that hold several linears' weights → those linears."""
+        found: dict[str, list[Linear]] = {}
+        for linear in self.linears:
+            if linear.tensor is not None and linear.tensor.index is not None:
+                found.setdefault(linear.tensor.name, []).append(linear)
+        return {name: tuple(linears) for name, linears in found.items()}
 
     def site_linears(self, site: str) -> tuple[Linear, ...]:
         """The linears that read `site`."""
@@ -169,12 +278,16 @@ class ModelLayout:
 
     tied         the name whose data the head shares
     unannounced  biases that the files hold and the config does not know of: loaders skip them
+    carried      tensors that are no part of the text model (a vision tower, heads for several
+                 tokens at once): written as they are
     """
 
     model_type: str
     units: tuple[UnitLayout, ...]
+    sizes: Sizes
     tied: str | None = None
     unannounced: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> UnitLayout:

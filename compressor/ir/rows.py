@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
-from compressor.ir.layout import Linear, Part, UnitLayout
+from compressor.ir.layout import Linear, Rows, UnitLayout
 
 
-def parts_of(unit: UnitLayout, *roles: str) -> list[tuple[Linear, Part]]:
-    """The row ranges with these roles, in the order of the linears."""
+def parts_of(unit: UnitLayout, *roles: str) -> list[tuple[Linear, Rows]]:
+    """The rows with these roles, in the order of the linears."""
     return [
-        (linear, part)
+        (linear, rows)
         for linear in unit.linears
-        for part in linear.parts or (Part(linear.role, 0, linear.out_features),)
-        if part.role in roles
+        for rows in linear.rows or (Rows(linear.role, 0, linear.out_features),)
+        if rows.role in roles
     ]
 
 
 def change_rows(
     tensors: Mapping[str, Tensor],
     linear: Linear,
-    part: Part,
+    part: Rows,
     change: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """A linear's weight and bias with the rows of one part changed; `tensors` stays as it is.
+    """A linear's weight and bias with the rows of one role changed; `tensors` stays as it is.
 
     change  rows [part, in] of the weight or [part] of the bias → the same shape
     """
@@ -34,6 +33,5 @@ def change_rows(
     for name in (linear.weight_name, linear.bias_name):
         if name in tensors:
             value = tensors[name]
-            rows = change(value[part.start : part.stop]).to(value.dtype)
-            changed[name] = torch.cat([value[: part.start], rows, value[part.stop :]])
+            changed[name] = part.put(value, change(part.take(value)).to(value.dtype))
     return changed

@@ -18,7 +18,7 @@ from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 from torch import Tensor
 
-from compressor.ir.layout import Linear, Part, UnitLayout
+from compressor.ir.layout import Linear, Rows, UnitLayout
 from compressor.ir.rows import change_rows, parts_of
 from compressor.ir.unit import Unit
 from compressor.methods.base import Pass, PassContext, PassResult
@@ -85,7 +85,7 @@ def _columns(layout: UnitLayout, linear: Linear, order: Tensor) -> Tensor:
 
 def _sources(
     layout: UnitLayout, linear: Linear, order: Tensor
-) -> list[tuple[Linear, Part, Callable[[Tensor], Tensor]]]:
+) -> list[tuple[Linear, Rows, Callable[[Tensor], Tensor]]]:
     """What makes the channels: a linear, the rows in question, and how they are permuted."""
     places = order
     if linear.role == "attn.o":

@@ -68,7 +68,7 @@ class Rotate(Pass):
                 "and that norm's weight does not commute with a rotation",
                 hint="leave rotate out of the recipe",
             )
-        if any(norm.bias for norm in norms) and not self.keep_mean:
+        if any(norm.kind == "layer" for norm in norms) and not self.keep_mean:
             return InputError(
                 f"{layout.model_type} has LayerNorms, which subtract the mean",
                 hint="keep_mean: true rotates around it",
@@ -89,7 +89,8 @@ class Rotate(Pass):
             turned = {name: turn.right(unit.tensors[name]) for name in layout.tensors}
             return PassResult(unit.with_tensors(turned))
         unit = unit.with_tensors(rotated_stream(layout, unit.tensors, turn))
-        if self.heads and layout.attention is not None:
+        # A gate of each channel, between v and o, does not commute with a rotation.
+        if self.heads and layout.attention is not None and not parts_of(layout, "attn.gate"):
             small = rotation(layout.attention.head_dim, seed=self.seed)
             unit = unit.with_tensors(_turned_heads(unit, small))
         return PassResult(unit)
@@ -125,18 +126,22 @@ def _stream(unit: Unit) -> int:
     layout = unit.layout
     if layout.kind == "embedding":
         return unit.tensors[layout.tensors[0]].shape[1]
-    return next(x.in_features for x in layout.linears if x.site in ("attn.in", "head.in"))
+    return next(
+        x.in_features for x in layout.linears if x.site in ("attn.in", "block.in", "head.in")
+    )
 
 
 def _adds(linear: Linear) -> bool:
     """Whether a linear's output is added to the stream."""
-    return linear.role == "attn.o" or linear.role.endswith(".down")
+    return linear.role in ("attn.o", "linear.out") or linear.role.endswith(".down")
 
 
 def _readers(layout: UnitLayout, norm: Norm) -> tuple[Linear, ...]:
     """The linears that read what a norm gives out; none for norms inside the attention."""
     if norm.role == "norm.final":
         return layout.site_linears("head.in")
+    if norm.role not in ("norm.attn", "norm.mlp"):
+        return ()
     sites = [fold.site for fold in layout.folds if fold.source == norm.name]
     return tuple(linear for site in sites for linear in layout.site_linears(site))
 

@@ -73,6 +73,14 @@ class SmoothAttention(Pass):
     def check_model(
         self, layout: ModelLayout, config: Mapping[str, Any], *, untied: bool
     ) -> InputError | None:
+        shapes = [unit.attention for unit in layout.units if unit.attention is not None]
+        if not shapes or any(shape.pairs != "halves" for shape in shapes):
+            return InputError(
+                f"{layout.model_type} turns other pairs of channels than smooth_attention assumes"
+                if shapes
+                else f"{layout.model_type} has no keys by head that could be smoothed",
+                hint="leave smooth_attention out of the recipe",
+            )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         share = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
         if share not in (None, 1, 1.0):

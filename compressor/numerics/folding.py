@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.ir.layout import Fold, UnitLayout, bias_name, weight_name
+from compressor.ir.layout import Fold, Rows, UnitLayout, bias_name, weight_name
 
 
 def fold(
@@ -55,13 +55,12 @@ def fold(
     weight, bias = weight_name(fold.source), bias_name(fold.source)
     for name in (weight, bias) if bias in tensors else (weight,):
         value = get(name)
-        start, stop = fold.rows or (0, value.shape[0])
-        if scale.shape[0] != stop - start:
-            raise ValueError(f"{scale.shape[0]} scales for {stop - start} channels of {name}")
+        rows = fold.rows or Rows("", 0, value.shape[0])
+        if scale.shape[0] != rows.total:
+            raise ValueError(f"{scale.shape[0]} scales for {rows.total} channels of {name}")
         by = scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
         offset = fold.norm_offset if name == weight else 0.0
-        rows = (value[start:stop] + offset) / by - offset
-        put(name, torch.cat([value[:start], rows, value[stop:]]))
+        put(name, rows.put(value, (rows.take(value) + offset) / by - offset))
     columns = consumer_scale(fold, scale)
     for linear in unit.site_linears(fold.site):
         name = linear.weight_name

@@ -6,7 +6,7 @@ weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,32 @@ class Plan:
         stored = self.layout.tied is None or self.recipe.untie
         if is_tied(config, self.source.arch) == stored:
             config["tie_word_embeddings"] = not stored
-        entry = self.format.config(self.schemes)
+        kept = {path: Scheme() for path in self._kept_modules()}
+        entry = self.format.config(
+            replace(self.schemes, linears={**self.schemes.linears, **kept})
+            if kept
+            else self.schemes
+        )
         if entry:
             config["quantization_config"] = entry | (self.delta.config() if self.delta else {})
         for plan in self.passes:
             config.update(plan.step.params.config_entries(self.layout))
         return config
+
+    def _kept_modules(self) -> Iterator[str]:
+        """Linears beside those of the text model: runtimes are told that they are not quantized,
+        under the names of the files and under those of the model in memory."""
+        arch, entries = self.source.arch, self.source.checkpoint.entries
+        for name in self.layout.carried:
+            path = name.rpartition(".")[0]
+            if name == weight_name(path) and len(entries[name].spec.shape) == 2:
+                yield path
+                for other, ours in arch.prefixes.items():
+                    if path.startswith(ours):
+                        yield other + path.removeprefix(ours)
+        for path, scheme in self.schemes.linears.items():
+            if scheme.weight is None and path in arch.runtime.outside:
+                yield arch.runtime.outside[path]
 
 
 def make_plan(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor.checkpoint.source import Source
 from compressor.errors import CompressError, InputError, Problems
 from compressor.foreign.calls import foreign
-from compressor.ir.layout import UnitLayout, is_bias, weight_name
+from compressor.ir.layout import UnitLayout, is_bias
 from compressor.plan.plan import Plan
 from compressor.runner.block_runner import BlockRunner
 from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer
@@ -79,7 +79,7 @@ def check_model(source: Source) -> None:
         *(n for n in head.tensors if n.startswith(source.arch.head.norm.name)),
     ]
     whole = runner.model.state_dict()
-    state = {name: _stand_in(source, head, name) for name in ends}
+    state = runner.names.outer_state({name: _stand_in(source, head, name) for name in ends})
     problems += _differences(state, {n: whole[n] for n in whole if n in state}, where="the model")
     for unit in kinds.values():
         layer = runner.layers[unit.index]
@@ -161,8 +161,7 @@ def _arguments(source: Source, runner: BlockRunner) -> dict[int, dict[str, Any]]
 
 def _size(source: Source) -> int:
     """Channels of the hidden states."""
-    token = weight_name(source.arch.embedding.token)
-    return source.checkpoint.entries[token].spec.shape[1]
+    return source.layout.sizes.hidden
 
 
 def _forward(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> None:

@@ -99,9 +99,15 @@ def plan_unit(
             outputs.update({f"{found.name}.{leaf}": spec for leaf, spec in local.items()})
         elif found is not None:
             outputs[name] = TensorShape(float_dtype(name, source, recipe, dtype), found.shape)
+        elif name in unit.others:
+            outputs[name] = source.checkpoint.entries[name].spec
         else:
             shape = source.checkpoint.entries[name].spec.shape
             outputs[name] = TensorShape(float_dtype(name, source, recipe, dtype), shape)
+    for stack, linears in unit.stacks.items():
+        # Runtimes look up packed experts one by one, and floats in the stack they came in.
+        if all(model.linears[linear.name].weight is None for linear in linears):
+            outputs = _restacked(outputs, stack, unit, source)
     for i in range(len(passes)):
         for name, tensor in passes[i].step.params.adds(unit, dtype).items():
             outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
@@ -118,6 +124,19 @@ def plan_unit(
         if not name.endswith((".k_scale", ".v_scale")):
             outputs.setdefault(name, source.checkpoint.entries[name].spec)
     return UnitPlan(layout=unit, steps=steps, needs=needs, seen=seen, outputs=outputs)
+
+
+def _restacked(
+    outputs: Mapping[str, TensorShape], stack: str, unit: UnitLayout, source: Source
+) -> dict[str, TensorShape]:
+    """The outputs with a stack of experts in place of its parts."""
+    state = {
+        name: torch.empty(shape.shape, dtype=shape.dtype, device="meta")
+        for name, shape in outputs.items()
+    }
+    parts, built = source.arch.runtime.restacked(unit, stack, state)
+    rest = {name: shape for name, shape in outputs.items() if name not in parts}
+    return rest | {n: TensorShape(t.dtype, tuple(t.shape)) for n, t in built.items()}
 
 
 def _observables(unit: UnitLayout, plans: Sequence[PassPlan]) -> tuple[Observable, ...]:

@@ -38,6 +38,8 @@ def encode_unit(plan: Plan, unit: UnitPlan, made: Unit) -> dict[str, Tensor]:
             kv, attention, k_scale=keys, v_scale=values, model_dtype=plan.dtype
         )
     floats = {**made.tensors, **made.extra}
+    for stack in unit.layout.stacks.keys() & unit.outputs.keys():
+        floats |= plan.source.arch.runtime.restacked(unit.layout, stack, made.tensors)[1]
     narrow = {}
     for name, spec in unit.outputs.items():
         if name not in outputs:
@@ -58,6 +60,17 @@ def decode_unit(plan: Plan, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> Un
     """The unit that written tensors stand for; the inverse of `encode_unit`."""
     floats = dict(outputs)
     quantized = {}
+    for linear in unit.layout.linears:
+        for name, ref in (
+            (linear.weight_name, linear.tensor),
+            (linear.bias_name, linear.bias_tensor),
+        ):
+            if ref is not None and ref.index is not None and ref.name in outputs:
+                floats[name] = ref.read(outputs[ref.name])
+    for linear in unit.layout.linears:
+        for ref in (linear.tensor, linear.bias_tensor):
+            if ref is not None and ref.index is not None:
+                floats.pop(ref.name, None)
     for linear in unit.layout.linears:
         scheme = plan.schemes.linears[linear.name]
         if scheme.weight is not None:

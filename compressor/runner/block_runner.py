@@ -53,8 +53,6 @@ class BlockRunner:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.names = names
         self.device = device
         self.dtype = dtype
@@ -62,11 +60,10 @@ class BlockRunner:
             self.config = _config(config)
             # Attention logit caps exist in the eager attention only; the fused ones drop them
             # silently.
-            eager = getattr(self.config, "attn_logit_softcapping", None) is not None
+            text = self.config.get_text_config()
+            eager = getattr(text, "attn_logit_softcapping", None) is not None
             with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, attn_implementation="eager" if eager else "sdpa"
-                ).eval()
+                self.model = _built(self.config, dtype, eager=eager)
             self._rebuild_buffers()
         self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
         self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
@@ -78,9 +75,10 @@ class BlockRunner:
         for path, module in list(self.model.named_modules()):
             if hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
-            if hasattr(module, "inv_freq") and isinstance(module.inv_freq, Tensor):
+            if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
                 with torch.device("cpu"):
-                    fresh = type(module)(self.config).to(self.device)
+                    own = getattr(module, "config", self.config)
+                    fresh = type(module)(own).to(self.device)
                 parent, _, leaf = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), leaf, fresh)
 
@@ -106,6 +104,7 @@ class BlockRunner:
         Also keeps what the model passes to each layer beside them (masks, rotary tables), which
         depends on the length only, since rows are never padded.
         """
+        tensors = self.names.outer_state(tensors)
         self._assign(tensors)
         out = []
         arguments: dict[int, dict[str, Any]] = {}
@@ -158,13 +157,18 @@ class BlockRunner:
         finally:
             layer.to("meta")
 
+    def _final_norm(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the head unit without those of lm_head, as in memory."""
+        state = self.names.outer_state(tensors)
+        return {k: v for k, v in state.items() if not k.startswith(f"{self.names.lm_head}.")}
+
     @torch.no_grad()
     def head_stats(
         self, tensors: Mapping[str, Tensor], hidden: Tensor, *, needs: StatNeeds
     ) -> SiteStats:
         """Statistics of what enters lm_head, row by row, for the last block's outputs."""
         norm = self.model.get_submodule(self.names.norm)
-        self._assign({k: v for k, v in tensors.items() if not k.startswith("lm_head.")})
+        self._assign(self._final_norm(tensors))
         stats = SiteStats(hidden.shape[-1], needs, device=self.device)
         for row in hidden:
             stats.update(norm(row.to(self.device, self.dtype)))
@@ -180,7 +184,7 @@ class BlockRunner:
                 ready = {k: v.to(self.device, self.dtype) for k, v in state.items()}
                 self.layers[unit.index].load_state_dict(ready, strict=True, assign=True)
             else:
-                self._assign(tensors)
+                self._assign(self.names.outer_state(tensors))
         head = self.model.get_submodule(self.names.lm_head)
         if head.weight.is_meta:
             head.weight = self.model.get_submodule(embedding).weight
@@ -264,18 +268,23 @@ class BlockRunner:
         tensors  the final norm's tensors;  lm_head  [vocabulary, hidden], the embedding when tied
         enter    what is done to the input of lm_head
         """
-        self._assign({k: v for k, v in tensors.items() if not k.startswith("lm_head.")})
+        self._assign(self._final_norm(tensors))
         lm_head = lm_head.to(self.device, self.dtype)
-        bias = tensors.get(bias_name(self.names.lm_head))
+        bias = self.names.outer_state(tensors).get(bias_name(self.names.lm_head))
         bias = None if bias is None else bias.to(self.device, self.dtype)
         norm = self.model.get_submodule(self.names.norm)
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        text = self.config.get_text_config()
+        cap = getattr(text, "final_logit_softcapping", None)
+        scale = getattr(text, "logit_scale", None) or 1 / (
+            getattr(text, "logits_scaling", None) or 1
+        )
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
             normed = norm(hidden.to(self.device, self.dtype))
             entering = normed if enter is None else enter(normed)
             out = nn.functional.linear(entering, lm_head, bias).float()
+            out = out if scale == 1 else out * scale
             return torch.tanh(out / cap) * cap if cap else out
 
         try:
@@ -352,6 +361,25 @@ class Block:
     def module(self, linear: Linear) -> nn.Module:
         """The module that plays a linear in memory."""
         return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
+
+
+def _built(config: Any, dtype: torch.dtype, *, eager: bool) -> Any:
+    """The model of a config, with the fused attention where it has one."""
+    from transformers import AutoModelForCausalLM
+
+    def build(attention: str) -> Any:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        ).eval()
+
+    if eager:
+        return build("eager")
+    try:
+        return build("sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return build("eager")
 
 
 def _config(config: Mapping[str, Any]) -> Any:

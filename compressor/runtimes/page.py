@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from compressor.formats.base import ModelSchemes, format_names, get_format
-from compressor.ir.layout import Linear, ModelLayout, UnitLayout
+from compressor.ir.layout import Linear, ModelLayout, Sizes, UnitLayout
 from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.runtimes.contract import Contract, Known, Runtime, load_contract, runtime_names
@@ -15,7 +15,9 @@ from compressor.runtimes.loads import Written, fitting_lines, loads, written_for
 
 WRITTEN = "<!-- Written by scripts/make_docs.py from the code and compressor/runtimes/*.yaml. -->"
 LINEAR = Linear("model.layers.0.mlp.down_proj", "mlp.down", 4096, 4096, "mlp.out")
-LAYOUT = ModelLayout("llama", (UnitLayout("model.layers.0", "block", 0, (), (LINEAR,)),))
+LAYOUT = ModelLayout(
+    "llama", (UnitLayout("model.layers.0", "block", 0, (), (LINEAR,)),), Sizes(1, 1)
+)
 
 HOLDS = {
     "compressed-tensors": (

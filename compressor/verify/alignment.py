@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.ir.layout import Fold, Linear, UnitLayout, weight_name
+from compressor.ir.layout import Fold, Linear, Rows, UnitLayout, weight_name
 from compressor.ir.rows import change_rows, parts_of
 from compressor.methods.rotate import rotated_stream
 from compressor.numerics.folding import fold
@@ -117,8 +117,8 @@ def _norm_ratio(
 def _row_ratio(site: Fold, written: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> Tensor:
     """What the rows of a linear lost of their size."""
     name = weight_name(site.source)
-    start, stop = site.rows or (0, written[name].shape[0])
-    new, old = written[name][start:stop], original[name][start:stop]
+    rows = site.rows or Rows("", 0, written[name].shape[0])
+    new, old = rows.take(written[name]), rows.take(original[name])
     return old.square().sum(1) / (old * new).sum(1)
 
 
@@ -179,7 +179,7 @@ Moved = tuple[list[Linear], Tensors]
 def _rows(unit: UnitLayout, tensors: Mapping[str, Tensor], role: str) -> Tensor | None:
     """Rows of the weight with this role, [rows, in]."""
     for linear, part in parts_of(unit, role):
-        return tensors[linear.weight_name][part.start : part.stop]
+        return part.take(tensors[linear.weight_name])
     return None
 
 
@@ -264,11 +264,11 @@ def _channel_order(
         sources = [
             (x, part)
             for x, part in parts_of(unit, f"{kind}up", f"{kind}gate")
-            if x.expert == down.expert and part.stop - part.start == down.in_features
+            if x.expert == down.expert and part.total == down.in_features
         ]
         linear, part = sources[-1]
-        name, rows = linear.weight_name, slice(part.start, part.stop)
-        order = _matching(written[name][rows], original[name][rows])
+        name = linear.weight_name
+        order = _matching(part.take(written[name]), part.take(original[name]))
         if order is None:
             return [], {}
         moved: Tensors = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor.attention.evaluation import policy_attention
 from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rules.streaming import head_layers, token_mask
-from compressor.ir.layout import AttentionShape, UnitLayout
+from compressor.ir.layout import AttentionShape, Mixer, UnitLayout
 from compressor.ir.unit import Unit
 from compressor.methods.common.copy_scores import copied
 from compressor.methods.common.needles import Needles, make_row
@@ -41,7 +41,9 @@ def attended(
 ) -> Tensor:
     """The first block's attention of q [rows, heads, length, head_dim] under a policy."""
     shape = AttentionShape(heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[-1])
-    layout = UnitLayout(name="0", kind="block", index=0, tensors=(), attention=shape)
+    layout = UnitLayout(
+        name="0", kind="block", index=0, tensors=(), mixers=(Mixer("self", "0.self_attn", shape),)
+    )
     hook = policy_attention(policy)(Unit(layout=layout, tensors={}))
     assert hook is not None
     call = AttentionCall(0, q, k, v, None, q.shape[-1] ** -0.5, plain, rotary)

@@ -18,7 +18,7 @@ from compressor.attention.policy import read_policy
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Interrupted, Problems
 from compressor.evaluate.perplexity import evaluate
-from compressor.ir.layout import AttentionShape, Linear, ModelLayout, UnitLayout
+from compressor.ir.layout import AttentionShape, Linear, Mixer, ModelLayout, Sizes, UnitLayout
 from compressor.methods.sparda.choice_record import RECORD_NAME, check_record, read_record
 from compressor.methods.sparda.method import SparDA
 from compressor.plan.estimate import CPU_CORE_SCORES, estimate
@@ -218,9 +218,10 @@ def test_published_shapes_add_less_than_half_a_percent() -> None:
         name = f"model.layers.{i}"
         q = Linear(f"{name}.self_attn.q_proj", "attn.q", 4096, 4096, site="attn.in")
         o = Linear(f"{name}.self_attn.o_proj", "attn.o", 4096, 4096, site="attn.out")
-        units.append(UnitLayout(name, "block", i, (), (q, o), attention=attention))
+        mixer = Mixer("self", f"{name}.self_attn", attention)
+        units.append(UnitLayout(name, "block", i, (), (q, o), mixers=(mixer,)))
     head = Linear("lm_head", "lm_head", 73448, 4096, site="head")
-    layout = ModelLayout("llama", (*units, UnitLayout("head", "head", 32, (), (head,))))
+    layout = ModelLayout("llama", (*units, UnitLayout("head", "head", 32, (), (head,))), Sizes(4096, 73448)))
     found = SparDA().outlook(
         layout, parameters=8_200_000_000, rows=2048, length=65536, dtype=torch.bfloat16
     )

@@ -44,8 +44,8 @@ def logits(folder: Path, tensors, *, at: Path):
 
 
 def source_channels(how: Fold, tensors) -> int:
-    start, stop = how.rows or (0, tensors[f"{how.source}.weight"].shape[0])
-    return stop - start
+    rows = how.rows.total if how.rows else tensors[f"{how.source}.weight"].shape[0]
+    return rows
 
 
 def random_scale(channels: int, seed: int) -> torch.Tensor:

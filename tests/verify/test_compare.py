@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.source import open_source
-from compressor.ir.layout import UnitLayout
+from compressor.ir.layout import Rows, UnitLayout
 from compressor.numerics.folding import fold
 from compressor.verify.compare import Difference, UnitComparison
 
@@ -27,10 +27,10 @@ def test_strong_scales_at_both_ends_of_a_linear_are_seen_through(tiny_model):
     generator = torch.Generator().manual_seed(0)
     written = dict(original)
     for site in unit.folds:
-        rows = site.rows or (0, original[f"{site.source}.weight"].shape[0])
+        rows = site.rows or Rows("", 0, original[f"{site.source}.weight"].shape[0])
         # Rows made three times as large hide that columns became half as large.
         size = 0.5 if site.kind == "norm" else 1 / 3
-        scale = size * (1 + torch.rand(rows[1] - rows[0], generator=generator))
+        scale = size * (1 + torch.rand(rows.total, generator=generator))
         scale[0] = 1e-4
         written |= fold(written, site, unit, scale)
     for found in differences(unit, written, original).values():

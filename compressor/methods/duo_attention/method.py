@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.attention.policy import AttentionPolicy, check_policy
 from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
-from compressor.ir.layout import Linear, ModelLayout
+from compressor.ir.layout import Linear, ModelLayout, Rows
 from compressor.ir.unit import Unit
 from compressor.methods.base import (
     FrozenModel,
@@ -278,11 +278,10 @@ def _rows(unit: Unit, linear: Linear, order: Tensor) -> dict[str, Tensor]:
     for name in (linear.weight_name, linear.bias_name):
         tensor = unit.tensors.get(name)
         if tensor is not None:
-            parts = []
-            for part in linear.parts or (None,):
-                piece = tensor if part is None else tensor[part.start : part.stop]
-                parts.append(reorder_rows(piece, order, size=piece.shape[0] // len(order)))
-            found[name] = torch.cat(parts)
+            for rows in linear.rows or (Rows(linear.role, 0, linear.out_features),):
+                piece = reorder_rows(rows.take(tensor), order, size=rows.total // len(order))
+                tensor = rows.put(tensor, piece)
+            found[name] = tensor
     return found
 
 

@@ -1,0 +1,74 @@
+"""A checkpoint in which stacked experts are seen one by one, under the names of their linears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from compressor.checkpoint.reader import READ_THREADS, Checkpoint
+from compressor.checkpoint.safetensors import Entry
+from compressor.ir.layout import ModelLayout, TensorRef
+from compressor.ir.tensor import TensorShape
+
+
+@dataclass(frozen=True, slots=True)
+class SlicedCheckpoint(Checkpoint):
+    """`inner` with slices of its stacks in place of them; a stack is read once for all that are
+    asked for together.
+
+    slices  name of a weight or bias → where `inner` has it
+    """
+
+    inner: Checkpoint
+    slices: Mapping[str, TensorRef]
+
+    def read(
+        self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
+    ) -> dict[str, Tensor]:
+        """The named tensors on the CPU. Raises InputError for a name that is not there."""
+        wanted = list(names)
+        stored = {self.slices[n].name if n in self.slices else n: None for n in wanted}
+        found = self.inner.read(stored, pin=pin, threads=threads)
+        return {
+            n: self.slices[n].read(found[self.slices[n].name]) if n in self.slices else found[n]
+            for n in wanted
+        }
+
+
+def sliced(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
+    """The checkpoint under the names that units go by; itself where nothing is stacked."""
+    slices = dict(_slices(layout))
+    if not slices:
+        return checkpoint
+    stacks = {ref.name for ref in slices.values()}
+    entries = {name: e for name, e in checkpoint.entries.items() if name not in stacks}
+    for name, ref in slices.items():
+        entries[name] = _entry(checkpoint.entries[ref.name], ref)
+    plain = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
+    return SlicedCheckpoint(**{**plain, "entries": entries}, inner=checkpoint, slices=slices)
+
+
+def _slices(layout: ModelLayout) -> Iterator[tuple[str, TensorRef]]:
+    for linear in layout.linears:
+        for name, ref in (
+            (linear.weight_name, linear.tensor),
+            (linear.bias_name, linear.bias_tensor),
+        ):
+            if ref is not None and ref.index is not None:
+                yield name, ref
+
+
+def _entry(stack: Entry, ref: TensorRef) -> Entry:
+    """What the header would say of a slice; its bytes are somewhere among the stack's."""
+    shape = stack.spec.shape[1:]
+    shape = shape[::-1] if ref.transposed else shape
+    if ref.rows is not None:
+        shape = (ref.rows.total, *shape[1:])
+    return Entry(
+        file=stack.file,
+        spec=TensorShape(stack.spec.dtype, tuple(shape)),
+        begin=stack.begin,
+        end=stack.end,
+    )
