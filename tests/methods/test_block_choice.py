@@ -221,7 +221,8 @@ def test_published_shapes_add_less_than_half_a_percent() -> None:
         mixer = Mixer("self", f"{name}.self_attn", attention)
         units.append(UnitLayout(name, "block", i, (), (q, o), mixers=(mixer,)))
     head = Linear("lm_head", "lm_head", 73448, 4096, site="head")
-    layout = ModelLayout("llama", (*units, UnitLayout("head", "head", 32, (), (head,))), Sizes(4096, 73448)))
+    units.append(UnitLayout("head", "head", 32, (), (head,)))
+    layout = ModelLayout("llama", tuple(units), Sizes(4096, 73448))
     found = SparDA().outlook(
         layout, parameters=8_200_000_000, rows=2048, length=65536, dtype=torch.bfloat16
     )

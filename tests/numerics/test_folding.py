@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor.arch.load import load_map
 from compressor.errors import InputError
-from compressor.ir.layout import Fold, Linear, UnitLayout
+from compressor.ir.layout import Fold, Linear, Rows, UnitLayout
 from compressor.numerics.folding import consumer_scale, fold, source_scale
 from tests.support.tiny_models import TYPES
 
@@ -132,7 +132,7 @@ def pair(*, kind="linear", offset=0.0, rows=None, repeat=1, head_dim=0, columns=
 
 
 def test_rows_outside_the_range_stay():
-    unit, how = pair(rows=(2, 8))
+    unit, how = pair(rows=Rows("", 2, 6))
     tensors = {
         "n.weight": torch.randn(9, 3),
         "n.bias": torch.randn(9),
