@@ -29,12 +29,14 @@ class StatNeeds:
     absmax       maximum of |x| per channel
     gram         Xᵀ X, [channels, channels]
     keep_inputs  how many input vectors to keep as they are, the first ones (0 for none)
+    cross        (X° − X)ᵀ X with the original model's inputs X° beside X, [channels, channels]
     """
 
     absmean: bool = False
     absmax: bool = False
     gram: bool = False
     keep_inputs: int = 0
+    cross: bool = False
 
     def __or__(self, other: StatNeeds) -> StatNeeds:
         """What serves both."""
@@ -43,6 +45,7 @@ class StatNeeds:
             absmax=self.absmax or other.absmax,
             gram=self.gram or other.gram,
             keep_inputs=max(self.keep_inputs, other.keep_inputs),
+            cross=self.cross or other.cross,
         )
 
 
@@ -63,6 +66,7 @@ class SiteStats:
         self._absmax = self._zeros((channels,)) if needs.absmax else None
         self._gram = self._zeros((channels, channels)) if needs.gram else None
         self._one_sided = False
+        self._cross: Tensor | None = None  # there once a vector of the original is
         self._kept: list[Tensor] = []
         self._kept_rows = 0
 
@@ -70,9 +74,10 @@ class SiteStats:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add activations [..., channels] of any float dtype. `x` is not changed.
 
+        original  what the original model has in place of x, where `cross` is wanted
         Raises ValueError where the last dimension is not `channels`.
         """
         if x.ndim == 0 or x.shape[-1] != self.channels:
@@ -98,6 +103,11 @@ class SiteStats:
         if self._gram is not None:
             _add_gram(self._gram, x)
             self._one_sided = True
+        if self.needs.cross and original is not None:
+            if self._cross is None:
+                self._cross = self._zeros((self.channels, self.channels))
+            theirs = original.detach().to(self.device).reshape(x.shape).float()
+            _add_product(self._cross, torch.where(good, theirs, 0.0).nan_to_num_() - x.float(), x)
         missing = self.needs.keep_inputs - self._kept_rows
         if missing > 0:
             self._kept.append(x[:missing].clone())
@@ -133,6 +143,11 @@ class SiteStats:
         return gram
 
     @property
+    def cross(self) -> Tensor:
+        """Sum of (x° − x) xᵀ, fp32 [channels, channels]."""
+        return self._wanted(self._cross, "cross")
+
+    @property
     def inputs(self) -> Tensor:
         """The kept input vectors [at most keep_inputs, channels], in the dtype they came in.
 
@@ -164,6 +179,9 @@ class SiteStats:
             torch.maximum(self._absmax, theirs, out=self._absmax)
         if self._gram is not None:
             self._gram += other.gram.to(self.device)
+        if other._cross is not None:
+            ours = other._cross.to(self.device)
+            self._cross = ours.clone() if self._cross is None else self._cross + ours
         missing = self.needs.keep_inputs - self._kept_rows
         if missing > 0 and other._kept_rows:
             self._kept.append(other.inputs[:missing].to(self.device, copy=True))
@@ -186,6 +204,8 @@ class SiteStats:
             dist.all_reduce(self._absmax, op=dist.ReduceOp.MAX)
         if self._gram is not None:
             dist.all_reduce(self.gram)
+        if self._cross is not None:
+            dist.all_reduce(self._cross)
         if self.needs.keep_inputs:
             self._kept = [_broadcast(self.inputs)]
             self._kept_rows = self._kept[0].shape[0]
@@ -270,6 +290,13 @@ def _add_gram(gram: Tensor, x: Tensor) -> None:
     for start in range(0, x.shape[0], CAST_ROWS):
         for part, left, right in _bands(gram, x[start : start + CAST_ROWS].float()):
             part.addmm_(left.T, right)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ right in place, in fp32."""
+    for start in range(0, left.shape[0], CAST_ROWS):
+        rows = slice(start, start + CAST_ROWS)
+        total.addmm_(left[rows].float().T, right[rows].float())
 
 
 def _bands(gram: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -48,6 +48,9 @@ class PassContext:
     model_type   of the model's config
     base         weights of the base that the pass names, by full name, for those of its targets
                  that differ from the base's
+    observe      (unit, site) → statistics of one site that no expert owns, with the original
+                 model's inputs beside them, in a unit of which some linears have been rounded;
+                 None where `needs` does not ask for `cross`, or outside blocks
     """
 
     stats: Mapping[str, SiteStats]
@@ -61,6 +64,7 @@ class PassContext:
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model_type: str = ""
     base: Mapping[str, Tensor] = field(default_factory=dict)
+    observe: Callable[[Unit, str], SiteStats] | None = None
 
     def spec(self, linear: Linear) -> QuantSpec | None:
         """How the linear's weight will be quantized, or None."""

@@ -87,6 +87,13 @@ class Gptq(Pass):
         le=100,
         description="times that scales are refitted to the codes; `descent` follows each",
     )
+    correction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of what earlier rounding did to a linear's inputs that its weights make "
+        "good; above 0 the original model runs beside the quantized one",
+    )
     min_tokens: int = Field(
         64, ge=1, description="what fewer tokens went through (a rare expert) is rounded to nearest"
     )
@@ -115,7 +122,11 @@ class Gptq(Pass):
         return narrow_beside_inputs(self.bits, self.activations)
 
     def needs(self) -> StatNeeds:
-        return StatNeeds(gram=True, absmax=self.activations in ("static", "calibrated"))
+        return StatNeeds(
+            gram=True,
+            absmax=self.activations in ("static", "calibrated"),
+            cross=self.correction > 0,
+        )
 
     def check(self, linear: Linear) -> str | None:
         return uneven_groups(linear, BLOCK if self.grid == "nvfp4" else self.group_size)
@@ -128,14 +139,15 @@ class Gptq(Pass):
             min_tokens=self.min_tokens,
             descent=self.descent,
             refits=self.refits,
+            correction=self.correction,
         )
         start = None
         if self.scales == "search":
-            start = partial(self._searched, unit, context)
+            start = partial(self._searched, context)
         return PassResult(*round_unit(unit, context, options, start=start))
 
     def _searched(
-        self, unit: Unit, context: PassContext, linears: Sequence[Linear], stats: SiteStats
+        self, context: PassContext, unit: Unit, linears: Sequence[Linear], stats: SiteStats
     ) -> dict[str, QTensor]:
         """Linears of one site rounded to nearest on searched grids."""
         if stats.tokens < self.min_tokens:

@@ -81,7 +81,9 @@ class Progressive(Pass):
         return uneven_groups(linear, self.group_size)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        def start(linears: Sequence[Linear], stats: SiteStats | None) -> Mapping[str, QTensor]:
+        def start(
+            unit: Unit, linears: Sequence[Linear], stats: SiteStats | None
+        ) -> Mapping[str, QTensor]:
             found = {}
             for linear in linears:
                 weight, spec = unit.weight(linear), context.spec(linear)
@@ -101,7 +103,7 @@ class Progressive(Pass):
         for site in reversed(unit.layout.sites):
             linears = [x for x in context.coded if x.site == site]
             stats = context.stats.get(site) if linears else None
-            for linear, q in zip(linears, start(linears, stats).values(), strict=True):
+            for linear, q in zip(linears, start(unit, linears, stats).values(), strict=True):
                 rows[linear.name] = weight_row(linear, unit.weight(linear), q, stats=stats)
                 made = made.with_quantized(linear, q)
         return PassResult(made, [rows[x.name] for x in context.selected if x.name in rows])

@@ -207,11 +207,13 @@ def _power_of_two(nbytes: int) -> int:
 
 
 def _input_bytes(plan: Plan, device: torch.device) -> int:
-    """The one buffer of activations."""
+    """The one buffer of activations, or two where the original's stand beside it."""
     if not plan.calibrated:
         return 0
     wanted = plan.recipe.calibration
-    return wanted.samples * wanted.length * _hidden(plan) * plan.compute_dtype(device).itemsize
+    streams = 2 if plan.two_streams else 1
+    row = wanted.length * _hidden(plan) * plan.compute_dtype(device).itemsize
+    return streams * wanted.samples * row
 
 
 def _hidden(plan: Plan) -> int:
@@ -237,15 +239,20 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
     runtime = plan.compute_dtype(device).itemsize * count if plan.calibrated else 0
     if not unit.steps:
         return runtime + 4 * count
-    grams = 0
+    grams = beside = 0
     shared = [site for site in unit.needs if not site.startswith("expert.") or site.endswith(".in")]
     for site in shared:
         if unit.needs[site].gram:
             grams += 4 * layout.site_linears(site)[0].in_features ** 2
+        if unit.needs[site].cross and layout.kind == "block":
+            # One site again with its cross products, and both in float64 while targets are solved
+            # for; the block as it stands beside the original one.
+            solving = 40 * layout.site_linears(site)[0].in_features ** 2
+            beside = max(beside, solving + runtime)
     largest = max((x.out_features * x.in_features for x in layout.linears), default=count)
     codes = sum(x.out_features * x.in_features for x in layout.linears)
     rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
-    return runtime + 4 * count + grams + codes + max(rows, 12 * largest)
+    return runtime + 4 * count + grams + beside + codes + max(rows, 12 * largest)
 
 
 def _seconds(plan: Plan, device: torch.device) -> float:
@@ -256,13 +263,16 @@ def _seconds(plan: Plan, device: torch.device) -> float:
     for unit in plan.units:
         size = sum(x.out_features * x.in_features for x in unit.layout.linears)
         passes = 2 if plan.recipe.propagate == "quantized" else 1
+        if plan.two_streams:
+            # Both models up to each of four sites, and the original through the block.
+            passes += 6
         if unit.layout.kind == "block":
             flops += 2.0 * passes * tokens * size
         for site, needs in unit.needs.items():
             if needs.gram:
                 linears = unit.layout.site_linears(site)
                 columns = linears[0].in_features
-                flops += 2.0 * tokens * columns**2
+                flops += (6.0 if needs.cross else 2.0) * tokens * columns**2
                 rows = sum(linear.out_features for linear in linears)
                 flops += 1.0 * SEARCH_CANDIDATES * rows * columns**2
     rate, score_rate = CUDA_FLOPS, CUDA_SCORES

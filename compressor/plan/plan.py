@@ -57,6 +57,11 @@ class Plan:
         return self.source.layout
 
     @property
+    def two_streams(self) -> bool:
+        """Whether the original model's activations are carried beside the quantized one's."""
+        return any(p.step.params.needs().cross for p in self.passes)
+
+    @property
     def calibrated(self) -> bool:
         """Whether any pass reads statistics, so that tokens have to be run."""
         learned = (p.step.params for p in self.passes)
@@ -314,7 +319,8 @@ def _check_tied(
 
 def _check_order(recipe: Recipe, passes: Sequence[PassPlan], problems: list[CompressError]) -> None:
     """Model passes see the source's weights; a rotated block wants rotated inputs."""
-    block = None
+    block: str | None = None
+    rescaled: str | None = None
     for plan in passes:
         params = plan.step.params
         if isinstance(params, ModelPass) and block is not None:
@@ -340,6 +346,24 @@ def _check_order(recipe: Recipe, passes: Sequence[PassPlan], problems: list[Comp
                     hint="propagate: quantized",
                 )
             )
+        if params.needs().cross and recipe.propagate == "original":
+            problems.append(
+                InputError(
+                    f"{plan.step.name} corrects what rounding did to a block's inputs, which are "
+                    "the original's here",
+                    hint="propagate: quantized, or correction: 0",
+                )
+            )
+        if params.needs().cross and rescaled is not None:
+            problems.append(
+                InputError(
+                    f"{plan.step.name} compares inputs with the original model's, which are others "
+                    f"after {rescaled}",
+                    hint=f"correction: 0, or leave {rescaled} out",
+                )
+            )
+        if params.rescales and params.kv() is None and not isinstance(params, ModelPass):
+            rescaled = rescaled or plan.step.name
         if not isinstance(params, ModelPass):
             block = block or plan.step.name
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor
 
 from compressor.ir.unit import Unit
@@ -20,6 +22,9 @@ Observe = Callable[[Unit, bool, Observable], Observation]
 """Runs the calibration inputs through a unit as it stands; the flag says whether any pass has
 changed it."""
 
+ObserveSite = Callable[[Unit, str, StatNeeds], SiteStats]
+"""Runs them through a unit as it stands and through the original one, and looks at one site."""
+
 
 def apply_passes(
     plan: Plan,
@@ -28,6 +33,7 @@ def apply_passes(
     current: Unit,
     *,
     observe: Observe,
+    observe_site: ObserveSite | None = None,
     learned: Mapping[int, Learned],
     base: Mapping[str, Tensor] | None = None,
 ) -> tuple[Unit, list[dict[str, Any]]]:
@@ -47,6 +53,9 @@ def apply_passes(
         params = step.step.params
         if wanted.anything and seen is None:
             seen = observe(current, changed, wanted)
+        site = None
+        if observe_site is not None and params.needs().cross:
+            site = partial(_look, observe_site, params.needs())
         context = PassContext(
             stats={} if seen is None else seen.stats,
             schemes=plan.schemes.linears,
@@ -59,6 +68,7 @@ def apply_passes(
             cache=plan.schemes.kv,
             learned=learned[number].values if number in learned else {},
             base=base or {},
+            observe=site,
         )
         result = params.apply(current, context)
         rows.extend({"pass": step.step.name, **row} for row in result.rows)
@@ -68,6 +78,10 @@ def apply_passes(
                 seen = None
         current = result.unit
     return current, rows
+
+
+def _look(observe_site: ObserveSite, needs: StatNeeds, unit: Unit, site: str) -> SiteStats:
+    return observe_site(unit, site, needs)
 
 
 def unit_seed(seed: int, unit: int, step: int) -> int:

@@ -9,7 +9,7 @@ same batches, and so arrives at the same inputs bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressor_calibration.stats import SiteStats, StatNeeds
 from compressor_calibration.tokens import TokenSet
 from torch import Tensor
 
@@ -24,12 +25,12 @@ from compressor.checkpoint.background import CommitQueue
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.source import require_finite
 from compressor.errors import Interrupted, MachineError
-from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
 from compressor.methods.base import Learned
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
-from compressor.run.apply import Observe, apply_passes
+from compressor.run.apply import Observe, ObserveSite, apply_passes
+from compressor.run.batches import advance, halving
 from compressor.run.emit import decode_unit, encode_unit
 from compressor.run.environment import environment
 from compressor.run.settings import JobSettings, UnitDone
@@ -37,6 +38,7 @@ from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import BlockRunner, Observation
 from compressor.runner.heap import give_back
 from compressor.runner.process_memory import peak_rss
+from compressor.runner.two_streams import observe_beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class _Loop:
     content: SourceContent
     runner: BlockRunner | None = None
     hidden: Tensor | None = None
+    original: Tensor | None = None
     done: list[UnitDone] = field(default_factory=list)
     committed: set[int] = field(default_factory=set)
 
@@ -145,7 +148,7 @@ class _Loop:
                 record = {
                     "source": self.content.hashes[index],
                     "rows": rows,
-                    "batches": self._next_inputs(index, unit, outputs, originals),
+                    **self._next_inputs(index, unit, outputs, originals),
                     "environment": here,
                 }
                 output.put(index, outputs, record)
@@ -172,7 +175,8 @@ class _Loop:
     def _read(self, index: int) -> Unit | None:
         """A unit of the source; None where nothing needs it."""
         unit = self.plan.units[index]
-        if index in self.committed and not (self._feeds(index) and self._from_source(unit)):
+        read_again = self._from_source(unit) or self._beside(unit)
+        if index in self.committed and not (self._feeds(index) and read_again):
             return None
         return self.content.read(index, pin=self.settings.device.type == "cuda")
 
@@ -181,6 +185,10 @@ class _Loop:
         if unit.layout.kind == "embedding":
             return not unit.steps
         return self.plan.recipe.propagate == "original"
+
+    def _beside(self, unit: UnitPlan) -> bool:
+        """Whether the original block runs beside the quantized one."""
+        return self.plan.two_streams and unit.layout.kind == "block"
 
     def _feeds(self, index: int) -> bool:
         """Whether a later unit that is still to be done needs the activations that leave this."""
@@ -197,14 +205,18 @@ class _Loop:
         """Make the inputs of the next unit from a committed one, exactly as it was done then."""
         if not self._feeds(index) or unit.layout.kind == "head":
             return
-        if source is not None:
+        if source is not None and self._from_source(unit):
             tensors = source.dequantized()
         else:
             tensors = self._as_written(unit, self.writer.read(unit.outputs))
         if unit.layout.kind == "embedding":
             self._embed(tensors)
             return
-        self._advance(unit.layout, tensors, record["batches"])
+        self._advance(self._inputs, unit, tensors, record["batches"])
+        if self._beside(unit):
+            assert source is not None
+            originals = source.dequantized(self.plan.compute_dtype(self.settings.device))
+            self._advance(self._originals, unit, originals, record["original_batches"])
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
@@ -219,15 +231,19 @@ class _Loop:
         unit: UnitPlan,
         outputs: Mapping[str, Tensor],
         originals: Mapping[str, Tensor],
-    ) -> list[int]:
+    ) -> dict[str, list[int]]:
         """Make the inputs of the next unit, where one needs them, and return the batches."""
         if unit.layout.kind == "head" or not self._feeds(index):
-            return []
-        seen = originals or self._as_written(unit, outputs)
+            return {"batches": []}
+        seen = originals if self._from_source(unit) else self._as_written(unit, outputs)
         if unit.layout.kind == "embedding":
             self._embed(seen)
-            return []
-        return self._advance(unit.layout, seen, None)
+            return {"batches": []}
+        batches = {"batches": self._advance(self._inputs, unit, seen)}
+        if self._beside(unit):
+            beside = self._advance(self._originals, unit, originals)
+            batches["original_batches"] = beside
+        return batches
 
     def _work(
         self, index: int, unit: UnitPlan, source: Unit
@@ -243,16 +259,18 @@ class _Loop:
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
             moved |= {linear.weight_name: shared for linear in layout.linears}
         with ExitStack() as stack:
+            observe, observe_site = self._observers(unit, moved, stack)
             current, rows = apply_passes(
                 self.plan,
                 index,
                 unit,
                 self._start(unit, source, moved),
-                observe=self._observer(unit, moved, stack),
+                observe=observe,
+                observe_site=observe_site,
                 learned=self.learned,
                 base=self.plan.delta.weights(unit.layout) if self.plan.delta else None,
             )
-        kept = moved if self._from_source(unit) else {}
+        kept = moved if self._from_source(unit) or self._beside(unit) else {}
         return encode_unit(self.plan, unit, current), rows, kept
 
     def _start(self, unit: UnitPlan, source: Unit, moved: Mapping[str, Tensor]) -> Unit:
@@ -266,10 +284,13 @@ class _Loop:
         tensors = {name: tensor.float() for name, tensor in moved.items()}
         return Unit(layout=source.layout, tensors=tensors, extra={**source.extra, **added})
 
-    def _observer(self, unit: UnitPlan, tensors: Mapping[str, Tensor], stack: ExitStack) -> Observe:
-        """What observes the unit; `tensors` are its weights before any pass."""
+    def _observers(
+        self, unit: UnitPlan, tensors: Mapping[str, Tensor], stack: ExitStack
+    ) -> tuple[Observe, ObserveSite | None]:
+        """What observes the unit, and where the original runs beside it, single sites of it;
+        `tensors` are its weights before any pass."""
         if not unit.calibrated:
-            return _nothing
+            return _nothing, None
         assert self.runner is not None
         runner = self.runner
         if unit.layout.kind == "head":
@@ -280,70 +301,61 @@ class _Loop:
                 stats = runner.head_stats(known, self._inputs, needs=wanted.sites[site])
                 return Observation(stats={site: stats}, module_loss=_no_module_loss)
 
-            return observe_head
+            return observe_head, None
         block = stack.enter_context(runner.block(unit.layout, tensors))
 
         def observe(current: Unit, changed: bool, wanted: Observable) -> Observation:
             if changed:
                 block.tensors = current.dequantized()
                 block.load(block.tensors)
-            return self._halving(
+            return halving(
+                self.settings,
                 lambda batch: block.observe(
                     self._inputs, needs=wanted.sites, batch=batch, kv=wanted.kv
-                )
+                ),
             )
 
-        return observe
+        if not self._beside(unit):
+            return observe, None
+
+        def observe_site(current: Unit, site: str, needs: StatNeeds) -> SiteStats:
+            dtype = self.plan.compute_dtype(self.settings.device)
+            weights = {n: t.to(dtype) for n, t in current.dequantized(dtype).items()}
+            streams = [(tensors, self._originals), (weights, self._inputs)]
+            return halving(
+                self.settings,
+                lambda batch: observe_beside(block, streams, site=site, needs=needs, batch=batch),
+            )
+
+        return observe, observe_site
 
     @property
     def _inputs(self) -> Tensor:
         assert self.hidden is not None
         return self.hidden
 
+    @property
+    def _originals(self) -> Tensor:
+        assert self.original is not None
+        return self.original
+
     def _embed(self, tensors: Mapping[str, Tensor]) -> None:
         assert self.runner is not None and self.tokens is not None
         self.hidden = self.runner.embed(tensors, self.tokens.ids, batch=self.settings.batch)
+        if self.plan.two_streams:
+            self.original = self.hidden.clone()
 
     def _advance(
-        self, layout: UnitLayout, tensors: Mapping[str, Tensor], batches: list[int] | None
+        self,
+        rows: Tensor,
+        unit: UnitPlan,
+        tensors: Mapping[str, Tensor],
+        batches: list[int] | None = None,
     ) -> list[int]:
-        """Run all rows through a block, in place, and return the batches it took.
-
-        Rows are replaced as soon as they are done, so that running out of memory loses nothing;
-        the batches are recorded because other batches may round otherwise.
-        """
+        """Run a stream through a block, in place, and return the batches it took."""
         assert self.runner is not None
-        used: list[int] = []
-        rows, start = self._inputs, 0
-        with self.runner.block(layout, tensors) as block:
-            while start < rows.shape[0]:
-                if batches is not None:
-                    size = batches[len(used)]
-                    out = block.forward(rows[start : start + size])
-                else:
-                    size = min(self.settings.batch, rows.shape[0] - start)
-                    try:
-                        out = block.forward(rows[start : start + size])
-                    except torch.OutOfMemoryError:
-                        self._halve()
-                        continue
-                rows[start : start + size] = out.to(rows.dtype)
-                used.append(size)
-                start += size
-        return used
-
-    def _halving(self, attempt: Callable[[int], Observation]) -> Observation:
-        while True:
-            try:
-                return attempt(self.settings.batch)
-            except torch.OutOfMemoryError:
-                self._halve()
-
-    def _halve(self) -> None:
-        if self.settings.batch == 1:
-            raise
-        self.settings.batch //= 2
-        torch.cuda.empty_cache()
+        with self.runner.block(unit.layout, tensors) as block:
+            return advance(block, rows, self.settings, batches)
 
     def _finished(
         self,

@@ -64,6 +64,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "w2-asymmetric": {"bits": 2, "group_size": 64, "symmetric": False},
 }
 SEARCHED = {"scales": "search", "damping": 0.1}
+CORRECTED = {**SEARCHED, "correction": 0.5}
 METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     # Parameters of the last pass beside the grid's; None where a pass takes no grid.
     "rtn": [("rtn", {})],
@@ -73,6 +74,15 @@ METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "gptq searched, damping .1": [("gptq", SEARCHED)],
     "gptq searched, descent": [("gptq", {**SEARCHED, "descent": 2})],
     "gptq searched, descent, refits": [("gptq", {**SEARCHED, "descent": 2, "refits": 3})],
+    "gptq corrected": [("gptq", {"correction": 0.5})],
+    "gptq searched, corrected": [("gptq", CORRECTED)],
+    "gptq searched, corrected .25": [("gptq", {**CORRECTED, "correction": 0.25})],
+    "gptq searched, corrected .75": [("gptq", {**CORRECTED, "correction": 0.75})],
+    "gptq searched, corrected, damping .01": [("gptq", {**CORRECTED, "damping": 0.01})],
+    "gptq searched, corrected, descent": [("gptq", {**CORRECTED, "descent": 2})],
+    "gptq searched, corrected, descent, refits": [
+        ("gptq", {**CORRECTED, "descent": 2, "refits": 3})
+    ],
     "awq": [("awq", {})],
     "awq + gptq": [("awq", None), ("gptq", {})],
     "awq + gptq searched": [("awq", None), ("gptq", SEARCHED)],

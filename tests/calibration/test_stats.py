@@ -54,6 +54,31 @@ def test_a_vector_that_is_not_finite_is_left_out_and_counted():
     assert torch.equal(x.nan_to_num(), before.nan_to_num()), "the input was changed"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_the_originals_inputs_are_those_of_float64(dtype):
+    draw = torch.Generator().manual_seed(2)
+    pairs = [[torch.randn(2, 30, 17, generator=draw).to(dtype) for _ in "xo"] for _ in range(3)]
+    pairs[1][0][0, 4, 2] = float("nan")  # neither of the two counts where ours is not finite
+    pairs[1][1][0, 4, 3] = float("inf")
+    stats, parts = (
+        [SiteStats(17, StatNeeds(gram=True, cross=True), device="cpu") for _ in range(n)]
+        for n in (1, 3)
+    )
+    for part, (x, original) in zip(parts, pairs, strict=True):
+        stats[0].update(x, original)
+        part.update(x, original)
+    x, original = (torch.cat([p[i] for p in pairs]).reshape(-1, 17).double() for i in (0, 1))
+    good = x.isfinite().all(1)
+    exact = (original - x)[good].T @ x[good]
+    for part in parts[1:]:
+        parts[0].merge(part)
+    for found in (stats[0], parts[0]):
+        assert found.tokens == 179
+        torch.testing.assert_close(found.cross.double(), exact, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="cross was not collected"):
+        collect([torch.ones(4, 3)], needs=StatNeeds(cross=True)).cross  # noqa: B018
+
+
 def test_only_what_was_asked_for_is_there():
     stats = collect([torch.ones(4, 3)], needs=StatNeeds(absmax=True))
     assert stats.tokens == 4 and torch.equal(stats.absmax, torch.ones(3))

@@ -26,6 +26,8 @@ PASSES: dict[str, list[Any]] = {
     "quantized": [{"awq": {"bits": 4, "group_size": 32}}],
     "original": [{"awq": {"bits": 4, "group_size": 32, "symmetric": False}}],
 }
+BESIDE = {"bits": 3, "group_size": 32, "scales": "search", "descent": 1, "correction": 0.5}
+"""The original's activations are carried beside the quantized model's."""
 FORECASTS = {
     **{"block_size": 8, "kernel_size": 4, "stride": 2, "local_blocks": 1, "top_k": 4},
     **{"dense_below": 0, "steps": 3, "rows_per_step": 4, "learning_rate": 0.01},
@@ -70,8 +72,8 @@ def assert_same_files(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
-def killed_at_random(folder: Path, model: Path, propagate: str, *, seed: int) -> int:
-    recipe = write_recipe(folder, model, propagate)
+def killed_at_random(folder: Path, model: Path, propagate: str, *, seed: int, **top: Any) -> int:
+    recipe = write_recipe(folder, model, propagate, **top)
     output = folder / "out"
     story = drive("killing.py", str(recipe), str(output), str(seed))
     whole = folder / "out-whole"
@@ -86,6 +88,14 @@ def test_killed_runs_continue_to_the_same_bytes(
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=8)
     assert killed_at_random(tmp_path, model, propagate, seed=7) >= 3
+
+
+def test_killed_runs_with_two_streams_continue_to_the_same_bytes(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    passes = [{"gptq": BESIDE}]
+    assert killed_at_random(tmp_path, model, "quantized", seed=3, passes=passes) >= 2
 
 
 @pytest.mark.slow

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from compressor.checkpoint.source import open_source
 from compressor.cli.commands.plan import layers, ranges
 from compressor.errors import Problems
+from compressor.plan.estimate import estimate
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 
+CORRECTED = {"group_size": 32, "correction": 0.5}
 RTN = {"rtn": {"bits": 4, "group_size": 32}}
 W8A8 = {"rtn": {"bits": 8, "group_size": None, "activations": "token"}}
 
@@ -38,6 +41,7 @@ def plan(tiny_model):
         ["kv_cache", RTN],
         ["smooth_attention", "kv_cache", RTN],
         [{"awq": {"bits": 4, "group_size": 32}}, "kv_cache"],
+        ["kv_cache", {"gptq": CORRECTED}],
         ["kv_cache", "smoothquant", W8A8],
         [{"fp8": {"targets": "attn.*"}}, {"nvfp4": {"targets": "mlp.*"}}],
         [{"rtn": {**RTN["rtn"], "ignore": ["lm_head", "layers.0.*"]}}],
@@ -56,6 +60,8 @@ def test_what_fits(passes, plan):
         (["nvfp4", "awq"], "awq .pass 2. changes weights after"),
         (["fp8", "nvfp4"], "is a second quantizer for"),
         ([{"smoothquant": {"bits": 8}}, RTN], "is a second quantizer for"),
+        (["awq", {"gptq": CORRECTED}], "inputs with the original model's, which are others after"),
+        (["rotate", {"gptq": CORRECTED}], "which are others after rotate"),
         (["kv_cache", "smooth_attention", RTN], "which smooth_attention changes after it"),
         (["kv_cache", "awq", RTN], "which awq changes after it"),
         (["kv_cache", {"awq": {"bits": 4, "group_size": 32}}], "which awq changes after it"),
@@ -121,3 +127,18 @@ def test_the_plan_shows_what_every_layer_becomes(plan):
     assert "  mlp.down         1 x int8 group 32 symmetric, blocks 1" in text
     assert text[-1].split() == ["KV", "cache", "fp8_e4m3,", "scales", "per", "tensor"]
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranges([]) == ""
+
+
+def test_a_correction_wants_the_quantized_models_inputs(plan):
+    with pytest.raises(Problems, match="corrects what rounding did") as raised:
+        plan([{"gptq": CORRECTED}], propagate="original")
+    assert "correction: 0" in str(raised.value.problems[0].hint)
+
+
+def test_two_streams_are_counted(plan):
+    memory = [
+        estimate(plan([{"gptq": options}]), device=torch.device("cpu"), resident=0).host_bytes
+        for options in ({"group_size": 32}, CORRECTED)
+    ]
+    stream = 128 * 512 * 64 * 4  # rows, tokens, hidden size, float32
+    assert memory[1] - memory[0] > stream

@@ -13,8 +13,9 @@ from compressor.ir.unit import Unit
 from compressor.methods.base import PassContext, output_error
 from compressor.methods.common.rounding import quantize_all
 from compressor.numerics.gptq import InverseFactor, Rounded, gptq, inverse_factor
+from compressor.numerics.target_correction import correction
 
-Start = Callable[[Sequence[Linear], SiteStats], Mapping[str, QTensor]]
+Start = Callable[[Unit, Sequence[Linear], SiteStats], Mapping[str, QTensor]]
 
 
 class GptqOptions(NamedTuple):
@@ -25,6 +26,7 @@ class GptqOptions(NamedTuple):
     min_tokens  what fewer tokens went through is rounded to nearest
     descent     sweeps of coordinate descent after GPTQ, and after each refit
     refits      times that the scales of integers are refitted to the codes
+    correction  share of the correction for inputs that differ from the original model's
     """
 
     damping: float = 0.01
@@ -32,6 +34,7 @@ class GptqOptions(NamedTuple):
     min_tokens: int = 64
     descent: int = 0
     refits: int = 0
+    correction: float = 0.0
 
 
 def round_unit(
@@ -43,26 +46,31 @@ def round_unit(
 ) -> tuple[Unit, list[dict[str, Any]]]:
     """The unit with every selected linear that has a spec quantized, and a report row for each.
 
-    start  how linears of one site are rounded to nearest, on the grid that is to be kept; where
-           None, as the plan says
+    start  how linears of one site of a unit are rounded to nearest, on the grid that is to be
+           kept; where None, as the plan says
+    Where targets are corrected, a site is observed after those before it have been rounded.
     """
     rows: dict[str, dict[str, Any]] = {}
     expert_tokens: dict[int | None, int] = {}
     # Outputs before inputs: how many tokens an expert saw is known from its output.
-    for site in reversed(unit.layout.sites):
+    corrects = options.correction > 0 and context.observe is not None
+    for site in _order(unit, forwards=corrects):
         linears = [x for x in context.coded if x.site == site]
         if not linears:
             continue
-        stats = context.stats[site]
+        aim, stats = unit, context.stats[site]
+        if corrects and context.observe is not None and not _routed(linears):
+            stats = context.observe(unit, site)
+            aim = _corrected(unit, linears, stats, options)
         tokens: dict[str, int] = {}
         for linear in linears:
             if linear.role == "expert.down":
                 expert_tokens[linear.expert] = stats.tokens
             tokens[linear.name] = expert_tokens.get(linear.expert, stats.tokens)
         if start is not None:
-            starts = start(linears, stats)
+            starts = start(aim, linears, stats)
         else:
-            made = quantize_all(context, linears, [unit.weight(x) for x in linears])
+            made = quantize_all(context, linears, [aim.weight(x) for x in linears])
             starts = {x.name: q for x, q in zip(linears, made, strict=True)}
         informed = [x for x in linears if tokens[x.name] >= options.min_tokens]
         inverse = None
@@ -70,7 +78,7 @@ def round_unit(
             inverse = inverse_factor(
                 stats.gram, damping=options.damping, act_order=options.act_order
             )
-        found = _solve(unit, context, informed, starts, inverse, options)
+        found = _solve(aim, context, informed, starts, inverse, options)
         for linear in linears:
             rounded = found.get(linear.name)
             q = starts[linear.name] if rounded is None else rounded.q
@@ -85,6 +93,36 @@ def round_unit(
             rows[linear.name] = row
             unit = unit.with_quantized(linear, q)
     return unit, [rows[x.name] for x in context.selected if x.name in rows]
+
+
+def _order(unit: Unit, *, forwards: bool) -> list[str]:
+    """The sites in the order in which they are worked on. Experts' outputs come before their
+    inputs: how many tokens an expert saw is known from its output."""
+    sites = list(reversed(unit.layout.sites))
+    if not forwards:
+        return sites
+    routed = [site for site in sites if _routed(unit.layout.site_linears(site))]
+    return [site for site in unit.layout.sites if site not in routed] + routed
+
+
+def _routed(linears: Sequence[Linear]) -> bool:
+    """Whether a site is one of experts, to which two models may send different tokens."""
+    return any(x.expert is not None for x in linears)
+
+
+def _corrected(
+    unit: Unit, linears: Sequence[Linear], stats: SiteStats, options: GptqOptions
+) -> Unit:
+    """The unit with the weights that linears of one site should have on its inputs."""
+    if stats.tokens < options.min_tokens:
+        return unit
+    found = correction(stats.gram, stats.cross, strength=options.correction)
+    if found is None:
+        return unit
+    for linear in linears:
+        weight = unit.weight(linear)
+        unit = unit.with_weight(linear, weight + weight.float() @ found)
+    return unit
 
 
 def _solve(

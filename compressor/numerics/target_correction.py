@@ -1,0 +1,34 @@
+"""What a linear should be, once its inputs are no longer the original model's.
+
+The blocks before it were quantized, so that it sees X in place of X°. Least squares asks for W*
+with ‖X·W*ᵀ − X°·Wᵀ‖² least (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692):
+    W* = W + W·(X° − X)ᵀX·(XᵀX + λI)⁻¹.
+All of it follows the noise of the calibration text; a share of it generalizes better.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RIDGE = 0.05
+"""λ as a share of the Gram matrix's mean diagonal."""
+
+
+def correction(gram: Tensor, cross: Tensor, *, strength: float) -> Tensor | None:
+    """α·(X° − X)ᵀX·(XᵀX + λI)⁻¹, float32 [C, C]; None where that is not finite or X is zero.
+
+    gram      XᵀX, [C, C]
+    cross     (X° − X)ᵀX, [C, C], of the same tokens
+    strength  α
+    """
+    mean = gram.diagonal().double().mean()
+    if not bool(torch.isfinite(cross).all()) or not bool(torch.isfinite(gram).all()) or mean <= 0:
+        return None
+    shifted = gram.double()
+    shifted.diagonal().add_(RIDGE * mean)
+    lower, failed = torch.linalg.cholesky_ex(shifted)
+    if bool(failed):
+        return None
+    # The matrix is symmetric: B·M⁻¹ = (M⁻¹·Bᵀ)ᵀ.
+    return torch.cholesky_solve(cross.double().T, lower).T.mul(strength).float()

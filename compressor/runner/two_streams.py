@@ -1,0 +1,69 @@
+"""A block of the quantized model and the original one beside it, each on its own activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from compressor_calibration.stats import SiteStats, StatNeeds
+from torch import Tensor, nn
+
+from compressor.runner.block_runner import Block
+from compressor.runner.observe import Seen
+
+Stream = tuple[Mapping[str, Tensor], Tensor]
+"""Weights as in `Block.load`, and rows [rows, length, hidden] that enter the block."""
+
+
+@torch.no_grad()
+def observe_beside(
+    block: Block, streams: Sequence[Stream], *, site: str, needs: StatNeeds, batch: int
+) -> SiteStats:
+    """Statistics of one site of plain linears, and of the original model's inputs beside them.
+
+    streams  the original, and ours of the same tokens
+    The block has its own weights afterwards.
+    """
+    linear = block.unit.site_linears(site)[0]
+    stats = SiteStats(linear.in_features, needs, device=block.runner.device)
+    try:
+        with _Caught(block.module(linear)) as caught:
+            for start in range(0, streams[0][1].shape[0], batch):
+                seen = []
+                for weights, rows in streams:
+                    block.load(weights)
+                    with suppress(Seen):
+                        block.forward(rows[start : start + batch])
+                    seen.append(caught.take())
+                stats.update(seen[1], seen[0])
+    finally:
+        block.load(block.tensors)
+    stats.all_reduce()
+    return stats
+
+
+class _Caught:
+    """Catches a module's input and ends the forward pass there, for the length of a `with`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.found: Tensor | None = None
+
+    def __enter__(self) -> _Caught:
+        self._handle = self.module.register_forward_pre_hook(self._catch, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def take(self) -> Tensor:
+        """What the last pass brought."""
+        assert self.found is not None
+        found, self.found = self.found, None
+        return found
+
+    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.found = args[0] if args else next(iter(kwargs.values()))
+        raise Seen
