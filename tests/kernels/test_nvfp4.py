@@ -4,8 +4,8 @@ import pytest
 import torch
 from compressor_kernels.linear.nvfp4 import (
     VALUES,
+    NVFP4Weight,
     nvfp4_dequantize,
-    nvfp4_dequantize_ref,
     nvfp4_matmul,
     nvfp4_matmul_ref,
 )
@@ -71,7 +71,7 @@ def test_every_code_under_every_scale(dtype):
     scales = torch.arange(256, dtype=torch.uint8).view(256, 1).view(E4M3)
     one = torch.ones(1)
     tensors = [t.to(DEVICE) for t in (packed, scales, one)]
-    exact = nvfp4_dequantize_ref(*tensors, dtype=torch.float64)
+    exact = NVFP4Weight(*tensors).dequantize(torch.float64)
     x = torch.eye(16, dtype=dtype, device=DEVICE)
     y = nvfp4_matmul(x, *tensors, out_dtype=torch.float32).mT.double()
     bad = scales.float().isnan().flatten().to(DEVICE)
@@ -97,7 +97,10 @@ def test_dequantize(dtype):
     smallest = torch.finfo(dtype).smallest_normal
     bound = torch.finfo(dtype).eps * weight.abs().clamp(min=smallest)
     assert ((dense.double() - weight).abs() <= bound).all()
-    assert torch.allclose(nvfp4_dequantize_ref(*tensors[1:], dtype=torch.float64), weight)
+    packed = NVFP4Weight(*tensors[1:])
+    assert torch.allclose(packed.dequantize(torch.float64), weight)
+    part = packed.tile(slice(3, 9), slice(64, 160)).dequantize(torch.float64)
+    assert torch.allclose(part, weight[3:9, 64:160])
 
 
 def test_reference_is_the_product_with_the_weight():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from compressor_kernels.linear.w4a16 import (
     DecodeTiles,
+    Int4Weight,
     TiledTiles,
     w4a16,
     w4a16_dequantize,
-    w4a16_dequantize_ref,
     w4a16_ref,
 )
 
@@ -153,10 +153,17 @@ def test_dequantize(outputs, inner, group, zeros, dtype):
     if DEVICE == "cuda":  # the interpreter truncates bf16 stores
         assert torch.equal(dense, weight.to(dtype))
     assert ((dense.double() - weight).abs() <= torch.finfo(dtype).eps * weight.abs()).all()
-    exact = w4a16_dequantize_ref(
-        *tensors[1:], in_features=inner, group_size=group, dtype=torch.float64
-    )
-    assert torch.equal(exact, weight)
+    packed = Int4Weight(*tensors[1:], in_features=inner, group_size=group)
+    assert torch.equal(packed.dequantize(torch.float64), weight)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [32, 128, None])
+def test_a_tile_is_that_part_of_the_weight(group, zeros):
+    tensors, weight = problem(1, 43, 384, group, torch.float16, zeros=zeros)
+    packed = Int4Weight(*tensors[1:], in_features=384, group_size=group)
+    rows, columns = slice(8, 40), slice(128, 384) if group else slice(None)
+    assert torch.equal(packed.tile(rows, columns).dequantize(torch.float64), weight[rows, columns])
 
 
 def test_reference_is_the_product_with_the_weight():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from compressor_kernels.linear.w4a8 import (
     DecodeTiles,
+    QServeWeight,
     TiledTiles,
     w4a8,
-    w4a8_dequantize_ref,
     w4a8_ref,
 )
 
@@ -53,14 +53,18 @@ def assert_close(y, a, scales, weight, *, bias=0.0):
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_reference_is_what_the_format_reads(group, zero):
     tensors, weight = stored(96, 512, group, zero=zero)
-    qweight, s1 = tensors.pop("qweight"), tensors.pop("s1_scales")
-    assert torch.equal(w4a8_dequantize_ref(qweight, s1, **tensors), weight)
+    packed = QServeWeight(**tensors)
+    assert torch.equal(packed.dequantize(), weight)
+    rows, columns = slice(32, 64), slice(0, weight.shape[1] // 2 // 32 * 32)
+    assert torch.equal(packed.tile(rows, columns).dequantize(), weight[rows, columns])
 
 
 def test_reference_of_channels_is_what_the_format_reads():
     tensors, weight = stored(64, 96, None)
-    qweight, s1 = tensors.pop("qweight"), tensors.pop("s1_scales")
-    assert torch.equal(w4a8_dequantize_ref(qweight, s1, **tensors), weight)
+    packed = QServeWeight(**tensors)
+    assert torch.equal(packed.dequantize(), weight)
+    rows, columns = slice(32, 64), slice(0, weight.shape[1] // 2 // 32 * 32)
+    assert torch.equal(packed.tile(rows, columns).dequantize(), weight[rows, columns])
 
 
 @pytest.mark.parametrize("count", [1, 9])

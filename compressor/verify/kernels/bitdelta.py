@@ -48,6 +48,6 @@ def _product(layer: Layer, x: Tensor, tile: Tile, multiply: Callable[..., Tensor
     for words, scale in zip(signs, scales, strict=True):
         y = multiply(x[None], words[None].contiguous(), scale.reshape(1), base_out=y)
     x, sizes = x.double(), base.double().abs() + scales.abs().sum().double()
-    weight = layer.weight[tile.rows, tile.columns].to(x.device)
+    weight = layer.dense(tile, x.device)
     bound = SUMS * (x.abs() @ sizes.mT) + 1e-30
     return Product(found=y[0], expected=x @ weight.mT, bound=bound)

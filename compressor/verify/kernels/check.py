@@ -11,6 +11,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
 from compressor.ir.scheme import Scheme
 from compressor.numerics.chunks import row_chunks
-from compressor.verify.kernels.layer import EVERYTHING, KernelCheck, Layer, Product, Tile
-from compressor.verify.kernels.low_bit import NVFP4, W4A8, W8A8
+from compressor.verify.kernels.layer import EVERYTHING, KernelCheck, Layer, Product, Tile, operands
+from compressor.verify.kernels.low_bit import NVFP4, SUMS, W4A8, W8A8, product
 from compressor.verify.kernels.mx import MX
 from compressor.verify.kernels.weight_only import WeightOnly
 
@@ -59,49 +60,29 @@ class W4A16:
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.w4a16 import w4a16
 
-        packed, scales, zeros = self._operands(layer, tile, x.device)
-        half = torch.float16 if scales.dtype == torch.float16 else torch.bfloat16
+        weight, size = self._operands(layer, tile, x.device), layer.q.spec.group_size
+        half = torch.float16 if weight["scales"].dtype == torch.float16 else torch.bfloat16
         x = x.to(half)
-        found = w4a16(
-            x,
-            packed,
-            scales,
-            zeros,
-            group_size=layer.q.spec.group_size,
-            out_dtype=torch.float32,
-        )
-        weight = layer.weight[tile.rows, tile.columns].to(x.device)
+        found = w4a16(x, **weight, group_size=size, out_dtype=torch.float32)
         # The kernel may round a scale, and then its product with a code, to the inputs' dtype.
-        magnitudes = x.double().abs() @ weight.abs().mT
-        bound = (2 * torch.finfo(half).eps + 1e-5) * magnitudes + 1e-30
-        return Product(found=found, expected=x.double() @ weight.mT, bound=bound)
+        loss = 2 * torch.finfo(half).eps + SUMS
+        return product(found, x.double(), layer.dense(tile, x.device), loss)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.w4a16 import w4a16_ref
 
-        x = x.double()
-        packed, scales, zeros = self._operands(layer, tile, x.device)
-        found = w4a16_ref(x, packed, scales, zeros, group_size=layer.q.spec.group_size)
-        weight = layer.weight[tile.rows, tile.columns].to(x.device)
-        bound = 1e-11 * (x.abs() @ weight.abs().mT) + 1e-30
-        return Product(found=found, expected=x @ weight.mT, bound=bound)
+        x, weight = x.double(), self._operands(layer, tile, x.device)
+        found = w4a16_ref(x, **weight, group_size=layer.q.spec.group_size)
+        return product(found, x, layer.dense(tile, x.device), 1e-11)
 
-    def _operands(
-        self, layer: Layer, tile: Tile, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Packed words, scales and zero points of a tile, which starts at whole words."""
-        tensors, (outputs, inputs) = layer.tensors, layer.q.shape
-        first, last, _ = tile.rows.indices(outputs)
-        left, right, _ = tile.columns.indices(inputs)
-        groups = tensors["weight_scale"].shape[1]
-        size = inputs // groups
-        among = slice(left // size, -(-right // size))
-        packed = tensors["weight_packed"][first:last, left // 8 : -(-right // 8)]
-        scales = tensors["weight_scale"][first:last, among]
+    def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
+        from compressor_kernels.linear.w4a16 import Int4Weight
+
+        tensors, q = layer.tensors, layer.q
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         zeros = tensors.get("weight_zero_point")
-        if zeros is not None:
-            zeros = zeros[first // 8 : -(-last // 8), among].to(device).contiguous()
-        return packed.to(device).contiguous(), scales.to(device).contiguous(), zeros
+        weight = Int4Weight(packed, scales, zeros, q.shape[1], q.spec.group_size)
+        return operands(weight, tile, device)
 
 
 CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), MX(), W4A8(), WeightOnly())
@@ -179,12 +160,12 @@ def check_kernel(
             products.append(check.kernel(layer, x, tile))
         products.append(_reference(check, layer, torch.randn(2, inputs, generator=generator)))
     errors, problem = [], ""
-    for product in products:
-        found, expected = product.found.double(), product.expected
+    for made in products:
+        found, expected = made.found.double(), made.expected
         difference = (found - expected).abs()
         scale = expected.square().mean().sqrt().clamp(min=1e-30)
         errors.append(float(difference.square().mean().sqrt() / scale))
-        wrong = ~(difference <= product.bound)
+        wrong = ~(difference <= made.bound)
         if bool(wrong.any()):
             token, output = (int(i) for i in wrong.nonzero()[0])
             gives, should = float(found[token, output]), float(expected[token, output])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from compressor.ir.qtensor import QTensor
@@ -31,6 +32,10 @@ class Layer:
     def q(self) -> QTensor:
         assert self.codes is not None
         return self.codes
+
+    def dense(self, tile: Tile, device: torch.device) -> Tensor:
+        """float64 weight of a tile."""
+        return self.weight[tile.rows, tile.columns].to(device)
 
     def laid_out(self, tensors: Mapping[str, Tensor]) -> Layer:
         """This layer with other tensors of the same codes and scales."""
@@ -58,6 +63,13 @@ class Product:
     found: Tensor
     expected: Tensor
     bound: Tensor
+
+
+def operands(weight: Any, tile: Tile, device: torch.device) -> dict[str, Any]:
+    """Tensors of a tile of one of the kernels' packed weights, by the names the kernel has."""
+    part = weight.tile(tile.rows, tile.columns)
+    tensors = {x.name: getattr(part, x.name) for x in fields(part)}
+    return {n: t.contiguous().to(device) for n, t in tensors.items() if isinstance(t, Tensor)}
 
 
 class KernelCheck(Protocol):

@@ -7,6 +7,7 @@ what its plain reference makes of them, so that a wrong code shows as a wrong pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
-from compressor.verify.kernels.layer import Layer, Product, Tile
+from compressor.verify.kernels.layer import Layer, Product, Tile, operands
 
 DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
@@ -56,10 +57,9 @@ class W8A8:
 
         codes, scales = _input_codes(layer, x, quantize_tokens)
         found = self._multiply(layer, tile, codes, scales, plain=w8a8, blocks=w8a8_blocks)
-        dense = layer.weight[tile.rows, tile.columns].to(x.device)
         fp8 = input_of(layer.scheme).element == "fp8_e4m3"
         loss = FP8_SUMS if fp8 and x.is_cuda else SUMS
-        return product(found, quantized_input(layer, x), dense, loss)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), loss)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.activations import quantize_tokens_ref
@@ -67,8 +67,7 @@ class W8A8:
 
         codes, scales = _input_codes(layer, x, quantize_tokens_ref)
         found = self._multiply(layer, tile, codes, scales, plain=w8a8_ref, blocks=w8a8_blocks_ref)
-        dense = layer.weight[tile.rows, tile.columns].to(x.device)
-        return product(found, quantized_input(layer, x), dense, SUMS)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
 
     def _multiply(
         self,
@@ -118,30 +117,30 @@ class NVFP4:
         return input is None or input.element == "fp4_e2m1"
 
     def prepared(self, layer: Layer) -> Layer:
-        return layer
+        codes = layer.q.codes
+        return layer.laid_out({"codes": codes[:, 0::2] | (codes[:, 1::2] << 4)})
 
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs
         from compressor_kernels.linear.nvfp4 import nvfp4_matmul
 
-        operands = self._operands(layer.q, tile, x.device)
-        dense = layer.weight[tile.rows, tile.columns].to(x.device)
+        weight = self._operands(layer, tile, x.device)
         if layer.scheme.input is None:
             x = x.to(torch.bfloat16)
-            found = nvfp4_matmul(x, *operands, out_dtype=torch.float32)
-            return product(found, x.double(), dense, SUMS)
+            found = nvfp4_matmul(x, **weight, out_dtype=torch.float32)
+            return product(found, x.double(), layer.dense(tile, x.device), SUMS)
         parts = quantize_nvfp4_inputs(x, amax=_amax(layer, x))
         units, second = _units(parts)
-        found = nvfp4_matmul(units.to(torch.bfloat16), *operands, out_dtype=torch.float32) * second
-        return product(found, self._seen(layer, x), dense, SUMS)
+        found = nvfp4_matmul(units.to(torch.bfloat16), **weight, out_dtype=torch.float32) * second
+        return product(found, self._seen(layer, x), layer.dense(tile, x.device), SUMS)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.nvfp4 import nvfp4_matmul_ref
 
-        operands = self._operands(layer.q, tile, x.device)
+        weight = self._operands(layer, tile, x.device)
         seen = x.double() if layer.scheme.input is None else self._seen(layer, x)
-        found = nvfp4_matmul_ref(seen, *operands)
-        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), 1e-11)
+        found = nvfp4_matmul_ref(seen, **weight)
+        return product(found, seen, layer.dense(tile, x.device), 1e-11)
 
     def _seen(self, layer: Layer, x: Tensor) -> Tensor:
         from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs_ref
@@ -149,16 +148,13 @@ class NVFP4:
         units, second = _units(quantize_nvfp4_inputs_ref(x, amax=_amax(layer, x)))
         return units.double() * second.double()
 
-    def _operands(
-        self, q: QTensor, tile: Tile, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert q.second is not None and q.spec.group_size is not None
-        codes = q.codes[tile.rows, tile.columns]
-        left, right, _ = tile.columns.indices(q.shape[1])
-        blocks = slice(left // q.spec.group_size, right // q.spec.group_size)
-        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        scales = q.scales[tile.rows, blocks].contiguous()
-        return packed.to(device), scales.to(device), q.second.reshape(1).to(device)
+    def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
+        from compressor_kernels.linear.nvfp4 import NVFP4Weight
+
+        q = layer.q
+        assert q.second is not None
+        weight = NVFP4Weight(layer.tensors["codes"], q.scales, q.second.reshape(1))
+        return operands(weight, tile, device)
 
 
 class W4A8:
@@ -189,37 +185,28 @@ class W4A8:
         from compressor_kernels.linear.w4a8 import w4a8
 
         codes, scales = quantize_tokens(x, dtype=torch.int8)
-        operands = self._operands(layer, tile, x.device)
-        found = w4a8(codes, **operands, row_scales=scales, out_dtype=torch.float32)
-        dense = layer.weight[tile.rows, tile.columns].to(x.device)
-        return product(found, quantized_input(layer, x), dense, SUMS)
+        weight = self._operands(layer, tile, x.device)
+        found = w4a8(codes, **weight, row_scales=scales, out_dtype=torch.float32)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.activations import quantize_tokens_ref
         from compressor_kernels.linear.w4a8 import w4a8_ref
 
         codes, scales = quantize_tokens_ref(x, dtype=torch.int8)
-        operands = self._operands(layer, tile, x.device)
-        found = w4a8_ref(codes, **operands, row_scales=scales, out_dtype=torch.float32)
-        dense = layer.weight[tile.rows, tile.columns].to(x.device)
-        return product(found, quantized_input(layer, x), dense, SUMS)
+        weight = self._operands(layer, tile, x.device)
+        found = w4a8_ref(codes, **weight, row_scales=scales, out_dtype=torch.float32)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
 
     def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
-        """Stored tensors of a part of the layer, which starts and ends at whole tiles."""
-        tensors, (outputs, inputs) = layer.tensors, layer.q.shape
-        top, bottom, _ = tile.rows.indices(outputs)
-        left, right, _ = tile.columns.indices(inputs)
-        blocks = tensors["qweight"].reshape(outputs // 32, inputs // 32, 512)
-        blocks = blocks[top // 32 : bottom // 32, left // 32 : right // 32].contiguous()
-        found = {"qweight": blocks.reshape(bottom - top, (right - left) // 2)}
-        for name in ("s1_scales", "s1_szeros"):
-            if name in tensors:
-                found[name] = tensors[name].reshape(-1)[top:bottom]
-        for name in ("s2_scales", "s2_zeros"):
-            if name in tensors:
-                size = inputs // tensors[name].shape[0]
-                found[name] = tensors[name][left // size : right // size, top:bottom].contiguous()
-        return {name: tensor.to(device) for name, tensor in found.items()}
+        from compressor_kernels.linear.w4a8 import QServeWeight
+
+        tensors = {
+            x.name: layer.tensors[x.name].flatten() if x.name[:2] == "s1" else layer.tensors[x.name]
+            for x in fields(QServeWeight)
+            if x.name in layer.tensors
+        }
+        return operands(QServeWeight(**tensors), tile, device)
 
 
 def _blocked(scheme: Scheme) -> bool:
@@ -315,11 +302,10 @@ def _input_codes(
 
 def _units(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """NVFP4 inputs less their global scale, float32, and that scale."""
-    from compressor_kernels.linear.nvfp4 import nvfp4_dequantize_ref
+    from compressor_kernels.linear.nvfp4 import NVFP4Weight
 
     codes, scales, second = parts
-    one = torch.ones_like(second)
-    return nvfp4_dequantize_ref(codes, scales, one, dtype=torch.float32), second
+    return NVFP4Weight(codes, scales, torch.ones_like(second)).dequantize(torch.float32), second
 
 
 def product(found: Tensor, seen: Tensor, weight: Tensor, loss: float) -> Product:

@@ -3,11 +3,13 @@ same kind: rounded inputs are exact in bf16, as the weights are."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from compressor.ir.scheme import Scheme
-from compressor.verify.kernels.layer import Layer, Product, Tile
+from compressor.verify.kernels.layer import Layer, Product, Tile, operands
 from compressor.verify.kernels.low_bit import SUMS, product
 
 
@@ -32,15 +34,15 @@ class MX:
         else:
             parts = quantize_mx_inputs(x, element=layer.scheme.input.element)
             entered, seen = mx_values(*parts, dtype=torch.bfloat16), _rounded(layer, x)
-        found = mx_matmul(entered, *_operands(layer, tile, x.device), out_dtype=torch.float32)
-        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), SUMS)
+        found = mx_matmul(entered, **_operands(layer, tile, x.device), out_dtype=torch.float32)
+        return product(found, seen, layer.dense(tile, x.device), SUMS)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.mx import mx_matmul_ref
 
         seen = x.double() if layer.scheme.input is None else _rounded(layer, x)
-        found = mx_matmul_ref(seen, *_operands(layer, tile, x.device))
-        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), 1e-11)
+        found = mx_matmul_ref(seen, **_operands(layer, tile, x.device))
+        return product(found, seen, layer.dense(tile, x.device), 1e-11)
 
 
 def _rounded(layer: Layer, x: Tensor) -> Tensor:
@@ -52,12 +54,9 @@ def _rounded(layer: Layer, x: Tensor) -> Tensor:
     return mx_values(*parts, dtype=torch.float64)
 
 
-def _operands(layer: Layer, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stored codes and exponents of a part of the layer that starts and ends at whole groups."""
-    tensors, inputs = layer.tensors, layer.q.shape[1]
-    left, right, _ = tile.columns.indices(inputs)
-    codes = tensors["weight_packed" if layer.q.spec.bits == 4 else "weight"]
-    each = inputs // codes.shape[1]
-    codes = codes[tile.rows, left // each : right // each]
-    exponents = tensors["weight_scale"].view(torch.uint8)[tile.rows, left // 32 : right // 32]
-    return codes.contiguous().to(device), exponents.contiguous().to(device)
+def _operands(layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
+    from compressor_kernels.linear.mx import MXWeight
+
+    codes = layer.tensors["weight_packed" if layer.q.spec.bits == 4 else "weight"]
+    exponents = layer.tensors["weight_scale"].view(torch.uint8)
+    return operands(MXWeight(codes, exponents), tile, device)

@@ -76,7 +76,7 @@ class WeightOnly:
             seen, found = quantized_input(layer, x), found * by.reshape(-1, 1)
         rounded = block is not None and block[1] < x.shape[-1]
         loss = SUMS + (2 * torch.finfo(half).eps if rounded else 0)
-        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), loss)
+        return product(found, seen, layer.dense(tile, x.device), loss)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.weight_only import weight_only_ref
@@ -84,7 +84,7 @@ class WeightOnly:
         codes, scales, zeros, block = self._operands(layer, tile, x.device)
         seen = x.double() if layer.scheme.input is None else quantized_input(layer, x)
         found = weight_only_ref(seen, codes, scales, zeros, bits=layer.q.spec.bits, block=block)
-        return product(found, seen, layer.weight[tile.rows, tile.columns].to(x.device), 1e-11)
+        return product(found, seen, layer.dense(tile, x.device), 1e-11)
 
     def _operands(
         self, layer: Layer, tile: Tile, device: torch.device

@@ -35,6 +35,32 @@ class MXTiles:
     num_warps: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class MXWeight:
+    """One weight [O, I] as the tensors above hold it."""
+
+    codes: Tensor
+    exponents: Tensor
+
+    def check(self) -> tuple[int, int]:
+        """Outputs and inputs. Raises ValueError on tensors that do not fit."""
+        return _check(self.codes, self.exponents)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight in plain PyTorch, in any float dtype."""
+        return mx_values(self.codes, self.exponents, dtype=dtype)
+
+    def tile(self, rows: slice, columns: slice) -> "MXWeight":
+        """A part that starts and ends at whole groups."""
+        _, inner = self.check()
+        left, right, _ = columns.indices(inner)
+        each = inner // self.codes.shape[1]
+        return MXWeight(
+            self.codes[rows, left // each : right // each],
+            self.exponents[rows, left // BLOCK : right // BLOCK],
+        )
+
+
 def mx_matmul(
     x: Tensor,
     codes: Tensor,
@@ -49,7 +75,7 @@ def mx_matmul(
     Weights are exact and sums in fp32. The same inputs give the same bits. Raises ValueError on
     tensors that do not fit.
     """
-    outputs, inner = _check(codes, exponents)
+    outputs, inner = MXWeight(codes, exponents).check()
     if x.dtype != torch.bfloat16 or x.shape[-1] != inner:
         raise ValueError(f"x {x.dtype} {list(x.shape)} is not bf16 [..., {inner}]")
     if bias is not None and tuple(bias.shape) != (outputs,):
@@ -90,7 +116,7 @@ def mx_matmul_ref(
 ) -> Tensor:
     """`mx_matmul` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = x.to(exact) @ mx_values(codes, exponents, dtype=exact).mT
+    y = x.to(exact) @ MXWeight(codes, exponents).dequantize(exact).mT
     return (y if bias is None else y + bias.to(exact)).to(out_dtype or x.dtype)
 
 

@@ -10,6 +10,8 @@ scale multiplies fp32 sums. The kernels are those of `w4a16`: four bytes hold ei
 output, lowest nibble first, in both formats.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,48 @@ BLOCK = 16
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+@dataclass(frozen=True, slots=True)
+class NVFP4Weight:
+    """One weight [O, I] as the tensors above hold it."""
+
+    packed: Tensor
+    scales: Tensor
+    second: Tensor
+
+    def check(self) -> tuple[int, int]:
+        """Outputs and inputs. Raises ValueError on tensors that do not fit."""
+        packed, scales, second = self.packed, self.scales, self.second
+        if packed.dim() != 2 or packed.dtype != torch.uint8:
+            raise ValueError(f"packed {packed.dtype} {list(packed.shape)} is not uint8 [O, I/2]")
+        outputs, inner = packed.shape[0], packed.shape[1] * 2
+        if inner == 0 or inner % BLOCK:
+            raise ValueError(f"{inner} inputs do not divide into blocks of {BLOCK}")
+        fit = (outputs, inner // BLOCK)
+        if scales.dtype != torch.float8_e4m3fn or scales.shape != fit:
+            raise ValueError(f"scales {scales.dtype} {list(scales.shape)} are not E4M3 {list(fit)}")
+        if second.dtype != torch.float32 or second.numel() != 1:
+            raise ValueError(f"second {second.dtype} {list(second.shape)} is not one fp32 value")
+        return outputs, inner
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight in plain PyTorch, in any float dtype."""
+        self.check()
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        table = torch.tensor([*VALUES, *(-v for v in VALUES)], dtype=exact).to(self.packed.device)
+        codes = torch.stack([self.packed & 15, self.packed >> 4], dim=-1).flatten(-2)
+        blocks = self.scales.to(exact).repeat_interleave(BLOCK, dim=1)
+        return (table[codes.long()] * blocks * self.second.reshape(1).to(exact)).to(dtype)
+
+    def tile(self, rows: slice, columns: slice) -> "NVFP4Weight":
+        """A part that starts and ends at whole blocks."""
+        left, right, _ = columns.indices(self.packed.shape[1] * 2)
+        return NVFP4Weight(
+            self.packed[rows, left // 2 : right // 2],
+            self.scales[rows, left // BLOCK : right // BLOCK],
+            self.second,
+        )
+
+
 def nvfp4_matmul(
     x: Tensor,
     packed: Tensor,
@@ -45,9 +89,9 @@ def nvfp4_matmul(
     for cuBLAS and rounded to x's dtype. The same inputs give the same bits. `tiles` names a kernel
     and its shape. Raises ValueError on tensors that do not fit.
     """
-    outputs, inner = _check(packed, scales, second, x.shape[-1])
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"nvfp4_matmul takes x in fp16 or bf16, not {x.dtype}")
+    outputs, inner = NVFP4Weight(packed, scales, second).check()
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.shape[-1] != inner:
+        raise ValueError(f"x {x.dtype} {list(x.shape)} is not fp16 or bf16 [..., {inner}]")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias {list(bias.shape)} is not one value for each of {outputs} outputs")
     out_dtype = out_dtype or x.dtype
@@ -79,7 +123,7 @@ def nvfp4_matmul_ref(
 ) -> Tensor:
     """`nvfp4_matmul` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = x.to(exact) @ nvfp4_dequantize_ref(packed, scales, second, dtype=exact).mT
+    y = x.to(exact) @ NVFP4Weight(packed, scales, second).dequantize(exact).mT
     return (y if bias is None else y + bias.to(exact)).to(out_dtype or x.dtype)
 
 
@@ -87,7 +131,7 @@ def nvfp4_dequantize(
     packed: Tensor, scales: Tensor, second: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight [O, I] in fp16 or bf16, rounded once."""
-    _, inner = _check(packed, scales, second, packed.shape[-1] * 2)
+    _, inner = NVFP4Weight(packed, scales, second).check()
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"nvfp4_dequantize gives fp16 or bf16, not {dtype}")
     return dense_weight(
@@ -99,31 +143,3 @@ def nvfp4_dequantize(
         dtype=dtype,
         second=second.reshape(1),
     )
-
-
-def nvfp4_dequantize_ref(
-    packed: Tensor, scales: Tensor, second: Tensor, *, dtype: torch.dtype
-) -> Tensor:
-    """`nvfp4_dequantize` in plain PyTorch; `dtype` may also be fp32 or fp64."""
-    _check(packed, scales, second, packed.shape[-1] * 2)
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    table = torch.tensor([*VALUES, *(-v for v in VALUES)], dtype=exact, device=packed.device)
-    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-    blocks = scales.to(exact).repeat_interleave(BLOCK, dim=1)
-    return (table[codes.long()] * blocks * second.reshape(1).to(exact)).to(dtype)
-
-
-def _check(packed: Tensor, scales: Tensor, second: Tensor, inner: int) -> tuple[int, int]:
-    """Outputs and inputs."""
-    if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.shape[1] * 2 != inner:
-        raise ValueError(f"packed {packed.dtype} {list(packed.shape)} is not uint8 [O, {inner}/2]")
-    if inner == 0 or inner % BLOCK:
-        raise ValueError(f"{inner} inputs do not divide into blocks of {BLOCK}")
-    outputs = packed.shape[0]
-    if scales.dtype != torch.float8_e4m3fn or scales.shape != (outputs, inner // BLOCK):
-        raise ValueError(
-            f"scales {scales.dtype} {list(scales.shape)} are not E4M3 [{outputs}, {inner // BLOCK}]"
-        )
-    if second.dtype != torch.float32 or second.numel() != 1:
-        raise ValueError(f"second {second.dtype} {list(second.shape)} is not one fp32 value")
-    return outputs, inner

@@ -49,6 +49,60 @@ class TiledTiles:
     num_stages: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """One weight [O, I] as the tensors above hold it."""
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    in_features: int
+    group_size: int | None
+
+    def check(self) -> tuple[int, int]:
+        """Outputs, and the group in inputs (a whole row's is rounded up to slices of 128). Raises
+        ValueError on tensors that do not fit."""
+        packed, scales, zeros, inner = self.packed, self.scales, self.zeros, self.in_features
+        if packed.dim() != 2 or packed.dtype != torch.int32 or packed.shape[1] != -(-inner // 8):
+            raise ValueError(
+                f"packed {packed.dtype} {list(packed.shape)} is not int32 [O, {-(-inner // 8)}]"
+            )
+        group = -(-inner // 128) * 128 if self.group_size is None else self.group_size
+        if group < 8 or (128 % group and group % 128):
+            raise ValueError(f"group size {group}: a multiple of 8 that divides 128, or of 128")
+        outputs, groups = packed.shape[0], -(-inner // group)
+        if scales.shape != (outputs, groups) or not scales.is_floating_point():
+            raise ValueError(f"scales {list(scales.shape)} are not [{outputs}, {groups}]")
+        fit = (-(-outputs // 8), groups)
+        if zeros is not None and (zeros.dtype, zeros.shape) != (torch.int32, fit):
+            raise ValueError(f"zeros {zeros.dtype} {list(zeros.shape)} are not int32 {list(fit)}")
+        return outputs, group
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight in plain PyTorch, in any float dtype."""
+        outputs, _ = self.check()
+        each = torch.arange(self.in_features, device=self.packed.device)
+        each //= self.group_size or self.in_features
+        u = _nibbles(self.packed)[:, : self.in_features]
+        z = 8 if self.zeros is None else _nibbles(self.zeros.mT).mT[:outputs, each]
+        return (u - z).to(dtype) * self.scales.to(dtype)[:, each]
+
+    def tile(self, rows: slice, columns: slice) -> "Int4Weight":
+        """A part that starts at whole words and whole groups."""
+        top, bottom, _ = rows.indices(self.packed.shape[0])
+        left, right, _ = columns.indices(self.in_features)
+        size = self.group_size or self.in_features
+        among = slice(left // size, -(-right // size))
+        zeros = None if self.zeros is None else self.zeros[top // 8 : -(-bottom // 8), among]
+        return Int4Weight(
+            self.packed[top:bottom, left // 8 : -(-right // 8)],
+            self.scales[top:bottom, among],
+            zeros,
+            right - left,
+            self.group_size,
+        )
+
+
 def w4a16(
     x: Tensor,
     packed: Tensor,
@@ -67,7 +121,7 @@ def w4a16(
     written out dense, round (u - z) * s to x's dtype. The same inputs give the same bits. `tiles`
     names a kernel and its shape. Raises ValueError on tensors that do not fit.
     """
-    outputs, group = _check(packed, scales, zeros, x.shape[-1], group_size)
+    outputs, group = Int4Weight(packed, scales, zeros, x.shape[-1], group_size).check()
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"w4a16 takes x in fp16 or bf16, not {x.dtype}")
     if bias is not None and bias.shape != (outputs,):
@@ -107,10 +161,8 @@ def w4a16_ref(
 ) -> Tensor:
     """`w4a16` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dense = w4a16_dequantize_ref(
-        packed, scales, zeros, in_features=x.shape[-1], group_size=group_size, dtype=exact
-    )
-    y = x.to(exact) @ dense.mT
+    weight = Int4Weight(packed, scales, zeros, x.shape[-1], group_size)
+    y = x.to(exact) @ weight.dequantize(exact).mT
     return (y if bias is None else y + bias.to(exact)).to(out_dtype or x.dtype)
 
 
@@ -127,7 +179,7 @@ def w4a16_dequantize(
 
     (u - z) is exact; the scale is rounded to `dtype` first, then the product.
     """
-    _, group = _check(packed, scales, zeros, in_features, group_size)
+    _, group = Int4Weight(packed, scales, zeros, in_features, group_size).check()
     dtype = dtype or scales.dtype
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"w4a16_dequantize gives fp16 or bf16, not {dtype}")
@@ -135,23 +187,6 @@ def w4a16_dequantize(
     return dense_weight(
         packed.contiguous(), scales.contiguous(), zeros, inner=in_features, group=group, dtype=dtype
     )
-
-
-def w4a16_dequantize_ref(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    *,
-    in_features: int,
-    group_size: int | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`w4a16_dequantize` in plain PyTorch; `dtype` may also be fp32 or fp64."""
-    outputs, _ = _check(packed, scales, zeros, in_features, group_size)
-    each = torch.arange(in_features, device=packed.device) // (group_size or in_features)
-    u = _nibbles(packed)[:, :in_features]
-    z = 8 if zeros is None else _nibbles(zeros.mT).mT[:outputs, each]
-    return (u - z).to(dtype) * scales.to(dtype)[:, each]
 
 
 def _nibbles(words: Tensor) -> Tensor:
@@ -336,27 +371,3 @@ def tiled_tiles(count: int, outputs: int, inner: int, group: int) -> TiledTiles:
     while split > 1 and inner // split < 1024:
         split //= 2
     return TiledTiles(block_m=block_m, split=split)
-
-
-def _check(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None, inner: int, group_size: int | None
-) -> tuple[int, int]:
-    """Outputs, and the group in inputs (a whole row's is rounded up to slices of 128)."""
-    if packed.dim() != 2 or packed.dtype != torch.int32 or packed.shape[1] != -(-inner // 8):
-        raise ValueError(
-            f"packed {packed.dtype} {list(packed.shape)} is not int32 [O, {-(-inner // 8)}]"
-        )
-    group = -(-inner // 128) * 128 if group_size is None else group_size
-    if group < 8 or (128 % group and group % 128):
-        raise ValueError(f"group size {group}: a multiple of 8 that divides 128, or of 128")
-    outputs, groups = packed.shape[0], -(-inner // group)
-    if scales.shape != (outputs, groups) or not scales.is_floating_point():
-        raise ValueError(f"scales {list(scales.shape)} are not [{outputs}, {groups}]")
-    if zeros is not None and (zeros.dtype, zeros.shape) != (
-        torch.int32,
-        (-(-outputs // 8), groups),
-    ):
-        raise ValueError(
-            f"zeros {zeros.dtype} {list(zeros.shape)} are not int32 [{-(-outputs // 8)}, {groups}]"
-        )
-    return outputs, group

@@ -46,6 +46,77 @@ class TiledTiles:
     num_stages: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class QServeWeight:
+    """One weight [O, I] as the tensors above hold it."""
+
+    qweight: Tensor
+    s1_scales: Tensor
+    s2_scales: Tensor | None = None
+    s2_zeros: Tensor | None = None
+    s1_szeros: Tensor | None = None
+
+    def check(self) -> tuple[int, int, int]:
+        """Outputs, inputs, and the group in inputs: 0 for one scale per channel. Raises ValueError
+        on tensors that do not fit."""
+        qweight, s2_scales, s2_zeros = self.qweight, self.s2_scales, self.s2_zeros
+        if qweight.dim() != 2 or qweight.dtype != torch.int8:
+            raise ValueError(f"qweight {qweight.dtype} {list(qweight.shape)} is not int8 [O, I/2]")
+        outputs, inner = qweight.shape[0], qweight.shape[1] * 2
+        if outputs % TILE or inner % TILE or not inner:
+            raise ValueError(f"a weight [{outputs}, {inner}] is not in tiles of {TILE}")
+        _check_row(outputs, s1_scales=self.s1_scales, s1_szeros=self.s1_szeros)
+        if (s2_scales is None) != (s2_zeros is None) or (s2_scales is None) == (
+            self.s1_szeros is None
+        ):
+            raise ValueError("either s2_scales and s2_zeros belong to a weight, or s1_szeros")
+        if s2_scales is None:
+            return outputs, inner, 0
+        groups = s2_scales.shape[0]
+        for tensor in (s2_scales, s2_zeros):
+            if tensor.dtype != torch.int8 or tensor.shape != (groups, outputs):
+                raise ValueError(f"level 2 {tensor.dtype} {list(tensor.shape)} is not int8 [G, O]")
+        group = inner // groups if groups else 0
+        if (group not in (32, 64) and (group % 128 or not group)) or group * groups != inner:
+            raise ValueError(f"{inner} inputs in {groups} groups: of 32, 64 or a multiple of 128")
+        return outputs, inner, group
+
+    def dequantize(self) -> Tensor:
+        """The dense weight in fp64, byte by byte as the layout's text says."""
+        outputs, inner, group = self.check()
+        n = torch.arange(outputs, device=self.qweight.device)[:, None]
+        k = torch.arange(inner, device=self.qweight.device)[None, :]
+        tile = n // TILE * (inner // TILE) + k // TILE
+        row, column = n % TILE, k % TILE
+        place = row % 8 * 64 + column // 4 % 4 * 16 + column // 16 * 8 + row // 8 % 2 * 4
+        byte = self.qweight.reshape(-1).view(torch.uint8)[tile * 512 + place + column % 4]
+        codes = torch.where(row >= 16, byte >> 4, byte & 15).double()
+        scale = self.s1_scales.double()[:, None]
+        if not group:
+            return codes * scale - self.s1_szeros.double()[:, None]
+        row = n[:, 0]
+        stored = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+        s2, z2 = (
+            t.double()[:, stored].mT.repeat_interleave(group, 1)
+            for t in (self.s2_scales, self.s2_zeros)
+        )
+        return (codes * s2 + z2) * scale
+
+    def tile(self, rows: slice, columns: slice) -> "QServeWeight":
+        """A part that starts and ends at whole tiles."""
+        outputs, inner, group = self.check()
+        top, bottom, _ = rows.indices(outputs)
+        left, right, _ = columns.indices(inner)
+        blocks = self.qweight.reshape(outputs // TILE, inner // TILE, 512)
+        blocks = blocks[top // TILE : bottom // TILE, left // TILE : right // TILE]
+        qweight = blocks.reshape(bottom - top, (right - left) // 2)
+        if not group:
+            return QServeWeight(qweight, self.s1_scales[rows], s1_szeros=self.s1_szeros[rows])
+        among = slice(left // group, right // group)
+        s2, z2 = (t[among, rows] for t in (self.s2_scales, self.s2_zeros))
+        return QServeWeight(qweight, self.s1_scales[rows], s2, z2)
+
+
 def w4a8(
     a: Tensor,
     qweight: Tensor,
@@ -67,7 +138,9 @@ def w4a8(
     Sums within a group are exact, across groups in fp32. The same inputs give the same bits.
     `tiles` names a kernel and its shape. Raises ValueError on tensors that do not fit.
     """
-    outputs, inner, group = _check(a, qweight, s1_scales, s2_scales, s2_zeros, s1_szeros, bias)
+    weight = QServeWeight(qweight, s1_scales, s2_scales, s2_zeros, s1_szeros)
+    outputs, inner, group = weight.check()
+    _check_inputs(a, inner, outputs, bias)
     if out_dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"products come in fp16, bf16 or fp32, not {out_dtype}")
     rows = a.reshape(-1, inner).contiguous()
@@ -103,42 +176,12 @@ def w4a8_ref(
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """`w4a8` in plain PyTorch, computed in fp64."""
-    _, inner, _ = _check(a, qweight, s1_scales, s2_scales, s2_zeros, s1_szeros, bias)
-    weight = w4a8_dequantize_ref(
-        qweight, s1_scales, s2_scales=s2_scales, s2_zeros=s2_zeros, s1_szeros=s1_szeros
-    )
+    weight = QServeWeight(qweight, s1_scales, s2_scales, s2_zeros, s1_szeros).dequantize()
+    outputs, inner = weight.shape
+    _check_inputs(a, inner, outputs, bias)
     y = (a.reshape(-1, inner).double() @ weight.mT) * row_scales.double().reshape(-1, 1)
     y = y if bias is None else y + bias.double()
     return y.to(out_dtype).view(*a.shape[:-1], len(weight))
-
-
-def w4a8_dequantize_ref(
-    qweight: Tensor,
-    s1_scales: Tensor,
-    *,
-    s2_scales: Tensor | None = None,
-    s2_zeros: Tensor | None = None,
-    s1_szeros: Tensor | None = None,
-) -> Tensor:
-    """The weight [O, I] in fp64, byte by byte as the layout's text says."""
-    outputs, inner = qweight.shape[0], qweight.shape[1] * 2
-    n = torch.arange(outputs, device=qweight.device)[:, None]
-    k = torch.arange(inner, device=qweight.device)[None, :]
-    tile = n // TILE * (inner // TILE) + k // TILE
-    row, column = n % TILE, k % TILE
-    place = row % 8 * 64 + column // 4 % 4 * 16 + column // 16 * 8 + row // 8 % 2 * 4 + column % 4
-    byte = qweight.reshape(-1).view(torch.uint8)[tile * 512 + place]
-    codes = torch.where(row >= 16, byte >> 4, byte & 15).double()
-    scale = s1_scales.double()[:, None]
-    if s2_scales is None:
-        assert s1_szeros is not None
-        return codes * scale - s1_szeros.double()[:, None]
-    assert s2_zeros is not None
-    group = inner // s2_scales.shape[0]
-    row = torch.arange(outputs, device=qweight.device)
-    stored = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
-    s2, z2 = (t.double()[:, stored].mT.repeat_interleave(group, 1) for t in (s2_scales, s2_zeros))
-    return (codes * s2 + z2) * scale
 
 
 def _decode(
@@ -249,35 +292,13 @@ def decode_tiles(count: int, outputs: int, inner: int) -> DecodeTiles:
     return DecodeTiles(split=split)
 
 
-def _check(
-    a: Tensor,
-    qweight: Tensor,
-    s1_scales: Tensor,
-    s2_scales: Tensor | None,
-    s2_zeros: Tensor | None,
-    s1_szeros: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[int, int, int]:
-    """Outputs, inputs, and the group in inputs: 0 for one scale per channel."""
-    if qweight.dim() != 2 or qweight.dtype != torch.int8:
-        raise ValueError(f"qweight {qweight.dtype} {list(qweight.shape)} is not int8 [O, I/2]")
-    outputs, inner = qweight.shape[0], qweight.shape[1] * 2
-    if outputs % TILE or inner % TILE or not inner:
-        raise ValueError(f"a weight [{outputs}, {inner}] is not in tiles of {TILE}")
+def _check_inputs(a: Tensor, inner: int, outputs: int, bias: Tensor | None) -> None:
     if a.dim() < 1 or a.dtype != torch.int8 or a.shape[-1] != inner:
         raise ValueError(f"inputs {a.dtype} {list(a.shape)} are not int8 [..., {inner}]")
-    for name, tensor in (("s1_scales", s1_scales), ("s1_szeros", s1_szeros), ("bias", bias)):
+    _check_row(outputs, bias=bias)
+
+
+def _check_row(outputs: int, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
         if tensor is not None and (tensor.shape != (outputs,) or not tensor.is_floating_point()):
             raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} are not [{outputs}]")
-    if (s2_scales is None) != (s2_zeros is None) or (s2_scales is None) == (s1_szeros is None):
-        raise ValueError("either s2_scales and s2_zeros belong to a weight, or s1_szeros")
-    if s2_scales is None:
-        return outputs, inner, 0
-    groups = s2_scales.shape[0]
-    for tensor in (s2_scales, s2_zeros):
-        if tensor.dtype != torch.int8 or tensor.shape != (groups, outputs):
-            raise ValueError(f"level 2 {tensor.dtype} {list(tensor.shape)} is not int8 [G, O]")
-    group = inner // groups if groups else 0
-    if (group not in (32, 64) and (group % 128 or not group)) or group * groups != inner:
-        raise ValueError(f"{inner} inputs in {groups} groups: of 32, 64 or a multiple of 128")
-    return outputs, inner, group
