@@ -9,8 +9,8 @@ import click
 
 from compressor.errors import printable
 
-STYLE = re.compile("(\x1b\\[(?:[012]|3[0-7])m)")
-"""Colours and weights, which may stay."""
+STYLE = re.compile("(\x1b\\[(?:[012]|22|3[0-79]|9[0-7])m)")
+"""Colours and weights, which may stay: all that click.style makes of fg, bold and dim."""
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:

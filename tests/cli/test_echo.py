@@ -33,6 +33,18 @@ def test_results_keep_their_own_colours_only(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == f"\x1b[32m\x1b[1mpassed\x1b[0m{SAFE}\n"
 
 
+@pytest.mark.parametrize("fg", ["red", "bright_cyan", "reset"])
+@pytest.mark.parametrize("bold", [True, False, None])
+@pytest.mark.parametrize("dim", [True, False, None])
+def test_every_colour_and_weight_of_ours_stays(
+    fg: str, bold: bool | None, dim: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    styled = click.style("passed", fg=fg, bold=bold, dim=dim)
+    with click.Context(click.Command("x"), color=True):
+        echo(styled)
+    assert capsys.readouterr().out == f"{styled}\n"
+
+
 def test_progress_is_safe() -> None:
     out = io.StringIO()
     Display(log_format="plain", file=out).event("note", text=EVIL)
