@@ -10,10 +10,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from compressor.verify.kernels.check import enable_interpreter
 
 enable_interpreter()  # before any test's imports bring Triton with them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none, whatever `-m` selects."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def beside(name: str) -> ModuleType:

@@ -86,14 +86,15 @@ def as_they_do(x: torch.Tensor, spec: ActivationSpec, scale: object) -> torch.Te
     return (x / shared).round().clamp(-128, 127) * shared
 
 
-def their_logits(folder: Path, *, bfloat16: bool) -> torch.Tensor:
-    """In float32. With `bfloat16`, which their NVFP4, MXFP4 and MXFP8 weights always become, those
-    are held against ours and replaced by them: FP4 inputs turn a difference of an ulp into one of a
-    code."""
-    from transformers import AutoModelForCausalLM
+def their_logits(folder: Path, *, bfloat16: bool, dequantize: bool = False) -> torch.Tensor:
+    """In float32, of dense weights if `dequantize`. With `bfloat16`, which their NVFP4, MXFP4 and
+    MXFP8 weights always become, those are held against ours and replaced by them: FP4 inputs turn a
+    difference of an ulp into one of a code."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
     with torch.no_grad():
         if bfloat16:
             model(input_ids=IDS)  # which decompresses the weights
@@ -126,11 +127,16 @@ def test_logits(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr("compressor.runner.simulate.fake_quantize_activation", as_they_do)
         ours = our_logits(output)
     weights = [s.weight for s in schemes if s.weight is not None]
+    # Packed zero points load as dense weights only, whose inputs they leave in float.
+    dequantize = any(w.element == "int" and not w.symmetric for w in weights)
+    if dequantize:
+        monkeypatch.setattr("compressor.runner.simulate.fake_quantize_activation", lambda x, *_: x)
+        ours = our_logits(output)
     bfloat16 = any(w.element == "fp4_e2m1" or w.microscaled for w in weights)
-    theirs = their_logits(output, bfloat16=bfloat16)
+    theirs = their_logits(output, bfloat16=bfloat16, dequantize=dequantize)
     difference = float((theirs - ours).square().mean().sqrt())
     # Rounding is discontinuous: where an input is an ulp off, a code may be the neighbouring one.
-    exact = not bfloat16 and all(s.input is None for s in schemes)
+    exact = not bfloat16 and (dequantize or all(s.input is None for s in schemes))
     assert difference < (1e-4 if exact else 0.05 * error)
 
 
