@@ -69,11 +69,7 @@ class Target:
         """What it consists of."""
         entries = self.source.checkpoint.entries
         shards = len({entry.file for entry in entries.values()})
-        return f"{len(entries)} tensors in {shards} files, all that {self._architecture} needs"
-
-    @property
-    def _architecture(self) -> str:
-        return self.source.arch.model_type
+        return f"{len(entries)} tensors in {shards} files"
 
     @property
     def from_base(self) -> int | None:
@@ -169,7 +165,7 @@ class DeltaTarget(Target):
     @property
     def contents(self) -> str:
         stored, taken = len(self.delta.checkpoint.entries), len(self.delta.borrowed)
-        return f"{stored} tensors, {taken} more from the base, all that {self._architecture} needs"
+        return f"{stored} tensors, {taken} more from the base"
 
     @property
     def from_base(self) -> int | None:

@@ -13,7 +13,9 @@ class Headers(Check):
     when the target was opened."""
 
     def begin(self) -> None:
-        self.found.add(self.target.opened, _wrong_dtypes(self.target.source), self.target.contents)
+        target, source = self.target, self.target.source
+        detail = f"{target.contents}, all that {source.arch.model_type} needs"
+        self.found.add(target.opened, _wrong_dtypes(source), detail)
 
 
 def _wrong_dtypes(source: Source) -> list[str]:

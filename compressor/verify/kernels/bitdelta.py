@@ -8,25 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compressor.ir.scheme import Scheme
 from compressor.numerics.bitdelta import SCALES, SIGNS
-from compressor.verify.kernels.layer import Layer, Product, Tile
+from compressor.verify.kernels.layer import KernelCheck, Layer, Product, Tile
 from compressor.verify.kernels.low_bit import SUMS
 
 BASE = "base"
 """Under which a delta's layer has the weight of its base."""
 
 
-class SignsOnBase:
-    """Signs as they are stored, 32 inputs of an output in a word."""
+class SignsOnBase(KernelCheck):
+    """Signs as they are stored, 32 inputs of an output in a word. It holds no scheme of a
+    checkpoint's own: a delta names it itself."""
 
     name = "delta_matmul"
-
-    def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
-        return False  # no scheme of a checkpoint's own: a delta names its kernel itself
-
-    def prepared(self, layer: Layer) -> Layer:
-        return layer
 
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.bitdelta import delta_matmul

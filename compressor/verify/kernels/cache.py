@@ -7,8 +7,6 @@ runtime stores them and go through the kernel; what is expected is float64 atten
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from compressor.errors import InputError
 from compressor.ir.layout import AttentionShape
 from compressor.ir.scheme import KVSpec
 from compressor.numerics.activations import LARGEST, fake_quantize_kv
-from compressor.verify.kernels.check import KernelResult, interpreter_runs
+from compressor.verify.kernels.check import KernelResult, interpreter_runs, layer_seed
 
 CODES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 TOKENS = {"cpu": 40, "cuda": 600}
@@ -45,8 +43,7 @@ def check_cache(
     from compressor_kernels.attention import quantized_cache as kernels
 
     name = "kv4_decode" if kv.element == "int4" else "kv8_decode"
-    digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "little"))
+    generator = torch.Generator().manual_seed(layer_seed(path, seed))
     size = (1, shape.kv_heads, TOKENS[device.type], shape.head_dim)
     both = [torch.randn(size, generator=generator).to(device) for _ in range(2)]
     if kv.element != "int4":

@@ -32,7 +32,7 @@ INTERPRETER = (3, 7)
 """The oldest Triton whose interpreter runs these kernels."""
 
 
-class W4A16:
+class W4A16(KernelCheck):
     """4-bit integers, float inputs: any int4 layout, re-laid to `pack-quantized` where it is not.
 
     Only words move in a re-layout: no code, zero point or scale changes.
@@ -136,7 +136,7 @@ def check_kernel(
     check: KernelCheck, layer: Layer, *, device: torch.device, seed: int
 ) -> KernelResult:
     """Run a layer's product as far as the device lets it, and compare with float64."""
-    generator = torch.Generator().manual_seed(_layer_seed(layer.name, seed))
+    generator = torch.Generator().manual_seed(layer_seed(layer.name, seed))
     inputs = layer.weight.shape[1]
     products: list[Product] = []
     triton = device.type == "cuda" or interpreter_runs()
@@ -207,5 +207,5 @@ def _start(count: int, step: int, generator: torch.Generator) -> int:
     return int(torch.randint(0, -(-count // step), (1,), generator=generator)) * step
 
 
-def _layer_seed(name: str, seed: int) -> int:
+def layer_seed(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "little")

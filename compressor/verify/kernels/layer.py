@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,23 +72,23 @@ def operands(weight: Any, tile: Tile, device: torch.device) -> dict[str, Any]:
     return {n: t.contiguous().to(device) for n, t in tensors.items() if isinstance(t, Tensor)}
 
 
-class KernelCheck(Protocol):
+class KernelCheck:
     """How one kernel is checked."""
 
     name: str
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
         """Whether this kernel multiplies by weights of this scheme and shape."""
-        ...
+        return False
 
     def prepared(self, layer: Layer) -> Layer:
         """The layer in the layout that the kernel reads, made once for all its products."""
-        ...
+        return layer
 
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         """The Triton kernel's product with inputs x [tokens, columns] float32 of a tile."""
-        ...
+        raise NotImplementedError
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         """The plain reference's product with inputs x of a tile of whole rows."""
-        ...
+        raise NotImplementedError

@@ -16,18 +16,19 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
-from compressor.verify.kernels.layer import Layer, Product, Tile, operands
+from compressor.verify.kernels.layer import KernelCheck, Layer, Product, Tile, operands
 
 DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
 BLOCK = 128
+Quantize = Callable[..., tuple[Tensor, Tensor]]
 SUMS = 1e-5
 """Of the sum of magnitudes: what fp32 sums may lose."""
 FP8_SUMS = 2.0**-10
 """The same for tensor cores, which keep 13 bits below the largest term of a sum of E4M3."""
 
 
-class W8A8:
+class W8A8(KernelCheck):
     """int8 or E4M3 weights, a byte each, with inputs of the same kind: scales per tensor, channel
     (int8 with zero points, too), 128 inputs or 128 × 128 block; inputs per token, tensor (static or
     not) or 128 inputs."""
@@ -48,61 +49,44 @@ class W8A8:
             return _blocked(scheme) and input.group_size == BLOCK
         return spec.strategy in ("tensor", "channel") or _blocked(scheme)
 
-    def prepared(self, layer: Layer) -> Layer:
-        return layer
-
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.activations import quantize_tokens
         from compressor_kernels.linear.w8a8 import w8a8, w8a8_blocks
 
-        codes, scales = _input_codes(layer, x, quantize_tokens)
-        found = self._multiply(layer, tile, codes, scales, plain=w8a8, blocks=w8a8_blocks)
         fp8 = input_of(layer.scheme).element == "fp8_e4m3"
+        multiply = w8a8_blocks if _blocked(layer.scheme) else w8a8
         loss = FP8_SUMS if fp8 and x.is_cuda else SUMS
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), loss)
+        return self._product(layer, x, tile, quantize_tokens, multiply, loss)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.activations import quantize_tokens_ref
         from compressor_kernels.linear.w8a8 import w8a8_blocks_ref, w8a8_ref
 
-        codes, scales = _input_codes(layer, x, quantize_tokens_ref)
-        found = self._multiply(layer, tile, codes, scales, plain=w8a8_ref, blocks=w8a8_blocks_ref)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
+        multiply = w8a8_blocks_ref if _blocked(layer.scheme) else w8a8_ref
+        return self._product(layer, x, tile, quantize_tokens_ref, multiply, SUMS)
 
-    def _multiply(
+    def _product(
         self,
         layer: Layer,
+        x: Tensor,
         tile: Tile,
-        codes: Tensor,
-        scales: Tensor,
-        *,
-        plain: Callable[..., Tensor],
-        blocks: Callable[..., Tensor],
-    ) -> Tensor:
-        """Quantized inputs by a part of the layer, float32 [tokens, outputs].
-
-        plain, blocks  `w8a8` and `w8a8_blocks`, or the references of both
-        """
-        weight, weight_scales = _bytes(layer.q, tile, codes.device)
+        quantize: Quantize,
+        multiply: Callable[..., Tensor],
+        loss: float,
+    ) -> Product:
+        codes, scales = _input_codes(layer, x, quantize)
+        weight, weight_scales = _bytes(layer.q, tile, x.device)
         if _blocked(layer.scheme):
-            return blocks(
-                codes,
-                weight,
-                input_scales=scales,
-                weight_scales=weight_scales,
-                out_dtype=torch.float32,
-            )
-        return plain(
-            codes,
-            weight,
-            row_scales=scales,
-            column_scales=weight_scales,
-            column_zeros=_column_zeros(layer.q, tile, codes.device),
-            out_dtype=torch.float32,
-        )
+            by = {"input_scales": scales, "weight_scales": weight_scales}
+        else:
+            by = {"row_scales": scales, "column_scales": weight_scales}
+            if layer.q.zeros is not None:
+                by["column_zeros"] = _column_zeros(layer.q, layer.q.zeros, tile).to(x.device)
+        found = multiply(codes, weight, **by, out_dtype=torch.float32)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), loss)
 
 
-class NVFP4:
+class NVFP4(KernelCheck):
     """NVFP4 weights, whose inputs are float, or NVFP4 with a calibrated or own global scale.
 
     Rounded inputs are exact in bf16 but for their global scale, which multiplies the product.
@@ -157,7 +141,7 @@ class NVFP4:
         return operands(weight, tile, device)
 
 
-class W4A8:
+class W4A8(KernelCheck):
     """QServe's tiles with int8 inputs per token."""
 
     name = "w4a8"
@@ -184,21 +168,22 @@ class W4A8:
         from compressor_kernels.inputs.activations import quantize_tokens
         from compressor_kernels.linear.w4a8 import w4a8
 
-        codes, scales = quantize_tokens(x, dtype=torch.int8)
-        weight = self._operands(layer, tile, x.device)
-        found = w4a8(codes, **weight, row_scales=scales, out_dtype=torch.float32)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
+        return self._product(layer, x, tile, quantize_tokens, w4a8)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.activations import quantize_tokens_ref
         from compressor_kernels.linear.w4a8 import w4a8_ref
 
-        codes, scales = quantize_tokens_ref(x, dtype=torch.int8)
-        weight = self._operands(layer, tile, x.device)
-        found = w4a8_ref(codes, **weight, row_scales=scales, out_dtype=torch.float32)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
+        return self._product(layer, x, tile, quantize_tokens_ref, w4a8_ref)
 
-    def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
+    def _product(
+        self,
+        layer: Layer,
+        x: Tensor,
+        tile: Tile,
+        quantize: Quantize,
+        multiply: Callable[..., Tensor],
+    ) -> Product:
         from compressor_kernels.linear.w4a8 import QServeWeight
 
         tensors = {
@@ -206,7 +191,10 @@ class W4A8:
             for x in fields(QServeWeight)
             if x.name in layer.tensors
         }
-        return operands(QServeWeight(**tensors), tile, device)
+        weight = operands(QServeWeight(**tensors), tile, x.device)
+        codes, scales = quantize(x, dtype=torch.int8)
+        found = multiply(codes, **weight, row_scales=scales, out_dtype=torch.float32)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
 
 
 def _blocked(scheme: Scheme) -> bool:
@@ -241,12 +229,10 @@ def _bytes(q: QTensor, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor
     return codes.contiguous().to(device), scales.contiguous().to(device)
 
 
-def _column_zeros(q: QTensor, tile: Tile, device: torch.device) -> Tensor | None:
-    """Zero points of a tile's outputs as they stand beside centred codes, int8, or None."""
-    if q.zeros is None:
-        return None
-    zeros = q.zeros if q.spec.strategy == "tensor" else q.zeros[tile.rows]
-    return (zeros.to(torch.int16) - (1 << (q.spec.bits - 1))).to(torch.int8).to(device)
+def _column_zeros(q: QTensor, zeros: Tensor, tile: Tile) -> Tensor:
+    """Zero points of a tile's outputs as they stand beside centred codes, int8."""
+    zeros = zeros if q.spec.strategy == "tensor" else zeros[tile.rows]
+    return (zeros.to(torch.int16) - (1 << (q.spec.bits - 1))).to(torch.int8)
 
 
 def scale_of_inputs(layer: Layer, input: ActivationSpec, x: Tensor) -> Tensor | None:
@@ -287,9 +273,7 @@ def quantized_input(layer: Layer, x: Tensor) -> Tensor:
     return codes.double() * scales.double()
 
 
-def _input_codes(
-    layer: Layer, x: Tensor, quantize: Callable[..., tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def _input_codes(layer: Layer, x: Tensor, quantize: Quantize) -> tuple[Tensor, Tensor]:
     """8-bit codes of inputs and their scales, by `quantize_tokens` or its reference."""
     input = input_of(layer.scheme)
     return quantize(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from compressor.ir.scheme import Scheme
-from compressor.verify.kernels.layer import Layer, Product, Tile, operands
+from compressor.verify.kernels.layer import KernelCheck, Layer, Product, Tile, operands
 from compressor.verify.kernels.low_bit import SUMS, product
 
 
-class MX:
+class MX(KernelCheck):
     """Microscaling weights, alone or with inputs of their own kind."""
 
     name = "mx"
@@ -21,9 +21,6 @@ class MX:
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
         spec, input = scheme.weight, scheme.input
         return spec is not None and spec.microscaled and (input is None or input.mode == "mx")
-
-    def prepared(self, layer: Layer) -> Layer:
-        return layer
 
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.mx import mx_matmul, mx_values, quantize_mx_inputs

@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
 from compressor.formats.shared.words import WORD, pack_words, word_count
 from compressor.ir.scheme import Scheme
-from compressor.verify.kernels.layer import Layer, Product, Tile
+from compressor.verify.kernels.layer import KernelCheck, Layer, Product, Tile
 from compressor.verify.kernels.low_bit import (
     DTYPES,
     SUMS,
@@ -26,7 +26,7 @@ from compressor.verify.kernels.low_bit import (
 )
 
 
-class WeightOnly:
+class WeightOnly(KernelCheck):
     """Integers of 1 to 8 bits or E4M3 weights with one level of scales; inputs in float, or with a
     scale per token or tensor."""
 
