@@ -62,8 +62,7 @@ class StreamedLM(LM):  # type: ignore[misc]
         self.run_device = device
         self.dtype = dtype
         self.batch = batch
-        positions = source.checkpoint.config.get("max_position_embeddings")
-        known = int(positions) if isinstance(positions, int) else 2048
+        known = source.layout.sizes.positions or 2048
         self.length = min(length or known, known)
         self.progress = progress
         bos = tokenizer.bos_token_id
@@ -152,7 +151,7 @@ class StreamedLM(LM):  # type: ignore[misc]
 
     def _parts(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """Rows in order of length, as many as may be held at a time."""
-        width = int(self.source.checkpoint.config["hidden_size"]) * 4
+        width = self.source.layout.sizes.hidden * 4
         ordered = sorted(rows, key=lambda row: -len(row.ids))
         start = 0
         while start < len(ordered):

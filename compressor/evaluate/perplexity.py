@@ -187,7 +187,7 @@ def token_scores(
     places = counted.nonzero()
     with ExitStack() as stack:
         heads = [stack.enter_context(stream.logits()) for stream in streams]
-        vocabulary = int(streams[0].model.source.checkpoint.config["vocab_size"])
+        vocabulary = streams[0].model.source.layout.sizes.vocabulary
         room = LOGIT_ELEMENTS.get(streams[0].runner.device.type, LOGIT_ELEMENTS["cpu"])
         for part in torch.split(places, max(1, room // vocabulary)):
             row, column = part[:, 0], part[:, 1]

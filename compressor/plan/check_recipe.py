@@ -48,8 +48,8 @@ def check_recipe(recipe: Recipe, source: Source) -> list[CompressError]:
 def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
     """Rows that a model has no positions for: learned ones end, and rotary ones are not evaluated
     beyond what the model was made for."""
-    positions = source.checkpoint.config.get("max_position_embeddings")
-    if not isinstance(positions, int):
+    positions = source.layout.sizes.positions
+    if positions is None:
         return []
     learned = source.arch.embedding.position is not None
     lengths = {}

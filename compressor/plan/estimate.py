@@ -112,7 +112,7 @@ def _learning_bytes(plan: Plan, device: torch.device) -> int:
         params.learning_bytes(
             plan.layout,
             length=plan.recipe.calibration.length,
-            vocabulary=int(plan.source.checkpoint.config.get("vocab_size", 0)),
+            vocabulary=plan.layout.sizes.vocabulary,
             itemsize=size,
         )
         for params in passes
@@ -177,7 +177,7 @@ def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
     states = 4 * wanted.windows * wanted.length * _hidden(plan)
     if device.type == "cuda":
         return models * (states + max(sum(_source_bytes(plan, u.layout)) for u in plan.units))
-    vocabulary = int(plan.source.checkpoint.config.get("vocab_size", 0))
+    vocabulary = plan.layout.sizes.vocabulary
     head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
     logits = 4 * LOGIT_ELEMENTS[device.type]
     return models * (states + head + 3 * logits)

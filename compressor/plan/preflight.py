@@ -99,7 +99,7 @@ def check_model(source: Source) -> None:
 
 def _kind(source: Source, unit: UnitLayout) -> Any:
     """What is alike in blocks that one check does for: tensors, and their type in config.json."""
-    types = source.checkpoint.config.get("layer_types")
+    types = source.arch.value(source.checkpoint.config, "layer_types")
     named = types[unit.index] if isinstance(types, list) and unit.index < len(types) else None
     shapes = [
         (name.removeprefix(unit.name), tuple(_stand_in(source, unit, name).shape))

@@ -169,9 +169,9 @@ def _token_sets(
 
 
 def _check_vocabulary(plan: Plan, *sets: TokenSet | None) -> None:
-    size = int(plan.source.checkpoint.config.get("vocab_size", 0))
+    size = plan.layout.sizes.vocabulary
     largest = max((int(tokens.ids.max()) for tokens in sets if tokens is not None), default=-1)
-    if 0 < size <= largest:
+    if size <= largest:
         raise InputError(
             f"the tokenizer gives token {largest}, the model knows {size}",
             hint="the tokenizer in the model's folder belongs to another model",

@@ -204,8 +204,22 @@ class _Experts:
         """What enters an expert's down projection, batch by batch."""
         for hidden, chosen in zip(self.hidden, self.chosen, strict=True):
             mine = hidden[(chosen == expert).any(dim=1)]
-            gate, up = nn.functional.linear(mine, self.module.gate_up_proj[expert]).chunk(2, dim=-1)
-            yield self.module.act_fn(gate) * up
+            weight, bias = self.module.gate_up_proj[expert], None
+            if getattr(self.module, "has_bias", False):
+                bias = self.module.gate_up_proj_bias[expert]
+            weight = weight.T if self.transposed else weight
+            # The family's own gate: some clamp, and add one to what is gated.
+            yield self.module._apply_gate(nn.functional.linear(mine, weight, bias))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether memory has the experts' weights as [experts, in, out]."""
+        return bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def channels(self) -> int:
+        """Inputs of an expert's down projection."""
+        return int(self.module.down_proj.shape[1 if self.transposed else 2])
 
 
 class _LazyStats(Mapping[str, SiteStats]):
@@ -238,8 +252,7 @@ class _LazyStats(Mapping[str, SiteStats]):
     def _compute(self, site: str) -> SiteStats:
         assert self._experts is not None
         expert = int(site.split(".")[1])
-        channels = self._experts.module.down_proj.shape[2]
-        stats = SiteStats(channels, self._needs[site], device=self._experts.device)
+        stats = SiteStats(self._experts.channels, self._needs[site], device=self._experts.device)
         for inputs in self._experts.down_inputs(expert):
             stats.update(inputs)
         stats.all_reduce()

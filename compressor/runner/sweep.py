@@ -174,21 +174,20 @@ def _forward(block: Block, hidden: Tensor) -> Tensor | None:
 def _check(models: Sequence[StreamedModel], ids: Tensor) -> None:
     first = models[0].source
     for model in models:
-        config = model.source.checkpoint.config
-        positions = config.get("max_position_embeddings")
-        if isinstance(positions, int) and ids.shape[1] > positions:
+        layout, sizes = model.source.layout, model.source.layout.sizes
+        positions, vocabulary = sizes.positions, sizes.vocabulary
+        if positions is not None and ids.shape[1] > positions:
             raise InputError(
                 f"rows of {ids.shape[1]} tokens are longer than the model's {positions} positions",
                 hint="evaluate with a shorter length",
             )
-        vocabulary = config.get("vocab_size")
-        if isinstance(vocabulary, int) and int(ids.max()) >= vocabulary:
+        if int(ids.max()) >= vocabulary:
             raise InputError(
                 f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}",
                 hint="is this the tokenizer of this model?",
             )
-        same = [u.name for u in model.source.layout.units] == [u.name for u in first.layout.units]
-        if not same or config.get("vocab_size") != first.checkpoint.config.get("vocab_size"):
+        same = [u.name for u in layout.units] == [u.name for u in first.layout.units]
+        if not same or vocabulary != first.layout.sizes.vocabulary:
             raise InputError(
                 f"{model.source.checkpoint.folder} and {first.checkpoint.folder} are not the same "
                 "model: their blocks or vocabularies differ",

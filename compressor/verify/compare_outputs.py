@@ -212,9 +212,8 @@ def held_out_rows(source: Source) -> tuple[Tensor, str]:
 
     A checkpoint without a tokenizer that loads gets ids from all over its vocabulary.
     """
-    config = source.checkpoint.config
-    vocabulary = int(config["vocab_size"])
-    length = min(LENGTH, int(config.get("max_position_embeddings") or LENGTH))
+    vocabulary = source.layout.sizes.vocabulary
+    length = min(LENGTH, source.layout.sizes.positions or LENGTH)
     count = ROWS * length
     try:
         tokenizer = load_tokenizer(source.checkpoint.folder)

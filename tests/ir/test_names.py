@@ -30,3 +30,9 @@ def test_only_values_maps_formats_and_the_gguf_reader_spell_out_the_name_of_a_we
 
 def test_units_are_asked_for_by_what_they_are() -> None:
     assert not list(lines_with(r"layout\.units\[|\bunits\[(0|-1|1:-1)\]", outside=("ir/",)))
+
+
+def test_sizes_are_read_by_the_map_alone() -> None:
+    keys = "vocab_size|hidden_size|max_position_embeddings|num_hidden_layers"
+    pattern = rf"config(\[|\.get\()\"({keys})\""
+    assert not list(lines_with(pattern, outside=("arch/", "checkpoint/gguf/")))

@@ -156,8 +156,8 @@ class DuoAttention(ModelPass):
         return self._learned(model, trained.gates, trained.losses)
 
     def _check_rows(self, model: FrozenModel, haystack: list[int]) -> None:
-        positions = model.config.get("max_position_embeddings")
-        if isinstance(positions, int) and self.data.max_length > positions:
+        positions = model.layout.sizes.positions
+        if positions is not None and self.data.max_length > positions:
             raise InputError(
                 f"duo_attention: rows of {self.data.max_length} tokens are longer than the model's "
                 f"{positions} positions",
