@@ -78,6 +78,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **EXPERTS,
     },
     "gpt_oss": {"head_dim": 32, "num_local_experts": 4, "sliding_window": 32, **EXPERTS},
+    "smollm3": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 4.0,
+    },
+    "seed_oss": {"head_dim": 32, "attention_out_bias": True},
+    "ministral": {"head_dim": 32, "sliding_window": 32},
     "gemma3": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32},
 }
 VISION = {
@@ -90,6 +99,7 @@ VISION = {
 }
 MORE_TYPES = (
     *("cohere", "gpt_neox", "qwen2_moe", "qwen3_next", "deepseek_v3", "gpt_oss", "gemma3"),
+    *("smollm3", "granite", "seed_oss", "ministral"),
 )
 """Families whose blocks are built otherwise; `arch/test_families.py` runs them from end to end."""
 
