@@ -22,6 +22,11 @@ def bias_name(path: str) -> str:
     return f"{path}.bias"
 
 
+def is_weight(name: str) -> bool:
+    """Whether a tensor's name is that of a module's weight."""
+    return name == weight_name(name.rpartition(".")[0])
+
+
 def is_bias(name: str) -> bool:
     """Whether a tensor's name is that of a bias."""
     return name == bias_name(name.rpartition(".")[0])

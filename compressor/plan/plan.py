@@ -24,7 +24,7 @@ from compressor.checkpoint.source import Source
 from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
-from compressor.ir.layout import Linear, ModelLayout, weight_name
+from compressor.ir.layout import Linear, ModelLayout, is_weight, weight_name
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.methods.base import ModelPass
 from compressor.plan.check_recipe import check_recipe
@@ -108,15 +108,18 @@ class Plan:
         """Linears beside those of the text model: runtimes are told that they are not quantized,
         under the names of the files and under those of the model in memory."""
         arch, entries = self.source.arch, self.source.checkpoint.entries
-        for name in self.layout.carried:
-            path = name.rpartition(".")[0]
-            if name == weight_name(path) and len(entries[name].spec.shape) == 2:
-                yield path
-                for other, ours in arch.prefixes.items():
-                    if path.startswith(ours):
-                        yield other + path.removeprefix(ours)
-        for path, scheme in self.schemes.linears.items():
-            if scheme.weight is None and path in arch.runtime.outside:
+        carried = [
+            name.rpartition(".")[0]
+            for name in self.layout.carried
+            if is_weight(name) and len(entries[name].spec.shape) == 2
+        ]
+        yield from carried
+        plain = [path for path, scheme in self.schemes.linears.items() if scheme.weight is None]
+        for path in (*carried, *plain):
+            for other, ours in arch.prefixes.items():
+                if path.startswith(ours):
+                    yield other + path.removeprefix(ours)
+            if path in arch.runtime.outside:
                 yield arch.runtime.outside[path]
 
 
