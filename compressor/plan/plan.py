@@ -6,7 +6,7 @@ weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from compressor.checkpoint.source import Source
 from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
-from compressor.ir.layout import Linear, ModelLayout, is_weight, weight_name
+from compressor.ir.layout import Linear, ModelLayout, weight_name
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.methods.base import ModelPass
 from compressor.plan.check_recipe import check_recipe
@@ -32,7 +32,7 @@ from compressor.plan.delta import DeltaPlan, plan_delta
 from compressor.plan.order import composition_problems
 from compressor.plan.recipe import Recipe, Step, nearest
 from compressor.plan.runtime_choice import settle
-from compressor.plan.schemes import pass_schemes, some
+from compressor.plan.schemes import announced, pass_schemes, some
 from compressor.plan.unit_plan import DTYPES, PassPlan, UnitPlan, module_groups, plan_unit
 
 
@@ -92,35 +92,12 @@ class Plan:
         stored = self.layout.tied is None or self.recipe.untie
         if is_tied(config, self.source.arch) == stored:
             config["tie_word_embeddings"] = not stored
-        kept = {path: Scheme() for path in self._kept_modules()}
-        entry = self.format.config(
-            replace(self.schemes, linears={**self.schemes.linears, **kept})
-            if kept
-            else self.schemes
-        )
+        entry = self.format.config(announced(self.schemes, self.source))
         if entry:
             config["quantization_config"] = entry | (self.delta.config() if self.delta else {})
         for plan in self.passes:
             config.update(plan.step.params.config_entries(self.layout))
         return config
-
-    def _kept_modules(self) -> Iterator[str]:
-        """Linears beside those of the text model: runtimes are told that they are not quantized,
-        under the names of the files and under those of the model in memory."""
-        arch, entries = self.source.arch, self.source.checkpoint.entries
-        carried = [
-            name.rpartition(".")[0]
-            for name in self.layout.carried
-            if is_weight(name) and len(entries[name].spec.shape) == 2
-        ]
-        yield from carried
-        plain = [path for path, scheme in self.schemes.linears.items() if scheme.weight is None]
-        for path in (*carried, *plain):
-            for other, ours in arch.prefixes.items():
-                if path.startswith(ours):
-                    yield other + path.removeprefix(ours)
-            if path in arch.runtime.outside:
-                yield arch.runtime.outside[path]
 
 
 def make_plan(
