@@ -37,6 +37,7 @@ from compressor.attention.rules.streaming import (
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import evaluate
+from compressor.ir.layout import UnitLayout
 
 CPU = torch.device("cpu")
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "draft")
@@ -313,6 +314,21 @@ class Draft(StreamingHeads):
 
     part: ClassVar[str] = "draft"
     phases: ClassVar[frozenset[Phase]] = frozenset(("draft",))
+
+
+class Narrow(StreamingHeads):
+    """For heads of eight channels alone."""
+
+    def check(self, unit: UnitLayout) -> None:
+        if unit.attention is not None and unit.attention.head_dim != 8:
+            raise InputError(f"{unit.name} has heads of {unit.attention.head_dim} channels, not 8")
+
+
+def test_a_rule_refuses_a_model_that_it_is_not_for(tiny_model: Callable[..., Path]) -> None:
+    layout = open_source(tiny_model("llama")).layout
+    layers = (LayerPolicy(), LayerPolicy(rules=(Narrow(heads=(0,), sinks=1, window=4),)))
+    with pytest.raises(InputError, match=r"layers\.1 has heads of 16 channels, not 8"):
+        check_policy(AttentionPolicy(heads=4, kv_heads=2, layers=layers), layout)
 
 
 def test_a_phase_has_its_own_rule() -> None:

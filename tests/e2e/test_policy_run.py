@@ -210,6 +210,8 @@ def test_the_command_line_shows_and_exports(composed: Path, tmp_path: Path) -> N
     assert policy is not None and (full == ~streaming_heads(policy).numpy()).all()
     again = runner.invoke(cli, ["policy", "export", str(composed), str(out)])
     assert isinstance(again.exception, InputError)
+    other = runner.invoke(cli, ["policy", "export", str(composed), str(out), "--form", "other"])
+    assert isinstance(other.exception, InputError) and "duo-attention" in str(other.exception.hint)
 
 
 @pytest.mark.interop
