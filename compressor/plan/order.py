@@ -8,7 +8,9 @@ from typing import Any
 from compressor.errors import CompressError, InputError
 from compressor.ir.layout import ModelLayout
 from compressor.ir.scheme import Scheme
+from compressor.methods.base import ModelPass
 from compressor.methods.common.rounding import fused_with
+from compressor.plan.recipe import Recipe
 from compressor.plan.unit_plan import PassPlan
 
 
@@ -38,6 +40,47 @@ def composition_problems(
             problems += _shared_inputs(number, passes, layout, owners)
     problems += _shared_scales(passes, layout, schemes, owners)
     return problems
+
+
+def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[CompressError]:
+    """Model passes see the source's weights; a rotated block wants rotated inputs."""
+    block: str | None = None
+    rescaled: str | None = None
+    for plan in passes:
+        params = plan.step.params
+        if isinstance(params, ModelPass) and block is not None:
+            yield InputError(
+                f"{plan.step.name} learns from the whole source model, but comes after {block}",
+                hint=f"put {plan.step.name} before it",
+            )
+        if params.rotates_residual and block is not None:
+            yield InputError(
+                f"{plan.step.name} rotates what enters a block, which {block} sees before the "
+                "block itself is rotated",
+                hint=f"put {plan.step.name} first",
+            )
+        if params.rotates_residual and recipe.propagate == "original":
+            yield InputError(
+                f"{plan.step.name} changes the basis of the hidden states, so blocks cannot be "
+                "calibrated on the original ones",
+                hint="propagate: quantized",
+            )
+        if params.needs().cross and recipe.propagate == "original":
+            yield InputError(
+                f"{plan.step.name} corrects what rounding did to a block's inputs, which are "
+                "the original's here",
+                hint="propagate: quantized, or correction: 0",
+            )
+        if params.needs().cross and rescaled is not None:
+            yield InputError(
+                f"{plan.step.name} compares inputs with the original model's, which are others "
+                f"after {rescaled}",
+                hint=f"correction: 0, or leave {rescaled} out",
+            )
+        if params.rescales and params.kv() is None and not isinstance(params, ModelPass):
+            rescaled = rescaled or plan.step.name
+        if not isinstance(params, ModelPass):
+            block = block or plan.step.name
 
 
 def rounding_of(passes: Sequence[PassPlan], names: Sequence[str]) -> dict[str, Mapping[str, Any]]:

@@ -29,7 +29,7 @@ from compressor.ir.scheme import KVSpec, Scheme
 from compressor.methods.base import ModelPass
 from compressor.plan.check_recipe import check_recipe
 from compressor.plan.delta import DeltaPlan, plan_delta
-from compressor.plan.order import composition_problems
+from compressor.plan.order import composition_problems, order_problems
 from compressor.plan.recipe import Recipe, Step, nearest
 from compressor.plan.runtime_choice import settle
 from compressor.plan.schemes import announced, pass_schemes, some
@@ -138,7 +138,7 @@ def make_plan(
     passes = tuple(_select(step, source.layout, problems, notes) for step in recipe.passes)
     schemes = pass_schemes(passes, source.layout, fmt, dtype, problems)
     _check_tied(recipe, source.layout, passes, problems)
-    _check_order(recipe, passes, problems)
+    problems += order_problems(recipe, passes)
     for step in recipe.passes:
         refused = step.params.check_model(
             source.layout, source.checkpoint.config, untied=recipe.untie
@@ -295,57 +295,6 @@ def _check_tied(
                     "untie: true at the top of the recipe",
                 )
             )
-
-
-def _check_order(recipe: Recipe, passes: Sequence[PassPlan], problems: list[CompressError]) -> None:
-    """Model passes see the source's weights; a rotated block wants rotated inputs."""
-    block: str | None = None
-    rescaled: str | None = None
-    for plan in passes:
-        params = plan.step.params
-        if isinstance(params, ModelPass) and block is not None:
-            problems.append(
-                InputError(
-                    f"{plan.step.name} learns from the whole source model, but comes after {block}",
-                    hint=f"put {plan.step.name} before it",
-                )
-            )
-        if params.rotates_residual and block is not None:
-            problems.append(
-                InputError(
-                    f"{plan.step.name} rotates what enters a block, which {block} sees before the "
-                    "block itself is rotated",
-                    hint=f"put {plan.step.name} first",
-                )
-            )
-        if params.rotates_residual and recipe.propagate == "original":
-            problems.append(
-                InputError(
-                    f"{plan.step.name} changes the basis of the hidden states, so blocks cannot be "
-                    "calibrated on the original ones",
-                    hint="propagate: quantized",
-                )
-            )
-        if params.needs().cross and recipe.propagate == "original":
-            problems.append(
-                InputError(
-                    f"{plan.step.name} corrects what rounding did to a block's inputs, which are "
-                    "the original's here",
-                    hint="propagate: quantized, or correction: 0",
-                )
-            )
-        if params.needs().cross and rescaled is not None:
-            problems.append(
-                InputError(
-                    f"{plan.step.name} compares inputs with the original model's, which are others "
-                    f"after {rescaled}",
-                    hint=f"correction: 0, or leave {rescaled} out",
-                )
-            )
-        if params.rescales and params.kv() is None and not isinstance(params, ModelPass):
-            rescaled = rescaled or plan.step.name
-        if not isinstance(params, ModelPass):
-            block = block or plan.step.name
 
 
 def _check_fused(
