@@ -80,6 +80,10 @@ def as_manifest(data: Mapping[str, Any]) -> Manifest:
     for name, digest in tensors.items():
         if not _is_digest(digest):
             raise InputError(f"{MANIFEST_NAME} is damaged: tensor {name!r} has no SHA-256")
+    try:
+        json.dumps(about, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{MANIFEST_NAME} is damaged: {error}") from error
     return Manifest(
         files={name: _file_record(name, value) for name, value in files.items()},
         tensors=tensors,

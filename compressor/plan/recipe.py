@@ -126,15 +126,20 @@ AFTERWARDS = ("verify", "evaluate", "gate", "report", "card")
 def load_recipe(path: Path, overrides: Sequence[str] = (), **top: Any) -> Recipe:
     """Read a recipe. `overrides` are key.path=value (YAML values); `top` replaces top-level keys
     that are not None. Raises InputError or Problems."""
-    try:
-        text = read_stream(path, what="recipe", most=MAX_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read recipe {path}: it is not UTF-8 ({error})") from error
-    data = parse_yaml(text, where=path.name)
+    data = read_recipe(path)
     for override in overrides:
         apply_override(data, override)
     data.update({key: value for key, value in top.items() if value is not None})
     return make_recipe(data)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The YAML mapping of a recipe file. Raises InputError."""
+    try:
+        text = read_stream(path, what="recipe", most=MAX_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read recipe {path}: it is not UTF-8 ({error})") from error
+    return parse_yaml(text, where=path.name)
 
 
 def parse_yaml(text: str, *, where: str) -> dict[str, Any]:

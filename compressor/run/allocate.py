@@ -57,7 +57,7 @@ class Sensitivity(Strict):
         return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
 
 
-def parse_sensitivity(text: str, *, where: str) -> Sensitivity:
+def parse_sensitivity(text: str | bytes, *, where: str) -> Sensitivity:
     """Read the file. Raises InputError for one that is none."""
     try:
         return Sensitivity.model_validate_json(text)

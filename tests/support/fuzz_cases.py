@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
@@ -20,12 +22,13 @@ from compressor.errors import Interrupted
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from tests.support import delta_pairs, gguf_files, tiny_models
-from tests.support.fuzzing import JUNK, changed, spoiled
+from tests.support.fuzzing import JUNK, changed, spoiled, typed
 
 CPU = choose_device("cpu")
 QUICK = {"calibration": {"samples": 2, "length": 16, "data": "rows.jsonl"}}
 AWQ: list[Any] = [{"awq": {"bits": 4, "group_size": 32}}]
 RTN: list[Any] = [{"rtn": {"bits": 4, "group_size": 32}}]
+SENSITIVITY = "sensitivity.json"
 FORMATS = ("compressed-tensors", "autoawq", "gptq")
 
 
@@ -84,6 +87,15 @@ def _make(sound: Path) -> None:
     stops = iter([False, False, True])
     with contextlib.suppress(Interrupted):
         _compile(build, output="begun", passes=AWQ, data=data, stopping=lambda: next(stops, True))
+    measured = ["compress", "measure", str(build / "model"), "--samples", "2", "--length", "16"]
+    measured += ["--bits", "4", "--bits", "8", "--out", str(build / SENSITIVITY)]
+    with (
+        mock.patch("sys.argv", measured),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as errors,
+    ):
+        code, fault = typed(errors.getvalue)
+    assert code == 0, (fault, errors.getvalue())
     gguf_files.write_gguf(
         build / "m.gguf", gguf_files.tiny_model("llama"), gguf_files.byte_level_tokenizer()
     )
@@ -226,7 +238,8 @@ def recipe(case: Case, sound: Path, rng: random.Random) -> Case:
     }
     if rng.random() < 0.7:
         path.write_text(yaml.safe_dump(changed(data, rng), allow_unicode=True))
-        return _typed(case, "values", *PLAN)
+        measure = ("measure", "recipe.yaml", "--bits", "4", "--device", "cpu")
+        return _typed(case, "values", *rng.choices((PLAN, measure), weights=(9, 1))[0])
     path.write_bytes(spoiled(yaml.safe_dump(data).encode(), rng))
     return _typed(case, "bytes", *PLAN)
 
@@ -334,11 +347,19 @@ def begun(case: Case, sound: Path, rng: random.Random) -> Case:
     return _typed(case, what, *RUN)
 
 
+def sensitivities(case: Case, sound: Path, rng: random.Random) -> Case:
+    """What `compress measure` wrote."""
+    path = Path(shutil.copy(sound / SENSITIVITY, case.folder / SENSITIVITY))
+    what = spoil(path, rng)
+    bits = rng.choice(("6", "7.5", "16", "nan", "1e99", "0.001"))
+    return _typed(case, what, "allocate", path.name, "--bits-per-weight", bits)
+
+
 Make = Callable[[Case, Path, random.Random], Case]
 KINDS: dict[str, Make] = {
     make.__name__: make
     for make in (
         *(config, tokenizer, recipe, overrides, gguf, headers, quantization, records, policies),
-        *(deltas, begun),
+        *(deltas, begun, sensitivities),
     )
 }

@@ -36,12 +36,15 @@ def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bo
     import yaml
 
     from compressor.checkpoint.durable import write_atomically
+    from compressor.foreign.calls import foreign
+    from compressor.foreign.untrusted import read_file
     from compressor.plan.recipe import make_recipe
     from compressor.run.allocate import allocate, mixed_recipe, parse_sensitivity
 
-    found = parse_sensitivity(file.read_text("utf-8"), where=str(file))
+    found = parse_sensitivity(read_file(file, what="sensitivities"), where=str(file))
     choice = allocate(found, bits_per_weight)
-    recipe = mixed_recipe(found, choice)
+    with foreign(f"{file} is not what compress measure writes"):
+        recipe = mixed_recipe(found, choice)
     make_recipe(recipe)
     text = yaml.safe_dump(recipe, sort_keys=False, width=100)
     spent = found.bits_per_weight(choice)

@@ -63,7 +63,7 @@ def command(
     """
     from compressor.checkpoint.durable import write_atomically
     from compressor.checkpoint.find import locate
-    from compressor.plan.recipe import make_recipe, parse_yaml
+    from compressor.plan.recipe import make_recipe, read_recipe
     from compressor.plan.unit_plan import DTYPES
     from compressor.run.sensitivity import measure_sensitivity, plans_of_bits
     from compressor.run.session import choose_device
@@ -72,12 +72,13 @@ def command(
 
     where = choose_device(device)
     if subject.endswith((".yaml", ".yml")):
-        data = parse_yaml(_read(Path(subject)), where=subject)
+        data = read_recipe(Path(subject))
     else:
         data = {"model": subject, "output": "out/mixed", "passes": [{"rtn": {}}]}
     calibration = data.setdefault("calibration", {})
     given = {"samples": samples, "length": length}
-    calibration.update({key: value for key, value in given.items() if value is not None})
+    if isinstance(calibration, dict):
+        calibration.update({key: value for key, value in given.items() if value is not None})
     recipe = make_recipe(data)
     source = locate(recipe.model, fetch=True, dtype=DTYPES.get(recipe.dtype)).source
     if not subject.endswith((".yaml", ".yml")):
@@ -110,15 +111,6 @@ def command(
 
 def _more(count: int) -> str:
     return f" and {count} more" if count else ""
-
-
-def _read(path: Path) -> str:
-    from compressor.errors import InputError
-
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read recipe {path}: {error}") from error
 
 
 def _group_size(linears: Any) -> int:

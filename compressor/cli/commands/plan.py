@@ -13,6 +13,7 @@ import click
 
 from compressor.cli.display import duration, size
 from compressor.cli.echo import echo
+from compressor.cli.importing import uncollected
 from compressor.cli.junit import Case
 from compressor.cli.options import (
     add_cases,
@@ -57,17 +58,18 @@ def command(
     compress plan recipes/llama2-awq.yaml
     compress plan recipes/llama2-awq.yaml --model ./my-model --set passes.awq.group_size=64
     """
-    import torch
+    with uncollected():
+        import torch
 
-    from compressor.checkpoint.find import locate
-    from compressor.errors import Problems
-    from compressor.plan.estimate import estimate
-    from compressor.plan.plan import make_plan
-    from compressor.plan.preflight import preflight
-    from compressor.plan.recipe import load_recipe
-    from compressor.plan.unit_plan import DTYPES
-    from compressor.run.tokens import check_data
-    from compressor.runner.process_memory import rss
+        from compressor.checkpoint.find import locate
+        from compressor.errors import Problems
+        from compressor.plan.estimate import estimate
+        from compressor.plan.plan import make_plan
+        from compressor.plan.preflight import preflight
+        from compressor.plan.recipe import load_recipe
+        from compressor.plan.unit_plan import DTYPES
+        from compressor.run.tokens import check_data
+        from compressor.runner.process_memory import rss
 
     resident = rss()
     loaded = load_recipe(
@@ -91,7 +93,8 @@ def command(
         plan, device=torch.device(device), resident=resident, device_memory=device_memory
     )
     problems, notes = check_data(plan)
-    problems += preflight(plan)[1]
+    with uncollected():
+        problems += preflight(plan)[1]
     if problems:
         raise Problems(problems)
     plan = replace(plan, notes=(*plan.notes, *notes))
