@@ -36,7 +36,6 @@ def compress(command: str, recipe: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow  # its bound does not hold since sources are tokenized beside each other
 @pytest.mark.parametrize(
     ("method", "judged"),
     [("awq", "evaluate: {windows: 2, length: 64}"), ("rtn", "verify: false")],
