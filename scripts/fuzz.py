@@ -89,7 +89,7 @@ def run(root: Path, kind: str, first: int, count: int, *, loud: bool) -> tuple[C
             line = worker.stdout.readline()
             if not line:
                 found["died"] += 1
-                print(f"{kind} {seed}: the process died: {begun}", flush=True)
+                print(f"{kind} {seed}: died with {worker.wait()}: {begun}", flush=True)
                 seed += 1
                 break
             event = json.loads(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +44,10 @@ def parse_size(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+LARGEST_COUNT, LARGEST_SIZE = 10**9, 2**63 - 1
+"""Of numbers in a recipe: rows, steps and the like; bytes and the seed."""
 
 
 class Step(BaseModel):
@@ -196,7 +200,9 @@ def _step_into(node: Any, key: str, override: str) -> Any:
 
 def make_recipe(data: Mapping[str, Any]) -> Recipe:
     """Validate plain data. Raises Problems with everything that is wrong."""
-    problems: list[Any] = []
+    problems: list[Any] = [*_too_large(data)]
+    if problems:
+        raise Problems(problems)
     steps = []
     entries = data.get("passes")
     if not isinstance(entries, list) or not entries:
@@ -221,6 +227,19 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
     if problems:
         raise Problems(problems)
     return recipe
+
+
+def _too_large(value: Any, place: str = "") -> Iterator[InputError]:
+    """Numbers that no count is as large as, and loops would run for ever over."""
+    most = LARGEST_SIZE if place in ("seed", "max_shard_size") else LARGEST_COUNT
+    if isinstance(value, int) and abs(value) > most:
+        yield InputError(f"{place} is too large", hint=f"at most {most}")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _too_large(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _too_large(inner, f"{place}.{number}")
 
 
 def _make_steps(entry: Any, where: str) -> list[Step]:

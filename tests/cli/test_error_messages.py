@@ -52,6 +52,11 @@ CASES: list[Case] = [
         ["key 'model' appears twice", "in recipe.yaml, line 2"],
     ),
     (
+        "rows without number",
+        lambda d: ["plan", d.recipe(calibration={"samples": 10**30})],
+        ["calibration.samples is too large", "at most 1000000000"],
+    ),
+    (
         "a misspelt key",
         lambda d: ["plan", d.recipe(calibraton={"samples": 4})],
         ["unknown key 'calibraton'", "did you mean 'calibration'?"],
