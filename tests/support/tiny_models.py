@@ -123,7 +123,9 @@ def build(
         values.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
     if model_type == "gemma3":
         values = {"text_config": values, "vision_config": VISION, "mm_tokens_per_image": 4}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # some parameters, A_log for one, keep what they start from
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
