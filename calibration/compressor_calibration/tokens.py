@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compressor_calibration.documents import BadRows, DataError, Document
+from compressor_calibration.text_windows import text_windows
 
 Sampling = Literal["random", "consecutive"]
 
@@ -23,7 +23,6 @@ CHARACTERS_PER_TOKEN = 16
 POOL_CHARACTERS = 8_000_000
 # Where a text is cut, its last tokens may differ from those of the whole text.
 CUT_TOKENS = 64
-SHINGLE = 32
 
 
 class Tokenizer(Protocol):
@@ -85,33 +84,49 @@ def make_tokens(
                  one before every text by itself
 
     No more is read than the rows take, or for random windows the first 8 million characters
-    (16 characters for each token, if that is more). Raises DataError where the text is too short.
+    (16 characters for each token, if that is more), and of a long text no more is tokenized than
+    the windows. Raises DataError where the text is too short.
     """
     if samples < 1 or length < 1:
         raise ValueError(f"{samples} rows of {length} tokens were asked for")
     wanted = samples * length
     pool = POOL_CHARACTERS if sampling == "random" else 0
     met = bad_rows or BadRows()
-    stream = _read_stream(
-        tokenizer,
-        documents,
-        met,
-        tokens=wanted,
-        characters=max(wanted * CHARACTERS_PER_TOKEN, pool),
-    )
+    reader = _Reader(tokenizer, iter(documents), met)
+    characters = max(wanted * CHARACTERS_PER_TOKEN, pool)
     if sampling == "consecutive":
+        stream = reader.stream(tokens=wanted, characters=characters)
         if len(stream.ids) < wanted:
             raise _too_short(stream, wanted)
         rows = stream.ids[:wanted].view(samples, length)
         return _token_set(rows, stream.source, "consecutive", met)
-    starts, how = _choose(stream, samples=samples, length=length, seed=seed)
-    rows = torch.stack([stream.ids[start : start + length] for start in starts])
+    rows, how = _random_rows(reader, characters, samples=samples, length=length, seed=seed)
     first = _automatic_bos(tokenizer) if bos else None
     if first is not None:
         shifted = torch.cat([torch.full((samples, 1), first), rows[:, :-1]], dim=1)
         rows = torch.where(rows[:, :1] == first, rows, shifted)
         how += ", BOS first"
-    return _token_set(rows, stream.source, f"random with seed {seed}, {how}", met)
+    return _token_set(rows, reader.source, f"random with seed {seed}, {how}", met)
+
+
+def _random_rows(
+    reader: _Reader, characters: int, *, samples: int, length: int, seed: int
+) -> tuple[Tensor, str]:
+    """Windows [samples, length] into the first `characters` characters, and how they lie."""
+    text = reader.text(characters)
+    if text is not None:
+        rows = text_windows(
+            lambda part: _encode(reader.tokenizer, part),
+            text,
+            samples=samples,
+            length=length,
+            seed=seed,
+        )
+        if rows is not None:
+            return rows, "non-overlapping"
+    stream = reader.stream(tokens=samples * length, characters=characters)
+    starts, how = _choose(stream, samples=samples, length=length, seed=seed)
+    return torch.stack([stream.ids[start : start + length] for start in starts]), how
 
 
 def tokens_needed(samples: int, length: int, sampling: Sampling) -> int:
@@ -154,32 +169,6 @@ def mixed(sets: Sequence[TokenSet], *, seed: int | None) -> TokenSet:
     return _token_set(ids, source, "; ".join(dict.fromkeys(t.sampling for t in sets)), met)
 
 
-def overlap(a: TokenSet, b: TokenSet) -> int:
-    """How many rows of `b` share a run of 32 tokens with a row of `a` (shorter rows: a whole row).
-
-    Runs are compared by a 64-bit hash.
-    """
-    size = min(SHINGLE, a.ids.shape[1], b.ids.shape[1])
-    known = np.unique(_shingles(a.ids, size))
-    return int(np.isin(_shingles(b.ids, size), known).any(axis=1).sum())
-
-
-def _shingles(ids: Tensor, size: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Hash of every run of `size` tokens, [rows, length - size + 1]."""
-    x = ids.cpu().numpy().astype(np.uint64)
-    # Spread each id over 64 bits (the finalizer of SplitMix64), so that the polynomial below,
-    # which wraps around, mixes all of them.
-    x += np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    x ^= x >> np.uint64(31)
-    count = x.shape[1] - size + 1
-    hashes = np.zeros((x.shape[0], count), dtype=np.uint64)
-    for offset in range(size):
-        hashes = hashes * np.uint64(0xD6E8FEB86659FD93) + x[:, offset : offset + count]
-    return hashes
-
-
 def _token_set(ids: Tensor, source: str, sampling: str, met: BadRows) -> TokenSet:
     ids = ids.to(torch.int64).contiguous()
     digest = hashlib.sha256(f"{list(ids.shape)}".encode())
@@ -213,38 +202,53 @@ def _too_short(stream: _Stream, needed: int) -> DataError:
     )
 
 
-def _read_stream(
-    tokenizer: Tokenizer,
-    documents: Iterable[Document],
-    met: BadRows,
-    *,
-    tokens: int,
-    characters: int,
-) -> _Stream:
-    """Read `characters` characters, and more while they gave fewer than `tokens` tokens."""
-    unread = iter(documents)
-    taken: list[_Piece] = []
-    sources: dict[str, None] = {}
-    size = 0
-    while True:
-        while size < characters and (document := next(unread, None)) is not None:
+class _Reader:
+    """Reads documents as far as they are asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, documents: Iterator[Document], met: BadRows) -> None:
+        self.tokenizer = tokenizer
+        self._unread = documents
+        self._met = met
+        self._taken: list[_Piece] = []
+        self._sources: dict[str, None] = {}
+        self._size = 0
+
+    @property
+    def source(self) -> str:
+        """Where what was read came from."""
+        return ", ".join(self._sources)
+
+    def text(self, characters: int) -> str | None:
+        """The first `characters` characters, or None where not all documents are plain text."""
+        self._read(characters)
+        if any(piece.begins or piece.ids for piece in self._taken):
+            return None
+        return "".join(piece.text for piece in self._taken)[:characters]
+
+    def stream(self, *, tokens: int, characters: int) -> _Stream:
+        """Tokens of `characters` characters, and of more while they are fewer than `tokens`."""
+        while True:
+            self._read(characters)
+            drop = max(self._size - characters, 0)
+            ids, starts = _tokenize(self.tokenizer, self._taken, drop=drop)
+            if self._size < characters or len(ids) >= tokens + CUT_TOKENS:
+                met = self._met
+                skipped = (
+                    f"; {met.count} rows were skipped, the first: {met.first}" if met.count else ""
+                )
+                return _Stream(torch.tensor(ids, dtype=torch.int64), starts, self.source, skipped)
+            characters *= 4
+
+    def _read(self, characters: int) -> None:
+        while self._size < characters and (document := next(self._unread, None)) is not None:
             try:
-                piece = _piece(tokenizer, document)
+                piece = _piece(self.tokenizer, document)
             except DataError as error:
-                met.meet(error)
+                self._met.meet(error)
                 continue
-            taken.append(piece)
-            sources[document.source] = None
-            size += len(piece.text) + len(piece.ids) * CHARACTERS_OF_TOKEN
-        ids, starts = _tokenize(tokenizer, taken, drop=max(size - characters, 0))
-        if size < characters or len(ids) >= tokens + CUT_TOKENS:
-            skipped = (
-                f"; {met.count} rows were skipped, the first: {met.first}" if met.count else ""
-            )
-            return _Stream(
-                torch.tensor(ids, dtype=torch.int64), starts, ", ".join(sources), skipped
-            )
-        characters *= 4
+            self._taken.append(piece)
+            self._sources[document.source] = None
+            self._size += len(piece.text) + len(piece.ids) * CHARACTERS_OF_TOKEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 from compressor_calibration.bundled import Part
 from compressor_calibration.documents import BadRows, DataError, Unreachable
+from compressor_calibration.overlap import overlap
 from compressor_calibration.tokens import (
     Sampling,
     TokenSet,
     check_document,
     make_tokens,
     mixed,
-    overlap,
     shares,
     tokens_needed,
     written_out,

@@ -9,7 +9,8 @@ import torch
 from compressor_calibration import tokens
 from compressor_calibration.bundled import KINDS, bundled_text
 from compressor_calibration.documents import DataError, Document
-from compressor_calibration.tokens import make_tokens, mixed, overlap, shares, windows
+from compressor_calibration.overlap import overlap
+from compressor_calibration.tokens import make_tokens, mixed, shares, windows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
