@@ -7,10 +7,11 @@ puts the module path in front.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
+
+Shapes = dict[str, TensorShape]
+"""Local name → dtype and shape of a linear's tensors."""
+
+Headers = Mapping[str, TensorShape]
+"""The same, of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,35 +47,116 @@ class ModelSchemes:
         return [module for module, scheme in self.linears.items() if scheme.weight is None]
 
 
-class Format(Protocol):
-    """One on-disk format. Each module in this folder holds one as `FORMAT`."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a weight is written with.
+
+    dtype        of the written checkpoint's float tensors, as `model_dtype` gives it
+    input        how the linear's input is quantized: the same int8 weight is packed where only
+                 weights are quantized and stored as int8 where inputs are too
+    input_scale  the multiplier [1] of an input whose mode is static or local, for which it has to
+                 be given; rounded once to the dtype that is stored
+    """
+
+    dtype: torch.dtype
+    input: ActivationSpec | None = None
+    input_scale: Tensor | None = None
+
+
+class Format(ABC):
+    """One on-disk format. Each folder here holds one as `FORMAT` in its `codec.py`.
+
+    What is not abstract is right for a format of weights alone that has one form for every value of
+    what it accepts.
+    """
 
     name: str
-    """Recipe key, also the file name with - for _."""
+    """Recipe key, also the folder's name with - for _."""
 
-    stores_divisors: bool
+    stores_divisors = False
     """Whether it stores a tensor's second-level scale as its reciprocal."""
 
+    kv_names: tuple[str, str] | None = None
+    """Where an attention module keeps the static scales of its keys and values."""
+
+    @abstractmethod
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """Dtype in which this format stores the scales of `spec`."""
-        ...
 
     def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of unquantized tensors in the written checkpoint (AutoAWQ wants float16)."""
-        ...
+        return dtype
 
+    @abstractmethod
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None where the format can hold `scheme` for a weight [out, in], else the reason."""
-        ...
 
     def may_lack(self, scheme: Scheme) -> str | None:
         """None where every weight of a scheme that it accepts has a form, else what may have
         none."""
-        ...
+        return None
 
     def lacks(self, q: QTensor) -> str | None:
         """None where this weight has a form, else what of its values has none."""
-        ...
+        return None
+
+    @abstractmethod
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
+        """Names, dtypes and shapes of the tensors that `pack` gives for a weight [out, in]."""
+
+    @abstractmethod
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
+        """The tensors on disk of a weight that is accepted. Raises InputError where a value has no
+        exact form."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
+        """The exact inverse of `encode`."""
+
+    @abstractmethod
+    def config(self, schemes: ModelSchemes) -> dict[str, Any]:
+        """The `quantization_config` entry of config.json."""
+
+    @abstractmethod
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """True where a `quantization_config` entry is of this format."""
+
+    @abstractmethod
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
+        """The schemes a checkpoint declares.
+
+        config   its `quantization_config`
+        linears  module path → local tensor name → header entry, for every linear of the model
+        Raises InputError for what is declared but not supported, with the key that says so.
+        """
+
+    def stored(
+        self, tensors: Headers, scheme: Scheme, shape: tuple[int, int], *, model_dtype: torch.dtype
+    ) -> Shapes:
+        """Those of a linear's tensors that hold its weight [out, in] and input scale, as they
+        should be; `shapes` where there is one way to write a scheme.
+
+        tensors  all that a checkpoint has of the linear, by local name
+        """
+        return self.shapes(scheme, shape, model_dtype)
+
+    def form(self, tensors: Headers) -> str:
+        """Which of the format's sub-formats a quantized linear's tensors are in; "" where it has
+        none."""
+        return ""
+
+    def files(self, schemes: ModelSchemes) -> dict[str, Any]:
+        """JSON files beside config.json that the format's readers want: name → content."""
+        return {}
+
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The stored scale of a linear's input as a float32 multiplier [1], or None."""
+        return None
+
+    def kv_tensor(self, kv: KVSpec, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """A static scale of a KV cache, [1] or [kv_heads], as it is stored. Raises InputError where
+        the format has no place for it."""
+        raise InputError(f"{self.name} has no place for scales of the KV cache")
 
     def layout(
         self,
@@ -77,29 +165,9 @@ class Format(Protocol):
         *,
         model_dtype: torch.dtype,
         input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    ) -> Shapes:
         """Names, dtypes and shapes that `encode` will give for a weight [out, in]."""
-        ...
-
-    def stored(
-        self,
-        tensors: Mapping[str, TensorShape],
-        scheme: Scheme,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-    ) -> dict[str, TensorShape]:
-        """Those of a linear's tensors that hold its weight [out, in] and input scale, as they
-        should be; `layout` where there is one way to write a scheme.
-
-        tensors  all that a checkpoint has of the linear, by local name
-        """
-        ...
-
-    def form(self, tensors: Mapping[str, TensorShape]) -> str:
-        """Which of the format's sub-formats a quantized linear's tensors are in; "" where it has
-        none."""
-        ...
+        return self.shapes(Scheme(weight=spec, input=input), shape, model_dtype)
 
     def encode(
         self,
@@ -109,19 +177,12 @@ class Format(Protocol):
         input: ActivationSpec | None = None,
         input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The tensors on disk. Raises InputError where a value has no exact form.
-
-        model_dtype  dtype of the written checkpoint's float tensors, as `model_dtype` gives it
-        input        how the linear's input is quantized: the same int8 weight is packed where only
-                     weights are quantized and stored as int8 where inputs are too
-        input_scale  the multiplier [1] of an input whose mode is static or local, for which it has
-                     to be given; rounded once to the dtype that is stored
-        """
-        ...
-
-    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The stored scale of a linear's input as a float32 multiplier [1], or None."""
-        ...
+        """The tensors on disk; arguments as in `Written`. Raises InputError where a value has no
+        exact form."""
+        refused = self.accepts(Scheme(weight=q.spec, input=input), q.shape) or self.lacks(q)
+        if refused:
+            raise InputError(f"{self.name}: {refused}")
+        return self.pack(q, Written(model_dtype, input, input_scale))
 
     def kv_tensors(
         self,
@@ -138,101 +199,22 @@ class Format(Protocol):
         k_scale    multiplier of the keys after RoPE, [1] or [kv_heads]; likewise v_scale
         Raises InputError where the format has no place for them. Meta tensors give shapes.
         """
-        ...
+        scales = [self.kv_tensor(kv, scale, model_dtype) for scale in (k_scale, v_scale)]
+        names = self.kv_names or ()
+        return {f"{attention}.{name}": t for name, t in zip(names, scales, strict=True)}
 
     def kv_scales(
         self, tensors: Mapping[str, Tensor], attention: str
     ) -> tuple[Tensor, Tensor] | None:
         """The inverse of `kv_tensors`: float32 scales of keys and values, or None."""
-        ...
-
-    def files(self, schemes: ModelSchemes) -> dict[str, Any]:
-        """JSON files beside config.json that the format's readers want: name → content."""
-        ...
-
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
-        """The exact inverse of `encode`."""
-        ...
-
-    def config(self, schemes: ModelSchemes) -> dict[str, Any]:
-        """The `quantization_config` entry of config.json."""
-        ...
-
-    def recognises(self, config: Mapping[str, Any]) -> bool:
-        """True where a `quantization_config` entry is of this format."""
-        ...
-
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
-        """The schemes a checkpoint declares.
-
-        config   its `quantization_config`
-        linears  module path → local tensor name → header entry, for every linear of the model
-        Raises InputError for what is declared but not supported, with the key that says so.
-        """
-        ...
-
-
-class AllValues:
-    """Defaults of a format that has a form for every value of what it accepts, and one form."""
-
-    def stored(
-        self: Format,
-        tensors: Mapping[str, TensorShape],
-        scheme: Scheme,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-    ) -> dict[str, TensorShape]:
-        """What `layout` says."""
-        assert scheme.weight is not None
-        return self.layout(scheme.weight, shape, model_dtype=model_dtype, input=scheme.input)
-
-    def form(self, tensors: Mapping[str, TensorShape]) -> str:
-        """None."""
-        return ""
-
-    def may_lack(self, scheme: Scheme) -> str | None:
-        """None."""
-        return None
-
-    def lacks(self, q: QTensor) -> str | None:
-        """None."""
-        return None
-
-
-class WeightsOnly(AllValues):
-    """Defaults of a format that has no place for scales of inputs or of the KV cache."""
-
-    name: str
-    stores_divisors = False
-
-    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """None."""
-        return None
-
-    def kv_tensors(
-        self,
-        kv: KVSpec,
-        attention: str,
-        *,
-        k_scale: Tensor,
-        v_scale: Tensor,
-        model_dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """Always refused."""
-        raise InputError(f"{self.name} has no place for scales of the KV cache")
-
-    def kv_scales(
-        self, tensors: Mapping[str, Tensor], attention: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """None."""
-        return None
-
-    def files(self, schemes: ModelSchemes) -> dict[str, Any]:
-        """None beside config.json."""
-        return {}
+        names = [f"{attention}.{name}" for name in self.kv_names or ()]
+        if not any(name in tensors for name in names):
+            return None
+        for name in names:
+            if name not in tensors:
+                raise InputError(f"tensor {name!r} is missing")
+        k_scale, v_scale = (tensors[name].to(torch.float32).reshape(-1) for name in names)
+        return k_scale, v_scale
 
 
 def format_names() -> list[str]:

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, WeightsOnly
-from compressor.formats.shared.checks import matrix_shape, take, take_scales
+from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
+from compressor.formats.shared.checks import matrix_shape, weight_of
 from compressor.formats.shared.transposed import (
     common_spec,
     read_spec,
     stored_schemes,
     stored_zeros,
+    take_packed,
     weight_reason,
     with_zeros,
 )
 from compressor.formats.shared.whole_checkpoint import group_size
 from compressor.formats.shared.words import pack_words, unpack_words
 from compressor.ir.qtensor import QTensor, QuantSpec
-from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 
 BITS = 4
@@ -37,7 +38,7 @@ INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 PER_WORD = 8
 
 
-class AutoAWQ(WeightsOnly):
+class AutoAWQ(Format):
     """One group size for the whole checkpoint, which is in float16."""
 
     name = "autoawq"
@@ -58,16 +59,9 @@ class AutoAWQ(WeightsOnly):
             return f"{shape[0]} outputs are not a multiple of {PER_WORD}"
         return None
 
-    def layout(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
         """Tensors of one linear, as the module's docstring lists them."""
-        rows, columns = shape
+        spec, (rows, columns) = weight_of(scheme), shape
         groups = spec.scale_shape(rows, columns)[1]
         return {
             "qweight": TensorShape(torch.int32, (columns, rows // PER_WORD)),
@@ -75,17 +69,8 @@ class AutoAWQ(WeightsOnly):
             "scales": TensorShape(torch.float16, (groups, rows)),
         }
 
-    def encode(
-        self,
-        q: QTensor,
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-        input_scale: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
         """Pack; InputError where the spec is not one of AutoAWQ's or scales are not float16."""
-        if reason := self.accepts(Scheme(weight=q.spec, input=input), q.shape):
-            raise InputError(f"autoawq: {reason}")
         zeros = stored_zeros(q)
         return {
             "qweight": _pack(q.codes.t()),
@@ -99,10 +84,8 @@ class AutoAWQ(WeightsOnly):
         shape = (words * PER_WORD, columns)
         if reason := self.accepts(Scheme(weight=spec), shape):
             raise InputError(f"tensor 'qweight': {reason}")
-        names = self.layout(spec, shape, model_dtype=torch.float16)
-        packed = take(tensors, "qweight", shape=names["qweight"].shape, dtypes=(torch.int32,))
-        qzeros = take(tensors, "qzeros", shape=names["qzeros"].shape, dtypes=(torch.int32,))
-        scales = take_scales(tensors, "scales", spec=spec, shape=names["scales"].shape)
+        shapes = self.shapes(Scheme(weight=spec), shape, torch.float16)
+        packed, qzeros, scales = take_packed(tensors, shapes, spec)
         return with_zeros(
             spec, codes=_unpack(packed).t(), scales=scales.t(), zeros=_unpack(qzeros).t()
         )
@@ -139,9 +122,7 @@ class AutoAWQ(WeightsOnly):
         version = str(config.get("version", "gemm")).lower()
         return config.get("quant_method") == "awq" and version == "gemm"
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Every linear with a `qweight` is quantized the one way the config says."""
         if config.get("zero_point", True) is not True:
             raise InputError("quantization_config.zero_point false is not supported")

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes
+from compressor.formats.base import Headers, ModelSchemes
 from compressor.formats.dense.codec import Dense
 from compressor.ir.scheme import Scheme
-from compressor.ir.tensor import TensorShape
 
 
 class BitDelta(Dense):
@@ -41,9 +40,7 @@ class BitDelta(Dense):
         """By the method's name."""
         return config.get("quant_method") == "bitdelta"
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Always refused: a delta alone is no model."""
         raise InputError(
             "this checkpoint is a delta, which means nothing without its base",

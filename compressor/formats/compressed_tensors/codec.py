@@ -15,22 +15,17 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.foreign.patterns import Names
-from compressor.formats.base import AllValues, ModelSchemes
+from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
 from compressor.formats.compressed_tensors.layouts.base import CTLayout
 from compressor.formats.compressed_tensors.layouts.float_quantized import FloatQuantized
 from compressor.formats.compressed_tensors.layouts.int_quantized import IntQuantized
-from compressor.formats.compressed_tensors.layouts.kv_cache import (
-    kv_entry,
-    kv_scales,
-    kv_tensors,
-    read_kv,
-)
+from compressor.formats.compressed_tensors.layouts.kv_cache import kv_entry, read_kv
 from compressor.formats.compressed_tensors.layouts.mx_quantized import MXQuantized
 from compressor.formats.compressed_tensors.layouts.nvfp4_pack_quantized import NVFP4PackQuantized
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
+from compressor.formats.shared.checks import weight_of
 from compressor.ir.qtensor import MXFP4, MXFP8, QTensor, QuantSpec
-from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
-from compressor.ir.tensor import TensorShape
+from compressor.ir.scheme import KVSpec, Scheme
 
 VERSION = "0.20.0"
 LAYOUTS: tuple[CTLayout, ...] = (
@@ -44,20 +39,17 @@ LAYOUTS: tuple[CTLayout, ...] = (
 )
 
 
-class CompressedTensors(AllValues):
+class CompressedTensors(Format):
     """Per linear, the one sub-format that holds its scheme."""
 
     name = "compressed-tensors"
     stores_divisors = True
+    kv_names = ("k_scale", "v_scale")
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """As the sub-format says; the model's dtype where inputs decide which one it is."""
         found = [layout for layout in LAYOUTS if layout.holds(Scheme(weight=spec))]
         return found[0].scale_dtype(spec, model_dtype) if found else model_dtype
-
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Unchanged."""
-        return dtype
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None where a sub-format holds the scheme and takes this shape."""
@@ -69,48 +61,25 @@ class CompressedTensors(AllValues):
                 return f"{layout.format}: {reason}" if reason else None
         return f"no sub-format holds {describe(scheme)}"
 
-    def layout(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
         """The sub-format's tensors."""
-        return holder(Scheme(weight=spec, input=input)).layout(spec, shape, input=input)
+        return holder(scheme).layout(weight_of(scheme), shape, input=scheme.input)
 
     def stored(
-        self,
-        tensors: Mapping[str, TensorShape],
-        scheme: Scheme,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-    ) -> dict[str, TensorShape]:
+        self, tensors: Headers, scheme: Scheme, shape: tuple[int, int], *, model_dtype: torch.dtype
+    ) -> Shapes:
         """Those of the sub-format that the tensors' names show: some schemes have been written in
         two."""
-        assert scheme.weight is not None
-        return owner(tensors).layout(scheme.weight, shape, input=scheme.input)
+        return owner(tensors).layout(weight_of(scheme), shape, input=scheme.input)
 
-    def form(self, tensors: Mapping[str, TensorShape]) -> str:
+    def form(self, tensors: Headers) -> str:
         """The sub-format that the tensors' names and dtypes show."""
         return owner(tensors).format
 
-    def encode(
-        self,
-        q: QTensor,
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-        input_scale: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
         """The sub-format's tensors; InputError where a value has no exact form in it."""
-        scheme = Scheme(weight=q.spec, input=input)
-        layout = holder(scheme)
-        if reason := layout.accepts(scheme, q.shape):
-            raise InputError(f"{layout.format}: {reason}")
-        return layout.encode(q, input=input, input_scale=input_scale)
+        layout = holder(Scheme(weight=q.spec, input=to.input))
+        return layout.encode(q, input=to.input, input_scale=to.input_scale)
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Read by the sub-format that the tensors' names show."""
@@ -120,27 +89,10 @@ class CompressedTensors(AllValues):
         """Read by the sub-format that the tensors' names show."""
         return owner(tensors).input_scale(tensors)
 
-    def kv_tensors(
-        self,
-        kv: KVSpec,
-        attention: str,
-        *,
-        k_scale: Tensor,
-        v_scale: Tensor,
-        model_dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """`k_scale` and `v_scale` of the attention module."""
-        return kv_tensors(kv, attention, k_scale=k_scale, v_scale=v_scale, model_dtype=model_dtype)
-
-    def kv_scales(
-        self, tensors: Mapping[str, Tensor], attention: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """Scales of keys and values."""
-        return kv_scales(tensors, attention)
-
-    def files(self, schemes: ModelSchemes) -> dict[str, Any]:
-        """None beside config.json."""
-        return {}
+    def kv_tensor(self, kv: KVSpec, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """[1] or [kv_heads, 1, 1] in the model's dtype; InputError for what `kv_entry` refuses."""
+        kv_entry(kv)
+        return scale.reshape((1,) if kv.per == "tensor" else (-1, 1, 1)).to(dtype)
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
         """One group for each distinct scheme; empty where nothing is quantized."""
@@ -181,9 +133,7 @@ class CompressedTensors(AllValues):
         """By `quant_method`."""
         return config.get("quant_method") == "compressed-tensors"
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Match every linear to its group and hold the group against the linear's tensors."""
         for key in ("sparsity_config", "transform_config"):
             if config.get(key):
@@ -245,7 +195,7 @@ def describe(scheme: Scheme) -> str:
 
 def _scheme(
     module: str,
-    tensors: Mapping[str, TensorShape],
+    tensors: Headers,
     groups: Mapping[str, Mapping[str, Any]],
     targets: Mapping[str, Names],
     ignored: Names,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, WeightsOnly
+from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
 from compressor.ir.qtensor import QTensor, QuantSpec
-from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 
 
-class Dense(WeightsOnly):
+class Dense(Format):
     """One `weight` [out, in] per linear, in the model's dtype. Codes and scales are not kept."""
 
     name = "dense"
@@ -24,42 +24,24 @@ class Dense(WeightsOnly):
         """The spec's own: no scale is stored, so none is rounded."""
         return spec.scale_dtype
 
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Unchanged."""
-        return dtype
-
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Any weight; quantized inputs have no place in a float checkpoint."""
         if scheme.input is not None:
             return "a dense checkpoint cannot say that inputs are quantized"
         return None
 
-    def layout(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
         """The weight alone."""
-        return {"weight": TensorShape(model_dtype, shape)}
+        return {"weight": TensorShape(dtype, shape)}
 
-    def encode(
-        self,
-        q: QTensor,
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-        input_scale: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The weight, dequantized in float32, then rounded once to `model_dtype`.
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
+        """The weight, dequantized in float32, then rounded once to the checkpoint's dtype.
 
         Raises InputError where the result is not finite.
         """
-        weight = q.dequantize().to(model_dtype)
+        weight = q.dequantize().to(to.dtype)
         if not bool(torch.isfinite(weight).all()):
-            raise InputError(f"the dequantized weight is not finite in {model_dtype}")
+            raise InputError(f"the dequantized weight is not finite in {to.dtype}")
         return {"weight": weight}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
@@ -76,9 +58,7 @@ class Dense(WeightsOnly):
         """Only the absence of a `quantization_config`."""
         return not config
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Every linear in float."""
         return ModelSchemes(linears=dict.fromkeys(linears, Scheme()))
 

@@ -20,27 +20,28 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, WeightsOnly
-from compressor.formats.shared.checks import matrix_shape, take, take_scales
+from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
+from compressor.formats.shared.checks import matrix_shape, take, weight_of
 from compressor.formats.shared.transposed import (
     common_spec,
     read_spec,
     stored_schemes,
     stored_zeros,
+    take_packed,
     weight_reason,
     with_zeros,
 )
 from compressor.formats.shared.whole_checkpoint import group_size
 from compressor.formats.shared.words import WORD, pack_words, unpack_words
 from compressor.ir.qtensor import QTensor, QuantSpec
-from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 
 BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQ(WeightsOnly):
+class GPTQ(Format):
     """One bit width and group size for the whole checkpoint, which is in float16.
 
     name    recipe key
@@ -82,16 +83,9 @@ class GPTQ(WeightsOnly):
             return "version 1 has no form for its zero points of 0; gptq-v2 has"
         return None
 
-    def layout(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
         """Tensors of one linear, as the module's docstring lists them."""
-        rows, columns = shape
+        spec, (rows, columns) = weight_of(scheme), shape
         groups = spec.scale_shape(rows, columns)[1]
         return {
             "qweight": TensorShape(torch.int32, (columns * spec.bits // WORD, rows)),
@@ -100,20 +94,9 @@ class GPTQ(WeightsOnly):
             "g_idx": TensorShape(torch.int32, (columns,)),
         }
 
-    def encode(
-        self,
-        q: QTensor,
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-        input_scale: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
         """Pack. Raises InputError where the spec does not fit, scales are not float16 or, in
         version 1, a zero point is 0; other asymmetric weights have a form there too."""
-        if reason := self.accepts(Scheme(weight=q.spec, input=input), q.shape):
-            raise InputError(f"{self.name}: {reason}")
-        if reason := self.lacks(q):
-            raise InputError(f"{self.name}: {reason}")
         zeros = stored_zeros(q)
         return {
             "qweight": pack_words(q.codes, q.spec.bits).t().contiguous(),
@@ -129,10 +112,8 @@ class GPTQ(WeightsOnly):
         shape = (rows, words * WORD // spec.bits)
         if reason := self.accepts(Scheme(weight=spec), shape):
             raise InputError(f"tensor 'qweight': {reason}")
-        names = self.layout(spec, shape, model_dtype=torch.float16)
-        packed = take(tensors, "qweight", shape=names["qweight"].shape, dtypes=(torch.int32,))
-        qzeros = take(tensors, "qzeros", shape=names["qzeros"].shape, dtypes=(torch.int32,))
-        scales = take_scales(tensors, "scales", spec=spec, shape=names["scales"].shape)
+        shapes = self.shapes(Scheme(weight=spec), shape, torch.float16)
+        packed, qzeros, scales = take_packed(tensors, shapes, spec)
         if "g_idx" in tensors:
             order = take(tensors, "g_idx", shape=(shape[1],), dtypes=(torch.int32, torch.int64))
             if not torch.equal(
@@ -181,9 +162,7 @@ class GPTQ(WeightsOnly):
         marker = config.get("checkpoint_format") or "gptq"
         return config.get("quant_method") == "gptq" and marker == self.marker
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Every linear with a `qweight` is quantized the one way the config says."""
         for pattern, override in (config.get("dynamic") or {}).items():
             if override:

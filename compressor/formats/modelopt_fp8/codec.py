@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes
+from compressor.formats.base import Headers, ModelSchemes, Shapes, Written
 from compressor.formats.compressed_tensors.layouts.inputs import positive_scale
 from compressor.formats.shared.checks import check_values, matrix_shape, take
 from compressor.formats.shared.e2m1 import take_number
@@ -54,14 +53,7 @@ class ModelOptFP8(ModelOpt):
             return "its inputs are E4M3 with one static scale"
         return None
 
-    def layout(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
         """Tensors of one linear, as the module's docstring lists them."""
         return {
             "weight": TensorShape(torch.float8_e4m3fn, shape),
@@ -69,22 +61,13 @@ class ModelOptFP8(ModelOpt):
             "input_scale": SCALAR,
         }
 
-    def encode(
-        self,
-        q: QTensor,
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-        input_scale: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
         """The codes as they are; InputError where they break the spec."""
-        if reason := self.accepts(Scheme(weight=q.spec, input=input), q.shape):
-            raise InputError(f"{self.name}: {reason}")
         check_values(q)
         return {
             "weight": q.codes.contiguous().view(torch.float8_e4m3fn),
             "weight_scale": q.scales.reshape(()),
-            "input_scale": positive_scale(input_scale).to(torch.float32).reshape(()),
+            "input_scale": positive_scale(to.input_scale).to(torch.float32).reshape(()),
         }
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
@@ -117,9 +100,7 @@ class ModelOptFP8(ModelOpt):
         """By `quant_method` and `quant_algo`."""
         return config.get("quant_method") == "modelopt" and config.get("quant_algo") == "FP8"
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Every linear with an FP8 weight has static scales."""
         return read_schemes(config, linears, scheme=Scheme(SPEC, INPUT), stored=torch.float8_e4m3fn)
 

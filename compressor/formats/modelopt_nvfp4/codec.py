@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes
+from compressor.formats.base import Headers, ModelSchemes, Shapes, Written
 from compressor.formats.compressed_tensors.layouts.inputs import positive_scale
+from compressor.formats.shared.checks import weight_of
 from compressor.formats.shared.e2m1 import (
     BLOCK,
     LOCAL,
@@ -36,7 +36,7 @@ from compressor.formats.shared.modelopt import (
     read_schemes,
 )
 from compressor.ir.qtensor import NVFP4, QTensor, QuantSpec
-from compressor.ir.scheme import ActivationSpec, Scheme
+from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 
 QUANTIZER = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
@@ -58,33 +58,17 @@ class ModelOptNVFP4(ModelOpt):
             return None if scheme.input is None else "inputs are quantized, the weight is not"
         return nvfp4_reason(scheme.weight, scheme.input, shape)
 
-    def layout(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
         """Tensors of one linear, as the module's docstring lists them."""
         names = {
             "weight": TensorShape(torch.uint8, (shape[0], shape[1] // 2)),
-            "weight_scale": TensorShape(SCALE_DTYPE, spec.scale_shape(*shape)),
+            "weight_scale": TensorShape(SCALE_DTYPE, weight_of(scheme).scale_shape(*shape)),
             "weight_scale_2": SCALAR,
         }
-        return names if input is None else {**names, "input_scale": SCALAR}
+        return names if scheme.input is None else {**names, "input_scale": SCALAR}
 
-    def encode(
-        self,
-        q: QTensor,
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-        input_scale: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
         """Pack; InputError where the values break the spec."""
-        if reason := self.accepts(Scheme(weight=q.spec, input=input), q.shape):
-            raise InputError(f"{self.name}: {reason}")
         check_nvfp4(q)
         assert q.second is not None
         tensors = {
@@ -92,8 +76,8 @@ class ModelOptNVFP4(ModelOpt):
             "weight_scale": q.scales.contiguous(),
             "weight_scale_2": q.second.reshape(()),
         }
-        if input is not None:
-            tensors["input_scale"] = positive_scale(input_scale).to(torch.float32).reshape(())
+        if to.input is not None:
+            tensors["input_scale"] = positive_scale(to.input_scale).to(torch.float32).reshape(())
         return tensors
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
@@ -124,9 +108,7 @@ class ModelOptNVFP4(ModelOpt):
         """By `quant_method` and `quant_algo`."""
         return config.get("quant_method") == "modelopt" and config.get("quant_algo") in ALGORITHMS
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Every linear with a packed weight is quantized the one way the config says."""
         scheme = ALGORITHMS[config["quant_algo"]]
         return read_schemes(config, linears, scheme=scheme, stored=torch.uint8)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes, WeightsOnly
-from compressor.formats.shared.checks import describe, finite, matrix_shape, take
+from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
+from compressor.formats.shared.checks import describe, finite, matrix_shape, take, weight_of
 from compressor.formats.shared.whole_checkpoint import common_scheme, group_size, read_group_size
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
@@ -39,7 +39,7 @@ INPUT_ENTRY = {"bits": 8, "symmetric": True, "scales": "token"}
 ORDER = [8 * half + lane + 16 * pair for pair in (0, 1) for lane in range(8) for half in (0, 1)]
 
 
-class QServe(WeightsOnly):
+class QServe(Format):
     """4-bit weights, one way of quantizing for the whole checkpoint, which is in float16."""
 
     name = "qserve"
@@ -61,16 +61,9 @@ class QServe(WeightsOnly):
             return "its inputs are int8 with a scale per token"
         return _weight_reason(spec, shape)
 
-    def layout(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-    ) -> dict[str, TensorShape]:
+    def shapes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Shapes:
         """Tensors of one linear, as the module's docstring lists them."""
-        rows, columns = shape
+        spec, (rows, columns) = weight_of(scheme), shape
         per_channel = TensorShape(torch.float16, (rows,))
         names = {
             "qweight": TensorShape(torch.int8, (rows, columns // 2)),
@@ -81,17 +74,8 @@ class QServe(WeightsOnly):
         per_group = TensorShape(torch.int8, (spec.scale_shape(*shape)[1], rows))
         return {**names, "s2_scales": per_group, "s2_zeros": per_group}
 
-    def encode(
-        self,
-        q: QTensor,
-        *,
-        model_dtype: torch.dtype,
-        input: ActivationSpec | None = None,
-        input_scale: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, q: QTensor, to: Written) -> dict[str, Tensor]:
         """Tile codes and order scales; InputError where a value has no exact form."""
-        if reason := self.accepts(Scheme(weight=q.spec, input=input), q.shape):
-            raise InputError(f"{self.name}: {reason}")
         _check(q)
         assert q.zeros is not None
         if q.second is None:
@@ -123,7 +107,7 @@ class QServe(WeightsOnly):
             raise InputError(f"tensor 'qweight': {reason}")
         found = {
             name: take(tensors, name, shape=entry.shape, dtypes=(entry.dtype,))
-            for name, entry in self.layout(spec, shape, model_dtype=torch.float16).items()
+            for name, entry in self.shapes(Scheme(weight=spec), shape, torch.float16).items()
         }
         for name, tensor in found.items():
             if tensor.dtype == torch.float16 and not finite(tensor):
@@ -164,9 +148,7 @@ class QServe(WeightsOnly):
         """By `quant_method`."""
         return config.get("quant_method") == "qserve"
 
-    def schemes(
-        self, config: Mapping[str, Any], linears: Mapping[str, Mapping[str, TensorShape]]
-    ) -> ModelSchemes:
+    def schemes(self, config: Mapping[str, Any], linears: Mapping[str, Headers]) -> ModelSchemes:
         """Every linear with a `qweight` is quantized the one way the config says."""
         known = {
             "bits": (4,),

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.scheme import Scheme
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def weight_of(scheme: Scheme) -> QuantSpec:
+    """The spec of a scheme that quantizes its weight."""
+    assert scheme.weight is not None
+    return scheme.weight
 
 
 def int_reason(spec: QuantSpec, shape: tuple[int, int]) -> str | None:

@@ -11,61 +11,31 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import AllValues, ModelSchemes
+from compressor.formats.base import Format, Headers, ModelSchemes
 from compressor.formats.shared.whole_checkpoint import common_scheme
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
 
 KV = KVSpec("fp8_e4m3", "tensor")
 KV_ENTRY = {"dynamic": False, "num_bits": 8, "type": "float"}
-KV_NAMES = ("k_proj.k_scale", "v_proj.v_scale")
 SCALAR = TensorShape(torch.float32, ())
 
 
-class ModelOpt(AllValues):
+class ModelOpt(Format):
     """What each of its formats answers alike."""
 
-    name: str
-    stores_divisors = False
-
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Unchanged."""
-        return dtype
+    kv_names = ("k_proj.k_scale", "v_proj.v_scale")
 
     def common_scheme(self, schemes: ModelSchemes) -> Scheme | None:
         """The one scheme of all quantized linears, or None where none is. Raises InputError."""
         hint = "use the compressed-tensors format"
         return common_scheme(schemes, name=self.name, kv=KV, hint=hint)
 
-    def kv_tensors(
-        self,
-        kv: KVSpec,
-        attention: str,
-        *,
-        k_scale: Tensor,
-        v_scale: Tensor,
-        model_dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """float32 scalars beside the projections that they belong to."""
+    def kv_tensor(self, kv: KVSpec, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """A float32 scalar beside the projection that it belongs to."""
         if kv != KV:
             raise InputError("ModelOpt has no form for a KV cache other than fp8_e4m3 per tensor")
-        return {
-            f"{attention}.{name}": scale.to(torch.float32).reshape(())
-            for name, scale in zip(KV_NAMES, (k_scale, v_scale), strict=True)
-        }
-
-    def kv_scales(
-        self, tensors: Mapping[str, Tensor], attention: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """Scales of keys and values, float32 [1], or None where there are none."""
-        names = [f"{attention}.{name}" for name in KV_NAMES]
-        if not any(name in tensors for name in names):
-            return None
-        for name in names:
-            if name not in tensors:
-                raise InputError(f"tensor {name!r} is missing")
-        k_scale, v_scale = (tensors[name].to(torch.float32).reshape(1) for name in names)
-        return k_scale, v_scale
+        return scale.to(torch.float32).reshape(())
 
 
 def config_entry(schemes: ModelSchemes, algorithm: str, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +69,7 @@ def config_file(schemes: ModelSchemes, algorithm: str, **details: Any) -> dict[s
 
 def read_schemes(
     config: Mapping[str, Any],
-    linears: Mapping[str, Mapping[str, TensorShape]],
+    linears: Mapping[str, Headers],
     *,
     scheme: Scheme,
     stored: torch.dtype,

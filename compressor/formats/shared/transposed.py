@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import ModelSchemes
-from compressor.formats.shared.checks import SCALE_DTYPES, check_int, int_reason
+from compressor.formats.base import Headers, ModelSchemes, Shapes
+from compressor.formats.shared.checks import (
+    SCALE_DTYPES,
+    check_int,
+    int_reason,
+    take,
+    take_scales,
+)
 from compressor.formats.shared.whole_checkpoint import config_number, group_size, read_group_size
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import Scheme
-from compressor.ir.tensor import TensorShape
 
 
 def weight_reason(scheme: Scheme, shape: tuple[int, int], *, bits: tuple[int, ...]) -> str | None:
@@ -48,6 +53,17 @@ def stored_zeros(q: QTensor) -> Tensor:
     if q.zeros is not None:
         return q.zeros
     return torch.full(q.scales.shape, centre(q.spec), dtype=torch.uint8, device=q.codes.device)
+
+
+def take_packed(
+    tensors: Mapping[str, Tensor], shapes: Shapes, spec: QuantSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qweight`, `qzeros` and `scales` as they lie there; InputError for one that does not fit."""
+    packed, zeros = (
+        take(tensors, name, shape=shapes[name].shape, dtypes=(torch.int32,))
+        for name in ("qweight", "qzeros")
+    )
+    return packed, zeros, take_scales(tensors, "scales", spec=spec, shape=shapes["scales"].shape)
 
 
 def with_zeros(spec: QuantSpec, *, codes: Tensor, scales: Tensor, zeros: Tensor) -> QTensor:
@@ -107,9 +123,7 @@ def read_spec(config: Mapping[str, Any], *, symmetric: bool) -> QuantSpec:
     )
 
 
-def stored_schemes(
-    spec: QuantSpec, linears: Mapping[str, Mapping[str, TensorShape]]
-) -> ModelSchemes:
+def stored_schemes(spec: QuantSpec, linears: Mapping[str, Headers]) -> ModelSchemes:
     """The checkpoint's spec for every linear with a `qweight`, in the dtype its scales are in."""
     found = {}
     for module, tensors in linears.items():

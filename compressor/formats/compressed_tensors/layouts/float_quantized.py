@@ -16,22 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.compressed_tensors.layouts.inputs import (
-    encode_static,
-    input_entry,
-    read_input,
-    read_static,
-    static_layout,
-)
-from compressor.formats.compressed_tensors.layouts.weights import (
-    encode_scales,
-    group_size_of,
-    read_scales,
-    scale_layout,
-    stored_dtype,
-    strategy_of,
-    weight_entry,
-)
+from compressor.formats.compressed_tensors.layouts import inputs, weights
 from compressor.formats.shared.checks import check_values, matrix_shape, take
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
@@ -78,8 +63,11 @@ class FloatQuantized:
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
     ) -> dict[str, TensorShape]:
         """Tensors of one linear, as the module's docstring lists them."""
-        names = {"weight": TensorShape(STORED, shape), "weight_scale": scale_layout(spec, shape)}
-        return names | static_layout(input, spec)
+        names = {
+            "weight": TensorShape(STORED, shape),
+            "weight_scale": weights.scale_layout(spec, shape),
+        }
+        return names | inputs.static_layout(input, spec)
 
     def encode(
         self, q: QTensor, *, input: ActivationSpec | None, input_scale: Tensor | None
@@ -88,13 +76,13 @@ class FloatQuantized:
         check_values(q)
         tensors = {
             "weight": q.codes.contiguous().view(STORED),
-            "weight_scale": encode_scales(q),
+            "weight_scale": weights.encode_scales(q),
         }
-        return tensors | encode_static(input, q.spec, input_scale)
+        return tensors | inputs.encode_static(input, q.spec, input_scale)
 
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """`input_scale`, if inputs are static."""
-        return read_static(tensors)
+        return inputs.read_static(tensors)
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
         """Known by a float8 weight."""
@@ -103,7 +91,7 @@ class FloatQuantized:
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
         """Read back; InputError names the tensor that does not fit."""
         shape = matrix_shape(tensors, "weight")
-        scales = read_scales(tensors, spec, shape)
+        scales = weights.read_scales(tensors, spec, shape)
         codes = take(tensors, "weight", shape=shape, dtypes=(STORED,))
         q = QTensor(spec=spec, codes=codes.contiguous().view(torch.uint8), scales=scales)
         check_values(q)
@@ -113,26 +101,26 @@ class FloatQuantized:
         """QuantizationArgs of the weight and, where it is quantized, the input."""
         spec = scheme.weight
         assert spec is not None
-        inputs = None if scheme.input is None else input_entry(scheme.input)
-        return {"weights": weight_entry(spec), "input_activations": inputs}
+        entry = None if scheme.input is None else inputs.input_entry(scheme.input)
+        return {"weights": weights.weight_entry(spec), "input_activations": entry}
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""
-        args, inputs = group["weights"], group.get("input_activations")
-        strategy = strategy_of(args)
+        args, beside = group["weights"], group.get("input_activations")
+        strategy = weights.strategy_of(args)
         if (args.get("type"), args.get("num_bits")) != ("float", 8):
             raise InputError(f"weights {args.get('type')!r} of {args.get('num_bits')} bits")
-        if (inputs is not None) != self.inputs:
-            raise InputError(f"input_activations {inputs} in {self.format}")
+        if (beside is not None) != self.inputs:
+            raise InputError(f"input_activations {beside} in {self.format}")
         spec = QuantSpec(
             element="fp8_e4m3",
             bits=8,
             strategy=strategy,
-            group_size=group_size_of(args, strategy),
+            group_size=weights.group_size_of(args, strategy),
             block=_block(args) if strategy == "block" else None,
-            scale_dtype=stored_dtype(tensors),
+            scale_dtype=weights.stored_dtype(tensors),
         )
-        return Scheme(weight=spec, input=None if inputs is None else read_input(inputs))
+        return Scheme(weight=spec, input=None if beside is None else inputs.read_input(beside))
 
 
 def _block(args: Mapping[str, Any]) -> tuple[int, int]:

@@ -17,21 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.compressed_tensors.layouts.inputs import (
-    encode_static,
-    input_entry,
-    read_input,
-    read_static,
-    static_layout,
-    uneven_inputs,
-)
-from compressor.formats.compressed_tensors.layouts.weights import (
-    encode_scales,
-    read_int_weight,
-    read_scales,
-    scale_layout,
-    weight_entry,
-)
+from compressor.formats.compressed_tensors.layouts import inputs, weights
 from compressor.formats.shared.checks import check_int, int_reason, matrix_shape, take
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
@@ -58,7 +44,7 @@ class IntQuantized:
         assert scheme.weight is not None and scheme.input is not None
         if scheme.input.mode == "mx":
             return "microscaled inputs go with microscaled weights"
-        if reason := uneven_inputs(scheme.input, shape):
+        if reason := inputs.uneven_inputs(scheme.input, shape):
             return reason
         if not 1 <= scheme.weight.bits <= 8:
             return f"{scheme.weight.bits} bits are not 1 to 8"
@@ -74,26 +60,26 @@ class IntQuantized:
         """Tensors of one linear, as the module's docstring lists them."""
         names = {
             "weight": TensorShape(torch.int8, shape),
-            "weight_scale": scale_layout(spec, shape),
+            "weight_scale": weights.scale_layout(spec, shape),
         }
         if not spec.symmetric:
             names["weight_zero_point"] = TensorShape(torch.int8, names["weight_scale"].shape)
-        return names | static_layout(input, spec)
+        return names | inputs.static_layout(input, spec)
 
     def encode(
         self, q: QTensor, *, input: ActivationSpec | None, input_scale: Tensor | None
     ) -> dict[str, Tensor]:
         """Centre codes and zero points; InputError where they break the spec."""
         check_int(q)
-        scales = encode_scales(q)
+        scales = weights.encode_scales(q)
         tensors = {"weight": _centred(q.codes, q.spec), "weight_scale": scales}
         if q.zeros is not None:
             tensors["weight_zero_point"] = _centred(q.zeros, q.spec).reshape(scales.shape)
-        return tensors | encode_static(input, q.spec, input_scale)
+        return tensors | inputs.encode_static(input, q.spec, input_scale)
 
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """`input_scale`, if inputs are static."""
-        return read_static(tensors)
+        return inputs.read_static(tensors)
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
         """Known by an int8 weight."""
@@ -104,10 +90,12 @@ class IntQuantized:
         shape = matrix_shape(tensors, "weight")
         if reason := int_reason(spec, shape):
             raise InputError(f"tensor 'weight': {reason}")
-        scales = read_scales(tensors, spec, shape)
+        scales = weights.read_scales(tensors, spec, shape)
         zeros = None
         if not spec.symmetric:
-            zeros = _raised(tensors, "weight_zero_point", scale_layout(spec, shape).shape, spec)
+            zeros = _raised(
+                tensors, "weight_zero_point", weights.scale_layout(spec, shape).shape, spec
+            )
             zeros = zeros.reshape(scales.shape)
         codes = _raised(tensors, "weight", shape, spec)
         return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros)
@@ -116,14 +104,17 @@ class IntQuantized:
         """QuantizationArgs of the weight and the input."""
         spec, input = scheme.weight, scheme.input
         assert spec is not None and input is not None
-        return {"weights": weight_entry(spec), "input_activations": input_entry(input)}
+        return {
+            "weights": weights.weight_entry(spec),
+            "input_activations": inputs.input_entry(input),
+        }
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""
         if group.get("input_activations") is None:
             raise InputError("int-quantized weights without input_activations are not supported")
-        spec = read_int_weight(group["weights"], tensors, format=self.format)
-        return Scheme(weight=spec, input=read_input(group["input_activations"]))
+        spec = weights.read_int_weight(group["weights"], tensors, format=self.format)
+        return Scheme(weight=spec, input=inputs.read_input(group["input_activations"]))
 
 
 def _centred(codes: Tensor, spec: QuantSpec) -> Tensor:

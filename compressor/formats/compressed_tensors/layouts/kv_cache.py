@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts.base import arguments
 from compressor.ir.scheme import KVSpec
@@ -43,28 +40,3 @@ def read_kv(entry: Mapping[str, Any]) -> KVSpec:
         if all(entry.get(key) == known[key] for key in keys):
             return kv
     raise InputError(f"kv_cache_scheme {dict(entry)} is not supported")
-
-
-def kv_tensors(
-    kv: KVSpec, attention: str, *, k_scale: Tensor, v_scale: Tensor, model_dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """One layer's scales in the model's dtype. Raises InputError for what `kv_entry` refuses."""
-    kv_entry(kv)
-    shape = (1,) if kv.per == "tensor" else (-1, 1, 1)
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
-    return {
-        f"{attention}.{name}": scale.reshape(shape).to(model_dtype)
-        for name, scale in scales.items()
-    }
-
-
-def kv_scales(tensors: Mapping[str, Tensor], attention: str) -> tuple[Tensor, Tensor] | None:
-    """One layer's scales of keys and values in float32, or None where there are none."""
-    names = (f"{attention}.k_scale", f"{attention}.v_scale")
-    if not any(name in tensors for name in names):
-        return None
-    for name in names:
-        if name not in tensors:
-            raise InputError(f"tensor {name!r} is missing")
-    k_scale, v_scale = (tensors[name].to(torch.float32).reshape(-1) for name in names)
-    return k_scale, v_scale

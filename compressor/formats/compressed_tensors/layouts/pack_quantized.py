@@ -19,18 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.compressed_tensors.layouts.inputs import (
-    input_entry,
-    read_input,
-    uneven_inputs,
-)
-from compressor.formats.compressed_tensors.layouts.weights import (
-    encode_scales,
-    read_int_weight,
-    read_scales,
-    scale_layout,
-    weight_entry,
-)
+from compressor.formats.compressed_tensors.layouts import inputs, weights
 from compressor.formats.shared.checks import check_int, int_reason, take
 from compressor.formats.shared.words import pack_words, unpack_words, word_count
 from compressor.ir.qtensor import QTensor, QuantSpec
@@ -58,7 +47,7 @@ class PackQuantized:
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """1 to 8 bits with a scale per tensor, channel or whole group."""
         assert scheme.weight is not None
-        if reason := uneven_inputs(scheme.input, shape):
+        if reason := inputs.uneven_inputs(scheme.input, shape):
             return reason
         if not 1 <= scheme.weight.bits <= 8:
             return f"{scheme.weight.bits} bits are not 1 to 8"
@@ -77,7 +66,7 @@ class PackQuantized:
         per_tensor = spec.strategy == "tensor"
         names = {
             "weight_packed": TensorShape(torch.int32, (rows, word_count(columns, spec.bits))),
-            "weight_scale": scale_layout(spec, shape),
+            "weight_scale": weights.scale_layout(spec, shape),
             "weight_shape": TensorShape(torch.int64, (2,)),
         }
         if not spec.symmetric:
@@ -97,7 +86,7 @@ class PackQuantized:
         per_tensor = spec.strategy == "tensor"
         tensors = {
             "weight_packed": pack_words(q.codes, spec.bits),
-            "weight_scale": encode_scales(q),
+            "weight_scale": weights.encode_scales(q),
             "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
         }
         if q.zeros is not None:
@@ -122,7 +111,7 @@ class PackQuantized:
         rows, columns = _stored_shape(tensors)
         if reason := self.accepts(Scheme(weight=spec), (rows, columns)):
             raise InputError(f"tensor 'weight_shape': {reason}")
-        scales = read_scales(tensors, spec, (rows, columns))
+        scales = weights.read_scales(tensors, spec, (rows, columns))
         _check_order(tensors, spec, columns)
         codes = _unpack(tensors, "weight_packed", bits=spec.bits, shape=(rows, columns), along=1)
         return QTensor(spec=spec, codes=codes, scales=scales, zeros=_zeros(tensors, spec, scales))
@@ -131,14 +120,14 @@ class PackQuantized:
         """QuantizationArgs of the weight, and of inputs that are quantized."""
         spec, input = scheme.weight, scheme.input
         assert spec is not None
-        entry = None if input is None else input_entry(input)
-        return {"weights": weight_entry(spec), "input_activations": entry}
+        entry = None if input is None else inputs.input_entry(input)
+        return {"weights": weights.weight_entry(spec), "input_activations": entry}
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""
-        spec = read_int_weight(group["weights"], tensors, format=self.format)
-        inputs = group.get("input_activations")
-        scheme = Scheme(weight=spec, input=None if inputs is None else read_input(inputs))
+        spec = weights.read_int_weight(group["weights"], tensors, format=self.format)
+        args = group.get("input_activations")
+        scheme = Scheme(weight=spec, input=None if args is None else inputs.read_input(args))
         if not self.holds(scheme):
             raise InputError("input_activations of this kind beside packed weights are not known")
         return scheme
