@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +88,49 @@ def test_only_what_runs_models_imports_transformers() -> None:
         if any(under(name, "transformers") for name in imports(path))
         and not any(under(module, runner) for runner in runners)
     ]
+
+
+PRINTERS = {
+    "compressor.cli.echo.echo",
+    "compressor.cli.display._print",
+    "compressor.cli.display._safe",
+    "compressor.cli.display._line",
+    "compressor.cli.main.ask",  # in a signal's handler, and no word of anybody else
+    "compressor.foreign.calls.panics_unheard",
+}
+"""All that write to a terminal; each makes escapes of control characters."""
+
+
+def prints(call: ast.Call) -> bool:
+    """Whether this writes to a terminal, or makes text that rich does not escape."""
+    name = ast.unparse(call.func)
+    return name in ("print", "Text", "input", "os.write") or bool(
+        re.fullmatch(
+            r"(click|rich)\.(echo|secho|confirm|prompt|print|echo_via_pager)|Text\.\w+"
+            r"|(.*\.)?console\.\w+|sys\.std(out|err)\.(write|writelines)",
+            name,
+        )
+    )
+
+
+def test_what_is_printed_goes_through_what_escapes_it() -> None:
+    found = set()
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any(
+                isinstance(inner, ast.Call) and prints(inner) for inner in ast.walk(node)
+            ):
+                found.add(f"{module}.{node.name}")
+    assert found - {"compressor.cli.main.interruptible"} == PRINTERS
+
+
+def test_help_waits_for_no_library() -> None:
+    """PyTorch alone takes two seconds to import."""
+    names = [module for module in modules() if under(module, "compressor.cli.commands")]
+    loads = "".join(f"import {name}\n" for name in ["compressor.cli.main", *names])
+    heavy = "{'torch', 'numpy', 'transformers', 'datasets', 'pydantic', 'huggingface_hub'}"
+    check = f"import sys\n{loads}assert not {heavy} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_files_stay_readable() -> None:

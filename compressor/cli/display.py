@@ -162,24 +162,32 @@ class _Stage:
         bar = ProgressBar(total=max(self.total, 1), completed=self.done)
         left = f"left {duration(self.left)}" if 0 < self.done < self.total else ""
         head.add_row(
-            Text(self.name, style="bold"),
+            _safe(self.name, style="bold"),
             bar,
-            Text(f"{self.done}/{self.total}  {duration(self.spent)}  {left}".rstrip()),
+            _safe(f"{self.done}/{self.total}  {duration(self.spent)}  {left}".rstrip()),
         )
         rows: list[RenderableType] = [head]
         if self.unit:
-            note = Text(
-                f"  {printable(self.unit)}", style="cyan", no_wrap=True, overflow="ellipsis"
-            )
-            for part in described(self.fields):
-                note.append(f"  {printable(part)}", style="default")
-            rows.append(note)
+            fields = "".join(f"  {part}" for part in described(self.fields))
+            rows.append(_line((f"  {self.unit}", "cyan"), (fields, "default"), overflow="ellipsis"))
         if len(self.errors) > 1:
-            line = Text("  error by unit  ", style="dim", no_wrap=True, overflow="crop")
-            line.append(sparkline(self.errors, 64), style="magenta")
-            line.append(f"  up to {max(self.errors):.3g}", style="dim")
-            rows.append(line)
+            bars = (sparkline(self.errors, 64), "magenta")
+            top = (f"  up to {max(self.errors):.3g}", "dim")
+            rows.append(_line(("  error by unit  ", "dim"), bars, top, overflow="crop"))
         return Group(*rows)
+
+
+def _safe(text: str, *, style: str = "") -> Text:
+    """Text as rich shows it, control characters as escapes."""
+    return Text(printable(text), style=style)
+
+
+def _line(*parts: tuple[str, str], overflow: Literal["crop", "ellipsis"]) -> Text:
+    """Text with a style each, on one line of the terminal."""
+    line = Text(no_wrap=True, overflow=overflow)
+    for text, style in parts:
+        line.append_text(_safe(text, style=style))
+    return line
 
 
 def described(fields: Mapping[str, Any]) -> list[str]:

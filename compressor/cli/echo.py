@@ -3,7 +3,11 @@ terminal."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import warnings
+from typing import Any
 
 import click
 
@@ -18,3 +22,18 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     parts = STYLE.split(text)
     safe = (part if i % 2 else printable(part) for i, part in enumerate(parts))
     click.echo("".join(safe), err=err, nl=nl)
+
+
+def escape_libraries() -> None:
+    """Escape control characters in what libraries log and warn of, once for the whole process: it
+    holds names and values of strangers too."""
+    make, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError):  # a library's mistake, which logging tells
+            made.msg, made.args = printable(made.getMessage()), ()
+        return made
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *args, **kwargs: printable(format_warning(*args, **kwargs))

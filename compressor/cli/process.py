@@ -35,8 +35,10 @@ def program() -> NoReturn:
     try:
         catch_signals()
         open_streams()
+        from compressor.cli.echo import escape_libraries
         from compressor.cli.main import main
 
+        escape_libraries()
         main()
     except SystemExit as ended:
         code = ended.code

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import resource
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from compressor.errors import CompressError, InputError
+import psutil
+
+from compressor.errors import CompressError, InputError, printable
 
 Result = TypeVar("Result")
 
@@ -35,6 +42,44 @@ def foreign(what: str, *, hint: str | None = None) -> Iterator[None]:
         raise InputError(f"{what}: {said(error)}", hint=hint) from error
 
 
+@contextmanager
+def panics_unheard() -> Iterator[None]:
+    """Keep back what is written on descriptor 2 in a `with`, and drop it where that raises:
+    libraries in Rust print a panic beside raising it."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept:
+        before = os.dup(2)
+        try:
+            os.dup2(kept.fileno(), 2)
+            yield
+            sys.stderr.flush()
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        kept.seek(0)
+        sys.stderr.write(printable(kept.read().decode(errors="replace")))
+
+
+@contextmanager
+def memory_bound(count: int) -> Iterator[None]:
+    """Let the process take `count` bytes more than it has, and no more: MemoryError for who asks.
+
+    Not for code that ends the process where it gets no memory, as Rust does. On Linux only.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = psutil.Process().memory_info().data + count
+    if soft != resource.RLIM_INFINITY:
+        bound = min(soft, bound)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def said(error: BaseException) -> str:
     """A library's message on one line; its class where that says more than the words."""
     text = " ".join(str(error).split())
@@ -49,8 +94,8 @@ def bounded(
     """`function()` as in `foreign`, and InputError where it takes more than `seconds` of processor
     time (a busy machine is no reason), or `PATIENCE` times as long in all.
 
-    Templates, regular expressions and tokenizers of a stranger may run for ever, in code that
-    nothing interrupts; such a thread is left behind, and ends with the process.
+    Templates, regular expressions and tokenizers of a stranger may run for ever. A thread that runs
+    Python is ended; one in code that nothing interrupts is left behind, and ends with the process.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -70,8 +115,15 @@ def bounded(
     ):
         thread.join(0.1)
     if thread.is_alive():
+        _end(thread)
         raise InputError(f"{what}: no end after {seconds:.0f} s", hint=hint)
     with foreign(what, hint=hint):
         if errors:
             raise errors[0]
     return results[0]
+
+
+def _end(thread: threading.Thread) -> None:
+    """Raise SystemExit in a thread, at its next step in Python."""
+    number = ctypes.c_ulong(thread.ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(SystemExit))

@@ -8,11 +8,13 @@ from typing import Any
 
 from compressor.checkpoint.reader import NO_TOKENIZER, load_json
 from compressor.errors import InputError
-from compressor.foreign.calls import bounded
+from compressor.foreign.calls import bounded, memory_bound, panics_unheard
 
 LOAD_SECONDS = 60.0
 PROBE_SECONDS = 15.0
 TEMPLATE_SECONDS = 10.0
+TEMPLATE_BYTES = 512 << 20
+TEMPLATE_CHARACTERS = 10_000_000
 CHARACTERS_PER_SECOND = 5_000
 """Far below the slowest tokenizer."""
 
@@ -39,12 +41,25 @@ class GuardedTokenizer:
         )
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """A conversation written out as the model was trained on it."""
-        return bounded(
-            lambda: self.wrapped.apply_chat_template(conversation, **options),
-            what=f"the chat template of {self.name} cannot write out a conversation",
-            seconds=TEMPLATE_SECONDS,
-        )
+        """A conversation written out as the model was trained on it.
+
+        InputError where that takes more than `TEMPLATE_SECONDS`, `TEMPLATE_BYTES` of memory or
+        comes to more than `TEMPLATE_CHARACTERS`.
+        """
+        what = f"the chat template of {self.name}"
+        try:
+            with memory_bound(TEMPLATE_BYTES):
+                text = bounded(
+                    lambda: self.wrapped.apply_chat_template(conversation, **options),
+                    what=f"{what} cannot write out a conversation",
+                    seconds=TEMPLATE_SECONDS,
+                )
+        except MemoryError as error:
+            bound = f"{TEMPLATE_BYTES >> 20} MB"
+            raise InputError(f"{what} takes more than {bound} for a conversation") from error
+        if isinstance(text, str) and len(text) > TEMPLATE_CHARACTERS:
+            raise InputError(f"{what} makes {len(text)} characters of a conversation")
+        return text
 
     def __len__(self) -> int:
         """Tokens that are known."""
@@ -69,14 +84,15 @@ def load_tokenizer(folder: Path) -> GuardedTokenizer:
     # Before the clock runs.
     from transformers import AutoTokenizer
 
-    tokenizer = bounded(
-        lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False),
-        what=f"{folder} has no tokenizer that loads",
-        seconds=LOAD_SECONDS,
-        hint=HINT,
-    )
-    found = GuardedTokenizer(tokenizer, name=folder.name)
-    ids = found(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    with panics_unheard():
+        tokenizer = bounded(
+            lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False),
+            what=f"{folder} has no tokenizer that loads",
+            seconds=LOAD_SECONDS,
+            hint=HINT,
+        )
+        found = GuardedTokenizer(tokenizer, name=folder.name)
+        ids = found(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise InputError(f"the tokenizer of {folder.name} makes no tokens of a text", hint=HINT)
     for name in ("bos_token_id", "eos_token_id"):

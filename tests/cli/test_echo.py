@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
+import sys
+import warnings
 
 import click
 import pytest
+from rich.console import Console
 
 from compressor.cli.display import Display
-from compressor.cli.echo import echo
+from compressor.cli.echo import echo, escape_libraries
 from compressor.errors import InputError, Problems, printable
 
 EVIL = "a\x1b]0;title\x07\x1b[2Jb\u202egpj\x9b31m\x7f\r"
@@ -49,3 +53,31 @@ def test_progress_is_safe() -> None:
     out = io.StringIO()
     Display(log_format="plain", file=out).event("note", text=EVIL)
     assert out.getvalue() == f"note: {SAFE}\n"
+
+
+def test_what_libraries_log_and_warn_of_is_safe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, plain = logging.getLogRecordFactory(), warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", plain)
+    escape_libraries()
+    try:
+        logger, handler = logging.Logger("library"), logging.StreamHandler(sys.stderr)
+        logger.addHandler(handler)
+        logger.warning("%s is no rope type", EVIL)
+        assert capsys.readouterr().err == f"{SAFE} is no rope type\n"
+        assert f"UserWarning: {SAFE}\n" in warnings.formatwarning(EVIL, UserWarning, "f.py", 1)
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+def test_a_live_display_is_safe() -> None:
+    stage = Display(file=io.StringIO(), log_format="plain")
+    with stage.stage(EVIL, 2):
+        stage.unit(EVIL, 1, 2, error=0.5, note=EVIL)
+        stage.unit(EVIL, 2, 2, error=0.5, note=EVIL)
+        console = Console(file=io.StringIO(), width=200, force_terminal=False)
+        console.print(stage._stage)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in shown and "\x07" not in shown and "\u202e" not in shown
+    assert SAFE.split(r"\x9b")[0] in shown

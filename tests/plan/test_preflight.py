@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,10 +89,13 @@ def test_missing_and_extra_biases_are_named(model: Path) -> None:
     ],
     ids=str,
 )
-def test_tokenizers_that_do_not_load_or_panic(changes: dict[str, Any], model: Path) -> None:
+def test_tokenizers_that_do_not_load_or_panic(
+    changes: dict[str, Any], model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     edit(model, "tokenizer.json", **changes)
     with pytest.raises(InputError, match="tokenizer"):
         load_tokenizer(model)
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_a_tokenizer_whose_expression_backtracks(model: Path) -> None:
@@ -102,10 +107,36 @@ def test_a_tokenizer_whose_expression_backtracks(model: Path) -> None:
     assert time.monotonic() - started < 20
 
 
-def test_a_chat_template_that_comes_to_no_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "no end after",
+        ),
+        ("{{ 'a' * 10 ** 12 }}", "takes more than"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
+            "{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "takes more than",
+        ),
+        ("{% for i in range(400) %}{{ 'a' * 99999 }}{% endfor %}", "makes 39999600 characters"),
+    ],
+    ids=["loops", "one string", "doubling", "long"],
+)
+def test_a_chat_template_is_bounded(
+    template: str, message: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizers, "TEMPLATE_SECONDS", 0.5)
     found = load_tokenizer(model)
-    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    found.wrapped.chat_template = loop
-    with pytest.raises(InputError, match=r"chat template .* no end after"):
+    found.wrapped.chat_template = template
+    threads, limit = threading.active_count(), resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(InputError, match=rf"the chat template .* {message}"):
         found.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limit
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads, "it still runs"
+    found.wrapped.chat_template = "{{ messages[0].content }}"
+    assert found.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"

@@ -22,7 +22,6 @@ from compressor.cli.options import (
     junit_option,
     recipe_options,
 )
-from compressor.ir.layout import weight_name
 
 MANY = 8
 """Patterns of a pass that are listed."""
@@ -129,6 +128,8 @@ def describe(plan: Plan, costs: Estimates) -> dict[str, Any]:
 
 def label(plan: Plan, name: str) -> str:
     """A linear's scheme in a few words."""
+    from compressor.ir.layout import weight_name
+
     scheme = plan.schemes.linears[name]
     spec = scheme.weight
     if plan.delta is not None and name in plan.delta.bits:
