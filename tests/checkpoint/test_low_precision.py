@@ -270,6 +270,86 @@ def test_gptq_in_activation_order_is_the_formula(copy, bits, marker):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def packed(tensors, *, bits=4, symmetric=False, size=32, seed=0):
+    """Every linear of the blocks as compressed-tensors packs it in activation order, by a loop."""
+    rng, out, expected = torch.Generator().manual_seed(seed), {}, {}
+    for name, value in tensors.items():
+        if value.dim() != 2 or "layers" not in name:
+            out[name] = expected[name] = value
+            continue
+        rows, columns = value.shape
+        groups, path, per = columns // size, name.removesuffix(".weight"), 32 // bits
+        g_idx = (torch.arange(columns) // size)[torch.randperm(columns, generator=rng)]
+        codes = torch.randint(2**bits, (rows, columns), generator=rng)
+        zeros = torch.randint(2**bits, (rows, groups), generator=rng)
+        zeros = torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros
+        scales = (torch.rand(rows, groups, generator=rng) * 0.05 + 0.01).bfloat16()
+        words = torch.zeros(rows, columns // per, dtype=torch.int64)
+        for i in range(columns):
+            words[:, i // per] |= codes[:, i] << (bits * (i % per))
+        stored = torch.zeros(rows // per, groups, dtype=torch.int64)
+        for o in range(rows):
+            stored[o // per] |= zeros[o] << (bits * (o % per))
+        out |= {
+            f"{path}.weight_packed": words.int(),
+            f"{path}.weight_scale": scales,
+            f"{path}.weight_shape": torch.tensor([rows, columns]),
+            f"{path}.weight_g_idx": g_idx.int(),
+            **({} if symmetric else {f"{path}.weight_zero_point": stored.int()}),
+        }
+        expected[name] = torch.stack(
+            [
+                (codes[:, i] - zeros[:, g_idx[i]]) * scales[:, g_idx[i]].float()
+                for i in range(columns)
+            ],
+            1,
+        )
+    return out, expected
+
+
+def in_groups(**weights: Any) -> dict[str, Any]:
+    """A compressed-tensors config of packed integers."""
+    args = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, **weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}},
+        "ignore": ["lm_head"],
+    }
+
+
+@pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (8, False)])
+def test_packed_weights_in_activation_order_are_the_formula(copy, bits, symmetric):
+    folder = copy()
+    stored, expected = packed(
+        load_file(folder / "model.safetensors"), bits=bits, symmetric=symmetric
+    )
+    declared = in_groups(num_bits=bits, symmetric=symmetric, actorder="group")
+    rewrite(folder, lambda t: stored, declared)
+    source, found = open_source(folder), read(folder)
+    assert not source.quantized and "in activation order" in source.low_precision
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    name = "model.layers.0.mlp.up_proj.weight_g_idx"
+    rewrite(folder, lambda t: t | {name: t[name] + 1})
+    with pytest.raises(InputError, match=r"up_proj\.weight: weight_g_idx names groups beyond its"):
+        read(folder)
+
+
+def test_an_order_of_minus_one_says_nothing(copy):
+    folder = copy()
+    stored, _ = packed(load_file(folder / "model.safetensors"))
+    idle = {n: torch.full_like(t, -1) for n, t in stored.items() if n.endswith("g_idx")}
+    rewrite(folder, lambda t: stored | idle, in_groups(symmetric=False))
+    source = open_source(folder)
+    assert source.quantized and source.format.name == "compressed-tensors"
+    with_order = source.read_unit(source.layout.units[1]).dequantized()
+    rewrite(folder, lambda t: {n: v for n, v in t.items() if n not in idle})
+    source = open_source(folder)
+    without = source.read_unit(source.layout.units[1]).dequantized()
+    assert all(torch.equal(with_order[name], without[name]) for name in without)
+
+
 def test_gptq_in_order_keeps_its_codes_whatever_desc_act_says(copy):
     folder = copy()
     stored, expected = gptq(load_file(folder / "model.safetensors"), order=False)

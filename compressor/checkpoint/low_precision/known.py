@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from compressor.checkpoint.low_precision import fp8, gptq_act_order
+from compressor.checkpoint.low_precision import fp8, gptq_act_order, packed_act_order
 from compressor.checkpoint.low_precision.base import Layout, decoded
 from compressor.checkpoint.reader import Checkpoint
 
-LAYOUTS: tuple[Layout, ...] = (fp8.LAYOUT, gptq_act_order.LAYOUT)
+LAYOUTS: tuple[Layout, ...] = (fp8.LAYOUT, gptq_act_order.LAYOUT, packed_act_order.LAYOUT)
 
 
 def as_floats(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
@@ -21,4 +21,4 @@ def as_floats(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Check
     for layout in LAYOUTS:
         if layout.claims(entry, checkpoint):
             return decoded(checkpoint, layout, entry, dtype or checkpoint.dtype)
-    return checkpoint
+    return packed_act_order.without_order(entry, checkpoint)

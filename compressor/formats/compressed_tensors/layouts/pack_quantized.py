@@ -171,9 +171,10 @@ def _unpack(
 
 
 def _check_order(tensors: Mapping[str, Tensor], spec: QuantSpec, columns: int) -> None:
-    """Old files may name each input's group; only neighbours in order have a QTensor."""
+    """Old files may name each input's group; only neighbours in order have a QTensor. A -1 says
+    that they are in order."""
     order = tensors.get("weight_g_idx")
-    if order is None or spec.group_size is None:
+    if order is None or spec.group_size is None or bool((order == -1).any()):
         return
     expected = torch.arange(columns, device=order.device) // spec.group_size
     if tuple(order.shape) != (columns,) or not bool((order == expected).all()):
