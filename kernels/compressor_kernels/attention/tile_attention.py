@@ -1,0 +1,122 @@
+"""Prefill over chosen tiles: each block of queries attends to listed blocks of keys.
+
+What XAttention does once blocks are chosen. Blocks of queries and keys lie on one grid from the
+text's beginning; attention is exact and causal inside what was chosen, one choice for each query
+head. A query's own block has to be among its chosen ones.
+
+Layouts: q [B, H, Tq, D], the last Tq of the text, k and v [B, G, T, D], chosen bool [B, H, query
+blocks, key blocks].
+"""
+
+import torch
+from torch import Tensor
+
+from compressor_kernels.triton.launch import LOG2_E, dense, pow2, score_scale
+
+
+def tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, block_size: int, scale: float | None = None
+) -> Tensor:
+    """Attention over chosen tiles, [B, H, Tq, D] in q's dtype. block_size: a power of two from 16
+    to 128; scale is 1/sqrt(D) if not given."""
+    from compressor_kernels.attention import tile_attention_jit as jit
+
+    _check(q, k, v, chosen, block_size)
+    if block_size not in (16, 32, 64, 128):
+        raise ValueError(f"blocks of {block_size} are no power of two from 16 to 128")
+    q, k, v = dense(q), dense(k), dense(v)
+    (batch, heads, q_len, dim), (groups, k_len) = q.shape, k.shape[1:3]
+    first = (k_len - q_len) // block_size
+    listed, counts = listed_tiles(chosen, first=first)
+    out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    jit.tile_prefill_kernel[(batch * heads, chosen.shape[2])](
+        q,
+        k,
+        v,
+        listed,
+        counts,
+        out,
+        q_len,
+        k_len,
+        first,
+        listed.shape[3],
+        heads,
+        score_scale(scale, dim) * LOG2_E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        GROUP=heads // groups,
+        BLOCK=block_size,
+        BLOCK_N=min(64, block_size),
+        D=dim,
+        BLOCK_D=max(16, pow2(dim)),
+        num_warps=8 if block_size == 128 else 4,
+        num_stages=3,
+    )
+    return out
+
+
+def tile_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, block_size: int, scale: float | None = None
+) -> Tensor:
+    """`tile_attention` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
+    _check(q, k, v, chosen, block_size)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    seen = tile_mask(chosen, q.shape[2], k.shape[2], block_size=block_size)
+    k, v = (x.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q.to(wide) @ k.transpose(-1, -2) * score_scale(scale, q.shape[-1])
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).to(q.dtype)
+
+
+def tile_mask(
+    chosen: Tensor, q_len: int, k_len: int, *, block_size: int, part: slice = slice(None)
+) -> Tensor:
+    """Which keys each query (or those of a range of them) sees, bool [B, H, n, T]: in a chosen
+    tile, and at or before it."""
+    key = torch.arange(k_len, device=chosen.device)
+    query = key[k_len - q_len :][part]
+    first = (k_len - q_len) // block_size
+    by_query = chosen[:, :, query // block_size - first]
+    seen: Tensor = by_query[..., key // block_size] & (key <= query[:, None])
+    return seen
+
+
+def listed_tiles(chosen: Tensor, *, first: int) -> tuple[Tensor, Tensor]:
+    """The chosen blocks of each query block, ascending, and how many there are: int32 [B, H, query
+    blocks, key blocks], anything after the last; int32 [B, H, query blocks]. Blocks after the
+    query's own are dropped."""
+    blocks = chosen.shape[3]
+    block = torch.arange(blocks, device=chosen.device)
+    own = torch.arange(first, first + chosen.shape[2], device=chosen.device)[:, None]
+    wanted = chosen & (block <= own)
+    ranks = wanted.cumsum(-1)
+    at = torch.where(wanted, ranks - 1, blocks)
+    listed = torch.zeros((*chosen.shape[:3], blocks + 1), dtype=torch.int64, device=chosen.device)
+    listed.scatter_(-1, at, block.expand(chosen.shape))
+    return listed[..., :blocks].to(torch.int32).contiguous(), ranks[..., -1].to(torch.int32)
+
+
+def density(chosen: Tensor, *, first: int = 0, kv_heads: int | None = None) -> Tensor:
+    """Chosen share of the causal tiles, fp64 by query head [H]; with kv_heads, a tile counts for a
+    KV head [G] if any of its query heads chose it."""
+    row = torch.arange(first, first + chosen.shape[2], device=chosen.device)[:, None]
+    causal = torch.arange(chosen.shape[3], device=chosen.device) <= row
+    if kv_heads is not None:
+        chosen = chosen.unflatten(1, (kv_heads, -1)).any(2)
+    return (chosen & causal).double().sum((2, 3)).mean(0) / causal.sum()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_size: int) -> None:
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}")
+    first = (k.shape[2] - q.shape[2]) // block_size
+    blocks = -(-k.shape[2] // block_size)
+    if tuple(chosen.shape) != (*q.shape[:2], blocks - first, blocks):
+        raise ValueError(
+            f"chosen {tuple(chosen.shape)} is not {blocks - first} x {blocks} blocks for each of "
+            f"{q.shape[1]} heads"
+        )
