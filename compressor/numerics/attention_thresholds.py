@@ -5,6 +5,9 @@ q [rows, heads, Tq, head_dim], the last Tq of the text; k [rows, kv_heads, T, he
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -47,3 +50,78 @@ def mass_threshold(mass: Tensor, sums: Tensor, *, coverage: float) -> Tensor:
     mark = estimate.masked_fill(~fewest, torch.inf).amin(-1, keepdim=True)
     held = torch.where(sums >= mark, sums, 0).sum((-1, -2))
     return held / sums.sum((-1, -2)).clamp(min=1e-8)
+
+
+SKIP_TRIALS = (
+    1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 2e-2,
+    5e-2, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99,
+)  # fmt: skip
+"""Thresholds at which ModelOpt looks how many tiles BLASST would skip."""
+FITTED = (0.1, 0.9)
+"""Shares of skipped tiles that enter its fit: outside, they hardly depend on the threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class SkipScale:
+    """BLASST's threshold for a wanted share of skipped tiles: a · exp(b · share) / length.
+
+    r2        of the fit, of logarithms where these were fitted;  points  that it was fitted to
+    observed  smallest and largest share among them
+    lengths   shortest and longest text among them
+    """
+
+    a: float
+    b: float
+    r2: float
+    points: int
+    observed: tuple[float, float]
+    lengths: tuple[int, int]
+
+    def scale(self, share: float) -> float:
+        """The threshold times the length."""
+        return self.a * math.exp(self.b * share)
+
+
+def fit_skip_scale(lengths: Tensor, shares: Tensor, *, in_logs: bool = True) -> SkipScale | None:
+    """The fit to shares of skipped tiles [texts, trials] at SKIP_TRIALS, of texts of `lengths`.
+
+    Least squares of the scale itself, as ModelOpt does by default, or of its logarithm, which the
+    largest scales do not dominate. None where fewer than three shares lie in FITTED.
+    """
+    scales = torch.tensor(SKIP_TRIALS, dtype=torch.float64) * lengths.double()[:, None]
+    used = (shares >= FITTED[0]) & (shares <= FITTED[1])
+    x, y = shares.double()[used], scales[used]
+    if len(x) < 3:
+        return None
+    if in_logs:
+        centred = x - x.mean()
+        b = float((centred * y.log()).sum() / centred.square().sum().clamp(min=1e-12))
+        a = math.exp(float(y.log().mean() - b * x.mean()))
+    else:
+        a, b = _least_squares(x, y)
+    found = a * (b * x).exp()
+    if in_logs:
+        y, found = y.log(), found.log()
+    return SkipScale(
+        a=a,
+        b=b,
+        r2=1 - float((y - found).square().sum() / (y - y.mean()).square().sum()),
+        points=len(x),
+        observed=(float(x.min()), float(x.max())),
+        lengths=(int(lengths.min()), int(lengths.max())),
+    )
+
+
+def _least_squares(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """a and b in [0, 20] of y = a · exp(b · x): for each b the best a is known, so b is searched on
+    grids that get finer."""
+    low, high = 0.0, 20.0
+    for _ in range(12):
+        rates = torch.linspace(low, high, 41, dtype=torch.float64)
+        basis = (rates[:, None] * x).exp()
+        factors = (basis @ y) / basis.square().sum(1)
+        errors = (y - factors[:, None] * basis).square().sum(1)
+        best = int(errors.argmin())
+        step = (high - low) / 40
+        low, high = max(0.0, float(rates[best]) - step), min(20.0, float(rates[best]) + step)
+    return float(factors[best]), float(rates[best])

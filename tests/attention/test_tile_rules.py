@@ -18,6 +18,7 @@ from compressor.attention.policy import (
     make_policy,
 )
 from compressor.attention.rule import Rule
+from compressor.attention.rules.blasst import Blasst, SkipPhase
 from compressor.attention.rules.xattention import XAttention
 from compressor.attention.serve.attach import attach
 from compressor.checkpoint.source import open_source
@@ -29,6 +30,12 @@ RULES = {
     "xattention": XAttention(threshold=(0.3, 0.6, 0.5, 0.4), block_size=16, stride=4),
     "xattention as released": XAttention(
         threshold=(0.3, 0.3, 0.5, 0.2), block_size=16, stride=4, as_released=True
+    ),
+    "blasst": Blasst(
+        prefill=SkipPhase(a=45.0, b=1.0, sparsity=0.7, lengths=(64, 128)),
+        decode=SkipPhase(a=90.0, b=0.0, sparsity=0.5, lengths=(64, 128)),
+        rows=16,
+        keys=16,
     ),
 }
 
