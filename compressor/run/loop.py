@@ -169,7 +169,7 @@ class _Loop:
         records = {i: self.writer.record(i) for i in range(len(self.plan.units))}
         before = {i: record["source"] for i, record in records.items() if record is not None}
         self.committed = set(before)
-        self.content.look(before, stopping=self.settings.stopping)
+        self.content.look(before, self.settings)
         self.content.require(before)
 
     def _read(self, index: int) -> Unit | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +35,6 @@ from compressor.run.settings import JobSettings
 from compressor.run.source_content import SourceContent
 from compressor.runner.source_model import SourceModel
 
-Progress = Callable[[str, int, int], None]
-
 RECORD_NAME = "learned.json"
 PARTS = ("files", "plots")
 
@@ -46,7 +44,6 @@ def learn(
     tokens: TokenSet | None,
     work: Path,
     settings: JobSettings,
-    progress: Progress = lambda name, done, total: None,
     *,
     owner: str,
     content: SourceContent,
@@ -93,7 +90,7 @@ def learn(
                 base=lambda index: (
                     plan.delta.weights(plan.units[index].layout) if plan.delta else {}
                 ),
-                progress=progress,
+                progress=settings.on_step,
                 stopping=settings.stopping,
             )
             known = replace(params.learn(model, context), environments=tuple(environments))
@@ -109,7 +106,7 @@ def _source_seal(
 ) -> str:
     """What all that is learned is sealed with: the run, and the whole source as it is now, which
     has to be what an interrupted run learned from."""
-    now = content.look(range(len(plan.units)), stopping=settings.stopping)
+    now = content.look(range(len(plan.units)), settings)
     before = records.get("source.json")
     if before is not None:
         content.require(dict(enumerate(before["units"])))

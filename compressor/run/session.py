@@ -29,7 +29,7 @@ from compressor.plan.unit_plan import DTYPES
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
 from compressor.run.model_passes import learn, learned_hash, policy_of
-from compressor.run.settings import JobSettings, UnitDone
+from compressor.run.settings import JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
 from compressor.run.warm_up import warm_up
@@ -250,12 +250,13 @@ def compile_checkpoint(
     prepared: Prepared,
     *,
     on_unit: Callable[[UnitDone], None] = lambda done: None,
-    on_learning: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_step: Progress = lambda name, done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compiled:
     """Write the checkpoint into the recipe's output folder, continuing an interrupted run.
 
+    on_step  called after each step of learning, and of reading a source again
     on_note  told what an interrupted run left damaged, which is done again
     A finished output of the same run is left as it is; one of another run is refused.
     """
@@ -269,13 +270,12 @@ def compile_checkpoint(
             device=prepared.device,
             batch=prepared.batch,
             on_unit=on_unit,
+            on_step=on_step,
             on_note=on_note,
             stopping=stopping,
         )
         owner, content = stated_hash(about), SourceContent(plan)
-        learned = learn(
-            plan, prepared.calibration, work, settings, on_learning, owner=owner, content=content
-        )
+        learned = learn(plan, prepared.calibration, work, settings, owner=owner, content=content)
         # Passes that contradict each other are refused before any block is worked on.
         files = policy_of(prepared.located.source, learned)
         result = run_units(

@@ -10,6 +10,8 @@ import torch
 
 from compressor.errors import Interrupted
 
+Progress = Callable[[str, int, int], None]
+
 
 @dataclass(frozen=True, slots=True)
 class UnitDone:
@@ -37,6 +39,7 @@ class JobSettings:
 
     batch     rows of calibration tokens in one forward pass; halved when memory runs out
     on_unit   called after each unit
+    on_step   called after each step of other work: its name, how many are done, how many there are
     on_note   told what is damaged and therefore done again
     stopping  asked between units whether to stop
     """
@@ -44,6 +47,7 @@ class JobSettings:
     device: torch.device
     batch: int
     on_unit: Callable[[UnitDone], None] = lambda done: None
+    on_step: Progress = lambda name, done, total: None
     on_note: Callable[[str], None] = lambda text: None
     stopping: Callable[[], bool] = lambda: False
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from compressor.checkpoint.reader import content_hash
-from compressor.errors import InputError, Interrupted
+from compressor.errors import InputError
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
+from compressor.run.settings import JobSettings
 
 
 @dataclass(slots=True)
@@ -29,20 +30,19 @@ class SourceContent:
         self._note(index, content_hash(raw))
         return source.assemble(layout, raw)
 
-    def look(
-        self, units: Iterable[int], *, stopping: Callable[[], bool] = lambda: False
-    ) -> dict[int, str]:
+    def look(self, units: Iterable[int], settings: JobSettings) -> dict[int, str]:
         """The hashes of some units; those that are not known yet are read for it.
 
         Raises Interrupted when asked to stop.
         """
         wanted = list(units)
-        for index in wanted:
-            if index not in self.hashes:
-                if stopping():
-                    raise Interrupted
-                names = self.plan.source.names(self.plan.units[index].layout)
-                self._note(index, content_hash(self.plan.source.checkpoint.read(names)))
+        unknown = [index for index in wanted if index not in self.hashes]
+        for done, index in enumerate(unknown, 1):
+            settings.check_stop()
+            layout = self.plan.units[index].layout
+            raw = self.plan.source.checkpoint.read(self.plan.source.names(layout))
+            self._note(index, content_hash(raw))
+            settings.on_step(f"source of {layout.name}", done, len(unknown))
         return {index: self.hashes[index] for index in wanted}
 
     def require(self, before: Mapping[int, str]) -> None:

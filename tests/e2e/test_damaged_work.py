@@ -103,12 +103,17 @@ def tell(family: str, model: Path, base: Path, folder: Path, **top: Any) -> Stor
 
 
 def stops(prepared: Prepared, folder: Path) -> Iterator[tuple[str, Path]]:
-    learned: list[int] = []
+    learned: list[str] = []
     where = folder / "learning"
+
+    def step(name: str, done: int, total: int) -> None:
+        if not name.startswith("source of "):
+            learned.append(name)
+
     try:
         compile_checkpoint(
             going_to(prepared, where),
-            on_learning=lambda *told: learned.append(1),
+            on_step=step,
             on_unit=lambda done: pytest.fail("nothing was learned"),
             stopping=lambda: len(learned) >= 2,
         )
@@ -337,10 +342,17 @@ def test_a_damaged_finished_checkpoint_is_refused_by_name(
 
 
 def test_what_was_damaged_is_said(story: Callable[..., Story], tmp_path: Path) -> None:
-    told, output, notes = story("quantized"), tmp_path / "out", []
+    told, output = story("quantized"), tmp_path / "out"
+    notes: list[str] = []
+    steps: list[tuple[str, int, int]] = []
     shutil.copytree(told.stopped["units"], output)
     (output / WORK / "units" / "00001.json").write_text("{}")
-    compile_checkpoint(going_to(told.prepared, output), on_note=notes.append)
+    compile_checkpoint(
+        going_to(told.prepared, output),
+        on_note=notes.append,
+        on_step=lambda *step: steps.append(step),
+    )
+    assert steps == [("source of embedding", 1, 1)], "the other unit was damaged"
     assert notes == ["units/00001.json or what it tells of is damaged: the unit is done again"]
     assert contents(output) == told.whole
 

@@ -161,7 +161,7 @@ def execute(
             compiled = compile_checkpoint(
                 prepared,
                 on_unit=partial(show_unit, display, prepared),
-                on_learning=display.unit,
+                on_step=display.unit,
                 on_note=lambda text: display.event("note", text=text),
                 stopping=stopping,
             )
