@@ -40,11 +40,15 @@ class Value(BaseModel):
 @dataclass(frozen=True, slots=True)
 class Held:
     """Keys and values [rows, kv_heads, n, head_dim] of some heads, with their positions in the
-    text, int [n] on the CPU; None: 0, 1, 2 …"""
+    text, int [n] on the CPU; None: 0, 1, 2 …
+
+    memory  what rules keep from step to step, tensors [rows, …] by name; None without a cache
+    """
 
     keys: Tensor
     values: Tensor
     positions: Tensor | None = None
+    memory: dict[str, Tensor] | None = None
 
     def on_device(self) -> Tensor:
         """The positions, where the keys are."""
@@ -62,6 +66,8 @@ class RuleCall:
     positions  of the keys in the text, int [Tk], ascending; the last Tq are the queries'
     scaling    factor of the products of query and key
     ahead      what `Rule.look_ahead` gave for these heads, or None
+    memory     what the rule kept in earlier calls of the same text, to be changed in place: tensors
+               [rows, …]; None where a whole text is one call
     """
 
     query: Tensor
@@ -69,6 +75,7 @@ class RuleCall:
     positions: Tensor
     scaling: float
     ahead: Tensor | None = None
+    memory: dict[str, Tensor] | None = None
 
     @property
     def own(self) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from compressor.attention.evaluation import policy_attention
 from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_files
 from compressor.attention.rule import Rule
+from compressor.attention.rules.lserve import LServePages
 from compressor.attention.rules.streaming import StreamingHeads
 from compressor.attention.serve.attach import attach
 from compressor.checkpoint.source import open_source
@@ -78,6 +79,29 @@ def test_steps_over_a_cache_give_what_one_pass_does(
     options = runtime.options()
     parts = [model(part, **options).logits for part in ids().split([40, 20, *[1] * 15], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_choices_that_last_for_steps(folder: Path, tmp_path: Path, per: Any) -> None:
+    """Steps from the first token on give what an evaluation does, which chooses for each token as
+    its step would; a prompt is attended to whole, and streaming heads stand beside."""
+    pages = LServePages(
+        block_size=8, logical=2, top_k=3, reuse=3, init_blocks=0, local_blocks=0, per=per
+    )
+    rules = policy(pages, StreamingHeads(heads=(0,), sinks=1, window=9))
+    model, runtime = attached(folder, tmp_path, rules)
+    (stream,) = run_blocks(
+        [StreamedModel(open_source(folder), policy_attention(rules))],
+        ids(),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    with stream.logits() as logits:
+        want = torch.stack([logits(hidden) for hidden in stream.hidden])
+    options = runtime.options()
+    steps = [model(part, **options).logits for part in ids().split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), want, atol=2e-4, rtol=1e-3)
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ class Runtime:
         said = ahead[rule.kind]
         if said is not None and len(group.heads) < said.shape[1]:
             said = said[:, group.heads]
-        call = RuleCall(query, step.keys, step.on_device(), own.scaling, said)
+        call = RuleCall(query, step.keys, step.on_device(), own.scaling, said, step.memory)
         if self.policy.positions == "slot":
             return rule.attend_by_slot(call, step.values, own, partial(self._tables, query))
         return rule.attend(call, step.values, own)

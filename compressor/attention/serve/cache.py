@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty, on the device and in the dtype of the first keys."""
         self.device, self.dtype = key_states.device, key_states.dtype
-        self.held = split(key_states[:, :, :0], value_states[:, :, :0], self.groups)
+        empty = split(key_states[:, :, :0], value_states[:, :, :0], self.groups)
+        self.held = [replace(held, memory={}) for held in empty]
         self.is_initialized = True
 
     def update(
@@ -61,7 +63,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         if index is None:
             return step
         at = index.to(step.keys.device)
-        return Held(step.keys[:, :, at], step.values[:, :, at], positions[index])
+        return Held(step.keys[:, :, at], step.values[:, :, at], positions[index], step.memory)
 
     def take(self) -> list[Held]:
         """What the current step's queries may look at, by group of heads, once."""
@@ -95,7 +97,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Reorder rows for beam search."""
         if self.is_initialized:
             at = beam_idx.to(self.device)
-            self.held = [Held(x.keys[at], x.values[at], x.positions) for x in self.held]
+            self.held = [_rows(held, at) for held in self.held]
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +122,13 @@ def _joined(old: Held, new: Held, seen: int) -> Held:
         torch.cat([old.keys, new.keys], dim=2),
         torch.cat([old.values, new.values], dim=2),
         positions,
+        old.memory,
     )
+
+
+def _rows(held: Held, at: Tensor) -> Held:
+    memory = {name: tensor[at.to(tensor.device)] for name, tensor in (held.memory or {}).items()}
+    return Held(held.keys[at], held.values[at], held.positions, memory)
 
 
 class PolicyCache(Cache):  # type: ignore[misc]

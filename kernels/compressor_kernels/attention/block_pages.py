@@ -6,6 +6,9 @@ any key of the page. Quest chooses per query head; the best score of a group's h
 for each KV head instead. The last page is always attended (`BlockRule(..., init_blocks=0,
 local_blocks=0)`; Quest's evaluation code alone lets it drop out, `own_block=False`).
 
+LServe (arXiv 2502.14866) reads pages of 64 keys and keeps bounds for each 16 of them: a page is
+worth what the best of its logical pages is (`per_page`).
+
 Layouts: k [B, G, T, D], bounds [B, G, pages, D], q [B, H, 1, D], scores fp32 [B, H, 1, pages] or
 [B, G, 1, pages].
 """
@@ -64,10 +67,13 @@ def page_bounds_ref(
     return low.view(shape).amin(3), high.view(shape).amax(3)
 
 
-def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False) -> Tensor:
+def page_scores(
+    q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False, per_page: int = 1
+) -> Tensor:
     """Upper bound of q·k over each page's keys, fp32 [B, H, 1, pages], or [B, G, 1, pages].
 
     group_max: the best score of the query heads that share a KV head, one set for each KV head.
+    per_page: logical pages, which the bounds are of, of one page: a power of two.
     """
     from compressor_kernels.attention import block_pages_jit as jit
 
@@ -76,8 +82,11 @@ def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False
     if q.shape[2] != 1:
         raise ValueError(f"pages are scored for one query a row, not {q.shape[2]}")
     (batch, heads, _, dim), (groups, pages) = q.shape, low.shape[1:3]
+    if per_page != pow2(per_page) or per_page > 32:
+        raise ValueError(f"a page of {per_page} logical pages is no power of two up to 32")
     sets = groups if group_max else heads
-    out = torch.empty((batch, sets, 1, pages), dtype=torch.float32, device=q.device)
+    wide = -(-pages // per_page)
+    out = torch.empty((batch, sets, 1, wide), dtype=torch.float32, device=q.device)
     if out.numel():
         jit.page_kernel[(-(-pages // 32), batch * groups)](
             q,
@@ -91,6 +100,7 @@ def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False
             *high.stride()[:3],
             GROUP=heads // groups,
             GROUP_MAX=group_max,
+            PER_PAGE=per_page,
             D=dim,
             BLOCK_P=32,
             BLOCK_D=pow2(dim),
@@ -98,7 +108,9 @@ def page_scores(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False
     return out
 
 
-def page_scores_ref(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False) -> Tensor:
+def page_scores_ref(
+    q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False, per_page: int = 1
+) -> Tensor:
     """`page_scores` in plain PyTorch, for any number of queries: [B, H or G, Tq, pages].
 
     The larger of q*min and q*max is q*max where q is positive and q*min elsewhere: two products.
@@ -109,6 +121,10 @@ def page_scores_ref(q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = F
     query = q.to(wide).view(batch, groups, heads // groups, q_len, dim)
     low, high = (x.to(wide)[:, :, None].transpose(-1, -2) for x in (low, high))
     scores = query.clamp(min=0) @ high + query.clamp(max=0) @ low
+    if per_page > 1:
+        fill = -scores.shape[-1] % per_page
+        scores = torch.nn.functional.pad(scores, (0, fill), value=-torch.inf)
+        scores = scores.unflatten(-1, (-1, per_page)).amax(-1)
     return scores.amax(2) if group_max else scores.flatten(1, 2)
 
 

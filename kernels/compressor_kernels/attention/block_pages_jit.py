@@ -47,7 +47,7 @@ def page_kernel(
     q_ptr,  # [B, H, 1, D]
     low_ptr,  # [B, G, pages, D]
     high_ptr,
-    out_ptr,  # [B, H or G, pages] fp32
+    out_ptr,  # [B, H or G, pages of PER_PAGE] fp32
     pages,
     groups,
     q_b,
@@ -60,6 +60,7 @@ def page_kernel(
     high_p,
     GROUP: tl.constexpr,
     GROUP_MAX: tl.constexpr,
+    PER_PAGE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,15 +76,20 @@ def page_kernel(
     high_at = high_ptr + b * high_b + g * high_g + row * high_p + dim[None, :]
     low = tl.load(low_at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(high_at, mask=mask, other=0.0).to(tl.float32)
+    wide = tl.cdiv(pages, PER_PAGE)
+    physical = tl.program_id(0) * (BLOCK_P // PER_PAGE) + tl.arange(0, BLOCK_P // PER_PAGE)
     best = tl.full([BLOCK_P], float("-inf"), tl.float32)
     for member in tl.static_range(GROUP):
         q_at = q_ptr + b * q_b + (g * GROUP + member) * q_h + dim
         q = tl.load(q_at, mask=dim < D, other=0.0).to(tl.float32)[None, :]
         scores = tl.sum(tl.maximum(q * low, q * high), 1)
+        scores = tl.where(page < pages, scores, float("-inf"))
         if GROUP_MAX:
             best = tl.maximum(best, scores)
         else:
-            out = out_ptr + (lane * GROUP + member) * pages + page
-            tl.store(out, scores, mask=page < pages)
+            scores = tl.max(tl.reshape(scores, [BLOCK_P // PER_PAGE, PER_PAGE]), 1)
+            out = out_ptr + (lane * GROUP + member) * wide + physical
+            tl.store(out, scores, mask=physical < wide)
     if GROUP_MAX:
-        tl.store(out_ptr + lane * pages + page, best, mask=page < pages)
+        best = tl.max(tl.reshape(best, [BLOCK_P // PER_PAGE, PER_PAGE]), 1)
+        tl.store(out_ptr + lane * wide + physical, best, mask=physical < wide)

@@ -4,7 +4,8 @@ The function: DuoAttention (arXiv 2410.10819), streaming heads after StreamingLL
 2309.17453) with absolute positions. A key j is visible to a query i if j <= i and, in a streaming
 head, j < sink or i - j < window (so `window` counts the query's own token). `head_prefill` masks
 by token and skips the key blocks that no query of a tile sees; `head_decode` reads a split cache:
-whole rows for full heads, sink + recent tokens for streaming ones.
+whole rows for full heads, or chosen blocks of them (LServe, arXiv 2502.14866), sink + recent tokens
+for streaming ones.
 
 Layouts: q [B, H, Tq, D], k and v [B, G, Tk, D] with H a multiple of G; query head h reads KV head
 h // (H // G). fp16 or bf16 on a device; any strides with a dense last dimension.
@@ -143,6 +144,8 @@ def head_decode(
     order: Tensor,
     full_len: Tensor | None = None,
     stream_len: Tensor | None = None,
+    blocks: Tensor | None = None,
+    block_size: int = 64,
     scale: float | None = None,
     tiles: DecodeTiles | None = None,
 ) -> Tensor:
@@ -150,14 +153,23 @@ def head_decode(
 
     q [B, H, 1, D]; full_k, full_v [B, G_full, T, D]; stream_k, stream_v [B, G_stream, C, D], the
     kept sink and recent tokens in any order. `order` int32 [G]: the KV head of each cache row, full
-    rows first (`head_order`). full_len, stream_len int32 [B]: tokens in use, all if not given. Keys
-    are split among programs and merged in a fixed order: the same inputs give the same bits.
+    rows first (`head_order`). full_len, stream_len int32 [B]: tokens in use, all if not given.
+    blocks int32 [B, G_full, K] ascending and then -1: the blocks of block_size keys that full rows
+    are read in, one choice for all query heads of a KV head. Keys are split among programs and
+    merged in a fixed order: the same inputs give the same bits.
     """
     groups = full_k.shape[1] + stream_k.shape[1]
     if order.shape != (groups,):
         raise ValueError(f"order has shape {tuple(order.shape)}, the caches hold {groups} KV heads")
     caches = (full_k, full_v, stream_k, stream_v)
-    return _decode(q, caches, order, (full_len, stream_len), scale, tiles or DecodeTiles())
+    tiles = tiles or DecodeTiles()
+    if blocks is not None and (blocks.shape[:2] != full_k.shape[:2] or block_size % tiles.block_n):
+        raise ValueError(
+            f"blocks {tuple(blocks.shape)} of {block_size} keys do not fit {full_k.shape[1]} full "
+            f"heads in tiles of {tiles.block_n}"
+        )
+    lengths = (full_len, stream_len)
+    return _decode(q, caches, order, lengths, scale, tiles, blocks=blocks, block_size=block_size)
 
 
 def full_decode(
@@ -184,11 +196,14 @@ def head_decode_ref(
     order: Tensor,
     full_len: Tensor | None = None,
     stream_len: Tensor | None = None,
+    blocks: Tensor | None = None,
+    block_size: int = 64,
     scale: float | None = None,
 ) -> Tensor:
     """`head_decode` in plain PyTorch, one KV head at a time."""
     group = q.shape[1] // order.shape[0]
     out = torch.empty_like(q)
+    read = listed_keys(blocks, full_k.shape[2], block_size=block_size)
     for row, g in enumerate(order.tolist()):
         full = row < full_k.shape[1]
         at = row if full else row - full_k.shape[1]
@@ -199,20 +214,39 @@ def head_decode_ref(
             k[:, at : at + 1],
             v[:, at : at + 1],
             lengths=full_len if full else stream_len,
+            read=None if read is None or not full else read[:, at : at + 1],
             scale=scale,
         )
     return out
 
 
+def listed_keys(blocks: Tensor | None, tokens: int, *, block_size: int) -> Tensor | None:
+    """Which keys listed blocks [B, G, K] hold, bool [B, G, T]."""
+    if blocks is None:
+        return None
+    key = torch.arange(tokens, device=blocks.device) // block_size
+    return (blocks[..., None] == key).any(2)
+
+
 def full_decode_ref(
-    q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    read: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """`full_decode` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
+    """`full_decode` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs); read: keys that are
+    read at all, bool [B, G, T]."""
     visible = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
+    if read is not None:
+        visible = read.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[:, :, None]
     if lengths is not None:
         token = torch.arange(k.shape[2], device=q.device)
-        visible = (token[None, :] < lengths[:, None].to(q.device))[:, None, None, :]
-        v = torch.where(visible.transpose(-1, -2), v, 0)  # unused slots may hold anything
+        used = (token[None, :] < lengths[:, None].to(q.device))[:, None, None, :]
+        v = torch.where(used.transpose(-1, -2), v, 0)  # unused slots may hold anything
+        visible = visible & used
     return _softmax_attention(q, k, v, visible, scale)
 
 
@@ -223,6 +257,9 @@ def _decode(
     lengths: tuple[Tensor | None, Tensor | None],
     scale: float | None,
     tiles: DecodeTiles,
+    *,
+    blocks: Tensor | None = None,
+    block_size: int = 64,
 ) -> Tensor:
     from compressor_kernels.attention import head_attention_jit as jit
 
@@ -234,7 +271,9 @@ def _decode(
     batch, heads, _, dim = q.shape
     full_rows, stream_rows = full_k.shape[1], stream_k.shape[1]
     group = heads // (full_rows + stream_rows)
-    splits = _splits(full_k, tiles)
+    chosen = 1 if blocks is None else blocks.shape[2]
+    read = full_k.shape[2] if blocks is None else min(full_k.shape[2], chosen * block_size)
+    splits = _splits(full_k, read, tiles)
     out = torch.empty((batch, heads, 1, dim), dtype=q.dtype, device=q.device)
     part = torch.empty((batch, heads, splits, dim + 1), dtype=torch.float32, device=q.device)
     part, lse = part.view(-1)[: -batch * heads * splits], part.view(-1)[-batch * heads * splits :]
@@ -247,6 +286,7 @@ def _decode(
         stream_v,
         *lengths,
         order,
+        None if blocks is None else blocks.contiguous(),
         out,
         part,
         lse,
@@ -264,6 +304,9 @@ def _decode(
         D=dim,
         GROUP=group,
         SPLITS=splits,
+        K=chosen,
+        K_POW2=pow2(chosen),
+        BLOCK=block_size,
         BLOCK_G=max(16, pow2(group)),
         BLOCK_N=tiles.block_n,
         BLOCK_D=block_d,
@@ -288,9 +331,9 @@ def _decode(
     return out
 
 
-def _splits(full_k: Tensor, tiles: DecodeTiles) -> int:
-    """Ranges that the keys of one full row are cut into."""
-    lanes, most = full_k.shape[0] * full_k.shape[1], full_k.shape[2] // (4 * tiles.block_n)
+def _splits(full_k: Tensor, read: int, tiles: DecodeTiles) -> int:
+    """Ranges that the `read` keys of one full row are cut into."""
+    lanes, most = full_k.shape[0] * full_k.shape[1], read // (4 * tiles.block_n)
     return ranges(full_k, lanes=lanes, most=most, programs_per_sm=tiles.programs_per_sm)
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from compressor_kernels.attention.listed_jit import listed_tokens, token_at
 from compressor_kernels.triton.lengths_jit import text_length
 
 # Hides a key. Finite, so that a row which has seen no key yet stays free of NaN: what such a row
@@ -153,22 +154,27 @@ def _attend_range(
     v_stride,
     start,
     end,
+    list_ptr,  # blocks that the row's keys are those of, or None
+    length,
     scale,
     D: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Softmax over the keys [start, end) of one cache row: mean of values, log2 of the sum."""
+    """Softmax over the keys [start, end) of one cache row, or of its listed blocks one behind
+    another: mean of values, log2 of the sum."""
     m = tl.full([BLOCK_G], HIDDEN, tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     token = tl.arange(0, BLOCK_N).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     for base in tl.range(start, end, BLOCK_N):
-        live = base + token < end
+        place = token_at(list_ptr, base, token, end, BLOCK)
+        live = (base + token < end) & (place < length)
         mask = live[:, None] & (dim < D)[None, :]
-        offset = (base + token)[:, None]
+        offset = place[:, None]
         k = tl.load(k_ptr + offset * k_stride + dim[None, :], mask=mask, other=0.0)
         scores = tl.where(live[None, :], tl.dot(q, tl.trans(k)), HIDDEN)
         p, m, l, acc = _online_softmax(scores, m, l, acc, scale)
@@ -188,6 +194,7 @@ def decode_kernel(
     full_len_ptr,  # [B] or None
     stream_len_ptr,
     heads_ptr,  # [G]: the KV head of each cache row, full rows first; None: row = head
+    block_ptr,  # [B, full KV heads, K] int32, the blocks that full rows are read in, or None: all
     out_ptr,  # [B, H, D]
     part_ptr,  # [B, H, SPLITS, D] fp32, full heads only
     lse_ptr,  # [B, H, SPLITS]
@@ -214,6 +221,9 @@ def decode_kernel(
     D: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
+    K: tl.constexpr,
+    K_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -240,7 +250,11 @@ def decode_kernel(
     if in_full:
         length = text_length(full_len_ptr, b, full_cap)
         split = pid % SPLITS
-        chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+        listed = block_ptr
+        if block_ptr is not None:
+            listed = block_ptr + (b * full_rows + row) * K
+        total = listed_tokens(listed, length, K, K_POW2, BLOCK)
+        chunk = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
         mean, lse = _attend_range(
             q,
             kf_ptr + b * kf_b + row * kf_g,
@@ -248,9 +262,12 @@ def decode_kernel(
             kf_t,
             vf_t,
             split * chunk,
-            tl.minimum(length, (split + 1) * chunk),
+            tl.minimum(total, (split + 1) * chunk),
+            listed,
+            length,
             scale,
             D,
+            BLOCK,
             BLOCK_G,
             BLOCK_N,
             BLOCK_D,
@@ -271,8 +288,11 @@ def decode_kernel(
             vs_t,
             0,
             length,
+            None,
+            length,
             scale,
             D,
+            BLOCK,
             BLOCK_G,
             BLOCK_N,
             BLOCK_D,

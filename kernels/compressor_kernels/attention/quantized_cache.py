@@ -11,12 +11,12 @@ q · (code · step − zero) = step · (q · code) − zero · Σ q, and a value
 split among programs and merged in a fixed order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compressor_kernels.attention.head_attention import full_decode_ref
+from compressor_kernels.attention.head_attention import full_decode_ref, listed_keys
 from compressor_kernels.triton.launch import LOG2_E, pow2, ranges, score_scale
 
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -74,6 +74,8 @@ def kv8_decode(
     k_scale: Tensor,
     v_scale: Tensor,
     lengths: Tensor | None = None,
+    blocks: Tensor | None = None,
+    block_size: int = 64,
     scale: float | None = None,
     tiles: CacheTiles | None = None,
 ) -> Tensor:
@@ -81,13 +83,15 @@ def kv8_decode(
 
     k_scale, v_scale  any float, one value or one for each KV head
     lengths           int32 [B], tokens in use, at least one; all if None
+    blocks            int32 [B, G, K] ascending and then -1: blocks of block_size keys (whole tiles)
+                      that are read, all if None
     scale             of scores, 1/sqrt(D) if None
     The same inputs give the same bits. Raises ValueError on what does not fit.
     """
     _check_kv8(q, k, v, k_scale, v_scale)
     _check(q, k.shape[-1], k, v, lengths)
     scales = [s.float().reshape(-1).expand(k.shape[1]).contiguous() for s in (k_scale, v_scale)]
-    return _launch(q, k, v, *scales, lengths, scale, tiles, packed=False)
+    return _launch(q, k, v, *scales, lengths, blocks, block_size, scale, tiles, packed=False)
 
 
 def kv8_decode_ref(
@@ -98,12 +102,15 @@ def kv8_decode_ref(
     k_scale: Tensor,
     v_scale: Tensor,
     lengths: Tensor | None = None,
+    blocks: Tensor | None = None,
+    block_size: int = 64,
     scale: float | None = None,
 ) -> Tensor:
     """`kv8_decode` in plain PyTorch, computed in fp64."""
     _check_kv8(q, k, v, k_scale, v_scale)
     k, v = (x.double() * s.double().reshape(1, -1, 1, 1) for x, s in ((k, k_scale), (v, v_scale)))
-    return full_decode_ref(q.double(), k, v, lengths=lengths, scale=scale).to(q.dtype)
+    read = listed_keys(blocks, k.shape[2], block_size=block_size)
+    return full_decode_ref(q.double(), k, v, lengths=lengths, read=read, scale=scale).to(q.dtype)
 
 
 def kv4_decode(
@@ -114,6 +121,8 @@ def kv4_decode(
     k_params: Tensor,
     v_params: Tensor,
     lengths: Tensor | None = None,
+    blocks: Tensor | None = None,
+    block_size: int = 64,
     scale: float | None = None,
     tiles: CacheTiles | None = None,
 ) -> Tensor:
@@ -121,7 +130,7 @@ def kv4_decode(
     _check_kv4(q, k, v, k_params, v_params)
     _check(q, k.shape[-1] * 2, k, v, lengths)
     params = (p.contiguous().view(torch.int32) for p in (k_params, v_params))
-    return _launch(q, k, v, *params, lengths, scale, tiles, packed=True)
+    return _launch(q, k, v, *params, lengths, blocks, block_size, scale, tiles, packed=True)
 
 
 def kv4_decode_ref(
@@ -132,12 +141,15 @@ def kv4_decode_ref(
     k_params: Tensor,
     v_params: Tensor,
     lengths: Tensor | None = None,
+    blocks: Tensor | None = None,
+    block_size: int = 64,
     scale: float | None = None,
 ) -> Tensor:
     """`kv4_decode` in plain PyTorch, computed in fp64."""
     _check_kv4(q, k, v, k_params, v_params)
     k, v = (dequantize_kv4(x, p.double()) for x, p in ((k, k_params), (v, v_params)))
-    return full_decode_ref(q.double(), k, v, lengths=lengths, scale=scale).to(q.dtype)
+    read = listed_keys(blocks, k.shape[2], block_size=block_size)
+    return full_decode_ref(q.double(), k, v, lengths=lengths, read=read, scale=scale).to(q.dtype)
 
 
 def _launch(
@@ -147,6 +159,8 @@ def _launch(
     k_scales: Tensor,
     v_scales: Tensor,
     lengths: Tensor | None,
+    blocks: Tensor | None,
+    block_size: int,
     scale: float | None,
     tiles: CacheTiles | None,
     *,
@@ -158,6 +172,10 @@ def _launch(
     if tiles is None:
         tiles = CacheTiles(num_stages=4, programs_per_sm=8) if fp8 else CacheTiles()
         tiles = CacheTiles(block_n=128) if packed else tiles
+        if blocks is not None and block_size < tiles.block_n:
+            tiles = replace(tiles, block_n=block_size)
+    if blocks is not None and block_size % tiles.block_n:
+        raise ValueError(f"blocks of {block_size} keys are not whole tiles of {tiles.block_n}")
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, heads, _, dim = q.shape
     groups, tokens = k.shape[1], k.shape[2]
@@ -165,7 +183,9 @@ def _launch(
     if not out.numel():
         return out
     k, v = (x.view(torch.uint8) if fp8 else x for x in (k, v))
-    splits = _splits(q, groups, tokens, tiles)
+    chosen = 1 if blocks is None else blocks.shape[2]
+    read = tokens if blocks is None else min(tokens, chosen * block_size)
+    splits = _splits(q, groups, read, tiles)
     rows = batch * heads * splits
     parts = torch.empty((rows, dim), dtype=torch.float32, device=q.device)
     weights = torch.empty((rows,), dtype=torch.float32, device=q.device)
@@ -178,6 +198,7 @@ def _launch(
         k_scales,
         v_scales,
         lengths,
+        None if blocks is None else blocks.contiguous(),
         parts,
         weights,
         tokens,
@@ -186,6 +207,9 @@ def _launch(
         G=groups,
         GROUP=heads // groups,
         SPLITS=splits,
+        K=chosen,
+        K_POW2=pow2(chosen),
+        BLOCK=block_size,
         BLOCK_G=max(16, pow2(heads // groups)),
         BLOCK_N=tiles.block_n,
         BLOCK_D=block_d,

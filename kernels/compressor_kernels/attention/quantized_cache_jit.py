@@ -5,16 +5,16 @@ import triton
 import triton.language as tl
 
 from compressor_kernels.attention.head_attention_jit import HIDDEN, merge_splits
+from compressor_kernels.attention.listed_jit import listed_tokens, token_at
 from compressor_kernels.triton.lengths_jit import text_length
 from compressor_kernels.triton.rounding_jit import e4m3_value
 
 
 @triton.jit
-def _range(lengths_ptr, b, T, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    length = text_length(lengths_ptr, b, T)
-    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+def _range(total, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    chunk = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
     start = tl.program_id(1) * chunk
-    return start, tl.minimum(length, start + chunk)
+    return start, tl.minimum(total, start + chunk)
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def kv8_kernel(
     k_scales_ptr,  # fp32 [G]
     v_scales_ptr,
     lengths_ptr,  # int32 [B] or None
+    block_ptr,  # int32 [B, G, K], the blocks that are read, or None: all
     parts_ptr,  # fp32 [B, H, SPLITS, D]
     weights_ptr,  # fp32 [B, H, SPLITS], log2 of each range's sum
     T,
@@ -44,6 +45,9 @@ def kv8_kernel(
     G: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
+    K: tl.constexpr,
+    K_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,14 +65,19 @@ def kv8_kernel(
     q = tl.load(q_ptr + head[:, None] * D + dim[None, :], mask=mine[:, None] & (dim < D)[None, :],
                 other=0.0).to(dtype)  # fmt: skip
     scale = scale * tl.load(k_scales_ptr + lane % G)
-    start, end = _range(lengths_ptr, b, T, SPLITS, BLOCK_N)
+    length = text_length(lengths_ptr, b, T)
+    listed = block_ptr
+    if block_ptr is not None:
+        listed = block_ptr + lane * K
+    start, end = _range(listed_tokens(listed, length, K, K_POW2, BLOCK), SPLITS, BLOCK_N)
     m = tl.full([BLOCK_G], HIDDEN, tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     token = tl.arange(0, BLOCK_N)
     for base in tl.range(start, end, BLOCK_N):
-        live = base + token < end
-        at = (lane * T + base + token)[:, None] * D + dim[None, :]
+        place = token_at(listed, base, token, end, BLOCK)
+        live = (base + token < end) & (place < length)
+        at = (lane * T + place)[:, None] * D + dim[None, :]
         inside = live[:, None] & (dim < D)[None, :]
         k = _value(tl.load(k_ptr + at, mask=inside, other=0), dtype, FP8, ASM)
         p, m, l, fade = _fold(tl.dot(q, tl.trans(k)) * scale, m, l, live)
@@ -96,6 +105,7 @@ def kv4_kernel(
     k_params_ptr,  # fp16 [B, G, T, 2] as int32 [B, G, T]
     v_params_ptr,
     lengths_ptr,
+    block_ptr,
     parts_ptr,
     weights_ptr,
     T,
@@ -104,6 +114,9 @@ def kv4_kernel(
     G: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
+    K: tl.constexpr,
+    K_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -126,7 +139,11 @@ def kv4_kernel(
     even = tl.load(q_ptrs, mask=mine_inside, other=0.0).to(dtype)
     odd = tl.load(q_ptrs + 1, mask=mine_inside, other=0.0).to(dtype)
     q_sum = tl.sum(even.to(tl.float32), 1) + tl.sum(odd.to(tl.float32), 1)
-    start, end = _range(lengths_ptr, b, T, SPLITS, BLOCK_N)
+    length = text_length(lengths_ptr, b, T)
+    listed = block_ptr
+    if block_ptr is not None:
+        listed = block_ptr + lane * K
+    start, end = _range(listed_tokens(listed, length, K, K_POW2, BLOCK), SPLITS, BLOCK_N)
     m = tl.full([BLOCK_G], HIDDEN, tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     zeros = tl.zeros([BLOCK_G], tl.float32)
@@ -134,8 +151,9 @@ def kv4_kernel(
     acc_odd = tl.zeros([BLOCK_G, HALF], tl.float32)
     token = tl.arange(0, BLOCK_N)
     for base in tl.range(start, end, BLOCK_N):
-        live = base + token < end
-        row = lane * T + base + token
+        place = token_at(listed, base, token, end, BLOCK)
+        live = (base + token < end) & (place < length)
+        row = lane * T + place
         at = row[:, None] * (D // 2) + pair[None, :]
         inside = live[:, None] & (pair < D // 2)[None, :]
         k = tl.load(k_ptr + at, mask=inside, other=0)
