@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from compressor.cli.main import cli
-from compressor.methods.base import Pass, get_pass, pass_names
+from compressor.methods.base import Method, get_pass, pass_names
 from compressor.plan.recipe import Recipe
 from compressor.runtimes.page import formats_page
 
@@ -73,7 +73,7 @@ def recipe_page() -> str:
         title = f"## `{path}`" if path else "## Keys"
         about = "" if model is Recipe else _about(model)
         sections.append("\n\n".join(filter(None, [title, about, _table(model)])))
-    own = set(Pass.model_fields)
+    own = set(Method.model_fields)
     passes = []
     for name in pass_names():
         kind = get_pass(name)
@@ -98,7 +98,7 @@ def recipe_page() -> str:
         "A list, in the order in which they run; each entry is a pass with its parameters, "
         "`- awq: {bits: 4}`. A pass either changes weights (a transform) or makes the codes (a "
         "quantizer, one for each linear). Every pass takes:",
-        _table(Pass),
+        _table(Method),
         *passes,
     ]
     return "\n\n".join(parts) + "\n"

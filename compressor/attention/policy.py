@@ -333,6 +333,8 @@ def attention_shape(layout: ModelLayout) -> AttentionShape:
     """The heads that all blocks have. Raises InputError where they differ."""
     shapes = {unit.attention for unit in layout.units if unit.kind == "block"}
     (shape,) = shapes if len(shapes) == 1 else (None,)
+    if shapes == {None}:
+        raise InputError("blocks of this model have no attention by head, as a policy has it")
     if shape is None:
         raise InputError("blocks of this model differ in their heads: one policy cannot hold them")
     return shape

@@ -267,6 +267,12 @@ class UnitLayout:
                 found.setdefault(linear.tensor.name, []).append(linear)
         return {name: tuple(linears) for name, linears in found.items()}
 
+    @property
+    def norm_tensors(self) -> tuple[str, ...]:
+        """Those of `tensors` that belong to norms."""
+        paths = {norm.name for norm in self.norms}
+        return tuple(name for name in self.tensors if name.rpartition(".")[0] in paths)
+
     def site_linears(self, site: str) -> tuple[Linear, ...]:
         """The linears that read `site`."""
         return tuple(linear for linear in self.linears if linear.site == site)

@@ -7,7 +7,7 @@ scaled weights of each group are clipped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,13 +16,16 @@ from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compressor.errors import InputError
 from compressor.ir.layout import Fold, Linear
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult, output_error
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.rounding import enter_of, quantizer_of
-from compressor.methods.rtn import int_spec, uneven_groups
+from compressor.methods.common.shapes import undivided
+from compressor.methods.rtn import int_spec
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
     ScaleResult,
@@ -33,7 +36,7 @@ from compressor.numerics.awq_search import (
     search_scales_reference,
 )
 from compressor.numerics.folding import consumer_scale, fold, source_scale
-from compressor.numerics.gram import relative_error
+from compressor.numerics.gram import output_error, relative_error
 from compressor.numerics.migration import search_scales_with_inputs
 
 
@@ -44,7 +47,6 @@ class Awq(Pass):
     """
 
     version: ClassVar[int] = 2
-    changes_kv: ClassVar[bool] = True
 
     bits: int | None = Field(
         None, ge=2, le=8, description="bits of one weight; null leaves rounding to a later pass"
@@ -77,25 +79,20 @@ class Awq(Pass):
             raise ValueError(f"{names} without bits; give them to the quantizer that comes later")
         return self
 
-    @property
-    def rescales(self) -> bool:
-        return True
+    def effects(self) -> Effects:
+        scheme = None
+        if self.bits is not None:
+            scheme = Scheme(int_spec(self.bits, self.group_size, symmetric=self.symmetric))
+        return Effects(scheme=scheme, rescales=True, changes_kv=True)
 
-    def scheme(self) -> Scheme | None:
-        if self.bits is None:
-            return None
-        return Scheme(weight=int_spec(self.bits, self.group_size, symmetric=self.symmetric))
-
-    @property
-    def searches(self) -> bool:
-        return self.bits is None
-
-    def needs(self) -> StatNeeds:
+    def needs(self) -> Needs:
         kept = 0 if self.search == "gram" else self.search_tokens
-        return StatNeeds(absmean=True, absmax=self.search == "inputs", gram=True, keep_inputs=kept)
+        absmax = self.search == "inputs"
+        stats = StatNeeds(absmean=True, absmax=absmax, gram=True, keep_inputs=kept)
+        return Needs(stats=stats, rounding=self.bits is None)
 
-    def check(self, linear: Linear) -> str | None:
-        return None if self.bits is None else uneven_groups(linear, self.group_size)
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        return undivided(context.selected, None if self.bits is None else self.group_size)
 
     def compile_kernels(
         self, specs: Collection[tuple[QuantSpec, int]], device: torch.device
@@ -145,10 +142,9 @@ class Awq(Pass):
     def _scalable(self, site_fold: Fold, unit: Unit, context: PassContext) -> bool:
         """Whether all that reads the site takes part, and in one grid; a router always does."""
         readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
-        specs = {context.spec(x) if x in context.selected else None for x in readers}
         return (
-            len(specs) == 1
-            and None not in specs
+            set(readers) <= set(context.coded)
+            and len({context.spec(x) for x in readers}) == 1
             and unit.has_weight(site_fold.source)
             and context.stats[site_fold.site].tokens >= self.min_tokens
         )
@@ -158,7 +154,6 @@ class Awq(Pass):
         readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
         weights = [unit.weight(x) for x in readers]
         spec = context.spec(readers[0])
-        assert spec is not None
         stats = context.stats[site_fold.site]
 
         def tie(scales: Tensor) -> Tensor:
@@ -194,7 +189,6 @@ class Awq(Pass):
     ) -> tuple[Unit, Mapping[str, Any]]:
         """Clip and, if this pass does, round one linear; its report row."""
         spec = context.spec(linear)
-        assert spec is not None
         weight = unit.weight(linear)
         informed = tokens >= self.min_tokens
         scales = None if site.found is None else site.found.scales

@@ -7,17 +7,20 @@ Formats and their recipes: static scales (arXiv 2209.05433), dynamic ones per to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 
-from compressor.ir.layout import Linear
+from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.common.shapes import unblocked
 from compressor.methods.rtn import weight_row
 
 BLOCK = 128
@@ -37,7 +40,6 @@ class Fp8(Pass):
     """Round weights and inputs to 8-bit floats (E4M3)."""
 
     version: ClassVar[int] = 1
-    quantizes: ClassVar[bool] = True
 
     scales: Literal["dynamic", "static", "block", "weights"] = Field(
         "dynamic",
@@ -46,20 +48,15 @@ class Fp8(Pass):
         "inputs per 128 channels of a token; weights: per channel, inputs stay as they are",
     )
 
-    def scheme(self) -> Scheme:
-        weight, input = SCALES[self.scales]
-        return Scheme(weight=weight, input=input)
+    def effects(self) -> Effects:
+        return Effects(scheme=Scheme(*SCALES[self.scales]))
 
-    def needs(self) -> StatNeeds:
-        return StatNeeds(absmax=self.scales == "static")
+    def needs(self) -> Needs:
+        return Needs(stats=StatNeeds(absmax=self.scales == "static"))
 
-    def check(self, linear: Linear) -> str | None:
-        if self.scales != "block" or linear.in_features % BLOCK == 0:
-            return None
-        return (
-            f"its {linear.in_features} inputs do not divide into groups of {BLOCK}; "
-            "scales: dynamic would do"
-        )
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        size = BLOCK if self.scales == "block" else 1
+        return unblocked(context.selected, size, hint="; scales: dynamic would do")
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         linears = context.coded

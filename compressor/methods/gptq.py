@@ -9,26 +9,28 @@ that of rounding to nearest keeps the nearest codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
 
+from compressor.errors import InputError
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import NVFP4, QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.rounding import quantize_all, with_input_scales
 from compressor.methods.common.second_order import GptqOptions, lowest_code, round_unit
+from compressor.methods.common.shapes import undivided
 from compressor.methods.rtn import (
     by_channel_beside_inputs,
     input_spec,
     int_spec,
     narrow_beside_inputs,
-    uneven_groups,
 )
 from compressor.numerics.grid_search import search_grid
 from compressor.numerics.nvfp4 import BLOCK, Rule
@@ -48,7 +50,6 @@ class Gptq(Pass):
     """Round weights so that each rounding error is corrected by the weights rounded after it."""
 
     version: ClassVar[int] = 2
-    quantizes: ClassVar[bool] = True
 
     grid: Literal["int", "nvfp4"] = Field(
         "int", description="int: integers of `bits`; nvfp4: 4-bit floats with the scales of `rule`"
@@ -110,26 +111,22 @@ class Gptq(Pass):
             raise ValueError(f"activations with grid: {self.grid} are null, {known}")
         return self
 
-    def scheme(self) -> Scheme:
+    def effects(self) -> Effects:
         weight = NVFP4
+        rounding: dict[str, Any] = {"rule": self.rule}
         if self.grid == "int":
             weight = int_spec(self.bits, self.group_size, symmetric=self.symmetric)
-        return Scheme(weight=weight, input=INPUTS[self.grid][self.activations])
+            rounding = narrow_beside_inputs(self.bits, self.activations)
+        inputs = INPUTS[self.grid][self.activations]
+        return Effects(scheme=Scheme(weight=weight, input=inputs), rounding=rounding)
 
-    def rounding(self) -> Mapping[str, Any]:
-        if self.grid == "nvfp4":
-            return {"rule": self.rule}
-        return narrow_beside_inputs(self.bits, self.activations)
+    def needs(self) -> Needs:
+        absmax = self.activations in ("static", "calibrated")
+        return Needs(stats=StatNeeds(gram=True, absmax=absmax, cross=self.correction > 0))
 
-    def needs(self) -> StatNeeds:
-        return StatNeeds(
-            gram=True,
-            absmax=self.activations in ("static", "calibrated"),
-            cross=self.correction > 0,
-        )
-
-    def check(self, linear: Linear) -> str | None:
-        return uneven_groups(linear, BLOCK if self.grid == "nvfp4" else self.group_size)
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        size = BLOCK if self.grid == "nvfp4" else self.group_size
+        return undivided(context.selected, size)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         unit = with_input_scales(unit, context.coded, context)
@@ -155,10 +152,12 @@ class Gptq(Pass):
             return {x.name: q for x, q in zip(linears, made, strict=True)}
         diagonal, found = stats.gram.diagonal(), {}
         for linear in linears:
-            spec = context.spec(linear)
-            assert spec is not None, f"{linear.name} is not quantized"
-            narrow = bool(lowest_code(context, linear))
-            found[linear.name] = search_grid(unit.weight(linear), diagonal, spec, narrow=narrow)
+            found[linear.name] = search_grid(
+                unit.weight(linear),
+                diagonal,
+                context.spec(linear),
+                narrow=bool(lowest_code(context, linear)),
+            )
         return found
 
 

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from compressor.ir.scheme import KVSpec
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult
 from compressor.numerics.activations import static_kv_scale
 
 ELEMENTS: dict[str, Literal["fp8_e4m3", "int8", "int4"]] = {
@@ -50,25 +51,25 @@ class KvCache(Pass):
         return self
 
     @property
-    def transforms(self) -> bool:
-        return False
-
-    def needs_kv(self) -> KVNeeds | None:
-        return None if self.element == "int4" else KVNeeds()
-
-    def kv(self) -> KVSpec:
+    def spec(self) -> KVSpec:
+        """How keys and values are stored."""
         per: Literal["tensor", "head", "token_head"] = self.scales
         return KVSpec(ELEMENTS[self.element], "token_head" if self.element == "int4" else per)
+
+    def effects(self) -> Effects:
+        return Effects(kv=self.spec)
+
+    def needs(self) -> Needs:
+        return Needs(kv=None if self.element == "int4" else KVNeeds())
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         if self.element == "int4" or unit.layout.attention is None:
             return PassResult(unit)
-        assert context.kv is not None
         output = next(x for x in unit.layout.linears if x.role == "attn.o")
         path = output.name.rpartition(".")[0]
         scales = (
-            static_kv_scale(context.kv.keys, self.kv()),
-            static_kv_scale(context.kv.values, self.kv()),
+            static_kv_scale(context.seen.keys, self.spec),
+            static_kv_scale(context.seen.values, self.spec),
         )
         made = replace(unit, kv_scales={**unit.kv_scales, path: scales})
         row = {

@@ -3,17 +3,19 @@ per weight; what gpt-oss ships, and what needs no global scale and no calibratio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.ir.layout import Linear
+from compressor.errors import InputError
 from compressor.ir.qtensor import MXFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.rounding import quantize_all
+from compressor.methods.common.shapes import unblocked
 from compressor.methods.rtn import weight_row
 from compressor.numerics.mx import BLOCK, Rule
 
@@ -22,7 +24,6 @@ class Mxfp4(Pass):
     """Round weights, and inputs where asked, to MXFP4."""
 
     version: ClassVar[int] = 1
-    quantizes: ClassVar[bool] = True
     spec: ClassVar[QuantSpec] = MXFP4
 
     rule: Rule = Field(
@@ -37,17 +38,15 @@ class Mxfp4(Pass):
         "as the model runs",
     )
 
-    def scheme(self) -> Scheme:
+    def effects(self) -> Effects:
         inputs = ActivationSpec("fp4_e2m1" if self.spec.bits == 4 else "fp8_e4m3", "mx", BLOCK)
-        return Scheme(weight=self.spec, input=None if self.activations == "none" else inputs)
+        return Effects(
+            scheme=Scheme(self.spec, None if self.activations == "none" else inputs),
+            rounding={"rule": self.rule},
+        )
 
-    def rounding(self) -> Mapping[str, Any]:
-        return {"rule": self.rule}
-
-    def check(self, linear: Linear) -> str | None:
-        if linear.in_features % BLOCK == 0:
-            return None
-        return f"its {linear.in_features} inputs do not divide into groups of {BLOCK}"
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        return unblocked(context.selected, BLOCK)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         linears = context.coded

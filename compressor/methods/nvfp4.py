@@ -7,18 +7,20 @@ instead where a block's scale is subnormal, and turns its largest value into zer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 
-from compressor.ir.layout import Linear
+from compressor.errors import InputError
 from compressor.ir.qtensor import NVFP4, QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.common.shapes import unblocked
 from compressor.methods.rtn import weight_row
 from compressor.numerics.nvfp4 import BLOCK, Rule
 
@@ -33,7 +35,6 @@ class Nvfp4(Pass):
     """Round weights, and inputs where asked, to NVFP4, with Four Over Six block scales."""
 
     version: ClassVar[int] = 1
-    quantizes: ClassVar[bool] = True
 
     rule: Rule = Field(
         "mse",
@@ -50,19 +51,18 @@ class Nvfp4(Pass):
         "global scale from calibration; dynamic: with that of each row of tokens",
     )
 
-    def scheme(self) -> Scheme:
-        return Scheme(weight=NVFP4, input=INPUTS[self.activations])
+    def effects(self) -> Effects:
+        tile_rows = 1 if self.block == "1x16" else BLOCK
+        return Effects(
+            scheme=Scheme(weight=NVFP4, input=INPUTS[self.activations]),
+            rounding={"rule": self.rule, "tile_rows": tile_rows},
+        )
 
-    def rounding(self) -> Mapping[str, Any]:
-        return {"rule": self.rule, "tile_rows": 1 if self.block == "1x16" else BLOCK}
+    def needs(self) -> Needs:
+        return Needs(stats=StatNeeds(absmax=self.activations == "calibrated"))
 
-    def needs(self) -> StatNeeds:
-        return StatNeeds(absmax=self.activations == "calibrated")
-
-    def check(self, linear: Linear) -> str | None:
-        if linear.in_features % BLOCK == 0:
-            return None
-        return f"its {linear.in_features} inputs do not divide into blocks of {BLOCK}"
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        return unblocked(context.selected, BLOCK, what="blocks")
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         linears = context.coded
@@ -82,8 +82,8 @@ class Nvfp4(Pass):
 
 def _saturated(weight: Any, q: QTensor) -> int:
     """Values that would round beyond 6 on their scale: those the published code loses."""
-    assert q.second is not None
-    scales = q.scales.float().repeat_interleave(BLOCK, dim=1) * q.second
+    scales = q.scales.float().repeat_interleave(BLOCK, dim=1)
+    scales = scales if q.second is None else scales * q.second
     return int((weight.float().abs() >= 7 * scales).logical_and(scales > 0).sum())
 
 

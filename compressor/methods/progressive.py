@@ -8,20 +8,23 @@ point. Codes are GPTQ's, on ranges that may be shrunk first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
 
+from compressor.errors import InputError
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.second_order import GptqOptions, round_unit
-from compressor.methods.rtn import uneven_groups, weight_row
+from compressor.methods.common.shapes import undivided
+from compressor.methods.rtn import weight_row
 from compressor.numerics import quantize
 from compressor.numerics.range_search import search_ranges
 
@@ -30,7 +33,6 @@ class Progressive(Pass):
     """Round weights to 4 bits on two levels of scale, beside int8 inputs (QoQ's W4A8)."""
 
     version: ClassVar[int] = 2
-    quantizes: ClassVar[bool] = True
 
     group_size: int | None = Field(
         128, ge=1, description="neighbouring inputs that share an int8 scale; null for whole rows"
@@ -61,7 +63,7 @@ class Progressive(Pass):
     def clips(self) -> bool:
         return self.group_size is None if self.clip is None else self.clip
 
-    def scheme(self) -> Scheme:
+    def effects(self) -> Effects:
         grouped = self.group_size is not None
         weight = QuantSpec(
             element="int",
@@ -72,13 +74,13 @@ class Progressive(Pass):
             scale_dtype=torch.int8 if grouped else torch.float16,
             second="channel" if grouped else "none",
         )
-        return Scheme(weight=weight, input=ActivationSpec("int8", "token"))
+        return Effects(scheme=Scheme(weight=weight, input=ActivationSpec("int8", "token")))
 
-    def needs(self) -> StatNeeds:
-        return StatNeeds(gram=self.gptq or self.clips)
+    def needs(self) -> Needs:
+        return Needs(stats=StatNeeds(gram=self.gptq or self.clips))
 
-    def check(self, linear: Linear) -> str | None:
-        return uneven_groups(linear, self.group_size)
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        return undivided(context.selected, self.group_size)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         def start(
@@ -87,7 +89,6 @@ class Progressive(Pass):
             found = {}
             for linear in linears:
                 weight, spec = unit.weight(linear), context.spec(linear)
-                assert spec is not None
                 options = {}
                 if self.clips and stats is not None and stats.tokens >= self.min_tokens:
                     ranges = search_ranges(weight, stats.gram, spec, steps=self.clip_steps)

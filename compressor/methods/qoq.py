@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.methods.base import Pass
+from compressor.methods.base import Method
 
 DOWN_ALPHA = {True: 0.3, False: 0.1}
 """Published for models without a value of their own: with groups, and per channel."""
 
 
-class Qoq(Pass):
+class Qoq(Method):
     """W4A8KV4: rotate, reorder, smooth, then 4-bit weights, int8 inputs and a 4-bit KV cache.
 
     Stands for the passes rotate, reorder, smoothquant (down projections only), smooth_attention,
@@ -30,7 +30,6 @@ class Qoq(Pass):
     """
 
     version: ClassVar[int] = 1
-    quantizes: ClassVar[bool] = True
 
     group_size: int | None = Field(
         128, ge=1, description="neighbouring inputs that share an int8 scale; null for whole rows"

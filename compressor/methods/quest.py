@@ -8,26 +8,26 @@ is reading it. Nothing is learned and no weight changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from compressor.attention.policy import AttentionPolicy, rule_policy
 from compressor.attention.rules.quest import QuestPages
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
-from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass, Outlook
-from compressor.methods.infllm import reads
+from compressor.methods.base import Cost, ModelPass
+from compressor.methods.common.chosen_blocks import reads
+from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
+from compressor.methods.common.learned import Learned
 
 
-class Quest(ModelPass):
+class Quest(ModelPass[Learned]):
     """Let layers attend to the pages of keys whose bounds promise most; changes no weight."""
 
     version: ClassVar[int] = 1
-    reads_tokens: ClassVar[bool] = False
 
     page_size: int = Field(16, ge=1, description="keys of a page")
     token_budget: int = Field(1024, ge=1, description="keys of a query, in whole pages")
@@ -66,41 +66,25 @@ class Quest(ModelPass):
             dense_below=self.dense_below,
         )
 
-    def outlook(
-        self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
-    ) -> Outlook:
-        layers = sum(unit.kind == "block" for unit in layout.units)
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        layers = len(context.layout.blocks)
         if self.dense_layers and self.dense_layers[-1] >= layers:
-            return Outlook(
-                problems=(
-                    InputError(
-                        f"quest: there is no layer {self.dense_layers[-1]}, the model has {layers}",
-                        hint="dense_layers counts from 0",
-                    ),
-                )
+            yield InputError(
+                f"there is no layer {self.dense_layers[-1]}, the model has {layers}",
+                hint="dense_layers counts from 0",
             )
-        try:
-            policy = rule_policy(
-                layout, self.block_choice, made_by={"quest": {}}, dense=self.dense_layers
-            )
-        except InputError as error:
-            return Outlook(problems=(error,))
-        dense = (
-            f"; {len(self.dense_layers)} of {layers} layers read all" if self.dense_layers else ""
-        )
-        return Outlook(notes=(reads(self.block_choice) + dense,), policy=policy)
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
+    def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
+        dense, layers = len(self.dense_layers), len(context.layout.blocks)
+        whole = f"; {dense} of {layers} layers read all" if dense else ""
+        return Cost(notes=(reads(self.block_choice) + whole,))
+
+    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Learned]:
+        return LearnResult(Learned())
+
+    def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
         made_by = {"quest": self.model_dump(mode="json", exclude={"targets", "ignore"})}
-        policy = rule_policy(
-            model.layout, self.block_choice, made_by=made_by, dense=self.dense_layers
-        )
-        return Learned(policy=policy.to_json())
-
-    def policy_again(
-        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
-    ) -> AttentionPolicy:
-        return rule_policy(layout, self.block_choice, made_by={}, dense=self.dense_layers)
+        return rule_policy(layout, self.block_choice, made_by=made_by, dense=self.dense_layers)
 
 
 PASS = Quest

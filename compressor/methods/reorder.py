@@ -10,7 +10,7 @@ head share its order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -18,10 +18,13 @@ from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 from torch import Tensor
 
-from compressor.ir.layout import Linear, Rows, UnitLayout
+from compressor.errors import InputError
+from compressor.ir.layout import AttentionShape, Linear, Rows, UnitLayout
 from compressor.ir.rows import change_rows, parts_of
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
+from compressor.methods.common.shapes import refused
 from compressor.numerics.channel_order import head_order, salience_order
 
 
@@ -37,13 +40,20 @@ class Reorder(Pass):
         "absmax", description="what of a channel's values says how much it matters"
     )
 
-    def needs(self) -> StatNeeds:
-        return StatNeeds(absmax=self.by == "absmax", absmean=self.by == "absmean")
+    def needs(self) -> Needs:
+        return Needs(stats=StatNeeds(absmax=self.by == "absmax", absmean=self.by == "absmean"))
 
-    def check(self, linear: Linear) -> str | None:
-        if linear.role == "attn.o" or linear.role.endswith(".down"):
-            return None
-        return "only o and down projections can be reordered without changing other blocks"
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        def reason(linear: Linear) -> str | None:
+            if linear.role.endswith(".down"):
+                return None
+            if linear.role != "attn.o":
+                return "only o and down projections can be reordered without changing other blocks"
+            return None if linear in by_head else "its inputs are not values by head"
+
+        units = [unit for unit in context.layout.units if unit.attention is not None]
+        by_head = {linear for unit in units for linear in unit.linears}
+        return refused(context.selected, reason)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         rows = []
@@ -67,17 +77,21 @@ def _order(layout: UnitLayout, linear: Linear, salience: Tensor) -> Tensor:
     """[channels], or [kv_heads, head_dim] for an output projection of attention."""
     if linear.role != "attn.o":
         return salience_order(salience)
-    shape = layout.attention
-    assert shape is not None
+    shape = _heads(layout)
     return head_order(salience, head_dim=shape.head_dim, repeat=shape.heads // shape.kv_heads)
+
+
+def _heads(layout: UnitLayout) -> AttentionShape:
+    if layout.attention is None:
+        raise InputError(f"{layout.name} has no values by head")
+    return layout.attention
 
 
 def _columns(layout: UnitLayout, linear: Linear, order: Tensor) -> Tensor:
     """Which input comes at each place of the reordered linear."""
     if linear.role != "attn.o":
         return order
-    shape = layout.attention
-    assert shape is not None
+    shape = _heads(layout)
     heads = order.repeat_interleave(shape.heads // shape.kv_heads, 0)
     starts = torch.arange(shape.heads, device=order.device)[:, None] * shape.head_dim
     return (heads + starts).reshape(-1)

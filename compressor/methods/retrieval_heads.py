@@ -9,28 +9,38 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy
+from compressor.attention.policy import AttentionPolicy, attention_shape
 from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
-from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass
+from compressor.methods.base import ModelPass, Needs
+from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
 from compressor.methods.common.copy_scores import CopyScores, copy_scores, of_kv_heads
 from compressor.methods.common.head_plots import heat_map
-from compressor.methods.common.needles import Needles, haystack_of, make_row
+from compressor.methods.common.learned import Learned
+from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
+from compressor.methods.common.streaming_heads import undescribed
 from compressor.numerics.head_gates import keep_full
 
-SCORES = "retrieval_heads.scores"
 SCORES_NAME = "retrieval_heads.json"
 
 
-class RetrievalHeads(ModelPass):
+class Scores(Learned):
+    """Mean copy scores [layers, heads], over those of all `answers` that the model gave."""
+
+    scores: Tensor
+    accepted: int
+    answers: int
+
+
+class RetrievalHeads(ModelPass[Scores]):
     """Score query heads by how often they copy a hidden passkey; with `share`, let the KV heads
     that copy least stream.
 
@@ -53,16 +63,16 @@ class RetrievalHeads(ModelPass):
             raise ValueError(f"{self.sinks} sinks are not fewer than the window of {self.window}")
         return self
 
-    def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
-        """Nothing; refuses, in `plan`, a model without a known attention."""
-        if all(unit.attention is None for unit in layout.units):
-            raise InputError("retrieval_heads: the model's attention is not known")
-        return {}
+    def needs(self) -> Needs:
+        return Needs(tokens=True)
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
-        """Score all heads at every length, and choose by the means."""
-        assert context.tokens is not None
-        haystack = haystack_of(context.tokens.ids)
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        yield from undescribed(context.layout, sinks=self.sinks, window=self.window)
+        yield from too_long(self.data, context.layout)
+
+    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Scores]:
+        """Score all heads at every length."""
+        haystack = haystack_of(context.ids)
         encode = model.tokenizer()
         found: list[CopyScores] = []
         for length in self.data.row_lengths:
@@ -75,46 +85,31 @@ class RetrievalHeads(ModelPass):
             found.append(scored)
         answers = torch.cat([part.per_answer for part in found], dim=1)
         whole = CopyScores(per_answer=answers, answers=sum(part.answers for part in found))
-        return self._learned(model, whole)
+        value = Scores(scores=whole.scores, accepted=whole.accepted, answers=whole.answers)
+        plot = heat_map(value.scores, title="Copy scores", across="query head")
+        return LearnResult(
+            value,
+            rows=[{"name": "copy scores", **_ranking(value.scores), **self._about(value)}],
+            files={SCORES_NAME: _as_published(whole.per_answer)},
+            plots={} if plot is None else {"retrieval_heads.png": plot},
+        )
 
-    def policy_again(
-        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
-    ) -> AttentionPolicy:
-        if SCORES not in values:
-            raise InputError(f"the policy's {SCORES} are not stored with it")
-        shape = next(unit.attention for unit in layout.units if unit.attention)
-        full = self._full(of_kv_heads(values[SCORES], shape.kv_heads))
-        return streaming_policy(layout, ~full, sinks=self.sinks, window=self.window)
-
-    def _full(self, by_kv: Tensor) -> Tensor:
-        """Which KV heads stay full, by their scores."""
-        share = 0.0 if self.share is None else self.share
-        return keep_full(by_kv, share) if share else torch.ones_like(by_kv, dtype=torch.bool)
-
-    def _learned(self, model: FrozenModel, found: CopyScores) -> Learned:
-        shape = next(unit.attention for unit in model.layout.units if unit.attention)
-        by_kv = found.kv_heads(shape.kv_heads)
-        full = self._full(by_kv)
-        about = {
-            **self.model_dump(mode="json", include={"rows", "share", "sinks", "window"}),
-            "accepted": found.accepted,
-            "answers": found.answers,
-        }
-        policy = streaming_policy(
-            model.layout,
+    def policy(self, layout: ModelLayout, learned: Scores | None) -> AttentionPolicy | None:
+        if learned is None:
+            return None
+        by_kv = of_kv_heads(learned.scores, attention_shape(layout).kv_heads)
+        full = keep_full(by_kv, self.share) if self.share else torch.ones_like(by_kv).bool()
+        return streaming_policy(
+            layout,
             ~full,
             sinks=self.sinks,
             window=self.window,
-            made_by={"retrieval_heads": about},
+            made_by={"retrieval_heads": self._about(learned)},
         )
-        plot = heat_map(found.scores, title="Copy scores", across="query head")
-        return Learned(
-            policy=policy.to_json(),
-            values={SCORES: found.scores},
-            rows=[{"name": "copy scores", **_ranking(found.scores), **about}],
-            files={SCORES_NAME: _as_published(found.per_answer)},
-            plots={} if plot is None else {"retrieval_heads.png": plot},
-        )
+
+    def _about(self, found: Scores) -> dict[str, Any]:
+        parameters = self.model_dump(mode="json", include={"rows", "share", "sinks", "window"})
+        return {**parameters, **found.figures()}
 
 
 def _ranking(scores: Tensor, top: int = 10) -> dict[str, Any]:

@@ -14,18 +14,19 @@ none, becomes (β/γ) R.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Protocol
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.ir.layout import Linear, ModelLayout, Norm, UnitLayout
+from compressor.ir.layout import Linear, Norm, UnitLayout
 from compressor.ir.rows import change_rows, parts_of
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.numerics.hadamard import Rotation, rotation
 
 POST_NORMS = ("norm.attn.out", "norm.mlp.out")
@@ -35,8 +36,6 @@ class Rotate(Pass):
     """Rotate the hidden states by a Hadamard matrix, so that no channel is an outlier."""
 
     version: ClassVar[int] = 1
-    rotates_residual: ClassVar[bool] = True
-    changes_kv: ClassVar[bool] = True
 
     seed: int | None = Field(
         None, ge=0, description="random signs from this seed; null for the plain Hadamard matrix"
@@ -54,32 +53,30 @@ class Rotate(Pass):
             raise ValueError("rotate turns the whole residual stream; it has no targets or ignore")
         return self
 
-    def touches(self, unit: UnitLayout) -> bool:
-        return True
+    def effects(self) -> Effects:
+        return Effects(works_on="all", rotates_residual=True, changes_kv=True)
 
-    def check_model(
-        self, layout: ModelLayout, config: Mapping[str, Any], *, untied: bool
-    ) -> InputError | None:
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        layout = context.layout
         norms = [norm for unit in layout.units for norm in unit.norms]
         post = next((norm for norm in norms if norm.role in POST_NORMS), None)
         if post is not None:
-            return InputError(
+            yield InputError(
                 f"{layout.model_type} normalises what a block adds to the stream ({post.name}), "
                 "and that norm's weight does not commute with a rotation",
                 hint="leave rotate out of the recipe",
             )
-        if any(norm.kind == "layer" for norm in norms) and not self.keep_mean:
-            return InputError(
+        elif any(norm.kind == "layer" for norm in norms) and not self.keep_mean:
+            yield InputError(
                 f"{layout.model_type} has LayerNorms, which subtract the mean",
                 hint="keep_mean: true rotates around it",
             )
-        if layout.tied is not None and not untied:
-            return InputError(
+        if layout.tied is not None and not context.untied:
+            yield InputError(
                 "the final norm's weight goes into lm_head, which shares its weight with "
                 f"{layout.tied}",
                 hint="write it separately with untie: true at the top of the recipe",
             )
-        return None
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         layout = unit.layout

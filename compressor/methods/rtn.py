@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compressor.errors import InputError
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult, output_error
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.common.shapes import undivided
+from compressor.numerics.gram import output_error
 
 
 def by_channel_beside_inputs(data: Any) -> Any:
@@ -29,7 +33,6 @@ class Rtn(Pass):
     """Round every weight to the nearest value of its group's grid, without calibration data."""
 
     version: ClassVar[int] = 2
-    quantizes: ClassVar[bool] = True
 
     bits: int = Field(4, ge=2, le=8, description="bits of one weight")
     group_size: int | None = Field(
@@ -46,18 +49,18 @@ class Rtn(Pass):
 
     _by_channel = model_validator(mode="before")(by_channel_beside_inputs)
 
-    def scheme(self) -> Scheme:
+    def effects(self) -> Effects:
         weight = int_spec(self.bits, self.group_size, symmetric=self.symmetric)
-        return Scheme(weight=weight, input=input_spec(self.activations))
+        return Effects(
+            scheme=Scheme(weight=weight, input=input_spec(self.activations)),
+            rounding=narrow_beside_inputs(self.bits, self.activations),
+        )
 
-    def rounding(self) -> Mapping[str, Any]:
-        return narrow_beside_inputs(self.bits, self.activations)
+    def needs(self) -> Needs:
+        return Needs(stats=StatNeeds(absmax=self.activations == "static"))
 
-    def needs(self) -> StatNeeds:
-        return StatNeeds(absmax=self.activations == "static")
-
-    def check(self, linear: Linear) -> str | None:
-        return uneven_groups(linear, self.group_size)
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        return undivided(context.selected, self.group_size)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         rows = []
@@ -90,15 +93,6 @@ def narrow_beside_inputs(bits: int, activations: str | None) -> dict[str, Any]:
     """Options of the rounding: eight-bit symmetric weights that are multiplied with int8 inputs
     have the codes −127 … 127 on a positive scale, which every int8 kernel takes."""
     return {"narrow": True} if bits == 8 and activations is not None else {}
-
-
-def uneven_groups(linear: Linear, group_size: int | None) -> str | None:
-    """Why a linear's inputs cannot be cut into groups, or None."""
-    if group_size is None or linear.in_features % group_size == 0:
-        return None
-    fits = [size for size in (128, 64, 32, 16) if linear.in_features % size == 0]
-    hint = f"; {', '.join(map(str, fits))} would" if fits else "; null (a whole row) would"
-    return f"group_size {group_size} does not divide its {linear.in_features} inputs{hint}"
 
 
 def weight_row(

@@ -11,7 +11,7 @@ error that rounding the keys makes in the attention's output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,11 +20,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.ir.layout import ModelLayout
 from compressor.ir.rows import change_rows, parts_of
 from compressor.ir.scheme import KVSpec
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.numerics.activations import fake_quantize_kv, static_kv_scale
 from compressor.numerics.smooth_attention import attention_candidates, smooth_attention_scales
 from compressor.runner.attention_call import AttentionCall
@@ -34,7 +34,6 @@ class SmoothAttention(Pass):
     """Even out the channels of keys, for a KV cache of few bits; queries take the difference."""
 
     version: ClassVar[int] = 1
-    changes_kv: ClassVar[bool] = True
 
     targets: str | list[str] = Field(
         default=["attn.k"], description="key projections; the queries that read them change too"
@@ -63,53 +62,51 @@ class SmoothAttention(Pass):
             raise ValueError("alpha is a number from 0 to 1, or 'search'")
         return self
 
-    @property
-    def searches_keys(self) -> bool:
-        return self.alpha == "search"
+    def effects(self) -> Effects:
+        return Effects(changes_kv=True)
 
-    def needs_kv(self) -> KVNeeds:
-        return KVNeeds(tokens=self.search_tokens if self.alpha == "search" else 0)
+    def needs(self) -> Needs:
+        search = self.alpha == "search"
+        return Needs(kv=KVNeeds(tokens=self.search_tokens if search else 0), cache=search)
 
-    def check_model(
-        self, layout: ModelLayout, config: Mapping[str, Any], *, untied: bool
-    ) -> InputError | None:
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        layout, config = context.layout, context.config
+        hint = "leave smooth_attention out of the recipe"
         shapes = [unit.attention for unit in layout.units if unit.attention is not None]
         if not shapes or any(shape.pairs != "halves" for shape in shapes):
-            return InputError(
+            yield InputError(
                 f"{layout.model_type} turns other pairs of channels than smooth_attention assumes"
                 if shapes
                 else f"{layout.model_type} has no keys by head that could be smoothed",
-                hint="leave smooth_attention out of the recipe",
+                hint=hint,
             )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         share = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
         if share not in (None, 1, 1.0):
-            return InputError(
+            yield InputError(
                 f"the rotary embedding turns only {share:g} of each head, so channels pair "
                 "otherwise than smooth_attention assumes",
-                hint="leave smooth_attention out of the recipe",
+                hint=hint,
             )
-        return None
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        if not context.selected:
-            return PassResult(unit)
         layout, shape = unit.layout, unit.layout.attention
-        assert context.kv is not None and shape is not None
+        if not context.selected or shape is None:
+            return PassResult(unit)
+        seen = context.seen
         norms = {norm.role: norm for norm in layout.norms if norm.role in ("norm.q", "norm.k")}
         row: dict[str, Any] = {"linear": context.selected[0].name}
-        if self.alpha == "search":
-            assert context.cache is not None
+        if self.alpha == "search" and context.cache is not None:
             output = next(x for x in layout.linears if x.role == "attn.o")
             tried = attention_candidates(self.grid)
             behind = unit.dequantized()[output.weight_name]
-            errors = _errors(context.kv, tried, context.cache, behind, shared=bool(norms))
+            errors = _errors(seen, tried, context.cache, behind, shared=bool(norms))
             best = int(errors.argmin())
             alpha, beta = tried[best]
             row |= {"attention_error": float(errors[best]), "unsmoothed_error": float(errors[0])}
-        else:
+        elif self.alpha != "search":
             alpha, beta = self.alpha, self.beta
-        scales = _scales(context.kv, alpha, beta, shared=bool(norms))
+        scales = _scales(seen, alpha, beta, shared=bool(norms))
         row |= {"alpha": alpha, "beta": beta}
         tensors = dict(unit.tensors)
         if norms:
@@ -122,7 +119,7 @@ class SmoothAttention(Pass):
             for role, by in (("attn.q", queries), ("attn.k", 1 / scales.reshape(-1))):
                 for linear, part in parts_of(layout, role):
                     tensors |= change_rows(tensors, linear, part, _times(by))
-        before = context.kv.keys
+        before = seen.keys
         after = before / scales
         return PassResult(
             unit.with_tensors(tensors),

@@ -19,7 +19,8 @@ from compressor.ir.layout import Fold, Linear
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, PassResult
+from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common.context import PassContext, PassResult
 from compressor.methods.common.rounding import (
     enter_of,
     quantize_all,
@@ -78,29 +79,23 @@ class Smoothquant(Pass):
             raise ValueError("alpha is a number from 0 to 1, 'family' or 'search'")
         return self
 
-    @property
-    def searches(self) -> bool:
-        return self.alpha == "search" and self.bits is None
-
-    @property
-    def rescales(self) -> bool:
-        return True
-
-    def scheme(self) -> Scheme | None:
+    def effects(self) -> Effects:
         if self.bits is None:
-            return None
+            return Effects(rescales=True)
         weight = int_spec(8, None, symmetric=True)
         if self.weights == "tensor":
             weight = QuantSpec("int", 8, "tensor")
-        return Scheme(weight=weight, input=input_spec(self.activations))
-
-    def rounding(self) -> Mapping[str, Any]:
         # As published: the codes −127 … 127 on absmax/127, which every int8 kernel takes.
-        return {} if self.bits is None else {"narrow": True}
+        return Effects(
+            scheme=Scheme(weight=weight, input=input_spec(self.activations)),
+            rounding={"narrow": True},
+            rescales=True,
+        )
 
-    def needs(self) -> StatNeeds:
-        kept = self.search_tokens if self.alpha == "search" else 0
-        return StatNeeds(absmax=True, keep_inputs=kept)
+    def needs(self) -> Needs:
+        search = self.alpha == "search"
+        stats = StatNeeds(absmax=True, keep_inputs=self.search_tokens if search else 0)
+        return Needs(stats=stats, rounding=search and self.bits is None)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         folds = {f.site: f for f in unit.layout.folds if self._smooths(f, unit, context)}
@@ -149,7 +144,7 @@ class Smoothquant(Pass):
             if alpha == "family":
                 alpha = ALPHAS.get(context.model_type, DEFAULT_ALPHA)
             return Migration(smooth_scales(stats.absmax, weights, alpha), alpha, ())
-        judged = [x for x in readers if x in context.selected and context.spec(x) is not None]
+        judged = [x for x in readers if x in context.coded]
         ratios = [i / self.grid for i in range(self.grid + 1)]
         return search_scales_with_inputs(
             [unit.weight(linear) for linear in judged],

@@ -77,3 +77,11 @@ def relative_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
         error += difference_error(new, old, gram)
         power += gram_error(old.to(work_dtype(gram)), gram)
     return error / power.clamp(min=1e-30)
+
+
+def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
+    """Relative squared output error tr(ΔG Δᵀ)/tr(W G Wᵀ), or of the weights where G is None."""
+    if gram is not None:
+        return float(relative_error(weight, quantized, gram))
+    delta, weight = (quantized - weight).float(), weight.float()
+    return float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))

@@ -53,7 +53,7 @@ def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
         return []
     learned = source.arch.embedding.position is not None
     lengths = {}
-    if learned and any(step.params.needs() != StatNeeds() for step in recipe.passes):
+    if learned and any(step.params.needs().stats != StatNeeds() for step in recipe.passes):
         lengths["calibration.length"] = recipe.calibration.length
     if recipe.evaluate is not None:
         lengths["evaluate.length"] = recipe.evaluate.length

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from compressor.checkpoint.delta.base import BASE_NAME, Base, delta_shapes, locate_base
@@ -16,11 +17,10 @@ from compressor.checkpoint.source import Source
 from compressor.errors import CompressError, InputError
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.tensor import TensorShape
+from compressor.methods.base import get_pass
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
 from compressor.plan.recipe import Recipe
 from compressor.plan.unit_plan import PassPlan, float_dtype
-
-MOVING = ("awq", "smoothquant", "smooth_attention", "rotate", "qoq", "reorder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +111,12 @@ def plan_delta(
     dtype  that of the written model;  base  the base, where it has been found already
     """
     for plan in passes:
-        only = plan.step.params.only_format
+        only = plan.effects.only_format
         if only is not None and recipe.format != only:
             message = f"{plan.step.name} cannot be written as {recipe.format}"
             problems.append(InputError(message, hint=f"format: {only}"))
-    found = [plan for plan in passes if plan.step.params.base_model() is not None]
-    if not found:
+    found = next((plan for plan in passes if plan.needs.base is not None), None)
+    if found is None:
         if recipe.format == "bitdelta":
             message = "format bitdelta holds what the pass bitdelta makes, and nothing else"
             problems.append(InputError(message))
@@ -124,14 +124,14 @@ def plan_delta(
     if len(passes) > 1:
         problems.append(
             InputError(
-                f"{found[0].step.name} writes differences to the base: no other pass may change "
+                f"{found.step.name} writes differences to the base: no other pass may change "
                 "the weights",
                 hint="run the others on the base first, and name what they wrote as the base",
             )
         )
     if base is None:
         try:
-            base = locate_base(found[0].step.params.base_model() or "", fetch=False)
+            base = locate_base(found.needs.base or "", fetch=False)
         except CompressError as error:
             problems.append(error)
             return None
@@ -144,29 +144,35 @@ def plan_delta(
             "the fine-tune did not start from such weights, and their differences are large; "
             "rtn, gptq, fp8 and nvfp4 only round"
         )
-    linears = [x for x in source.layout.linears if x.name in found[0].names]
+    linears = [x for x in source.layout.linears if x.name in found.names]
     problems.extend(_misfits(base.source, source, linears))
     dtypes = {n: float_dtype(n, source, recipe, dtype) for n in source.checkpoint.entries}
     entries = base.source.checkpoint.entries
-    params = found[0].step.params
-    retrained = {n for unit in source.layout.units for n in params.retrained(unit)}
+    blocks = source.layout.blocks if found.effects.retrains_norms else ()
+    retrained = {name for unit in blocks for name in unit.norm_tensors}
     borrowed = frozenset(
         n for n in base.same if dtypes.get(n) == entries[n].spec.dtype and n not in retrained
     )
-    bits = params.delta_bits()
+    bits = found.effects.delta_bits
     coded = {x.name: bits for x in linears if x.weight_name not in borrowed}
     return DeltaPlan(base, coded, borrowed)
 
 
 def _moved_by(folder: Path) -> list[str]:
-    """Passes that a base of ours was made by and that change the basis of weights, not only round
-    them."""
+    """Methods that a base of ours was made by and that change weights beyond rounding them."""
     try:
         manifest = read_manifest(folder) if folder.is_dir() else None
     except InputError:  # told where the base is read
         return []
     steps = (manifest.about.get("recipe") or {}).get("passes", ()) if manifest else ()
-    return [name for step in steps for name in step if name in MOVING]
+    return [name for step in steps for name, params in step.items() if _moves(name, params)]
+
+
+def _moves(name: str, params: Any) -> bool:
+    try:
+        return get_pass(name).model_validate(params or {}).effects().stale
+    except (InputError, ValidationError):  # of a release with other methods
+        return False
 
 
 def _misfits(base: Source, fine: Source, linears: Sequence[Linear]) -> list[CompressError]:

@@ -96,34 +96,26 @@ def estimate(
 def _learning_bytes(plan: Plan, device: torch.device) -> int:
     """The whole model, and its base where there is one, for passes that learn through its depth; a
     block for others."""
-    passes = [p.step.params for p in plan.passes if p.step.params.holds_model]
-    if not passes:
+    dtype = plan.compute_dtype(device)
+    costs = [p.cost(dtype) for p in plan.passes if p.needs.whole_model]
+    if not costs:
         # A teacher's scores of some queries, in float32, four times over; one block beside them.
         pieces = 16 * PIECE_ELEMENTS[device.type] if _learning_scores(plan) else 0
         return pieces + max(_working_bytes(plan, u, device=device, batch=1) for u in plan.units)
     entries = plan.source.checkpoint.entries.values()
     count = sum(torch.Size(entry.spec.shape).numel() for entry in entries)
-    size = plan.compute_dtype(device).itemsize
     base = 0
     if plan.delta is not None:
         coded = plan.delta.bits
         base = sum(x.out_features * x.in_features for x in plan.layout.linears if x.name in coded)
-    beside = max(
-        params.learning_bytes(
-            plan.layout,
-            length=plan.recipe.calibration.length,
-            vocabulary=plan.layout.sizes.vocabulary,
-            itemsize=size,
-        )
-        for params in passes
-    )
+    beside = max(cost.memory for cost in costs)
     # Beside both there are the signs, and one block twice: its weights and their gradients.
     block = max(
         sum(x.out_features * x.in_features for x in unit.layout.linears)
         for unit in plan.units
         if unit.layout.kind == "block"
     )
-    return size * (count + base + 2 * block) + base // 8 + beside
+    return dtype.itemsize * (count + base + 2 * block) + base // 8 + beside
 
 
 def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> int:
@@ -284,7 +276,4 @@ def _seconds(plan: Plan, device: torch.device) -> float:
 
 
 def _learning_scores(plan: Plan) -> float:
-    rows, length = plan.recipe.calibration.samples, plan.recipe.calibration.length
-    return sum(
-        p.step.params.learning_scores(plan.layout, rows=rows, length=length) for p in plan.passes
-    )
+    return sum(p.cost(plan.dtype).scores for p in plan.passes)

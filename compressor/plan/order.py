@@ -10,6 +10,7 @@ from compressor.ir.layout import ModelLayout
 from compressor.ir.scheme import Scheme
 from compressor.methods.base import ModelPass
 from compressor.methods.common.rounding import fused_with
+from compressor.methods.common.shapes import some
 from compressor.plan.recipe import Recipe
 from compressor.plan.unit_plan import PassPlan
 
@@ -21,13 +22,13 @@ def composition_problems(
     owners = {
         name: number
         for number, plan in enumerate(passes)
-        if plan.step.params.scheme() is not None
+        if plan.effects.scheme is not None
         for name in plan.names
     }
     problems: list[CompressError] = []
     for number, plan in enumerate(passes):
         problems += _searches(plan, schemes)
-        if plan.step.params.searches_keys and not any(p.step.params.kv() for p in passes):
+        if plan.needs.cache and not any(p.effects.kv for p in passes):
             problems.append(
                 InputError(
                     f"{plan.step.name} searches by what rounding keys does to attention, but "
@@ -36,7 +37,7 @@ def composition_problems(
                 )
             )
         problems += _stale_cache(number, passes)
-        if plan.step.params.transforms:
+        if plan.effects.transforms:
             problems += _shared_inputs(number, passes, layout, owners)
     problems += _shared_scales(passes, layout, schemes, owners)
     return problems
@@ -47,39 +48,40 @@ def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[Compr
     block: str | None = None
     rescaled: str | None = None
     for plan in passes:
-        params = plan.step.params
-        if isinstance(params, ModelPass) and block is not None:
+        effects, needs = plan.effects, plan.needs
+        learns = isinstance(plan.step.params, ModelPass)
+        if learns and block is not None:
             yield InputError(
                 f"{plan.step.name} learns from the whole source model, but comes after {block}",
                 hint=f"put {plan.step.name} before it",
             )
-        if params.rotates_residual and block is not None:
+        if effects.rotates_residual and block is not None:
             yield InputError(
                 f"{plan.step.name} rotates what enters a block, which {block} sees before the "
                 "block itself is rotated",
                 hint=f"put {plan.step.name} first",
             )
-        if params.rotates_residual and recipe.propagate == "original":
+        if effects.rotates_residual and recipe.propagate == "original":
             yield InputError(
                 f"{plan.step.name} changes the basis of the hidden states, so blocks cannot be "
                 "calibrated on the original ones",
                 hint="propagate: quantized",
             )
-        if params.needs().cross and recipe.propagate == "original":
+        if needs.stats.cross and recipe.propagate == "original":
             yield InputError(
                 f"{plan.step.name} corrects what rounding did to a block's inputs, which are "
                 "the original's here",
                 hint="propagate: quantized, or correction: 0",
             )
-        if params.needs().cross and rescaled is not None:
+        if needs.stats.cross and rescaled is not None:
             yield InputError(
                 f"{plan.step.name} compares inputs with the original model's, which are others "
                 f"after {rescaled}",
                 hint=f"correction: 0, or leave {rescaled} out",
             )
-        if params.rescales and params.kv() is None and not isinstance(params, ModelPass):
+        if effects.stale and not learns:
             rescaled = rescaled or plan.step.name
-        if not isinstance(params, ModelPass):
+        if not learns:
             block = block or plan.step.name
 
 
@@ -87,20 +89,20 @@ def rounding_of(passes: Sequence[PassPlan], names: Sequence[str]) -> dict[str, M
     """Module path → options that its quantizer rounds with, for those of `names` that have one."""
     found: dict[str, Mapping[str, Any]] = {}
     for plan in passes:
-        if plan.step.params.scheme() is not None:
-            found |= {name: plan.step.params.rounding() for name in names if name in plan.names}
+        if plan.effects.scheme is not None:
+            found |= dict.fromkeys(plan.names.intersection(names), plan.effects.rounding)
     return found
 
 
 def _searches(plan: PassPlan, schemes: Mapping[str, Scheme]) -> Iterator[CompressError]:
     """A search by rounding error needs to know the rounding."""
-    if not plan.step.params.searches:
+    if not plan.needs.rounding:
         return
     floats = sorted(name for name in plan.names if schemes[name].weight is None)
     if floats:
         yield InputError(
             f"{plan.step.name} searches with the quantizer that follows it, but none quantizes "
-            f"{_some(floats)}",
+            f"{some(floats)}",
             hint="add one after it, such as rtn or gptq, or narrow its targets",
         )
 
@@ -108,9 +110,9 @@ def _searches(plan: PassPlan, schemes: Mapping[str, Scheme]) -> Iterator[Compres
 def _stale_cache(number: int, passes: Sequence[PassPlan]) -> Iterator[CompressError]:
     """Static scales of the cache are measured where kv_cache stands."""
     plan = passes[number]
-    if plan.step.params.kv() is None or plan.step.params.needs_kv() is None:
+    if plan.effects.kv is None or plan.needs.kv is None:
         return
-    later = [p.step.name for p in passes[number + 1 :] if p.step.params.changes_kv]
+    later = [p.step.name for p in passes[number + 1 :] if p.effects.changes_kv]
     if later:
         yield InputError(
             f"{plan.step.name} measures keys and values, which {later[0]} changes after it",
@@ -157,7 +159,3 @@ def _shared_scales(
                 hint="give them to one pass",
             )
             return
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} linears ({names[0]}, …)"

@@ -6,7 +6,7 @@ weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.ir.layout import Linear, ModelLayout, weight_name
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.methods.base import ModelPass
+from compressor.methods.common.context import PlanContext
 from compressor.plan.check_recipe import check_recipe
 from compressor.plan.delta import DeltaPlan, plan_delta
 from compressor.plan.order import composition_problems, order_problems
 from compressor.plan.recipe import Recipe, Step, nearest
 from compressor.plan.runtime_choice import settle
-from compressor.plan.schemes import announced, pass_schemes, some
+from compressor.plan.schemes import announced, pass_schemes
 from compressor.plan.unit_plan import DTYPES, PassPlan, UnitPlan, module_groups, plan_unit
 
 
@@ -59,15 +60,13 @@ class Plan:
     @property
     def two_streams(self) -> bool:
         """Whether the original model's activations are carried beside the quantized one's."""
-        return any(p.step.params.needs().cross for p in self.passes)
+        return any(p.needs.stats.cross for p in self.passes)
 
     @property
     def calibrated(self) -> bool:
         """Whether any pass reads statistics, so that tokens have to be run."""
-        learned = (p.step.params for p in self.passes)
-        return any(unit.calibrated for unit in self.units) or any(
-            isinstance(params, ModelPass) and params.reads_tokens for params in learned
-        )
+        learning = any(p.needs.tokens for p in self.passes)
+        return learning or any(unit.calibrated for unit in self.units)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype in which blocks run: the model's on a GPU, where it is fast; float32 on a CPU."""
@@ -96,7 +95,7 @@ class Plan:
         if entry:
             config["quantization_config"] = entry | (self.delta.config() if self.delta else {})
         for plan in self.passes:
-            config.update(plan.step.params.config_entries(self.layout))
+            config.update(plan.effects.config)
         return config
 
 
@@ -135,23 +134,19 @@ def make_plan(
                 "dequantize_source: true",
             )
         )
-    passes = tuple(_select(step, source.layout, problems, notes) for step in recipe.passes)
+    passes = tuple(_select(step, recipe, source, problems, notes) for step in recipe.passes)
     schemes = pass_schemes(passes, source.layout, fmt, dtype, problems)
     _check_tied(recipe, source.layout, passes, problems)
     problems += order_problems(recipe, passes)
-    for step in recipe.passes:
-        refused = step.params.check_model(
-            source.layout, source.checkpoint.config, untied=recipe.untie
-        )
-        if refused is not None:
-            problems.append(InputError(f"{step.name}: {refused.message}", hint=refused.hint))
     _check_fused(source.layout, schemes, problems)
     if not problems:
         problems += composition_problems(passes, source.layout, schemes)
     kv = _kv(passes, problems)
     delta = plan_delta(recipe, source, passes, dtype, base, problems, notes)
     problems += check_recipe(recipe, source)
-    scratch = _outlooks(passes, source, recipe, problems, notes)
+    problems += _policy_problems(passes, source.layout)
+    costs = [(plan.step.name, plan.cost(source.checkpoint.dtype)) for plan in passes]
+    notes += [f"{name}: {note}" for name, cost in costs for note in cost.notes]
     if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
         problems.append(refused)
     model = ModelSchemes(linears=schemes, kv=kv)
@@ -194,41 +189,27 @@ def make_plan(
     except CompressError as error:
         raise Problems([error]) from error
     if output is not None:
+        scratch = max(cost.scratch for _, cost in costs)
         room = lacking_room(output, plan.output_bytes, scratch=scratch)
         if room is not None:
             raise room
     return plan
 
 
-def _outlooks(
-    passes: Sequence[PassPlan],
-    source: Source,
-    recipe: Recipe,
-    problems: list[CompressError],
-    notes: list[str],
-) -> int:
-    """What passes say of the run; the most bytes that one of them keeps in the work folder."""
-    most = 0
+def _policy_problems(passes: Sequence[PassPlan], layout: ModelLayout) -> Iterator[CompressError]:
+    """Why attention policies cannot describe the model, or contradict each other."""
     policy = None
     for plan in passes:
-        found = plan.step.params.outlook(
-            source.layout,
-            parameters=sum(
-                torch.Size(entry.spec.shape).numel() for entry in source.checkpoint.entries.values()
-            ),
-            rows=recipe.calibration.samples,
-            length=recipe.calibration.length,
-            dtype=source.checkpoint.dtype,
-        )
-        problems += found.problems
-        if found.policy is not None:
+        if isinstance(plan.step.params, ModelPass):
             try:
-                policy = combine(policy, found.policy)
+                found = plan.step.params.policy(layout, None)
+                policy = policy if found is None else combine(policy, found)
             except InputError as error:
-                problems.append(error)
-        notes += [f"{plan.step.name}: {note}" for note in found.notes]
-        most = max(most, found.scratch_bytes)
-    return most
+                yield _of_pass(plan.step, error)
+
+
+def _of_pass(step: Step, error: InputError) -> InputError:
+    return InputError(f"{step.name}: {error.message}", hint=error.hint)
 
 
 def _format(recipe: Recipe, problems: list[CompressError]) -> Format:
@@ -240,17 +221,33 @@ def _format(recipe: Recipe, problems: list[CompressError]) -> Format:
 
 
 def _select(
-    step: Step, layout: ModelLayout, problems: list[CompressError], notes: list[str]
+    step: Step,
+    recipe: Recipe,
+    source: Source,
+    problems: list[CompressError],
+    notes: list[str],
 ) -> PassPlan:
     """What a pass works on; a target that means nothing is an error, an `ignore` a note."""
-    selection = step.params.selection
+    selection, layout = step.params.selection, source.layout
+    works = step.params.effects().works_on != "none"
+    entries = source.checkpoint.entries.values()
+    context = PlanContext(
+        layout=layout,
+        config=source.checkpoint.config,
+        dtype=source.checkpoint.dtype,
+        parameters=sum(torch.Size(entry.spec.shape).numel() for entry in entries),
+        untied=recipe.untie,
+        selected=(),
+        rows=recipe.calibration.samples,
+        length=recipe.calibration.length,
+    )
     try:
         matches = selection.counts(layout.linears)
         ignored = selection.ignored_counts(layout.linears)
-        picked = selection.pick(layout.linears) if step.params.works_on_blocks else ()
+        picked = selection.pick(layout.linears) if works else ()
     except InputError as error:
-        problems.append(InputError(f"{step.name}: {error.message}", hint=error.hint))
-        return PassPlan(step, {}, {}, frozenset())
+        problems.append(_of_pass(step, error))
+        return PassPlan(step, {}, {}, context)
     roles = sorted({linear.role for linear in layout.linears})
     for pattern, count in matches.items():
         if not count:
@@ -263,18 +260,13 @@ def _select(
     for pattern, count in ignored.items():
         if not count:
             notes.append(f"{step.name}: ignore {pattern!r} matches nothing")
-    if not picked and all(matches.values()) and step.params.works_on_blocks:
+    if not picked and all(matches.values()) and works:
         problems.append(
             InputError(f"{step.name}: everything it targets is ignored", hint="shorten `ignore`")
         )
-    broken: dict[str, list[str]] = {}
-    for linear in picked:
-        reason = step.params.check(linear)
-        if reason:
-            broken.setdefault(reason, []).append(linear.name)
-    for reason, names in broken.items():
-        problems.append(InputError(f"{step.name}: {some(names)}: {reason}"))
-    return PassPlan(step, matches, ignored, frozenset(linear.name for linear in picked))
+    context = replace(context, selected=tuple(picked))
+    problems += [_of_pass(step, error) for error in step.params.check(context)]
+    return PassPlan(step, matches, ignored, context)
 
 
 def _check_tied(
@@ -317,7 +309,7 @@ def _check_fused(
 
 
 def _kv(passes: Sequence[PassPlan], problems: list[CompressError]) -> KVSpec | None:
-    found = [(p.step.name, p.step.params.kv()) for p in passes if p.step.params.kv() is not None]
+    found = [(p.step.name, kv) for p in passes if (kv := p.effects.kv) is not None]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
         problems.append(InputError(f"{names} both quantize the KV cache", hint="keep one"))

@@ -18,7 +18,7 @@ from compressor.evaluate.text import Mixture
 from compressor.foreign.bounded_yaml import MAX_BYTES, load_yaml
 from compressor.foreign.untrusted import read_stream
 from compressor.ir.frozen import Strict
-from compressor.methods.base import Pass, get_pass, pass_names
+from compressor.methods.base import Method, get_pass, pass_names
 from compressor.report.settings import CardSection, Publish
 from compressor.runtimes.contract import Runtime, parse_runtime
 
@@ -56,7 +56,7 @@ class Step(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     name: str
-    params: Pass
+    params: Method
 
     def plain(self) -> dict[str, Any]:
         """The parameters as plain data; one that is null by default and left so is left out."""
@@ -217,7 +217,7 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
             problems.extend(error.problems)
         except InputError as error:
             problems.append(error)
-    only = [step.params.only_format for step in steps if step.params.only_format is not None]
+    only = [form for step in steps if (form := step.params.effects().only_format) is not None]
     if only and "format" not in data:
         data = {**data, "format": only[0]}
     try:
@@ -266,7 +266,7 @@ def _make_step(entry: Any, where: str) -> Step:
         raise Problems(explain(error, kind, f"{where}.{name}.")) from error
 
 
-class _Nothing(Pass):
+class _Nothing(Method):
     """Stands in for passes that were already reported as wrong."""
 
 

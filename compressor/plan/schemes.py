@@ -12,6 +12,7 @@ from compressor.errors import CompressError, InputError
 from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import ModelLayout, is_weight
 from compressor.ir.scheme import Scheme
+from compressor.methods.common.shapes import some
 from compressor.plan.unit_plan import PassPlan
 
 
@@ -27,9 +28,9 @@ def pass_schemes(
     shapes = {linear.name: linear.shape for linear in layout.linears}
     owner: dict[str, str] = {}
     for number, plan in enumerate(passes):
-        name, scheme = f"{plan.step.name} (pass {number + 1})", plan.step.params.scheme()
+        name, scheme = f"{plan.step.name} (pass {number + 1})", plan.effects.scheme
         taken = sorted(n for n in plan.names if n in owner)
-        if taken and (scheme is not None or plan.step.params.transforms):
+        if taken and (scheme is not None or plan.effects.transforms):
             what = "is a second quantizer for" if scheme else "changes weights after"
             problems.append(
                 InputError(
@@ -80,8 +81,3 @@ def _kept(schemes: ModelSchemes, source: Source) -> Iterator[str]:
                 yield other + path.removeprefix(ours)
         if path in arch.runtime.outside:
             yield arch.runtime.outside[path]
-
-
-def some(names: Sequence[str]) -> str:
-    """One linear by name, or how many there are and which is the first."""
-    return names[0] if len(names) == 1 else f"{len(names)} linears ({names[0]}, …)"

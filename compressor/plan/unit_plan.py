@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from compressor_calibration.stats import KVNeeds, StatNeeds
@@ -13,23 +14,44 @@ from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import UnitLayout
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
+from compressor.methods.base import Cost, Effects, ModelPass, Needs
+from compressor.methods.common.context import PlanContext
 from compressor.plan.recipe import Recipe, Step
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PassPlan:
     """One pass over the whole model.
 
     matches  target pattern → how many linears it means;  ignored  the same for `ignore`
-    names    the linears it works on
+    context  what it is told
     """
 
     step: Step
     matches: Mapping[str, int]
     ignored: Mapping[str, int]
-    names: frozenset[str]
+    context: PlanContext
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The linears it works on."""
+        return frozenset(linear.name for linear in self.context.selected)
+
+    @cached_property
+    def effects(self) -> Effects:
+        """What it does."""
+        return self.step.params.effects()
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What it reads."""
+        return self.step.params.needs()
+
+    def cost(self, dtype: torch.dtype) -> Cost:
+        """What it takes where the model runs in `dtype`."""
+        return self.step.params.cost(self.context, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +101,7 @@ def plan_unit(
 ) -> UnitPlan:
     names = {linear.name for linear in unit.linears}
     steps = tuple(
-        i for i, plan in enumerate(passes) if plan.names & names or plan.step.params.touches(unit)
+        i for i, plan in enumerate(passes) if plan.names & names or plan.effects.works_on == "all"
     )
     seen = _observables(unit, [passes[i] for i in steps])
     needs: dict[str, StatNeeds] = {}
@@ -108,9 +130,9 @@ def plan_unit(
         # Runtimes look up packed experts one by one, and floats in the stack they came in.
         if all(model.linears[linear.name].weight is None for linear in linears):
             outputs = _restacked(outputs, stack, unit, source)
-    for i in range(len(passes)):
-        for name, tensor in passes[i].step.params.adds(unit, dtype).items():
-            outputs[name] = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
+    for plan in passes:
+        if isinstance(plan.step.params, ModelPass):
+            outputs |= plan.step.params.adds(source.layout, dtype).get(unit.name, {})
     if model.kv is not None and model.kv.element != "int4" and unit.attention is not None:
         heads = unit.attention.kv_heads if model.kv.per == "head" else 1
         scale = torch.empty(heads, device="meta")
@@ -143,16 +165,12 @@ def _observables(unit: UnitLayout, plans: Sequence[PassPlan]) -> tuple[Observabl
     """What has to be observed before each step, if what was seen before is stale by then."""
     found: list[Observable] = []
     for plan in reversed(plans):
-        params = plan.step.params
-        wanted = params.needs()
-        sites = (
-            {x.site: wanted for x in unit.linears if x.name in plan.names}
-            if wanted != StatNeeds()
-            else {}
-        )
-        kv = None if unit.attention is None else params.needs_kv()
+        needs, names = plan.needs, plan.names
+        read = needs.stats != StatNeeds()
+        sites = {x.site: needs.stats for x in unit.linears if read and x.name in names}
+        kv = None if unit.attention is None else needs.kv
         # What changes what is seen need not look ahead: everything is observed anew after it.
-        if found and not params.rescales:
+        if found and not plan.effects.stale:
             later = found[-1].kv
             kv = kv | later if kv and later else kv or later
             sites = _merged(sites, found[-1].sites)

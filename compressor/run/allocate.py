@@ -161,8 +161,9 @@ def split_bits(passes: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, A
         ((name, params),) = ({entry: {}} if isinstance(entry, str) else entry).items()
         given = dict(params or {})
         step = get_pass(name).model_validate(given)
-        if step.scheme() is None or quantizers:
-            (quantizers if step.scheme() is not None else before).append({name: given})
+        quantizes = step.effects().scheme is not None
+        if not quantizes or quantizers:
+            (quantizers if quantizes else before).append({name: given})
         elif "bits" not in type(step).model_fields:
             raise InputError(
                 f"{name} has no `bits` to choose", hint="measure a recipe with rtn, awq or gptq"

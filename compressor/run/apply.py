@@ -12,7 +12,9 @@ from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor
 
 from compressor.ir.unit import Unit
-from compressor.methods.base import Learned, PassContext
+from compressor.methods.base import ModelPass, Pass
+from compressor.methods.common.context import PassContext
+from compressor.methods.common.learned import Learned
 from compressor.plan.order import rounding_of
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
@@ -50,12 +52,12 @@ def apply_passes(
     changed = False
     for number, wanted in zip(unit.steps, unit.seen, strict=True):
         step = plan.passes[number]
-        params = step.step.params
+        params, needs = step.step.params, step.needs.stats
         if wanted.anything and seen is None:
             seen = observe(current, changed, wanted)
         site = None
-        if observe_site is not None and params.needs().cross:
-            site = partial(_look, observe_site, params.needs())
+        if observe_site is not None and needs.cross:
+            site = partial(_look, observe_site, needs)
         context = PassContext(
             stats={} if seen is None else seen.stats,
             schemes=plan.schemes.linears,
@@ -66,15 +68,19 @@ def apply_passes(
             model_type=plan.layout.model_type,
             kv=None if seen is None else seen.kv,
             cache=plan.schemes.kv,
-            learned=learned[number].values if number in learned else {},
             base=base or {},
             observe=site,
         )
-        result = params.apply(current, context)
+        if isinstance(params, ModelPass):
+            result = params.apply(current, context, learned[number])
+        elif isinstance(params, Pass):
+            result = params.apply(current, context)
+        else:
+            continue
         rows.extend({"pass": step.step.name, **row} for row in result.rows)
         if result.unit is not current:
             changed = True
-            if params.rescales:
+            if step.effects.stale:
                 seen = None
         current = result.unit
     return current, rows

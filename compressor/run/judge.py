@@ -210,7 +210,7 @@ class _Judge:
                 batch=self._rows(wanted.length),
                 progress=self.watch.unit,
             )
-        if any(step.params.rotates_residual for step in self.prepared.recipe.passes):
+        if any(step.effects.rotates_residual for step in self.prepared.plan.passes):
             # Hidden states in two bases: their difference says nothing.
             found = replace(found, blocks=())
         return found

@@ -26,13 +26,13 @@ from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.source import require_finite
 from compressor.errors import Interrupted, MachineError
 from compressor.ir.unit import Unit
-from compressor.methods.base import Learned
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.run.apply import Observe, ObserveSite, apply_passes
 from compressor.run.batches import advance, halving
 from compressor.run.emit import decode_unit, encode_unit
 from compressor.run.environment import environment
+from compressor.run.model_passes import Outcome
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import BlockRunner, Observation
@@ -62,7 +62,7 @@ def run_units(
     *,
     owner: str,
     content: SourceContent | None = None,
-    learned: Mapping[int, Learned] | None = None,
+    learned: Mapping[int, Outcome] | None = None,
 ) -> JobResult:
     """Run the plan's units into `work`, continuing after what is committed there.
 
@@ -103,7 +103,7 @@ class _Loop:
     tokens: TokenSet | None
     writer: ShardWriter
     settings: JobSettings
-    learned: Mapping[int, Learned]
+    learned: Mapping[int, Outcome]
     content: SourceContent
     runner: BlockRunner | None = None
     hidden: Tensor | None = None
@@ -267,7 +267,7 @@ class _Loop:
                 self._start(unit, source, moved),
                 observe=observe,
                 observe_site=observe_site,
-                learned=self.learned,
+                learned={number: found.result.value for number, found in self.learned.items()},
                 base=self.plan.delta.weights(unit.layout) if self.plan.delta else None,
             )
         kept = moved if self._from_source(unit) or self._beside(unit) else {}
@@ -278,7 +278,7 @@ class _Loop:
         added = {
             name: tensor
             for found in self.learned.values()
-            for name, tensor in found.extra.items()
+            for name, tensor in found.result.extra.items()
             if name in unit.outputs
         }
         tensors = {name: tensor.float() for name, tensor in moved.items()}

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compressor_calibration.tokens import TokenSet
 
 from compressor.attention.policy import (
+    AttentionPolicy,
     check_policy,
     combine,
-    make_policy,
     policy_files,
     read_policy,
     read_policy_tensors,
@@ -27,7 +28,9 @@ from compressor.checkpoint.durable import is_file, make_way, own_folder, write_a
 from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.records import Records, stated_hash, tensors_hash
 from compressor.checkpoint.source import Source
-from compressor.methods.base import LearnContext, Learned, ModelPass
+from compressor.errors import InputError
+from compressor.methods.base import ModelPass
+from compressor.methods.common.context import LearnContext, LearnResult
 from compressor.plan.plan import Plan
 from compressor.run.apply import unit_seed
 from compressor.run.environment import environment
@@ -39,6 +42,21 @@ RECORD_NAME = "learned.json"
 PARTS = ("files", "plots")
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one model pass of the plan came to.
+
+    name          of the pass
+    policy        what its value decides of attention
+    environments  what it was learned with
+    """
+
+    name: str
+    result: LearnResult[Any]
+    policy: AttentionPolicy | None
+    environments: tuple[Mapping[str, str], ...]
+
+
 def learn(
     plan: Plan,
     tokens: TokenSet | None,
@@ -47,7 +65,7 @@ def learn(
     *,
     owner: str,
     content: SourceContent,
-) -> dict[int, Learned]:
+) -> dict[int, Outcome]:
     """What the plan's model passes learned, by the index of the pass.
 
     tokens   the calibration tokens
@@ -57,8 +75,9 @@ def learn(
     Raises Interrupted when asked to stop, InputError where the source is not what the interrupted
     run read, and what the passes raise.
     """
-    found: dict[int, Learned] = {}
-    passes = {n: p.step for n, p in enumerate(plan.passes) if isinstance(p.step.params, ModelPass)}
+    found: dict[int, Outcome] = {}
+    steps = [(number, p.step.name, p.step.params) for number, p in enumerate(plan.passes)]
+    passes = [(n, name, params) for n, name, params in steps if isinstance(params, ModelPass)]
     if not passes:
         return found
     seal = _source_seal(Records(work, owner), plan, content, settings)
@@ -66,24 +85,23 @@ def learn(
         own_folder(work / name)
     here = environment(settings.device)
     model: SourceModel | None = None
-    for number, step in passes.items():
-        params, device = step.params, settings.device
-        assert isinstance(params, ModelPass)
-        name = f"{number}.{step.name}"
-        kept = Records(work / "learned" / name, seal)
-        known = _read(kept)
+    device = settings.device
+    for number, name, params in passes:
+        place = f"{number}.{name}"
+        kept = Records(work / "learned" / place, seal)
+        known = _read(kept, params)
         if known is None:
             if kept.folder.exists():
-                settings.on_note(f"learned/{name} is not whole: {step.name} learns again")
+                settings.on_note(f"learned/{place} is not whole: {name} learns again")
             if model is None:
                 model = SourceModel(plan.source, device=device, dtype=plan.compute_dtype(device))
-            scratch = Records(work / "learning" / name, seal)
+            scratch = Records(work / "learning" / place, seal)
             own_folder(scratch.folder)
             before = (scratch.get("environments.json") or {"all": []})["all"]
             environments = [*(e for e in before if e != here), here]
             scratch.put("environments.json", {"all": environments})
             context = LearnContext(
-                tokens=tokens if params.reads_tokens else None,
+                tokens=tokens if params.needs().tokens else None,
                 seed=unit_seed(plan.recipe.seed, -1, number),
                 batch=settings.batch,
                 scratch=scratch,
@@ -93,11 +111,12 @@ def learn(
                 progress=settings.on_step,
                 stopping=settings.stopping,
             )
-            known = replace(params.learn(model, context), environments=tuple(environments))
+            known = params.learn(model, context), tuple(environments)
             own_folder(kept.folder)
-            _write(kept, known)
+            _write(kept, *known)
             shutil.rmtree(scratch.folder)
-        found[number] = known
+        policy = params.policy(plan.layout, known[0].value)
+        found[number] = Outcome(name, known[0], policy, known[1])
     return found
 
 
@@ -115,7 +134,7 @@ def _source_seal(
     return stated_hash([records.owner, content.whole])
 
 
-def policy_of(source: Source, learned: Mapping[int, Learned]) -> dict[str, bytes]:
+def policy_of(source: Source, learned: Mapping[int, Outcome]) -> dict[str, bytes]:
     """Files of the artefact that model passes ask for: the attention policy, which joins what the
     source carries with what was learned, and files of their own.
 
@@ -126,65 +145,74 @@ def policy_of(source: Source, learned: Mapping[int, Learned]) -> dict[str, bytes
     tensors = read_policy_tensors(folder)
     files: dict[str, bytes] = {}
     for found in learned.values():
-        files |= found.files
+        files |= found.result.files
         if found.policy is not None:
-            policy = combine(policy, make_policy(found.policy))
-            tensors |= found.values
+            policy = combine(policy, found.policy)
+            own = found.result.value.tensors().items()
+            tensors |= {f"{found.name}.{name}": tensor for name, tensor in own}
     if policy is None:
         return files
     check_policy(policy, source.layout)
     return files | policy_files(policy, tensors)
 
 
-def learned_hash(learned: Mapping[int, Learned]) -> str:
+def learned_hash(learned: Mapping[int, Outcome]) -> str:
     """SHA-256 of what units and files are made from."""
     stated = []
     for number, found in sorted(learned.items()):
-        files = {name: _digest(data) for name, data in found.files.items()}
-        tensors = [tensors_hash(found.values), tensors_hash(found.extra)]
-        stated.append([number, found.policy, tensors, files])
+        result, value = found.result, found.result.value
+        files = {name: _digest(data) for name, data in result.files.items()}
+        tensors = [tensors_hash(value.tensors()), tensors_hash(result.extra)]
+        stated.append([number, value.figures(), tensors, files])
     return stated_hash(stated)
 
 
-def _write(records: Records, learned: Learned) -> None:
+def _write(
+    records: Records, result: LearnResult[Any], environments: Sequence[Mapping[str, str]]
+) -> None:
     """Put a result in place; its record comes last and names every file by its hash."""
     hashes: dict[str, dict[str, str]] = {}
     for part in PARTS:
         own_folder(records.folder / part)
         hashes[part] = {}
-        for name, data in getattr(learned, part).items():
+        for name, data in getattr(result, part).items():
             make_way(records.folder / part / name)
             write_atomically(records.folder / part / name, data)
             hashes[part][name] = _digest(data)
-    records.put_tensors("values.safetensors", learned.values)
-    records.put_tensors("extra.safetensors", learned.extra)
+    records.put_tensors("values.safetensors", result.value.tensors())
+    records.put_tensors("extra.safetensors", result.extra)
     about = {
-        "policy": learned.policy,
-        "rows": list(learned.rows),
-        "environments": list(learned.environments),
+        "figures": result.value.figures(),
+        "rows": list(result.rows),
+        "environments": list(environments),
     }
     records.put(RECORD_NAME, {**about, **hashes})
 
 
-def _read(records: Records) -> Learned | None:
-    """A result of which every byte is there, or None."""
+def _read(
+    records: Records, params: ModelPass[Any]
+) -> tuple[LearnResult[Any], tuple[Mapping[str, str], ...]] | None:
+    """A result of which every byte is there and what it was learned with, or None."""
     about = records.get(RECORD_NAME)
-    if about is None:
+    if about is None or "figures" not in about:
         return None
     values = records.get_tensors("values.safetensors")
     extra = records.get_tensors("extra.safetensors")
     files = {part: _files(records.folder / part, about[part]) for part in PARTS}
     if values is None or extra is None or None in files.values():
         return None
-    return Learned(
-        policy=about["policy"],
-        values=values,
+    try:
+        value = params.learned_type().restore(values, about["figures"])
+    except InputError:
+        return None
+    result = LearnResult(
+        value,
         extra=extra,
         rows=about["rows"],
         files=files["files"] or {},
         plots=files["plots"] or {},
-        environments=tuple(about["environments"]),
     )
+    return result, tuple(about["environments"])
 
 
 def _files(folder: Path, hashes: Mapping[str, str]) -> dict[str, bytes] | None:

@@ -20,7 +20,6 @@ from compressor.checkpoint.records import stated_hash
 from compressor.checkpoint.workspace import owned
 from compressor.errors import InputError, Problems
 from compressor.foreign.calls import foreign
-from compressor.methods.base import Learned
 from compressor.plan.estimate import Estimates, batch_rows, estimate
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.preflight import preflight
@@ -28,7 +27,7 @@ from compressor.plan.recipe import AFTERWARDS, Recipe
 from compressor.plan.unit_plan import DTYPES
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
-from compressor.run.model_passes import learn, learned_hash, policy_of
+from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
 from compressor.run.settings import JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
@@ -76,7 +75,7 @@ class Compiled:
     output: Path
     units: tuple[UnitDone, ...]
     already: bool
-    learned: Mapping[int, Learned] = field(default_factory=dict)
+    learned: Mapping[int, Outcome] = field(default_factory=dict)
 
 
 def choose_device(name: str) -> torch.device:
@@ -145,7 +144,7 @@ def _plan(recipe: Recipe, located: Located) -> Plan:
     """The plan; a base is read once, for its hashes and for what the fine-tune shares with it."""
     output = Path(recipe.output).expanduser()
     source, beside = located.source, located.beside
-    named = [step.params.base_model() for step in recipe.passes]
+    named = [step.params.needs().base for step in recipe.passes]
     base = next((locate_base(name, fetch=True) for name in named if name is not None), None)
     plan = make_plan(recipe, source, output=output, base=base, beside=beside)
     if plan.delta is None:
@@ -288,7 +287,7 @@ def compile_checkpoint(
             learned=learned,
         )
         for found in learned.values():
-            for name, data in found.plots.items():
+            for name, data in found.result.plots.items():
                 make_folder(output / "plots")
                 write_atomically(output / "plots" / name, data)
         used = [e for found in learned.values() for e in found.environments]

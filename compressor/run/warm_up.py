@@ -11,6 +11,7 @@ import threading
 
 import torch
 
+from compressor.methods.base import Pass
 from compressor.plan.plan import Plan
 
 UNITS_AHEAD = 3
@@ -42,7 +43,8 @@ def _warm_up(plan: Plan, device: torch.device) -> None:
                 if linear.name in passing.names
                 and (spec := plan.schemes.linears[linear.name].weight) is not None
             }
-            passing.step.params.compile_kernels(specs, device)
+            if isinstance(passing.step.params, Pass):
+                passing.step.params.compile_kernels(specs, device)
 
 
 def _multiply(dtype: torch.dtype, device: torch.device) -> None:

@@ -7,16 +7,19 @@ derived once more. Those values themselves have nothing to be held against.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from compressor.attention.policy import AttentionPolicy, combine, read_policy, read_policy_tensors
 from compressor.checkpoint.assemble import RECIPE_NAME
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.methods.base import ModelPass, Pass, get_pass
+from compressor.methods.base import Method, ModelPass, get_pass
+from compressor.methods.common.learned import Learned
 
 
 def policy_problems(folder: Path, original: Source, written: Source) -> tuple[list[str], str]:
@@ -54,22 +57,32 @@ def _again(
         return before, "the original's layers"
     if not (folder / RECIPE_NAME).is_file():
         raise InputError(f"there is no {RECIPE_NAME} that says what made it")
-    values = read_policy_tensors(folder)
+    tensors = read_policy_tensors(folder)
     policy = before
-    for method in _passes(folder / RECIPE_NAME):
+    for name, method in _passes(folder / RECIPE_NAME):
         if isinstance(method, ModelPass):
-            made = method.policy_again(written.layout, stored, values)
+            made = method.policy(written.layout, _learned(name, method, stored, tensors))
             policy = policy if made is None else combine(policy, made)
     if policy is None:
         raise InputError(f"no pass of {RECIPE_NAME} makes one")
     return policy, f"the passes of {RECIPE_NAME}"
 
 
-def _passes(path: Path) -> list[Pass]:
-    """The passes of a recipe as a run writes it. Raises InputError for another."""
+def _learned(
+    name: str, method: ModelPass[Any], stored: AttentionPolicy, tensors: Mapping[str, Tensor]
+) -> Learned:
+    """What a method learned, as it is stored with the policy."""
+    own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+    about = stored.made_by.get(name)
+    found: Learned = method.learned_type().restore(own, about if isinstance(about, dict) else {})
+    return found
+
+
+def _passes(path: Path) -> list[tuple[str, Method]]:
+    """The names and methods of a recipe as a run writes it. Raises InputError for another."""
     try:
         steps = yaml.safe_load(path.read_text("utf-8"))["passes"]
-        return [get_pass(name)(**params) for step in steps for name, params in step.items()]
+        return [(name, get_pass(name)(**params)) for step in steps for name, params in step.items()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise InputError(f"{path.name} is not a recipe as a run writes it: {error}") from error
 

@@ -34,7 +34,8 @@ from compressor.formats.base import get_format
 from compressor.ir.layout import UnitLayout
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import Pass, PassContext, get_pass
+from compressor.methods.base import Pass, get_pass
+from compressor.methods.common.context import PassContext, PlanContext
 from compressor.runner.block_runner import BlockRunner
 from compressor.runner.tokenizer import load_tokenizer
 
@@ -98,18 +99,15 @@ class Measure:
 
         `hidden` becomes the next block's calibration inputs.
         """
-        unit, scheme = self.read(layout), step.scheme()
+        unit, scheme = self.read(layout), step.effects().scheme
         assert scheme is not None and scheme.weight is not None
         dtype = self.source.checkpoint.dtype
         stored = get_format("compressed-tensors").scale_dtype(scheme.weight, dtype)
         scheme = Scheme(weight=replace(scheme.weight, scale_dtype=stored))
         selected = step.selection.pick(layout.linears)
-        for linear in selected:
-            if reason := step.check(linear):
-                raise CompressError(f"{linear.name}: {reason}")
         outputs = hidden.clone()
         with self.runner.block(layout, unit.tensors) as block:
-            needs = {linear.site: step.needs() for linear in selected}
+            needs = {linear.site: step.needs().stats for linear in selected}
             seen = block.observe(hidden, needs=needs, batch=self.options.batch, out=outputs)
             context = PassContext(
                 stats=seen.stats,
@@ -127,12 +125,30 @@ class Measure:
             self.forward(layout, tensors, hidden)
         return tensors
 
+    def planned(self, step: Pass) -> PlanContext:
+        """What a pass is told while a run is planned."""
+        checkpoint = self.source.checkpoint
+        return PlanContext(
+            layout=self.source.layout,
+            config=checkpoint.config,
+            dtype=checkpoint.dtype,
+            parameters=checkpoint.nbytes // checkpoint.dtype.itemsize,
+            untied=False,
+            selected=step.selection.pick([x for unit in self.blocks for x in unit.linears]),
+            rows=self.options.samples,
+            length=self.options.length,
+        )
+
     def run(self, setting: str) -> Result:
         """Quantize all blocks as the setting says, one at a time, and evaluate."""
         (name, params), *more = yaml.safe_load(setting).items()
         if more:
             raise CompressError(f"{setting!r} is not one pass", hint='"awq: {bits: 4}"')
         step = get_pass(name).model_validate(params or {})
+        if not isinstance(step, Pass):
+            raise CompressError(f"{name} does not work unit by unit")
+        for error in step.check(self.planned(step)):
+            raise error
         hidden, held_out, seconds = self.calibration.clone(), self.held_out.clone(), 0.0
         for layout in self.blocks:
             start = time.perf_counter()

@@ -39,7 +39,7 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.evaluate.passkey import Passkey, passkey
 from compressor.evaluate.perplexity import evaluate
-from compressor.methods.base import LearnContext
+from compressor.methods.common.context import LearnContext
 from compressor.methods.common.head_plots import curves, heat_map
 from compressor.methods.common.needles import Needles
 from compressor.methods.duo_attention.method import DuoAttention
@@ -189,8 +189,8 @@ def learned(measure: Measure, options: argparse.Namespace) -> tuple[Tensor, Tens
     about["gates_seconds"] = time.perf_counter() - started
     for name, data_ in {**heads.plots, **gates.plots}.items():
         (options.out / name).write_bytes(data_)
-    trained = gates.values["duo_attention.gates"]
-    scores = heads.values["retrieval_heads.scores"]
+    trained = gates.value.gates
+    scores = heads.value.scores
     about["copy_scores"] = heads.rows[0]
     about["gates"] = gates.rows[-1]
     by_kv = scores.reshape(len(scores), trained.shape[1], -1).amax(-1)

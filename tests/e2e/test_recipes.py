@@ -12,7 +12,7 @@ import yaml
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.source import open_source
 from compressor.errors import Problems
-from compressor.methods.base import get_pass
+from compressor.methods.base import Method, get_pass
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
@@ -25,6 +25,11 @@ CPU = choose_device("cpu")
 UNFIT = ("does not commute with a rotation", "LayerNorm", "'mlp.down' matches no linear")
 
 
+def method(entry: Any) -> Method:
+    ((name, params),) = ({entry: {}} if isinstance(entry, str) else entry).items()
+    return get_pass(name).model_validate(params or {})
+
+
 def block_recipes() -> list[Path]:
     """Those that need no training: what is trained has tests of its own."""
     found = []
@@ -34,7 +39,7 @@ def block_recipes() -> list[Path]:
         # Gates are trained on texts of thousands of tokens, which tiny models have no room for.
         if "duo_attention" in names:
             continue
-        if all(get_pass(name).works_on_blocks for name in names):
+        if all(method(entry).effects().works_on != "none" for entry in passes):
             found.append(path)
     return found
 

@@ -273,7 +273,9 @@ def written_schemes():
         for group in (None, 32, 48, 64, 96, 128, 192, 384)
         for zero in (("offset", "subtract") if group else ("offset",))
     ]
-    return [(f"{kind.__name__} {options}", kind(**options).scheme()) for kind, options in asked]
+    return [
+        (f"{kind.__name__} {options}", kind(**options).effects().scheme) for kind, options in asked
+    ]
 
 
 def test_whatever_a_recipe_can_write_has_a_kernel():

@@ -8,12 +8,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from compressor.checkpoint.source import open_source
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.awq import Awq
 from compressor.methods.base import get_pass
 from compressor.methods.rtn import Rtn
 from compressor.numerics import quantize
 from tests.support.block_bench import BlockBench
+from tests.support.planned import planned
 from tests.support.tiny_models import TYPES
 
 
@@ -77,7 +79,7 @@ def test_variants_beat_rounding_to_nearest(model_type, options, bench):
 @pytest.mark.parametrize("step", [Rtn(bits=4, group_size=32), Awq(bits=4, group_size=32)])
 def test_scales_are_in_the_dtype_the_plan_chose(step, bench):
     b = bench("llama")
-    spec = replace(step.scheme().weight, scale_dtype=torch.float16)
+    spec = replace(step.effects().scheme.weight, scale_dtype=torch.float16)
     result = b.run(step, spec=spec)
     for q in result.unit.quantized.values():
         assert q.spec == spec and q.scales.dtype == torch.float16
@@ -139,22 +141,25 @@ def test_the_source_unit_is_left_as_it_is(bench):
 
 def test_parameters():
     assert get_pass("rtn") is Rtn and get_pass("awq") is Awq
-    assert Awq().scheme() is None
-    spec = Awq(bits=3, group_size=None, symmetric=False).scheme().weight
+    assert Awq().effects().scheme is None
+    spec = Awq(bits=3, group_size=None, symmetric=False).effects().scheme.weight
     assert (spec.bits, spec.strategy, spec.zero) == (3, "channel", "subtract")
-    assert Rtn(bits=8, group_size=64).scheme().weight == QuantSpec("int", 8, "group", 64)
+    assert Rtn(bits=8, group_size=64).effects().scheme.weight == QuantSpec("int", 8, "group", 64)
     with pytest.raises(ValidationError, match="without bits"):
         Awq(group_size=64)
     with pytest.raises(ValidationError):
         Rtn(bits=9)
 
 
-def test_a_group_that_does_not_divide_is_explained(bench):
-    linear = bench("llama").layout.linears[0]
-    reason = Rtn(bits=4, group_size=128).check(linear)
-    assert "128" in reason and "64, 32, 16 would" in reason
-    assert Rtn(group_size=None).check(linear) is None
-    assert Awq().check(linear) is None
+def test_a_group_that_does_not_divide_is_explained(tiny_model):
+    context = planned(open_source(tiny_model("llama")).layout)
+    error, of_down = Rtn(bits=4, group_size=128).check(context)
+    assert "its 96 inputs; 32, 16 would" in of_down.message
+    first = context.selected[0].name
+    assert error.message == (
+        f"13 linears ({first}, …): group_size 128 does not divide its 64 inputs; 64, 32, 16 would"
+    )
+    assert not [*Rtn(group_size=None).check(context)] and not [*Awq().check(context)]
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])

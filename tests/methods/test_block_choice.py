@@ -30,6 +30,7 @@ from compressor.run.release import report_data
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.runner.source_model import SourceModel
 from compressor.verify.verify import verify
+from tests.support.planned import planned
 from tests.support.tiny_models import build
 
 BLOCKS = {"block_size": 8, "kernel_size": 4, "stride": 2, "local_blocks": 1, "top_k": 4}
@@ -223,12 +224,11 @@ def test_published_shapes_add_less_than_half_a_percent() -> None:
     head = Linear("lm_head", "lm_head", 73448, 4096, site="head")
     units.append(UnitLayout("head", "head", 32, (), (head,)))
     layout = ModelLayout("llama", tuple(units), Sizes(4096, 73448))
-    found = SparDA().outlook(
-        layout, parameters=8_200_000_000, rows=2048, length=65536, dtype=torch.bfloat16
-    )
-    assert not found.problems
+    context = planned(layout, parameters=8_200_000_000, rows=2048, length=65536)
+    assert not [*SparDA().check(context)]
+    found = SparDA().cost(context, torch.bfloat16)
     assert found.notes[0] == "34,603,008 parameters are added, 0.42% of the model's"
-    assert found.scratch_bytes == 2 * 2048 * 65536 * 4096 * 2
+    assert found.scratch == 2 * 2048 * 65536 * 4096 * 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import torch
 from compressor_calibration.bundled import bundled_text
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from compressor.attention.policy import make_policy
 from compressor.attention.rules.streaming import streaming_heads
 from compressor.methods.common.copy_scores import copied, copy_scores
 from compressor.methods.common.needles import Row, make_row
@@ -65,12 +64,11 @@ def test_retrieval_heads_write_their_table(tmp_path: Path) -> None:
     model: Any = frozen(trained_model("llama"))
     text = model.tokenizer()(bundled_text("calibration", "prose")[:30000])["input_ids"][:2048]
     ids = torch.tensor(text).reshape(4, 512)
-    found = RetrievalHeads(data=OWN, rows=2, share=0.5, sinks=4, window=32).learn(
-        model, context(ids, tmp_path)
-    )
-    assert found.policy is not None
-    policy = make_policy(found.policy)
-    scores = found.values["retrieval_heads.scores"]
+    given = RetrievalHeads(data=OWN, rows=2, share=0.5, sinks=4, window=32)
+    found = given.learn(model, context(ids, tmp_path))
+    policy = given.policy(model.layout, found.value)
+    assert policy is not None
+    scores = found.value.scores
     by_kv = scores.reshape(8, 4, 2).amax(-1)
     kept = by_kv[~streaming_heads(policy)]
     assert streaming_heads(policy).float().mean() == 0.5
@@ -89,6 +87,6 @@ def test_training_may_start_from_copy_scores(tmp_path: Path) -> None:
         sinks=4, window=32, num_steps=1, init="retrieval",
     )  # fmt: skip
     found = given.learn(model, context(torch.tensor(text)[None], tmp_path))
-    gates = found.values["duo_attention.gates"]
+    gates = found.value.gates
     # One step moves a gate by at most the first rate, so the layer that copies still leads.
     assert int(gates.amax(1).argmax()) == 5 and float(gates.mean()) < 0.5

@@ -20,10 +20,10 @@ from compressor.attention.rules.streaming import streaming_heads, streaming_poli
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Interrupted
 from compressor.evaluate.perplexity import evaluate
-from compressor.methods.base import PassContext
+from compressor.methods.common.context import PassContext
 from compressor.methods.common.needles import Needles, make_row
 from compressor.methods.duo_attention.gate_training import Penalty, start_gates
-from compressor.methods.duo_attention.method import ORDER, DuoAttention
+from compressor.methods.duo_attention.method import DuoAttention, Gates
 from compressor.methods.duo_attention.two_stream import TwoStream
 from compressor.methods.retrieval_heads import RetrievalHeads
 from compressor.methods.streaming.method import Streaming
@@ -37,6 +37,7 @@ from compressor.numerics.head_gates import (
 )
 from compressor.runner.source_model import SourceModel
 from tests.support.head_bench import CPU, TINY, context, frozen
+from tests.support.planned import planned
 
 
 def random_ids(rows: int = 4, length: int = 100) -> Tensor:
@@ -176,10 +177,9 @@ def test_training_resumes_to_the_same_gates(
         duo().learn(model, broken)
     assert done == 3
     again = duo().learn(model, context(random_ids(), tmp_path / "two"))
-    name = "duo_attention.gates"
-    assert torch.equal(again.values[name], whole.values[name])
-    assert again.policy == whole.policy and again.rows == whole.rows
-    assert not torch.equal(whole.values[name], torch.ones(2, 2)), "nothing was learned"
+    assert torch.equal(again.value.gates, whole.value.gates)
+    assert again.rows == whole.rows
+    assert not torch.equal(whole.value.gates, torch.ones(2, 2)), "nothing was learned"
 
 
 def test_training_that_died_goes_on_from_its_last_saved_step(
@@ -213,7 +213,7 @@ def test_training_that_died_goes_on_from_its_last_saved_step(
                 continue
         # The first step that is done twice is the one after the last that was saved.
         assert steps == [*range(1, last + 1), *range(last // 2 * 2 + 1, 7)]
-        assert torch.equal(again.values["duo_attention.gates"], whole.values["duo_attention.gates"])
+        assert torch.equal(again.value.gates, whole.value.gates)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -229,7 +229,7 @@ def test_gates_of_a_model_in_bf16(
         (tmp_path / str(number)).mkdir()
         given = duo(lr=0.05, reg_weight=0.0, num_steps=8)
         learned = given.learn(model, context(random_ids(), tmp_path / str(number)))
-        found.append(learned.values["duo_attention.gates"])
+        found.append(learned.value.gates)
     exact, half = found
     assert half.dtype == torch.float32 and half.device.type == "cpu"
     torch.testing.assert_close(half, exact, atol=0.03, rtol=0)
@@ -242,9 +242,9 @@ def test_what_is_learned_is_a_policy(
     model: Any = frozen(tiny_model("llama"))
     given = duo(deploy_sinks=1, deploy_window=5, num_steps=3, **options)
     found = given.learn(model, context(random_ids(), tmp_path))
-    assert found.policy is not None
-    policy = make_policy(found.policy)
-    gates, about = found.values["duo_attention.gates"], policy.made_by["duo_attention"]
+    policy = given.policy(model.layout, found.value)
+    assert policy is not None and make_policy(policy.to_json()) == policy
+    gates, about = found.value.gates, policy.made_by["duo_attention"]
     assert torch.equal(~streaming_heads(policy), gates >= about["threshold"])
     assert {(rule.sinks, rule.window) for layer in policy.layers for rule in layer.rules} == {
         (1, 5)
@@ -272,10 +272,10 @@ def test_sorted_heads_are_the_same_function(
     state = {}
     for unit in source.layout.units[1:-1]:
         ready = PassContext(
-            stats={}, schemes={}, selected=(), module_loss=lambda site, weights: 0.0, seed=0,
-            learned={ORDER: order},
-        )  # fmt: skip
-        state |= duo(reorder=True).apply(source.read_unit(unit), ready).unit.tensors
+            stats={}, schemes={}, selected=(), module_loss=lambda site, weights: 0.0, seed=0
+        )
+        learned = Gates(gates=order.float(), order=order)
+        state |= duo(reorder=True).apply(source.read_unit(unit), ready, learned).unit.tensors
     moved = [n for n, t in state.items() if not torch.equal(t, model.state_dict()[n])]
     assert any("attn" in name for name in moved)
     model.load_state_dict({**model.state_dict(), **state})
@@ -290,14 +290,14 @@ def test_bad_parameters_are_refused(tiny_model: Callable[..., Path], tmp_path: P
             duo(**wrong)
     model: Any = frozen(tiny_model("llama"))
     long = duo(data=TINY.model_copy(update={"max_length": 300}))
-    with pytest.raises(InputError, match="300 tokens are longer than the model's 256 positions"):
-        long.learn(model, context(random_ids(), tmp_path))
+    (refused,) = long.check(planned(model.layout))
+    assert "300 tokens are longer than the model's 256 positions" in refused.message
     with pytest.raises(InputError, match="rotary"):
-        Streaming().config_entries(open_source(tiny_model("opt")).layout)
+        Streaming().policy(open_source(tiny_model("opt")).layout, None)
     with pytest.raises(ValidationError, match="not fewer"):
         Streaming(sinks=9, window=9)
-    with pytest.raises(InputError, match="too short to see a window of 60"):
-        Streaming(sinks="measured", window=60).learn(model, context(random_ids(), tmp_path))
+    (refused,) = Streaming(sinks="measured", window=60).check(planned(model.layout))
+    assert "too short to see a window of 60" in refused.message
     with pytest.raises(InputError, match="answers none of the 16 passkeys"):
         RetrievalHeads(data=TINY).learn(model, context(random_ids(), tmp_path))
 
@@ -311,14 +311,14 @@ def test_measured_sinks_are_those_of_evaluation(
     ids = random_ids(2, 90)
     given = Streaming(sinks="measured", window=12, candidates=(0, 3), positions=positions)
     found = given.learn(model, context(ids, tmp_path))
-    assert found.policy is not None
-    policy = make_policy(found.policy)
+    policy = given.policy(model.layout, found.value)
     measured = policy.made_by["streaming"]["perplexity"]
     assert streaming_heads(policy).float().mean() == 1 and policy.positions == positions
     scored = torch.zeros(2, 89, dtype=torch.bool)
     scored[:, 12:] = True
     for sinks in (0, 3):
-        every = given._policy(model.layout, sinks, {})
+        fixed = Streaming(sinks=sinks, window=12, positions=positions)
+        every = fixed.policy(model.layout, None)
         result = evaluate(
             open_source(folder), ids, device=CPU, dtype=torch.float32, scored=scored,
             attention=policy_attention(every),

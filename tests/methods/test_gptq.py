@@ -138,12 +138,14 @@ def test_a_gram_matrix_that_is_not_finite_is_said_and_survived(bench):
 
 
 def test_parameters_are_those_of_the_grid():
-    assert Gptq(bits=3, group_size=None).scheme().weight.strategy == "channel"
-    assert Gptq(grid="nvfp4", activations="calibrated").scheme().input == ActivationSpec(
+    assert Gptq(bits=3, group_size=None).effects().scheme.weight.strategy == "channel"
+    assert Gptq(grid="nvfp4", activations="calibrated").effects().scheme.input == ActivationSpec(
         "fp4_e2m1", "local", 16
     )
-    assert Gptq(activations="token", bits=8).scheme().input == ActivationSpec("int8", "token")
-    assert Gptq(activations="static").needs().absmax and not Gptq().needs().absmax
+    assert Gptq(activations="token", bits=8).effects().scheme.input == ActivationSpec(
+        "int8", "token"
+    )
+    assert Gptq(activations="static").needs().stats.absmax and not Gptq().needs().stats.absmax
     for wrong, message in (
         ({"grid": "nvfp4", "bits": 3}, "bits says nothing"),
         ({"grid": "nvfp4", "scales": "search", "refits": 1}, "scales and refits says nothing"),

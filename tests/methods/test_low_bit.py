@@ -7,7 +7,8 @@ import torch
 from compressor_calibration.stats import StatNeeds
 from pydantic import ValidationError
 
-from compressor.ir.layout import Linear
+from compressor.checkpoint.source import open_source
+from compressor.ir.layout import Linear, ModelLayout, Sizes, UnitLayout
 from compressor.ir.qtensor import NVFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.methods.awq import Awq
@@ -23,6 +24,7 @@ from compressor.numerics.activations import fake_quantize_activation
 from compressor.numerics.folding import fold
 from compressor.numerics.nvfp4 import shared_absmax
 from tests.support.block_bench import BlockBench
+from tests.support.planned import planned
 from tests.support.tiny_models import TYPES
 
 W8A8 = Scheme(QuantSpec("int", 8, "channel"), ActivationSpec("int8", "token"))
@@ -81,7 +83,7 @@ def test_levels(model_type, weights, activations, bench):
     b = bench(model_type)
     step = Smoothquant(bits=8, weights=weights, activations=activations, fold_up=True)
     result = b.run(step)
-    assert b.error(result, step.scheme()) < 0.02
+    assert b.error(result, step.effects().scheme) < 0.02
     every = {x.name for x in b.layout.linears if x.role != "router"}
     assert set(result.unit.input_scales) == (every if activations == "static" else set())
     if activations == "static":
@@ -113,7 +115,7 @@ def test_the_searched_exponent_is_no_worse_than_any_fixed_one(activations, bench
         norm = f"{linear_norm(b)}.weight"
         ratio = unit.tensors[norm] / b.unit.tensors[norm]
         entering = fake_quantize_activation(
-            inputs * ratio, step.scheme().input, unit.input_scales.get(x.name)
+            inputs * ratio, step.effects().scheme.input, unit.input_scales.get(x.name)
         )
         return float((entering @ q.dequantize().t() - inputs @ weight.t()).square().sum())
 
@@ -163,7 +165,7 @@ def test_fp8(model_type, scales, bench):
     b = bench(model_type, outlier=1.0)
     step = Fp8(scales=scales)
     result = b.run(step)
-    assert 1e-6 < b.error(result, step.scheme()) < 0.05
+    assert 1e-6 < b.error(result, step.effects().scheme) < 0.05
     assert bool(result.unit.input_scales) == (scales == "static")
     if scales == "static":
         groups = {}
@@ -180,10 +182,12 @@ def test_fp8_blocks(tiny_model):
     b = outlying(folder)
     step = Fp8(scales="block")
     result = b.run(step)
-    assert b.error(result, step.scheme()) < 0.02
+    assert b.error(result, step.effects().scheme) < 0.02
     q = result.unit.quantized[linear(b, "mlp.gate").name]
     assert tuple(q.scales.shape) == (2, 1)
-    assert "dynamic would do" in step.check(outlying(tiny_model("llama")).layout.linears[0])
+    narrow = planned(open_source(tiny_model("llama")).layout)
+    assert all("dynamic would do" in error.message for error in step.check(narrow))
+    assert len([*step.check(narrow)]) == 2 and not [*Fp8().check(narrow)]
 
 
 @pytest.mark.parametrize("activations", ["none", "calibrated", "dynamic"])
@@ -195,7 +199,7 @@ def test_nvfp4(model_type, activations, bench):
     assert bool(results[0].unit.input_scales) == (activations == "calibrated")
     weights = [sum(row["error"] for row in result.rows) for result in results]
     assert weights[1] < 0.95 * weights[0]
-    assert b.error(results[1], ours.scheme()) < 0.2
+    assert b.error(results[1], ours.effects().scheme) < 0.2
     groups = {}
     for x in b.layout.linears:
         if x.name in results[1].unit.quantized:
@@ -241,7 +245,7 @@ def test_awq_searches_with_nvfp4(bench):
         assert any(ratios)
         torch.testing.assert_close(b.output(scaled.unit), b.output(b.unit), rtol=2e-4, atol=2e-4)
         result = b.run(then, unit=scaled.unit)
-        assert b.error(result, then.scheme()) < 0.8 * b.error(plain, then.scheme())
+        assert b.error(result, then.effects().scheme) < 0.8 * b.error(plain, then.effects().scheme)
 
 
 def test_smoothquant_before_rounding_to_nearest_is_smoothquant_with_bits(bench):
@@ -266,8 +270,9 @@ def test_the_source_unit_is_left_as_it_is(bench):
 
 def test_parameters():
     assert get_pass("smoothquant") is Smoothquant and get_pass("nvfp4") is Nvfp4
-    assert Smoothquant().scheme() is None and not Smoothquant().searches
-    assert Smoothquant(alpha="search").searches and not Smoothquant(alpha="search", bits=8).searches
+    assert Smoothquant().effects().scheme is None and not Smoothquant().needs().rounding
+    assert Smoothquant(alpha="search").needs().rounding
+    assert not Smoothquant(alpha="search", bits=8).needs().rounding
     with pytest.raises(ValidationError, match="without bits"):
         Smoothquant(activations="static")
     for bad in ({"alpha": 1.5}, {"bits": 4}, {"alpha": "auto"}):
@@ -286,7 +291,7 @@ def test_microscaling(model_type, activations, step, bench):
     nearest, mse = (b.run(x) for x in rules)
     assert not mse.unit.input_scales
     assert sum(row["error"] for row in mse.rows) <= sum(row["error"] for row in nearest.rows)
-    assert b.error(mse, rules[1].scheme()) < (0.3 if step is Mxfp4 else 0.05)
+    assert b.error(mse, rules[1].effects().scheme) < (0.3 if step is Mxfp4 else 0.05)
     for x in b.layout.linears:
         if x.name in mse.unit.quantized:
             expected = quantize(b.unit.weight(x), step.spec, rule="mse")
@@ -294,5 +299,6 @@ def test_microscaling(model_type, activations, step, bench):
 
 
 def test_microscaling_needs_whole_groups():
-    narrow = Linear("a", "mlp.up", 8, 48, site="mlp.in")
-    assert "groups of 32" in (Mxfp4().check(narrow) or "")
+    unit = UnitLayout("b", "block", 0, (), (Linear("a", "mlp.up", 8, 48, site="mlp.in"),))
+    (error,) = Mxfp4().check(planned(ModelLayout("llama", (unit,), Sizes(48, 256))))
+    assert error.message == "a: its 48 inputs do not divide into groups of 32"

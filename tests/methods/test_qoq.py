@@ -78,17 +78,17 @@ def test_each_step_of_the_quantizer_helps(model_type, options, tiny_model):
     for result in results:
         assert set(result.unit.quantized) == every == {row["linear"] for row in result.rows}
         for q in result.unit.quantized.values():
-            assert q.spec == step.scheme().weight
+            assert q.spec == step.effects().scheme.weight
             if options["group_size"]:
                 int8 = (q.dequantize(torch.float64) / q.second.double()).round()
                 assert int8.min() >= -128 and int8.max() <= 127
-    assert plain.needs() == StatNeeds() and step.needs().gram
+    assert plain.needs().stats == StatNeeds() and step.needs().stats.gram
 
 
 def test_schemes_are_those_of_qserve():
-    assert Progressive().scheme().input == ActivationSpec("int8", "token")
-    assert Progressive(group_size=16).scheme().weight == GROUPS
-    assert Progressive(group_size=None).scheme().weight == CHANNEL
+    assert Progressive().effects().scheme.input == ActivationSpec("int8", "token")
+    assert Progressive(group_size=16).effects().scheme.weight == GROUPS
+    assert Progressive(group_size=None).effects().scheme.weight == CHANNEL
     assert Progressive(group_size=None).clips and not Progressive().clips
     assert Progressive(clip=True).clips
     for kind in (Progressive, Qoq):

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from compressor.arch.load import load_map
 from compressor.ir.unit import Unit
-from compressor.methods.base import PassContext
+from compressor.methods.common.context import PassContext
 from compressor.methods.reorder import Reorder
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth_attention import SmoothAttention
+from tests.support.planned import planned
 
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "opt", "mixtral", "qwen3_moe")
 TYPES = (*ROTATED, "gemma2")
@@ -52,7 +53,7 @@ def run(step, layout, tensors, *, untie=False, only=None):
     generator = torch.Generator().manual_seed(11)
     for unit in layout.units:
         picked = step.selection.pick(unit.linears)
-        if not (picked or step.touches(unit)):
+        if not (picked or step.effects().works_on == "all"):
             continue
         names = list(unit.tensors)
         if unit.kind == "head" and untie:
@@ -102,7 +103,7 @@ def test_rotation_leaves_logits(model_type, options, tiny_model, tmp_path):
     layout, tensors, config = load(folder)
     step = Rotate(keep_mean=model_type == "opt", **options)
     untie = layout.tied is not None
-    assert step.check_model(layout, config, untied=untie) is None
+    assert not [*step.check(planned(layout, config=config, untied=untie))]
     made = run(step, layout, tensors, untie=untie)
     before = logits(folder, tensors, at=tmp_path / "before")
     after = logits(folder, made, at=tmp_path / "after", tie_word_embeddings=False)
@@ -145,16 +146,16 @@ def test_rotation_spreads_an_outlier_of_the_stream(tiny_model):
 
 
 def test_what_cannot_be_rotated_says_why(tiny_model):
-    layout, _, config = load(tiny_model("gemma2"))
-    refused = Rotate().check_model(layout, config, untied=True)
+    layout, _, _ = load(tiny_model("gemma2"))
+    (refused,) = Rotate().check(planned(layout, untied=True))
     assert "post_attention_layernorm" in refused.message
-    layout, _, config = load(tiny_model("opt"))
-    refused = Rotate().check_model(layout, config, untied=True)
+    layout, _, _ = load(tiny_model("opt"))
+    (refused,) = Rotate().check(planned(layout, untied=True))
     assert "LayerNorm" in refused.message and "keep_mean" in refused.hint
-    layout, _, config = load(tiny_model("qwen2"))
-    refused = Rotate().check_model(layout, config, untied=False)
+    layout, _, _ = load(tiny_model("qwen2"))
+    (refused,) = Rotate().check(planned(layout))
     assert "model.embed_tokens" in refused.message and "untie: true" in refused.hint
-    assert Rotate().check_model(layout, config, untied=True) is None
+    assert not [*Rotate().check(planned(layout, untied=True))]
     with pytest.raises(ValidationError, match="no targets"):
         Rotate(targets="attn.q")
 
@@ -202,8 +203,12 @@ def test_reordered_channels_ascend(tiny_model):
 def test_only_inner_channels_can_be_reordered(tiny_model):
     layout, _, _ = load(tiny_model("llama"))
     step = Reorder(targets="linear")
-    refused = {x.role for x in layout.linears if step.check(x)}
-    assert refused == {"attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "lm_head"}
+    (error,) = step.check(planned(layout))
+    assert error.message.startswith(
+        "11 linears (model.layers.0.self_attn.q_proj, …): only o and down"
+    )
+    roles = {x.role for x in layout.linears if [*step.check(planned(layout, selected=(x,)))]}
+    assert roles == {"attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "lm_head"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ def test_smoothed_attention_leaves_logits(model_type, alpha, tiny_model, tmp_pat
     folder = tiny_model(model_type, dtype=torch.float64)
     layout, tensors, config = load(folder)
     step = SmoothAttention(alpha=alpha)
-    assert step.check_model(layout, config, untied=False) is None
+    assert not [*step.check(planned(layout, config=config))]
     made = run(step, layout, tensors)
     before = logits(folder, tensors, at=tmp_path / "before")
     assert_same(logits(folder, made, at=tmp_path / "after"), before)
@@ -234,5 +239,5 @@ def test_a_part_of_the_head_that_is_not_turned_is_refused(tiny_model):
         {"partial_rotary_factor": 0.75},
         {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}},
     ):
-        refused = SmoothAttention().check_model(layout, {**config, **entry}, untied=False)
+        (refused,) = SmoothAttention().check(planned(layout, config={**config, **entry}))
         assert "rotary" in refused.message

@@ -10,7 +10,7 @@ from compressor_calibration.stats import KVNeeds, StatNeeds
 from compressor.checkpoint.source import open_source
 from compressor.errors import Problems
 from compressor.ir.scheme import KVSpec
-from compressor.methods.base import PassContext
+from compressor.methods.common.context import PassContext
 from compressor.methods.qoq import Qoq
 from compressor.methods.smooth_attention import SmoothAttention
 from compressor.numerics.activations import fake_quantize_kv, static_kv_scale
@@ -53,7 +53,7 @@ class Bench:
     def run(self, step, cache):
         picked = step.selection.pick(self.layout.linears)
         with self.runner.block(self.layout, self.unit.tensors) as block:
-            seen = block.observe(self.hidden, needs={}, batch=2, kv=step.needs_kv())
+            seen = block.observe(self.hidden, needs={}, batch=2, kv=step.needs().kv)
             context = PassContext(
                 stats={},
                 schemes={},
@@ -135,7 +135,7 @@ def test_only_as_many_rows_are_kept_as_are_asked_for(tiny_model):
 
 def test_needs_of_two_passes_are_served_by_the_larger():
     assert KVNeeds(5) | KVNeeds(7) == KVNeeds(7)
-    assert StatNeeds() == SmoothAttention().needs()
+    assert StatNeeds() == SmoothAttention().needs().stats
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from compressor_calibration.stats import StatNeeds
 
 from compressor.checkpoint.source import open_source
 from compressor.ir.scheme import Scheme
-from compressor.methods.base import PassContext
+from compressor.methods.common.context import PassContext
 from compressor.runner.block_runner import BlockRunner
 from compressor.runner.simulate import StoredInput, quantized_inputs
 
@@ -40,7 +40,7 @@ class BlockBench:
             return dict(self._observed(block, step).stats.items())
 
     def _observed(self, block, step):
-        needs = dict.fromkeys(self.layout.sites, step.needs() | self.wanted)
+        needs = dict.fromkeys(self.layout.sites, step.needs().stats | self.wanted)
         return block.observe(self.hidden, needs=needs, batch=max(len(self.hidden) // 2, 1))
 
     def run(self, step, *, unit=None, then=None, spec=None, patch=None):
@@ -52,8 +52,8 @@ class BlockBench:
         patch  changes the statistics before the step sees them
         """
         unit = self.unit if unit is None else unit
-        quantizer = then if then is not None and step.scheme() is None else step
-        scheme = (quantizer.scheme() if spec is None else Scheme(weight=spec)) or Scheme()
+        quantizer = then if then is not None and step.effects().scheme is None else step
+        scheme = (quantizer.effects().scheme if spec is None else Scheme(weight=spec)) or Scheme()
         picked = step.selection.pick(self.layout.linears)
         with self.runner.block(self.layout, unit.dequantized()) as block:
             seen = self._observed(block, step)
@@ -66,7 +66,7 @@ class BlockBench:
                 selected=picked,
                 module_loss=seen.module_loss,
                 seed=0,
-                rounding={x.name: quantizer.rounding() for x in picked},
+                rounding={x.name: quantizer.effects().rounding for x in picked},
                 model_type=self.type,
             )
             return step.apply(unit, context)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.source import open_source
-from compressor.methods.base import LearnContext
+from compressor.methods.common.context import LearnContext
 from compressor.methods.common.needles import Needles
 from compressor.runner.source_model import SourceModel
 

@@ -26,7 +26,7 @@ from compressor.arch.load import RuntimeNames
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
 from compressor.ir.layout import UnitLayout, weight_name
-from compressor.methods.base import FrozenModel, LearnContext
+from compressor.methods.common.context import FrozenModel, LearnContext
 from compressor.numerics.bitdelta import merge, sign_delta
 
 OWN_LR = 0.03
@@ -155,7 +155,7 @@ class Student:
                     parts[name] = _Part(before.to(fine.dtype), delta.signs, len(initial))
                     initial.append(delta.scales)
             if unit.kind == "block":
-                names = norm_tensors(unit) if norms else ()
+                names = unit.norm_tensors if norms else ()
                 self.norms |= {name: nn.Parameter(tensors[name].float()) for name in names}
                 layer = self._layers[unit.index]  # type: ignore[index]
                 self._layers[unit.index] = _Merging(self, unit, layer, tensors, parts)  # type: ignore[index,operator]
@@ -249,12 +249,6 @@ class _Merging(nn.Module):
                 merged[name] = norm.to(self.rest[name].dtype)
         state = self.student.names.block_state(self.unit, {**self.rest, **merged})
         return functional_call(self.layer, state, args, kwargs)
-
-
-def norm_tensors(unit: UnitLayout) -> tuple[str, ...]:
-    """Names of a unit's tensors that belong to norms."""
-    paths = {norm.name for norm in unit.norms}
-    return tuple(name for name in unit.tensors if name.rpartition(".")[0] in paths)
 
 
 def _keep(

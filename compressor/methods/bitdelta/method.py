@@ -15,30 +15,40 @@ from compressor_calibration.stats import StatNeeds
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.ir.layout import Linear, ModelLayout, UnitLayout
+from compressor.ir.layout import Linear
 from compressor.ir.unit import Unit
-from compressor.methods.base import (
+from compressor.methods.base import Cost, Effects, ModelPass, Needs
+from compressor.methods.bitdelta.distillation import Settings, distill
+from compressor.methods.common.context import (
     FrozenModel,
     LearnContext,
-    Learned,
-    ModelPass,
+    LearnResult,
     PassContext,
     PassResult,
-    output_error,
+    PlanContext,
 )
-from compressor.methods.bitdelta.distillation import Settings, distill, norm_tensors
+from compressor.methods.common.learned import Learned
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta, fit_scales, sign_delta
+from compressor.numerics.gram import output_error
 
 
-class Bitdelta(ModelPass):
+class Distilled(Learned):
+    """What was trained on the fine-tune's logits; nothing where nothing was.
+
+    scales  module path → [bits];  norms  name of a tensor → the trained one
+    """
+
+    scales: dict[str, Tensor] = Field(default_factory=dict)
+    norms: dict[str, Tensor] = Field(default_factory=dict)
+
+
+class Bitdelta(ModelPass[Distilled]):
     """Store a fine-tune as its difference to a base: signs, and one trained scale for each matrix.
 
     The model of the recipe is the fine-tune. What is no target, and every bias, is stored in full.
     """
 
     version: ClassVar[int] = 1
-    works_on_blocks: ClassVar[bool] = True
-    only_format: ClassVar[str | None] = "bitdelta"
 
     base: str = Field(description="what was fine-tuned: folder, Hub id (id@revision) or GGUF file")
     bits: int = Field(1, ge=1, le=4, description="signs of one weight, each with its own scale")
@@ -66,62 +76,51 @@ class Bitdelta(ModelPass):
             raise ValueError("norms are trained on logits: distill: logits")
         return self
 
-    @property
-    def holds_model(self) -> bool:
-        return self.distill == "logits"
+    def effects(self) -> Effects:
+        return Effects(only_format="bitdelta", delta_bits=self.bits, retrains_norms=self.norms)
 
-    def learning_bytes(
-        self, layout: ModelLayout, *, length: int, vocabulary: int, itemsize: int
-    ) -> int:
+    def needs(self) -> Needs:
+        logits = self.distill == "logits"
+        stats = StatNeeds(gram=self.distill == "layer")
+        return Needs(stats=stats, tokens=logits, whole_model=logits, base=self.base)
+
+    def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         # Logits of both models, their difference and its gradient, in float32.
-        return 4 * 4 * self.batch * length * vocabulary
+        tokens = self.batch * context.length
+        return Cost(memory=4 * 4 * tokens * context.layout.sizes.vocabulary)
 
-    def base_model(self) -> str | None:
-        return self.base
-
-    def delta_bits(self) -> int:
-        return self.bits
-
-    @property
-    def reads_tokens(self) -> bool:  # type: ignore[override]
-        return self.distill == "logits"
-
-    def retrained(self, unit: UnitLayout) -> tuple[str, ...]:
-        return norm_tensors(unit) if self.norms and unit.kind == "block" else ()
-
-    def needs(self) -> StatNeeds:
-        return StatNeeds(gram=self.distill == "layer")
-
-    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
+    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Distilled]:
         """Scales by module path, trained on the logits."""
         if self.distill != "logits":
-            return Learned()
-        assert context.tokens is not None
+            return LearnResult(Distilled())
         settings = Settings(steps=self.steps, batch=self.batch, lr=self.lr, norms=self.norms)
-        trained = distill(model, context, context.tokens.ids, bits=self.bits, settings=settings)
+        trained = distill(model, context, context.ids, bits=self.bits, settings=settings)
         row = {"linear": "all", "loss_before": trained.before, "loss_after": trained.after}
-        return Learned(values={**trained.scales, **trained.norms}, rows=[row])
+        value = Distilled(scales=dict(trained.scales), norms=dict(trained.norms))
+        return LearnResult(value, rows=[row])
 
-    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+    def apply(self, unit: Unit, context: PassContext, learned: Distilled) -> PassResult:
         rows: list[Mapping[str, Any]] = []
-        made: dict[str, Tensor] = {}
+        made: dict[str, Tensor] = Field(default_factory=dict)
         for linear in context.selected:
             base = context.base.get(linear.weight_name)
             if base is None:  # the base has this very weight
                 continue
             weight = unit.weight(linear)
             base = base.to(weight.device, torch.float32)
-            delta = self._delta(linear, weight - base, context)
+            delta = self._delta(linear, weight - base, context, learned)
             made[f"{linear.name}.{SIGNS}"] = delta.signs
             made[f"{linear.name}.{SCALES}"] = delta.scales
             rows.append(_row(linear, weight, base, delta, context))
-        found = {n: context.learned.get(n) for n in self.retrained(unit.layout)}
-        norms = {n: t.to(unit.tensors[n].device) for n, t in found.items() if t is not None}
+        own = learned.norms.items()
+        norms = {n: t.to(unit.tensors[n].device) for n, t in own if n in unit.tensors}
         return PassResult(unit.with_tensors(norms).with_extra(made), rows)
 
-    def _delta(self, linear: Linear, difference: Tensor, context: PassContext) -> SignDelta:
+    def _delta(
+        self, linear: Linear, difference: Tensor, context: PassContext, learned: Distilled
+    ) -> SignDelta:
         delta = sign_delta(difference, bits=self.bits)
-        trained = context.learned.get(linear.name)
+        trained = learned.scales.get(linear.name)
         if trained is not None:
             return SignDelta(delta.signs, trained.to(delta.scales.device), delta.in_features)
         stats = context.stats.get(linear.site) if self.distill == "layer" else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.methods.base import FrozenModel
+from compressor.methods.common.context import FrozenModel
 from compressor.methods.common.needles import Row
 from compressor.runner.attention_call import AttentionCall
 

@@ -8,7 +8,7 @@ longer than their nominal length by needles and questions, a row here has exactl
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.frozen import Strict
+from compressor.ir.layout import ModelLayout
 
 # fmt: off
 ORDINALS = (
@@ -178,3 +179,13 @@ def _tail(
         spans.append((len(ids), len(ids) + len(words)))
         ids += words + after
     return ids, spans
+
+
+def too_long(data: Needles, layout: ModelLayout) -> Iterator[InputError]:
+    """An error where rows have more tokens than the model has positions."""
+    positions = layout.sizes.positions
+    if positions is not None and data.max_length > positions:
+        yield InputError(
+            f"rows of {data.max_length} tokens are longer than the model's {positions} positions",
+            hint="lower data.max_length",
+        )

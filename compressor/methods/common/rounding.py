@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from compressor.ir.layout import Linear
-from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec
 from compressor.ir.unit import Unit
-from compressor.methods.base import PassContext
+from compressor.methods.common.context import PassContext
 from compressor.numerics import fake_quantize, quantize, shared_options
 from compressor.numerics.activations import fake_quantize_activation, stored_scale
 from compressor.numerics.migration import Quantizer
@@ -29,7 +29,7 @@ def options_of(
 ) -> list[dict[str, Any]]:
     """Options of `quantize` for each linear [out, in]: those of its quantizer, and the absmax of
     all that it is fused with where that decides a scale."""
-    specs = [_spec(context, linear) for linear in linears]
+    specs = [context.spec(linear) for linear in linears]
     shared = shared_options(weights, specs, [fused_with(linear) for linear in linears])
     return [
         {**context.rounding.get(linear.name, {}), **found}
@@ -39,7 +39,7 @@ def options_of(
 
 def quantizer_of(context: PassContext, linears: Sequence[Linear]) -> Quantizer:
     """Weights of these linears [O_i, C] → what their quantized forms will stand for."""
-    specs = [_spec(context, linear) for linear in linears]
+    specs = [context.spec(linear) for linear in linears]
 
     def rounded(weights: Sequence[Tensor]) -> list[Tensor]:
         options = options_of(context, linears, weights)
@@ -54,7 +54,7 @@ def quantize_all(
     """Each linear's weight rounded to nearest."""
     options = options_of(context, linears, weights)
     return [
-        quantize(weight, _spec(context, linear), **option)
+        quantize(weight, context.spec(linear), **option)
         for linear, weight, option in zip(linears, weights, options, strict=True)
     ]
 
@@ -72,7 +72,8 @@ def enter_of(
             return x
         scale = None
         if spec.mode in ("static", "local"):
-            assert absmax is not None
+            if absmax is None:
+                raise ValueError(f"a {spec.mode} scale follows from the input's absmax")
             scale = stored_scale(absmax / scales, spec)
         return fake_quantize_activation(x, spec, scale)
 
@@ -112,9 +113,3 @@ def with_input_scales(
         if linear.name in found:
             unit = unit.with_input_scale(linear, found[linear.name])
     return unit
-
-
-def _spec(context: PassContext, linear: Linear) -> QuantSpec:
-    spec = context.spec(linear)
-    assert spec is not None, f"{linear.name} is not quantized"
-    return spec

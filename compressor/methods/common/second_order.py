@@ -10,9 +10,10 @@ from compressor_calibration.stats import SiteStats
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
 from compressor.ir.unit import Unit
-from compressor.methods.base import PassContext, output_error
+from compressor.methods.common.context import PassContext
 from compressor.methods.common.rounding import quantize_all
 from compressor.numerics.gptq import InverseFactor, Rounded, gptq, inverse_factor
+from compressor.numerics.gram import output_error
 from compressor.numerics.target_correction import correction
 
 Start = Callable[[Unit, Sequence[Linear], SiteStats], Mapping[str, QTensor]]
@@ -155,8 +156,7 @@ def _solve(
 
 def lowest_code(context: PassContext, linear: Linear) -> int:
     """The least code of a linear's grid; a correction may not go below it."""
-    spec = context.spec(linear)
-    symmetric = spec is not None and spec.symmetric
+    symmetric = context.spec(linear).symmetric
     return int(symmetric and bool(context.rounding.get(linear.name, {}).get("narrow", False)))
 
 

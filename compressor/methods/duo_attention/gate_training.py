@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
-from compressor.methods.base import FrozenModel, LearnContext
+from compressor.methods.common.context import FrozenModel, LearnContext
 from compressor.methods.common.needles import Needles, make_row
 from compressor.methods.duo_attention.two_stream import TwoStream
 from compressor.numerics.head_gates import distillation_loss, hoyer_square, schedule

@@ -8,29 +8,32 @@ mask in every phase, where the reference's deployment lets the first chunk see e
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy, check_policy
+from compressor.attention.policy import AttentionPolicy, attention_shape
 from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, ModelLayout, Rows
 from compressor.ir.unit import Unit
-from compressor.methods.base import (
+from compressor.methods.base import Cost, Effects, ModelPass, Needs
+from compressor.methods.common.context import (
     FrozenModel,
     LearnContext,
-    Learned,
-    ModelPass,
+    LearnResult,
     PassContext,
     PassResult,
+    PlanContext,
 )
 from compressor.methods.common.copy_scores import copy_scores
 from compressor.methods.common.head_plots import curves, heat_map
-from compressor.methods.common.needles import Needles, haystack_of, make_row
+from compressor.methods.common.learned import Learned
+from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
+from compressor.methods.common.streaming_heads import undescribed
 from compressor.methods.duo_attention.gate_training import Penalty, start_gates, train_gates
 from compressor.numerics.head_gates import (
     full_first,
@@ -42,11 +45,19 @@ from compressor.numerics.head_gates import (
     threshold_full,
 )
 
-ORDER = "duo_attention.order"
-GATES = "duo_attention.gates"
+
+class Gates(Learned):
+    """A gate for each KV head, [layers, kv_heads], 1 where it needs the whole context; of heads in
+    the order in which they are written.
+
+    order  [layers, kv_heads], which head of the source comes at each place, where they are sorted
+    """
+
+    gates: Tensor
+    order: Tensor | None = None
 
 
-class DuoAttention(ModelPass):
+class DuoAttention(ModelPass[Gates]):
     """Learn which KV heads need the whole context; the others see sinks and a recent window.
 
     The haystack is the calibration text; nothing of the model is trained but one gate for each
@@ -94,51 +105,41 @@ class DuoAttention(ModelPass):
         sinks = self.sinks if self.deploy_sinks is None else self.deploy_sinks
         return sinks, self.window if self.deploy_window is None else self.deploy_window
 
-    @property
-    def holds_model(self) -> bool:
-        return True
+    def effects(self) -> Effects:
+        return Effects(works_on="targets" if self.reorder else "none")
 
-    def learning_bytes(
-        self, layout: ModelLayout, *, length: int, vocabulary: int, itemsize: int
-    ) -> int:
-        blocks = [unit for unit in layout.units if unit.kind == "block"]
-        hidden = max(x.in_features for x in layout.head.linears)
+    def needs(self) -> Needs:
+        return Needs(tokens=True, whole_model=True)
+
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        sinks, window = self.deployed
+        yield from undescribed(context.layout, sinks=sinks, window=window)
+        yield from too_long(self.data, context.layout)
+
+    def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
+        blocks = context.layout.blocks
+        hidden = max(x.in_features for x in context.layout.head.linears)
         widest = max(x.out_features for unit in blocks for x in unit.linears)
         tokens = self.batch * self.data.max_length
         # Each layer keeps the gated stream's input and the full one's attention; one layer runs
         # with a gradient, under a mask of booleans that the attention makes a float one of.
-        kept = itemsize * tokens * (2 * hidden * len(blocks) + 10 * hidden + 8 * widest)
-        return kept + (1 + 2 * itemsize) * self.data.max_length**2
+        kept = dtype.itemsize * tokens * (2 * hidden * len(blocks) + 10 * hidden + 8 * widest)
+        return Cost(memory=kept + (1 + 2 * dtype.itemsize) * self.data.max_length**2)
 
-    @property
-    def works_on_blocks(self) -> bool:  # type: ignore[override]
-        """Only to reorder heads."""
-        return self.reorder
-
-    def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
-        """Nothing; refuses, in `plan`, a model whose heads no policy can describe."""
-        shape = next((unit.attention for unit in layout.units if unit.attention), None)
-        if shape is not None:
-            blocks = sum(unit.kind == "block" for unit in layout.units)
-            rows = torch.ones(blocks, shape.kv_heads, dtype=torch.bool)
-            sinks, window = self.deployed
-            check_policy(streaming_policy(layout, rows, sinks=sinks, window=window), layout)
-        return {}
-
-    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
+    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Gates]:
         """Train the gates, and choose heads by them."""
-        assert context.tokens is not None
-        haystack = haystack_of(context.tokens.ids)
-        self._check_rows(model, haystack)
-        shape = next(unit.attention for unit in model.layout.units if unit.attention)
-        layers = sum(unit.kind == "block" for unit in model.layout.units)
+        haystack = haystack_of(context.ids)
+        encode = model.tokenizer()
+        for length in (self.data.row_lengths[0], self.data.row_lengths[-1]):
+            make_row(encode, haystack, data=self.data, length=length, draw=random.Random(0))
+        layers, kv_heads = len(model.layout.blocks), attention_shape(model.layout).kv_heads
         scores = self._scores(model, context, haystack) if self.init == "retrieval" else None
         trained = train_gates(
             model,
             context,
             # At equal gates Hoyer's gradient is zero: a little spread breaks the tie.
             start=start_gates(
-                (layers, shape.kv_heads),
+                (layers, kv_heads),
                 spread=0.1 if self.regularizer == "hoyer2" else 0.0,
                 seed=context.seed,
                 scores=scores,
@@ -153,20 +154,7 @@ class DuoAttention(ModelPass):
             batch=self.batch,
             name="duo_attention",
         )
-        return self._learned(model, trained.gates, trained.losses)
-
-    def _check_rows(self, model: FrozenModel, haystack: list[int]) -> None:
-        positions = model.layout.sizes.positions
-        if positions is not None and self.data.max_length > positions:
-            raise InputError(
-                f"duo_attention: rows of {self.data.max_length} tokens are longer than the model's "
-                f"{positions} positions",
-                hint="lower data.max_length",
-            )
-        for length in (self.data.row_lengths[0], self.data.row_lengths[-1]):
-            make_row(
-                model.tokenizer(), haystack, data=self.data, length=length, draw=random.Random(0)
-            )
+        return self._result(trained.gates, trained.losses)
 
     def _scores(self, model: FrozenModel, context: LearnContext, haystack: list[int]) -> Tensor:
         draw = random.Random(f"{context.seed} scores")
@@ -176,8 +164,7 @@ class DuoAttention(ModelPass):
             make_row(encode, haystack, data=self.data, length=length, draw=draw) for _ in range(8)
         ]
         found = copy_scores(model, rows, batch=context.batch)
-        shape = next(unit.attention for unit in model.layout.units if unit.attention)
-        return found.kv_heads(shape.kv_heads)
+        return found.kv_heads(attention_shape(model.layout).kv_heads)
 
     def _choose(self, gates: Tensor) -> tuple[Tensor, float]:
         """Which heads stay full, and the gate that parts them from the others."""
@@ -190,47 +177,55 @@ class DuoAttention(ModelPass):
             threshold = hoyer_threshold(gates) if self.regularizer == "hoyer2" else 0.5
         return threshold_full(gates, threshold), threshold
 
-    def policy_again(
-        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
-    ) -> AttentionPolicy:
-        if GATES not in values:
-            raise InputError(f"the policy's {GATES} are not stored with it")
-        full, _ = self._choose(values[GATES])
+    def policy(self, layout: ModelLayout, learned: Gates | None) -> AttentionPolicy | None:
+        if learned is None:
+            return None
         sinks, window = self.deployed
-        return streaming_policy(layout, ~full, sinks=sinks, window=window, reordered=self.reorder)
-
-    def _learned(self, model: FrozenModel, gates: Tensor, losses: Tensor) -> Learned:
-        full, threshold = self._choose(gates)
-        order = torch.stack([full_first(row) for row in full])
-        plot = heat_map(gates, title="DuoAttention gates (1: needs the whole context)")
-        if self.reorder:
-            gates, full = gates.gather(1, order), full.gather(1, order)
-        sinks, window = self.deployed
-        found = {
-            "streaming_share": float((~full).float().mean()),
-            "threshold": threshold,
-            "gap": gap_at(gates, threshold),
-            "active_gates": float(hoyer_square(gates)),
-        }
         parameters = self.model_dump(mode="json", exclude={"data", "targets", "ignore"})
-        policy = streaming_policy(
-            model.layout,
-            ~full,
+        return streaming_policy(
+            layout,
+            ~self._full(learned),
             sinks=sinks,
             window=window,
             reordered=self.reorder,
-            made_by={"duo_attention": {**parameters, **found}},
+            made_by={"duo_attention": {**parameters, **self._about(learned)}},
         )
+
+    def _full(self, found: Gates) -> Tensor:
+        """Which heads stay full, in the order in which they are written."""
+        full, _ = self._choose(found.gates)
+        if found.order is None:
+            return full
+        # Of equal gates, those come first that stay full.
+        return torch.stack([row[full_first(row)] for row in full])
+
+    def _about(self, found: Gates) -> dict[str, float]:
+        _, threshold = self._choose(found.gates)
+        return {
+            "streaming_share": float((~self._full(found)).float().mean()),
+            "threshold": threshold,
+            "gap": gap_at(found.gates, threshold),
+            "active_gates": float(hoyer_square(found.gates)),
+        }
+
+    def _result(self, gates: Tensor, losses: Tensor) -> LearnResult[Gates]:
+        plot = heat_map(gates, title="DuoAttention gates (1: needs the whole context)")
+        found = Gates(gates=gates)
+        if self.reorder:
+            order = torch.stack([full_first(row) for row in self._full(found)])
+            found = Gates(gates=gates.gather(1, order), order=order)
         rows: list[dict[str, Any]] = [
             {
                 "name": f"layer {number}",
                 "full_heads": [int(i) for i in row_full.nonzero()[:, 0]],
                 "gates": [round(float(gate), 4) for gate in row],
             }
-            for number, (row, row_full) in enumerate(zip(gates, full, strict=True))
+            for number, (row, row_full) in enumerate(
+                zip(found.gates, self._full(found), strict=True)
+            )
         ]
         last = losses[-max(1, len(losses) // 10) :].mean(0)
-        rows.append({"name": "gates", **found, "distillation": float(last[0])})
+        rows.append({"name": "gates", **self._about(found), "distillation": float(last[0])})
         steps = range(1, len(losses) + 1)
         drawn = {
             "duo_attention_gates.png": plot,
@@ -245,20 +240,16 @@ class DuoAttention(ModelPass):
                 log=True,
             ),
         }
-        values = {GATES: gates}
-        return Learned(
-            policy=policy.to_json(),
-            values={**values, ORDER: order} if self.reorder else values,
-            rows=rows,
-            plots={name: data for name, data in drawn.items() if data is not None},
+        return LearnResult(
+            found, rows=rows, plots={name: data for name, data in drawn.items() if data is not None}
         )
 
-    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+    def apply(self, unit: Unit, context: PassContext, learned: Gates) -> PassResult:
         """The block with its KV heads sorted, full ones first; the same function."""
         shape = unit.layout.attention
-        if not self.reorder or shape is None:
+        if learned.order is None or shape is None:
             return PassResult(unit)
-        order = context.learned[ORDER][unit.layout.index]
+        order = learned.order[unit.layout.index]
         changed: dict[str, Tensor] = {}
         for linear in unit.layout.linears:
             weight = unit.tensors.get(linear.weight_name)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.attention.masked import both_masks
 from compressor.attention.rules.streaming import token_mask
-from compressor.methods.base import FrozenModel
+from compressor.methods.common.context import FrozenModel
 from compressor.runner.attention_call import AttentionCall
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.attention.evaluation import Ahead, rule_call
 from compressor.attention.key_blocks import KeyBlocks, recent_blocks
-from compressor.methods.base import FrozenModel
+from compressor.methods.common.context import FrozenModel
 from compressor.methods.sparda.teacher import Teacher
 from compressor.runner.attention_call import AttentionCall
 

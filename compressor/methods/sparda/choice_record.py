@@ -25,7 +25,7 @@ from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.attention.rules.quest import QuestPages
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
-from compressor.methods.base import FrozenModel
+from compressor.methods.common.context import FrozenModel
 from compressor.methods.sparda.choice_quality import RECENT, LayerQuality, means, measure_choices
 from compressor.methods.sparda.teacher import Teacher
 from compressor.numerics.forecast_loss import Pooling

@@ -9,21 +9,24 @@ on the block's own attention; the model stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 import torch
 from compressor_kernels.attention.block_windows import WindowRule
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy, rule_policy
+from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rules.forecast import CURRENT, FUTURE, ForecastBlocks
 from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout, UnitLayout
-from compressor.methods.base import FrozenModel, LearnContext, Learned, Outlook
-from compressor.methods.infllm import InfLLM, reads
+from compressor.ir.tensor import TensorShape
+from compressor.methods.base import Cost, Effects, Needs
+from compressor.methods.common.chosen_blocks import ChosenBlocks, reads
+from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
+from compressor.methods.common.learned import Learned
 from compressor.methods.sparda.choice_record import (
     RECORD_NAME,
     held_out,
@@ -35,7 +38,17 @@ from compressor.methods.sparda.teacher import Teacher
 from compressor.methods.sparda.training import Sweep, Training, store_bytes
 
 
-class SparDA(InfLLM):
+class Recall(Learned):
+    """How many of the teacher's blocks each scorer finds; the forecasts that were trained are
+    tensors of the checkpoint.
+
+    recall  scorer → mean over layers
+    """
+
+    recall: dict[str, float]
+
+
+class SparDA(ChosenBlocks[Recall]):
     """Train a projection per layer that forecasts the blocks of keys the next layer needs.
 
     The calibration rows are the training rows: give long ones, and enough of them that none is seen
@@ -43,7 +56,6 @@ class SparDA(InfLLM):
     """
 
     version: ClassVar[int] = 1
-    reads_tokens: ClassVar[bool] = True
     rule: ClassVar[type[InfLLMBlocks]] = ForecastBlocks
 
     teacher_kernel: int = Field(2, ge=1, description="keys of a compressed key of the teacher")
@@ -98,77 +110,69 @@ class SparDA(InfLLM):
             chosen_states=self.states == "chosen",
         )
 
-    def outlook(
-        self, layout: ModelLayout, *, parameters: int, rows: int, length: int, dtype: torch.dtype
-    ) -> Outlook:
-        try:
-            policy = rule_policy(layout, self.block_choice, made_by={"sparda": {}})
-        except InputError as error:
-            return Outlook(problems=(error,))
-        problems = []
-        blocks = -(-length // self.block_size)
-        if blocks <= self.top_k:
-            problems.append(
-                InputError(
-                    f"sparda: rows of {length} tokens have {blocks} blocks, of which {self.top_k} "
-                    "are chosen: there is nothing to learn",
-                    hint=f"calibration.length: {2 * self.top_k * self.block_size}, or fewer or "
-                    "smaller blocks",
-                )
-            )
-        added = sum(
-            tensor.numel() for unit in layout.units for tensor in self.adds(unit, dtype).values()
-        )
-        kept = store_bytes(rows, length, _width(layout), dtype)
-        seen = self.steps * self.rows_per_step / rows
-        return Outlook(
-            notes=(
-                f"{added:,} parameters are added, {added / parameters:.2%} of the model's",
-                f"{kept / 1e9:.2f} GB of activations are kept on disk while it trains; each of the "
-                f"{rows} rows is seen {seen:.1f} times",
-                reads(self.block_choice),
-            ),
-            scratch_bytes=kept,
-            policy=policy,
-            problems=tuple(problems),
-        )
+    def effects(self) -> Effects:
+        entries = {
+            **self.block_choice.config()["sparse_config"],
+            "create_indexer": True,
+            "use_q_future_for_topk": True,
+            "use_q_future_decode_only": False,
+            "training_kernel_size": self.teacher_kernel,
+            "training_kernel_stride": self.teacher_stride,
+            "kl_target_align_pooling": self.pooling,
+            "progressive_training_kernel": self.progressive,
+            "indexer_kaiming_init": self.initial == "uniform",
+        }
+        return Effects(works_on="none", config={"sparse_config": entries})
 
-    def learning_scores(self, layout: ModelLayout, *, rows: int, length: int) -> float:
+    def needs(self) -> Needs:
+        return Needs(tokens=True)
+
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        blocks = -(-context.length // self.block_size)
+        if blocks <= self.top_k:
+            yield InputError(
+                f"rows of {context.length} tokens have {blocks} blocks, of which {self.top_k} "
+                "are chosen: there is nothing to learn",
+                hint=f"calibration.length: {2 * self.top_k * self.block_size}, or fewer or "
+                "smaller blocks",
+            )
+
+    def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
+        layout, rows, length = context.layout, context.rows, context.length
+        tensors = self.adds(layout, context.dtype).values()
+        added = sum(math.prod(tensor.shape) for unit in tensors for tensor in unit.values())
+        kept = store_bytes(rows, length, _width(layout), context.dtype)
+        seen = self.steps * self.rows_per_step / rows
         # A teacher for each row of each step; for each row as it goes on, one more and the
         # attention that its choice is for.
         heads = sum(u.attention.heads for u in layout.units if u.kind == "block" and u.attention)
         onward = 2 * rows if self.states == "chosen" and length >= self.dense_below else rows
         taught = self.steps * self.rows_per_step / self.teacher_stride
-        return (taught + onward) * heads * float(length) ** 2
+        return Cost(
+            scratch=kept,
+            scores=(taught + onward) * heads * float(length) ** 2,
+            notes=(
+                f"{added:,} parameters are added, {added / context.parameters:.2%} of the model's",
+                f"{kept / 1e9:.2f} GB of activations are kept on disk while it trains; each of the "
+                f"{rows} rows is seen {seen:.1f} times",
+                reads(self.block_choice),
+            ),
+        )
 
-    def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
-        return {
-            "sparse_config": {
-                **self.block_choice.config()["sparse_config"],
-                "create_indexer": True,
-                "use_q_future_for_topk": True,
-                "use_q_future_decode_only": False,
-                "training_kernel_size": self.teacher_kernel,
-                "training_kernel_stride": self.teacher_stride,
-                "kl_target_align_pooling": self.pooling,
-                "progressive_training_kernel": self.progressive,
-                "indexer_kaiming_init": self.initial == "uniform",
-            }
-        }
+    def adds(self, layout: ModelLayout, dtype: torch.dtype) -> dict[str, dict[str, TensorShape]]:
+        found = {}
+        for unit in layout.units:
+            if unit.kind == "block" and unit.attention is not None:
+                rows = unit.attention.kv_heads * unit.attention.head_dim
+                tensor = TensorShape(dtype, (rows, _entering(unit)))
+                names = [FUTURE] if unit.index else [FUTURE, CURRENT]
+                found[unit.name] = {f"{_attention(unit)}.{name}": tensor for name in names}
+        return found
 
-    def adds(self, unit: UnitLayout, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        if unit.kind != "block" or unit.attention is None:
-            return {}
-        shape = (unit.attention.kv_heads * unit.attention.head_dim, _entering(unit))
-        tensor = torch.empty(shape, dtype=dtype, device="meta")
-        names = [FUTURE] if unit.index else [FUTURE, CURRENT]
-        return {f"{_attention(unit)}.{name}": tensor for name in names}
-
-    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
-        assert context.tokens is not None
+    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Recall]:
         sweep = Sweep(
             model,
-            context.tokens.ids,
+            context.ids,
             self.training,
             seed=context.seed,
             batch=context.batch,
@@ -177,7 +181,7 @@ class SparDA(InfLLM):
             stopping=context.stopping,
         )
         # Recall needs blocks to choose from, not the longest rows, of which the text has few.
-        length = min(context.tokens.ids.shape[1], 2 * self.top_k * self.block_size)
+        length = min(context.ids.shape[1], 2 * self.top_k * self.block_size)
         text = held_out(model.tokenizer(), rows=self.held_out_rows, length=length)
         trained = sweep.run()
         blocks = [unit for unit in model.layout.units if unit.kind == "block"]
@@ -186,29 +190,22 @@ class SparDA(InfLLM):
         forecasts = {name: tensor.to(dtype) for name, tensor in named.items()}
         record = record_choices(model, self.training.teacher, forecasts, text)
         means = record.to_json()["means"]
-        made_by = {
-            "sparda": {
-                **self.model_dump(mode="json", exclude={"targets", "ignore"}),
-                "recall": {name: round(found["recall"], 4) for name, found in means.items()},
-            }
-        }
-        policy = rule_policy(model.layout, self.block_choice, made_by=made_by)
+        recall = {name: round(found["recall"], 4) for name, found in means.items()}
         rows = [
             {"name": unit.name, "loss_first": first, "loss_last": last}
             | {q.scorer: q.recall for q in record.layers if q.layer == unit.index}
             for unit, (first, last) in zip(blocks, trained.losses, strict=True)
         ]
-        return Learned(
-            policy=policy.to_json(),
+        return LearnResult(
+            Recall(recall=recall),
             extra=forecasts,
             rows=rows,
             files={RECORD_NAME: record_bytes(record)},
         )
 
-    def policy_again(
-        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
-    ) -> AttentionPolicy:
-        return rule_policy(layout, self.block_choice, made_by={})
+    def policy(self, layout: ModelLayout, learned: Recall | None) -> AttentionPolicy:
+        found = {} if learned is None else learned.figures()
+        return self.everywhere(layout, {"sparda": {**self.parameters, **found}})
 
 
 def _attention(unit: UnitLayout) -> str:

@@ -27,7 +27,7 @@ from compressor.checkpoint.durable import make_way, own_folder
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
 from compressor.ir.layout import UnitLayout
-from compressor.methods.base import FrozenModel
+from compressor.methods.common.context import FrozenModel
 from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
 from compressor.methods.sparda.teacher import Teacher, attention_call, attention_inputs, norms
 from compressor.runner.attention_call import AttentionCall

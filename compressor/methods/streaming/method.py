@@ -6,23 +6,30 @@ The window counts a query's own token: the published 4 + 1020 is `sinks: 4, wind
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy, check_policy
+from compressor.attention.policy import AttentionPolicy, attention_shape, check_policy
 from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
-from compressor.methods.base import FrozenModel, LearnContext, Learned, ModelPass
+from compressor.methods.base import ModelPass, Needs
+from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
 from compressor.methods.common.head_plots import curves
+from compressor.methods.common.learned import Learned
 from compressor.methods.streaming.window_search import fewest_sinks, sink_perplexities
 
 
-class Streaming(ModelPass):
+class Measured(Learned):
+    """Perplexity by number of sinks, and of `full` attention; nothing where none was measured."""
+
+    perplexity: dict[str, float] = Field(default_factory=dict)
+
+
+class Streaming(ModelPass[Measured]):
     """Let every head attend to sinks and a recent window only; weights stay as they are.
 
     What leaves the window is gone: texts of any length stay fluent, but nothing is recalled from
@@ -60,42 +67,33 @@ class Streaming(ModelPass):
     def _most_sinks(self) -> int:
         return self.sinks if isinstance(self.sinks, int) else max(self.candidates)
 
-    @property
-    def reads_tokens(self) -> bool:  # type: ignore[override]
-        """Only to measure."""
-        return self.sinks == "measured"
+    def needs(self) -> Needs:
+        return Needs(tokens=self.sinks == "measured")
 
-    def config_entries(self, layout: ModelLayout) -> Mapping[str, Any]:
-        """Nothing; refuses, in `plan`, a model whose heads no such policy can describe."""
-        if any(unit.attention is not None for unit in layout.units):
-            check_policy(self._policy(layout, self._most_sinks, {}), layout)
-        return {}
-
-    def learn(self, model: FrozenModel, context: LearnContext) -> Learned:
-        """The policy; measured sinks first, where they are asked for."""
-        if isinstance(self.sinks, int):
-            policy = self._policy(model.layout, self.sinks, {})
-            return Learned(policy=policy.to_json(), rows=[{"name": "sinks", "sinks": self.sinks}])
-        assert context.tokens is not None
-        ids = context.tokens.ids
-        if ids.shape[1] < 2 * self.window:
-            raise InputError(
-                f"streaming: rows of {ids.shape[1]} tokens are too short to see a window of "
-                f"{self.window} at work",
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        if self.sinks == "measured" and context.length < 2 * self.window:
+            yield InputError(
+                f"rows of {context.length} tokens are too short to see a window of {self.window} "
+                "at work",
                 hint=f"calibration.length: {4 * self.window}",
             )
+
+    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Measured]:
+        """How many sinks are needed, where that is to be measured."""
+        if isinstance(self.sinks, int):
+            return LearnResult(Measured(), rows=[{"name": "sinks", "sinks": self.sinks}])
         found = sink_perplexities(
             model,
-            ids,
+            context.ids,
             candidates=sorted(set(self.candidates)),
             window=self.window,
             slots=self.positions == "slot",
             batch=context.batch,
             progress=context.progress,
         )
-        sinks = fewest_sinks(found, tolerance=self.tolerance)
-        named = {"full" if k is None else str(k): round(v, 4) for k, v in found.items()}
-        policy = self._policy(model.layout, sinks, {"perplexity": named})
+        value = Measured(
+            perplexity={"full" if k is None else str(k): round(v, 4) for k, v in found.items()}
+        )
         points = [(float(k), v) for k, v in found.items() if k is not None]
         most = points[-1][0]
         plot = curves(
@@ -108,38 +106,34 @@ class Streaming(ModelPass):
             y="perplexity",
             log=True,
         )
-        return Learned(
-            policy=policy.to_json(),
-            rows=[{"name": "sinks", "sinks": sinks, "perplexity": named}],
+        return LearnResult(
+            value,
+            rows=[{"name": "sinks", "sinks": self._enough(value), **value.figures()}],
             plots={} if plot is None else {"streaming_sinks.png": plot},
         )
 
-    def policy_again(
-        self, layout: ModelLayout, stored: AttentionPolicy, values: Mapping[str, Tensor]
-    ) -> AttentionPolicy:
-        if isinstance(self.sinks, int):
-            return self._policy(layout, self.sinks, {})
-        measured = stored.made_by.get("streaming", {}).get("perplexity", {})
-        tried: dict[int | None, float] = {
-            int(k): float(v) for k, v in measured.items() if k != "full"
-        }
-        if set(tried) != set(self.candidates):
-            raise InputError("the policy does not say what was measured with each number of sinks")
-        return self._policy(layout, fewest_sinks(tried, tolerance=self.tolerance), {})
-
-    def _policy(
-        self, layout: ModelLayout, sinks: int, measured: Mapping[str, Any]
-    ) -> AttentionPolicy:
-        shape = next(unit.attention for unit in layout.units if unit.attention is not None)
-        blocks = sum(unit.kind == "block" for unit in layout.units)
-        return streaming_policy(
+    def policy(self, layout: ModelLayout, learned: Measured | None) -> AttentionPolicy:
+        found = {} if learned is None or isinstance(self.sinks, int) else learned.figures()
+        about = {"sinks": self.sinks, "window": self.window, **found}
+        policy = streaming_policy(
             layout,
-            torch.ones(blocks, shape.kv_heads, dtype=torch.bool),
-            sinks=sinks,
+            torch.ones(len(layout.blocks), attention_shape(layout).kv_heads, dtype=torch.bool),
+            sinks=self._most_sinks if learned is None else self._enough(learned),
             window=self.window,
             positions=self.positions,
-            made_by={"streaming": {"sinks": self.sinks, "window": self.window, **measured}},
+            made_by={"streaming": about},
         )
+        check_policy(policy, layout)
+        return policy
+
+    def _enough(self, found: Measured) -> int:
+        """The sinks of the recipe, or the fewest that will do."""
+        if isinstance(self.sinks, int):
+            return self.sinks
+        tried = {int(k): v for k, v in found.perplexity.items() if k != "full"}
+        if set(tried) != set(self.candidates):
+            raise InputError("the policy does not say what was measured with each number of sinks")
+        return fewest_sinks(tried, tolerance=self.tolerance)
 
 
 PASS = Streaming

@@ -4,7 +4,7 @@ sweep over its blocks."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.attention.masked import both_masks
 from compressor.attention.rules.streaming import evaluated_by_slot, token_mask
-from compressor.methods.base import FrozenModel
+from compressor.methods.common.context import FrozenModel
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 
 LOGIT_ROWS = 512
@@ -77,8 +77,7 @@ def _perplexity(
     return math.exp(min(total / count, 700.0))
 
 
-def fewest_sinks(found: dict[int | None, float], *, tolerance: float) -> int:
+def fewest_sinks(found: Mapping[int, float], *, tolerance: float) -> int:
     """The smallest number of sinks whose perplexity is within `tolerance` of the best one's."""
-    measured = {kind: value for kind, value in found.items() if kind is not None}
-    best = min(measured.values())
-    return min(kind for kind, value in measured.items() if value <= best * (1 + tolerance))
+    best = min(found.values())
+    return min(sinks for sinks, value in found.items() if value <= best * (1 + tolerance))
