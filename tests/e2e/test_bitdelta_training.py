@@ -109,7 +109,7 @@ def test_norms_are_trained_where_they_are_asked_for(pair: Pair, tmp_path: Path) 
             base, fine, tmp_path / name, distill="logits", steps=40, lr=3e-4, norms=norms
         )
         done = compile_checkpoint(ready)
-        (row,) = done.learned[0].rows
+        (row,) = done.learned[0].result.rows
         losses.append(row["loss_after"])
         apply_delta(open_delta(done.output), open_source(base), tmp_path / f"{name}-dense")
     assert losses[1] < losses[0]

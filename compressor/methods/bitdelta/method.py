@@ -101,7 +101,7 @@ class Bitdelta(ModelPass[Distilled]):
 
     def apply(self, unit: Unit, context: PassContext, learned: Distilled) -> PassResult:
         rows: list[Mapping[str, Any]] = []
-        made: dict[str, Tensor] = Field(default_factory=dict)
+        made: dict[str, Tensor] = {}
         for linear in context.selected:
             base = context.base.get(linear.weight_name)
             if base is None:  # the base has this very weight
