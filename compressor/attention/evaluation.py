@@ -8,7 +8,7 @@ one's keys is carried from block to block, row by row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ def policy_attention(policy: AttentionPolicy) -> Attending:
                 ahead.look(rule, number, call, unit)
             if policy.positions == "slot":
                 return groups[0].rules[0].evaluate_by_slot(call)
+            call = _with_keys(call, groups, unit, ahead)
             return under_masks(call, [(g.heads, _seen(g, call, unit, ahead)) for g in groups])
 
         return hook
@@ -100,19 +101,39 @@ class Ahead:
         return torch.stack([x for x in said if x is not None]).to(call.key.device, call.key.dtype)
 
 
+def _with_keys(
+    call: AttentionCall, groups: Sequence[Group], unit: Unit, ahead: Ahead
+) -> AttentionCall:
+    """The call with the keys that rules' heads have."""
+    key = call.key
+    for group in groups:
+        for rule in group.rules:
+            own = call.key[:, group.heads]
+            said = _said(rule, call, unit, ahead)
+            theirs = rule.own_keys(own, None if said is None else said[:, group.heads])
+            if theirs is not own:
+                key = key.index_copy(1, torch.tensor(group.heads, device=key.device), theirs)
+    return replace(call, key=key)
+
+
+def _said(rule: Rule, call: AttentionCall, unit: Unit, ahead: Ahead) -> Tensor | None:
+    """What was said for a rule; InputError where the checkpoint lacks its tensor."""
+    needs = rule.ahead_tensor(unit.layout.index)
+    said = None if needs is None else ahead.take(rule, unit.layout.index, call)
+    if needs is not None and said is None:
+        raise InputError(
+            f"{unit.layout.name} attends by {rule.kind}, whose tensor the checkpoint lacks",
+            hint=f"the attention of block {needs[0]} should carry {needs[1]}",
+        )
+    return said
+
+
 def _seen(group: Group, call: AttentionCall, unit: Unit, ahead: Ahead) -> Seen | None:
     """The mask of some heads; None where they see everything."""
     rule = group.acting("decode") or group.acting("prefill")
     if rule is None or not rule.acts(call.key.shape[2]):
         return None
-    said, needs = None, rule.ahead_tensor(unit.layout.index)
-    if needs is not None:
-        said = ahead.take(rule, unit.layout.index, call)
-        if said is None:
-            raise InputError(
-                f"{unit.layout.name} attends by {rule.kind}, whose tensor the checkpoint lacks",
-                hint=f"the attention of block {needs[0]} should carry {needs[1]}",
-            )
+    said = _said(rule, call, unit, ahead)
     return rule.seen(rule_call(call, group.heads, said))
 
 

@@ -145,6 +145,11 @@ class Rule(Value):
         to see, [rows, kv_heads, length, …]; weight is `ahead_tensor`'s."""
         raise NotImplementedError
 
+    def own_keys(self, key: Tensor, ahead: Tensor | None) -> Tensor:
+        """What its heads have for keys in every phase, from the model's own [rows, kv_heads, Tk,
+        head_dim] and what `look_ahead` gave."""
+        return key
+
     # Ways of computing it.
 
     def attend(self, call: RuleCall, value: Tensor, own: OwnAttention) -> Tensor:

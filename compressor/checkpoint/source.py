@@ -32,7 +32,7 @@ CODE_NAMES = ("weight_packed", "qweight")
 TELLING = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_global_scale")
 """Names by which compressed-tensors' sub-formats are told apart."""
 
-ADDED = re.compile(r".*\.(k_scale|v_scale|q_future_proj\.weight|q_curr_proj\.weight)$")
+ADDED = re.compile(r".*\.(k_scale|v_scale|(q_future_proj|q_curr_proj|k_conv)\.weight)$")
 """Tensors that a pass adds beside the architecture's own."""
 
 

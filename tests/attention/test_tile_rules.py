@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.attention.evaluation import policy_attention
@@ -16,9 +17,11 @@ from compressor.attention.policy import (
     check_policy,
     describe,
     make_policy,
+    policy_files,
 )
 from compressor.attention.rule import Rule
 from compressor.attention.rules.blasst import Blasst, SkipPhase
+from compressor.attention.rules.moba import MoBABlocks
 from compressor.attention.rules.xattention import XAttention
 from compressor.attention.serve.attach import attach
 from compressor.checkpoint.source import open_source
@@ -31,6 +34,7 @@ RULES = {
     "xattention as released": XAttention(
         threshold=(0.3, 0.3, 0.5, 0.2), block_size=16, stride=4, as_released=True
     ),
+    "moba": MoBABlocks(block_size=8, top_k=3),
     "blasst": Blasst(
         prefill=SkipPhase(a=45.0, b=1.0, sparsity=0.7, lengths=(64, 128)),
         decode=SkipPhase(a=90.0, b=0.0, sparsity=0.5, lengths=(64, 128)),
@@ -79,13 +83,44 @@ def test_a_running_model_attends_as_an_evaluation_does(folder: Path, name: str) 
 
 
 @torch.no_grad()
-def test_chunks_of_whole_blocks_give_what_one_pass_does(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["xattention", "moba"])
+def test_chunks_of_whole_blocks_give_what_one_pass_does(folder: Path, name: str) -> None:
     model = load(folder)
-    runtime = attach(model, policy(RULES["xattention"]))
+    runtime = attach(model, policy(RULES[name]))
     whole = model(ids(), use_cache=False).logits
     options = runtime.options()
     parts = [model(part, **options).logits for part in ids().split([48, 16, 36], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_convolved_keys_in_every_phase(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for layer in range(2):
+        weight = torch.randn(32, 1, 3, generator=generator)
+        tensors[f"model.layers.{layer}.self_attn.k_conv.weight"] = weight
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    whole_blocks = MoBABlocks(block_size=8, top_k=99, convolution=True)
+    rules = policy(whole_blocks)
+    for name, content in policy_files(rules).items():
+        (tmp_path / name).write_bytes(content)
+    (stream,) = run_blocks(
+        [StreamedModel(open_source(tmp_path), policy_attention(rules))],
+        ids(),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    with stream.logits() as logits:
+        want = torch.stack([logits(hidden) for hidden in stream.hidden])
+    model = load(tmp_path)
+    plain = model(ids()).logits
+    options = attach(model).options()
+    parts = [model(part, **options).logits for part in ids().split([50, *[1] * 50], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(want, plain, atol=1e-2)
 
 
 def test_a_policy_is_stored_described_and_checked(folder: Path) -> None:

@@ -6,6 +6,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,16 +172,21 @@ class Runtime:
         ahead: Mapping[str, Tensor | None],
     ) -> Tensor:
         """Heads of one group, over what is held for them."""
-        rule = self._acting(group, query)
-        if rule is None or not rule.acts(step.keys.shape[2]):
+        told = {
+            kind: said[:, group.heads] if len(group.heads) < said.shape[1] else said
+            for kind, said in ahead.items()
+            if said is not None
+        }
+        for rule in group.rules:
+            step = replace(step, keys=rule.own_keys(step.keys, told.get(rule.kind)))
+        acting = self._acting(group, query)
+        if acting is None or not acting.acts(step.keys.shape[2]):
             return full(query, step.keys, step.values, own)
-        said = ahead[rule.kind]
-        if said is not None and len(group.heads) < said.shape[1]:
-            said = said[:, group.heads]
+        said = told.get(acting.kind)
         call = RuleCall(query, step.keys, step.on_device(), own.scaling, said, step.memory)
         if self.policy.positions == "slot":
-            return rule.attend_by_slot(call, step.values, own, partial(self._tables, query))
-        return rule.attend(call, step.values, own)
+            return acting.attend_by_slot(call, step.values, own, partial(self._tables, query))
+        return acting.attend(call, step.values, own)
 
     def _acting(self, group: Group, query: Tensor) -> Rule | None:
         if self._drafting:
