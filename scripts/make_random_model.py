@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.safetensors import tensor_bytes
-from compressor.checkpoint.shards import plan_shards
 from compressor.ir.tensor import TensorShape
 
 SHAPES = {
@@ -56,17 +56,18 @@ def write(folder: Path, *, shape: str, layers: int, device: str, seed: int = 0) 
     tensors = {
         name: TensorShape(torch.bfloat16, dims) for name, dims in shapes_of(size, layers).items()
     }
-    plan = plan_shards([{name: spec} for name, spec in tensors.items()], max_bytes=5 * 10**9)
+    plan = Safetensors().lay_out([{name: spec} for name, spec in tensors.items()])
     generator = torch.Generator(device).manual_seed(seed)
     for shard in plan.shards:
         with (folder / shard.file).open("wb") as handle:
-            handle.write(shard.header)
+            handle.write(shard.fixed[0])
             for spec in shard.tensors.values():
                 noise = torch.randn(spec.shape, generator=generator, device=device)
                 scale = 0.02 if len(spec.shape) > 1 else 0.1
                 offset = 0.0 if len(spec.shape) > 1 else 1.0
                 handle.write(tensor_bytes((noise * scale + offset).to(torch.bfloat16)))
-    (folder / "model.safetensors.index.json").write_bytes(plan.index())
+    for name, content in plan.index.items():
+        (folder / name).write_bytes(content)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

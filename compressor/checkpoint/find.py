@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from compressor.checkpoint.assemble import RECIPE_NAME
 from compressor.checkpoint.gguf.source import CONVERSION, convert_gguf
 from compressor.checkpoint.lfs import is_pointer, pointer_error
-from compressor.checkpoint.manifest import MANIFEST_NAME
+from compressor.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME
 from compressor.checkpoint.one_reading import BESIDE
 from compressor.checkpoint.reader import (
     INDEX_NAME,

@@ -19,6 +19,7 @@ from compressor.checkpoint.reader import load_json
 from compressor.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
+RECIPE_NAME = "recipe.yaml"
 VERSION = 1
 DIGEST = re.compile(r"[0-9a-f]{64}")
 

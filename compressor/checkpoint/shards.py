@@ -1,96 +1,30 @@
 """Writing a checkpoint whose every byte position is known before the first unit is done.
 
-The plan knows each output tensor's dtype and shape, so shard headers are written first and each
-unit lands at its final place with positioned writes. A unit counts only while its record exists
-and its bytes are those that the record tells of; others are simply written again. Nothing
-unfinished looks finished: shards stay in the work folder to the end.
+The plan knows each output tensor's dtype and shape, so what a container has beside tensors is
+written first and each unit lands at its final place with positioned writes. A unit counts only
+while its record exists and its bytes are those that the record tells of; others are simply written
+again. Nothing unfinished looks finished: shards stay in the work folder to the end.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
+from compressor.checkpoint.container import Shard, ShardLayout
 from compressor.checkpoint.durable import is_file, make_way, move, own_folder
-from compressor.checkpoint.reader import SINGLE_NAME
 from compressor.checkpoint.records import Records
-from compressor.checkpoint.safetensors import Entry, encode_header, read_tensor, tensor_bytes
-from compressor.errors import InputError
+from compressor.checkpoint.safetensors import Entry, read_tensor, tensor_bytes
 from compressor.ir.tensor import TensorShape
 
 HASH_THREADS = 2
 """Threads that hash tensors while their file is written and hashed as a whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One output file: its name, its tensors in order, its header and each tensor's offset."""
-
-    file: str
-    tensors: Mapping[str, TensorShape]
-    header: bytes
-    offsets: Mapping[str, int]
-
-    @property
-    def size(self) -> int:
-        """Size of the file in bytes."""
-        return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
-
-
-@dataclass(frozen=True, slots=True)
-class ShardLayout:
-    """All output files, and in which one each tensor lies."""
-
-    shards: tuple[Shard, ...]
-
-    @property
-    def home(self) -> dict[str, Shard]:
-        """Tensor name → its shard."""
-        return {name: shard for shard in self.shards for name in shard.tensors}
-
-    def index(self) -> bytes:
-        """The index file."""
-        total = sum(spec.nbytes for shard in self.shards for spec in shard.tensors.values())
-        weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
-        value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def plan_shards(groups: Sequence[Mapping[str, TensorShape]], *, max_bytes: int) -> ShardLayout:
-    """Fill shards of at most `max_bytes` with `groups` in order; a group is never split.
-
-    Raises InputError where one group alone is larger.
-    """
-    filled: list[dict[str, TensorShape]] = [{}]
-    used = 0
-    for group in groups:
-        size = sum(spec.nbytes for spec in group.values())
-        if size > max_bytes:
-            raise InputError(
-                f"{next(iter(group))} and its siblings take {size} bytes, more than one shard",
-                hint=f"raise max_shard_size to at least {size}",
-            )
-        if used and used + size > max_bytes:
-            filled.append({})
-            used = 0
-        filled[-1].update(group)
-        used += size
-    shards = []
-    for number, tensors in enumerate(filled, 1):
-        header, offsets = encode_header(tensors)
-        name = SINGLE_NAME
-        if len(filled) > 1:
-            name = f"model-{number:05d}-of-{len(filled):05d}.safetensors"
-        shards.append(Shard(file=name, tensors=tensors, header=header, offsets=offsets))
-    return ShardLayout(shards=tuple(shards))
 
 
 class ShardWriter:
@@ -131,25 +65,16 @@ class ShardWriter:
         return damaged
 
     def _lay_out(self, shard: Shard) -> None:
-        """Give a shard its header and its size."""
+        """Give a shard its size, and what is no tensor's."""
         path = self.shards / shard.file
         if is_file(path):
             with path.open("r+b") as handle:
-                if handle.read(len(shard.header)) != shard.header:
-                    handle.seek(0)
-                    handle.write(shard.header)
-                if os.fstat(handle.fileno()).st_size != shard.size:
-                    handle.truncate(shard.size)
-                handle.flush()
-                os.fsync(handle.fileno())
+                _fix(handle, shard)
             return
         make_way(path)
         temporary = path.with_suffix(".new")
-        with temporary.open("wb") as handle:
-            handle.write(shard.header)
-            handle.truncate(shard.size)
-            handle.flush()
-            os.fsync(handle.fileno())
+        with temporary.open("w+b") as handle:
+            _fix(handle, shard)
         move(temporary, path)
 
     def _intact(self, hashes: Mapping[str, str]) -> bool:
@@ -236,6 +161,17 @@ class ShardWriter:
         if file not in self._hashes:
             self._hashes[file] = _RunningHash(self.shards / file)
         return self._hashes[file]
+
+
+def _fix(handle: IO[bytes], shard: Shard) -> None:
+    for position, data in shard.fixed.items():
+        handle.seek(position)
+        if handle.read(len(data)) != data:
+            handle.seek(position)
+            handle.write(data)
+    handle.truncate(shard.size)
+    handle.flush()
+    os.fsync(handle.fileno())
 
 
 def _digest(data: memoryview) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ TELLING = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_gl
 
 ADDED = re.compile(r".*\.(k_scale|v_scale|(q_future_proj|q_curr_proj|k_conv)\.weight)$")
 """Tensors that a pass adds beside the architecture's own."""
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether an added tensor is a scale of the KV cache."""
+    return name.endswith((".k_scale", ".v_scale"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,24 +99,51 @@ class Source:
 
     def assemble(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
         """The unit that tensors read under `names(unit)` stand for."""
-        raw = dict(tensors)
-        quantized, input_scales = {}, {}
-        for linear in unit.linears:
-            spec = self.schemes.linears[linear.name].weight
-            if spec is not None:
-                local = {n: raw.pop(f"{linear.name}.{n}") for n in self.stored(linear)}
-                try:
-                    quantized[linear.name] = self.format.decode(local, spec)
-                    scale = self.format.input_scale(local)
-                except InputError as error:
-                    where = f"{linear.name}: {error.message}"
-                    raise InputError(where, hint=error.hint) from error
-                if scale is not None:
-                    input_scales[linear.name] = scale
-        extra = {name: raw.pop(name) for name in self.added.get(unit.name, ())}
-        return Unit(
-            layout=unit, tensors=raw, quantized=quantized, extra=extra, input_scales=input_scales
-        )
+        return assembled(unit, tensors, self.format, self.schemes, self.stored)
+
+
+def assembled(
+    unit: UnitLayout,
+    tensors: Mapping[str, Tensor],
+    format: Format,
+    schemes: ModelSchemes,
+    stored: Callable[[Linear], Iterable[str]],
+) -> Unit:
+    """The unit that its tensors on disk stand for.
+
+    stored  names, local to a coded linear, of those that hold its weight and input scale
+    Raises InputError where a format cannot read them.
+    """
+    raw = dict(tensors)
+    quantized, input_scales = {}, {}
+    stacks: set[str] = set()
+    for linear in unit.linears:
+        for name, ref in (
+            (linear.weight_name, linear.tensor),
+            (linear.bias_name, linear.bias_tensor),
+        ):
+            if ref is not None and ref.index is not None and ref.name in raw:
+                raw[name] = ref.read(raw[ref.name])
+                stacks.add(ref.name)
+        spec = schemes.linears[linear.name].weight
+        if spec is not None:
+            local = {leaf: raw.pop(f"{linear.name}.{leaf}") for leaf in stored(linear)}
+            try:
+                quantized[linear.name] = format.decode(local, spec)
+                scale = format.input_scale(local)
+            except InputError as error:
+                where = f"{linear.name}: {error.message}"
+                raise InputError(where, hint=error.hint) from error
+            if scale is not None:
+                input_scales[linear.name] = scale
+    own = {*unit.tensors, *(linear.weight_name for linear in unit.linears)}
+    return Unit(
+        layout=unit,
+        tensors={name: tensor for name, tensor in raw.items() if name in own},
+        quantized=quantized,
+        extra={n: tensor for n, tensor in raw.items() if n not in own | stacks},
+        input_scales=input_scales,
+    )
 
 
 def open_source(folder: Path) -> Source:

@@ -71,8 +71,10 @@ def estimate(
     inputs = _input_bytes(plan, device)
     raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
     streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)
-    if plan.delta is not None:
-        streams += max(plan.delta.base_bytes(unit.layout) for unit in plan.units)
+    streams += max(
+        sum(spec.nbytes for spec in plan.target.base_shapes(unit.layout).values())
+        for unit in plan.units
+    )
     idle = not plan.calibrated and plan.recipe.evaluate is None
     started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
     host = resident + started + streams
@@ -85,7 +87,7 @@ def estimate(
     host = max(host, resident + started + judging)
     return Estimates(
         source_bytes=sum(raw),
-        output_bytes=plan.output_bytes,
+        output_bytes=plan.shards.size,
         host_bytes=host,
         device_bytes=held,
         batch=batch,
@@ -104,10 +106,11 @@ def _learning_bytes(plan: Plan, device: torch.device) -> int:
         return pieces + max(_working_bytes(plan, u, device=device, batch=1) for u in plan.units)
     entries = plan.source.checkpoint.entries.values()
     count = sum(torch.Size(entry.spec.shape).numel() for entry in entries)
-    base = 0
-    if plan.delta is not None:
-        coded = plan.delta.bits
-        base = sum(x.out_features * x.in_features for x in plan.layout.linears if x.name in coded)
+    base = sum(
+        math.prod(spec.shape)
+        for unit in plan.units
+        for spec in plan.target.base_shapes(unit.layout).values()
+    )
     beside = max(cost.memory for cost in costs)
     # Beside both there are the signs, and one block twice: its weights and their gradients.
     block = max(
@@ -137,7 +140,7 @@ def _source_bytes(plan: Plan, unit: UnitLayout) -> list[int]:
 
 def _verifying_bytes(plan: Plan, device: torch.device) -> int:
     """The largest written unit with its layers in float64, or beside the original's."""
-    if not plan.recipe.verify or plan.delta is not None:
+    if not plan.recipe.verify:
         return 0
     most = 0
     for unit in plan.units:
@@ -271,9 +274,9 @@ def _seconds(plan: Plan, device: torch.device) -> float:
     if device.type != "cuda":
         cores = os.cpu_count() or 1
         rate, score_rate = CPU_CORE_FLOPS * cores, CPU_CORE_SCORES * cores
-    moved = (plan.source.checkpoint.nbytes + plan.output_bytes) / DISK_BYTES_PER_SECOND
+    moved = (plan.source.checkpoint.nbytes + plan.shards.size) / DISK_BYTES_PER_SECOND
     return 5.0 + max(flops / rate, moved) + _learning_scores(plan) / score_rate
 
 
 def _learning_scores(plan: Plan) -> float:
-    return sum(p.cost(plan.dtype).scores for p in plan.passes)
+    return sum(p.cost(plan.target.dtype).scores for p in plan.passes)

@@ -14,27 +14,28 @@ from typing import Any
 import torch
 
 from compressor.attention.policy import combine
+from compressor.checkpoint.container import Safetensors, ShardLayout
 from compressor.checkpoint.delta.base import Base
 from compressor.checkpoint.manifest import MANIFEST_NAME
-from compressor.checkpoint.one_reading import is_tied
 from compressor.checkpoint.secrets import leaks
-from compressor.checkpoint.shards import ShardLayout, plan_shards
 from compressor.checkpoint.side_files import SideFiles
-from compressor.checkpoint.source import Source
+from compressor.checkpoint.source import Source, is_cache_scale
+from compressor.checkpoint.target import ModelTarget, lay_out
 from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.ir.layout import Linear, ModelLayout, weight_name
 from compressor.ir.scheme import KVSpec, Scheme
+from compressor.ir.tensor import TensorShape
 from compressor.methods.base import ModelPass
 from compressor.methods.common.context import PlanContext
 from compressor.plan.check_recipe import check_recipe
-from compressor.plan.delta import DeltaPlan, plan_delta
+from compressor.plan.delta import as_delta
 from compressor.plan.order import composition_problems, order_problems
 from compressor.plan.recipe import Recipe, Step, nearest
 from compressor.plan.runtime_choice import settle
-from compressor.plan.schemes import announced, pass_schemes
-from compressor.plan.unit_plan import DTYPES, PassPlan, UnitPlan, module_groups, plan_unit
+from compressor.plan.schemes import pass_schemes
+from compressor.plan.unit_plan import DTYPES, PassPlan, UnitPlan, plan_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,21 @@ class Plan:
     """Everything that is decided before the first weight is read."""
 
     recipe: Recipe
-    source: Source
-    format: Format
-    dtype: torch.dtype
+    target: ModelTarget
     passes: tuple[PassPlan, ...]
     units: tuple[UnitPlan, ...]
-    schemes: ModelSchemes
     shards: ShardLayout
     notes: tuple[str, ...]
-    delta: DeltaPlan | None = None
+
+    @property
+    def source(self) -> Source:
+        """The model that is read."""
+        return self.target.source
+
+    @property
+    def schemes(self) -> ModelSchemes:
+        """What each linear and the cache become."""
+        return self.target.schemes
 
     @property
     def layout(self) -> ModelLayout:
@@ -72,32 +79,6 @@ class Plan:
         """Dtype in which blocks run: the model's on a GPU, where it is fast; float32 on a CPU."""
         return self.source.checkpoint.dtype if device.type == "cuda" else torch.float32
 
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.size for shard in self.shards.shards)
-
-    @property
-    def files(self) -> dict[str, Any]:
-        """JSON files beside config.json."""
-        return self.format.files(self.schemes) | (self.delta.files() if self.delta else {})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The written config.json."""
-        config = {k: v for k, v in self.source.checkpoint.config.items() if k != "torch_dtype"}
-        config.pop("quantization_config", None)
-        config["dtype"] = str(self.dtype).removeprefix("torch.")
-        stored = self.layout.tied is None or self.recipe.untie
-        if is_tied(config, self.source.arch) == stored:
-            config["tie_word_embeddings"] = not stored
-        entry = self.format.config(announced(self.schemes, self.source))
-        if entry:
-            config["quantization_config"] = entry | (self.delta.config() if self.delta else {})
-        for plan in self.passes:
-            config.update(plan.effects.config)
-        return config
-
 
 def make_plan(
     recipe: Recipe,
@@ -115,7 +96,7 @@ def make_plan(
     """
     problems: list[CompressError] = [*source.checkpoint.problems]
     notes: list[str] = [*source.checkpoint.notes]
-    if any(n.endswith((".k_scale", ".v_scale")) for names in source.added.values() for n in names):
+    if any(is_cache_scale(name) for names in source.added.values() for name in names):
         notes.append("scales of the source's KV cache are left out: a pass makes new ones")
     if beside is not None:
         problems += beside.problems
@@ -142,58 +123,75 @@ def make_plan(
     if not problems:
         problems += composition_problems(passes, source.layout, schemes)
     kv = _kv(passes, problems)
-    delta = plan_delta(recipe, source, passes, dtype, base, problems, notes)
+    target = ModelTarget(
+        source=source,
+        format=fmt,
+        schemes=ModelSchemes(linears=schemes, kv=kv),
+        dtype=dtype,
+        container=Safetensors(recipe.max_shard_size),
+        recast=recipe.dtype != "auto",
+        untied=recipe.untie,
+    )
+    target = as_delta(target, recipe, passes, base, problems, notes)
     problems += check_recipe(recipe, source)
     problems += _policy_problems(passes, source.layout)
     costs = [(plan.step.name, plan.cost(source.checkpoint.dtype)) for plan in passes]
     notes += [f"{name}: {note}" for name, cost in costs for note in cost.notes]
     if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
         problems.append(refused)
-    model = ModelSchemes(linears=schemes, kv=kv)
     if not problems:
         try:
-            settled = settle(recipe, source.layout, passes, fmt, model, dtype)
+            settled = settle(recipe, source.layout, passes, fmt, target.schemes, dtype)
         except InputError as error:
             raise Problems([error]) from error
         if settled.format is not None:
             recipe = recipe.model_copy(update={"format": settled.format})
             plan = make_plan(recipe, source, output=output, base=base, beside=beside)
             return replace(plan, notes=(*plan.notes, *settled.notes))
-        model = settled.schemes
+        target = replace(target, schemes=settled.schemes)
         problems += settled.refusals
         notes += settled.notes
     if problems:
         room = lacking_room(output, _least_bytes(source, schemes)) if output is not None else None
         raise Problems([*problems, room] if room is not None else problems)
-    units = tuple(
-        plan_unit(unit, passes, model, source, recipe, fmt, dtype) for unit in source.layout.units
-    )
-    if delta is not None:
-        units = tuple(replace(u, outputs=delta.outputs(u.layout, u.outputs)) for u in units)
     try:
-        groups = [group for unit in units for group in module_groups(unit.outputs)]
-        shards = plan_shards(groups, max_bytes=recipe.max_shard_size)
+        target = _with_passes(target, passes)
+        units = tuple(plan_unit(unit, passes, target) for unit in source.layout.units)
         plan = Plan(
             recipe=recipe,
-            source=source,
-            format=fmt,
-            dtype=dtype,
+            target=target,
             passes=passes,
             units=units,
-            schemes=model,
-            shards=shards,
+            shards=lay_out(target),
             notes=tuple(notes),
-            delta=delta,
         )
-        assert plan.config
+        assert target.config()
     except CompressError as error:
         raise Problems([error]) from error
     if output is not None:
         scratch = max(cost.scratch for _, cost in costs)
-        room = lacking_room(output, plan.output_bytes, scratch=scratch)
+        room = lacking_room(output, plan.shards.size, scratch=scratch)
         if room is not None:
             raise room
     return plan
+
+
+def _with_passes(target: ModelTarget, passes: Sequence[PassPlan]) -> ModelTarget:
+    """The target with what passes add to it."""
+    layout, kv = target.source.layout, target.schemes.kv
+    entries: dict[str, Any] = {}
+    added: dict[str, dict[str, TensorShape]] = {unit.name: {} for unit in layout.units}
+    for plan in passes:
+        entries |= plan.effects.config
+        if isinstance(plan.step.params, ModelPass):
+            for unit, shapes in plan.step.params.adds(layout, target.dtype).items():
+                added[unit] |= shapes
+    scales = {
+        unit.attention_path: unit.attention.kv_heads if kv.per == "head" else 1
+        for unit in layout.units
+        if kv is not None and kv.element != "int4" and unit.attention is not None
+    }
+    return replace(target, entries=entries, added=added, scales=scales)
 
 
 def _policy_problems(passes: Sequence[PassPlan], layout: ModelLayout) -> Iterator[CompressError]:

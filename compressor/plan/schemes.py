@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from compressor.checkpoint.source import Source
 from compressor.errors import CompressError, InputError
-from compressor.formats.base import Format, ModelSchemes
-from compressor.ir.layout import ModelLayout, is_weight
+from compressor.formats.base import Format
+from compressor.ir.layout import ModelLayout
 from compressor.ir.scheme import Scheme
 from compressor.methods.common.shapes import some
 from compressor.plan.unit_plan import PassPlan
@@ -57,27 +56,3 @@ def pass_schemes(
                 InputError(f"format {fmt.name} cannot hold {some(sorted(names))}: {reason}")
             )
     return schemes
-
-
-def announced(schemes: ModelSchemes, source: Source) -> ModelSchemes:
-    """What a config entry says of linears: with those that are carried over, which stay as they
-    are, and with the names that plain ones have in memory."""
-    kept = {path: Scheme() for path in _kept(schemes, source)}
-    return replace(schemes, linears={**schemes.linears, **kept}) if kept else schemes
-
-
-def _kept(schemes: ModelSchemes, source: Source) -> Iterator[str]:
-    arch, entries = source.arch, source.checkpoint.entries
-    carried = [
-        name.rpartition(".")[0]
-        for name in source.layout.carried
-        if is_weight(name) and len(entries[name].spec.shape) == 2
-    ]
-    yield from carried
-    plain = [path for path, scheme in schemes.linears.items() if scheme.weight is None]
-    for path in (*carried, *plain):
-        for other, ours in arch.prefixes.items():
-            if path.startswith(ours):
-                yield other + path.removeprefix(ours)
-        if path in arch.runtime.outside:
-            yield arch.runtime.outside[path]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.assemble import RECIPE_NAME, finish, take_up
+from compressor.checkpoint.container import Container, Safetensors
 from compressor.checkpoint.find import Located
-from compressor.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from compressor.checkpoint.one_reading import is_tied
+from compressor.checkpoint.manifest import RECIPE_NAME, read_manifest
 from compressor.checkpoint.reader import content_hash
 from compressor.checkpoint.records import stated_hash
-from compressor.checkpoint.shards import ShardWriter, plan_shards
-from compressor.checkpoint.source import Source
-from compressor.checkpoint.workspace import lacking_room, owned
+from compressor.checkpoint.source import Source, is_cache_scale
+from compressor.checkpoint.target import ModelTarget, lay_out
+from compressor.checkpoint.transaction import Progress, write
+from compressor.checkpoint.workspace import lacking_room
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.formats.relayout import RoundingReport, as_symmetric, compare, relayout
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor
-from compressor.ir.scheme import KVSpec, Scheme
+from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
-from compressor.plan.unit_plan import module_groups
 from compressor.run.environment import versions
 from compressor.run.mx_to_nvfp4 import as_nvfp4_where_held
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ def convert(
     format: str,
     allow_rounding: bool = False,
     max_shard_size: int = 5 * 10**9,
-    progress: Progress | None = None,
+    progress: Progress = lambda name, done, total: None,
 ) -> Converted:
     """Write a checkpoint's weights in `format` into `output`, a new folder.
 
@@ -104,54 +101,37 @@ def convert(
             hint="quantize it with a recipe: compress recipes",
         )
     job = _Conversion(source, target, allow_rounding=allow_rounding)
-    job.study(progress)
-    units = source.layout.units
-    outputs = [job.outputs(unit) for unit in units]
-    groups = [group for tensors in outputs for group in module_groups(tensors)]
-    shards = plan_shards(groups, max_bytes=max_shard_size)
-    room = lacking_room(output, sum(shard.size for shard in shards.shards))
-    if room is not None:
+    made = job.study(Safetensors(max_shard_size), progress)
+    shards = lay_out(made)
+    if (room := lacking_room(output, shards.size)) is not None:
         raise room
-    config = job.config()
-    about = _about(
-        located,
-        target,
-        content=stated_hash(job.content),
-        allow_rounding=allow_rounding,
-        max_shard_size=max_shard_size,
+    units = len(source.layout.units)
+    folder = source.checkpoint.folder
+    recipe = folder / RECIPE_NAME
+    already = write(
+        made,
+        output,
+        job.converted,
+        about=_about(
+            located,
+            target,
+            content=stated_hash(job.content),
+            allow_rounding=allow_rounding,
+            max_shard_size=max_shard_size,
+        ),
+        beside=folder,
+        recipe=recipe.read_bytes() if recipe.is_file() else None,
+        progress=lambda name, done, total: progress(name, units + done, 2 * units),
     )
-    result = Converted(
+    return Converted(
         output=output,
         source_format=source.format.name,
         target_format=target.name,
-        nbytes=sum(shard.size for shard in shards.shards),
+        nbytes=shards.size,
         rounded=tuple(job.rounded),
         notes=(*job.notes, *located.beside.notes),
+        already=already,
     )
-    with owned(output, manifest=MANIFEST_NAME) as work:
-        if take_up(work, output, layout=shards, about=about):
-            return replace(result, already=True)
-        writer = ShardWriter(shards, work, owner=stated_hash(about))
-        writer.open()
-        for index, unit in enumerate(units):
-            if writer.record(index) is None:
-                tensors = job.encode(job.read(unit))
-                writer.commit(index, writer.write({n: tensors[n] for n in outputs[index]}), {})
-            if progress is not None:
-                progress(unit.name, len(units) + index + 1, 2 * len(units))
-        folder = source.checkpoint.folder
-        recipe = folder / RECIPE_NAME
-        finish(
-            work,
-            output,
-            writer=writer,
-            config=config,
-            extra_files=target.files(job.schemes),
-            beside=folder,
-            recipe=recipe.read_bytes() if recipe.is_file() else None,
-            about=about,
-        )
-    return result
 
 
 def _about(
@@ -189,33 +169,35 @@ class _Conversion:
     """What becomes of each tensor; `study` finds it out from the data, the rest uses it."""
 
     source: Source
-    target: Format
+    format: Format
     allow_rounding: bool
     symmetric: bool = False
-    linears: dict[str, Scheme] = field(default_factory=dict)
-    kv: KVSpec | None = None
     rounded: list[RoundingReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     content: dict[str, str] = field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
-        return self.target.name == "dense"
+        return self.format.name == "dense"
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the target's float tensors."""
-        return self.target.model_dtype(self.source.checkpoint.dtype)
+    def kv(self) -> KVSpec | None:
+        return None if self.dense else self.source.schemes.kv
 
-    @property
-    def schemes(self) -> ModelSchemes:
-        return ModelSchemes(linears=self.linears, kv=self.kv)
-
-    def study(self, progress: Progress | None) -> None:
-        """Read everything once. Raises Problems with all that the target cannot hold."""
+    def study(self, container: Container, progress: Progress) -> ModelTarget:
+        """Read everything once; what is to be written. Raises Problems with all that has no form
+        in it."""
         source, units = self.source, self.source.layout.units
-        self.kv = None if self.dense else source.schemes.kv
+        dtype = self.format.model_dtype(source.checkpoint.dtype)
+        target = ModelTarget(
+            source=source,
+            format=self.format,
+            schemes=source.schemes,
+            dtype=dtype,
+            container=container,
+        )
         self._say_what_goes()
+        linears: dict[str, Scheme] = {}
         problems: list[CompressError] = []
         # Zero points that are all at the centre need not be stored, if that is so everywhere.
         centred = not self.dense
@@ -227,11 +209,12 @@ class _Conversion:
                 continue
             for name, tensor in (*unit.tensors.items(), *unit.extra.items()):
                 try:
-                    self._float(name, tensor)
+                    kept = name in layout.others
+                    self._float(name, tensor, tensor.dtype if kept else target.float_dtype(name))
                 except InputError as error:
                     problems.append(error)
             for linear in layout.linears:
-                self.linears[linear.name] = Scheme()
+                linears[linear.name] = Scheme()
                 q = unit.quantized.get(linear.name)
                 if q is None:
                     continue
@@ -247,18 +230,29 @@ class _Conversion:
                     continue
                 if report is not None:
                     self.rounded.append(report)
-                if not self.dense:
-                    self.linears[linear.name] = Scheme(moved.spec, self._input(linear))
-            if progress is not None:
-                progress(layout.name, done, 2 * len(units))
+                linears[linear.name] = Scheme(moved.spec, self._input(linear))
+            progress(layout.name, done, 2 * len(units))
         if problems:
             raise Problems(problems)
         if centred:
             self.symmetric = True
-            for name, scheme in self.linears.items():
+            for name, scheme in linears.items():
                 if scheme.weight is not None and scheme.weight.zero == "subtract":
                     spec = replace(scheme.weight, zero="none")
-                    self.linears[name] = replace(scheme, weight=spec)
+                    linears[name] = replace(scheme, weight=spec)
+        added: dict[str, dict[str, TensorShape]] = {}
+        scales: dict[str, int] = {}
+        for layout in units:
+            shapes = {n: source.checkpoint.shapes[n] for n in source.added.get(layout.name, ())}
+            meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            scales |= {path: keys.numel() for path, (keys, _) in self._scales(layout, meta).items()}
+            added[layout.name] = {
+                name: TensorShape(target.float_dtype(name), shape)
+                for name, shape in shapes.items()
+                if not is_cache_scale(name)
+            }
+        schemes = ModelSchemes(linears=linears, kv=self.kv)
+        return replace(target, schemes=schemes, added=added, scales=scales)
 
     def read(self, unit: UnitLayout) -> Unit:
         """A unit of the source. Raises InputError where it is not what it was the first time."""
@@ -267,7 +261,17 @@ class _Conversion:
         if self.content.setdefault(unit.name, digest) != digest:
             raise InputError(f"{unit.name} of the source changed while it was converted")
         found = self.source.assemble(unit, raw)
-        return found if self.dense else as_nvfp4_where_held(found, self.target, self._input)
+        return found if self.dense else as_nvfp4_where_held(found, self.format, self._input)
+
+    def converted(self, unit: UnitLayout) -> Unit:
+        """A unit with the specs and scale dtypes that the target stores."""
+        found = self.read(unit)
+        quantized = {
+            linear.name: self._relaid(linear, found.quantized[linear.name])[0]
+            for linear in unit.linears
+            if linear.name in found.quantized
+        }
+        return replace(found, quantized=quantized, kv_scales=self._scales(unit, found.extra))
 
     def _say_what_goes(self) -> None:
         self.notes += self.source.checkpoint.notes
@@ -279,9 +283,9 @@ class _Conversion:
             self.notes.append("inputs are no longer quantized: a dense checkpoint cannot say so")
 
     def _takes(self, q: QTensor, linear: Linear) -> bool:
-        return self.target.accepts(Scheme(q.spec, self._input(linear)), linear.shape) is None
+        return self.format.accepts(Scheme(q.spec, self._input(linear)), linear.shape) is None
 
-    def _input(self, linear: Linear) -> Any:
+    def _input(self, linear: Linear) -> ActivationSpec | None:
         return None if self.dense else self.source.schemes.linears[linear.name].input
 
     def _relaid(self, linear: Linear, q: QTensor) -> tuple[QTensor, RoundingReport | None]:
@@ -290,20 +294,27 @@ class _Conversion:
         return relayout(
             q,
             self.source.format,
-            self.target,
+            self.format,
             name=linear.name,
             model_dtype=self.source.checkpoint.dtype,
             allow_rounding=self.allow_rounding,
             input=self._input(linear),
         )
 
-    def _float_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """Tensors keep their dtype, unless the target wants the model in another."""
-        return stored if self.dtype == self.source.checkpoint.dtype else self.dtype
+    def _scales(
+        self, unit: UnitLayout, extra: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scales of a block's cache among its added tensors, by the path of its attention."""
+        stored = {name: tensor for name, tensor in extra.items() if is_cache_scale(name)}
+        if self.kv is None or not stored:
+            return {}
+        path = unit.attention_path
+        found = self.source.format.kv_scales(stored, path)
+        return {} if found is None else {path: found}
 
-    def _float(self, name: str, tensor: Tensor) -> None:
+    def _float(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Note or refuse what a float tensor loses in the target's dtype."""
-        moved = tensor.to(self._float_dtype(tensor.dtype))
+        moved = tensor.to(dtype)
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{name} holds NaN or infinity", hint="the source is damaged")
         if not bool(moved.isfinite().all()):
@@ -316,81 +327,7 @@ class _Conversion:
             return
         if not self.allow_rounding:
             raise InputError(
-                f"{self.source.format.name} to {self.target.name}: {report}",
+                f"{self.source.format.name} to {self.format.name}: {report}",
                 hint="--allow-rounding writes the nearest values",
             )
         self.rounded.append(report)
-
-    def outputs(self, unit: UnitLayout) -> dict[str, TensorShape]:
-        """The tensors a unit will have on disk."""
-        found: dict[str, TensorShape] = {}
-        coded = {linear.weight_name: linear for linear in unit.linears}
-        entries = self.source.checkpoint.entries
-        for name in unit.tensors:
-            linear = coded.get(name)
-            if linear is not None and self.source.schemes.linears[linear.name].weight is not None:
-                found |= self._packed_shapes(linear)
-            else:
-                spec = entries[name].spec
-                found[name] = TensorShape(self._float_dtype(spec.dtype), spec.shape)
-        extra = {
-            name: torch.empty(
-                entries[name].spec.shape, dtype=entries[name].spec.dtype, device="meta"
-            )
-            for name in self.source.added.get(unit.name, ())
-        }
-        for name, tensor in self._extra(unit, extra).items():
-            found[name] = TensorShape(tensor.dtype, tuple(tensor.shape))
-        return found
-
-    def _packed_shapes(self, linear: Linear) -> dict[str, TensorShape]:
-        if self.dense:
-            return {linear.weight_name: TensorShape(self.dtype, linear.shape)}
-        scheme = self.linears[linear.name]
-        assert scheme.weight is not None
-        local = self.target.layout(
-            scheme.weight, linear.shape, model_dtype=self.dtype, input=scheme.input
-        )
-        return {f"{linear.name}.{leaf}": spec for leaf, spec in local.items()}
-
-    def encode(self, unit: Unit) -> dict[str, Tensor]:
-        """A unit's tensors in the target's format."""
-        found = {n: t.to(self._float_dtype(t.dtype)) for n, t in unit.tensors.items()}
-        for linear in unit.layout.linears:
-            q = unit.quantized.get(linear.name)
-            if q is None:
-                continue
-            moved, _ = self._relaid(linear, q)
-            local = self.target.encode(
-                moved,
-                model_dtype=self.dtype,
-                input=self._input(linear),
-                input_scale=None if self.dense else unit.input_scales.get(linear.name),
-            )
-            found |= {f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()}
-        return found | self._extra(unit.layout, unit.extra)
-
-    def _extra(self, unit: UnitLayout, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Added tensors: scales of the KV cache in the target's form, others as they are."""
-        scales = {n for n in extra if n.endswith((".k_scale", ".v_scale"))}
-        found = {n: t.to(self._float_dtype(t.dtype)) for n, t in extra.items() if n not in scales}
-        if self.kv is None or not scales:
-            return found
-        path = unit.attention_path
-        stored = self.source.format.kv_scales({n: extra[n] for n in scales}, path)
-        if stored is None:
-            return found
-        return found | self.target.kv_tensors(
-            self.kv, path, k_scale=stored[0], v_scale=stored[1], model_dtype=self.dtype
-        )
-
-    def config(self) -> dict[str, Any]:
-        """The written config.json."""
-        kept = ("torch_dtype", "quantization_config")
-        config = {k: v for k, v in self.source.checkpoint.config.items() if k not in kept}
-        config["dtype"] = str(self.dtype).removeprefix("torch.")
-        tied = self.source.layout.tied is not None
-        if is_tied(config, self.source.arch) != tied:
-            config["tie_word_embeddings"] = tied
-        entry = self.target.config(self.schemes)
-        return {**config, "quantization_config": entry} if entry else config

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.assemble import finish, take_up
+from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.delta.source import Delta, MergedCheckpoint, merged_source
 from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
-from compressor.checkpoint.records import stated_hash
-from compressor.checkpoint.shards import ShardWriter, plan_shards
 from compressor.checkpoint.source import Source
-from compressor.checkpoint.workspace import owned
-from compressor.errors import MachineError
-from compressor.ir.tensor import TensorShape
+from compressor.checkpoint.target import ModelTarget
+from compressor.checkpoint.transaction import Progress, write
 from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.run.environment import versions
 
 _LEAVES = (f".{SIGNS}", f".{SCALES}")
-
-Progress = Callable[[str, int, int], None]
 
 
 def apply_delta(
@@ -37,39 +31,21 @@ def apply_delta(
     MachineError where the disk fails.
     """
     source = merged_source(delta, base)
-    entries = source.checkpoint.entries
-    groups: list[dict[str, TensorShape]] = [
-        {name: entries[name].spec}
-        for unit in source.layout.units
-        for name in source.names(unit)
-        if name in entries
-    ]
-    layout = plan_shards(groups, max_bytes=max_shard_size)
-    about = _about(delta)
-    with owned(output, manifest=MANIFEST_NAME) as work:
-        if take_up(work, output, layout=layout, about=about):
-            return source.checkpoint.nbytes
-        writer = ShardWriter(layout, work, owner=stated_hash(about))
-        try:
-            writer.open()
-            for index, unit in enumerate(source.layout.units):
-                if writer.record(index) is None:
-                    tensors = source.checkpoint.read(source.names(unit))
-                    writer.commit(index, writer.write(tensors), {})
-                progress(unit.name, index + 1, len(source.layout.units))
-        except OSError as error:
-            raise MachineError(
-                f"writing {work} failed: {error.strerror or error}",
-                hint="free some space or repair the disk; the same command continues",
-            ) from error
-        finish(
-            work,
-            output,
-            writer=writer,
-            config=source.checkpoint.config,
-            beside=delta.checkpoint.folder,
-            about=about,
-        )
+    target = ModelTarget(
+        source=source,
+        format=source.format,
+        schemes=source.schemes,
+        dtype=source.checkpoint.dtype,
+        container=Safetensors(max_shard_size),
+    )
+    write(
+        target,
+        output,
+        source.read_unit,
+        about=_about(delta),
+        beside=delta.checkpoint.folder,
+        progress=progress,
+    )
     return source.checkpoint.nbytes
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from compressor.checkpoint.delta.source import merged_source, open_delta
-from compressor.checkpoint.source import Source, open_source
+from compressor.checkpoint.delta.source import open_model
+from compressor.checkpoint.source import Source
 from compressor.errors import CompressError
 from compressor.evaluate.gate import GateResult, Passes
 from compressor.evaluate.passkey import PasskeyResult, passkey
@@ -150,13 +150,13 @@ class _Judge:
 
     def _plans(self, passes: Passes) -> bool:
         """Whether the recipe with these passes in place of its own could be run."""
-        mine, delta = self.prepared.recipe, self.prepared.plan.delta
+        mine = self.prepared.recipe
         recipe = {**mine.resolved(), "output": mine.output, "passes": passes}
         try:
             make_plan(
                 make_recipe(recipe),
                 self.prepared.located.source,
-                base=delta.base if delta is not None else None,
+                base=self.prepared.base,
             )
         except CompressError:
             return False
@@ -173,19 +173,20 @@ class _Judge:
         """Rows of this length in one forward pass: as many tokens as of the calibration."""
         return max(1, self.prepared.batch * self.prepared.recipe.calibration.length // length)
 
+    @property
+    def _base(self) -> Source | None:
+        base = self.prepared.base
+        return None if base is None else base.source
+
     def _written(self) -> Source:
         """The finished checkpoint, a delta together with its base."""
-        delta = self.prepared.plan.delta
-        if delta is None:
-            return open_source(self.compiled.output)
-        return merged_source(open_delta(self.compiled.output), delta.base.source)
+        return open_model(self.compiled.output, base=self._base)
 
     def _verify(self) -> VerifyReport:
         with self._stage("verify"):
-            delta = self.prepared.plan.delta
             return verify(
                 self.compiled.output,
-                base=delta.base.source if delta is not None else None,
+                base=self._base,
                 against=self.prepared.located.source,
                 device=self.prepared.device,
                 seed=self.prepared.recipe.seed,

@@ -24,13 +24,13 @@ from torch import Tensor
 from compressor.checkpoint.background import CommitQueue
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.source import require_finite
+from compressor.checkpoint.transaction import disk_errors
 from compressor.errors import Interrupted, MachineError
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.run.apply import Observe, ObserveSite, apply_passes
 from compressor.run.batches import advance, halving
-from compressor.run.emit import decode_unit, encode_unit
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
 from compressor.run.settings import JobSettings, UnitDone
@@ -74,22 +74,20 @@ def run_units(
     """
     writer = ShardWriter(plan.shards, work, owner=owner)
     try:
-        for name in writer.open(settings.check_stop):
-            settings.on_note(f"units/{name} or what it tells of is damaged: the unit is done again")
-        loop = _Loop(
-            plan=plan,
-            tokens=tokens,
-            writer=writer,
-            settings=settings,
-            learned=learned or {},
-            content=content or SourceContent(plan),
-        )
-        return loop.run()
-    except OSError as error:
-        raise MachineError(
-            f"writing {work} failed: {error.strerror or error}",
-            hint="free some space or repair the disk; the same command continues",
-        ) from error
+        with disk_errors(f"writing {work}"):
+            for name in writer.open(settings.check_stop):
+                settings.on_note(
+                    f"units/{name} or what it tells of is damaged: the unit is done again"
+                )
+            loop = _Loop(
+                plan=plan,
+                tokens=tokens,
+                writer=writer,
+                settings=settings,
+                learned=learned or {},
+                content=content or SourceContent(plan),
+            )
+            return loop.run()
     except torch.OutOfMemoryError as error:
         raise MachineError(
             "the device ran out of memory with one row at a time",
@@ -220,10 +218,8 @@ class _Loop:
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
-        if self.plan.delta is not None:
-            return self.plan.delta.restored(unit.layout, outputs, self.plan.dtype)
         dtype = self.plan.compute_dtype(self.settings.device)
-        return decode_unit(self.plan, unit, outputs).dequantized(dtype)
+        return self.plan.target.decode(unit.layout, outputs).dequantized(dtype)
 
     def _next_inputs(
         self,
@@ -268,10 +264,10 @@ class _Loop:
                 observe=observe,
                 observe_site=observe_site,
                 learned={number: found.result.value for number, found in self.learned.items()},
-                base=self.plan.delta.weights(unit.layout) if self.plan.delta else None,
+                base=self.plan.target.base_weights(unit.layout),
             )
         kept = moved if self._from_source(unit) or self._beside(unit) else {}
-        return encode_unit(self.plan, unit, current), rows, kept
+        return self.plan.target.encode(current), rows, kept
 
     def _start(self, unit: UnitPlan, source: Unit, moved: Mapping[str, Tensor]) -> Unit:
         """A unit in float32, as passes work on it, with what model passes add to it."""

@@ -105,9 +105,7 @@ def learn(
                 seed=unit_seed(plan.recipe.seed, -1, number),
                 batch=settings.batch,
                 scratch=scratch,
-                base=lambda index: (
-                    plan.delta.weights(plan.units[index].layout) if plan.delta else {}
-                ),
+                base=lambda index: plan.target.base_weights(plan.units[index].layout),
                 progress=settings.on_step,
                 stopping=settings.stopping,
             )

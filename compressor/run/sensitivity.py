@@ -123,7 +123,7 @@ def _measure_block(
                 error = _error(block, plan, linears, floats, rounded, hidden, outputs, batch=batch)
                 size = bits_per_weight(unit, linears)
                 options[number].append(Option(bits=bits, bits_per_weight=size, error=error))
-    stored = any_plan.dtype.itemsize * 8
+    stored = any_plan.target.dtype.itemsize * 8
     groups = [
         Group(
             linears=tuple(linear.name for linear in linears),

@@ -11,13 +11,12 @@ import torch
 import yaml
 from compressor_calibration.tokens import TokenSet
 
-from compressor.checkpoint.assemble import finish, take_up
-from compressor.checkpoint.delta.base import locate_base, survey
+from compressor.checkpoint.delta.base import Base, locate_base, survey
 from compressor.checkpoint.durable import make_folder, write_atomically
 from compressor.checkpoint.find import Located, locate, name_folder
-from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
+from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.records import stated_hash
-from compressor.checkpoint.workspace import owned
+from compressor.checkpoint.transaction import writing
 from compressor.errors import InputError, Problems
 from compressor.foreign.calls import foreign
 from compressor.plan.estimate import Estimates, batch_rows, estimate
@@ -50,6 +49,7 @@ TOKENIZER_FILES = (
 class Prepared:
     """A run of which everything that can be known beforehand is known and right.
 
+    base                     what a pass names as its base
     calibration, evaluation  token sets;  haystack  text that the passkey probe hides its key in
     batch                    rows of calibration tokens in one forward pass
     """
@@ -57,6 +57,7 @@ class Prepared:
     recipe: Recipe
     located: Located
     plan: Plan
+    base: Base | None
     estimates: Estimates
     calibration: TokenSet | None
     evaluation: TokenSet | None
@@ -116,7 +117,8 @@ def prepare(
         # Now, since others import Triton, and it looks only once.
         enable_interpreter()
     located = locate(recipe.model, fetch=True, to_plan=True, dtype=DTYPES.get(recipe.dtype))
-    plan = _plan(recipe, located)
+    base = _base(recipe, located)
+    plan = _plan(recipe, located, base)
     warm_up(plan, device)
     tokenizer, problems = preflight(plan)
     if problems:
@@ -131,6 +133,7 @@ def prepare(
         recipe=plan.recipe,
         located=located,
         plan=plan,
+        base=base,
         estimates=estimate(plan, device=device, resident=resident, device_memory=device_memory),
         calibration=calibration,
         evaluation=evaluation,
@@ -140,17 +143,20 @@ def prepare(
     )
 
 
-def _plan(recipe: Recipe, located: Located) -> Plan:
-    """The plan; a base is read once, for its hashes and for what the fine-tune shares with it."""
+def _plan(recipe: Recipe, located: Located, base: Base | None) -> Plan:
     output = Path(recipe.output).expanduser()
-    source, beside = located.source, located.beside
+    return make_plan(recipe, located.source, output=output, base=base, beside=located.beside)
+
+
+def _base(recipe: Recipe, located: Located) -> Base | None:
+    """The base that a pass names. It is read once, where nothing in the recipe is wrong, for its
+    hashes and for what the fine-tune shares with it."""
     named = [step.params.needs().base for step in recipe.passes]
     base = next((locate_base(name, fetch=True) for name in named if name is not None), None)
-    plan = make_plan(recipe, source, output=output, base=base, beside=beside)
-    if plan.delta is None:
-        return plan
-    found = survey(plan.delta.base, source.checkpoint)
-    return make_plan(recipe, source, output=output, base=found, beside=beside)
+    if base is None:
+        return None
+    _plan(recipe, located, base)
+    return survey(base, located.source.checkpoint)
 
 
 def _token_sets(
@@ -185,7 +191,6 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         for name, e in sorted(entries.items())
     ]
     config = prepared.located.source.checkpoint.config
-    delta = prepared.plan.delta
     here = environment(prepared.device) if prepared.recipe.reproducible else None
     return {
         "recipe": {k: v for k, v in portable(prepared.recipe).items() if k not in AFTERWARDS},
@@ -195,7 +200,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             "headers": stated_hash(shapes),
             "tokenizer": stated_hash(_tokenizer(prepared.located.source.checkpoint.folder)),
         },
-        **({"base": delta.config()["base"]} if delta is not None else {}),
+        **prepared.plan.target.about(),
         "tokens": prepared.calibration.sha256 if prepared.calibration else None,
         "passes": {
             f"{i}.{p.step.name}": p.step.params.version for i, p in enumerate(prepared.plan.passes)
@@ -262,8 +267,10 @@ def compile_checkpoint(
     recipe, plan = prepared.recipe, prepared.plan
     output = Path(recipe.output).expanduser()
     about = fingerprint(prepared)
-    with owned(output, manifest=MANIFEST_NAME) as work:
-        if take_up(work, output, layout=plan.shards, about=about, judged_later=recipe.verify):
+    with writing(
+        plan.target, output, about=about, shards=plan.shards, judged_later=recipe.verify
+    ) as under_way:
+        if under_way.finished:
             return Compiled(output=output, units=(), already=True)
         settings = JobSettings(
             device=prepared.device,
@@ -274,13 +281,15 @@ def compile_checkpoint(
             stopping=stopping,
         )
         owner, content = stated_hash(about), SourceContent(plan)
-        learned = learn(plan, prepared.calibration, work, settings, owner=owner, content=content)
+        learned = learn(
+            plan, prepared.calibration, under_way.work, settings, owner=owner, content=content
+        )
         # Passes that contradict each other are refused before any block is worked on.
         files = policy_of(prepared.located.source, learned)
         result = run_units(
             plan,
             prepared.calibration,
-            work,
+            under_way.work,
             settings,
             owner=stated_hash([owner, learned_hash(learned)]),
             content=content,
@@ -292,15 +301,11 @@ def compile_checkpoint(
                 write_atomically(output / "plots" / name, data)
         used = [e for found in learned.values() for e in found.environments]
         used += result.environments
-        finish(
-            work,
-            output,
-            writer=result.writer,
-            config=plan.config,
-            extra_files=plan.files,
-            files=files,
+        under_way.finish(
+            result.writer,
             beside=prepared.located.source.checkpoint.folder,
             recipe=yaml.safe_dump(portable(recipe), sort_keys=False).encode(),
+            files=files,
             about={
                 **about,
                 "source": {**about["source"], "content": result.source_hash},

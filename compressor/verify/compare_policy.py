@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from compressor.attention.policy import AttentionPolicy, combine, read_policy, read_policy_tensors
-from compressor.checkpoint.assemble import RECIPE_NAME
+from compressor.checkpoint.manifest import RECIPE_NAME
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.methods.base import Method, ModelPass, get_pass

@@ -157,7 +157,7 @@ class DeltaTarget(Target):
     @classmethod
     def open(cls, folder: Path, base: str | Source | None, **asked: Any) -> Self:
         delta = open_delta(folder)
-        source = merged_source(delta, base if isinstance(base, Source) else find_base(delta, base))
+        source = merged_source(delta, find_base(delta, base))
         merged = source.checkpoint
         assert isinstance(merged, MergedCheckpoint)
         return cls(folder=folder, source=source, delta=delta, merged=merged, **asked)

@@ -173,7 +173,7 @@ def test_low_precision_needs_consent(copy):
         make_plan(make_recipe(recipe), source)
     assert "dequantize_source: true" in (error.value.problems[0].hint or "")
     plan = make_plan(make_recipe({**recipe, "dequantize_source": True}), source)
-    assert "quantization_config" not in {k for k, v in plan.config.items() if v == BLOCK}
+    assert "quantization_config" not in {k for k, v in plan.target.config().items() if v == BLOCK}
     assert isinstance(source.checkpoint, DecodedCheckpoint)
     size = (folder / "model.safetensors").stat().st_size
     assert 0 < size - source.checkpoint.nbytes < 10_000

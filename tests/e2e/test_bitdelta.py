@@ -287,8 +287,8 @@ def test_ten_times_smaller_at_the_shapes_of_llama_2_7b() -> None:
         {"model": "fine", "output": "out", "passes": [{"bitdelta": {"base": "llama-2-7b"}}]}
     )
     plan = make_plan(recipe, source, base=Base(source, {"name": "llama-2-7b"}))
-    assert source.checkpoint.nbytes / plan.output_bytes > 10
-    assert plan.output_bytes == pytest.approx(1.334e9, rel=1e-3)
+    assert source.checkpoint.nbytes / plan.shards.size > 10
+    assert plan.shards.size == pytest.approx(1.334e9, rel=1e-3)
 
 
 def test_commands(pair: Pair, tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_int4_there_and_back_to_the_same_bytes(
     assert one == two
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
+def test_a_conversion_writes_what_a_run_writes(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Plain experts stay in their stacks, and linears of a vision tower are named as plain."""
+    made, again = tmp_path / "made", tmp_path / "again"
+    passes = [{"rtn": {"bits": 4, "group_size": 32, "targets": "attn.*"}}]
+    run(tiny_model(family), made, format="compressed-tensors", symmetric=True, passes=passes)
+    to(made, again, "compressed-tensors")
+    for name in ("model.safetensors", "config.json"):
+        assert (made / name).read_bytes() == (again / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("source", "target"),
     [

@@ -145,7 +145,7 @@ class dying_after:
         self.left, self.patch = count, pytest.MonkeyPatch()
 
     def __enter__(self) -> None:
-        import compressor.checkpoint.assemble
+        import compressor.checkpoint.transaction
 
         def dying(real: Callable[..., Any]) -> Callable[..., Any]:
             def step(*arguments: Any) -> Any:
@@ -157,7 +157,7 @@ class dying_after:
             return step
 
         self.patch.setattr(
-            compressor.checkpoint.assemble, "move", dying(compressor.checkpoint.assemble.move)
+            compressor.checkpoint.transaction, "move", dying(compressor.checkpoint.transaction.move)
         )
         self.patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
 

@@ -79,7 +79,7 @@ def test_it_plans_on_every_architecture_it_is_for(
         except Problems as error:
             assert all(any(u in p.message for u in UNFIT) for p in error.problems), error
             continue
-        assert plan.output_bytes > 0
+        assert plan.shards.size > 0
         planned.append(model_type)
     mixtures = {"mixtral", "qwen3_moe"} if "mixed" in path.stem else set()
     assert set(planned) >= set(TYPES) - {"gemma2", "opt"} - mixtures
@@ -96,10 +96,9 @@ def test_what_it_writes_is_its_original(
     assert prepared.evaluation is not None
     done = compile_checkpoint(prepared)
     assert (done.output / MANIFEST_NAME).is_file()
-    delta = prepared.plan.delta
     found = verify(
         done.output,
-        base=delta.base.source if delta is not None else None,
+        base=prepared.base and prepared.base.source,
         against=prepared.located.source,
         device=CPU,
     )

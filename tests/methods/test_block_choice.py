@@ -256,7 +256,7 @@ def test_activations_that_do_not_fit_are_refused(
     size = 2 * 8 * 96 * 64 * 2
     usage = type("Usage", (), {"free": size + 100})  # less than two percent more than is needed
     monkeypatch.setattr("compressor.checkpoint.workspace.shutil.disk_usage", lambda path: usage)
-    monkeypatch.setattr("compressor.plan.plan.Plan.output_bytes", 1)
+    monkeypatch.setattr("compressor.checkpoint.container.ShardLayout.size", 1)
     with pytest.raises(InputError, match="activations"):
         make_plan(wanted, open_source(model), output=tmp_path / "out")
 

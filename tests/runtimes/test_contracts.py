@@ -109,7 +109,7 @@ def test_a_cache_that_nothing_reads_is_refused(planned: Callable[..., Plan]) -> 
 def test_the_format_is_picked_where_the_recipe_names_none(planned: Callable[..., Plan]) -> None:
     static = {"fp8": {"scales": "static"}}
     plan = planned("tensorrt-llm", static)
-    assert plan.format.name == plan.recipe.format == "modelopt-fp8"
+    assert plan.target.format.name == plan.recipe.format == "modelopt-fp8"
     assert any("written as modelopt-fp8" in note for note in plan.notes)
     with pytest.raises(Problems, match="does not load 8-bit fp8"):
         planned("tensorrt-llm", static, format="compressed-tensors")
@@ -135,7 +135,7 @@ def test_a_tied_head_under_modelopt_is_a_named_hole(
 def test_experts_are_named_where_a_runtime_wants_that(planned: Callable[..., Plan]) -> None:
     def targets(runtime: str | None) -> list[str]:
         plan = planned(runtime, RTN, kind="mixtral")
-        groups = plan.config["quantization_config"]["config_groups"]
+        groups = plan.target.config()["quantization_config"]["config_groups"]
         found: list[str] = groups["group_0"]["targets"]
         return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compressor.checkpoint.assemble import RECIPE_NAME
+from compressor.checkpoint.manifest import RECIPE_NAME
 from compressor.checkpoint.source import Source, open_source
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare

@@ -196,8 +196,8 @@ def _check_names(delta: Delta, base: Source) -> None:
         )
 
 
-def open_model(folder: Path, *, base: str | None = None) -> Source:
-    """A checkpoint folder, or a delta with its base: the one named, or the recorded one.
+def open_model(folder: Path, *, base: str | Source | None = None) -> Source:
+    """A checkpoint folder, or a delta with its base: the one named or given, or the recorded one.
 
     A recorded base is looked for on the Hub where it came from there, else beside the delta.
     Raises InputError where it is not found, or is another one.
@@ -210,8 +210,10 @@ def open_model(folder: Path, *, base: str | None = None) -> Source:
     return merged_source(delta, find_base(delta, base))
 
 
-def find_base(delta: Delta, named: str | None) -> Source:
-    """The base of a delta: the one named, or the recorded one."""
+def find_base(delta: Delta, named: str | Source | None) -> Source:
+    """The base of a delta: the one named or given, or the recorded one."""
+    if isinstance(named, Source):
+        return named
     if named is not None:
         return locate_base(named, fetch=True).source
     identity = delta.record.identity

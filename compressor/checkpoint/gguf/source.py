@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.durable import move, write_atomically
 from compressor.checkpoint.gguf.config import (
     EMBEDDING,
@@ -26,9 +27,8 @@ from compressor.checkpoint.gguf.config import (
 )
 from compressor.checkpoint.gguf.file import GgufFile, open_gguf
 from compressor.checkpoint.gguf.tokenizer import UnknownTokenizer, tokenizer_files
-from compressor.checkpoint.reader import INDEX_NAME, NO_TOKENIZER
+from compressor.checkpoint.reader import NO_TOKENIZER
 from compressor.checkpoint.safetensors import tensor_bytes
-from compressor.checkpoint.shards import plan_shards
 from compressor.errors import InputError
 from compressor.foreign.calls import foreign
 from compressor.ir.tensor import TensorShape
@@ -271,12 +271,11 @@ def _write_weights(
 ) -> None:
     """Shards and their index. `heads`, query and key heads, where q and k are permuted."""
     largest = max(spec.nbytes for spec in specs.values())
-    layout = plan_shards(
-        [{name: spec} for name, spec in specs.items()], max_bytes=max(MAX_SHARD_BYTES, largest)
-    )
+    container = Safetensors(max(MAX_SHARD_BYTES, largest))
+    layout = container.lay_out([{name: spec} for name, spec in specs.items()])
     for shard in layout.shards:
         with (folder / shard.file).open("wb") as out:
-            out.write(shard.header)
+            out.write(shard.fixed[0])
             for name in shard.tensors:
                 spec = specs[name]
                 value = file.read(names[name]) if names[name] else torch.zeros(spec.shape)
@@ -285,7 +284,8 @@ def _write_weights(
                 out.write(tensor_bytes(value.to(spec.dtype)))
             out.flush()
             os.fsync(out.fileno())
-    write_atomically(folder / INDEX_NAME, layout.index())
+    for name, data in layout.index.items():
+        write_atomically(folder / name, data)
 
 
 def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:

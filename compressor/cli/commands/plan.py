@@ -118,37 +118,12 @@ def describe(plan: Plan, costs: Estimates) -> dict[str, Any]:
             }
             for p in plan.passes
         ],
-        "schemes": {name: label(plan, name) for name in plan.schemes.linears},
+        "schemes": {name: plan.target.describe(name) for name in plan.schemes.linears},
         "units": len(plan.units),
         "shards": {shard.file: shard.size for shard in plan.shards.shards},
         "estimates": costs.to_json(),
         "notes": list(plan.notes),
     }
-
-
-def label(plan: Plan, name: str) -> str:
-    """A linear's scheme in a few words."""
-    from compressor.ir.layout import weight_name
-
-    scheme = plan.schemes.linears[name]
-    spec = scheme.weight
-    if plan.delta is not None and name in plan.delta.bits:
-        return f"{plan.delta.bits[name]}-bit difference to the base"
-    if plan.delta is not None and weight_name(name) in plan.delta.borrowed:
-        return "the base's own"
-    if spec is None:
-        return "unchanged"
-    shared = {
-        "tensor": "per tensor",
-        "channel": "per channel",
-        "group": f"group {spec.group_size}",
-        "block": f"block {spec.block}",
-    }[spec.strategy]
-    kind = f"int{spec.bits}" if spec.element == "int" else spec.element
-    text = f"{kind} {shared} {'symmetric' if spec.symmetric else 'asymmetric'}"
-    if scheme.input is not None:
-        text += f", inputs {scheme.input.element} per {scheme.input.mode}"
-    return text
 
 
 def show(plan: Plan, costs: Estimates, *, device: str) -> None:
@@ -163,7 +138,7 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
         echo(f"pass {number}: {entry.step.name}, {len(entry.names)} linears")
         patterns("target", entry.matches)
         patterns("ignore", entry.ignored)
-    echo(f"format: {plan.format.name}")
+    echo(f"format: {plan.target.format.name}")
     for line in layers(plan):
         echo(line)
     if plan.calibrated:
@@ -198,7 +173,7 @@ def layers(plan: Plan) -> list[str]:
     for unit in plan.layout.units:
         block = unit.index if unit.kind == "block" else None
         for linear in unit.linears:
-            groups.setdefault((linear.role, label(plan, linear.name)), []).append(block)
+            groups.setdefault((linear.role, plan.target.describe(linear.name)), []).append(block)
     forms = Counter(role for role, _ in groups)
     first = {role: place for place, role in enumerate(dict.fromkeys(role for role, _ in groups))}
     lines = []

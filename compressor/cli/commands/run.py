@@ -223,7 +223,7 @@ def summary(run: Run) -> dict[str, Any]:
         "output": str(run.compiled.output),
         "already_done": run.compiled.already,
         "seconds": round(run.seconds, 3),
-        "output_bytes": run.prepared.plan.output_bytes,
+        "output_bytes": run.prepared.plan.shards.size,
         "source_bytes": planned.source_bytes,
         "peak_host_bytes": run.released.host_bytes,
         "peak_device_bytes": max((unit.peak_device for unit in units), default=0),
@@ -239,7 +239,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 def report(run: Run) -> None:
     """What a person wants to know of a run."""
-    planned, after = run.prepared.estimates, run.prepared.plan.output_bytes
+    planned, after = run.prepared.estimates, run.prepared.plan.shards.size
     before, units = planned.source_bytes, run.released.units
     echo(f"\n{run.compiled.output}")
     echo(f"  size        {size(after)} from {size(before)} ({before / after:.2f} times)")

@@ -1,0 +1,276 @@
+"""What is written: units under their names, a config, files beside it, and a container for all.
+
+`Target` is all that a write needs to know; `ModelTarget` is a whole model in one format, be it made
+by a recipe or converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.container import Container, ShardLayout
+from compressor.checkpoint.one_reading import is_tied
+from compressor.checkpoint.source import Source, assembled, is_cache_scale
+from compressor.errors import InputError
+from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.layout import Linear, UnitLayout, is_weight
+from compressor.ir.scheme import Scheme
+from compressor.ir.tensor import TensorShape
+from compressor.ir.unit import Unit
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Target(Protocol):
+    """A checkpoint that can be written unit by unit."""
+
+    @property
+    def units(self) -> Sequence[UnitLayout]:
+        """Those units of the source that are written, in order."""
+        ...
+
+    @property
+    def container(self) -> Container:
+        """The files that tensors lie in."""
+        ...
+
+    def shapes(self, unit: UnitLayout) -> dict[str, TensorShape]:
+        """The tensors of a unit on disk, under the names that they have there, in order."""
+        ...
+
+    def encode(self, unit: Unit) -> dict[str, Tensor]:
+        """Those tensors. Raises InputError where a value has no form."""
+        ...
+
+    def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+        """The unit that written tensors stand for."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        ...
+
+    def files(self) -> dict[str, Any]:
+        """Other JSON files, by name."""
+        ...
+
+
+def lay_out(target: Target) -> ShardLayout:
+    """The files of a target; the tensors of one module lie in one file. Raises InputError."""
+    modules = [_by_module(target.shapes(unit)) for unit in target.units]
+    return target.container.lay_out([group for unit in modules for group in unit.values()])
+
+
+def _by_module(shapes: Mapping[str, TensorShape]) -> dict[str, dict[str, TensorShape]]:
+    modules: dict[str, dict[str, TensorShape]] = {}
+    for name, spec in shapes.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = spec
+    return modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTarget:
+    """A model in one format.
+
+    schemes  what each linear and the cache become
+    dtype    of the written model;  recast  whether floats that the source has in another get it too
+    untied   a head that shares the embedding's weight gets its own
+    scales   path of an attention module → how many static scales of its keys are stored, and of
+             its values
+    added    name of a unit → tensors that it has beside the source's
+    entries  what config.json says beside the source's, the dtype and the quantization
+    """
+
+    source: Source
+    format: Format
+    schemes: ModelSchemes
+    dtype: torch.dtype
+    container: Container
+    recast: bool = False
+    untied: bool = False
+    scales: Mapping[str, int] = field(default_factory=dict)
+    added: Mapping[str, Mapping[str, TensorShape]] = field(default_factory=dict)
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def units(self) -> Sequence[UnitLayout]:
+        """All of the source's."""
+        return self.source.layout.units
+
+    def shapes(self, unit: UnitLayout) -> dict[str, TensorShape]:
+        """What is coded in the place of its weight; then what is added, and scales of the cache."""
+        entries = self.source.checkpoint.entries
+        by_weight = {linear.weight_name: linear for linear in unit.linears}
+        names = list(unit.tensors)
+        if unit.kind == "head" and self.untied and self.source.layout.tied is not None:
+            names += by_weight
+        found: dict[str, TensorShape] = {}
+        for name in names:
+            linear = by_weight.get(name)
+            if linear is not None and self.schemes.linears[linear.name].weight is not None:
+                found |= {f"{linear.name}.{n}": spec for n, spec in self._leaves(linear).items()}
+            elif name in unit.others:
+                found[name] = entries[name].spec
+            else:
+                shape = entries[name].spec.shape if linear is None else linear.shape
+                found[name] = TensorShape(self.float_dtype(name), shape)
+        for stack in self._stacked(unit):
+            # Runtimes look up packed experts one by one, and floats in the stack they came in.
+            state = {
+                name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                for name, spec in found.items()
+            }
+            parts, built = self.source.arch.runtime.restacked(unit, stack, state)
+            found = {name: spec for name, spec in found.items() if name not in parts}
+            found |= _specs(built)
+        found |= self.added.get(unit.name, {})
+        for path in (mixer.path for mixer in unit.mixers if mixer.path in self.scales):
+            scale = torch.empty(self.scales[path], device="meta")
+            found |= _specs(self._kv_tensors(path, scale, scale))
+        for name in self.source.added.get(unit.name, ()):
+            # Scales of a quantized cache belong to the config that declared it, which is not kept.
+            if not is_cache_scale(name):
+                found.setdefault(name, entries[name].spec)
+        return found
+
+    def encode(self, unit: Unit) -> dict[str, Tensor]:
+        """Raises InputError where a float tensor leaves the range of its dtype on disk."""
+        shapes = self.shapes(unit.layout)
+        outputs: dict[str, Tensor] = {}
+        for linear in unit.layout.linears:
+            scheme = self.schemes.linears[linear.name]
+            if scheme.weight is not None:
+                q = unit.quantized[linear.name]
+                assert q.spec == scheme.weight, f"{linear.name}: not {scheme.weight}, but {q.spec}"
+                local = self.format.encode(
+                    q,
+                    model_dtype=self.dtype,
+                    input=scheme.input,
+                    input_scale=unit.input_scales.get(linear.name),
+                )
+                outputs |= {f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()}
+        for path, (keys, values) in unit.kv_scales.items():
+            outputs |= self._kv_tensors(path, keys, values)
+        floats = {**unit.tensors, **unit.extra}
+        for stack in self._stacked(unit.layout):
+            floats |= self.source.arch.runtime.restacked(unit.layout, stack, unit.tensors)[1]
+        narrow = {}
+        for name, spec in shapes.items():
+            if name not in outputs:
+                outputs[name] = floats[name].to(spec.dtype)
+                if spec.dtype == torch.float16:
+                    narrow[name] = torch.isfinite(outputs[name]).all()
+        lost = [name for name, good in narrow.items() if not bool(good)]
+        if lost:
+            raise InputError(
+                f"{lost[0]} holds values beyond the range of float16",
+                hint="write bfloat16 (dtype: bfloat16), or use a format that stores it",
+            )
+        return {name: outputs[name] for name in shapes}
+
+    def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+        """The inverse of `encode`."""
+        return assembled(unit, tensors, self.format, self.schemes, self._leaves)
+
+    def config(self) -> dict[str, Any]:
+        """The source's, with what is true of the written files."""
+        config = {k: v for k, v in self.source.checkpoint.config.items() if k != "torch_dtype"}
+        config.pop("quantization_config", None)
+        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        stored = self.source.layout.tied is None or self.untied
+        if is_tied(config, self.source.arch) == stored:
+            config["tie_word_embeddings"] = not stored
+        kept = {path: Scheme() for path in self._kept()}
+        schemes = replace(self.schemes, linears={**self.schemes.linears, **kept})
+        if entry := self.format.config(schemes):
+            config["quantization_config"] = entry
+        return {**config, **self.entries}
+
+    def files(self) -> dict[str, Any]:
+        """What the format's readers want."""
+        return self.format.files(self.schemes)
+
+    def float_dtype(self, name: str) -> torch.dtype:
+        """Dtype on disk of a float tensor of the source."""
+        entry = self.source.checkpoint.entries.get(name)
+        kept = not self.recast and self.dtype == self.source.checkpoint.dtype
+        if kept and entry is not None and entry.spec.dtype in FLOATS:
+            return entry.spec.dtype
+        return self.dtype
+
+    def about(self) -> dict[str, Any]:
+        """What decides the written bytes beside source, recipe and versions."""
+        return {}
+
+    def base_shapes(self, unit: UnitLayout) -> dict[str, TensorShape]:
+        """Weights of another model that the written ones are differences to, by their names."""
+        return {}
+
+    def base_weights(self, unit: UnitLayout) -> dict[str, Tensor]:
+        """Those weights, on the CPU."""
+        return {}
+
+    def describe(self, linear: str) -> str:
+        """What is written of a linear, in a few words."""
+        scheme = self.schemes.linears[linear]
+        spec = scheme.weight
+        if spec is None:
+            return "unchanged"
+        shared = {
+            "tensor": "per tensor",
+            "channel": "per channel",
+            "group": f"group {spec.group_size}",
+            "block": f"block {spec.block}",
+        }[spec.strategy]
+        kind = f"int{spec.bits}" if spec.element == "int" else spec.element
+        text = f"{kind} {shared} {'symmetric' if spec.symmetric else 'asymmetric'}"
+        if scheme.input is not None:
+            text += f", inputs {scheme.input.element} per {scheme.input.mode}"
+        return text
+
+    def _leaves(self, linear: Linear) -> dict[str, TensorShape]:
+        scheme = self.schemes.linears[linear.name]
+        assert scheme.weight is not None
+        return self.format.layout(
+            scheme.weight, linear.shape, model_dtype=self.dtype, input=scheme.input
+        )
+
+    def _stacked(self, unit: UnitLayout) -> list[str]:
+        """Stacks of experts that stay as they are."""
+        return [
+            stack
+            for stack, linears in unit.stacks.items()
+            if all(self.schemes.linears[linear.name].weight is None for linear in linears)
+        ]
+
+    def _kv_tensors(self, path: str, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        assert self.schemes.kv is not None, f"{path}: scales of a cache that nothing quantizes"
+        return self.format.kv_tensors(
+            self.schemes.kv, path, k_scale=keys, v_scale=values, model_dtype=self.dtype
+        )
+
+    def _kept(self) -> Iterator[str]:
+        """Linears that no scheme is of and that loaders see: those that are carried over, and plain
+        ones under the names that they have in memory."""
+        arch, entries = self.source.arch, self.source.checkpoint.entries
+        carried = [
+            name.rpartition(".")[0]
+            for name in self.source.layout.carried
+            if is_weight(name) and len(entries[name].spec.shape) == 2
+        ]
+        yield from carried
+        for path in (*carried, *self.schemes.plain):
+            for other, ours in arch.prefixes.items():
+                if path.startswith(ours):
+                    yield other + path.removeprefix(ours)
+            if path in arch.runtime.outside:
+                yield arch.runtime.outside[path]
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorShape]:
+    return {name: TensorShape(t.dtype, tuple(t.shape)) for name, t in tensors.items()}

@@ -1,0 +1,92 @@
+"""Shards: every byte at a position known beforehand, and units that count by their records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compressor.checkpoint.container import Safetensors
+from compressor.checkpoint.shards import ShardWriter
+from compressor.errors import InputError
+from compressor.ir.tensor import TensorShape
+
+UNITS: list[dict[str, Tensor]] = [
+    {"a.weight": torch.arange(12.0).reshape(3, 4), "a.bias": torch.ones(3, dtype=torch.bfloat16)},
+    {"b.weight": torch.arange(24, dtype=torch.int32).reshape(2, 12)},
+    {"c.scale": torch.tensor(0.5), "c.none": torch.zeros(0, 4)},
+]
+SHAPES = [{n: TensorShape(t.dtype, tuple(t.shape)) for n, t in unit.items()} for unit in UNITS]
+
+
+def writer(folder: Path, *, owner: str = "me") -> ShardWriter:
+    return ShardWriter(Safetensors(100).lay_out(SHAPES), folder, owner=owner)
+
+
+def fill(one: ShardWriter, *units: int) -> None:
+    for index in units:
+        one.commit(index, one.write(UNITS[index]), {"note": index})
+
+
+def test_units_written_in_any_order_are_what_others_read(tmp_path: Path) -> None:
+    one = writer(tmp_path)
+    assert [shard.file for shard in one.layout.shards] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert one.open() == []
+    fill(one, 2, 0, 1)
+    found = {
+        n: t for shard in one.layout.shards for n, t in load_file(one.shards / shard.file).items()
+    }
+    for unit in UNITS:
+        for name, tensor in unit.items():
+            assert torch.equal(found.pop(name), tensor)
+    assert not found
+    for shard in one.layout.shards:
+        assert (one.shards / shard.file).stat().st_size == shard.size
+
+
+def test_a_group_larger_than_a_shard_is_refused() -> None:
+    with pytest.raises(InputError, match=r"b.weight and its siblings take 96 bytes"):
+        Safetensors(95).lay_out(SHAPES)
+
+
+def test_what_is_not_as_its_record_says_is_done_again(tmp_path: Path) -> None:
+    fill_first = writer(tmp_path)
+    fill_first.open()
+    fill(fill_first, 0, 1)
+    shard = fill_first.layout.home["b.weight"]
+    with (fill_first.shards / shard.file).open("r+b") as handle:
+        handle.write(b"\xff" * 4)  # a header, which is simply laid again
+        handle.seek(shard.offsets["b.weight"])
+        handle.write(b"\xff")
+    again = writer(tmp_path)
+    assert again.open() == ["00001.json"]
+    assert again.record(0) is not None and again.record(1) is None
+    fill(again, 1, 2)
+    undisturbed = writer(tmp_path / "other")
+    undisturbed.open()
+    fill(undisturbed, 0, 1, 2)
+    assert again.tensor_hashes() == undisturbed.tensor_hashes()
+    for shard in again.layout.shards:
+        assert again.file_hash(shard.file) == undisturbed.file_hash(shard.file)
+
+
+def test_records_of_another_run_are_not_seen(tmp_path: Path) -> None:
+    theirs = writer(tmp_path, owner="them")
+    theirs.open()
+    fill(theirs, 0)
+    ours = writer(tmp_path)
+    ours.open()
+    assert ours.record(0) is None
+
+
+def test_a_tensor_that_was_not_planned_so_is_a_bug(tmp_path: Path) -> None:
+    one = writer(tmp_path)
+    one.open()
+    with pytest.raises(AssertionError, match=r"a.weight: planned"):
+        one.write({"a.weight": UNITS[0]["a.weight"].half()})

@@ -1,0 +1,57 @@
+"""The output folder while a run owns it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compressor.checkpoint.workspace import WORK_NAME, claim, lacking_room, owned, require_same
+from compressor.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with owned(tmp_path / "out", manifest=MANIFEST) as work:
+        assert work == tmp_path / "out" / WORK_NAME
+        with (
+            pytest.raises(InputError, match="another run is writing"),
+            owned(tmp_path / "out", manifest=MANIFEST),
+        ):
+            pass
+    with owned(tmp_path / "out", manifest=MANIFEST):
+        pass
+
+
+def test_what_no_run_of_ours_wrote_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    for name, why in (("file", "is a file"), ("full", "holds no run of this program")):
+        with pytest.raises(InputError, match=why), owned(tmp_path / name, manifest=MANIFEST):
+            pass
+    (tmp_path / "full" / MANIFEST).write_text("{}")
+    with owned(tmp_path / "full", manifest=MANIFEST):
+        pass
+
+
+def test_another_run_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
+    claim(tmp_path / "work", {"recipe": {"bits": 4}, "seed": 0})
+    claim(tmp_path / "work", {"recipe": {"bits": 4}, "seed": 0})
+    with pytest.raises(InputError, match=r"recipe\.bits: 4, now 3") as caught:
+        claim(tmp_path / "work", {"recipe": {"bits": 3}, "seed": 0})
+    assert "seed" not in caught.value.message
+
+
+def test_what_is_known_later_does_not_differ() -> None:
+    before = {"source": {"name": "m", "content": "abc"}}
+    require_same(before, {"source": {"name": "m"}}, where=Path(), known_later=("source.content",))
+    with pytest.raises(InputError, match=r"source\.content"):
+        require_same(before, {"source": {"name": "m"}}, where=Path())
+
+
+def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
+    assert lacking_room(tmp_path / "not" / "there", 1000) is None
+    refused = lacking_room(tmp_path / "not" / "there", 1 << 60)
+    assert refused is not None and str(tmp_path) in refused.message
