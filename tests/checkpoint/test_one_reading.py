@@ -71,7 +71,7 @@ def plan_config(folder: Path, tmp_path: Path, **recipe: Any) -> dict[str, Any]:
     """config.json as a run would write it."""
     given = {"passes": [{"rtn": {"bits": 8, "group_size": 32}}], **recipe}
     made = make_recipe({"model": str(folder), "output": str(tmp_path / "o"), **given})
-    return make_plan(made, open_source(folder)).config
+    return make_plan(made, open_source(folder)).target.config()
 
 
 def test_a_new_file_beside_an_old_index_is_refused_with_both_names(copy):

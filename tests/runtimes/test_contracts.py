@@ -129,7 +129,7 @@ def test_a_tied_head_under_modelopt_is_a_named_hole(
     assert "untie: true" in (caught.value.problems[0].hint or "")
     assert plan("vllm@0.24", format="modelopt-fp8", untie=True)
     assert plan("vllm@0.33", format="modelopt-fp8")
-    assert plan("vllm@0.24").format.name == "compressed-tensors"
+    assert plan("vllm@0.24").target.format.name == "compressed-tensors"
 
 
 def test_experts_are_named_where_a_runtime_wants_that(planned: Callable[..., Plan]) -> None:
