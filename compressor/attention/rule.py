@@ -124,6 +124,9 @@ class Rule(Value):
         """The mask: which keys the queries of a call see, none of them after the query itself."""
         raise NotImplementedError
 
+    def watch(self, call: RuleCall) -> None:
+        """Learn for `call.memory` from tokens that are being verified, whatever attends then."""
+
     def acts(self, length: int) -> bool:
         """Whether it does anything in a text of `length` tokens."""
         return True

@@ -73,13 +73,13 @@ class Runtime:
         self.kernels = kernels
         self._ahead = Ahead(policy, tensors or {})
         self._groups = [layer.groups(policy.kv_heads) for layer in policy.layers]
-        self._drafting = False
+        self._drafting = self._verifying = False
         self.modules = _attention_modules(model)
         _check(model, policy, len(self.modules))
         self.rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
         if policy.positions == "slot" and self.rotary is None:
             raise InputError("slot positions need a rotary embedding, which this model has not")
-        self._model = model
+        self.model = model
         names = inspect.signature(model.forward).parameters
         self._keyword = "cache" if "cache" in names else "past_key_values"
         self._usual = model.config._attn_implementation
@@ -108,7 +108,7 @@ class Runtime:
             hook.remove()
         for module in self.modules:
             _RUNTIMES.pop(module, None)
-        self._model.set_attn_implementation(self._usual)
+        self.model.set_attn_implementation(self._usual)
 
     def _before(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,6 +141,15 @@ class Runtime:
             yield
         finally:
             self._drafting = False
+
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        """For the length of a `with`, tokens that were proposed are run: rules learn from them."""
+        self._verifying = True
+        try:
+            yield
+        finally:
+            self._verifying = False
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, own: OwnAttention
@@ -179,6 +188,9 @@ class Runtime:
         }
         for rule in group.rules:
             step = replace(step, keys=rule.own_keys(step.keys, told.get(rule.kind)))
+            if self._verifying:
+                at = step.on_device()
+                rule.watch(RuleCall(query, step.keys, at, own.scaling, memory=step.memory))
         acting = self._acting(group, query)
         if acting is None or not acting.acts(step.keys.shape[2]):
             return full(query, step.keys, step.values, own)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compressor.attention.policy import AttentionPolicy, Group
 from compressor.attention.rule import Held
+from compressor.errors import InputError
 
 
 class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -64,6 +65,19 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
             return step
         at = index.to(step.keys.device)
         return Held(step.keys[:, :, at], step.values[:, :, at], positions[index], step.memory)
+
+    def crop(self, length: int) -> None:
+        """Take back the tokens after the first `length`. Raises InputError where heads have already
+        forgotten what a shorter text would still see."""
+        if length >= self.seen:
+            return
+        if any(held.positions is not None for held in self.held):
+            raise InputError("heads that forget keys cannot take tokens back")
+        self.held = [
+            replace(held, keys=held.keys[:, :, :length], values=held.values[:, :, :length])
+            for held in self.held
+        ]
+        self.seen = length
 
     def take(self) -> list[Held]:
         """What the current step's queries may look at, by group of heads, once."""
@@ -138,6 +152,11 @@ class PolicyCache(Cache):  # type: ignore[misc]
         super().__init__(
             layers=[HeadLayer(layer.groups(policy.kv_heads)) for layer in policy.layers]
         )
+
+    def crop(self, length: int) -> None:
+        """Take back the tokens after the first `length`."""
+        for layer in self.layers:
+            layer.crop(length)
 
     @property
     def nbytes(self) -> int:
