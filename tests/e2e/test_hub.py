@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.elsewhere import Elsewhere, compress
+
 
 @pytest.fixture(scope="module")
 def folder(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,22 +98,18 @@ def test_a_repository_in_the_cache_is_used_without_a_network(folder: Path, tmp_p
     (cache / "refs" / "main").write_text(commit)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{model: me/small, output: out, passes: [{awq: {bits: 4, group_size: 32}}]}")
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-
-    def compress(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "compressor", *arguments]
-        options: Any = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path}
-        return subprocess.run(command, timeout=300, **options)
-
-    for name in ("me/small", f"me/small@{commit}"):
-        planned = compress("plan", str(recipe), "--model", name)
-        assert planned.returncode == 0, planned.stderr
-    ran = compress("run", str(recipe), "--set", "calibration.samples=2", "--set", "verify=false")
-    assert ran.returncode == 0, ran.stderr
-    about = json.loads((tmp_path / "out" / "manifest.json").read_text())["about"]
-    assert about["source"]["revision"] == commit
-    missing = compress("inspect", "me/other")
-    assert missing.returncode == 2 and "not whole in the Hub's cache" in missing.stderr
-    (cache / "snapshots" / commit / "model.safetensors").unlink()
-    cut = compress("plan", str(recipe))
-    assert cut.returncode == 2 and "hf download me/small" in cut.stderr
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    with Elsewhere(folder=tmp_path, **offline) as elsewhere:
+        for name in ("me/small", f"me/small@{commit}"):
+            planned = elsewhere(compress, "plan", str(recipe), "--model", name)
+            assert planned["code"] == 0, planned
+        changes = ("--set", "calibration.samples=2", "--set", "verify=false")
+        ran = elsewhere(compress, "run", str(recipe), *changes)
+        assert ran["code"] == 0, ran
+        about = json.loads((tmp_path / "out" / "manifest.json").read_text())["about"]
+        assert about["source"]["revision"] == commit
+        missing = elsewhere(compress, "inspect", "me/other")
+        assert missing["code"] == 2 and "not whole in the Hub's cache" in missing["errors"]
+        (cache / "snapshots" / commit / "model.safetensors").unlink()
+        cut = elsewhere(compress, "plan", str(recipe))
+        assert cut["code"] == 2 and "hf download me/small" in cut["errors"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import yaml
 from compressor.errors import InputError, Interrupted
 from compressor.plan.recipe import load_recipe, make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from tests.support.dying import die_at_steps
+from tests.support.elsewhere import Elsewhere
+from tests.support.killing import kill_at_random
 
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
 TEXT = "A few words, again and again, which take no time to read. " * 40
 CPU = choose_device("cpu")
 PASSES: dict[str, list[Any]] = {
@@ -51,18 +52,11 @@ def write_recipe(folder: Path, model: Path, propagate: str, **top: Any) -> Path:
     return path
 
 
-def drive(script: str, *arguments: str, timeout: float = 600) -> dict[str, Any]:
-    """Run a driver in a process of its own; the JSON of its last line."""
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    story: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return story
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Elsewhere]:
+    """A process that may be forked: a test's has threads of pytest's."""
+    with Elsewhere() as found:
+        yield found
 
 
 def assert_same_files(one: Path, two: Path) -> None:
@@ -72,10 +66,12 @@ def assert_same_files(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
-def killed_at_random(folder: Path, model: Path, propagate: str, *, seed: int, **top: Any) -> int:
+def killed_at_random(
+    elsewhere: Elsewhere, folder: Path, model: Path, propagate: str, *, seed: int, **top: Any
+) -> int:
     recipe = write_recipe(folder, model, propagate, **top)
     output = folder / "out"
-    story = drive("killing.py", str(recipe), str(output), str(seed))
+    story = elsewhere(kill_at_random, str(recipe), str(output), seed)
     whole = folder / "out-whole"
     assert sum(path.suffix == ".safetensors" for path in whole.iterdir()) > 1
     assert_same_files(whole, output)
@@ -84,37 +80,42 @@ def killed_at_random(folder: Path, model: Path, propagate: str, *, seed: int, **
 
 @pytest.mark.parametrize("propagate", ["quantized", "original"])
 def test_killed_runs_continue_to_the_same_bytes(
-    propagate: str, tiny_model: Callable[..., Path], tmp_path: Path
+    propagate: str, elsewhere: Elsewhere, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=8)
-    assert killed_at_random(tmp_path, model, propagate, seed=7) >= 3
+    assert killed_at_random(elsewhere, tmp_path, model, propagate, seed=7) >= 3
 
 
 def test_killed_runs_with_two_streams_continue_to_the_same_bytes(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    elsewhere: Elsewhere, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=6)
     passes = [{"gptq": BESIDE}]
-    assert killed_at_random(tmp_path, model, "quantized", seed=3, passes=passes) >= 2
+    assert killed_at_random(elsewhere, tmp_path, model, "quantized", seed=3, passes=passes) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
-def test_killed_many_times(seed: int, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_killed_many_times(
+    seed: int, elsewhere: Elsewhere, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     model = tiny_model("llama", num_hidden_layers=8)
-    assert killed_at_random(tmp_path, model, ["quantized", "original"][seed % 2], seed=seed) >= 2
+    assert (
+        killed_at_random(elsewhere, tmp_path, model, ["quantized", "original"][seed % 2], seed=seed)
+        >= 2
+    )
 
 
 @pytest.mark.parametrize(
     "stride", [11, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every"]
 )
 def test_dying_between_any_two_durable_steps(
-    stride: int, tiny_model: Callable[..., Path], tmp_path: Path
+    stride: int, elsewhere: Elsewhere, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Every rename, sync and write is a place to die: the last renames of a run among them."""
     model = tiny_model("llama", num_hidden_layers=2)
     recipe = write_recipe(tmp_path, model, "quantized")
-    story = drive("dying.py", str(recipe), str(tmp_path / "out"), "1", str(stride), timeout=1800)
+    story = elsewhere(die_at_steps, str(recipe), str(tmp_path / "out"), 1, stride)
     assert story["steps"] > 60
     assert len(story["died"]) >= 0.8 * story["steps"] / stride
 
@@ -123,7 +124,7 @@ def test_dying_between_any_two_durable_steps(
     "stride", [23, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every"]
 )
 def test_dying_while_forecasts_are_trained(
-    stride: int, tiny_model: Callable[..., Path], tmp_path: Path
+    stride: int, elsewhere: Elsewhere, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Buffers of hidden states, what is trained, and how far the sweep came: a death between any
     two of their writes leaves nothing that the same command would not mend."""
@@ -131,7 +132,7 @@ def test_dying_while_forecasts_are_trained(
     recipe = write_recipe(
         tmp_path, model, "quantized", passes=[{"sparda": FORECASTS}], format="dense", verify=False
     )
-    story = drive("dying.py", str(recipe), str(tmp_path / "out"), "2", str(stride), timeout=1800)
+    story = elsewhere(die_at_steps, str(recipe), str(tmp_path / "out"), 2, stride)
     assert story["steps"] > 100
     assert len(story["died"]) >= 0.8 * story["steps"] / stride
 

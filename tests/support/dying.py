@@ -1,15 +1,12 @@
 """Runs a recipe in children that die at their n-th durable step, for n from a first one in strides.
 
-    python dying.py RECIPE OUTPUT FIRST STRIDE
-
 A durable step is what a crash can fall between: a rename, a sync, a positioned write, a folder's
 removal. For each n one child dies there without any clean-up, and a second one is given the same
-command. Prints one JSON line: the steps of a whole run, and at which ones children died.
+command.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -78,10 +75,10 @@ def contents(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def main() -> None:
+def die_at_steps(recipe_path: str, output: str, first: int, stride: int) -> dict[str, Any]:
+    """The steps of a whole run, and at which ones children died."""
     torch.set_num_threads(1)
-    recipe, output = Path(sys.argv[1]), sys.argv[2]
-    first, stride = int(sys.argv[3]), int(sys.argv[4])
+    recipe = Path(recipe_path)
     # Here and not in a child, so that the children find everything imported.
     steps = whole_run(recipe, output)
     whole = contents(output)
@@ -99,8 +96,4 @@ def main() -> None:
         assert run(recipe, again, 0) == 0, limit
         assert contents(again) == whole, limit
         shutil.rmtree(again)
-    print(json.dumps({"steps": steps, "died": died}))
-
-
-if __name__ == "__main__":
-    main()
+    return {"steps": steps, "died": died}

@@ -1,20 +1,17 @@
 """Runs a recipe in child processes and kills them at random moments until one finishes.
 
-    python killing.py RECIPE OUTPUT SEED
-
-The parent runs the recipe once and forks, so a child costs milliseconds to start. Prints one line:
-how many children were killed, and after how many committed units.
+The parent runs the recipe once and forks, so a child costs milliseconds to start.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +37,9 @@ def start(recipe: Path, output: str) -> int:
     return pid
 
 
-def main() -> None:
-    recipe, output, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def kill_at_random(recipe_path: str, output: str, seed: int) -> dict[str, Any]:
+    """How many children were killed, and after how many committed units."""
+    recipe = Path(recipe_path)
     rng = random.Random(seed)
     # Here and not in a child, so that the children find everything imported.
     child(recipe, f"{output}-whole")
@@ -61,8 +59,4 @@ def main() -> None:
             break
         kills += 1
         committed.append(len(list((Path(output) / ".compress-work" / "units").glob("*.json"))))
-    print(json.dumps({"kills": kills, "committed": committed}))
-
-
-if __name__ == "__main__":
-    main()
+    return {"kills": kills, "committed": committed}
