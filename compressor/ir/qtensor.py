@@ -53,19 +53,6 @@ class QuantSpec:
         """Whether scales are powers of two (MXFP4, MXFP8)."""
         return self.scale_dtype == torch.float8_e8m0fnu
 
-    @property
-    def bits_per_weight_hint(self) -> float:
-        """Bits per weight of codes and scales, for estimates; zero points counted at `bits`."""
-        share = {
-            "group": self.group_size or 0,
-            "block": (self.block or (0, 0))[0] * (self.block or (0, 0))[1],
-        }
-        n = share.get(self.strategy, 0)
-        overhead = (
-            (self.scale_dtype.itemsize * 8 + (0 if self.symmetric else self.bits)) / n if n else 0.0
-        )
-        return self.bits + overhead
-
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of `scales` for a weight [out, in]."""
         if self.strategy == "tensor":

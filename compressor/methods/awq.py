@@ -23,9 +23,9 @@ from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
+from compressor.methods.common.integers import int_spec
 from compressor.methods.common.rounding import enter_of, quantizer_of
 from compressor.methods.common.shapes import undivided
-from compressor.methods.rtn import int_spec
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
     ScaleResult,

@@ -30,7 +30,6 @@ from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.methods.common.context import (
-    FrozenModel,
     LearnContext,
     LearnResult,
     PassContext,
@@ -38,6 +37,7 @@ from compressor.methods.common.context import (
     PlanContext,
 )
 from compressor.methods.common.learned import Learned
+from compressor.runner.source_model import SourceModel
 
 L = TypeVar("L", bound=Learned)
 
@@ -183,7 +183,7 @@ class ModelPass(Method, Generic[L]):
         return Effects(works_on="none")
 
     @abstractmethod
-    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[L]:
+    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[L]:
         """Learn. What is costly is kept in `context.scratch`, so that a killed run continues."""
 
     def policy(self, layout: ModelLayout, learned: L | None) -> AttentionPolicy | None:

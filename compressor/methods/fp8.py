@@ -19,9 +19,8 @@ from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.common.rounding import round_to_nearest
 from compressor.methods.common.shapes import unblocked
-from compressor.methods.rtn import weight_row
 
 BLOCK = 128
 
@@ -59,16 +58,7 @@ class Fp8(Pass):
         return unblocked(context.selected, size, hint="; scales: dynamic would do")
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        linears = context.coded
-        unit = with_input_scales(unit, linears, context)
-        weights = [unit.weight(linear) for linear in linears]
-        rows = []
-        for linear, weight, q in zip(
-            linears, weights, quantize_all(context, linears, weights), strict=True
-        ):
-            rows.append(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))
-            unit = unit.with_quantized(linear, q)
-        return PassResult(unit, rows)
+        return round_to_nearest(unit, context)
 
 
 PASS = Fp8

@@ -23,15 +23,15 @@ from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.rounding import quantize_all, with_input_scales
-from compressor.methods.common.second_order import GptqOptions, lowest_code, round_unit
-from compressor.methods.common.shapes import undivided
-from compressor.methods.rtn import (
+from compressor.methods.common.integers import (
     by_channel_beside_inputs,
     input_spec,
     int_spec,
     narrow_beside_inputs,
 )
+from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.common.second_order import GptqOptions, lowest_code, round_unit
+from compressor.methods.common.shapes import undivided
 from compressor.numerics.grid_search import search_grid
 from compressor.numerics.nvfp4 import BLOCK, Rule
 

@@ -14,9 +14,8 @@ from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.rounding import quantize_all
+from compressor.methods.common.rounding import round_to_nearest
 from compressor.methods.common.shapes import unblocked
-from compressor.methods.rtn import weight_row
 from compressor.numerics.mx import BLOCK, Rule
 
 
@@ -49,15 +48,7 @@ class Mxfp4(Pass):
         return unblocked(context.selected, BLOCK)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        linears = context.coded
-        weights = [unit.weight(linear) for linear in linears]
-        rows = []
-        for linear, weight, q in zip(
-            linears, weights, quantize_all(context, linears, weights), strict=True
-        ):
-            rows.append(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))
-            unit = unit.with_quantized(linear, q)
-        return PassResult(unit, rows)
+        return round_to_nearest(unit, context)
 
 
 PASS = Mxfp4

@@ -8,10 +8,11 @@ instead where a block's scale is subnormal, and turns its largest value into zer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
+from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import NVFP4, QTensor
@@ -19,9 +20,8 @@ from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.rounding import quantize_all, with_input_scales
+from compressor.methods.common.rounding import round_to_nearest
 from compressor.methods.common.shapes import unblocked
-from compressor.methods.rtn import weight_row
 from compressor.numerics.nvfp4 import BLOCK, Rule
 
 INPUTS = {
@@ -65,26 +65,15 @@ class Nvfp4(Pass):
         return unblocked(context.selected, BLOCK, what="blocks")
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        linears = context.coded
-        unit = with_input_scales(unit, linears, context)
-        weights = [unit.weight(linear) for linear in linears]
-        rows = []
-        for linear, weight, q in zip(
-            linears, weights, quantize_all(context, linears, weights), strict=True
-        ):
-            row = dict(weight_row(linear, weight, q, stats=context.stats.get(linear.site)))
-            if saturated := _saturated(weight, q):
-                row["note"] = f"{saturated} values saturate at 6 (their scale is subnormal)"
-            rows.append(row)
-            unit = unit.with_quantized(linear, q)
-        return PassResult(unit, rows)
+        return round_to_nearest(unit, context, note=_saturated)
 
 
-def _saturated(weight: Any, q: QTensor) -> int:
-    """Values that would round beyond 6 on their scale: those the published code loses."""
+def _saturated(weight: Tensor, q: QTensor) -> str | None:
+    """How many values would round beyond 6 on their scale: those the published code loses."""
     scales = q.scales.float().repeat_interleave(BLOCK, dim=1)
     scales = scales if q.second is None else scales * q.second
-    return int((weight.float().abs() >= 7 * scales).logical_and(scales > 0).sum())
+    count = int((weight.float().abs() >= 7 * scales).logical_and(scales > 0).sum())
+    return f"{count} values saturate at 6 (their scale is subnormal)" if count else None
 
 
 PASS = Nvfp4

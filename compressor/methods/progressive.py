@@ -22,9 +22,9 @@ from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
+from compressor.methods.common.rounding import weight_row
 from compressor.methods.common.second_order import GptqOptions, round_unit
 from compressor.methods.common.shapes import undivided
-from compressor.methods.rtn import weight_row
 from compressor.numerics import quantize
 from compressor.numerics.range_search import search_ranges
 

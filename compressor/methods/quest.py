@@ -20,8 +20,9 @@ from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import Cost, ModelPass
 from compressor.methods.common.chosen_blocks import reads
-from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
+from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.learned import Learned
+from compressor.runner.source_model import SourceModel
 
 
 class Quest(ModelPass[Learned]):
@@ -79,7 +80,7 @@ class Quest(ModelPass[Learned]):
         whole = f"; {dense} of {layers} layers read all" if dense else ""
         return Cost(notes=(reads(self.block_choice) + whole,))
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Learned]:
+    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Learned]:
         return LearnResult(Learned())
 
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:

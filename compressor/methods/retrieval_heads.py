@@ -21,13 +21,14 @@ from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import ModelPass, Needs
-from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
+from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.copy_scores import CopyScores, copy_scores, of_kv_heads
 from compressor.methods.common.head_plots import heat_map
 from compressor.methods.common.learned import Learned
 from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
 from compressor.methods.common.streaming_heads import undescribed
 from compressor.numerics.head_gates import keep_full
+from compressor.runner.source_model import SourceModel
 
 SCORES_NAME = "retrieval_heads.json"
 
@@ -70,7 +71,7 @@ class RetrievalHeads(ModelPass[Scores]):
         yield from undescribed(context.layout, sinks=self.sinks, window=self.window)
         yield from too_long(self.data, context.layout)
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Scores]:
+    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Scores]:
         """Score all heads at every length."""
         haystack = haystack_of(context.ids)
         encode = model.tokenizer()

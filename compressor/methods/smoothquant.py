@@ -21,13 +21,8 @@ from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult
-from compressor.methods.common.rounding import (
-    enter_of,
-    quantize_all,
-    quantizer_of,
-    with_input_scales,
-)
-from compressor.methods.rtn import input_spec, int_spec, weight_row
+from compressor.methods.common.integers import input_spec, int_spec
+from compressor.methods.common.rounding import enter_of, quantizer_of, round_to_nearest
 from compressor.numerics.folding import fold
 from compressor.numerics.migration import (
     ALPHAS,
@@ -110,13 +105,10 @@ class Smoothquant(Pass):
             divided[site], exponents[site] = found.scales, found.ratio
         rows = {x.name: self._row(x, divided, exponents) for x in context.selected}
         if self.bits is not None:
-            linears = context.coded
-            weights = [unit.weight(x) for x in linears]
-            unit = with_input_scales(unit, linears, context, divided=divided)
-            quantized = quantize_all(context, linears, weights)
-            for linear, weight, q in zip(linears, weights, quantized, strict=True):
-                rows[linear.name] |= weight_row(linear, weight, q, stats=None)
-                unit = unit.with_quantized(linear, q)
+            made = round_to_nearest(unit, context, divided=divided)
+            unit = made.unit
+            for row in made.rows:
+                rows[row["linear"]] |= row
         return PassResult(unit, list(rows.values()))
 
     def _smooths(self, site_fold: Fold, unit: Unit, context: PassContext) -> bool:

@@ -165,7 +165,7 @@ def make_plan(
             shards=lay_out(target),
             notes=tuple(notes),
         )
-        assert target.config()
+        _ = target.config()  # raises what the format refuses
     except CompressError as error:
         raise Problems([error]) from error
     if output is not None:

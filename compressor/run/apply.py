@@ -97,4 +97,4 @@ def unit_seed(seed: int, unit: int, step: int) -> int:
 
 
 def _unseen(site: str, weights: Mapping[str, Any]) -> float:
-    raise AssertionError(f"{site} was not observed")
+    raise RuntimeError(f"{site} was not observed")

@@ -10,7 +10,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,13 +32,11 @@ class Observation:
     """What running a block over its calibration inputs gave.
 
     stats        site → statistics; expert sites are computed when they are asked for
-    expert_tokens  expert → how many tokens it saw
     kv           statistics of keys and values, where they were asked for
     """
 
     stats: Mapping[str, SiteStats]
     module_loss: Callable[[str, Mapping[str, Tensor]], float]
-    expert_tokens: dict[int, int] = field(default_factory=dict)
     kv: KVStats | None = None
 
 

@@ -66,13 +66,7 @@ class Observer:
             stats.all_reduce()
         sites = [site for site in self.needs if site not in self.stats]
         lazy = _LazyStats(ready=self.stats, experts=self.experts, sites=sites, needs=self.needs)
-        return Observation(
-            stats=lazy,
-            module_loss=self.module_loss,
-            expert_tokens={}
-            if self.experts is None
-            else self.experts.counts(self.block.unit.linears),
-        )
+        return Observation(stats=lazy, module_loss=self.module_loss)
 
     @torch.no_grad()
     def module_loss(self, site: str, weights: Mapping[str, Tensor]) -> float:
@@ -190,14 +184,6 @@ class _Experts:
         hidden = named["hidden_states"]
         self.hidden.append(hidden.reshape(-1, hidden.shape[-1]))
         self.chosen.append(named["top_k_index"].reshape(self.hidden[-1].shape[0], -1))
-
-    def counts(self, linears: Sequence[Linear]) -> dict[int, int]:
-        """Tokens routed to each expert."""
-        experts = {linear.expert for linear in linears if linear.expert is not None}
-        if not self.chosen:
-            return dict.fromkeys(experts, 0)
-        total = torch.bincount(torch.cat(self.chosen).reshape(-1), minlength=max(experts) + 1)
-        return {expert: int(total[expert]) for expert in sorted(experts)}
 
     @torch.no_grad()
     def down_inputs(self, expert: int) -> Iterator[Tensor]:

@@ -17,7 +17,10 @@ from compressor.runner.tokenizer import load_tokenizer
 
 
 class SourceModel:
-    """A source whose weights are never changed; `methods.base.FrozenModel` says what it offers."""
+    """The source as methods that learn see it; its weights are never changed.
+
+    runner  the BlockRunner that runs its blocks one at a time
+    """
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype) -> None:
         self.source = source

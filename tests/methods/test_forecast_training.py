@@ -105,7 +105,9 @@ def test_mean_queries_are_what_the_block_itself_asks(tmp_path, family):
     rows = shape.heads * shape.head_dim
     queries = mine @ tensors[f"{linear.name}.weight"][:rows].T
     want = queries.view(1, 5, 2, -1, shape.head_dim).mean(3).flatten(2)
-    torch.testing.assert_close(mine @ mean_queries(unit, tensors).T, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        mine @ mean_queries(unit, unit.attention, tensors).T, want, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_least_squares_is_that_of_all_pairs_at_once():
@@ -126,7 +128,9 @@ def test_forecasts_that_start_from_queries(model, tmp_path):
     )
     found = sweep(model, tmp_path / "scratch", still).run()
     blocks = model.layout.units[1:-1]
-    own = [mean_queries(unit, model.tensors(i + 1)) for i, unit in enumerate(blocks)]
+    own = [
+        mean_queries(unit, unit.attention, model.tensors(i + 1)) for i, unit in enumerate(blocks)
+    ]
     torch.testing.assert_close(found.current, own[0])
     runner = model._new_runner()
     runner.embed(model.tensors(0), ids()[:1])

@@ -26,8 +26,9 @@ from compressor.arch.load import RuntimeNames
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
 from compressor.ir.layout import UnitLayout, weight_name
-from compressor.methods.common.context import FrozenModel, LearnContext
+from compressor.methods.common.context import LearnContext
 from compressor.numerics.bitdelta import merge, sign_delta
+from compressor.runner.source_model import SourceModel
 
 OWN_LR = 0.03
 NORM_LR = 1e-4
@@ -64,7 +65,7 @@ class Trained:
 
 
 def distill(
-    model: FrozenModel, context: LearnContext, ids: Tensor, *, bits: int, settings: Settings
+    model: SourceModel, context: LearnContext, ids: Tensor, *, bits: int, settings: Settings
 ) -> Trained:
     """Train the scales of every linear for which the context has a weight of the base.
 
@@ -124,7 +125,7 @@ class Student:
 
     def __init__(
         self,
-        model: FrozenModel,
+        model: SourceModel,
         base: Callable[[int], Mapping[str, Tensor]],
         *,
         bits: int,

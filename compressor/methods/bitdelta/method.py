@@ -20,7 +20,6 @@ from compressor.ir.unit import Unit
 from compressor.methods.base import Cost, Effects, ModelPass, Needs
 from compressor.methods.bitdelta.distillation import Settings, distill
 from compressor.methods.common.context import (
-    FrozenModel,
     LearnContext,
     LearnResult,
     PassContext,
@@ -30,6 +29,7 @@ from compressor.methods.common.context import (
 from compressor.methods.common.learned import Learned
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta, fit_scales, sign_delta
 from compressor.numerics.gram import output_error
+from compressor.runner.source_model import SourceModel
 
 
 class Distilled(Learned):
@@ -89,7 +89,7 @@ class Bitdelta(ModelPass[Distilled]):
         tokens = self.batch * context.length
         return Cost(memory=4 * 4 * tokens * context.layout.sizes.vocabulary)
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Distilled]:
+    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Distilled]:
         """Scales by module path, trained on the logits."""
         if self.distill != "logits":
             return LearnResult(Distilled())

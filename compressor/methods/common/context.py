@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from compressor_calibration.stats import KVStats, SiteStats
@@ -105,34 +105,6 @@ class PassResult:
 
     unit: Unit
     rows: Sequence[Mapping[str, Any]] = ()
-
-
-class FrozenModel(Protocol):
-    """The source as a method that learns sees it; its weights are never changed."""
-
-    layout: ModelLayout
-    config: Mapping[str, Any]
-    device: torch.device
-    dtype: torch.dtype
-    runner: Any
-    """The BlockRunner that runs its blocks one at a time."""
-
-    def tokenizer(self) -> Any:
-        """The model's own tokenizer."""
-        ...
-
-    def read_unit(self, index: int) -> Unit:
-        """A unit's weights, on the CPU."""
-        ...
-
-    def tensors(self, index: int) -> dict[str, Tensor]:
-        """A unit's weights in float on the device, as the runner takes them."""
-        ...
-
-    def whole(self) -> Any:
-        """A transformers model with all weights on the device, in evaluation mode; none of its
-        parameters requires a gradient."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.methods.common.context import FrozenModel
 from compressor.methods.common.needles import Row
 from compressor.runner.attention_call import AttentionCall
+from compressor.runner.source_model import SourceModel
 
 ACCEPTED = 0.5
 """Share of an answer's tokens that a model must give for the answer to count, as the reference
@@ -56,7 +56,7 @@ def of_kv_heads(scores: Tensor, kv_heads: int) -> Tensor:
 
 
 def copy_scores(
-    model: FrozenModel,
+    model: SourceModel,
     rows: Sequence[Row],
     *,
     batch: int,
@@ -135,7 +135,7 @@ def _visible(call: AttentionCall, at: Tensor, keys: int) -> Tensor:
     return causal & (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2)
 
 
-def _answered(model: FrozenModel, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+def _answered(model: SourceModel, rows: Sequence[Row], hidden: Tensor) -> Tensor:
     """Whether the model gives most of each answer's tokens, bool [answers]."""
     tied = model.layout.tied
     head: Any = model.layout.head

@@ -7,15 +7,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from compressor_calibration.stats import SiteStats
 from torch import Tensor
 
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec
 from compressor.ir.unit import Unit
-from compressor.methods.common.context import PassContext
+from compressor.methods.common.context import PassContext, PassResult
 from compressor.numerics import fake_quantize, quantize, shared_options
 from compressor.numerics.activations import fake_quantize_activation, stored_scale
+from compressor.numerics.gram import output_error
 from compressor.numerics.migration import Quantizer
 
 
@@ -113,3 +115,47 @@ def with_input_scales(
         if linear.name in found:
             unit = unit.with_input_scale(linear, found[linear.name])
     return unit
+
+
+def round_to_nearest(
+    unit: Unit,
+    context: PassContext,
+    *,
+    divided: Mapping[str, Tensor] | None = None,
+    note: Callable[[Tensor, QTensor], str | None] = lambda weight, q: None,
+) -> PassResult:
+    """The unit with every linear that gets codes rounded, with scales of their inputs where they
+    are stored, and a row for each.
+
+    divided  as in `with_input_scales`
+    note     what a row says of a weight and its codes
+    """
+    linears = context.coded
+    unit = with_input_scales(unit, linears, context, divided=divided)
+    weights = [unit.weight(linear) for linear in linears]
+    rows = []
+    for linear, weight, q in zip(
+        linears, weights, quantize_all(context, linears, weights), strict=True
+    ):
+        stale = divided is not None and linear.site in divided
+        stats = None if stale else context.stats.get(linear.site)
+        row = weight_row(linear, weight, q, stats=stats)
+        said = note(weight, q)
+        rows.append(row if said is None else {**row, "note": said})
+        unit = unit.with_quantized(linear, q)
+    return PassResult(unit, rows)
+
+
+def weight_row(
+    linear: Linear, weight: Tensor, q: QTensor, *, stats: SiteStats | None
+) -> Mapping[str, Any]:
+    """A report row: the relative squared error of the output, or where the site's Gram matrix was
+    not collected, of the weight."""
+    known = stats is not None and stats.needs.gram and stats.tokens > 0
+    gram = stats.gram if stats is not None and known else None
+    return {
+        "linear": linear.name,
+        "bits": q.spec.bits,
+        "error": output_error(weight, q.dequantize(), gram),
+        "error_of": "output" if known else "weight",
+    }

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
-from compressor.methods.common.context import FrozenModel, LearnContext
+from compressor.methods.common.context import LearnContext
 from compressor.methods.common.needles import Needles, make_row
 from compressor.methods.duo_attention.two_stream import TwoStream
 from compressor.numerics.head_gates import distillation_loss, hoyer_square, schedule
+from compressor.runner.source_model import SourceModel
 
 STATE = "gates.safetensors"
 SAVE_EVERY = 20
@@ -50,7 +51,7 @@ class Trained:
 
 
 def train_gates(
-    model: FrozenModel,
+    model: SourceModel,
     context: LearnContext,
     *,
     start: Tensor,

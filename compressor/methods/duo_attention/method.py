@@ -22,7 +22,6 @@ from compressor.ir.layout import Linear, ModelLayout, Rows
 from compressor.ir.unit import Unit
 from compressor.methods.base import Cost, Effects, ModelPass, Needs
 from compressor.methods.common.context import (
-    FrozenModel,
     LearnContext,
     LearnResult,
     PassContext,
@@ -44,6 +43,7 @@ from compressor.numerics.head_gates import (
     reorder_rows,
     threshold_full,
 )
+from compressor.runner.source_model import SourceModel
 
 
 class Gates(Learned):
@@ -126,7 +126,7 @@ class DuoAttention(ModelPass[Gates]):
         kept = dtype.itemsize * tokens * (2 * hidden * len(blocks) + 10 * hidden + 8 * widest)
         return Cost(memory=kept + (1 + 2 * dtype.itemsize) * self.data.max_length**2)
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Gates]:
+    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Gates]:
         """Train the gates, and choose heads by them."""
         haystack = haystack_of(context.ids)
         encode = model.tokenizer()
@@ -156,7 +156,7 @@ class DuoAttention(ModelPass[Gates]):
         )
         return self._result(trained.gates, trained.losses)
 
-    def _scores(self, model: FrozenModel, context: LearnContext, haystack: list[int]) -> Tensor:
+    def _scores(self, model: SourceModel, context: LearnContext, haystack: list[int]) -> Tensor:
         draw = random.Random(f"{context.seed} scores")
         length = self.data.row_lengths[0]
         encode = model.tokenizer()

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.attention.masked import both_masks
 from compressor.attention.rules.streaming import token_mask
-from compressor.methods.common.context import FrozenModel
 from compressor.runner.attention_call import AttentionCall
+from compressor.runner.source_model import SourceModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class TwoStream:
     sinks, window  of the streaming heads, all alike
     """
 
-    def __init__(self, model: FrozenModel, *, sinks: int, window: int) -> None:
+    def __init__(self, model: SourceModel, *, sinks: int, window: int) -> None:
         self.model = model
         self.sinks = sinks
         self.window = window
@@ -70,7 +70,8 @@ class TwoStream:
 
     def run(self, ids: Tensor, gates: Tensor) -> GatedPair:
         """Both streams for rows of ids [rows, length]; gates [layers, kv_heads] in [0, 1]."""
-        assert self._norm is not None
+        if self._norm is None:
+            raise RuntimeError("the model runs while it is loaded")
         model = self.model
         full = model.runner.embed(self._embedding, ids, batch=ids.shape[0]).to(model.dtype)
         gated = full
@@ -80,10 +81,14 @@ class TwoStream:
                 with torch.no_grad():
                     self._mix.listen()
                     full = _first(layer(full, **arguments))
-                heard = self._mix.heard
-                assert heard is not None
                 gated = checkpoint(
-                    self._gated, layer, arguments, gated, gates[index], heard, use_reentrant=False
+                    self._gated,
+                    layer,
+                    arguments,
+                    gated,
+                    gates[index],
+                    self._mix.full,
+                    use_reentrant=False,
                 )
         return GatedPair(full=self._norm(full), gated=self._norm(gated))
 
@@ -121,27 +126,26 @@ class _Mix:
         self.sinks = sinks
         self.window = window
         self.gates: Tensor | None = None
-        self.heard: Tensor | None = None
+        self.full = torch.empty(0)
 
     def listen(self) -> None:
-        """Attend as the model does, and keep the output."""
-        self.gates, self.heard = None, None
+        """Attend as the model does, and keep the output as `full`."""
+        self.gates, self.full = None, torch.empty(0)
 
     def mix(self, gates: Tensor, full: Tensor) -> None:
         """Attend as gated heads do, with the full stream's output [rows, length, heads, d]."""
-        self.gates, self.heard = gates, full
+        self.gates, self.full = gates, full
 
     def __call__(self, call: AttentionCall) -> Tensor:
         if self.gates is None:
-            self.heard = call.plain(call.query, call.key, call.value)
-            return self.heard
-        assert self.heard is not None
+            self.full = call.plain(call.query, call.key, call.value)
+            return self.full
         place = torch.arange(call.key.shape[2], device=call.key.device)
         mask = token_mask(place, place, sinks=self.sinks, window=self.window)[None, None]
         near = call.plain(call.query, call.key, call.value, both_masks(call.mask, mask))
         group = call.query.shape[1] // call.key.shape[1]
         gates = self.gates.to(near.dtype).repeat_interleave(group)[:, None]
-        return (1 - gates) * near + gates * self.heard
+        return (1 - gates) * near + gates * self.full
 
 
 def _first(out: Any) -> Tensor:

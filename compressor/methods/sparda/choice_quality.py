@@ -16,9 +16,9 @@ from torch import Tensor
 
 from compressor.attention.evaluation import Ahead, rule_call
 from compressor.attention.key_blocks import KeyBlocks, recent_blocks
-from compressor.methods.common.context import FrozenModel
 from compressor.methods.sparda.teacher import Teacher
 from compressor.runner.attention_call import AttentionCall
+from compressor.runner.source_model import SourceModel
 
 RECENT = "recent"
 """The scorer that needs none: the first blocks, and the last ones."""
@@ -89,7 +89,7 @@ class ChoiceMeter:
 
 
 def measure_choices(
-    model: FrozenModel,
+    model: SourceModel,
     ids: Tensor,
     teacher: Teacher,
     scorers: Mapping[str, KeyBlocks | None],

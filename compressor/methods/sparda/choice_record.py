@@ -25,10 +25,10 @@ from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.attention.rules.quest import QuestPages
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
-from compressor.methods.common.context import FrozenModel
 from compressor.methods.sparda.choice_quality import RECENT, LayerQuality, means, measure_choices
 from compressor.methods.sparda.teacher import Teacher
 from compressor.numerics.forecast_loss import Pooling
+from compressor.runner.source_model import SourceModel
 
 RECORD_NAME = "forecast_recall.json"
 FORECAST = "forecast"
@@ -86,7 +86,7 @@ def scorers(selection: KeyBlocks) -> dict[str, KeyBlocks | None]:
 
 
 def record_choices(
-    model: FrozenModel,
+    model: SourceModel,
     teacher: Teacher,
     forecasts: Mapping[str, Tensor] | None,
     tokens: TokenSet,
@@ -144,7 +144,7 @@ def read_record(folder: Path) -> ChoiceRecord | None:
         raise InputError(f"{path} is not a record of forecasts: {error}") from error
 
 
-def check_record(model: FrozenModel, record: ChoiceRecord, *, quantized: bool) -> list[str]:
+def check_record(model: SourceModel, record: ChoiceRecord, *, quantized: bool) -> list[str]:
     """Measure a stored forecast again; what is wrong with it, nothing where recall is as recorded.
 
     quantized  whether the checkpoint's weights are rounded, unlike those of the record
@@ -178,6 +178,6 @@ def record_bytes(record: ChoiceRecord) -> bytes:
     return (json.dumps(record.to_json(), indent=1) + "\n").encode()
 
 
-def model_dtype(model: FrozenModel) -> torch.dtype:
+def model_dtype(model: SourceModel) -> torch.dtype:
     """The dtype that the source stores its weights in."""
     return next(iter(model.read_unit(0).tensors.values())).dtype

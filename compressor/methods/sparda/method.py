@@ -25,7 +25,7 @@ from compressor.ir.layout import ModelLayout, UnitLayout
 from compressor.ir.tensor import TensorShape
 from compressor.methods.base import Cost, Effects, Needs
 from compressor.methods.common.chosen_blocks import ChosenBlocks, reads
-from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
+from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.learned import Learned
 from compressor.methods.sparda.choice_record import (
     RECORD_NAME,
@@ -36,6 +36,7 @@ from compressor.methods.sparda.choice_record import (
 )
 from compressor.methods.sparda.teacher import Teacher
 from compressor.methods.sparda.training import Sweep, Training, store_bytes
+from compressor.runner.source_model import SourceModel
 
 
 class Recall(Learned):
@@ -169,7 +170,7 @@ class SparDA(ChosenBlocks[Recall]):
                 found[unit.name] = {f"{_attention(unit)}.{name}": tensor for name in names}
         return found
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Recall]:
+    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Recall]:
         sweep = Sweep(
             model,
             context.ids,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from compressor.ir.layout import UnitLayout
+from compressor.ir.layout import AttentionShape, UnitLayout
 
 DAMPING = 1e-4
 
@@ -18,10 +18,8 @@ def initial_forecast(outputs: int, inputs: int, *, seed: int) -> Tensor:
     return (torch.rand(outputs, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
 
 
-def mean_queries(unit: UnitLayout, tensors: dict[str, Tensor]) -> Tensor:
+def mean_queries(unit: UnitLayout, shape: AttentionShape, tensors: dict[str, Tensor]) -> Tensor:
     """The mean query projection of the heads of each KV head, [kv_heads * head_dim, hidden]."""
-    shape = unit.attention
-    assert shape is not None
     linear = next(x for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
     rows = shape.heads * shape.head_dim  # of a fused projection, queries come first
     weight = tensors[linear.weight_name][:rows].float()
@@ -34,20 +32,16 @@ class LeastSquares:
     from any number of pairs."""
 
     def __init__(self) -> None:
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
+        self._gram = self._cross = torch.zeros((), dtype=torch.float64)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Pairs [..., in] and [..., out]."""
         x, y = (z.reshape(-1, z.shape[-1]).float() for z in (inputs, outputs))
-        gram, cross = (x.T @ x).double(), (x.T @ y).double()
-        self._gram = gram if self._gram is None else self._gram + gram
-        self._cross = cross if self._cross is None else self._cross + cross
+        self._gram = self._gram + (x.T @ x).double()
+        self._cross = self._cross + (x.T @ y).double()
 
     def solve(self) -> Tensor:
         """The map [out, in], float32."""
-        assert self._gram is not None
-        assert self._cross is not None
         damped = self._gram.clone()
         damped.diagonal().add_(DAMPING * damped.diagonal().mean())
         found: Tensor = torch.linalg.solve(damped, self._cross)

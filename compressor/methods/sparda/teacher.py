@@ -113,21 +113,23 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def attention_call(block: Block, hidden: Tensor) -> AttentionCall:
-    """The call of a block's attention for hidden states [rows, length, hidden]; what comes after it
-    in the block is not computed."""
-    found: list[AttentionCall] = []
+def attention_call(block: Block, hidden: Tensor) -> tuple[AttentionCall, Tensor]:
+    """The call of a block's attention for hidden states [rows, length, hidden], and what enters it;
+    what comes after it in the block is not computed."""
+    found: list[tuple[AttentionCall, Tensor]] = []
 
     def hook(call: AttentionCall) -> Tensor:
-        found.append(call)
+        if call.hidden is not None:
+            found.append((call, call.hidden))
         raise _Seen
 
     with block.runner.attention(hook):
         try:
             block.forward(hidden)
         except _Seen:
-            return found[0]
-    raise AssertionError(f"{block.unit.name} did not attend")
+            if found:
+                return found[0]
+    raise RuntimeError(f"{block.unit.name} did not attend")
 
 
 @contextmanager
@@ -160,7 +162,7 @@ def attention_inputs(
             )
         except _Seen:
             return found.pop()
-        raise AssertionError(f"{unit.name} did not attend")
+        raise RuntimeError(f"{unit.name} did not attend")
 
     attention = [m for m in layer.modules() if hasattr(m, "layer_idx") and m is not layer]
     hooks = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in attention]

@@ -22,16 +22,17 @@ from compressor_kernels.attention.block_windows import WindowRule
 from torch import Tensor
 
 from compressor.attention.evaluation import under_masks
+from compressor.attention.policy import attention_shape
 from compressor.attention.rules.forecast import CURRENT, FUTURE
 from compressor.checkpoint.durable import make_way, own_folder
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
 from compressor.ir.layout import UnitLayout
-from compressor.methods.common.context import FrozenModel
 from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
 from compressor.methods.sparda.teacher import Teacher, attention_call, attention_inputs, norms
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.block_runner import Block
+from compressor.runner.source_model import SourceModel
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-6
@@ -147,7 +148,7 @@ class Sweep:
              from all of it that is whole
     """
 
-    model: FrozenModel
+    model: SourceModel
     ids: Tensor
     training: Training
     seed: int
@@ -163,8 +164,7 @@ class Sweep:
     def run(self) -> TrainedForecasts:
         """Train. Raises Interrupted when asked to stop; what is trained stays."""
         blocks = [unit for unit in self.model.layout.units if unit.kind == "block"]
-        shape = blocks[0].attention
-        assert shape is not None
+        shape = attention_shape(self.model.layout)
         embedding = self.model.tensors(0)
         self.model.runner.embed(embedding, self.ids[:1])  # notes masks and rotary tables
         stores = self._stores()
@@ -262,7 +262,9 @@ class Sweep:
                 reader = attention_inputs(runner, blocks[layer - 1], before)
                 inputs, read = stack.enter_context(reader), [*read, stores[(layer - 1) % 2]]
             if self.training.initial == "queries":
-                initial = self._fitted(block, mean_queries(blocks[layer], tensors), read, inputs)
+                shape = attention_shape(self.model.layout)
+                queries = mean_queries(blocks[layer], shape, tensors)
+                initial = self._fitted(block, queries, read, inputs)
             optimizer = ForecastOptimizer(initial.to(device), self.training)
             pairs = self._calls(block, read, inputs)
             losses = list(self._steps(optimizer, pairs, max(0, layer - 1)))
@@ -290,8 +292,7 @@ class Sweep:
         fit = LeastSquares()
         for _, (states, older) in read_ahead(stores, batches):
             self._check_stop()
-            own = attention_call(block, states).hidden
-            assert own is not None
+            _, own = attention_call(block, states)
             fit.add(inputs(older), own.float() @ queries.T)
         return fit.solve()
 
@@ -310,12 +311,8 @@ class Sweep:
             for start in range(0, len(step), self.batch)
         ]
         for _, states in read_ahead(stores, batches):
-            call = attention_call(block, states[0])
-            if inputs is None:
-                assert call.hidden is not None
-                yield call, call.hidden
-            else:
-                yield call, inputs(states[1])
+            call, own = attention_call(block, states[0])
+            yield call, own if inputs is None else inputs(states[1])
 
     def _steps(
         self,

@@ -17,10 +17,11 @@ from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import ModelPass, Needs
-from compressor.methods.common.context import FrozenModel, LearnContext, LearnResult, PlanContext
+from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.head_plots import curves
 from compressor.methods.common.learned import Learned
 from compressor.methods.streaming.window_search import fewest_sinks, sink_perplexities
+from compressor.runner.source_model import SourceModel
 
 
 class Measured(Learned):
@@ -78,7 +79,7 @@ class Streaming(ModelPass[Measured]):
                 hint=f"calibration.length: {4 * self.window}",
             )
 
-    def learn(self, model: FrozenModel, context: LearnContext) -> LearnResult[Measured]:
+    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Measured]:
         """How many sinks are needed, where that is to be measured."""
         if isinstance(self.sinks, int):
             return LearnResult(Measured(), rows=[{"name": "sinks", "sinks": self.sinks}])

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from compressor.attention.masked import both_masks
 from compressor.attention.rules.streaming import evaluated_by_slot, token_mask
-from compressor.methods.common.context import FrozenModel
 from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.runner.source_model import SourceModel
 
 LOGIT_ROWS = 512
 
 
 def sink_perplexities(
-    model: FrozenModel,
+    model: SourceModel,
     ids: Tensor,
     *,
     candidates: Sequence[int],

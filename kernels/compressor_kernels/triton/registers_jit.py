@@ -22,17 +22,3 @@ def bytes_of(words, ROWS: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr):
         )
     shift = (tl.arange(0, 4 * COLS) % 4) * 8
     return (wide >> shift[None, :]).to(tl.int8)
-
-
-@triton.jit
-def halves_of(
-    words, ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
-):
-    """int32 [ROWS, COLS] -> fp16 or bf16 [ROWS, 2*COLS]; half j of word c: element 2c + j."""
-    wide = tl.reshape(tl.broadcast_to(words[:, :, None], (ROWS, COLS, 2)), (ROWS, 2 * COLS))
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [wide], dtype=DTYPE, is_pure=True, pack=2
-        )
-    shift = (tl.arange(0, 2 * COLS) % 2) * 16
-    return (wide >> shift[None, :]).to(tl.int16).to(DTYPE, bitcast=True)
