@@ -46,7 +46,7 @@ def drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
 
     def put(package: str, name: str) -> None:
         folder = tmp_path / package
-        (folder / name).parent.mkdir(parents=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(shown(f"{package.replace('.', '/')}/{name}"))
         module = importlib.import_module(package)
         monkeypatch.setattr(module, "__path__", [*module.__path__, str(folder)])
@@ -138,6 +138,7 @@ def test_a_format(
     drop: Callable[[str, str], None], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     drop("compressor.formats", "plain_int8/codec.py")
+    drop("compressor.formats", "plain_int8/second_reader.py")
     passes = [{"rtn": {"bits": 8, "group_size": None}}]
     output = run(tiny_model("llama"), tmp_path / "out", passes, format="plain-int8")
     source = open_source(output)
@@ -152,6 +153,8 @@ def test_a_format(
         again = source.format.decode(source.format.encode(q, model_dtype=torch.float32), q.spec)
         assert isinstance(again, QTensor) and torch.equal(again.codes, q.codes)
         assert torch.equal(again.scales, q.scales)
+    report = verify(output, device=CPU)
+    assert report.ok, report.damage
     with pytest.raises(InputError, match="only symmetric int8 per channel"):
         run(tiny_model("llama"), tmp_path / "no", [{"rtn": {"bits": 4}}], format="plain-int8")
 

@@ -17,6 +17,7 @@ from compressor.checkpoint.durable import write_atomically
 from compressor.checkpoint.side_files import leads_out
 from compressor.errors import MachineError
 from compressor.formats.base import ModelSchemes
+from compressor.formats.loading import loading_of
 from compressor.report.text import MISSING, factor, number, size
 
 CARD_NAME = "README.md"
@@ -26,47 +27,6 @@ CARRIED = ("license", "license_name", "license_link", "language")
 LARGEST_HEAD = 1 << 16
 """Bytes of a source's card that are read."""
 SEAL = re.compile(r"\n<!-- generated; replaced as long as nobody edits it: ([0-9a-f]{64}) -->\n\Z")
-
-GPTQMODEL = "pip install gptqmodel optimum"
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """How transformers reads a format: what to install and which extra arguments; `vllm` whether
-    vLLM documents the format."""
-
-    install: str = ""
-    imports: str = ""
-    arguments: str = ""
-    note: str = ""
-    transformers: bool = True
-    vllm: bool = True
-
-
-LOADING = {
-    "compressed-tensors": Loading(install="pip install compressed-tensors"),
-    "autoawq": Loading(install=GPTQMODEL, arguments=", dtype=torch.float16"),
-    "gptq": Loading(install=GPTQMODEL, arguments=", dtype=torch.float16"),
-    "gptq-v2": Loading(install=GPTQMODEL, arguments=", dtype=torch.float16"),
-    "modelopt-fp8": Loading(transformers=False),
-    "modelopt-nvfp4": Loading(transformers=False),
-    "qserve": Loading(transformers=False, vllm=False),
-    "dense": Loading(),
-    "bitdelta": Loading(
-        transformers=False,
-        vllm=False,
-        note="It is a difference to another model, which config.json names. With that model in the "
-        "folder BASE, `compress delta apply BASE DELTA OUT` makes a dense checkpoint that "
-        "everything loads.",
-    ),
-}
-ASYMMETRIC = Loading(
-    install="pip install compressed-tensors",
-    imports=", CompressedTensorsConfig",
-    arguments=", quantization_config=CompressedTensorsConfig(dequantize=True)",
-    note="Without that argument transformers does not load packed weights that have zero points; "
-    "with it they are dequantized while they are loaded.",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +186,7 @@ def _summary(data: CardData) -> str:
 
 
 def _loading(data: CardData) -> str:
-    how = LOADING.get(data.format, Loading(transformers=False, vllm=False))
-    packed = [s.weight for s in data.schemes.linears.values() if s.weight is not None]
-    if data.format == "compressed-tensors" and any(not spec.symmetric for spec in packed):
-        how = ASYMMETRIC
+    how = loading_of(data.format, data.schemes)
     parts = ["## How to load it"]
     if how.transformers:
         code = (

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from compressor.formats.base import ModelSchemes, format_names, get_format
+from compressor.formats.loading import loading_of
 from compressor.ir.layout import Linear, ModelLayout, Sizes, UnitLayout
 from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
@@ -18,32 +19,6 @@ LINEAR = Linear("model.layers.0.mlp.down_proj", "mlp.down", 4096, 4096, "mlp.out
 LAYOUT = ModelLayout(
     "llama", (UnitLayout("model.layers.0", "block", 0, (), (LINEAR,)),), Sizes(1, 1)
 )
-
-HOLDS = {
-    "compressed-tensors": (
-        "int2 to int8, weights alone or with int8 inputs; FP8 with static or dynamic inputs; "
-        "NVFP4, MXFP4 and MXFP8 with inputs or without; FP8 KV cache",
-        "**reader**",
-    ),
-    "autoawq": ("int4, groups, with zero points", "**reader**, and compressed-tensors' converter"),
-    "gptq": ("int2, int3, int4 and int8, groups; no zero point of 0", "**reader**"),
-    "gptq-v2": ("as gptq, zero points stored as they are", "**reader**"),
-    "modelopt-fp8": ("FP8 weights and static inputs, FP8 KV cache", "**reader**"),
-    "modelopt-nvfp4": (
-        "NVFP4 weights and inputs, FP8 KV cache",
-        "**reader**, and compressed-tensors' converter",
-    ),
-    "qserve": (
-        "W4A8: int4 per channel or in int8 groups of 128, int8 inputs, for QServe's kernels",
-        "**reader**",
-    ),
-    "dense": ("floats: what a quantized model computes with", "safetensors"),
-    "bitdelta": (
-        "a fine-tune as signs and scales on top of its base; `compress delta apply` makes a model "
-        "of both",
-        "rebuilt from its base, against published vectors",
-    ),
-}
 
 INT8, FP8 = ActivationSpec("int8", "token"), ActivationSpec("fp8_e4m3", "token")
 
@@ -145,7 +120,7 @@ def formats_page() -> str:
         "zero point has no exact form in the target, it refuses or says by how much it rounded.",
         _table(
             ["format", "what it holds", "second reader"],
-            [[name, *HOLDS[name]] for name in format_names()],
+            [[x, loading_of(x).holds, loading_of(x).proof] for x in format_names()],
         ),
         "A second reader shares no code with the writer and follows the format's description: it "
         "decodes the same codes and scales. The tests are `tests/interop/` (runtimes and "

@@ -26,11 +26,12 @@ from compressor.checkpoint.delta.source import (
 from compressor.checkpoint.manifest import Manifest
 from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError
-from compressor.formats.second_reader.decode import DecodedWeight, decode_linear
+from compressor.formats.second_reader.decode import decode_linear
+from compressor.formats.second_reader.grids import DecodedWeight
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import Scheme
-from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
+from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.numerics.chunks import DECODERS, layers_ahead, row_chunks
 from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
 from compressor.verify.kernels.check import kernel_for
@@ -194,14 +195,17 @@ class DeltaTarget(Target):
     ) -> Iterator[tuple[Linear, Layer | str]]:
         for linear in self.packed(unit):
             base, part = self.merged.base_weight(linear), self.delta.read(linear)
-            weight, second = tensors[linear.weight_name], second_reader(base, part)
+            held = {BASE: base, SIGNS: part.signs, SCALES: part.scales}
+            config = self.delta.checkpoint.config["quantization_config"]
+            arrays = {**{leaf: _array(t) for leaf, t in held.items()}, BASE: base.double().numpy()}
+            second = torch.from_numpy(decode_linear(config, linear.name, arrays).weight)
+            weight = tensors[linear.weight_name]
             # Float32 sums and one rounding to the checkpoint's dtype lie between the two.
             terms = base.double().abs() + float(part.scales.abs().sum())
             bound = torch.finfo(weight.dtype).eps * second.abs() + 2**-21 * terms
             if not bool(((weight.double() - second).abs() <= bound).all()):
                 yield linear, f"{linear.name}: {DIFFERENT}"
                 continue
-            held = {BASE: base, SIGNS: part.signs, SCALES: part.scales}
             yield (
                 linear,
                 Layer(name=linear.name, scheme=Scheme(), tensors=held, codes=None, weight=second),
@@ -214,16 +218,6 @@ def kind_of(folder: Path) -> type[Target]:
         return DeltaTarget if is_delta(folder) else Target
     except InputError:
         return Target
-
-
-def second_reader(base: Tensor, part: SignDelta) -> Tensor:
-    """The weight [out, in] in float64, from the words as bytes say them."""
-    total: NDArray[np.float64] = base.double().numpy()
-    for words, scale in zip(part.signs.numpy(), part.scales.numpy(), strict=True):
-        raw = np.ascontiguousarray(words.T).astype("<i4").view(np.uint8)
-        bits = np.unpackbits(raw, axis=1, bitorder="little")[:, : part.in_features]
-        total = total + np.where(bits == 1, float(scale), -float(scale))
-    return torch.from_numpy(total)
 
 
 def _same(weight: Tensor, q: QTensor) -> bool:

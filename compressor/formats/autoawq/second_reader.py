@@ -1,0 +1,56 @@
+"""AutoAWQ's GEMM layout, read by its description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.formats.second_reader.arrays import (
+    Array,
+    array,
+    numbers,
+)
+from compressor.formats.second_reader.grids import (
+    FLOAT_DTYPES,
+    DecodedWeight,
+    affine,
+    group_count,
+    known_bits,
+)
+
+AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def reads(config: Mapping[str, Any]) -> bool:
+    """By `quant_method`."""
+    return config.get("quant_method") == "awq"
+
+
+def decode(
+    config: Mapping[str, Any], module: str, tensors: Mapping[str, Array]
+) -> DecodedWeight | None:
+    """The weight, or None where it is stored as floats."""
+    if "qweight" not in tensors:
+        return None
+    known_bits(config, "bits", known=(4,))
+    if str(config.get("version", "gemm")).lower() != "gemm":
+        raise ValueError(f"quantization_config.version {config['version']!r} is not known")
+    qweight = array(tensors, "qweight", shape=None, dtypes=("int32",))
+    columns, rows = qweight.shape[0], qweight.shape[1] * 8
+    groups = group_count(config, columns, tensor="qweight")
+    qzeros = array(tensors, "qzeros", shape=(groups, rows // 8), dtypes=("int32",))
+    scales = numbers(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
+
+    def nibbles(words: Array) -> NDArray[np.uint8]:
+        bits = np.ascontiguousarray(words.astype("<i4").view("<u4").T)
+        found = np.empty((bits.shape[0] * 8, bits.shape[1]), dtype=np.uint8)
+        for output, nibble in enumerate(AWQ_NIBBLE_OF_OUTPUT):
+            found[output::8] = (bits >> (4 * nibble)) & 15
+        return found
+
+    codes, zeros = nibbles(qweight), nibbles(qzeros).astype(np.float64)
+    order = np.arange(columns) * groups // columns
+    return DecodedWeight(affine(codes, zeros, scales, order=order), codes, scales)

@@ -1,0 +1,11 @@
+"""How GPTQ's files are read elsewhere."""
+
+from __future__ import annotations
+
+from compressor.formats.loading import GPTQMODEL, Loading
+
+LOADING = Loading(
+    holds="int2, int3, int4 and int8, groups; no zero point of 0",
+    install=GPTQMODEL,
+    arguments=", dtype=torch.float16",
+)

@@ -1,0 +1,11 @@
+"""How QServe's files are read elsewhere."""
+
+from __future__ import annotations
+
+from compressor.formats.loading import Loading
+
+LOADING = Loading(
+    holds="W4A8: int4 per channel or in int8 groups of 128, int8 inputs, for QServe's kernels",
+    transformers=False,
+    vllm=False,
+)

@@ -1,0 +1,74 @@
+"""QServe's W4A8 tiles, read by their description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compressor.formats.second_reader.arrays import (
+    Array,
+    Float64,
+    array,
+    by_rows,
+    numbers,
+)
+from compressor.formats.second_reader.grids import (
+    DecodedWeight,
+    group_count,
+    known_bits,
+)
+
+QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))
+
+
+def reads(config: Mapping[str, Any]) -> bool:
+    """By `quant_method`."""
+    return config.get("quant_method") == "qserve"
+
+
+def decode(
+    config: Mapping[str, Any], module: str, tensors: Mapping[str, Array]
+) -> DecodedWeight | None:
+    """The weight, or None where it is stored as floats."""
+    if "qweight" not in tensors:
+        return None
+    known_bits(config, "bits", known=(4,))
+    packed = array(tensors, "qweight", shape=None, dtypes=("int8",))
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    if rows % 32 or columns % 32:
+        raise ValueError(f"qweight stands for [{rows}, {columns}], not whole 32x32 tiles")
+    stream = np.ascontiguousarray(packed).view(np.uint8).reshape(-1)
+    i = np.arange(columns)
+
+    def nibbles(part: slice) -> Array:
+        o = np.arange(rows)[part, None]
+        tile = o // 32 * (columns // 32) + i // 32
+        inside = o % 8 * 64 + i % 16 // 4 * 16 + i % 32 // 16 * 8 + o % 16 // 8 * 4 + i % 4
+        found: Array = (stream[tile * 512 + inside] >> (o % 32 // 16 * 4)) & 15
+        return found
+
+    codes = by_rows((rows, columns), nibbles, dtype=np.uint8)
+    first = numbers(tensors, "s1_scales", shape=(rows,), dtypes=("float16",))[:, None]
+    if config.get("group_size") == -1:
+        zeros = numbers(tensors, "s1_szeros", shape=(rows,), dtypes=("float16",))[:, None]
+        weight = by_rows(codes.shape, lambda part: codes[part] * first[part] - zeros[part])
+        return DecodedWeight(weight, codes, first)
+    groups = group_count(config, columns, tensor="qweight")
+    if config.get("group_scale_order") != [*QSERVE_OUTPUTS]:
+        raise ValueError("quantization_config.group_scale_order is not known")
+    place = np.argsort(QSERVE_OUTPUTS)[np.arange(rows) % 32] + np.arange(rows) // 32 * 32
+    scales, offsets = (
+        array(tensors, name, shape=(groups, rows), dtypes=("int8",))[:, place].T.astype(float)
+        for name in ("s2_scales", "s2_zeros")
+    )
+    order = np.arange(columns) * groups // columns
+
+    def affine(part: slice) -> Float64:
+        weight: Float64 = codes[part] * scales[part].take(order, axis=1)
+        weight += offsets[part].take(order, axis=1)
+        weight *= first[part]
+        return weight
+
+    return DecodedWeight(by_rows(codes.shape, affine), codes, scales * first)
