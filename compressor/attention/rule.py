@@ -42,13 +42,14 @@ class Held:
     """Keys and values [rows, kv_heads, n, head_dim] of some heads, with their positions in the
     text, int [n] on the CPU; None: 0, 1, 2 …
 
-    memory  what rules keep from step to step, tensors [rows, …] by name; None without a cache
+    memory  what rules keep from step to step, tensors [rows, …] or lists of rows by name; None
+            without a cache
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor | None = None
-    memory: dict[str, Tensor] | None = None
+    memory: dict[str, Any] | None = None
 
     def on_device(self) -> Tensor:
         """The positions, where the keys are."""
@@ -67,7 +68,7 @@ class RuleCall:
     scaling    factor of the products of query and key
     ahead      what `Rule.look_ahead` gave for these heads, or None
     memory     what the rule kept in earlier calls of the same text, to be changed in place: tensors
-               [rows, …]; None where a whole text is one call
+               [rows, …] or lists of rows; None where a whole text is one call
     """
 
     query: Tensor
@@ -75,7 +76,7 @@ class RuleCall:
     positions: Tensor
     scaling: float
     ahead: Tensor | None = None
-    memory: dict[str, Tensor] | None = None
+    memory: dict[str, Any] | None = None
 
     @property
     def own(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -141,7 +142,12 @@ def _joined(old: Held, new: Held, seen: int) -> Held:
 
 
 def _rows(held: Held, at: Tensor) -> Held:
-    memory = {name: tensor[at.to(tensor.device)] for name, tensor in (held.memory or {}).items()}
+    memory = {
+        name: kept[at.to(kept.device)]
+        if isinstance(kept, Tensor)
+        else [deepcopy(kept[row]) for row in at.tolist()]
+        for name, kept in (held.memory or {}).items()
+    }
     return Held(held.keys[at], held.values[at], held.positions, memory)
 
 
