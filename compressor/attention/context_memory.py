@@ -102,13 +102,13 @@ class ContextMemory:
         self.chosen = []
         planned: list[Tensor] = []
         out = []
-        for number, part in enumerate(q.split(sizes.piece, dim=1)):
+        for number, part in enumerate(torch.split(q, sizes.piece, dim=1)):
             start = tokens - q_len + number * sizes.piece
             self._absorb(k, start)
             if number % sizes.ahead == 0:
                 planned = [
                     self._look_up(later, rotary)
-                    for later in q[:, number * sizes.piece :].split(sizes.piece, dim=1)
+                    for later in torch.split(q[:, number * sizes.piece :], sizes.piece, dim=1)
                 ][: sizes.ahead]
             blocks = planned[number % sizes.ahead]
             self.chosen.append(blocks)
