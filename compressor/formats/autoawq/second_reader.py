@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.formats.second_reader.arrays import (
-    Array,
-    array,
-    numbers,
-)
+from compressor.formats.second_reader.arrays import Array, Arrays, Config, array, numbers
 from compressor.formats.second_reader.grids import (
     FLOAT_DTYPES,
     DecodedWeight,
@@ -23,15 +16,10 @@ from compressor.formats.second_reader.grids import (
 
 AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 
-
-def reads(config: Mapping[str, Any]) -> bool:
-    """By `quant_method`."""
-    return config.get("quant_method") == "awq"
+READS = {"quant_method": ["awq"]}
 
 
-def decode(
-    config: Mapping[str, Any], module: str, tensors: Mapping[str, Array]
-) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
     """The weight, or None where it is stored as floats."""
     if "qweight" not in tensors:
         return None

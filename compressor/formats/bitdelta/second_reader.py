@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from compressor.formats.second_reader.arrays import Array, Float64, array, numbers
+from compressor.formats.second_reader.arrays import Arrays, Config, Float64, array, numbers
 from compressor.formats.second_reader.grids import DecodedWeight
 
 BASE = "base"
 """The base's weight [out, in], float64, which no file of a delta holds."""
 
-
-def reads(config: Mapping[str, Any]) -> bool:
-    """By `quant_method`."""
-    return config.get("quant_method") == "bitdelta"
+READS = {"quant_method": ["bitdelta"]}
 
 
-def decode(
-    config: Mapping[str, Any], module: str, tensors: Mapping[str, Array]
-) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
     """The weight, or None where it is stored as floats."""
     if "delta_signs" not in tensors:
         return None

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from compressor.foreign.patterns import Names
 from compressor.formats.second_reader.arrays import (
     Array,
+    Arrays,
+    Config,
     Float64,
     array,
     bit_stream,
@@ -29,23 +31,16 @@ from compressor.formats.second_reader.grids import (
     nvfp4,
 )
 
-
-def reads(config: Mapping[str, Any]) -> bool:
-    """By `quant_method`."""
-    return config.get("quant_method") == "compressed-tensors"
+READS = {"quant_method": ["compressed-tensors"]}
 
 
-def decode(
-    config: Mapping[str, Any], module: str, tensors: Mapping[str, Array]
-) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
     """The weight, or None where no group of the config has it."""
     group = _group(config, module)
     return None if group is None else _weight(config, group, tensors)
 
 
-def _weight(
-    config: Mapping[str, Any], group: Mapping[str, Any], tensors: Mapping[str, Array]
-) -> DecodedWeight:
+def _weight(config: Config, group: Config, tensors: Arrays) -> DecodedWeight:
     format = group.get("format") or config.get("format")
     args = group["weights"]
     if format == "pack-quantized":
@@ -64,7 +59,7 @@ def _weight(
     raise ValueError(f"quantization_config.format {format!r} is not known")
 
 
-def _packed(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+def _packed(args: Config, tensors: Arrays) -> DecodedWeight:
     bits = known_bits(args, "num_bits", known=range(1, 9))
     shape = array(tensors, "weight_shape", shape=(2,), dtypes=("int64",))
     rows, columns = int(shape[0]), int(shape[1])
@@ -89,9 +84,7 @@ def _packed(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWei
     return DecodedWeight(affine(codes, zeros, scales, order=order), codes, scales)
 
 
-def _codes(
-    tensors: Mapping[str, Array], name: str, *, bits: int, rows: int, count: int
-) -> NDArray[np.uint8]:
+def _codes(tensors: Arrays, name: str, *, bits: int, rows: int, count: int) -> NDArray[np.uint8]:
     """Codes [rows, count]; before 0.18 each word held 32 // bits whole codes, told by the width."""
     whole = 32 // bits
     words = array(tensors, name, shape=None, dtypes=("int32",))
@@ -102,7 +95,7 @@ def _codes(
     return bit_stream(words, bits=bits, count=count)
 
 
-def _plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeight:
+def _plain(args: Config, tensors: Arrays) -> DecodedWeight:
     floats = args.get("type", "int") == "float"
     stored = array(tensors, "weight", shape=None, dtypes=("uint8",) if floats else ("int8",))
     rows, columns = stored.shape
@@ -129,7 +122,7 @@ def _plain(args: Mapping[str, Any], tensors: Mapping[str, Array]) -> DecodedWeig
     return DecodedWeight(by_rows(stored.shape, some), codes, scales)
 
 
-def _microscaled(tensors: Mapping[str, Array], args: Mapping[str, Any]) -> DecodedWeight:
+def _microscaled(tensors: Arrays, args: Config) -> DecodedWeight:
     bits = known_bits(args, "num_bits", known=(4, 8))
     if args.get("group_size") != 32:
         raise ValueError(f"quantization_config: group_size {args.get('group_size')!r} is not 32")
@@ -161,7 +154,7 @@ def _as_words(bytes: Array) -> Array:
     return words
 
 
-def _group(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+def _group(config: Config, module: str) -> Config | None:
     """The config group of a module: by name first, then by the class Linear."""
     where = "quantization_config"
     if module in Names(config.get("ignore") or (), where=where):
@@ -173,9 +166,7 @@ def _group(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
     return next((group for group in groups if "Linear" in group["targets"]), None)
 
 
-def _scale_shape(
-    args: Mapping[str, Any], rows: int, columns: int, *, tensor: str
-) -> tuple[int, ...]:
+def _scale_shape(args: Config, rows: int, columns: int, *, tensor: str) -> tuple[int, ...]:
     strategy, size = args.get("strategy"), args.get("group_size")
     if strategy is None:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"

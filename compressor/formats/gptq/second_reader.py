@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from compressor.formats.second_reader.arrays import (
-    Array,
-    array,
-    bit_stream,
-    numbers,
-)
+from compressor.formats.second_reader.arrays import Arrays, Config, array, bit_stream, numbers
 from compressor.formats.second_reader.grids import (
     FLOAT_DTYPES,
     DecodedWeight,
@@ -22,25 +14,15 @@ from compressor.formats.second_reader.grids import (
     known_bits,
 )
 
-
-def reads(config: Mapping[str, Any]) -> bool:
-    """Version 1, or what names no version."""
-    return config.get("quant_method") == "gptq" and config.get("checkpoint_format") != "gptq_v2"
+READS = {"quant_method": ["gptq"], "checkpoint_format": [None, "", "gptq"]}
 
 
-def decode(
-    config: Mapping[str, Any], module: str, tensors: Mapping[str, Array]
-) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
     """The weight, or None where it is stored as floats."""
-    if "qweight" not in tensors:
-        return None
-    marker = config.get("checkpoint_format") or "gptq"
-    if marker != "gptq":
-        raise ValueError(f"quantization_config.checkpoint_format {marker!r} is not known")
-    return stored(config, tensors, shift=1)
+    return stored(config, tensors, shift=1) if "qweight" in tensors else None
 
 
-def stored(config: Mapping[str, Any], tensors: Mapping[str, Array], *, shift: int) -> DecodedWeight:
+def stored(config: Config, tensors: Arrays, *, shift: int) -> DecodedWeight:
     """The weight, whose zero points are stored less `shift`."""
     bits = known_bits(config, "bits", known=(2, 3, 4, 8))
     qweight = array(tensors, "qweight", shape=None, dtypes=("int32",))

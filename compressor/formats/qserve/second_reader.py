@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from compressor.formats.second_reader.arrays import (
     Array,
+    Arrays,
+    Config,
     Float64,
     array,
     by_rows,
     numbers,
 )
-from compressor.formats.second_reader.grids import (
-    DecodedWeight,
-    group_count,
-    known_bits,
-)
+from compressor.formats.second_reader.grids import DecodedWeight, group_count, known_bits
 
 QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))
 
-
-def reads(config: Mapping[str, Any]) -> bool:
-    """By `quant_method`."""
-    return config.get("quant_method") == "qserve"
+READS = {"quant_method": ["qserve"]}
 
 
-def decode(
-    config: Mapping[str, Any], module: str, tensors: Mapping[str, Array]
-) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
     """The weight, or None where it is stored as floats."""
     if "qweight" not in tensors:
         return None

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
+Arrays = Mapping[str, Array]
+Config = Mapping[str, Any]
 
 
 def by_rows(
@@ -57,7 +59,7 @@ def e4m3(raw: Array) -> Float64:
 
 
 def numbers(
-    tensors: Mapping[str, Array],
+    tensors: Arrays,
     name: str,
     *,
     shape: tuple[int, ...] | None,
@@ -74,7 +76,7 @@ def numbers(
 
 
 def array(
-    tensors: Mapping[str, Array],
+    tensors: Arrays,
     name: str,
     *,
     shape: tuple[int, ...] | None,

@@ -1,8 +1,8 @@
 """A second reader of quantized weights, for verification: numpy only, written from the formats'
 descriptions, sharing no code with the writers.
 
-Each format's is `second_reader.py` in its folder: `reads(config)` says whether a
-`quantization_config` is one of its, `decode(config, module, tensors)` gives a weight, or None where
+Each format's is `second_reader.py` in its folder: READS says which values of a
+`quantization_config` are its own, `decode(config, module, tensors)` gives a weight, or None where
 it is stored as floats. Arrays are as the file holds them. numpy has no bfloat16 and no float8, so
 bfloat16 arrives as uint16 bit patterns and float8 E4M3 as uint8. Every complaint is a ValueError
 that names the tensor.
@@ -11,32 +11,37 @@ that names the tensor.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compressor.formats.second_reader.arrays import Array, numbers
+from compressor.formats.second_reader.arrays import Arrays, Config, numbers
 from compressor.formats.second_reader.grids import FLOAT_DTYPES, DecodedWeight
 
 
 def decode_linear(
-    quantization_config: Mapping[str, Any] | None, module: str, tensors: Mapping[str, Array]
+    quantization_config: Config | None, module: str, tensors: Arrays
 ) -> DecodedWeight:
     """The weight of linear `module` from its local tensors ("weight_packed", "qweight" …).
 
     quantization_config  the entry of config.json, empty or None for a float checkpoint
     """
-    if quantization_config:
-        config = quantization_config
-        reader = next((reader for reader in _readers() if reader.reads(config)), None)
+    config = quantization_config or {}
+    if config:
+        reader = next((x for x in _readers() if _has(config, x.READS)), None)
         if reader is None:
-            kind = {k: v for k, v in config.items() if k in ("quant_method", "quant_algo")}
-            raise ValueError(f"quantization_config {kind} is not known")
+            keys = ("quant_method", "quant_algo", "checkpoint_format")
+            said = {key: config[key] for key in keys if key in config}
+            raise ValueError(f"quantization_config {said} is not known")
         found: DecodedWeight | None = reader.decode(config, module, tensors)
         if found is not None:
             return found
     return DecodedWeight(numbers(tensors, "weight", shape=None, dtypes=FLOAT_DTYPES))
+
+
+def _has(config: Config, values: Mapping[str, Sequence[Any]]) -> bool:
+    return all(config.get(key) in known for key, known in values.items())
 
 
 def _readers() -> Iterator[ModuleType]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.formats.second_reader.arrays import Array, Float64, array, by_rows, e4m3
+from compressor.formats.second_reader.arrays import (
+    Array,
+    Arrays,
+    Config,
+    Float64,
+    array,
+    by_rows,
+    e4m3,
+)
 
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 SIGNED_E2M1 = np.concatenate([E2M1, -E2M1])
@@ -44,7 +51,7 @@ def affine(codes: Array, zeros: Array, scales: Array, *, order: NDArray[np.int64
     return by_rows(codes.shape, some)
 
 
-def nvfp4(tensors: Mapping[str, Array], name: str, *, multiplier: float) -> DecodedWeight:
+def nvfp4(tensors: Arrays, name: str, *, multiplier: float) -> DecodedWeight:
     packed = array(tensors, name, shape=None, dtypes=("uint8",))
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if columns % 16:
@@ -62,14 +69,14 @@ def nvfp4(tensors: Mapping[str, Array], name: str, *, multiplier: float) -> Deco
     return DecodedWeight(by_rows((rows, columns), some), codes, scales)
 
 
-def known_bits(config: Mapping[str, Any], key: str, *, known: Sequence[int]) -> int:
+def known_bits(config: Config, key: str, *, known: Sequence[int]) -> int:
     bits = config.get(key)
     if type(bits) is not int or bits not in known:
         raise ValueError(f"quantization_config: {key} {bits!r} is not known")
     return bits
 
 
-def group_count(config: Mapping[str, Any], columns: int, *, tensor: str) -> int:
+def group_count(config: Config, columns: int, *, tensor: str) -> int:
     size = config.get("group_size")
     if size == -1:
         return 1
@@ -78,9 +85,7 @@ def group_count(config: Mapping[str, Any], columns: int, *, tensor: str) -> int:
     return columns // size
 
 
-def group_order(
-    tensors: Mapping[str, Array], name: str, columns: int, *, groups: int
-) -> NDArray[np.int64]:
+def group_order(tensors: Arrays, name: str, columns: int, *, groups: int) -> NDArray[np.int64]:
     order = array(tensors, name, shape=(columns,), dtypes=("int32", "int64"))
     if order.min() < 0 or order.max() >= groups:
         raise ValueError(f"{name} names groups outside 0 … {groups - 1}")
