@@ -6,12 +6,12 @@ come from strangers, so each size is checked before anything is built from it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from compressor.arch.schema import FoldRow, LinearRow, MapFile, Section
+from compressor.arch.sizes import ConfigReader, read_sizes
 from compressor.errors import CompressError, InputError, Problems
 from compressor.ir.layout import (
     AttentionShape,
@@ -55,7 +55,8 @@ class _Layout:
         self.missing: list[str] = []
         self.unannounced: list[str] = []
         self.misshapen: list[str] = []
-        self.sizes = self._sizes()
+        self.read = read_sizes(arch, config)
+        self._check_counts()
 
     def model(self) -> ModelLayout:
         problems: list[CompressError] = list(self._broken_requirements())
@@ -63,7 +64,7 @@ class _Layout:
             raise Problems(problems)
         units = (
             self._embedding(),
-            *(self._block(i) for i in range(self.sizes["layers"])),
+            *(self._block(i) for i in range(self.read.size("layers"))),
             self._head(),
         )
         carried = tuple(
@@ -95,14 +96,14 @@ class _Layout:
         )
 
     def _is_carried(self, name: str) -> bool:
-        patterns = (p.replace("{layers}", str(self.sizes["layers"])) for p in self.arch.carried)
+        patterns = (p.replace("{layers}", str(self.read.size("layers"))) for p in self.arch.carried)
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def _model_sizes(self) -> Sizes:
-        positions = self._value("max_position_embeddings")
+        positions = self.read.value("max_position_embeddings")
         return Sizes(
-            hidden=self._size("hidden"),
-            vocabulary=self._size("vocab"),
+            hidden=self.read.size("hidden"),
+            vocabulary=self.read.size("vocab"),
             positions=positions if isinstance(positions, int) else None,
         )
 
@@ -132,58 +133,21 @@ class _Layout:
         count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
         return InputError(f"{self.arch.model_type}: {what} {count}: {shown}", hint=hint)
 
-    def _value(self, key: str) -> Any:
-        return self.arch.value(self.config, key)
-
-    def _sizes(self) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for name, keys in self.arch.sizes.items():
-            for key in (keys,) if isinstance(keys, str) else keys:
-                value = self._value(key)
-                if value is None or name in sizes:
-                    continue
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise InputError(f"config.json: {key} is {value!r}, not a count")
-                sizes[name] = value
-        self.sizes = sizes
-        heads, hidden = self._size("heads"), self._size("hidden")
-        kv_heads = sizes.setdefault("kv_heads", heads)
-        head_dim = sizes.setdefault("head_dim", max(hidden // heads, 1))
-        if heads % kv_heads:
-            raise InputError(f"config.json: {kv_heads} key heads do not divide {heads} query heads")
-        for name in ("layers", "experts"):
-            # Counts are used as loop bounds: never beyond what the files can hold.
-            if sizes.get(name, 0) > len(self.headers):
+    def _check_counts(self) -> None:
+        """Counts are used as loop bounds: never beyond what the files can hold."""
+        stacked = [s[0] for s in self.headers.values() if s is not None and len(s) == 3]
+        most = {"layers": len(self.headers), "experts": max(len(self.headers), *stacked, 0)}
+        for name, limit in most.items():
+            if self.read.known.get(name, 0) > limit:
                 raise InputError(
-                    f"config.json promises {sizes[name]} {name}, but the checkpoint has only "
-                    f"{len(self.headers)} tensors"
+                    f"config.json promises {self.read.known[name]} {name}, but the checkpoint has "
+                    f"only {len(self.headers)} tensors"
                 )
-        sizes["q"], sizes["kv"] = heads * head_dim, kv_heads * head_dim
-        sizes["qkv"] = sizes["q"] + 2 * sizes["kv"]
-        if "ff" in sizes:
-            sizes["gate_up"] = 2 * sizes["ff"]
-        self._size("layers")
-        return sizes
-
-    def _size(self, measure: str) -> int:
-        """A size by name, or a sum of products of sizes and numbers."""
-        return sum(
-            math.prod(int(n) if n.isdigit() else self._named(n) for n in product.split("*"))
-            for product in measure.split(" + ")
-        )
-
-    def _named(self, name: str) -> int:
-        if name not in self.sizes:
-            keys = self.arch.sizes.get("ff" if name == "gate_up" else name, name)
-            raise InputError(
-                f"config.json lacks {keys if isinstance(keys, str) else ' or '.join(keys)}"
-            )
-        return self.sizes[name]
 
     def _broken_requirements(self) -> Iterator[InputError]:
         for row in self.arch.require:
-            value = self._value(row.key)
-            needed = row.value if row.size is None else self._size(row.size)
+            value = self.read.value(row.key)
+            needed = row.value if row.size is None else self.read.size(row.size)
             if value is not None and value != needed:
                 yield InputError(
                     f"{self.arch.model_type} with {row.key} {value!r} is not supported",
@@ -191,18 +155,24 @@ class _Layout:
                 )
 
     def _module(
-        self, path: str, shape: tuple[int, ...] | None, *, row: str = ""
+        self,
+        path: str,
+        shape: tuple[int, ...] | None,
+        *,
+        row: str = "",
+        outputs: int | None = None,
     ) -> tuple[tuple[str, ...], bool]:
         """Take a module's weight and its bias, if it has one: their names, has a bias.
 
-        row  its name in the map, where that is not its path
+        row      its name in the map, where that is not its path
+        outputs  how many it has, where that is not the weight's first dimension
         """
         names = [weight_name(path)]
         bias = self._has_bias(row or path)
         expected = [shape]
         if bias:
             names.append(bias_name(path))
-            expected.append(None if shape is None else shape[:1])
+            expected.append((outputs,) if outputs else None if shape is None else shape[:1])
         elif bias_name(path) in self.headers:
             self.taken[bias_name(path)] = None
             self.unannounced.append(bias_name(path))
@@ -226,23 +196,31 @@ class _Layout:
 
     def _has_bias(self, row: str) -> bool:
         said = self.arch.biases.get(row, False)
-        return said if isinstance(said, bool) else self._value(said) is True
+        if isinstance(said, bool):
+            return said
+        values = [self.read.value(key) for key in ((said,) if isinstance(said, str) else said)]
+        return next((value for value in values if value is not None), False) is True
 
     def _embedding(self) -> UnitLayout:
         row = self.arch.embedding
-        tensors, _ = self._module(row.token, (self._size("vocab"), self._size("hidden")))
+        tensors, _ = self._module(row.token, (self.read.size("vocab"), self.read.size("hidden")))
         if row.position is not None:
             tensors += self._module(row.position, None)[0]
-        return UnitLayout(name="embedding", kind="embedding", index=0, tensors=tensors)
+        norms: tuple[Norm, ...] = ()
+        if row.norm is not None:
+            names, bias = self._module(row.norm.name, (self.read.size(row.norm.size),))
+            tensors += names
+            norms = (Norm(row.norm.name, row.norm.role, row.norm.offset, bias, row.norm.kind),)
+        return UnitLayout(name="embedding", kind="embedding", index=0, tensors=tensors, norms=norms)
 
     @property
     def _tied(self) -> bool:
         stored = weight_name(self.arch.head.linear) in self.headers
-        return self._value("tie_word_embeddings") is True and not stored
+        return self.read.value("tie_word_embeddings") is True and not stored
 
     def _head(self) -> UnitLayout:
-        row, shape = self.arch.head, (self._size("vocab"), self._size("hidden"))
-        tensors, bias = self._module(row.norm.name, (self._size(row.norm.size),))
+        row, shape = self.arch.head, (self.read.size("vocab"), self.read.size("hidden"))
+        tensors, bias = self._module(row.norm.name, (self.read.size(row.norm.size),))
         norm = Norm(row.norm.name, row.norm.role, row.norm.offset, bias, row.norm.kind)
         linear_bias = False
         folds: tuple[Fold, ...] = ()
@@ -277,22 +255,30 @@ class _Layout:
         linears: dict[str, Linear] = {}
         folds: list[Fold] = []
         others: list[str] = []
-        attention = self._section(prefix, self.arch.attention)
-        mlp = self._section(prefix, self.arch.mlp)
+        mixers: tuple[Mixer, ...] = ()
+        attention = self._section(prefix, index, self.arch.attention)
+        mlp = self._section(prefix, index, self.arch.mlp)
         for section in (attention, mlp):
+            read = self.read.of_block(section, index)
+            if section is attention and section.linears:
+                mixers = (_mixer(prefix, section, read),)
             for norm_row in section.norms:
+                if not self.read.holds(norm_row.when):
+                    continue
                 path = f"{prefix}.{norm_row.name}"
-                names, bias = self._module(path, (self._size(norm_row.size),), row=norm_row.name)
+                names, bias = self._module(path, (read.size(norm_row.size),), row=norm_row.name)
                 tensors.extend(names)
                 norms[path] = Norm(path, norm_row.role, norm_row.offset, bias, norm_row.kind)
             for row in section.linears:
-                shape = (self._size(row.shape[0]), self._size(row.shape[1]))
+                shape = (read.size(row.shape[0]), read.size(row.shape[1]))
                 for expert in self._experts(row.name):
                     path = f"{prefix}.{row.name.format(e=expert)}"
                     stored = self._stored(prefix, path, expert, shape)
                     if stored is None:
-                        names, bias = self._module(path, shape, row=row.name)
-                        weight = TensorRef(names[0])
+                        across = shape[::-1] if row.transposed else shape
+                        names, bias = self._module(path, across, row=row.name, outputs=shape[0])
+                        turned = row.transposed and self.headers.get(names[0]) is not None
+                        weight = TensorRef(names[0], transposed=turned)
                         bias_tensor = TensorRef(names[1]) if bias else None
                     else:
                         weight, bias_tensor = stored
@@ -305,23 +291,29 @@ class _Layout:
                         *shape,
                         site=row.site.format(e=expert),
                         bias=bias,
-                        rows=self._rows(row),
+                        rows=self._rows(row, read),
                         expert=expert,
                         fused=f"{prefix}.{row.fused}" if row.fused else "",
                         tensor=weight,
                         bias_tensor=bias_tensor,
+                        transposed=row.transposed,
                     )
             for name in section.others:
-                others.append(f"{prefix}.{name}")
-                self._take(others[-1], None)
+                path = name.rpartition(".")[0]
+                for each in (name, *([bias_name(path)] if self._has_bias(path) else [])):
+                    others.append(f"{prefix}.{each}")
+                    self._take(others[-1], None)
         tensors += others
+        sites = {linear.site for linear in linears.values()}
+        if not linears:
+            self.missing.append(f"{prefix}.*")
         for fold_row in (*attention.folds, *mlp.folds, *self.arch.folds):
-            if all(self._value(key) == value for key, value in fold_row.when.items()):
+            if self.read.holds(fold_row.when):
                 for expert in self._experts(fold_row.source):
                     source = f"{prefix}.{fold_row.source.format(e=expert)}"
                     site = fold_row.site.format(e=expert)
-                    if source in norms or source in linears:
-                        folds.append(self._fold(fold_row, site, source, norms, linears))
+                    if site in sites and (source in norms or source in linears):
+                        folds.append(self._fold(fold_row, site, source, norms, linears, mixers))
         return UnitLayout(
             name=prefix,
             kind="block",
@@ -329,22 +321,17 @@ class _Layout:
             tensors=tuple(tensors),
             linears=tuple(linears.values()),
             folds=tuple(folds),
-            mixers=(self._mixer(prefix, attention),),
+            mixers=mixers,
             norms=tuple(norms.values()),
             others=tuple(others),
         )
 
-    def _mixer(self, prefix: str, section: Section) -> Mixer:
-        path = f"{prefix}.{section.linears[-1].name.rpartition('.')[0]}"
-        if section.mixer != "self":
-            return Mixer(section.mixer, path)
-        heads, kv_heads, head_dim = map(self._size, ("heads", "kv_heads", "head_dim"))
-        return Mixer("self", path, AttentionShape(heads, kv_heads, head_dim, section.pairs))
-
-    def _section(self, prefix: str, sections: Sequence[Section]) -> Section:
+    def _section(self, prefix: str, index: int, sections: Sequence[Section]) -> Section:
         """The first section that a block has."""
         for section in sections:
-            if section.has is None or weight_name(f"{prefix}.{section.has}") in self.headers:
+            path = None if section.has is None else f"{prefix}.{section.has}"
+            there = path is None or path in self.headers or weight_name(path) in self.headers
+            if there and self.read.holds(section.when, index):
                 return section
         return sections[0]
 
@@ -354,31 +341,33 @@ class _Layout:
         """Weight and bias of an expert's linear, where the checkpoint has them in a stack."""
         for stack in self.arch.runtime.stacks if expert is not None else ():
             names = [f"{prefix}.{source.format(e=expert)}" for source in stack.sources]
-            if path not in names or f"{prefix}.{stack.into}" not in self.headers:
+            if path not in names or f"{prefix}.{stack.on_disk}" not in self.headers:
                 continue
             assert expert is not None
             place, rows = names.index(path), shape[0]
-            weight = stack.reference(prefix, expert, place, rows)
+            every, whole = self.read.size("experts"), (rows * len(names), shape[1])
+            found = self.headers[f"{prefix}.{stack.on_disk}"]
+            turned = stack.turned(found, (every, *whole))
+            weight = stack.reference(prefix, expert, place, rows, transposed=turned)
             bias = stack.bias_reference(prefix, expert, place, rows)
-            every, whole = self._size("experts"), (rows * len(names), shape[1])
-            self._take(weight.name, (every, *(whole[::-1] if stack.transposed else whole)))
+            self._take(weight.name, (every, *(whole[::-1] if turned else whole)))
             if bias is not None:
                 self._take(bias.name, (every, whole[0]))
             return weight, bias
         return None
 
     def _experts(self, name: str) -> list[int] | list[None]:
-        return list(range(self._size("experts"))) if "{e}" in name else [None]
+        return list(range(self.read.size("experts"))) if "{e}" in name else [None]
 
-    def _rows(self, row: LinearRow) -> tuple[Rows, ...]:
-        outer = 1 if row.per is None else self._size(row.per)
-        sizes = {role: self._size(size) for role, size in row.parts.items()}
-        sizes = sizes or {row.role: self._size(row.shape[0])}
+    def _rows(self, row: LinearRow, read: ConfigReader) -> tuple[Rows, ...]:
+        outer = 1 if row.per is None else read.size(row.per)
+        sizes = {role: read.size(size) for role, size in row.parts.items()}
+        sizes = sizes or {row.role: read.size(row.shape[0])}
         stride, start, found = sum(sizes.values()), 0, []
         for role, size in sizes.items():
             found.append(Rows(role, start, size, outer, stride if outer > 1 else 0))
             start += size
-        if stride * outer != self._size(row.shape[0]):
+        if stride * outer != read.size(row.shape[0]):
             raise InputError(
                 f"the map of {self.arch.model_type} splits {row.name} into {stride * outer} rows"
             )
@@ -391,10 +380,21 @@ class _Layout:
         source: str,
         norms: Mapping[str, Norm],
         linears: Mapping[str, Linear],
+        mixers: Sequence[Mixer],
     ) -> Fold:
         if source in norms:
             return Fold(site, source, "norm", norm_offset=norms[source].offset)
         rows = next((r for r in linears[source].rows if r.role == row.part), None)
-        repeat = self._size("heads") // self._size("kv_heads") if row.per_head else 1
-        head_dim = self._size("head_dim") if repeat > 1 else 0
+        shape = next((mixer.shape for mixer in mixers if mixer.shape is not None), None)
+        if not row.per_head or shape is None or shape.heads == shape.kv_heads:
+            return Fold(site, source, "linear", rows=rows)
+        repeat, head_dim = shape.heads // shape.kv_heads, shape.head_dim
         return Fold(site, source, "linear", rows=rows, repeat=repeat, head_dim=head_dim)
+
+
+def _mixer(prefix: str, section: Section, read: ConfigReader) -> Mixer:
+    path = f"{prefix}.{section.linears[-1].name.rpartition('.')[0]}"
+    if section.mixer != "self":
+        return Mixer(section.mixer, path)
+    heads, kv_heads, head_dim = map(read.size, ("heads", "kv_heads", "head_dim"))
+    return Mixer("self", path, AttentionShape(heads, kv_heads, head_dim, section.pairs))

@@ -56,13 +56,13 @@ def _slices(layout: ModelLayout) -> Iterator[tuple[str, TensorRef]]:
             (linear.weight_name, linear.tensor),
             (linear.bias_name, linear.bias_tensor),
         ):
-            if ref is not None and ref.index is not None:
+            if ref is not None and not ref.whole:
                 yield name, ref
 
 
 def _entry(stack: Entry, ref: TensorRef) -> Entry:
     """What the header would say of a slice; its bytes are somewhere among the stack's."""
-    shape = stack.spec.shape[1:]
+    shape = stack.spec.shape if ref.index is None else stack.spec.shape[1:]
     shape = shape[::-1] if ref.transposed else shape
     if ref.rows is not None:
         shape = (ref.rows.total, *shape[1:])

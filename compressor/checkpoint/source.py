@@ -159,7 +159,7 @@ def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> So
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise InputError("config.json names no model_type", hint="is this a transformers model?")
-    arch = load_map(model_type)
+    arch = load_map(model_type, checkpoint.config)
     checkpoint = settle_quantization(canonical(checkpoint, arch))
     checkpoint = settle_head(as_floats(checkpoint, dtype), arch)
     config = checkpoint.config

@@ -175,7 +175,10 @@ class ModelTarget:
 
     def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
         """The inverse of `encode`."""
-        return assembled(unit, tensors, self.format, self.schemes, self._leaves)
+        turned = {linear.weight_name for linear in unit.linears if linear.transposed}
+        turned &= set(self._stacked(unit))
+        upright = {name: t.T.contiguous() if name in turned else t for name, t in tensors.items()}
+        return assembled(unit, upright, self.format, self.schemes, self._leaves)
 
     def config(self) -> dict[str, Any]:
         """The source's, with what is true of the written files."""

@@ -84,6 +84,11 @@ class TensorRef:
     transposed: bool = False
     rows: Rows | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is just what the checkpoint has under that name."""
+        return self.index is None and not self.transposed and self.rows is None
+
     def read(self, stored: Tensor) -> Tensor:
         """The tensor, out of what the checkpoint has under `name`."""
         value = stored if self.index is None else stored[self.index]
@@ -107,6 +112,7 @@ class Linear:
     tensor   where the checkpoint keeps the weight;  bias_tensor  the bias, if there is one
     expert   expert number, or None
     fused    linears with the same non-empty tag are fused by runtimes and need one scheme
+    transposed  its module keeps the weight [in, out], and so do files of floats
     """
 
     name: str
@@ -120,6 +126,7 @@ class Linear:
     fused: str = ""
     tensor: TensorRef | None = None
     bias_tensor: TensorRef | None = None
+    transposed: bool = False
 
     @property
     def weight_name(self) -> str:
@@ -142,8 +149,9 @@ class Norm:
 
     name    module path; its tensors are name.weight and, if `bias`, name.bias
     role    norm.attn norm.mlp (before), norm.attn.out norm.mlp.out (after, before the residual
-            sum), norm.q norm.k (per head, after the projection), norm.q_a norm.kv_a (latents),
-            norm.gated (of a linear attention's output), norm.final
+            sum), norm.q norm.k (per head, after the projection), norm.q.all norm.k.all (over all
+            heads), norm.q_a norm.kv_a (latents), norm.gated (of a linear attention's output),
+            norm.embedding (of what enters the first block), norm.final
     offset  1.0 for norms that multiply by (1 + weight)
     kind    layer: subtracts the mean first, with or without a bias
     """
@@ -192,13 +200,14 @@ class Fold:
 class AttentionShape:
     """Heads of a block's self attention.
 
-    pairs  which channels of a head RoPE turns together: i and i + half, or neighbours
+    pairs  which channels of a head RoPE turns together: i and i + half, or neighbours; other where
+           only some turn, or a norm over all heads follows the projection
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    pairs: Literal["halves", "neighbours"] = "halves"
+    pairs: Literal["halves", "neighbours", "other"] = "halves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +215,7 @@ class Mixer:
     """What mixes tokens in a block; a block has none, one, or two side by side.
 
     kind   self (keys and values by head), latent (MLA: keys and values from a latent), linear
-           (a recurrent state)
+           (a recurrent state, or a short convolution)
     path   its module in the checkpoint
     shape  heads of a self attention
     """
@@ -260,10 +269,11 @@ class UnitLayout:
 
     @property
     def stacks(self) -> dict[str, tuple[Linear, ...]]:
-        """Tensors of the checkpoint that hold several linears' weights → those linears."""
+        """Tensors of the checkpoint that hold linears' weights otherwise than one [out, in] →
+        those linears."""
         found: dict[str, list[Linear]] = {}
         for linear in self.linears:
-            if linear.tensor is not None and linear.tensor.index is not None:
+            if linear.tensor is not None and (linear.transposed or not linear.tensor.whole):
                 found.setdefault(linear.tensor.name, []).append(linear)
         return {name: tuple(linears) for name, linears in found.items()}
 

@@ -29,7 +29,7 @@ from compressor.methods.base import Effects, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.numerics.hadamard import Rotation, rotation
 
-POST_NORMS = ("norm.attn.out", "norm.mlp.out")
+POST_NORMS = ("norm.attn.out", "norm.mlp.out", "norm.embedding")
 
 
 class Rotate(Pass):
@@ -62,8 +62,8 @@ class Rotate(Pass):
         post = next((norm for norm in norms if norm.role in POST_NORMS), None)
         if post is not None:
             yield InputError(
-                f"{layout.model_type} normalises what a block adds to the stream ({post.name}), "
-                "and that norm's weight does not commute with a rotation",
+                f"{layout.model_type} normalises what is added to the stream ({post.name}), and "
+                "that norm's weight does not commute with a rotation",
                 hint="leave rotate out of the recipe",
             )
         elif any(norm.kind == "layer" for norm in norms) and not self.keep_mean:

@@ -1,4 +1,4 @@
-"""Runs one block of a transformers model at a time. The only file that imports transformers.
+"""Runs one block of a transformers model at a time.
 
 The model is built on the meta device; a unit's tensors are assigned to its modules, used, and taken
 away again. Inputs of a block travel as one tensor of hidden states [rows, length, hidden].
@@ -6,7 +6,6 @@ away again. Inputs of a block travel as one tensor of hidden states [rows, lengt
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,10 +20,22 @@ from compressor.arch.load import RuntimeNames
 from compressor.foreign.calls import foreign
 from compressor.ir.layout import Linear, UnitLayout, bias_name
 from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.runner.model import build_config, build_model
 
 
 class _Stop(Exception):
     """Ends a forward pass once the last decoder layer has been reached."""
+
+
+class _Passed(Tensor):
+    """Hidden states that a layer stands in for: some models take them for the layer's output, some
+    for the first item of it."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self, None))
 
 
 @dataclass(slots=True)
@@ -55,27 +66,31 @@ class BlockRunner:
         self.device = device
         self.dtype = dtype
         with foreign("transformers does not accept this config.json"):
-            self.config = _config(config)
+            self.config = build_config(config)
             # Attention logit caps exist in the eager attention only; the fused ones drop them
             # silently.
             text = self.config.get_text_config()
             eager = getattr(text, "attn_logit_softcapping", None) is not None
             with torch.device("meta"):
-                self.model = _built(self.config, dtype, eager=eager)
+                self.model = build_model(self.config, dtype, eager=eager)
             self._rebuild_buffers()
         self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
         self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
+        self._by_row: tuple[str, ...] = ()
         self.first_row = 0  # of the rows that run, for hooks that carry something between blocks
 
     def _rebuild_buffers(self) -> None:
         """Rotary tables and Gemma's embedding scale are buffers that no checkpoint holds; on the
         meta device they are lost."""
+        root = self.names.layers.rpartition(".")[0]
         for path, module in list(self.model.named_modules()):
+            if not path.startswith(root):
+                continue  # a tower beside the text model never runs
             if hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
             if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
                 with torch.device("cpu"):
-                    own = getattr(module, "config", self.config)
+                    own = getattr(module, "config", self.config.get_text_config())
                     fresh = type(module)(own).to(self.device)
                 parent, _, leaf = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), leaf, fresh)
@@ -110,7 +125,11 @@ class BlockRunner:
             rows = ids[start : start + batch].to(self.device)
             if start == 0:
                 self.capture({"input_ids": rows[:1]}, arguments)
-            out.append(self.capture({"input_ids": rows}, {}))
+                several: dict[int, dict[str, Any]] = {}
+                out.append(self.capture({"input_ids": rows}, several))
+                self._by_row = _by_row(arguments[0], several[0])
+            else:
+                out.append(self.capture({"input_ids": rows}, {}))
         self._drop(list(tensors))
         self._layer_arguments[ids.shape[1]] = [arguments[i] for i in range(len(self.layers))]
         return torch.cat(out)
@@ -129,7 +148,7 @@ class BlockRunner:
                 }
                 if index == len(self.layers) - 1:
                     raise _Stop
-                return hidden_states
+                return hidden_states.as_subclass(_Passed)
 
             return forward
 
@@ -188,9 +207,12 @@ class BlockRunner:
             head.weight = self.model.get_submodule(embedding).weight
         self.model.requires_grad_(False)
 
-    def arguments(self, index: int, length: int) -> dict[str, Any]:
+    def arguments(self, index: int, length: int, *, rows: int = 1) -> dict[str, Any]:
         """What layer `index` gets beside the hidden states, for rows of `length` tokens."""
-        return self._layer_arguments[length][index]
+        found = self._layer_arguments[length][index]
+        if rows == 1 or not self._by_row:
+            return found
+        return found | {n: found[n].repeat(rows, *[1] * (found[n].dim() - 1)) for n in self._by_row}
 
     @contextmanager
     def attention(self, hook: AttentionHook | None) -> Iterator[None]:
@@ -310,7 +332,7 @@ class Block:
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         """The block's output for hidden states [rows, length, hidden]."""
-        arguments = self.runner.arguments(self.unit.index, hidden.shape[1])
+        arguments = self.runner.arguments(self.unit.index, hidden.shape[1], rows=hidden.shape[0])
         out = self.layer(hidden.to(self.runner.device, self.runner.dtype), **arguments)
         # Decoder layers return a tensor in new transformers and a tuple in old ones.
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -361,38 +383,14 @@ class Block:
         return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
 
 
-def _built(config: Any, dtype: torch.dtype, *, eager: bool) -> Any:
-    """The model of a config, with the fused attention where it has one."""
-    from transformers import AutoModelForCausalLM
-
-    def build(attention: str) -> Any:
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        ).eval()
-
-    if eager:
-        return build("eager")
-    try:
-        return build("sdpa")
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        return build("eager")
-
-
-def _config(config: Mapping[str, Any]) -> Any:
-    """transformers' config of a config.json."""
-    from transformers import AutoConfig
-
-    values = {k: v for k, v in config.items() if k != "quantization_config"}
-    return AutoConfig.for_model(values.pop("model_type"), **copy.deepcopy(values))
-
-
-def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as transformers reads it: defaults filled in, old forms of keys made new ones.
-
-    Raises InputError for one that it does not accept.
-    """
-    with foreign("transformers does not accept this config.json"):
-        found: dict[str, Any] = _config(config).to_dict()
-    return found
+def _by_row(one: Mapping[str, Any], several: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a layer's arguments that grow with the rows and do not spread over them."""
+    return tuple(
+        name
+        for name, value in one.items()
+        if isinstance(value, Tensor)
+        and value.dim()
+        and value.shape[0] != 1
+        and isinstance(several.get(name), Tensor)
+        and several[name].shape[0] != value.shape[0]
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import InputError
-from compressor.runner.block_runner import resolved_config
+from compressor.runner.model import resolved_config
 
 NOT_THE_FUNCTION = (
     "_name_or_path",

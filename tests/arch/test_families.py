@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from compressor.checkpoint.source import Source, open_source
 from compressor.numerics.folding import fold
@@ -39,7 +39,9 @@ def logits(source: Source) -> Tensor:
 
 @torch.no_grad()
 def logits_of_transformers(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wraps = open_source(folder).arch.config is not None
+    kind = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     found: Tensor = model(input_ids=IDS, use_cache=False).logits
     return found
 

@@ -1,0 +1,209 @@
+"""The names by which a model in memory knows its parts, and experts that it keeps in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from compressor.ir.layout import Linear, Rows, TensorRef, UnitLayout, bias_name, weight_name
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Experts that memory keeps in one tensor: [experts, rows of all sources, columns].
+
+    A checkpoint may hold it so too, in place of one tensor for each expert.
+
+    into         name of the tensor in memory, relative to the decoder layer
+    sources      checkpoint modules whose rows follow one another, with "{e}" for the expert
+    transposed   [experts, columns, rows] instead
+    interleaved  the sources' rows alternate instead
+    bias         name of the tensor of their biases [experts, rows]
+    stored       name of the tensor in a checkpoint, where that is another one
+    either       a checkpoint may hold it transposed, which its shape shows
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    into: str
+    sources: tuple[str, ...]
+    transposed: bool = False
+    interleaved: bool = False
+    bias: str | None = None
+    stored: str | None = None
+    either: bool = False
+
+    @property
+    def on_disk(self) -> str:
+        """Its name in a checkpoint, relative to the block."""
+        return self.stored or self.into
+
+    def turned(self, found: Sequence[int] | None, shape: tuple[int, int, int]) -> bool:
+        """Whether a checkpoint has it [experts, columns, rows]: its shape there, and [experts,
+        rows, columns]."""
+        if self.either:
+            return found is not None and tuple(found) != shape
+        return self.transposed
+
+    def reference(
+        self, block: str, expert: int, source: int, rows: int, *, transposed: bool
+    ) -> TensorRef:
+        """Where a stack on disk has the weight of one of `sources`, of so many rows."""
+        pattern = self._rows(source, rows)
+        return TensorRef(f"{block}.{self.on_disk}", expert, transposed, pattern)
+
+    def bias_reference(self, block: str, expert: int, source: int, rows: int) -> TensorRef | None:
+        """The same for its bias."""
+        if self.bias is None:
+            return None
+        return TensorRef(f"{block}.{self.bias}", expert, rows=self._rows(source, rows))
+
+    def _rows(self, source: int, rows: int) -> Rows | None:
+        count = len(self.sources)
+        if count == 1:
+            return None
+        if self.interleaved:
+            return Rows("", source, 1, outer=rows, stride=count)
+        return Rows("", source * rows, rows)
+
+    def build(
+        self,
+        block: str,
+        experts: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        into: str,
+        transposed: bool,
+    ) -> dict[str, Tensor]:
+        """The stack's tensors, by name relative to the block, from those of its linears."""
+        found = {into: self._stacked(block, experts, tensors, weight_name)}
+        if transposed:
+            found[into] = found[into].transpose(1, 2).contiguous()
+        if self.bias is not None:
+            found[self.bias] = self._stacked(block, experts, tensors, bias_name)
+        return found
+
+    def takes(self, block: str, experts: int) -> Iterator[str]:
+        """Names of the tensors that it is built from."""
+        for e in range(experts):
+            for source in self.sources:
+                yield weight_name(f"{block}.{source.format(e=e)}")
+                if self.bias is not None:
+                    yield bias_name(f"{block}.{source.format(e=e)}")
+
+    def _stacked(
+        self,
+        block: str,
+        experts: int,
+        tensors: Mapping[str, Tensor],
+        name: Callable[[str], str],
+    ) -> Tensor:
+        names = [
+            [name(f"{block}.{source.format(e=e)}") for source in self.sources]
+            for e in range(experts)
+        ]
+        first = [tensors[n] for n in names[0]]
+        rows = sum(tensor.shape[0] for tensor in first)
+        if any(tensors[n].requires_grad for expert in names for n in expert):
+            out = torch.stack([torch.cat([tensors[n] for n in expert]) for expert in names])
+        else:
+            out = first[0].new_empty(experts, rows, *first[0].shape[1:])
+            for e, expert in enumerate(names):
+                torch.cat([tensors[n] for n in expert], out=out[e])
+        if self.interleaved:
+            apart = out.view(experts, len(self.sources), -1, *out.shape[2:])
+            out = apart.transpose(1, 2).reshape(out.shape)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeNames:
+    """Where the model in memory keeps its parts, and how a block's tensors get there.
+
+    layers, embedding, norm, lm_head  module paths; `layers` is the list of decoder layers
+    renames  module path in the checkpoint → in memory, both relative to the decoder layer
+    outside  the same for modules outside the blocks
+    stacks   experts that are one tensor in memory
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    layers: str
+    embedding: str
+    norm: str
+    lm_head: str
+    renames: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
+
+    def restacked(
+        self, unit: UnitLayout, name: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[set[str], dict[str, Tensor]]:
+        """Names of the tensors that a stack of the checkpoint holds, and the stack (with that of
+        its biases) built from them."""
+        first = unit.stacks[name][0]
+        assert first.tensor is not None
+        if first.expert is None:
+            return {first.weight_name}, {name: tensors[first.weight_name].T.contiguous()}
+        experts = len({linear.expert for linear in unit.linears} - {None})
+        stack = next(x for x in self.stacks if f"{unit.name}.{x.on_disk}" == name)
+        built = stack.build(
+            unit.name,
+            experts,
+            tensors,
+            into=stack.on_disk,
+            transposed=first.tensor.transposed,
+        )
+        return set(stack.takes(unit.name, experts)), {
+            f"{unit.name}.{local}": tensor for local, tensor in built.items()
+        }
+
+    def outer_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the embedding and the head under their names in memory."""
+        state = {}
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            state[f"{self.outside.get(path, path)}.{leaf}"] = tensor
+        return state
+
+    def module_path(self, path: str) -> str:
+        """A checkpoint module's path in memory, both relative to the decoder layer."""
+        return self.renames.get(path, path)
+
+    def linear_path(self, unit: UnitLayout, linear: Linear) -> str:
+        """Path, relative to the decoder layer, of the module that computes a block's linear.
+
+        For an expert that is the module that holds all experts.
+        """
+        path = linear.name.removeprefix(f"{unit.name}.")
+        if linear.expert is not None:
+            for stack in self.stacks:
+                if path in (source.format(e=linear.expert) for source in stack.sources):
+                    return stack.into.rpartition(".")[0]
+        return self.module_path(path)
+
+    def block_state(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of one decoder layer, names relative to it, experts stacked.
+
+        tensors  checkpoint name → tensor, at least those of `unit`; what is not stacked is passed
+                 on without a copy
+        """
+        experts = len({linear.expert for linear in unit.linears} - {None})
+        state: dict[str, Tensor] = {}
+        stacked: set[str] = set()
+        for stack in self.stacks if experts else ():
+            into, transposed = stack.into, stack.transposed
+            state |= stack.build(unit.name, experts, tensors, into=into, transposed=transposed)
+            stacked.update(stack.takes(unit.name, experts))
+        turned = {linear.weight_name for linear in unit.linears if linear.transposed}
+        for name in unit.tensors:
+            if name not in stacked:
+                path, _, leaf = name.removeprefix(f"{unit.name}.").rpartition(".")
+                local = f"{self.module_path(path)}.{leaf}".removeprefix(".")
+                state[local] = tensors[name].T if name in turned else tensors[name]
+        return state

@@ -1,0 +1,59 @@
+"""From a config.json to a model of transformers, without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from compressor.foreign.calls import foreign
+
+
+def build_model(config: Any, dtype: torch.dtype, *, eager: bool) -> Any:
+    """The model of a config, with the fused attention where it has one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    wraps = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+
+    def build(attention: str) -> Any:
+        return kind.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+    if eager:
+        return build("eager")
+    try:
+        return build("sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return build("eager")
+
+
+def build_config(config: Mapping[str, Any]) -> Any:
+    """transformers' config of a config.json."""
+    from transformers import AutoConfig
+
+    values = {k: _numbers(v) for k, v in config.items() if k != "quantization_config"}
+    return AutoConfig.for_model(values.pop("model_type"), **copy.deepcopy(values))
+
+
+def _numbers(value: Any) -> Any:
+    """A value of config.json with the numbers that JSON has no form for."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _numbers(item) for key, item in value.items()}
+    return [_numbers(item) for item in value] if isinstance(value, list) else value
+
+
+def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as transformers reads it: defaults filled in, old forms of keys made new ones.
+
+    Raises InputError for one that it does not accept.
+    """
+    with foreign("transformers does not accept this config.json"):
+        found: dict[str, Any] = build_config(config).to_dict()
+    return found
