@@ -217,7 +217,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
         **GEMMA_4_EXPERTS,
     },
-    "gemma4_text/dense": GEMMA_4,
+    "gemma4_text dense": GEMMA_4,
     "cohere2": {"logit_scale": 0.25, "sliding_window": 32},
     "phi": {"qk_layernorm": False},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96},
@@ -225,7 +225,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"use_qkv_bias": True},
     "nemotron": {},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96},
-    "falcon/mha": {
+    "falcon mha": {
         "new_decoder_architecture": False,
         "multi_query": False,
         "parallel_attn": False,
@@ -233,7 +233,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "bias": True,
         "ffn_hidden_size": 96,
     },
-    "falcon/mqa": {
+    "falcon mqa": {
         "new_decoder_architecture": False,
         "multi_query": True,
         "parallel_attn": True,
@@ -242,9 +242,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256},
 }
-"""Family → what is its own; after a stroke, another of its layouts."""
+"""Family → what is its own; after a space, another of its layouts."""
 
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 32}, VISION),
     "llava": ("llama", {}, VISION),
     "llava_next": ("llama", {}, VISION),
     "mistral3": ("mistral", {"head_dim": 32}, {**VISION, "head_dim": 16, "model_type": "pixtral"}),

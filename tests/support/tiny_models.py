@@ -59,7 +59,7 @@ def build(
         values = {**COMMON, **FAMILIES[model_type], **overrides}
         for key in OTHER_NAMES.get(model_type, ()):
             values.pop(key, None)
-    config = AutoConfig.for_model(model_type.partition("/")[0], **values)
+    config = AutoConfig.for_model(model_type.partition(" ")[0], **values)
     kind = AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # some parameters, A_log for one, keep what they start from
