@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -13,6 +15,12 @@ CONTROL = re.compile(
 def printable(text: str) -> str:
     """Text of a stranger for people: control characters as escapes, lines and tabs kept."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint that names the nearest valid word, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(sorted(known))}"
 
 
 MOST = 50

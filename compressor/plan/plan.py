@@ -22,7 +22,7 @@ from compressor.checkpoint.side_files import SideFiles
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.checkpoint.target import ModelTarget, lay_out
 from compressor.checkpoint.workspace import lacking_room, refusal
-from compressor.errors import CompressError, InputError, Problems
+from compressor.errors import CompressError, InputError, Problems, nearest
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.ir.layout import Linear, ModelLayout, weight_name
 from compressor.ir.scheme import KVSpec, Scheme
@@ -32,7 +32,7 @@ from compressor.methods.common.context import PlanContext
 from compressor.plan.check_recipe import check_recipe
 from compressor.plan.delta import as_delta
 from compressor.plan.order import composition_problems, order_problems
-from compressor.plan.recipe import Recipe, Step, nearest
+from compressor.plan.recipe import Recipe, Step
 from compressor.plan.runtime_choice import settle
 from compressor.plan.schemes import pass_schemes
 from compressor.plan.unit_plan import DTYPES, PassPlan, UnitPlan, plan_unit

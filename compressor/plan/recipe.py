@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.json_schema import GenerateJsonSchema
 
-from compressor.errors import InputError, Problems
+from compressor.errors import InputError, Problems, nearest
 from compressor.evaluate.gate import Gate
 from compressor.evaluate.settings import Evaluation
 from compressor.evaluate.text import Mixture
@@ -308,12 +307,6 @@ def _meaning(model: type[BaseModel], path: Sequence[str]) -> str | None:
     """What a key at the top of a model stands for."""
     field = model.model_fields.get(path[-1]) if len(path) == 1 else None
     return f"{path[-1]}: {field.description}" if field and field.description else None
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint that names the nearest valid word, or all of them."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(sorted(known))}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -22,6 +22,7 @@ import yaml
 
 from compressor.cli.display import Display, duration, rate, size, sparkline
 from compressor.cli.junit import Case, junit
+from compressor.cli.main import main
 from compressor.errors import InputError, Problems
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -141,7 +142,10 @@ def test_junit_holds_checks_and_is_written_whatever_happens(tmp_path: Path) -> N
 
 
 def test_a_command_in_a_pipeline_prints_no_colour_and_json_only(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     data = {
@@ -153,19 +157,20 @@ def test_a_command_in_a_pipeline_prints_no_colour_and_json_only(
     }
     recipe.write_text(yaml.safe_dump(data))
     start = "from compressor.cli.main import main; main()"
-    command = [sys.executable, "-c", start, "run", str(recipe), "--device", "cpu"]
-    arguments = ["--json", "--log-format", "json"]
+    arguments = ["run", str(recipe), "--device", "cpu", "--json", "--log-format", "json"]
+    command = [sys.executable, "-c", start, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command + arguments, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["gate"]["passed"] is False
     events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
     assert events[0] == "compress" and events.count("stage done") == 3
     assert "\x1b" not in done.stdout + done.stderr
     recipe.write_text(yaml.safe_dump({**data, "passes": [{"rnt": {}}]}))
-    done = subprocess.run(command + arguments, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2
-    (event,) = [json.loads(line) for line in done.stderr.splitlines()]
+    monkeypatch.setattr(sys, "argv", ["compress", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    (event,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert event["event"] == "error" and event["exit_code"] == 2 and "rtn" in event["hint"]
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from compressor import __version__
 from compressor.cli.main import main
+from compressor.cli.process import catch_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPRESS = [sys.executable, "-m", "compressor"]
@@ -41,10 +42,31 @@ def shell(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_outside_the_loop_is_an_interruption(
-    signal_number: signal.Signals, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_every_signal_that_asks_to_stop_interrupts(number: signal.Signals) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        catch_signals()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait([], 10)  # a signal comes at the latest here
+    finally:
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        catch_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_outside_the_loop_is_an_interruption(tmp_path: Path) -> None:
     """While the recipe is still awaited: long before there are units that could be finished."""
     pipe, junit = tmp_path / "recipe.yaml", tmp_path / "j.xml"
     os.mkfifo(pipe)
@@ -53,7 +75,7 @@ def test_a_signal_outside_the_loop_is_an_interruption(
         [*COMPRESS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     with pipe.open("w"):  # opens once it is read
-        process.send_signal(signal_number)
+        process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert json.loads(out)["exit_code"] == 130
@@ -65,7 +87,7 @@ def test_a_reader_that_goes_away_changes_nothing(recipe: Path, tmp_path: Path) -
     done = shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', "run", recipe, "--device", "cpu")
     assert done.returncode == 0
     assert (tmp_path / "out" / "manifest.json").is_file()
-    failed = shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', "plan", tmp_path / "nothing.yaml")
+    failed = shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', "recipes", "nothing")
     assert failed.returncode == 2
 
 
@@ -73,18 +95,18 @@ def test_closed_streams_change_nothing(recipe: Path, tmp_path: Path) -> None:
     done = shell('"$@" <&- >&- 2>&-', "run", recipe, "--device", "cpu")
     assert done.returncode == 0 and done.stdout == done.stderr == ""
     assert (tmp_path / "out" / "manifest.json").is_file()
-    assert shell('"$@" >&-', "plan", tmp_path / "nothing.yaml").returncode == 2
+    assert shell('"$@" >&-', "recipes", "nothing").returncode == 2
 
 
-def test_a_full_disk_under_stdout_is_the_machines_failure(recipe: Path) -> None:
-    done = shell('"$@" >/dev/full', "plan", recipe)
+def test_a_full_disk_under_stdout_is_the_machines_failure() -> None:
+    done = shell('"$@" >/dev/full', "recipes")
     assert done.returncode == 3
     assert "No space left" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_encoding_without_a_character_gets_an_escape(tmp_path: Path) -> None:
-    done = shell('PYTHONIOENCODING=latin-1 "$@"', "plan", tmp_path / "木.yaml")
-    assert done.returncode == 2 and "\\u6728.yaml" in done.stderr
+def test_an_encoding_without_a_character_gets_an_escape() -> None:
+    done = shell('PYTHONIOENCODING=latin-1 "$@"', "recipes", "木")
+    assert done.returncode == 2 and "no recipe '\\u6728'" in done.stderr
 
 
 def test_a_file_system_without_locks_is_named(

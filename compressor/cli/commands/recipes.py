@@ -12,6 +12,7 @@ import click
 
 from compressor.cli.echo import echo
 from compressor.cli.options import json_option
+from compressor.errors import InputError, nearest
 
 
 def _folder() -> Traversable:
@@ -31,9 +32,6 @@ def command(name: str | None, as_json: bool) -> None:
     compress recipes                       # names, and what each does
     compress recipes llama2-awq > my.yaml  # a start for your own
     """
-    from compressor.errors import InputError
-    from compressor.plan.recipe import nearest
-
     found = {
         entry.name.removesuffix(".yaml"): entry.read_text("utf-8")
         for entry in _folder().iterdir()
