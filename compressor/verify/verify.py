@@ -29,7 +29,7 @@ from compressor.verify.checks.kernels import Kernels
 from compressor.verify.checks.original import Original
 from compressor.verify.findings import Findings, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
-from compressor.verify.target import Target, kind_of
+from compressor.verify.subject import Subject, kind_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +64,7 @@ def verify(
     """
     _require_checkpoint(folder)
     kind = kind_of(folder)
-    if base is not None and kind is Target:
+    if base is not None and kind is Subject:
         raise InputError(f"{folder} is not a delta, so it needs no base")
     if device.type == "cpu":
         enable_interpreter()
@@ -72,22 +72,22 @@ def verify(
     found = Findings()
     manifest = check_files(folder, found)
     try:
-        target = kind.open(
+        subject = kind.open(
             folder, base, manifest=manifest, original=original, device=device, seed=seed
         )
     except InputError as error:
         problems = error.problems if isinstance(error, Problems) else [error]
         found.add(kind.opened, [p.message for p in problems], "")
         return found.report(folder)
-    checks = [check(target, found) for check in CHECKS]
+    checks = [check(subject, found) for check in CHECKS]
     try:
         for check in checks:
             check.begin()
-        for done, unit in enumerate(target.source.layout.units, 1):
-            _show(unit, target, checks)
+        for done, unit in enumerate(subject.source.layout.units, 1):
+            _show(unit, subject, checks)
             give_back()
             if progress is not None:
-                progress(unit.name, done, len(target.source.layout.units))
+                progress(unit.name, done, len(subject.source.layout.units))
         for check in checks:
             check.conclude()
     except NothingMore:
@@ -95,16 +95,16 @@ def verify(
     return found.report(folder)
 
 
-def _show(unit: UnitLayout, target: Target, checks: list[Check]) -> None:
+def _show(unit: UnitLayout, subject: Subject, checks: list[Check]) -> None:
     """Each check what there is of a unit; a layer is decoded once for all of them."""
     try:
-        stored = target.stored(unit)
+        stored = subject.stored(unit)
         for check in checks:
             check.stored(stored)
-        tensors = target.read(unit, stored)
+        tensors = subject.read(unit, stored)
         for check in checks:
             check.read(tensors)
-        for linear, layer in target.layers(unit, tensors):
+        for linear, layer in subject.layers(unit, tensors):
             for check in checks:
                 check.layer(linear, layer)
         for check in checks:

@@ -21,7 +21,7 @@ from compressor.ir.layout import Linear
 from compressor.numerics import chunks
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.verify import target as verify_target
+from compressor.verify import subject as verify_subject
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.findings import VerifyReport
 from compressor.verify.kernels import check as kernel_checks
@@ -274,7 +274,7 @@ def test_few_layers_are_decoded_ahead_of_the_one_that_is_checked(
     """A layer in float64 is the largest thing that `verify` holds."""
     decoded: set[str] = set()
     checked: list[int] = []
-    decode, layer = verify_target.decode_linear, Kernels.layer
+    decode, layer = verify_subject.decode_linear, Kernels.layer
 
     def counted(config: Any, name: str, arrays: Any) -> Any:
         decoded.add(name)
@@ -286,8 +286,8 @@ def test_few_layers_are_decoded_ahead_of_the_one_that_is_checked(
         layer(self, linear, *rest)
 
     monkeypatch.setattr(chunks, "AHEAD_ELEMENTS", room)
-    monkeypatch.setattr(verify_target.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(verify_target, "decode_linear", counted)
+    monkeypatch.setattr(verify_subject.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(verify_subject, "decode_linear", counted)
     monkeypatch.setattr(Kernels, "layer", slow)
     assert verify(copy, device=CPU).ok
     assert len(checked) == 14

@@ -17,12 +17,12 @@ class AttentionPolicy(Check):
     """It is valid, and for this model, and its tensors are whole."""
 
     def begin(self) -> None:
-        folder = self.target.folder
+        folder = self.subject.folder
         try:
             policy = read_policy(folder)
             if policy is None:
                 return
-            check_policy(policy, self.target.source.layout)
+            check_policy(policy, self.subject.source.layout)
             problems = tensor_problems(policy, read_policy_tensors(folder))
         except InputError as error:
             self.found.add("attention policy", [error.message], "")

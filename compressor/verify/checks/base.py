@@ -9,17 +9,17 @@ from torch import Tensor
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.verify.findings import Findings
 from compressor.verify.kernels.layer import Layer
-from compressor.verify.target import Target
+from compressor.verify.subject import Subject
 
 
 class Check:
-    """One check of one target. It is shown each unit once, in order, and says what it found.
+    """One check of one subject. It is shown each unit once, in order, and says what it found.
 
     A subclass has those of the methods below that it needs; complaints go to `problems`.
     """
 
-    def __init__(self, target: Target, found: Findings) -> None:
-        self.target, self.found = target, found
+    def __init__(self, subject: Subject, found: Findings) -> None:
+        self.subject, self.found = subject, found
         self.problems: list[str] = []
 
     def begin(self) -> None:

@@ -12,6 +12,6 @@ class BaseOfDelta(Check):
         self.problems.append(problem)
 
     def conclude(self) -> None:
-        if (count := self.target.from_base) is not None:
+        if (count := self.subject.from_base) is not None:
             detail = f"{count} tensors have the hashes the delta knows them by"
             self.found.add("the base", self.problems, detail)

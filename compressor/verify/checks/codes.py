@@ -17,10 +17,10 @@ class Codes(Check):
             self.problems.append(layer)
 
     def unread(self, problem: str) -> None:
-        if self.target.from_base is None:
+        if self.subject.from_base is None:
             self.problems.append(problem)
 
     def conclude(self) -> None:
         count = len(self.found.layers)
         detail = f"{count} layers, by a reader that shares no code with the writer"
-        self.found.add(self.target.coding, self.problems, detail)
+        self.found.add(self.subject.coding, self.problems, detail)

@@ -16,7 +16,7 @@ class Forecasts(Check):
     def conclude(self) -> None:
         if self.found.damage:
             return
-        source, device = self.target.source, self.target.device
+        source, device = self.subject.source, self.subject.device
         try:
             record = read_record(source.checkpoint.folder)
             if record is None:

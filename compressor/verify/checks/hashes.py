@@ -39,9 +39,9 @@ class TensorHashes(Check):
 
     def stored(self, tensors: Mapping[str, Tensor]) -> None:
         self.seen |= set(tensors)
-        if self.target.manifest is None:
+        if self.subject.manifest is None:
             return
-        known = self.target.manifest.tensors
+        known = self.subject.manifest.tensors
         with ThreadPoolExecutor(4) as pool:
             for name, digest in zip(tensors, pool.map(stored_hash, tensors.values()), strict=True):
                 if name not in known:
@@ -50,8 +50,8 @@ class TensorHashes(Check):
                     self.problems.append(f"{name} is not what was written")
 
     def conclude(self) -> None:
-        if self.target.manifest is not None:
-            known = self.target.manifest.tensors
+        if self.subject.manifest is not None:
+            known = self.subject.manifest.tensors
             lost = sorted(set(known) - self.seen)
             self.problems += [f"{x} is in {MANIFEST_NAME}, but not in the model" for x in lost]
             self.found.add("tensor hashes", self.problems, f"{len(known)} tensors")

@@ -10,12 +10,12 @@ from compressor.verify.checks.base import Check
 
 class Headers(Check):
     """Each dtype is the one that the tensor's meaning calls for; names and shapes were settled
-    when the target was opened."""
+    when the subject was opened."""
 
     def begin(self) -> None:
-        target, source = self.target, self.target.source
-        detail = f"{target.contents}, all that {source.arch.model_type} needs"
-        self.found.add(target.opened, _wrong_dtypes(source), detail)
+        subject, source = self.subject, self.subject.source
+        detail = f"{subject.contents}, all that {source.arch.model_type} needs"
+        self.found.add(subject.opened, _wrong_dtypes(source), detail)
 
 
 def _wrong_dtypes(source: Source) -> list[str]:

@@ -23,11 +23,11 @@ class Kernels(Check):
     def layer(self, linear: Linear, layer: Layer | str) -> None:
         if isinstance(layer, str):
             return
-        check = self.target.kernel(linear)
+        check = self.subject.kernel(linear)
         if check is None:
             self.without_kernel += 1
             return
-        result = check_kernel(check, layer, device=self.target.device, seed=self.target.seed)
+        result = check_kernel(check, layer, device=self.subject.device, seed=self.subject.seed)
         if result.problem:
             self.problems.append(f"{linear.name}: {result.problem}")
         self.found.layers[linear.name] = replace(
@@ -39,16 +39,16 @@ class Kernels(Check):
 
     def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
         """One decoding step over the block's quantized cache."""
-        target, shape = self.target, unit.attention
-        kv = target.source.schemes.kv
+        subject, shape = self.subject, unit.attention
+        kv = subject.source.schemes.kv
         if kv is None or shape is None:
             return
         if cache_kernel(shape, kv) is None:
             self.caches.append(None)
             return
         path = unit.attention_path
-        scales = target.source.format.kv_scales(tensors, path)
-        found = check_cache(path, shape, kv, scales, device=target.device, seed=target.seed)
+        scales = subject.source.format.kv_scales(tensors, path)
+        found = check_cache(path, shape, kv, scales, device=subject.device, seed=subject.seed)
         self.caches.append(found)
         if found.problem:
             self.problems.append(f"{path}: {found.problem}")
@@ -63,7 +63,7 @@ class Kernels(Check):
         parts = []
         worst = max((layer.kernel_error or 0.0 for layer in ran), default=0.0)
         names = ", ".join(sorted({layer.kernel for layer in ran}))
-        if self.target.device.type == "cuda" and triton:
+        if self.subject.device.type == "cuda" and triton:
             parts.append(f"{len(triton)} whole layers through {names} on the GPU")
         elif ran:
             if triton:

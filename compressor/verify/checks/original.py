@@ -42,7 +42,7 @@ ROTATED = 0.05
 
 
 class Original(Check):
-    """The comparison of one target, unit by unit, where there is an original."""
+    """The comparison of one subject, unit by unit, where there is an original."""
 
     original: Source
 
@@ -52,10 +52,10 @@ class Original(Check):
         self.blocks: list[OutputError] = []
         self.rotation: Matrix | None = None
         self.outputs: Outputs | None = None
-        if self.target.original is None:
+        if self.subject.original is None:
             return
-        self.written, self.original = self.target.source, self.target.original
-        self.device, self.folder = self.target.device, self.target.folder
+        self.written, self.original = self.subject.source, self.subject.original
+        self.device, self.folder = self.subject.device, self.subject.folder
         written, original = self.written.checkpoint, self.original.checkpoint
         problems = config_problems(written.config, original.config)
         self.found.add("config to the original", problems, "every key that decides the function")
@@ -72,7 +72,7 @@ class Original(Check):
         self.layouts = {unit.name: unit for unit in self.original.layout.units}
 
     def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
-        if self.target.original is not None:
+        if self.subject.original is not None:
             self._compare(self.written.assemble(unit, tensors))
 
     def _compare(self, unit: Unit) -> None:
@@ -112,7 +112,7 @@ class Original(Check):
 
     def _differences(self, layout: UnitLayout) -> dict[str, tuple[Tensor, int]]:
         """Base's weight and bits of each linear of a delta."""
-        stored = ((x.name, self.target.difference(x)) for x in layout.linears)
+        stored = ((x.name, self.subject.difference(x)) for x in layout.linears)
         return {
             name: (part[0].to(self.device, torch.float32), part[1])
             for name, part in stored
@@ -182,7 +182,7 @@ class Original(Check):
         raise NothingMore
 
     def conclude(self) -> None:
-        if self.target.original is None:
+        if self.subject.original is None:
             return
         for row in self.differences:
             name = row.name
@@ -202,7 +202,7 @@ class Original(Check):
     def _weights_detail(self) -> str:
         names = self._linears()
         rows = [row for row in self.differences if row.name in names]
-        packed = {x.name for unit in self.written.layout.units for x in self.target.packed(unit)}
+        packed = {x.name for unit in self.written.layout.units for x in self.subject.packed(unit)}
         coded = [x for x in rows if x.name in packed]
         middle = statistics.median(x.error for x in coded or rows) if rows else 0.0
         worst = sorted(rows, key=lambda row: -row.error)[:3]

@@ -41,7 +41,7 @@ DIFFERENT = "two readers see different weights"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Subject:
     """A checkpoint.
 
     source    what its files stand for
@@ -146,7 +146,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaTarget(Target):
+class DeltaSubject(Subject):
     """A delta; its `source` is the model that it makes of its base."""
 
     opened = "headers and base"
@@ -212,12 +212,12 @@ class DeltaTarget(Target):
             )
 
 
-def kind_of(folder: Path) -> type[Target]:
+def kind_of(folder: Path) -> type[Subject]:
     """What a checkpoint folder holds, as far as its config says; opening it says the rest."""
     try:
-        return DeltaTarget if is_delta(folder) else Target
+        return DeltaSubject if is_delta(folder) else Subject
     except InputError:
-        return Target
+        return Subject
 
 
 def _same(weight: Tensor, q: QTensor) -> bool:
