@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.attention.policy import describe, read_policy
@@ -157,6 +159,31 @@ def test_a_format(
     assert report.ok, report.damage
     with pytest.raises(InputError, match="only symmetric int8 per channel"):
         run(tiny_model("llama"), tmp_path / "no", [{"rtn": {"bits": 4}}], format="plain-int8")
+
+
+def test_a_check(
+    drop: Callable[[str, str], None],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drop("compressor.verify.checks", "alive.py")
+    checks = importlib.import_module("compressor.verify.verify")
+    alive = importlib.import_module("compressor.verify.checks.alive").Alive
+    monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, alive))
+    output = run(tiny_model("llama"), tmp_path / "out", [{"rtn": {"bits": 8, "group_size": 32}}])
+    before = {check.name: check.ok for check in verify(output, device=CPU).checks}
+    assert before["alive"] and all(before.values())
+    (shard,) = output.glob("*.safetensors")
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(shard)
+    linear = open_source(output).layout.units[1].linears[0].name
+    tensors[f"{linear}.weight_scale"].zero_()
+    save_file(tensors, shard, metadata)
+    after = {check.name: check for check in verify(output, device=CPU).checks}
+    assert after["alive"].detail == f"{linear} is all zeros"
+    assert {name for name, check in after.items() if not check.ok} >= {"alive"}
 
 
 def test_an_architecture(

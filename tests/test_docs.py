@@ -89,6 +89,8 @@ def messages() -> Iterator[str]:
                 # What begins the message of a library's error.
                 if node.func.id == "foreign":
                     yield f"{template(node.args[0])}: …"
+                if node.func.id == "disk_errors":
+                    yield f"{template(node.args[0])} failed: …"
                 if node.func.id == "bounded":
                     what = next(k.value for k in node.keywords if k.arg == "what")
                     yield f"{template(what)}: …"

@@ -215,7 +215,7 @@ class Awq(Pass):
             "ratio": None if site.found is None else site.found.ratio,
         }
         if not informed:
-            row["note"] = f"{tokens} calibration tokens came here: rounded without data"
+            row |= {"note": "calibration tokens came here: rounded without data", "noted": tokens}
         return unit, row
 
 

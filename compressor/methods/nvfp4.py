@@ -8,7 +8,7 @@ instead where a block's scale is subnormal, and turns its largest value into zer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
@@ -65,15 +65,16 @@ class Nvfp4(Pass):
         return unblocked(context.selected, BLOCK, what="blocks")
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        return round_to_nearest(unit, context, note=_saturated)
+        return round_to_nearest(unit, context, about=_saturated)
 
 
-def _saturated(weight: Tensor, q: QTensor) -> str | None:
+def _saturated(weight: Tensor, q: QTensor) -> dict[str, Any]:
     """How many values would round beyond 6 on their scale: those the published code loses."""
     scales = q.scales.float().repeat_interleave(BLOCK, dim=1)
     scales = scales if q.second is None else scales * q.second
     count = int((weight.float().abs() >= 7 * scales).logical_and(scales > 0).sum())
-    return f"{count} values saturate at 6 (their scale is subnormal)" if count else None
+    note = "values saturate at 6 (their scale is subnormal)"
+    return {"note": note, "noted": count} if count else {}
 
 
 PASS = Nvfp4

@@ -61,6 +61,7 @@ class ReportData(Strict):
     verify      verdict on the written files: {"ok": bool, "checks": [{"name", "ok", "detail"}]},
                 and whatever else it carries
     evaluation, passkey, gate  `to_json()` of their results
+    learned     rows of what passes learned from the whole model, each with its `pass`
     choices     which key blocks scorers choose, by layer (forecast_recall.json)
     tasks       task of the harness → {"value", "error"}
     hashes      what identifies the artefact: name → SHA-256
@@ -77,6 +78,7 @@ class ReportData(Strict):
     format: str
     parameters: int | None = None
     units: tuple[UnitReport, ...] = ()
+    learned: tuple[dict[str, Any], ...] = ()
     estimates: Costs
     spent: Costs
     phases: dict[str, float] = Field(default_factory=dict)

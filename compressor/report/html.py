@@ -274,6 +274,12 @@ def _done(data: Data) -> str:
     text = yaml.safe_dump(dict(data["recipe"]), sort_keys=False, width=100, allow_unicode=True)
     details = f"<details><summary>The recipe in full</summary><pre>{escape(text)}</pre></details>"
     table = _table(["", "pass", "parameters"], rows, texts=(2,))
+    learned = [
+        [escape(str(name)), escape(_inline(found))]
+        for name, found in ((row.pop("pass"), row) for row in map(dict, data.get("learned", ())))
+    ]
+    if learned:
+        table += "<h3>What was learned</h3>" + _table(["pass", "found"], learned, texts=(1,))
     return _section("What was done", table + details)
 
 
@@ -384,10 +390,7 @@ def _table(
         **dict.fromkeys(names, ' class="name"'),
         **dict.fromkeys(texts, ' class="text"'),
     }
-    head = "".join(
-        f"<th{kinds.get(i, '') if i in set(kinds) else ''}>{cell}</th>"
-        for i, cell in enumerate(header)
-    )
+    head = "".join(f"<th{kinds.get(i, '')}>{cell}</th>" for i, cell in enumerate(header))
     body = "".join(
         "<tr>" + "".join(f"<td{kinds.get(i, '')}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
         for row in rows

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 def row_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Notes of all layers: alike ones of a pass are one line, their leading counts are summed."""
+    """Notes of all layers: alike ones of a pass are one line, and what they count (`noted`) is
+    summed."""
     layers: dict[tuple[str, str], int] = {}
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
-        if "note" not in row:
-            continue
-        found = re.match(r"\d+ ", str(row["note"]))
-        count = found[0] if found else ""
-        text = str(row["note"]).removeprefix(count)
-        key = (str(row.get("pass", "")), text)
-        layers[key] = layers.get(key, 0) + 1
-        if count:
-            counts[key] = counts.get(key, 0) + int(count)
+        if "note" in row:
+            key = (str(row.get("pass", "")), str(row["note"]))
+            layers[key] = layers.get(key, 0) + 1
+            if "noted" in row:
+                counts[key] = counts.get(key, 0) + int(row["noted"])
     return [
         f"{name}: {f'{counts[name, text]:,} ' if (name, text) in counts else ''}{text}, in "
         f"{number} {'layer' if number == 1 else 'layers'}"

@@ -91,6 +91,16 @@ def unit_reports(compiled: Compiled) -> tuple[UnitReport, ...]:
     return () if before is None else before.units
 
 
+def _learned(compiled: Compiled) -> tuple[dict[str, Any], ...]:
+    """What passes of this run say of what they learned, or those that an earlier run's report tells
+    of."""
+    if compiled.already:
+        before = read_report(compiled.output)
+        return () if before is None else before.learned
+    found = compiled.learned.values()
+    return tuple({"pass": one.name, **row} for one in found for row in one.result.rows)
+
+
 def host_peak(compiled: Compiled) -> int:
     """Largest resident size so far in bytes; of the earlier run where this one only judges."""
     if not compiled.already:
@@ -129,6 +139,7 @@ def report_data(
         format=plan.target.format.name,
         parameters=parameters(prepared),
         units=units,
+        learned=_learned(compiled),
         estimates=Costs(**{k: v for k, v in asdict(planned).items() if k != "batch"}),
         spent=Costs(
             source_bytes=planned.source_bytes,

@@ -19,6 +19,7 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, UnitLayout, is_bias, weight_name
 from compressor.ir.unit import Unit
+from compressor.methods.base import ModelPass
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.plan.unit_plan import Observable, UnitPlan
@@ -43,6 +44,13 @@ def plans_of_bits(
     for number in sorted(set(bits)):
         passes = [*before, {name: {**params, "bits": number}}]
         plans[number] = make_plan(make_recipe({**recipe, "passes": passes}), source)
+        for step in plans[number].passes:
+            if isinstance(step.step.params, ModelPass) and step.effects.works_on != "none":
+                raise InputError(
+                    f"{step.step.name} changes weights by what it learns from the whole model, "
+                    "which is not done here",
+                    hint="leave it out of the recipe that is measured",
+                )
         heads = [n for n in plans[number].passes[-1].names if n in _head(source)]
         if heads:
             raise InputError(

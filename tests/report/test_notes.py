@@ -11,9 +11,9 @@ from compressor.report.notes import kept_rows, row_notes
 
 def test_alike_notes_are_one_line_and_counts_are_summed():
     rows = [
-        {"pass": "nvfp4", "linear": "a", "note": "3 values saturate at 6"},
+        {"pass": "nvfp4", "linear": "a", "note": "values saturate at 6", "noted": 3},
         {"pass": "nvfp4", "linear": "b"},
-        {"pass": "nvfp4", "linear": "c", "note": "1200 values saturate at 6"},
+        {"pass": "nvfp4", "linear": "c", "note": "values saturate at 6", "noted": 1200},
         {"pass": "gptq", "linear": "d", "note": "its Gram matrix is not finite"},
     ]
     assert row_notes(rows) == [
@@ -40,7 +40,10 @@ def test_a_run_says_them(tiny_model, tmp_path):
         "model": str(tiny_model("mixtral")),
         "output": str(tmp_path / "out"),
         "calibration": {"samples": 4, "length": 16},
-        "passes": [{"gptq": {"bits": 4, "group_size": 32}}],
+        "passes": [
+            {"streaming": {"sinks": 2, "window": 8}},
+            {"gptq": {"bits": 4, "group_size": 32}},
+        ],
         "verify": False,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -53,4 +56,7 @@ def test_a_run_says_them(tiny_model, tmp_path):
     few = [line for line in row_notes(rows) if "came here: rounded to nearest" in line]
     assert few and all(f"  noted       {line}" in result.stdout for line in few)
     assert set(few) <= set(report["warnings"])
-    assert "came here: rounded to nearest" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "came here: rounded to nearest" in page
+    assert report["learned"] == [{"pass": "streaming", "name": "sinks", "sinks": 2}]
+    assert "What was learned" in page and "name: sinks, sinks: 2" in page

@@ -122,13 +122,13 @@ def round_to_nearest(
     context: PassContext,
     *,
     divided: Mapping[str, Tensor] | None = None,
-    note: Callable[[Tensor, QTensor], str | None] = lambda weight, q: None,
+    about: Callable[[Tensor, QTensor], Mapping[str, Any]] = lambda weight, q: {},
 ) -> PassResult:
     """The unit with every linear that gets codes rounded, with scales of their inputs where they
     are stored, and a row for each.
 
     divided  as in `with_input_scales`
-    note     what a row says of a weight and its codes
+    about    what else a row says of a weight and its codes
     """
     linears = context.coded
     unit = with_input_scales(unit, linears, context, divided=divided)
@@ -139,9 +139,7 @@ def round_to_nearest(
     ):
         stale = divided is not None and linear.site in divided
         stats = None if stale else context.stats.get(linear.site)
-        row = weight_row(linear, weight, q, stats=stats)
-        said = note(weight, q)
-        rows.append(row if said is None else {**row, "note": said})
+        rows.append({**weight_row(linear, weight, q, stats=stats), **about(weight, q)})
         unit = unit.with_quantized(linear, q)
     return PassResult(unit, rows)
 

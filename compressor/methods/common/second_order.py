@@ -86,11 +86,11 @@ def round_unit(
             row = _row(linear, q, rounded, inverse)
             if rounded is None:
                 row["error"] = output_error(unit.weight(linear), q.dequantize(), None)
-                few = linear not in informed
-                why = f"{tokens[linear.name]} calibration tokens came here"
-                row["note"] = (
-                    f"{why if few else 'its Gram matrix is not finite'}: rounded to nearest"
-                )
+                if linear in informed:
+                    row["note"] = "its Gram matrix is not finite: rounded to nearest"
+                else:
+                    row["note"] = "calibration tokens came here: rounded to nearest"
+                    row["noted"] = tokens[linear.name]
             rows[linear.name] = row
             unit = unit.with_quantized(linear, q)
     return unit, [rows[x.name] for x in context.selected if x.name in rows]
