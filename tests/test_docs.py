@@ -103,7 +103,8 @@ ELSEWHERE = ("bitdelta", "sparda")
 def test_recipes_that_pages_of_methods_show_can_be_planned(
     tiny_models: Any, tmp_path: Path
 ) -> None:
-    model = tiny_models.build("llama", tmp_path / "m", hidden_size=128, intermediate_size=256)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 65536}
+    model = tiny_models.build("llama", tmp_path / "m", **sizes)
     source, planned = open_source(model), []
     for page in sorted((DOCS / "methods").glob("*.md")):
         for block in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
