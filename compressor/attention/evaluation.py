@@ -20,7 +20,8 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
 from compressor.runner.attention_call import AttentionCall, AttentionHook
-from compressor.runner.sweep import Attending, StreamedModel
+from compressor.runner.source_model import Attending
+from compressor.runner.sweep import StreamedModel
 
 
 def as_stored(source: Source, attention: Attending | None = None) -> StreamedModel:

@@ -22,7 +22,8 @@ from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import TaskScore
-from compressor.runner.sweep import Attending, Progress, run_blocks
+from compressor.runner.source_model import Attending
+from compressor.runner.sweep import Progress, run_blocks
 
 HIDDEN_BYTES = 2 << 30
 """Hidden states that are held at a time; the model is read once for each such part."""

@@ -29,7 +29,8 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import Estimate
 from compressor.ir.frozen import Strict
-from compressor.runner.sweep import Attending, Progress, Stream, run_blocks
+from compressor.runner.source_model import Attending
+from compressor.runner.sweep import FinalStates, Progress, run_blocks
 
 
 class Passkey(Strict):
@@ -191,7 +192,7 @@ def make_rows(tokenizer: Encoder, haystack: str, *, task: Passkey, length: int) 
     return PasskeyRows(torch.tensor(rows), tuple(answers), tuple(depths))
 
 
-def _scores(stream: Stream, rows: PasskeyRows) -> Tensor:
+def _scores(stream: FinalStates, rows: PasskeyRows) -> Tensor:
     """Share of answer tokens that are the most likely ones, and whether all are: [rows, 2]."""
     scores = torch.zeros(len(rows.answers), 2, dtype=torch.float64)
     with stream.logits() as logits:

@@ -20,7 +20,8 @@ from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
-from compressor.runner.sweep import Attending, Progress, Stream, run_blocks
+from compressor.runner.source_model import Attending
+from compressor.runner.sweep import FinalStates, Progress, run_blocks
 
 LOGIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 """Logits of one model in memory at a time. On a CPU, more than 32 MB of them would come from heaps
@@ -174,7 +175,7 @@ def strided(ids: Tensor, *, length: int, stride: int) -> tuple[Tensor, Tensor]:
 
 
 def token_scores(
-    streams: Sequence[Stream], tokens: Tensor, counted: Tensor
+    streams: Sequence[FinalStates], tokens: Tensor, counted: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """For every counted target [windows, length − 1] (zero elsewhere), in float64: our negative
     log-likelihood, the original's, KL(original ‖ ours), and whether the best token is the same.
@@ -187,8 +188,8 @@ def token_scores(
     places = counted.nonzero()
     with ExitStack() as stack:
         heads = [stack.enter_context(stream.logits()) for stream in streams]
-        vocabulary = streams[0].model.source.layout.sizes.vocabulary
-        room = LOGIT_ELEMENTS.get(streams[0].runner.device.type, LOGIT_ELEMENTS["cpu"])
+        vocabulary = streams[0].model.layout.sizes.vocabulary
+        room = LOGIT_ELEMENTS.get(streams[0].model.device.type, LOGIT_ELEMENTS["cpu"])
         for part in torch.split(places, max(1, room // vocabulary)):
             row, column = part[:, 0], part[:, 1]
             logs = [

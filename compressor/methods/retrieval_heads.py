@@ -82,7 +82,13 @@ class RetrievalHeads(ModelPass[Scores]):
                 make_row(encode, haystack, data=self.data, length=length, draw=draw)
                 for _ in range(self.rows)
             ]
-            scored = copy_scores(model, rows, batch=context.batch, progress=context.progress)
+            scored = copy_scores(
+                model,
+                rows,
+                batch=context.batch,
+                progress=context.progress,
+                stopping=context.stopping,
+            )
             found.append(scored)
         answers = torch.cat([part.per_answer for part in found], dim=1)
         whole = CopyScores(per_answer=answers, answers=sum(part.answers for part in found))

@@ -18,7 +18,7 @@ from compressor.methods.common.learned import Learned
 from compressor.plan.order import rounding_of
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
-from compressor.runner.block_runner import Observation
+from compressor.runner.observe import Observation
 
 Observe = Callable[[Unit, bool, Observable], Observation]
 """Runs the calibration inputs through a unit as it stands; the flag says whether any pass has

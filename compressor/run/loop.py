@@ -30,14 +30,15 @@ from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.run.apply import Observe, ObserveSite, apply_passes
-from compressor.run.batches import advance, halving
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
-from compressor.runner.block_runner import BlockRunner, Observation
-from compressor.runner.heap import give_back
+from compressor.runner.observe import Observation, observe
 from compressor.runner.process_memory import peak_rss
+from compressor.runner.source_model import SourceModel
+from compressor.runner.stream import Stream
+from compressor.runner.sweep import Execution, Step, walk
 from compressor.runner.two_streams import observe_beside
 
 
@@ -103,58 +104,46 @@ class _Loop:
     settings: JobSettings
     learned: Mapping[int, Outcome]
     content: SourceContent
-    runner: BlockRunner | None = None
-    hidden: Tensor | None = None
-    original: Tensor | None = None
+    originals: Stream | None = None
     done: list[UnitDone] = field(default_factory=list)
     committed: set[int] = field(default_factory=set)
 
     def run(self) -> JobResult:
-        plan, units = self.plan, self.plan.units
-        here = environment(self.settings.device)
+        plan, settings = self.plan, self.settings
+        here = environment(settings.device)
         self._check_sources()
-        with (
-            ThreadPoolExecutor(1) as reads,
-            ThreadPoolExecutor(1) as writes,
-            ThreadPoolExecutor(1) as syncs,
-        ):
-            ahead = reads.submit(self._read, 0)
-            output = CommitQueue(self.writer, writes, syncs, self.settings.device)
-            if plan.calibrated:
-                self.runner = BlockRunner(
-                    plan.source.checkpoint.config,
-                    plan.source.arch.runtime,
-                    device=self.settings.device,
-                    dtype=plan.compute_dtype(self.settings.device),
-                )
-            for index, unit in enumerate(units):
-                if self.settings.stopping():
-                    output.drain()
-                    raise Interrupted
-                started = time.perf_counter()
-                source = ahead.result()
-                if index + 1 < len(units):
-                    ahead = reads.submit(self._read, index + 1)
-                if index in self.committed:
-                    record = self.writer.record(index)
-                    assert record is not None
-                    self._replay(index, unit, source, record)
-                    self._finished(index, unit, record["rows"], started, resumed=True)
-                    continue
-                assert source is not None
-                outputs, rows, originals = self._work(index, unit, source)
-                record = {
-                    "source": self.content.hashes[index],
-                    "rows": rows,
-                    **self._next_inputs(index, unit, outputs, originals),
-                    "environment": here,
-                }
-                output.put(index, outputs, record)
-                # The next unit is not to be worked on beside what is left of this one.
-                del source, outputs, originals
-                self._finished(index, unit, rows, started)
+        dtype = plan.compute_dtype(settings.device)
+        model = SourceModel(plan.source, device=settings.device, dtype=dtype)
+        execution = Execution(settings.batch, offload=False, stopping=settings.stopping)
+        with ThreadPoolExecutor(1) as writes, ThreadPoolExecutor(1) as syncs:
+            output = CommitQueue(self.writer, writes, syncs, settings.device)
+            started = time.perf_counter()
+            try:
+                for step in walk([model], execution=execution, read=self._read):
+                    committed = step.index in self.committed
+                    record = self.writer.record(step.index) if committed else None
+                    if record is not None:
+                        self._replay(step, record)
+                        rows = record["rows"]
+                    else:
+                        source = step.take()
+                        outputs, rows, originals = self._work(step, source)
+                        made = {
+                            "source": self.content.hashes[step.index],
+                            "rows": rows,
+                            **self._next_inputs(step, outputs, originals),
+                            "environment": here,
+                        }
+                        output.put(step.index, outputs, made)
+                        # The next unit is not to be worked on beside what is left of this one.
+                        del source, outputs, originals
+                    self._finished(step.index, rows, started, resumed=record is not None)
+                    started = time.perf_counter()
+            except Interrupted:
+                output.drain()
+                raise
             output.drain()
-        records = [self.writer.record(index) or {} for index in range(len(units))]
+        records = [self.writer.record(index) or {} for index in range(len(plan.units))]
         return JobResult(
             writer=self.writer,
             source_hash=self.content.whole,
@@ -193,28 +182,23 @@ class _Loop:
         later = range(index + 1, len(self.plan.units))
         return any(self.plan.units[i].calibrated and i not in self.committed for i in later)
 
-    def _replay(
-        self,
-        index: int,
-        unit: UnitPlan,
-        source: Unit | None,
-        record: Mapping[str, Any],
-    ) -> None:
+    def _replay(self, step: Step, record: Mapping[str, Any]) -> None:
         """Make the inputs of the next unit from a committed one, exactly as it was done then."""
-        if not self._feeds(index) or unit.layout.kind == "head":
+        unit, source = self.plan.units[step.index], step.unit
+        if not self._feeds(step.index) or unit.layout.kind == "head":
             return
         if source is not None and self._from_source(unit):
             tensors = source.dequantized()
         else:
             tensors = self._as_written(unit, self.writer.read(unit.outputs))
         if unit.layout.kind == "embedding":
-            self._embed(tensors)
+            self._embed(step, tensors)
             return
-        self._advance(self._inputs, unit, tensors, record["batches"])
+        _advance(step, step.stream, tensors, record["batches"])
         if self._beside(unit):
-            assert source is not None
+            assert source is not None and self.originals is not None
             originals = source.dequantized(self.plan.compute_dtype(self.settings.device))
-            self._advance(self._originals, unit, originals, record["original_batches"])
+            _advance(step, self.originals, originals, record["original_batches"])
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
@@ -222,32 +206,29 @@ class _Loop:
         return self.plan.target.decode(unit.layout, outputs).dequantized(dtype)
 
     def _next_inputs(
-        self,
-        index: int,
-        unit: UnitPlan,
-        outputs: Mapping[str, Tensor],
-        originals: Mapping[str, Tensor],
+        self, step: Step, outputs: Mapping[str, Tensor], originals: Mapping[str, Tensor]
     ) -> dict[str, list[int]]:
         """Make the inputs of the next unit, where one needs them, and return the batches."""
-        if unit.layout.kind == "head" or not self._feeds(index):
+        unit = self.plan.units[step.index]
+        if unit.layout.kind == "head" or not self._feeds(step.index):
             return {"batches": []}
         seen = originals if self._from_source(unit) else self._as_written(unit, outputs)
         if unit.layout.kind == "embedding":
-            self._embed(seen)
+            self._embed(step, seen)
             return {"batches": []}
-        batches = {"batches": self._advance(self._inputs, unit, seen)}
+        batches = {"batches": _advance(step, step.stream, seen)}
         if self._beside(unit):
-            beside = self._advance(self._originals, unit, originals)
-            batches["original_batches"] = beside
+            assert self.originals is not None
+            batches["original_batches"] = _advance(step, self.originals, originals)
         return batches
 
     def _work(
-        self, index: int, unit: UnitPlan, source: Unit
+        self, step: Step, source: Unit
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Tensor]]:
         """One unit's output tensors, its report rows, and the original weights where the next
         unit's inputs are to come from them."""
-        layout, device = unit.layout, self.settings.device
-        dtype = self.plan.compute_dtype(device)
+        unit, device = self.plan.units[step.index], self.settings.device
+        layout, dtype = unit.layout, self.plan.compute_dtype(device)
         moved = {n: t.to(device, non_blocking=True) for n, t in source.dequantized(dtype).items()}
         require_finite(moved)
         if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
@@ -255,16 +236,16 @@ class _Loop:
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
             moved |= {linear.weight_name: shared for linear in layout.linears}
         with ExitStack() as stack:
-            observe, observe_site = self._observers(unit, moved, stack)
+            look, look_beside = self._observers(step, moved, stack)
             current, rows = apply_passes(
                 self.plan,
-                index,
+                step.index,
                 unit,
                 self._start(unit, source, moved),
-                observe=observe,
-                observe_site=observe_site,
+                observe=look,
+                observe_site=look_beside,
                 learned={number: found.result.value for number, found in self.learned.items()},
-                base=self.plan.target.base_weights(unit.layout),
+                base=self.plan.target.base_weights(layout),
             )
         kept = moved if self._from_source(unit) or self._beside(unit) else {}
         return self.plan.target.encode(current), rows, kept
@@ -281,90 +262,64 @@ class _Loop:
         return Unit(layout=source.layout, tensors=tensors, extra={**source.extra, **added})
 
     def _observers(
-        self, unit: UnitPlan, tensors: Mapping[str, Tensor], stack: ExitStack
+        self, step: Step, tensors: Mapping[str, Tensor], stack: ExitStack
     ) -> tuple[Observe, ObserveSite | None]:
         """What observes the unit, and where the original runs beside it, single sites of it;
         `tensors` are its weights before any pass."""
+        unit = self.plan.units[step.index]
         if not unit.calibrated:
             return _nothing, None
-        assert self.runner is not None
-        runner = self.runner
+        stream, runner = step.stream, step.model.runner
         if unit.layout.kind == "head":
 
             def observe_head(current: Unit, changed: bool, wanted: Observable) -> Observation:
                 (site,) = wanted.sites
                 known = current.dequantized() if changed else tensors
-                stats = runner.head_stats(known, self._inputs, needs=wanted.sites[site])
+                stats = runner.head_stats(known, stream.hidden, needs=wanted.sites[site])
                 return Observation(stats={site: stats}, module_loss=_no_module_loss)
 
             return observe_head, None
-        block = stack.enter_context(runner.block(unit.layout, tensors))
+        block = stack.enter_context(step.loaded(tensors))
 
-        def observe(current: Unit, changed: bool, wanted: Observable) -> Observation:
+        def look(current: Unit, changed: bool, wanted: Observable) -> Observation:
             if changed:
                 block.tensors = current.dequantized()
                 block.load(block.tensors)
-            return halving(
-                self.settings,
-                lambda batch: block.observe(
-                    self._inputs, needs=wanted.sites, batch=batch, kv=wanted.kv
-                ),
+            return step.execution.halving(
+                lambda batch: observe(block, stream, needs=wanted.sites, batch=batch, kv=wanted.kv)
             )
 
         if not self._beside(unit):
-            return observe, None
+            return look, None
 
-        def observe_site(current: Unit, site: str, needs: StatNeeds) -> SiteStats:
+        def look_beside(current: Unit, site: str, needs: StatNeeds) -> SiteStats:
+            assert self.originals is not None
             dtype = self.plan.compute_dtype(self.settings.device)
             weights = {n: t.to(dtype) for n, t in current.dequantized(dtype).items()}
-            streams = [(tensors, self._originals), (weights, self._inputs)]
-            return halving(
-                self.settings,
-                lambda batch: observe_beside(block, streams, site=site, needs=needs, batch=batch),
+            sides = [(tensors, self.originals), (weights, stream)]
+            return step.execution.halving(
+                lambda batch: observe_beside(block, sides, site=site, needs=needs, batch=batch)
             )
 
-        return observe, observe_site
+        return look, look_beside
 
-    @property
-    def _inputs(self) -> Tensor:
-        assert self.hidden is not None
-        return self.hidden
-
-    @property
-    def _originals(self) -> Tensor:
-        assert self.original is not None
-        return self.original
-
-    def _embed(self, tensors: Mapping[str, Tensor]) -> None:
-        assert self.runner is not None and self.tokens is not None
-        self.hidden = self.runner.embed(tensors, self.tokens.ids, batch=self.settings.batch)
+    def _embed(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
+        assert self.tokens is not None
+        step.embed(self.tokens.ids, tensors=tensors)
         if self.plan.two_streams:
-            self.original = self.hidden.clone()
-
-    def _advance(
-        self,
-        rows: Tensor,
-        unit: UnitPlan,
-        tensors: Mapping[str, Tensor],
-        batches: list[int] | None = None,
-    ) -> list[int]:
-        """Run a stream through a block, in place, and return the batches it took."""
-        assert self.runner is not None
-        with self.runner.block(unit.layout, tensors) as block:
-            return advance(block, rows, self.settings, batches)
+            self.originals = step.stream.copy()
 
     def _finished(
         self,
         index: int,
-        unit: UnitPlan,
         rows: list[dict[str, Any]],
         started: float,
         *,
-        resumed: bool = False,
+        resumed: bool,
     ) -> None:
         device = self.settings.device
         done = UnitDone(
-            name=unit.layout.name,
+            name=self.plan.units[index].layout.name,
             index=index,
             total=len(self.plan.units),
             rows=tuple(rows),
@@ -373,9 +328,17 @@ class _Loop:
             peak_device=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
             resumed=resumed,
         )
-        give_back()
         self.done.append(done)
         self.settings.on_unit(done)
+
+
+def _advance(
+    step: Step, stream: Stream, tensors: Mapping[str, Tensor], batches: list[int] | None = None
+) -> list[int]:
+    """Run a stream through a block, in place, and return the batches it took: rows are replaced as
+    soon as they are done, and other batches may round otherwise."""
+    with step.loaded(tensors):
+        return step.run(stream, batches=batches)
 
 
 def _nothing(current: Unit, changed: bool, wanted: Observable) -> Observation:

@@ -25,8 +25,12 @@ from compressor.plan.recipe import make_recipe
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.run.allocate import Group, Option, Sensitivity, split_bits
 from compressor.run.apply import apply_passes
-from compressor.runner.block_runner import Block, BlockRunner, Observation
+from compressor.runner.block_runner import Block
+from compressor.runner.observe import Observation, observe
 from compressor.runner.simulate import StoredInput, quantized_inputs
+from compressor.runner.source_model import SourceModel
+from compressor.runner.stream import Stream
+from compressor.runner.sweep import Execution, Step, sweep
 
 MEASURE = "relative squared change of the hidden states after the block, mean over tokens"
 
@@ -77,46 +81,39 @@ def measure_sensitivity(
     """
     plans = plans_of_bits(recipe, source, bits)
     plan = next(iter(plans.values()))
-    runner = BlockRunner(
-        source.checkpoint.config,
-        source.arch.runtime,
-        device=device,
-        dtype=plan.compute_dtype(device),
-    )
-    blocks = source.layout.blocks
-    embedding = source.read_unit(source.layout.embedding).dequantized()
-    hidden = runner.embed(embedding, ids, batch=batch)
+    model = SourceModel(source, device=device, dtype=plan.compute_dtype(device))
+    execution = Execution(batch, offload=False)
     groups: list[Group] = []
-    for index, layout in enumerate(blocks, 1):
-        found, hidden = _measure_block(plans, index, hidden, runner=runner, batch=batch)
-        groups += found
-        progress(layout.name, index, len(blocks))
+    for step in sweep(model, ids, execution=execution):
+        groups += _measure_block(plans, step)
+        progress(step.layout.name, step.index, len(source.layout.blocks))
     return Sensitivity(
         recipe=dict(recipe), measure=MEASURE, tokens=ids.numel(), groups=tuple(groups)
     )
 
 
-def _measure_block(
-    plans: Mapping[int, Plan], index: int, hidden: Tensor, *, runner: BlockRunner, batch: int
-) -> tuple[list[Group], Tensor]:
-    """The groups of one block, and the next block's inputs."""
+def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
+    """The groups of one block, which has run afterwards."""
     any_plan = next(iter(plans.values()))
-    layout = any_plan.units[index].layout
-    raw = any_plan.source.read_unit(layout)
+    index, layout, raw = step.index, step.layout, step.take()
+    device = step.model.device
     start = Unit(
         layout=layout,
-        tensors={k: v.to(runner.device, torch.float32) for k, v in raw.dequantized().items()},
+        tensors={k: v.to(device, torch.float32) for k, v in raw.dequantized().items()},
         extra=raw.extra,
     )
     wanted = groups_of(layout, any_plan.passes[-1].names)
     options: list[list[Option]] = [[] for _ in wanted]
-    with runner.block(layout, start.tensors) as block:
-        outputs = block.forward_rows(hidden, batch=batch)
+    entering, left = step.stream, step.stream.like()
+    with step.loaded(start.tensors) as block:
+        step.run(into=left)
 
-        def observe(current: Unit, changed: bool, needs: Observable) -> Observation:
+        def look(current: Unit, changed: bool, needs: Observable) -> Observation:
             block.tensors = current.dequantized()
             block.load(block.tensors)
-            return block.observe(hidden, needs=needs.sites, batch=batch, kv=needs.kv)
+            return step.execution.halving(
+                lambda batch: observe(block, entering, needs=needs.sites, batch=batch, kv=needs.kv)
+            )
 
         for bits, plan in plans.items():
             unit = plan.units[index]
@@ -125,10 +122,10 @@ def _measure_block(
             last = len(unit.steps) - 1
             first = replace(unit, steps=unit.steps[:last], seen=unit.seen[:last])
             second = replace(unit, steps=unit.steps[last:], seen=unit.seen[last:])
-            floats, _ = apply_passes(plan, index, first, start, observe=observe, learned={})
-            rounded, _ = apply_passes(plan, index, second, floats, observe=observe, learned={})
+            floats, _ = apply_passes(plan, index, first, start, observe=look, learned={})
+            rounded, _ = apply_passes(plan, index, second, floats, observe=look, learned={})
             for number, linears in enumerate(wanted):
-                error = _error(block, plan, linears, floats, rounded, hidden, outputs, batch=batch)
+                error = _error(step, block, plan, linears, floats, rounded, left)
                 size = bits_per_weight(unit, linears)
                 options[number].append(Option(bits=bits, bits_per_weight=size, error=error))
     stored = any_plan.target.dtype.itemsize * 8
@@ -140,7 +137,8 @@ def _measure_block(
         )
         for linears, found in zip(wanted, options, strict=True)
     ]
-    return groups, outputs
+    entering.hidden = left.hidden
+    return groups
 
 
 def groups_of(unit: UnitLayout, names: frozenset[str]) -> list[list[Linear]]:
@@ -168,17 +166,15 @@ def _weights(linears: Sequence[Linear]) -> int:
 
 
 def _error(
+    step: Step,
     block: Block,
     plan: Plan,
     linears: Sequence[Linear],
     floats: Unit,
     rounded: Unit,
-    hidden: Tensor,
-    outputs: Tensor,
-    *,
-    batch: int,
+    left: Stream,
 ) -> float:
-    """Relative squared change of a block's outputs where only some linears are quantized."""
+    """Relative squared change of a block's outputs `left` where only some linears are quantized."""
     names = {linear.name for linear in linears}
     own = {weight_name(n): q.dequantize() for n, q in rounded.quantized.items() if n in names}
     block.load({**floats.dequantized(), **own})
@@ -189,12 +185,12 @@ def _error(
     }
     total = 0.0
     with quantized_inputs(block, inputs):
-        for start in range(0, hidden.shape[0], batch):
-            wanted = outputs[start : start + batch].float()
-            off = block.forward(hidden[start : start + batch]).float() - wanted
+        for start, stop, out in step.outputs(step.stream):
+            wanted = left.read(start, stop).float()
+            off = out.float() - wanted
             size = wanted.square().sum(-1).clamp(min=1e-30)
             total += float((off.square().sum(-1) / size).sum(dtype=torch.float64))
-    return total / (hidden.shape[0] * hidden.shape[1])
+    return total / (left.hidden.shape[0] * left.hidden.shape[1])
 
 
 def _head(source: Source) -> set[str]:

@@ -1,25 +1,24 @@
 """Runs one block of a transformers model at a time.
 
 The model is built on the meta device; a unit's tensors are assigned to its modules, used, and taken
-away again. Inputs of a block travel as one tensor of hidden states [rows, length, hidden].
+away again.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds
+from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor, nn
 
 from compressor.arch.load import RuntimeNames
 from compressor.foreign.calls import foreign
 from compressor.ir.layout import Linear, UnitLayout, bias_name
-from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.runner.attention_call import AttentionHook, Rotary, hooked
 from compressor.runner.model import build_config, build_model
 
 
@@ -38,19 +37,6 @@ class _Passed(Tensor):
         return iter((self, None))
 
 
-@dataclass(slots=True)
-class Observation:
-    """What running a block over its calibration inputs gave.
-
-    stats        site → statistics; expert sites are computed when they are asked for
-    kv           statistics of keys and values, where they were asked for
-    """
-
-    stats: Mapping[str, SiteStats]
-    module_loss: Callable[[str, Mapping[str, Tensor]], float]
-    kv: KVStats | None = None
-
-
 class BlockRunner:
     """One transformers model of which at most a unit is in memory."""
 
@@ -67,16 +53,13 @@ class BlockRunner:
         self.dtype = dtype
         with foreign("transformers does not accept this config.json"):
             self.config = build_config(config)
-            # Attention logit caps exist in the eager attention only; the fused ones drop them
-            # silently.
-            text = self.config.get_text_config()
-            eager = getattr(text, "attn_logit_softcapping", None) is not None
-            with torch.device("meta"):
-                self.model = build_model(self.config, dtype, eager=eager)
+            self.model = build_model(self.config, dtype)
+            self._attention = self.model.config._attn_implementation
             self._rebuild_buffers()
         self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
-        self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
+        self._whole_rows: dict[int, list[dict[str, Any]]] = {}
         self._by_row: tuple[str, ...] = ()
+        self._beside: list[dict[str, Any]] | None = None
         self.first_row = 0  # of the rows that run, for hooks that carry something between blocks
 
     def _rebuild_buffers(self) -> None:
@@ -110,29 +93,40 @@ class BlockRunner:
                 module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False)
             )
 
-    @torch.no_grad()
     def embed(self, tensors: Mapping[str, Tensor], ids: Tensor, *, batch: int = 8) -> Tensor:
-        """Hidden states that enter the first block, [rows, length, hidden], for token ids.
+        """Hidden states that enter the first block, [rows, length, hidden], for token ids."""
+        with self.embedding(tensors) as embed:
+            starts = range(0, ids.shape[0], batch)
+            return torch.cat([embed(ids[start : start + batch]) for start in starts])
 
-        Also keeps what the model passes to each layer beside them (masks, rotary tables), which
-        depends on the length only, since rows are never padded.
+    @contextmanager
+    def embedding(self, tensors: Mapping[str, Tensor]) -> Iterator[Callable[..., Tensor]]:
+        """A function from token ids [rows, length], and what rows have beside them, to hidden
+        states that enter the first block.
+
+        It keeps what the model passes to each layer beside those (masks, rotary tables), which
+        depends on the length only where rows have nothing of their own.
         """
         tensors = self.names.outer_state(tensors)
         self._assign(tensors)
-        out = []
-        arguments: dict[int, dict[str, Any]] = {}
-        for start in range(0, ids.shape[0], batch):
-            rows = ids[start : start + batch].to(self.device)
-            if start == 0:
-                self.capture({"input_ids": rows[:1]}, arguments)
-                several: dict[int, dict[str, Any]] = {}
-                out.append(self.capture({"input_ids": rows}, several))
-                self._by_row = _by_row(arguments[0], several[0])
-            else:
-                out.append(self.capture({"input_ids": rows}, {}))
-        self._drop(list(tensors))
-        self._layer_arguments[ids.shape[1]] = [arguments[i] for i in range(len(self.layers))]
-        return torch.cat(out)
+
+        @torch.no_grad()
+        def embed(ids: Tensor, side: Mapping[str, Tensor] | None = None) -> Tensor:
+            inputs = {"input_ids": ids.to(self.device), **self._here(side or {})}
+            several: dict[int, dict[str, Any]] = {}
+            hidden = self.capture(inputs, several)
+            if not side and ids.shape[1] not in self._whole_rows:
+                one: dict[int, dict[str, Any]] = {}
+                self.capture({"input_ids": inputs["input_ids"][:1]}, one)
+                self._whole_rows[ids.shape[1]] = [one[i] for i in range(len(self.layers))]
+            if not side and ids.shape[0] > 1:
+                self._by_row = _by_row(self._whole_rows[ids.shape[1]][0], several[0])
+            return hidden
+
+        try:
+            yield embed
+        finally:
+            self._drop(list(tensors))
 
     def capture(self, inputs: Mapping[str, Tensor], arguments: dict[int, dict[str, Any]]) -> Tensor:
         """What enters the first block for inputs of the model; `arguments` gets what each layer is
@@ -164,7 +158,7 @@ class BlockRunner:
         return found[0]
 
     @contextmanager
-    def block(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Iterator[Block]:
+    def loaded(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Iterator[Block]:
         """Block `unit.index` with these weights, for the length of a `with`."""
         layer = self.layers[unit.index]
         block = Block(runner=self, unit=unit, layer=layer, tensors=tensors)
@@ -207,73 +201,75 @@ class BlockRunner:
             head.weight = self.model.get_submodule(embedding).weight
         self.model.requires_grad_(False)
 
-    def arguments(self, index: int, length: int, *, rows: int = 1) -> dict[str, Any]:
-        """What layer `index` gets beside the hidden states, for rows of `length` tokens."""
-        found = self._layer_arguments[length][index]
+    def arguments(
+        self,
+        index: int,
+        length: int,
+        side: Mapping[str, Tensor] | None = None,
+        *,
+        rows: int = 1,
+    ) -> dict[str, Any]:
+        """What layer `index` gets beside the hidden states, for rows of `length` tokens: what the
+        model makes of what these rows have beside them, or else of whole rows."""
+        self._beside = self._made_of(side, length) if side else None
+        if self._beside is not None:
+            return self._beside[index]
+        found = self._whole_rows[length][index]
         if rows == 1 or not self._by_row:
             return found
         return found | {n: found[n].repeat(rows, *[1] * (found[n].dim() - 1)) for n in self._by_row}
 
-    @contextmanager
-    def attention(self, hook: AttentionHook | None) -> Iterator[None]:
-        """Let `hook` attend in place of the model's own attention, for the length of a `with`."""
-        if hook is None:
-            yield
-            return
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+    def _made_of(self, side: Mapping[str, Tensor], length: int) -> list[dict[str, Any]]:
+        """What the model passes to each layer for rows with something of their own."""
+        found: dict[int, dict[str, Any]] = {}
+        rows = next(iter(side.values())).shape[0]
+        width = self.config.get_text_config().hidden_size
+        hidden = torch.zeros(rows, length, width, device=self.device, dtype=self.dtype)
         config = self.model.config
-        usual = config._attn_implementation
-        name = f"hooked-{id(self)}"
-        entered: dict[int, Tensor] = {}
+        hooked = config._attn_implementation
+        config._attn_implementation = self._attention  # masks are of its form
+        try:
+            with torch.no_grad(), self._positions():
+                self.capture({"inputs_embeds": hidden, **self._here(side)}, found)
+        finally:
+            config._attn_implementation = hooked
+        return [found[i] for i in range(len(self.layers))]
 
-        def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered[id(module)] = args[0] if args else kwargs["hidden_states"]
-
-        def attend(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, own: Any, **options: Any
-        ) -> tuple[Tensor, None]:
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            forward = ALL_ATTENTION_FUNCTIONS.get_interface(usual, eager)
-
-            def plain(
-                query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
-            ) -> Tensor:
-                under = own if mask is None else mask
-                found: Tensor = forward(module, query, key, value, under, **options)[0]
-                return found
-
-            call = AttentionCall(
-                layer=int(module.layer_idx),
-                query=query,
-                key=key,
-                value=value,
-                mask=own,
-                scaling=float(options["scaling"]),
-                plain=plain,
-                rotary=self.rotary(int(module.layer_idx), query.shape[2]),
-                hidden=entered.pop(id(module), None),
-                first_row=self.first_row,
-            )
-            return hook(call), None
-
-        ALL_ATTENTION_FUNCTIONS[name] = attend
-        config._attn_implementation = name
-        modules = [m for layer in self.layers for m in layer.modules() if hasattr(m, "layer_idx")]
-        watched = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
+    @contextmanager
+    def _positions(self) -> Iterator[None]:
+        """Learned positions with any values: they are added to hidden states that nobody reads."""
+        names = self.names
+        paths = (names.layers, names.embedding, names.norm, names.lm_head)
+        lacking = [
+            module
+            for path, module in self.model.named_modules()
+            if not any(path == own or path.startswith(f"{own}.") for own in paths)
+            and any(p.is_meta for p in module.parameters(recurse=False))
+        ]
+        for module in lacking:
+            module.to_empty(device=self.device, recurse=False)
         try:
             yield
         finally:
-            for handle in watched:
-                handle.remove()
-            config._attn_implementation = usual
-            del ALL_ATTENTION_FUNCTIONS[name]
+            for module in lacking:
+                module.to("meta")
 
-    def rotary(self, index: int, length: int) -> tuple[Tensor, Tensor] | None:
-        """The tables [length, channels] that turn queries and keys of layer `index`, if any."""
-        found = self._layer_arguments.get(length)
+    def _here(self, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in side.items()}
+
+    def attention(self, hook: AttentionHook | None) -> AbstractContextManager[None]:
+        """Let `hook` attend in place of the model's own attention, for the length of a `with`."""
+        return nullcontext() if hook is None else hooked(self, hook)
+
+    def rotary(self, index: int, length: int) -> Rotary | None:
+        """The tables that turn queries and keys of layer `index`, if any: [length, channels], or
+        [rows, 1, length, channels] for rows with positions of their own."""
+        found = self._beside or self._whole_rows.get(length)
         tables = found[index].get("position_embeddings") if found else None
-        return (tables[0][0], tables[1][0]) if tables is not None else None
+        if tables is None:
+            return None
+        cos, sin = tables
+        return (cos[0], sin[0]) if cos.shape[0] == 1 else (cos[:, None], sin[:, None])
 
     @contextmanager
     def head(
@@ -330,53 +326,15 @@ class Block:
         self.layer.load_state_dict(ready, strict=True, assign=True)
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The block's output for hidden states [rows, length, hidden]."""
-        arguments = self.runner.arguments(self.unit.index, hidden.shape[1], rows=hidden.shape[0])
+    def forward(self, hidden: Tensor, side: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output for hidden states [rows, length, hidden], and what the rows have
+        beside them (`Stream.side`)."""
+        rows, length = hidden.shape[:2]
+        arguments = self.runner.arguments(self.unit.index, length, side, rows=rows)
         out = self.layer(hidden.to(self.runner.device, self.runner.dtype), **arguments)
         # Decoder layers return a tensor in new transformers and a tuple in old ones.
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
-
-    def forward_rows(self, hidden: Tensor, *, batch: int, out: Tensor | None = None) -> Tensor:
-        """`forward` over all rows, `batch` at a time, into `out` (which may be `hidden`)."""
-        result = torch.empty_like(hidden) if out is None else out
-        for start in range(0, hidden.shape[0], batch):
-            rows = hidden[start : start + batch]
-            result[start : start + batch] = self.forward(rows).to(result.dtype)
-        return result
-
-    def observe(
-        self,
-        hidden: Tensor,
-        *,
-        needs: Mapping[str, StatNeeds],
-        batch: int,
-        out: Tensor | None = None,
-        kv: KVNeeds | None = None,
-    ) -> Observation:
-        """Statistics of the named sites over all rows, and with `kv` of keys and values; with
-        `out`, the block's outputs too."""
-        from compressor.runner.observe import Observer, Seen, watch_kv
-
-        shape = self.unit.attention
-        seen = None
-        if kv is not None and shape is not None:
-            sides = (shape.kv_heads, shape.head_dim)
-            seen = KVStats(*sides, heads=shape.heads, needs=kv, device=self.runner.device)
-        hook = None if seen is None else watch_kv(seen)
-        with self.runner.attention(hook), Observer(self, needs=needs) as observer:
-            if out is None:
-                observer.stop_after_last()
-            for start in range(0, hidden.shape[0], batch):
-                with suppress(Seen):
-                    result = self.forward(hidden[start : start + batch])
-                    if out is not None:
-                        out[start : start + batch] = result.to(out.dtype)
-            found = observer.finish()
-            if seen is not None:
-                seen.all_reduce()
-            return replace(found, kv=seen)
 
     def module(self, linear: Linear) -> nn.Module:
         """The module that plays a linear in memory."""

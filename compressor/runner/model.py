@@ -11,8 +11,9 @@ import torch
 from compressor.foreign.calls import foreign
 
 
-def build_model(config: Any, dtype: torch.dtype, *, eager: bool) -> Any:
-    """The model of a config, with the fused attention where it has one."""
+def build_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a config without memory for its weights, with the fused attention where it has
+    one."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -20,9 +21,11 @@ def build_model(config: Any, dtype: torch.dtype, *, eager: bool) -> Any:
     kind = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
 
     def build(attention: str) -> Any:
-        return kind.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+        with torch.device("meta"):
+            return kind.from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
-    if eager:
+    # Attention logit caps exist in the eager attention only; the fused ones drop them silently.
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         return build("eager")
     try:
         return build("sdpa")

@@ -6,32 +6,82 @@ seen by a hook; it is computed from the tokens routed to it, one expert at a tim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from compressor_calibration.stats import KVStats, SiteStats, StatNeeds
+from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds
 from torch import Tensor, nn
 
 from compressor.ir.layout import Linear, weight_name
 from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.runner.block_runner import Block
+from compressor.runner.experts import Experts, routed
+from compressor.runner.stream import Stream
 
-if TYPE_CHECKING:
-    from compressor.runner.block_runner import Block, Observation
+
+class Seen(Exception):
+    """Ends a forward pass of which everything wanted has been seen."""
+
+
+@dataclass(slots=True)
+class Observation:
+    """What running a block over its calibration inputs gave.
+
+    stats        site → statistics; those of what leaves an expert are computed when asked for
+    module_loss  mean squared change of the output of a site's module over the kept inputs, where
+                 the weights [out, in] of the named linears are replaced
+    kv           statistics of keys and values, where they were asked for
+    """
+
+    stats: Mapping[str, SiteStats]
+    module_loss: Callable[[str, Mapping[str, Tensor]], float]
+    kv: KVStats | None = None
+
+
+def observe(
+    block: Block,
+    stream: Stream,
+    *,
+    needs: Mapping[str, StatNeeds],
+    batch: int,
+    kv: KVNeeds | None = None,
+) -> Observation:
+    """Statistics of the named sites over all rows that enter a block, and with `kv` of keys and
+    values. Those of experts stay computable while the block is in memory."""
+    shape = block.unit.attention
+    seen = None
+    if kv is not None and shape is not None:
+        sides = (shape.kv_heads, shape.head_dim)
+        seen = KVStats(*sides, heads=shape.heads, needs=kv, device=block.runner.device)
+    with Observer(block, needs=needs) as observer:
+        hook = None if seen is None else observer.watch_kv(seen)
+        with block.runner.attention(hook):
+            for start in range(0, stream.rows, batch):
+                observer.begin()
+                with suppress(Seen):
+                    stop = start + batch
+                    block.forward(stream.read(start, stop), stream.beside(start, stop))
+    stats = observer.finish()
+    if seen is not None:
+        seen.all_reduce()
+    return Observation(stats=stats, module_loss=observer.module_loss, kv=seen)
 
 
 class Observer:
-    """Hooks on one block for the length of a `with`."""
+    """Hooks on one block for the length of a `with`. A forward pass ends with the last of them."""
 
     def __init__(self, block: Block, *, needs: Mapping[str, StatNeeds]) -> None:
         self.block = block
         self.needs = needs
         self.stats: dict[str, SiteStats] = {}
-        self.experts: _Experts | None = None
+        self.experts: _RoutedTokens | None = None
         self.calls: dict[str, _Calls] = {}
         self._hooks = ExitStack()
+        self._watched = 0
+        self._left: set[int] = set()
 
     def __enter__(self) -> Observer:
         unit = self.block.unit
@@ -48,25 +98,18 @@ class Observer:
                 self._watch_calls(site, linears, needs.keep_inputs)
         return self
 
-    def stop_after_last(self) -> None:
-        """End each forward pass at the input of the block's last linear, if that is watched."""
-        last = self.block.unit.linears[-1]
-        if last.site in self.needs:
-            self._hook(self.block.module(last), _stop)
-
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def finish(self) -> Observation:
-        """What was seen. Expert statistics stay computable while the block is in memory."""
-        from compressor.runner.block_runner import Observation
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self._left = set(range(self._watched))
 
-        self._hooks.close()
+    def finish(self) -> Mapping[str, SiteStats]:
+        """Statistics by site."""
         for stats in self.stats.values():
             stats.all_reduce()
-        sites = [site for site in self.needs if site not in self.stats]
-        lazy = _LazyStats(ready=self.stats, experts=self.experts, sites=sites, needs=self.needs)
-        return Observation(stats=lazy, module_loss=self.module_loss)
+        return _LazyStats(self.block, ready=self.stats, experts=self.experts, needs=self.needs)
 
     @torch.no_grad()
     def module_loss(self, site: str, weights: Mapping[str, Tensor]) -> float:
@@ -88,14 +131,51 @@ class Observer:
         )
         return float(total) / sum(a.numel() for a in calls.original)
 
-    def _hook(self, module: nn.Module, hook: Any) -> None:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    def watch_kv(self, stats: KVStats) -> AttentionHook:
+        """An attention hook that adds the block's keys, values and queries to `stats`, keeps of its
+        calls as many tokens as are wanted, and attends as before."""
+        seen = self._mark()
+
+        def attend(call: AttentionCall) -> Tensor:
+            stats.update(call.key, call.value, call.query)
+            if stats.missing > 0:
+                rows = -(-stats.missing // call.key.shape[2])
+                few = (x[:rows].detach().clone() for x in (call.query, call.key, call.value))
+                query, key, value = few
+                stats.calls.append(replace(call, query=query, key=key, value=value, hidden=None))
+                stats.missing -= key.shape[0] * key.shape[2]
+            seen()
+            return call.plain(call.query, call.key, call.value)
+
+        return attend
+
+    def _mark(self) -> Callable[[], None]:
+        """A function that says that one more thing has been seen in this pass; it ends the pass
+        where nothing is left."""
+        number = self._watched
+        self._watched += 1
+
+        def seen() -> None:
+            self._left.discard(number)
+            if not self._left:
+                raise Seen
+
+        return seen
+
+    def _hook(self, module: nn.Module, hook: _Watch) -> None:
+        seen = self._mark()
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hook(args, kwargs)
+            seen()
+
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
         self._hooks.callback(handle.remove)
 
     def _watch_experts(self, linear: Linear) -> None:
         if self.experts is None:
             module = self.block.module(linear)
-            self.experts = _Experts(module, device=self.block.runner.device)
+            self.experts = _RoutedTokens(Experts(module))
             self._hook(module, self.experts)
 
     def _watch_calls(self, site: str, linears: Sequence[Linear], tokens: int) -> None:
@@ -115,43 +195,22 @@ class Observer:
         self._hook(module, self.calls[site])
 
 
-def watch_kv(stats: KVStats) -> AttentionHook:
-    """An attention hook that adds a block's keys, values and queries to `stats`, keeps of its calls
-    as many tokens as are wanted, and attends as before."""
-
-    def attend(call: AttentionCall) -> Tensor:
-        stats.update(call.key, call.value, call.query)
-        if stats.missing > 0:
-            rows = -(-stats.missing // call.key.shape[2])
-            few = (x[:rows].detach().clone() for x in (call.query, call.key, call.value))
-            query, key, value = few
-            stats.calls.append(replace(call, query=query, key=key, value=value, hidden=None))
-            stats.missing -= key.shape[0] * key.shape[2]
-        return call.plain(call.query, call.key, call.value)
-
-    return attend
-
-
-class Seen(Exception):
-    """Ends a forward pass of which everything wanted has been seen."""
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    raise Seen
+_Watch = Callable[[tuple[Any, ...], dict[str, Any]], None]
+"""Is shown the arguments of a module's call."""
 
 
 class _Feed:
-    """A hook that adds a module's input to statistics."""
+    """Adds a module's input to statistics."""
 
     def __init__(self, stats: SiteStats) -> None:
         self.stats = stats
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stats.update(args[0] if args else next(iter(kwargs.values())))
 
 
 class _Calls:
-    """A hook that keeps a module's calls until enough tokens are kept, and repeats them."""
+    """Keeps a module's calls until enough tokens are kept, and repeats them."""
 
     def __init__(self, module: nn.Module, tokens: int) -> None:
         self.module = module
@@ -159,7 +218,7 @@ class _Calls:
         self.kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.original: list[Tensor] | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.missing > 0:
             self.kept.append((args, dict(kwargs)))
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -170,42 +229,22 @@ class _Calls:
         return [o[0] if isinstance(o, tuple) else o for o in out]
 
 
-class _Experts:
-    """A hook on stacked experts: which tokens went to which expert."""
+class _RoutedTokens:
+    """Notes which tokens went to which expert."""
 
-    def __init__(self, module: nn.Module, *, device: torch.device) -> None:
-        self.module: Any = module
-        self.device = device
-        self.hidden: list[Tensor] = []
-        self.chosen: list[Tensor] = []
+    def __init__(self, experts: Experts) -> None:
+        self.experts = experts
+        self.kept: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
-        hidden = named["hidden_states"]
-        self.hidden.append(hidden.reshape(-1, hidden.shape[-1]))
-        self.chosen.append(named["top_k_index"].reshape(self.hidden[-1].shape[0], -1))
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, chosen, _ = routed(args, kwargs)
+        self.kept.append((hidden, chosen))
 
-    @torch.no_grad()
-    def down_inputs(self, expert: int) -> Iterator[Tensor]:
+    def entering_down(self, expert: int) -> Iterator[Tensor]:
         """What enters an expert's down projection, batch by batch."""
-        for hidden, chosen in zip(self.hidden, self.chosen, strict=True):
+        for hidden, chosen in self.kept:
             mine = hidden[(chosen == expert).any(dim=1)]
-            weight, bias = self.module.gate_up_proj[expert], None
-            if getattr(self.module, "has_bias", False):
-                bias = self.module.gate_up_proj_bias[expert]
-            weight = weight.T if self.transposed else weight
-            # The family's own gate: some clamp, and add one to what is gated.
-            yield self.module._apply_gate(nn.functional.linear(mine, weight, bias))
-
-    @property
-    def transposed(self) -> bool:
-        """Whether memory has the experts' weights as [experts, in, out]."""
-        return bool(getattr(self.module, "is_transposed", False))
-
-    @property
-    def channels(self) -> int:
-        """Inputs of an expert's down projection."""
-        return int(self.module.down_proj.shape[1 if self.transposed else 2])
+            yield self.experts.entering_down(expert, mine)
 
 
 class _LazyStats(Mapping[str, SiteStats]):
@@ -213,15 +252,16 @@ class _LazyStats(Mapping[str, SiteStats]):
 
     def __init__(
         self,
+        block: Block,
         *,
         ready: Mapping[str, SiteStats],
-        experts: _Experts | None,
-        sites: Sequence[str],
+        experts: _RoutedTokens | None,
         needs: Mapping[str, StatNeeds],
     ) -> None:
+        self._block = block
         self._ready = ready
         self._experts = experts
-        self._sites = sites
+        self._sites = [site for site in needs if site not in ready]
         self._needs = needs
         self._last: tuple[str, SiteStats] | None = None
 
@@ -232,14 +272,15 @@ class _LazyStats(Mapping[str, SiteStats]):
             raise KeyError(site)
         if self._last is None or self._last[0] != site:
             self._last = None
-            self._last = (site, self._compute(site))
+            self._last = (site, self._compute(site, self._experts))
         return self._last[1]
 
-    def _compute(self, site: str) -> SiteStats:
-        assert self._experts is not None
-        expert = int(site.split(".")[1])
-        stats = SiteStats(self._experts.channels, self._needs[site], device=self._experts.device)
-        for inputs in self._experts.down_inputs(expert):
+    def _compute(self, site: str, experts: _RoutedTokens) -> SiteStats:
+        down = self._block.unit.site_linears(site)[0]
+        assert down.expert is not None
+        device = self._block.runner.device
+        stats = SiteStats(down.in_features, self._needs[site], device=device)
+        for inputs in experts.entering_down(down.expert):
             stats.update(inputs)
         stats.all_reduce()
         return stats

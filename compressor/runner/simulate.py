@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from compressor.errors import InputError
@@ -16,6 +15,7 @@ from compressor.ir.scheme import ActivationSpec, KVSpec
 from compressor.ir.unit import Unit
 from compressor.numerics.activations import fake_quantize_activation, fake_quantize_kv
 from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.runner.experts import Entering, Experts
 
 if TYPE_CHECKING:
     from compressor.checkpoint.source import Source
@@ -72,7 +72,7 @@ def quantized_inputs(block: Block, inputs: Mapping[str, StoredInput]) -> Iterato
                 part = linear.role.rpartition(".")[2]
                 experts.setdefault(module, {})[linear.expert, part] = inputs[linear.name]
         for module, by_part in experts.items():
-            module.forward = _Experts(module, by_part)
+            module.forward = Experts(module).forward(_entering(by_part))
             stack.callback(delattr, module, "forward")
         yield
 
@@ -87,31 +87,14 @@ class _Before:
         return (self.stored(args[0]), *args[1:])
 
 
-class _Experts:
-    """Stacked experts computed one by one, since what enters `down` is seen by no hook."""
+def _entering(inputs: Mapping[tuple[int, str], StoredInput]) -> Entering:
+    """Quantizes the inputs of experts' linears, by expert and part."""
 
-    def __init__(self, module: Any, inputs: Mapping[tuple[int, str], StoredInput]) -> None:
-        self.module = module
-        self.inputs = inputs
+    def enter(expert: int, part: str, entering: Tensor) -> Tensor:
+        stored = inputs.get((expert, part))
+        return entering if stored is None else stored(entering)
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden_states)
-        for expert in range(self.module.gate_up_proj.shape[0]):
-            tokens, place = torch.where(top_k_index == expert)
-            if not len(tokens):
-                continue
-            gate_up = self.module.gate_up_proj[expert].chunk(2)
-            x = hidden_states[tokens]
-            gate = nn.functional.linear(self._seen(x, expert, "gate"), gate_up[0])
-            up = nn.functional.linear(self._seen(x, expert, "up"), gate_up[1])
-            middle = self._seen(self.module.act_fn(gate) * up, expert, "down")
-            y = nn.functional.linear(middle, self.module.down_proj[expert])
-            out.index_add_(0, tokens, (y * top_k_weights[tokens, place, None]).to(out.dtype))
-        return out
-
-    def _seen(self, x: Tensor, expert: int, part: str) -> Tensor:
-        stored = self.inputs.get((expert, part))
-        return x if stored is None else stored(x)
+    return enter
 
 
 def quantized_kv(spec: KVSpec, unit: Unit, then: AttentionHook | None) -> AttentionHook:

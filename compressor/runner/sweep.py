@@ -1,68 +1,327 @@
-"""Runs rows of tokens through whole checkpoints, of which one unit at a time is in memory.
+"""The one walk over a model's units: rows of tokens enter, and one unit at a time is in memory.
 
-Several checkpoints run side by side: their units alternate, and the next one is read while the last
-one computes. Hidden states stay in main memory.
+The next unit is read while the last one computes. Where several checkpoints run side by side their
+units alternate. Running out of the device's memory halves the batch, and a walk ends early in one
+way: `Execution.stopping`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint.source import Source
-from compressor.errors import InputError
-from compressor.ir.layout import UnitLayout, weight_name
+from compressor.errors import InputError, Interrupted
+from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
 from compressor.runner.attention_call import AttentionHook
-from compressor.runner.block_runner import Block, BlockRunner
+from compressor.runner.block_runner import Block
 from compressor.runner.heap import give_back
-from compressor.runner.simulate import quantized_inputs, quantized_kv, stored_inputs
+from compressor.runner.source_model import Attending, SourceModel
+from compressor.runner.stream import Entering, Stream
+
+T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
 """Called with a unit's name, how many units are done, and how many there are."""
 
-Attending = Callable[[Unit], AttentionHook | None]
-"""What attends in a block in place of the model's own attention, from the block's tensors."""
+
+@dataclass(slots=True)
+class Execution:
+    """How rows run on this machine.
+
+    batch     rows in one forward pass; halved for good where the device's memory does not do
+    offload   keep hidden states in main memory, in float32, between blocks; otherwise they stay on
+              the device as they were computed
+    stopping  asked before each unit; the walk then raises Interrupted
+    progress  called after each unit
+    """
+
+    batch: int
+    offload: bool = True
+    stopping: Callable[[], bool] = lambda: False
+    progress: Progress = lambda name, done, total: None
+
+    def check_stop(self) -> None:
+        """Raises Interrupted when asked to stop."""
+        if self.stopping():
+            raise Interrupted
+
+    def halving(self, attempt: Callable[[int], T]) -> T:
+        """What an attempt gives with as many rows at a time as memory allows."""
+        while True:
+            try:
+                return attempt(self.batch)
+            except torch.OutOfMemoryError:
+                self._halve()
+
+    def batches(
+        self, rows: int, attempt: Callable[[int, int], T], recorded: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, int, T]]:
+        """(start, stop, what an attempt gives) for all rows, some at a time. What is done stays
+        done where memory runs out.
+
+        recorded  sizes of batches that were taken before, which are taken again
+        """
+        start, number = 0, 0
+        while start < rows:
+            size = self.batch if recorded is None else recorded[number]
+            stop = min(start + size, rows)
+            try:
+                made = attempt(start, stop)
+            except torch.OutOfMemoryError:
+                if recorded is not None:
+                    raise
+                self._halve()
+                continue
+            yield start, stop, made
+            start, number = stop, number + 1
+
+    def _halve(self) -> None:
+        """Called while the error is handled, which is raised again where there is but one row."""
+        if self.batch == 1:
+            raise
+        self.batch //= 2
+        torch.cuda.empty_cache()
+
+
+@dataclass(slots=True)
+class Step:
+    """One unit of a walk.
+
+    model    whose unit it is;  number  of that model among those that run side by side
+    index    of the unit: 0 is the embedding
+    unit     what was read, or None where the reader knew that nobody needs it
+    streams  hidden states of every model; those of `number` enter this unit
+    """
+
+    model: SourceModel
+    number: int
+    index: int
+    unit: Unit | None
+    streams: list[Stream]
+    execution: Execution
+    attention: Attending | None = None
+    ran: bool = False
+    _block: Block | None = field(default=None, init=False)
+
+    @property
+    def layout(self) -> UnitLayout:
+        """The unit's names and shapes."""
+        return self.model.layout.unit(self.index)
+
+    @property
+    def stream(self) -> Stream:
+        """The rows that enter, or once the block has run have left."""
+        return self.streams[self.number]
+
+    @property
+    def source(self) -> Unit:
+        """The unit, which was read."""
+        assert self.unit is not None, f"{self.layout.name} was not read"
+        return self.unit
+
+    def take(self) -> Unit:
+        """The unit, which the step then holds no more."""
+        unit, self.unit = self.source, None
+        return unit
+
+    def embedded(
+        self,
+        ids: Tensor,
+        side: Mapping[str, Tensor] | None = None,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, hidden states of these rows of token ids) for all rows [rows, length].
+
+        side     what they have beside them, as in `Stream`
+        tensors  the embedding's, if not those that were read
+        """
+        beside = side or {}
+        with self.model.runner.embedding(tensors or self.model.floats(self.source)) as embed:
+
+            def attempt(start: int, stop: int) -> Tensor:
+                return embed(ids[start:stop], {n: t[start:stop] for n, t in beside.items()})
+
+            yield from self.execution.batches(ids.shape[0], attempt)
+
+    def embed(
+        self,
+        ids: Tensor,
+        side: Mapping[str, Tensor] | None = None,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Let rows of token ids enter the model: `embedded` becomes its stream."""
+        for start, _, out in self.embedded(ids, side, tensors=tensors):
+            if start == 0:
+                like = out.cpu().float() if self.execution.offload else out
+                hidden = like.new_empty(ids.shape[0], *out.shape[1:])
+                self.streams[self.number :] = [Stream(hidden, side or {})]
+            self.stream.write(start, out)
+
+    @contextmanager
+    def loaded(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
+        """The block in memory for the length of a `with`; `tensors` in place of what was read."""
+        runner = self.model.runner
+        floats = self.model.floats(self.source) if tensors is None else tensors
+        with runner.loaded(self.layout, floats) as block, self.model.inputs(block):
+            self._block = block
+            try:
+                yield block
+            finally:
+                self._block = None
+
+    def outputs(
+        self,
+        stream: Entering,
+        *,
+        hook: AttentionHook | None = None,
+        batches: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, what the block that is loaded makes of these rows) for all rows.
+
+        hook     attends in place of the model's own attention
+        batches  sizes that were taken before, which are taken again: others may round otherwise
+        """
+        block, runner = self._block, self.model.runner
+        assert block is not None, f"{self.layout.name} is not loaded"
+
+        def attempt(start: int, stop: int) -> Tensor:
+            runner.first_row = start
+            return block.forward(stream.read(start, stop), stream.beside(start, stop))
+
+        with runner.attention(hook):
+            yield from self.execution.batches(stream.rows, attempt, batches)
+
+    def run(
+        self,
+        stream: Stream | None = None,
+        *,
+        into: Stream | None = None,
+        hook: AttentionHook | None = None,
+        batches: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Run rows through the block, and say in which batches.
+
+        stream  the rows, if not the step's own;  into  where outputs go: in place of them, if None
+        hook    as in `outputs`; if None, what the walk or the model says
+        The block is loaded with what was read, unless it is.
+        """
+        stream = self.stream if stream is None else stream
+        self.ran = self.ran or stream is self.stream
+        if hook is None and self.unit is not None:
+            hook = self.model.hook(self.unit, self.attention)
+        load: AbstractContextManager[object] = nullcontext() if self._block else self.loaded()
+        sizes = []
+        with load:
+            for start, stop, out in self.outputs(stream, hook=hook, batches=batches):
+                (stream if into is None else into).write(start, out)
+                sizes.append(stop - start)
+        return sizes
+
+
+def walk(
+    models: Sequence[SourceModel],
+    *,
+    execution: Execution,
+    attention: Attending | None = None,
+    read: Callable[[int], Unit | None] | None = None,
+    units: Sequence[int] | None = None,
+) -> Iterator[Step]:
+    """Every unit of every model, in order. Nothing runs unless the step is asked to.
+
+    attention  what attends in blocks, in place of the models' own way
+    read       gives a unit by its index, in a thread of its own; None where nobody needs it
+    units      their indices, if not all
+    """
+    order = [
+        (index, number)
+        for index in (range(len(models[0].layout.units)) if units is None else units)
+        for number in range(len(models))
+    ]
+    streams: list[Stream] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def submit(place: int) -> Future[Unit | None] | None:
+            if place >= len(order):
+                return None
+            index, number = order[place]
+            return pool.submit(read or models[number].read_unit, index)
+
+        coming = submit(0)
+        for place, (index, number) in enumerate(order):
+            execution.check_stop()
+            assert coming is not None
+            unit = coming.result()
+            coming = submit(place + 1)
+            step = Step(models[number], number, index, unit, streams, execution, attention)
+            del unit
+            yield step
+            step.unit = None
+            give_back()
+            execution.progress(step.layout.name, place + 1, len(order))
+
+
+def sweep(
+    models: SourceModel | Sequence[SourceModel],
+    rows: Tensor | Stream,
+    *,
+    side: Mapping[str, Tensor] | None = None,
+    blocks: Sequence[int] | None = None,
+    hook: Attending | None = None,
+    execution: Execution,
+) -> Iterator[Step]:
+    """Every block of every model, block by block, with the rows that enter it. A block that was not
+    run (`Step.run`) runs when the next one is asked for.
+
+    rows    token ids [rows, length], which are embedded first, or hidden states that enter the
+            first of `blocks`
+    side    what ids have beside them and differs by row, as in `Stream`
+    blocks  their indices in order, if not all
+    hook    what attends in a block, in place of the models' own way
+    """
+    models = [models] if isinstance(models, SourceModel) else models
+    indices = range(len(models[0].layout.blocks)) if blocks is None else blocks
+    first = [0] if isinstance(rows, Tensor) else []
+    units = [*first, *(index + 1 for index in indices)]
+    for step in walk(models, execution=execution, attention=hook, units=units):
+        if isinstance(rows, Stream):
+            step.streams[:] = [rows]
+        elif step.index == 0:
+            step.embed(rows, side)
+            continue
+        yield step
+        if not step.ran:
+            step.run()
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedModel:
-    """A checkpoint to be run, and how its blocks attend (None: as the model itself does)."""
+    """A checkpoint to be run as it is stored, and how its blocks attend (None: as the model itself
+    does)."""
 
     source: Source
     attention: Attending | None = None
 
 
-@dataclass(slots=True)
-class Stream:
-    """One checkpoint's run: its hidden states [rows, length, hidden], float32 in main memory."""
+@dataclass(frozen=True, slots=True)
+class FinalStates:
+    """What left a model's last block, [rows, length, hidden]."""
 
-    model: StreamedModel
-    runner: BlockRunner
+    model: SourceModel
     hidden: Tensor
 
-    @contextmanager
-    def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def logits(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """A function from final hidden states [tokens, hidden] to logits [tokens, vocabulary]."""
-        source = self.model.source
-        layout = source.layout.head
-        tensors = floats(source.read_unit(layout), self.runner)
-        tied = source.layout.tied
-        (linear,) = (x for x in layout.linears if x.role == "lm_head")
-        name = linear.weight_name
-        enter = stored_inputs(source, layout).get(linear.name)
-        # No name here holds the weight as it was read, beside the one that the head computes with.
-        with self.runner.head(
-            tensors,
-            source.checkpoint.read([tied])[tied] if tied else tensors.pop(name),
-            enter=enter,
-        ) as head:
-            yield lambda hidden: head(hidden.unsqueeze(0))[0]
+        return self.model.logits()
 
 
 def run_blocks(
@@ -74,7 +333,7 @@ def run_blocks(
     batch: int = 8,
     progress: Progress | None = None,
     after_block: Callable[[UnitLayout, Sequence[Tensor]], None] | None = None,
-) -> list[Stream]:
+) -> list[FinalStates]:
     """Run rows of token ids [rows, length] through the embedding and every block of each model.
 
     batch        rows at a time; halved where the device's memory does not do
@@ -82,93 +341,21 @@ def run_blocks(
     Raises InputError for rows that a model cannot take, or models of different depth.
     """
     _check(models, ids)
-    blocks = len(models[0].source.layout.blocks)
-    streams = []
-    total = len(models) * (blocks + 1)
-    order = [(m, u) for u in range(blocks + 1) for m in range(len(models))]
-    units = _read_ahead([(models[m].source, models[m].source.layout.unit(u)) for m, u in order])
-    for done, ((m, u), unit) in enumerate(zip(order, units, strict=True), 1):
-        if u == 0:
-            streams.append(_embed(models[m], unit, ids, device=device, dtype=dtype, batch=batch))
-        else:
-            batch = _run_block(streams[m], unit, batch=batch)
-            if after_block is not None and m == len(models) - 1:
-                after_block(unit.layout, [stream.hidden for stream in streams])
-        give_back()
-        if progress is not None:
-            progress(unit.layout.name, done, total)
-    return streams
-
-
-def floats(unit: Unit, runner: BlockRunner) -> dict[str, Tensor]:
-    """The unit's tensors in float, quantized weights decoded on the runner's device."""
-    decoded = {
-        weight_name(name): q.to(runner.device).dequantize(runner.dtype)
-        for name, q in unit.quantized.items()
-    }
-    return {**unit.tensors, **decoded}
-
-
-def _read_ahead(wanted: Sequence[tuple[Source, UnitLayout]]) -> Iterator[Unit]:
-    """Units in order; each is read while the one before it is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(wanted[0][0].read_unit, wanted[0][1])
-        for source, layout in wanted[1:]:
-            unit = coming.result()
-            coming = pool.submit(source.read_unit, layout)
-            yield unit
-            del unit
-        yield coming.result()
-
-
-def _embed(
-    model: StreamedModel,
-    unit: Unit,
-    ids: Tensor,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int,
-) -> Stream:
-    source = model.source
-    runner = BlockRunner(source.checkpoint.config, source.arch.runtime, device=device, dtype=dtype)
-    hidden = runner.embed(floats(unit, runner), ids, batch=batch)
-    return Stream(model=model, runner=runner, hidden=hidden.to("cpu", torch.float32))
-
-
-def _run_block(stream: Stream, unit: Unit, *, batch: int) -> int:
-    """Replace the stream's hidden states by the block's outputs; the batch that memory allowed."""
-    source, runner = stream.model.source, stream.runner
-    attention = stream.model.attention
-    hook = attention(unit) if attention else None
-    if source.schemes.kv is not None:
-        hook = quantized_kv(source.schemes.kv, unit, hook)
-    inputs = stored_inputs(source, unit.layout)
-    with (
-        runner.block(unit.layout, floats(unit, runner)) as block,
-        quantized_inputs(block, inputs),
-        runner.attention(hook),
-    ):
-        start = 0
-        while start < stream.hidden.shape[0]:
-            runner.first_row = start
-            out = _forward(block, stream.hidden[start : start + batch])
-            if out is None:
-                batch = batch // 2
-                continue
-            stream.hidden[start : start + batch] = out.to("cpu", torch.float32)
-            start += batch
-    return batch
-
-
-def _forward(block: Block, hidden: Tensor) -> Tensor | None:
-    """The block's output, or None where memory did not do and fewer rows can be tried."""
-    try:
-        return block.forward(hidden)
-    except torch.OutOfMemoryError:
-        if hidden.shape[0] == 1:
-            raise
-        return None
+    running = [
+        SourceModel(m.source, device=device, dtype=dtype, attention=m.attention, as_stored=True)
+        for m in models
+    ]
+    execution = Execution(batch)
+    if progress is not None:
+        execution.progress = progress
+    streams: list[Stream] = []
+    for step in sweep(running, ids, execution=execution):
+        step.run()
+        streams = step.streams
+        if after_block is not None and step.number == len(models) - 1:
+            after_block(step.layout, [stream.hidden for stream in streams])
+    pairs = zip(running, streams, strict=True)
+    return [FinalStates(model, stream.hidden) for model, stream in pairs]
 
 
 def _check(models: Sequence[StreamedModel], ids: Tensor) -> None:

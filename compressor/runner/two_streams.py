@@ -12,30 +12,32 @@ from torch import Tensor, nn
 
 from compressor.runner.block_runner import Block
 from compressor.runner.observe import Seen
+from compressor.runner.stream import Stream
 
-Stream = tuple[Mapping[str, Tensor], Tensor]
-"""Weights as in `Block.load`, and rows [rows, length, hidden] that enter the block."""
+Side = tuple[Mapping[str, Tensor], Stream]
+"""Weights as in `Block.load`, and the rows that enter the block."""
 
 
 @torch.no_grad()
 def observe_beside(
-    block: Block, streams: Sequence[Stream], *, site: str, needs: StatNeeds, batch: int
+    block: Block, sides: Sequence[Side], *, site: str, needs: StatNeeds, batch: int
 ) -> SiteStats:
     """Statistics of one site of plain linears, and of the original model's inputs beside them.
 
-    streams  the original, and ours of the same tokens
+    sides  the original, and ours of the same tokens
     The block has its own weights afterwards.
     """
     linear = block.unit.site_linears(site)[0]
     stats = SiteStats(linear.in_features, needs, device=block.runner.device)
     try:
         with _Caught(block.module(linear)) as caught:
-            for start in range(0, streams[0][1].shape[0], batch):
+            for start in range(0, sides[0][1].rows, batch):
                 seen = []
-                for weights, rows in streams:
+                for weights, stream in sides:
                     block.load(weights)
                     with suppress(Seen):
-                        block.forward(rows[start : start + batch])
+                        stop = start + batch
+                        block.forward(stream.read(start, stop), stream.beside(start, stop))
                     seen.append(caught.take())
                 stats.update(seen[1], seen[0])
     finally:

@@ -28,8 +28,10 @@ from compressor.numerics.activations import (
     stored_scale,
 )
 from compressor.runner.attention_call import AttentionCall, AttentionHook
-from compressor.runner.block_runner import Block, BlockRunner
+from compressor.runner.block_runner import Block
 from compressor.runner.simulate import StoredInput, quantized_inputs, quantized_kv, stored_inputs
+from compressor.runner.source_model import SourceModel
+from compressor.runner.sweep import Execution, Step
 from compressor.runner.tokenizer import load_tokenizer
 from compressor.verify.alignment import Matrix
 
@@ -76,20 +78,24 @@ class Outputs:
     """The original's hidden states on their way through its blocks, and what is put beside them."""
 
     def __init__(self, written: Source, original: Source, *, device: torch.device) -> None:
-        """Raises InputError where a config is none that a model can be made from."""
-        self.written, self.original, self.device = written, original, device
+        self.written, self.original = written, original
         self.ids, self.text = held_out_rows(original)
-        self.runners = [self._runner(source) for source in (original, written)]
+        self.models = [
+            SourceModel(source, device=device, dtype=torch.float32)
+            for source in (original, written)
+        ]
         self.hidden: Tensor | None = None
 
-    def _runner(self, source: Source) -> BlockRunner:
-        config, names = source.checkpoint.config, source.arch.runtime
-        return BlockRunner(config, names, device=self.device, dtype=torch.float32)
-
     def embed(self, original: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
-        """Run the embeddings; float tensors by their full names."""
-        self.hidden = self.runners[0].embed(original, self.ids)
-        self.runners[1].embed(written, self.ids)  # for the rotary tables of its own config
+        """Run the embeddings; float tensors by their full names. Raises InputError where a config
+        is none that a model can be made from."""
+        self.hidden = self.models[0].runner.embed(original, self.ids)
+        self.models[1].runner.embed(written, self.ids)  # for the rotary tables of its own config
+
+    def step(self, number: int, layout: UnitLayout) -> Step:
+        """A block of the original (0) or of what was written (1)."""
+        execution = Execution(len(self.ids), offload=False)
+        return Step(self.models[number], number, layout.index + 1, None, [], execution)
 
     @torch.no_grad()
     def block(
@@ -108,7 +114,7 @@ class Outputs:
         assert self.hidden is not None
         entering = self.hidden
         with (
-            self.runners[0].block(layout, original) as block,
+            self.step(0, layout).loaded(original) as block,
             quantized_inputs(block, stored_inputs(self.original, layout)),
         ):
             self.hidden, attended = _run(block, entering)
@@ -141,11 +147,11 @@ class BlockOutputs:
         hook: AttentionHook | None,
     ) -> dict[str, float]:
         """Errors of the block with these tensors, inputs and cache."""
-        runner = self.outputs.runners[1]
+        step = self.outputs.step(1, self.unit.layout)
         with (
-            runner.block(self.unit.layout, tensors) as block,
+            step.loaded(tensors) as block,
             quantized_inputs(block, inputs),
-            runner.attention(hook),
+            block.runner.attention(hook),
         ):
             after, attended = _run(block, self.entering)
         made = {"attention": attended, "the block": after - self.entering}

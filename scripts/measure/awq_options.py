@@ -28,15 +28,17 @@ from compressor_calibration.sources import read_documents
 from compressor_calibration.tokens import windows
 from torch import Tensor
 
-from compressor.checkpoint.source import Source, open_source
+from compressor.checkpoint.source import open_source
 from compressor.errors import CompressError
 from compressor.formats.base import get_format
-from compressor.ir.layout import UnitLayout
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Pass, get_pass
 from compressor.methods.common.context import PassContext, PlanContext
-from compressor.runner.block_runner import BlockRunner
+from compressor.runner.observe import observe
+from compressor.runner.source_model import SourceModel
+from compressor.runner.stream import Stream
+from compressor.runner.sweep import Execution, Step, sweep
 from compressor.runner.tokenizer import load_tokenizer
 
 
@@ -53,62 +55,42 @@ class Result:
 
 
 class Measure:
-    """A checkpoint, its runner and both token sets."""
+    """A checkpoint that runs block by block, and both token sets."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.source: Source = open_source(options.checkpoint)
-        self.device = torch.device(options.device)
-        self.runner = BlockRunner(
-            self.source.checkpoint.config,
-            self.source.arch.runtime,
-            device=self.device,
-            dtype=torch.float32 if self.device.type == "cpu" else self.source.checkpoint.dtype,
-        )
-        first, *blocks, last = self.source.layout.units
-        self.blocks: list[UnitLayout] = blocks
-        embedding, self.head = self.read(first).tensors, self.read(last).tensors
-        tied = self.source.layout.tied
-        self.lm_head = embedding[tied] if tied else self.head["lm_head.weight"]
+        source = open_source(options.checkpoint)
+        device = torch.device(options.device)
+        dtype = torch.float32 if device.type == "cpu" else source.checkpoint.dtype
+        self.model = SourceModel(source, device=device, dtype=dtype)
+        self.execution = Execution(options.batch)
         tokenizer = load_tokenizer(options.checkpoint)
 
         def cut(data: str, part: str, rows: int, length: int) -> Tensor:
             documents = read_documents(data, part=part)
             return windows(tokenizer, documents, windows=rows, length=length).ids
 
-        calibration = cut(options.calibration, "calibration", options.samples, options.length)
+        self.calibration = cut(options.calibration, "calibration", options.samples, options.length)
         self.targets = cut(options.evaluation, "held_out", options.windows, options.window)
-        self.calibration = self.runner.embed(embedding, calibration)
-        self.held_out = self.runner.embed(embedding, self.targets)
-        self.original = self.held_out.clone()
-        for layout in blocks:
-            self.forward(layout, self.read(layout).tensors, self.original)
+        for step in sweep(self.model, self.targets, execution=self.execution):
+            if step.layout.index == 0:
+                self.entering = step.stream.copy()
+            step.run()
+        self.original = step.stream
 
-    def read(self, layout: UnitLayout) -> Unit:
-        """A unit in float32 on the device."""
-        unit = self.source.read_unit(layout)
-        tensors = {k: v.to(self.device, torch.float32) for k, v in unit.dequantized().items()}
-        return Unit(layout=layout, tensors=tensors)
-
-    def forward(self, layout: UnitLayout, tensors: dict[str, Tensor], hidden: Tensor) -> None:
-        with self.runner.block(layout, tensors) as block:
-            block.forward_rows(hidden, batch=self.options.batch, out=hidden)
-
-    def apply(self, step: Pass, layout: UnitLayout, hidden: Tensor) -> dict[str, Tensor]:
-        """A block's tensors after the pass, as they would be read back from the files.
-
-        `hidden` becomes the next block's calibration inputs.
-        """
-        unit, scheme = self.read(layout), step.effects().scheme
+    def apply(self, method: Pass, step: Step) -> dict[str, Tensor]:
+        """A block's tensors after the pass, as they would be read back from the files."""
+        layout, read = step.layout, step.source.dequantized()
+        unit = Unit(layout, {k: v.to(self.model.device, torch.float32) for k, v in read.items()})
+        scheme = method.effects().scheme
         assert scheme is not None and scheme.weight is not None
-        dtype = self.source.checkpoint.dtype
+        dtype = self.model.source.checkpoint.dtype
         stored = get_format("compressed-tensors").scale_dtype(scheme.weight, dtype)
         scheme = Scheme(weight=replace(scheme.weight, scale_dtype=stored))
-        selected = step.selection.pick(layout.linears)
-        outputs = hidden.clone()
-        with self.runner.block(layout, unit.tensors) as block:
-            needs = {linear.site: step.needs().stats for linear in selected}
-            seen = block.observe(hidden, needs=needs, batch=self.options.batch, out=outputs)
+        selected = method.selection.pick(layout.linears)
+        with step.loaded(unit.tensors) as block:
+            needs = {linear.site: method.needs().stats for linear in selected}
+            seen = observe(block, step.stream, needs=needs, batch=self.options.batch)
             context = PassContext(
                 stats=seen.stats,
                 schemes={linear.name: scheme for linear in selected},
@@ -116,14 +98,9 @@ class Measure:
                 module_loss=seen.module_loss,
                 seed=0,
             )
-            changed = step.apply(unit, context).unit
+            changed = method.apply(unit, context).unit
         rounded = {k: v.to(dtype).float() for k, v in changed.tensors.items()}
-        tensors = replace(changed, tensors=rounded).dequantized()
-        if self.options.propagate == "original":
-            hidden.copy_(outputs)
-        else:
-            self.forward(layout, tensors, hidden)
-        return tensors
+        return replace(changed, tensors=rounded).dequantized()
 
     def planned(self, step: Pass) -> PlanContext:
         """What a pass is told while a run is planned."""
@@ -144,29 +121,32 @@ class Measure:
         (name, params), *more = yaml.safe_load(setting).items()
         if more:
             raise CompressError(f"{setting!r} is not one pass", hint='"awq: {bits: 4}"')
-        step = get_pass(name).model_validate(params or {})
-        if not isinstance(step, Pass):
+        method = get_pass(name).model_validate(params or {})
+        if not isinstance(method, Pass):
             raise CompressError(f"{name} does not work unit by unit")
-        for error in step.check(self.planned(step)):
+        for error in method.check(self.planned(method)):
             raise error
-        hidden, held_out, seconds = self.calibration.clone(), self.held_out.clone(), 0.0
-        for layout in self.blocks:
+        held_out, seconds = self.entering.copy(), 0.0
+        for step in sweep(self.model, self.calibration, execution=self.execution):
             start = time.perf_counter()
-            tensors = self.apply(step, layout, hidden)
+            tensors = self.apply(method, step)
             seconds += time.perf_counter() - start
-            self.forward(layout, tensors, held_out)
+            with step.loaded(tensors):
+                step.run(held_out)
+                if self.options.propagate == "quantized":
+                    step.run()
         perplexity, ratio, error, kl = self.evaluate(held_out)
         return Result(setting, perplexity, ratio, error, kl, seconds)
 
     @torch.no_grad()
-    def evaluate(self, hidden: Tensor) -> tuple[float, float, float, float]:
+    def evaluate(self, states: Stream) -> tuple[float, float, float, float]:
         """Perplexity, its ratio to the original's with a standard error, and the KL divergence
         from the original, of what the blocks made of the held-out tokens."""
         losses, differences, divergence = [], [], 0.0
-        with self.runner.head(self.head, self.lm_head) as logits:
+        with self.model.logits() as logits:
             for row, target in enumerate(self.targets):
-                ours = torch.log_softmax(logits(hidden[row : row + 1])[0, :-1], -1)
-                base = torch.log_softmax(logits(self.original[row : row + 1])[0, :-1], -1)
+                ours = torch.log_softmax(logits(states.hidden[row])[:-1], -1)
+                base = torch.log_softmax(logits(self.original.hidden[row])[:-1], -1)
                 at = target[1:, None].to(ours.device)
                 losses.append(-ours.gather(1, at))
                 differences.append((base - ours).gather(1, at))

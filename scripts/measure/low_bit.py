@@ -38,7 +38,7 @@ from compressor.evaluate.perplexity import token_scores
 from compressor.numerics.folding import fold
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.runner.sweep import Stream, StreamedModel, run_blocks
+from compressor.runner.sweep import FinalStates, StreamedModel, run_blocks
 from compressor.runner.tokenizer import load_tokenizer
 
 CHANNELS, FACTOR, SEED = 6, 64.0, 17
@@ -173,7 +173,7 @@ class Bench:
         ).ids
         self.original = self.stream(open_source(options.checkpoint))
 
-    def stream(self, source: Source) -> Stream:
+    def stream(self, source: Source) -> FinalStates:
         """The held-out tokens after all blocks of a checkpoint."""
         model = StreamedModel(source)
         (stream,) = run_blocks(

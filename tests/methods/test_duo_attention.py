@@ -121,7 +121,7 @@ def test_gates_at_their_ends_are_full_and_streaming(
     hidden = model.runner.embed(model.tensors(0), ids)
     for number, unit in enumerate(model.layout.units[1:-1], 1):
         with (
-            model.runner.block(unit, model.tensors(number)) as block,
+            model.runner.loaded(unit, model.tensors(number)) as block,
             model.runner.attention(attending(model.source.read_unit(unit))),
         ):
             hidden = block.forward(hidden)

@@ -15,7 +15,7 @@ from compressor.checkpoint.source import open_source
 from compressor.errors import Interrupted
 from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
 from compressor.methods.sparda.teacher import Teacher, attention_inputs, norms
-from compressor.methods.sparda.training import ForecastOptimizer, Sweep, Training, store_bytes
+from compressor.methods.sparda.training import ForecastOptimizer, Trainer, Training, store_bytes
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.source_model import SourceModel
 from tests.support.tiny_models import build
@@ -45,7 +45,7 @@ def ids() -> torch.Tensor:
 
 def sweep(model: SourceModel, scratch: Path, training: Training = TRAINING, **options: object):
     kept = Records(scratch, "test")
-    return Sweep(model, ids(), training, seed=SEED, batch=2, scratch=kept, **options)
+    return Trainer(model, ids(), training, seed=SEED, batch=2, scratch=kept, **options)
 
 
 def all_at_once(model: SourceModel, training: Training) -> list[torch.Tensor]:

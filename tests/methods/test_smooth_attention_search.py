@@ -18,6 +18,8 @@ from compressor.numerics.smooth_attention import attention_candidates, smooth_at
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.runner.block_runner import BlockRunner
+from compressor.runner.observe import observe
+from compressor.runner.stream import Stream
 
 CPU = choose_device("cpu")
 INT4 = KVSpec("int4", "token_head")
@@ -52,8 +54,8 @@ class Bench:
 
     def run(self, step, cache):
         picked = step.selection.pick(self.layout.linears)
-        with self.runner.block(self.layout, self.unit.tensors) as block:
-            seen = block.observe(self.hidden, needs={}, batch=2, kv=step.needs().kv)
+        with self.runner.loaded(self.layout, self.unit.tensors) as block:
+            seen = observe(block, Stream(self.hidden), needs={}, batch=2, kv=step.needs().kv)
             context = PassContext(
                 stats={},
                 schemes={},
@@ -77,7 +79,7 @@ class Bench:
                 key = fake_quantize_kv(call.key, cache, scale)
             return call.plain(call.query, key, call.value)
 
-        with self.runner.block(self.layout, unit.dequantized()) as block:
+        with self.runner.loaded(self.layout, unit.dequantized()) as block:
             module = block.layer.self_attn
             handle = module.register_forward_hook(lambda m, a, out: found.append(out[0].clone()))
             with self.runner.attention(hook):

@@ -27,8 +27,8 @@ def block_by_block(source: Source, ids: Tensor, *, batch: int) -> Tensor:
     embedding = source.read_unit(first).dequantized()
     hidden = runner.embed(embedding, ids, batch=batch)
     for unit in blocks:
-        with runner.block(unit, source.read_unit(unit).dequantized()) as block:
-            hidden = block.forward_rows(hidden, batch=batch)
+        with runner.loaded(unit, source.read_unit(unit).dequantized()) as block:
+            hidden = torch.cat([block.forward(rows) for rows in hidden.split(batch)])
     head = source.read_unit(last).dequantized()
     tied = source.layout.tied
     weight = embedding[tied] if tied else head["lm_head.weight"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressor.checkpoint.source import open_source
 from compressor.runner.block_runner import Block, BlockRunner
+from compressor.runner.stream import Stream
 from compressor.runner.two_streams import observe_beside
 
 NEEDS = StatNeeds(gram=True, cross=True)
@@ -51,17 +52,17 @@ def test_products_are_those_of_both_blocks_own_inputs(
     ours = original + 0.1 * torch.randn(original.shape, generator=draw)
     weights = source.read_unit(unit).dequantized()
     changed = {n: w + 0.02 * torch.randn(w.shape, generator=draw) for n, w in weights.items()}
-    with runner.block(unit, weights) as block:
+    with runner.loaded(unit, weights) as block:
         for site in unit.sites:
-            streams = [(weights, original), (changed, ours)]
-            stats = observe_beside(block, streams, site=site, needs=NEEDS, batch=2)
+            sides = [(weights, Stream(original)), (changed, Stream(ours))]
+            stats = observe_beside(block, sides, site=site, needs=NEEDS, batch=2)
             theirs = inputs(block, weights, original, site)
             x = inputs(block, changed, ours, site)
             assert stats.tokens == 120
             torch.testing.assert_close(stats.gram.double(), x.T @ x, rtol=1e-3, atol=1e-3)
             exact = (theirs - x).T @ x
             torch.testing.assert_close(stats.cross.double(), exact, rtol=1e-3, atol=1e-3)
-            same = observe_beside(block, [streams[0]] * 2, site=site, needs=NEEDS, batch=5)
+            same = observe_beside(block, [sides[0]] * 2, site=site, needs=NEEDS, batch=5)
             assert not same.cross.any()
         torch.testing.assert_close(
             inputs(block, weights, original, unit.sites[0]),

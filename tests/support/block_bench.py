@@ -9,7 +9,9 @@ from compressor.checkpoint.source import open_source
 from compressor.ir.scheme import Scheme
 from compressor.methods.common.context import PassContext
 from compressor.runner.block_runner import BlockRunner
+from compressor.runner.observe import observe
 from compressor.runner.simulate import StoredInput, quantized_inputs
+from compressor.runner.stream import Stream
 
 GRAM = StatNeeds(gram=True)
 
@@ -36,12 +38,13 @@ class BlockBench:
 
     def observe(self, unit, step):
         """Statistics of every site of a unit, as the step would see them."""
-        with self.runner.block(self.layout, unit.dequantized()) as block:
+        with self.runner.loaded(self.layout, unit.dequantized()) as block:
             return dict(self._observed(block, step).stats.items())
 
     def _observed(self, block, step):
         needs = dict.fromkeys(self.layout.sites, step.needs().stats | self.wanted)
-        return block.observe(self.hidden, needs=needs, batch=max(len(self.hidden) // 2, 1))
+        batch = max(len(self.hidden) // 2, 1)
+        return observe(block, Stream(self.hidden), needs=needs, batch=batch)
 
     def run(self, step, *, unit=None, then=None, spec=None, patch=None):
         """The step's result on this block.
@@ -55,7 +58,7 @@ class BlockBench:
         quantizer = then if then is not None and step.effects().scheme is None else step
         scheme = (quantizer.effects().scheme if spec is None else Scheme(weight=spec)) or Scheme()
         picked = step.selection.pick(self.layout.linears)
-        with self.runner.block(self.layout, unit.dequantized()) as block:
+        with self.runner.loaded(self.layout, unit.dequantized()) as block:
             seen = self._observed(block, step)
             stats = dict(seen.stats.items())
             if patch is not None:
@@ -80,7 +83,7 @@ class BlockBench:
                 for name in unit.quantized
             }
         with (
-            self.runner.block(self.layout, unit.dequantized()) as block,
+            self.runner.loaded(self.layout, unit.dequantized()) as block,
             quantized_inputs(block, inputs),
         ):
             return block.forward(self.hidden)

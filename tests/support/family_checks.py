@@ -18,13 +18,13 @@ from compressor.checkpoint.source import Source, open_source
 from compressor.numerics.folding import fold
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
-from compressor.runner.sweep import Stream, StreamedModel, floats, run_blocks
+from compressor.runner.sweep import FinalStates, StreamedModel, run_blocks
 
 CPU = choose_device("cpu")
 IDS = torch.randint(2, 256, (2, 48), generator=torch.Generator().manual_seed(1))
 
 
-def streamed(source: Source) -> Stream:
+def streamed(source: Source) -> FinalStates:
     (stream,) = run_blocks([StreamedModel(source)], IDS, device=CPU, dtype=torch.float32)
     return stream
 
@@ -67,13 +67,13 @@ def every_tensor_has_one_place(source: Source, folder: Path) -> None:
     assert weights == sum(t.numel() for tensors in stored for t in tensors.values())
 
 
-def every_linear_is_one(source: Source, stream: Stream) -> None:
+def every_linear_is_one(source: Source, stream: FinalStates) -> None:
     """What transformers multiplies with in a block are the linears of the map; routers may be
     modules of their own."""
     for unit in source.layout.blocks:
-        layer = stream.runner.layers[unit.index]
+        layer = stream.model.runner.layers[unit.index]
         theirs = {n for n, m in layer.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-        path = stream.runner.names.linear_path
+        path = stream.model.runner.names.linear_path
         own = [linear for linear in unit.linears if linear.expert is None]
         ours = {path(unit, linear) for linear in own if linear.role != "router"}
         routers = {path(unit, linear) for linear in own if linear.role == "router"}
@@ -83,13 +83,13 @@ def every_linear_is_one(source: Source, stream: Stream) -> None:
         assert experts == {n for n in stacks if "conv" not in n}
 
 
-def no_fold_changes_what_a_block_computes(source: Source, stream: Stream) -> None:
-    runner = stream.runner
-    hidden = runner.embed(floats(source.read_unit(source.layout.embedding), runner), IDS)
+def no_fold_changes_what_a_block_computes(source: Source, stream: FinalStates) -> None:
+    runner = stream.model.runner
+    hidden = runner.embed(stream.model.tensors(0), IDS)
     generator = torch.Generator().manual_seed(3)
     for unit in source.layout.blocks:
-        tensors = floats(source.read_unit(unit), runner)
-        with runner.block(unit, tensors) as block:
+        tensors = stream.model.floats(source.read_unit(unit))
+        with runner.loaded(unit, tensors) as block:
             expected = block.forward(hidden)
         assert unit.folds
         for how in unit.folds:
@@ -97,7 +97,7 @@ def no_fold_changes_what_a_block_computes(source: Source, stream: Stream) -> Non
             channels = how.rows.total if how.rows else source_weight.shape[0]
             scale = torch.rand(channels, generator=generator) * 1.5 + 0.5
             changed = fold(tensors, how, unit, scale, dtype=torch.float64)
-            with runner.block(unit, {**tensors, **changed}) as block:
+            with runner.loaded(unit, {**tensors, **changed}) as block:
                 found = block.forward(hidden)
             where = f"{unit.name}: {how.source} into {how.site}"
             assert (found - expected).abs().max() < 2e-5 * expected.abs().max(), where

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from compressor.errors import InputError
 from compressor.methods.common.needles import Row
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.source_model import SourceModel
+from compressor.runner.sweep import Execution, Progress, sweep
 
 ACCEPTED = 0.5
 """Share of an answer's tokens that a model must give for the answer to count, as the reference
@@ -60,29 +60,23 @@ def copy_scores(
     rows: Sequence[Row],
     *,
     batch: int,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Progress = lambda name, done, total: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> CopyScores:
     """Score every query head over the answers of rows of one length.
 
-    Raises InputError where the model answers none of them, since scores would mean nothing.
+    Raises InputError where the model answers none of them, since scores would mean nothing, and
+    Interrupted when asked to stop.
     """
     ids = torch.stack([row.ids for row in rows])
-    layout = model.layout
-    blocks = [unit for unit in layout.units if unit.kind == "block"]
-    hidden = model.runner.embed(model.tensors(0), ids, batch=batch).to("cpu", torch.float32)
+    execution = Execution(batch, stopping=stopping, progress=progress)
     # Per block: hits of each answer [answers, heads].
     hits = []
-    for unit in blocks:
-        with model.runner.block(unit, model.tensors(unit.index + 1)) as block:
-            found: list[Tensor] = []
-            for start in range(0, len(rows), batch):
-                part = rows[start : start + batch]
-                with model.runner.attention(_Watch(part, found)):
-                    out = block.forward(hidden[start : start + batch])
-                hidden[start : start + batch] = out.to("cpu", torch.float32)
-            hits.append(torch.cat(found))
-        progress(unit.name, unit.index + 1, len(blocks))
-    good = _answered(model, rows, hidden)
+    for step in sweep(model, ids, execution=execution):
+        watch = _Watch(rows)
+        step.run(hook=watch)
+        hits.append(torch.cat([hit for row in range(len(rows)) for hit in watch.hits[row]]))
+    good = _answered(model, rows, step.stream.hidden)
     if not bool(good.any()):
         raise InputError(
             f"the model answers none of the {len(good)} passkeys, so no head can be scored",
@@ -103,26 +97,28 @@ def copied(looked: Tensor, ids: Tensor, given: Tensor | int, *, hidden: tuple[in
 class _Watch:
     """An attention hook that notes, for each answer, how often each head looks at what it copies.
 
-    found  gets [answers of the part, heads], each a share of the answer's tokens
+    hits  row → for each of its answers [1, heads], shares of the answer's tokens
     """
 
-    def __init__(self, rows: Sequence[Row], found: list[Tensor]) -> None:
+    def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        self.found = found
+        self.hits: dict[int, list[Tensor]] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         group = call.query.shape[1] // call.key.shape[1]
         key = call.key.repeat_interleave(group, dim=1)
-        for number, row in enumerate(self.rows):
+        for number in range(key.shape[0]):
+            row = self.rows[call.first_row + number]
+            hits = self.hits[call.first_row + number] = []
             for answer in row.answers:
                 begin, end = answer.given
                 at = torch.arange(begin - 1, end - 1, device=key.device)
                 scores = call.query[number, :, at] @ key[number].transpose(-1, -2)
                 scores = scores.float().masked_fill(~_visible(call, at, key.shape[2]), -torch.inf)
                 looked = scores.argmax(-1).cpu()  # [heads, steps]
-                hits = copied(looked, row.ids, row.ids[begin:end], hidden=answer.hidden)
+                right = copied(looked, row.ids, row.ids[begin:end], hidden=answer.hidden)
                 length = answer.hidden[1] - answer.hidden[0]
-                self.found.append(hits.sum(-1)[None].float() / length)
+                hits.append(right.sum(-1)[None].float() / length)
         return call.plain(call.query, call.key, call.value)
 
 
@@ -137,17 +133,12 @@ def _visible(call: AttentionCall, at: Tensor, keys: int) -> Tensor:
 
 def _answered(model: SourceModel, rows: Sequence[Row], hidden: Tensor) -> Tensor:
     """Whether the model gives most of each answer's tokens, bool [answers]."""
-    tied = model.layout.tied
-    head: Any = model.layout.head
-    tensors = model.tensors(len(model.layout.units) - 1)
-    (linear,) = (x for x in head.linears if x.role == "lm_head")
-    weight = model.tensors(0)[tied] if tied else tensors[linear.weight_name]
     good = []
-    with model.runner.head(tensors, weight) as logits:
+    with model.logits() as logits:
         for number, row in enumerate(rows):
             for answer in row.answers:
                 begin, end = answer.given
-                best = logits(hidden[number, begin - 1 : end - 1][None])[0].argmax(-1).cpu()
+                best = logits(hidden[number, begin - 1 : end - 1]).argmax(-1).cpu()
                 right = (best == row.ids[begin:end]).float().mean()
                 good.append(bool(right > ACCEPTED))
     return torch.tensor(good)

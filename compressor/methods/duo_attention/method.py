@@ -163,7 +163,7 @@ class DuoAttention(ModelPass[Gates]):
         rows = [
             make_row(encode, haystack, data=self.data, length=length, draw=draw) for _ in range(8)
         ]
-        found = copy_scores(model, rows, batch=context.batch)
+        found = copy_scores(model, rows, batch=context.batch, stopping=context.stopping)
         return found.kv_heads(attention_shape(model.layout).kv_heads)
 
     def _choose(self, gates: Tensor) -> tuple[Tensor, float]:

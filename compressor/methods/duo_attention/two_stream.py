@@ -55,7 +55,7 @@ class TwoStream:
             self._embedding = model.tensors(0)
             for number, unit in enumerate(units):
                 if unit.kind == "block":
-                    block = stack.enter_context(model.runner.block(unit, model.tensors(number)))
+                    block = stack.enter_context(model.runner.loaded(unit, model.tensors(number)))
                     block.layer.requires_grad_(False)
                     self.layers.append(block.layer)
             # The norm lies in the model for as long as the head does; its weight is not asked.

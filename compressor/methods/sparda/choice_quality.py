@@ -8,7 +8,7 @@ so do queries that have no more blocks than they may choose.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from compressor.attention.evaluation import Ahead, rule_call
 from compressor.attention.key_blocks import KeyBlocks, recent_blocks
+from compressor.ir.unit import Unit
 from compressor.methods.sparda.teacher import Teacher
-from compressor.runner.attention_call import AttentionCall
+from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.source_model import SourceModel
+from compressor.runner.sweep import Execution, sweep
 
 RECENT = "recent"
 """The scorer that needs none: the first blocks, and the last ones."""
@@ -45,13 +47,22 @@ class _Sums:
     mass: float = 0.0
     rows: float = 0.0
 
+    def add(self, other: _Sums) -> None:
+        self.hit += other.hit
+        self.wanted += other.wanted
+        self.mass += other.mass
+        self.rows += other.rows
+
 
 @dataclass(slots=True)
 class ChoiceMeter:
-    """Adds up what scorers chose, call by call."""
+    """Adds up what scorers chose, call by call; a call for rows that ran before takes their place.
+
+    parts  of each layer and first row: what was added up for parts of the queries, by scorer
+    """
 
     teacher: Teacher
-    sums: dict[tuple[int, str], _Sums] = field(default_factory=dict)
+    parts: dict[tuple[int, int], list[tuple[str, _Sums]]] = field(default_factory=dict)
 
     @torch.no_grad()
     def add(self, layer: int, call: AttentionCall, chosen: Mapping[str, Tensor]) -> None:
@@ -60,6 +71,7 @@ class ChoiceMeter:
         length, heads = call.key.shape[2], call.query.shape[1]
         count = rule.blocks(length)
         block = torch.arange(count, device=call.key.device)
+        parts = self.parts[layer, call.first_row] = []
         for part, behind in self.teacher.parts(call):
             stop = length - behind
             at = slice(stop - part.shape[2], stop)
@@ -73,18 +85,25 @@ class ChoiceMeter:
             mass = _block_mass(call, part, at, rule.block_size) * choosing[:, None]
             for scorer, blocks in chosen.items():
                 mine = _mask(blocks[:, :, at], count)
-                sums = self.sums.setdefault((layer, scorer), _Sums())
                 by_set = wanted.repeat_interleave(mine.shape[1] // wanted.shape[1], dim=1)
-                sums.hit += float((mine & by_set).sum())
-                sums.wanted += float(by_set.sum())
-                sums.mass += float((mass * mine.repeat_interleave(heads // mine.shape[1], 1)).sum())
-                sums.rows += float(choosing.sum()) * heads * part.shape[0]
+                by_head = mine.repeat_interleave(heads // mine.shape[1], 1)
+                sums = _Sums(
+                    hit=float((mine & by_set).sum()),
+                    wanted=float(by_set.sum()),
+                    mass=float((mass * by_head).sum()),
+                    rows=float(choosing.sum()) * heads * part.shape[0],
+                )
+                parts.append((scorer, sums))
 
     def qualities(self) -> list[LayerQuality]:
         """What was found, in order of layers; nothing where no query had to choose."""
+        whole: dict[tuple[int, str], _Sums] = {}
+        for (layer, _), parts in self.parts.items():
+            for scorer, sums in parts:
+                whole.setdefault((layer, scorer), _Sums()).add(sums)
         return [
             LayerQuality(layer, scorer, s.hit / max(s.wanted, 1.0), s.mass / max(s.rows, 1.0))
-            for (layer, scorer), s in self.sums.items()
+            for (layer, scorer), s in whole.items()
         ]
 
 
@@ -96,6 +115,7 @@ def measure_choices(
     *,
     forecasts: Mapping[str, Tensor] | None = None,
     batch: int = 1,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[LayerQuality]:
     """Measure scorers on rows of token ids [rows, length].
 
@@ -103,16 +123,14 @@ def measure_choices(
     forecasts  forecast tensors by full name, if not those that the model carries
     """
     meter, ahead = ChoiceMeter(teacher), Ahead()
-    hidden = model.runner.embed(model.tensors(0), ids, batch=batch)
-    for index, layout in enumerate(model.layout.units):
-        if layout.kind != "block":
-            continue
-        unit = model.read_unit(index)
+
+    def watching(unit: Unit) -> AttentionHook:
+        layer, name = unit.layout.index, unit.layout.name
         if forecasts is not None:
-            own = {n: t for n, t in forecasts.items() if n.startswith(f"{layout.name}.")}
+            own = {n: t for n, t in forecasts.items() if n.startswith(f"{name}.")}
             unit = replace(unit, extra=own)
 
-        def hook(call: AttentionCall, unit=unit, layer=layout.index) -> Tensor:  # type: ignore[no-untyped-def]
+        def hook(call: AttentionCall) -> Tensor:
             chosen = {}
             for name, rule in scorers.items():
                 if rule is None:
@@ -124,12 +142,10 @@ def measure_choices(
             meter.add(layer, call, chosen)
             return call.plain(call.query, call.key, call.value)
 
-        runner = model.runner
-        with runner.block(layout, model.tensors(index)) as block, runner.attention(hook):
-            for start in range(0, ids.shape[0], batch):
-                runner.first_row = start
-                rows = slice(start, start + batch)
-                hidden[rows] = block.forward(hidden[rows]).to(hidden.dtype)
+        return hook
+
+    for _ in sweep(model, ids, hook=watching, execution=Execution(batch, stopping=stopping)):
+        pass
     return meter.qualities()
 
 

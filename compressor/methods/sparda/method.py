@@ -35,7 +35,7 @@ from compressor.methods.sparda.choice_record import (
     record_choices,
 )
 from compressor.methods.sparda.teacher import Teacher
-from compressor.methods.sparda.training import Sweep, Training, store_bytes
+from compressor.methods.sparda.training import Trainer, Training, store_bytes
 from compressor.runner.source_model import SourceModel
 
 
@@ -171,7 +171,7 @@ class SparDA(ChosenBlocks[Recall]):
         return found
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Recall]:
-        sweep = Sweep(
+        trainer = Trainer(
             model,
             context.ids,
             self.training,
@@ -184,7 +184,7 @@ class SparDA(ChosenBlocks[Recall]):
         # Recall needs blocks to choose from, not the longest rows, of which the text has few.
         length = min(context.ids.shape[1], 2 * self.top_k * self.block_size)
         text = held_out(model.tokenizer(), rows=self.held_out_rows, length=length)
-        trained = sweep.run()
+        trained = trainer.run()
         blocks = [unit for unit in model.layout.units if unit.kind == "block"]
         dtype = model_dtype(model)
         named = trained.named([_attention(unit) for unit in blocks])

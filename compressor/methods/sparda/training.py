@@ -11,7 +11,7 @@ the published training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -27,12 +27,13 @@ from compressor.attention.rules.forecast import CURRENT, FUTURE
 from compressor.checkpoint.durable import make_way, own_folder
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
-from compressor.ir.layout import UnitLayout
 from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
 from compressor.methods.sparda.teacher import Teacher, attention_call, attention_inputs, norms
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.block_runner import Block
 from compressor.runner.source_model import SourceModel
+from compressor.runner.stream import stored_rows
+from compressor.runner.sweep import Execution, Progress, Step, walk
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-6
@@ -141,10 +142,10 @@ class TrainedForecasts:
 
 
 @dataclass(slots=True)
-class Sweep:
+class Trainer:
     """One training of all forecasts of a model over rows of token ids [rows, length].
 
-    scratch  folder of the buffers and of what is trained; a sweep that is repeated there goes on
+    scratch  folder of the buffers and of what is trained; a training that is repeated there goes on
              from all of it that is whole
     """
 
@@ -154,7 +155,7 @@ class Sweep:
     seed: int
     batch: int
     scratch: Records
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    progress: Progress = lambda name, done, total: None
     stopping: Callable[[], bool] = lambda: False
     _reached: int = field(default=-1, init=False)
     """The block whose inputs are whole in their buffer (and those of the one before); -1: none."""
@@ -163,42 +164,41 @@ class Sweep:
 
     def run(self) -> TrainedForecasts:
         """Train. Raises Interrupted when asked to stop; what is trained stays."""
-        blocks = [unit for unit in self.model.layout.units if unit.kind == "block"]
-        shape = attention_shape(self.model.layout)
-        embedding = self.model.tensors(0)
-        self.model.runner.embed(embedding, self.ids[:1])  # notes masks and rotary tables
-        stores = self._stores()
-        self._go_on(stores, len(blocks))
-        if self._reached < 0:
-            self._embed(stores[0], embedding)
-        del embedding
-        size = (shape.kv_heads * shape.head_dim, stores[0].width)
+        model, blocks = self.model, self.model.layout.blocks
+        shape = attention_shape(model.layout)
         weights: list[Tensor] = []
         losses: list[tuple[float, float]] = []
         before: dict[str, Tensor] = {}
-        for layer, unit in enumerate(blocks):
+        stores: list[ActivationStore] = []
+        execution = Execution(self.batch, stopping=self.stopping, progress=self.progress)
+        for step in walk([model], execution=execution, units=range(len(blocks) + 1)):
+            layer = step.layout.index
+            if step.layout.kind == "embedding":
+                stores = self._stores(step.source.tensors)
+                self._go_on(stores, len(blocks))
+                self._embed(step, stores[0])
+                continue
             trained = self._trained(layer)
-            if trained is None or self._reached == layer < len(blocks) - 1:
-                tensors = self.model.tensors(layer + 1)
-                if trained is None:
-                    initial = initial_forecast(*size, seed=self.seed + 1 + layer)
-                    trained = self._train(layer, blocks, tensors, before, stores, initial)
-                if self._reached == layer < len(blocks) - 1:
-                    self._advance(layer, unit, tensors, stores)
-                before = norms(unit, tensors)
-                del tensors
-            else:
-                before = norms(unit, dict(self.model.read_unit(layer + 1).tensors))
+            onward = self._reached == layer < len(blocks) - 1
+            needed = trained is None or onward
+            tensors = model.on_device(step.take()) if needed else dict(step.source.tensors)
+            if trained is None:
+                size = (shape.kv_heads * shape.head_dim, stores[0].width)
+                initial = initial_forecast(*size, seed=self.seed + 1 + layer)
+                trained = self._train(step, tensors, before, stores, initial)
+            if onward:
+                self._advance(step, tensors, stores)
+            before = norms(step.layout, tensors)
+            del tensors
             weights.append(trained["weight"])
             losses.append((float(trained["losses"][0]), float(trained["losses"][1])))
-            self.progress(unit.name, layer + 1, len(blocks))
-        last = initial_forecast(*size, seed=self.seed + 1 + len(blocks))
+        last = initial_forecast(*weights[0].shape, seed=self.seed + 1 + len(blocks))
         return TrainedForecasts(weights[0], (*weights[1:], last), tuple(losses))
 
-    def _stores(self) -> list[ActivationStore]:
+    def _stores(self, embedding: Mapping[str, Tensor]) -> list[ActivationStore]:
         head = self.model.layout.head
         width = max(linear.in_features for linear in head.linears)
-        dtype = next(iter(self.model.read_unit(0).tensors.values())).dtype
+        dtype = next(iter(embedding.values())).dtype
         rows, length = self.ids.shape
         stores = [
             ActivationStore(self.scratch.folder / f"states.{i}.bin", rows, length, width, dtype)
@@ -234,38 +234,40 @@ class Sweep:
     def _trained(self, layer: int) -> dict[str, Tensor] | None:
         return self.scratch.get_tensors(f"forecast.{layer}.safetensors")
 
-    def _embed(self, store: ActivationStore, tensors: dict[str, Tensor]) -> None:
+    def _embed(self, step: Step, store: ActivationStore) -> None:
+        """Fill the first buffer, unless a later one is whole; masks and rotary tables are noted in
+        any case."""
+        if self._reached >= 0:
+            list(step.embedded(self.ids[:1]))
+            return
         self.scratch.drop(PROGRESS)
-        part = 8 * self.batch
         with store.writing() as writer:
-            for start in range(0, self.ids.shape[0], part):
+            for start, _, hidden in step.embedded(self.ids):
                 self._check_stop()
-                rows = self.ids[start : start + part]
-                writer.put(start, self.model.runner.embed(tensors, rows, batch=self.batch))
+                writer.put(start, hidden)
         self._reach(0, writer.content_hash())
 
     def _train(
         self,
-        layer: int,
-        blocks: Sequence[UnitLayout],
+        step: Step,
         tensors: dict[str, Tensor],
         before: dict[str, Tensor],
         stores: Sequence[ActivationStore],
         initial: Tensor,
     ) -> dict[str, Tensor]:
-        """Train the forecast that is for block `layer`, and keep it in the scratch folder."""
-        runner, device = self.model.runner, self.model.device
+        """Train the forecast that is for the step's block, and keep it in the scratch folder."""
+        runner, unit = self.model.runner, step.layout
+        layer = unit.index
         with ExitStack() as stack:
-            block = stack.enter_context(runner.block(blocks[layer], tensors))
+            block = stack.enter_context(step.loaded(tensors))
             inputs, read = None, [stores[layer % 2]]
             if layer > 0:
-                reader = attention_inputs(runner, blocks[layer - 1], before)
+                reader = attention_inputs(runner, self.model.layout.blocks[layer - 1], before)
                 inputs, read = stack.enter_context(reader), [*read, stores[(layer - 1) % 2]]
             if self.training.initial == "queries":
-                shape = attention_shape(self.model.layout)
-                queries = mean_queries(blocks[layer], shape, tensors)
+                queries = mean_queries(unit, attention_shape(self.model.layout), tensors)
                 initial = self._fitted(block, queries, read, inputs)
-            optimizer = ForecastOptimizer(initial.to(device), self.training)
+            optimizer = ForecastOptimizer(initial.to(self.model.device), self.training)
             pairs = self._calls(block, read, inputs)
             losses = list(self._steps(optimizer, pairs, max(0, layer - 1)))
         few = max(1, len(losses) // 10)
@@ -336,26 +338,16 @@ class Sweep:
             yield loss
 
     def _advance(
-        self,
-        layer: int,
-        unit: UnitLayout,
-        tensors: dict[str, Tensor],
-        stores: Sequence[ActivationStore],
+        self, step: Step, tensors: dict[str, Tensor], stores: Sequence[ActivationStore]
     ) -> None:
-        """Put what leaves block `layer` where what entered the block before it was."""
-        rows = range(self.ids.shape[0])
-        batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
-        runner = self.model.runner
+        """Put what leaves the step's block where what entered the block before it was."""
+        layer = step.layout.index
         source, target = stores[layer % 2], stores[(layer + 1) % 2]
         hook = chosen_attention(self.training, self.ids.shape[1])
-        with (
-            runner.block(unit, tensors) as block,
-            runner.attention(hook),
-            target.writing() as writer,
-        ):
-            for part, (states,) in read_ahead([source], batches):
+        with step.loaded(tensors), stored_rows(source) as rows, target.writing() as writer:
+            for start, _, hidden in step.outputs(rows, hook=hook):
                 self._check_stop()
-                writer.put(part[0], block.forward(states))
+                writer.put(start, hidden)
         self._reach(layer + 1, writer.content_hash())
 
     def _check_stop(self) -> None:

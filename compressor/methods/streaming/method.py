@@ -91,6 +91,7 @@ class Streaming(ModelPass[Measured]):
             slots=self.positions == "slot",
             batch=context.batch,
             progress=context.progress,
+            stopping=context.stopping,
         )
         value = Measured(
             perplexity={"full" if k is None else str(k): round(v, 4) for k, v in found.items()}

@@ -14,6 +14,8 @@ from compressor.attention.masked import both_masks
 from compressor.attention.rules.streaming import evaluated_by_slot, token_mask
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.source_model import SourceModel
+from compressor.runner.stream import Stream
+from compressor.runner.sweep import Execution, Progress, sweep
 
 LOGIT_ROWS = 512
 
@@ -26,30 +28,28 @@ def sink_perplexities(
     window: int,
     slots: bool,
     batch: int,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Progress = lambda name, done, total: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[int | None, float]:
     """Number of sinks → perplexity over rows of ids [rows, length]; None is full attention.
 
     Only tokens that come when a window without sinks has already dropped the first ones count.
+    Raises Interrupted when asked to stop.
     """
-    layout = model.layout
-    start = model.runner.embed(model.tensors(0), ids, batch=batch).to("cpu", torch.float32)
-    kinds: list[int | None] = [None, *candidates]
-    states = {kind: start.clone() for kind in kinds}
-    blocks = [unit for unit in layout.units if unit.kind == "block"]
-    for number, unit in enumerate(blocks):
-        with model.runner.block(unit, model.tensors(number + 1)) as block:
-            for kind in kinds:
-                hook = None if kind is None else _hook(kind, window, slots=slots)
-                with model.runner.attention(hook):
-                    block.forward_rows(states[kind], batch=batch, out=states[kind])
-        progress(unit.name, number + 1, len(blocks))
-    last = len(layout.units) - 1
-    tensors = model.tensors(last)
-    (linear,) = (x for x in layout.head.linears if x.role == "lm_head")
-    weight = model.tensors(0)[layout.tied] if layout.tied else tensors[linear.weight_name]
-    with model.runner.head(tensors, weight) as logits:
-        return {kind: _perplexity(logits, states[kind], ids, first=window) for kind in kinds}
+    execution = Execution(batch, stopping=stopping, progress=progress)
+    streams: dict[int | None, Stream] = {}
+    for step in sweep(model, ids, execution=execution):
+        if not streams:
+            streams = {None: step.stream, **{sinks: step.stream.copy() for sinks in candidates}}
+        with step.loaded():
+            for sinks, stream in streams.items():
+                hook = None if sinks is None else _hook(sinks, window, slots=slots)
+                step.run(stream, hook=hook)
+    with model.logits() as logits:
+        return {
+            sinks: _perplexity(logits, stream.hidden, ids, first=window)
+            for sinks, stream in streams.items()
+        }
 
 
 def _hook(sinks: int, window: int, *, slots: bool) -> AttentionHook:
@@ -70,7 +70,7 @@ def _perplexity(
     total, count = 0.0, 0
     for row, targets in zip(hidden[:, first:-1], ids[:, first + 1 :], strict=True):
         for part, wanted in zip(row.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            logs = torch.log_softmax(logits(part[None])[0].float(), dim=-1)
+            logs = torch.log_softmax(logits(part).float(), dim=-1)
             chosen = logs.gather(1, wanted.to(logs.device)[:, None])
             total -= float(chosen.double().sum())
             count += len(wanted)
