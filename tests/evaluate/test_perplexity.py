@@ -108,11 +108,11 @@ def test_running_out_of_memory_halves_the_batch(
     plain = Block.forward
     sizes = []
 
-    def forward(self: Block, hidden: Tensor) -> Tensor:
+    def forward(self: Block, hidden: Tensor, side: Any) -> Tensor:
         sizes.append(hidden.shape[0])
         if hidden.shape[0] > 1:
             raise torch.OutOfMemoryError("too much")
-        return plain(self, hidden)
+        return plain(self, hidden, side)
 
     monkeypatch.setattr(Block, "forward", forward)
     found = evaluate(source, ids, device=CPU, dtype=torch.float32, batch=5)
