@@ -1,12 +1,16 @@
-"""Time and memory of a whole `compress run`, from checkpoint on disk to packed checkpoint on disk.
+"""Time and memory of whole `compress run`s with AWQ, from checkpoint on disk to packed checkpoint.
 
-    python scripts/bench/job.py MODEL [--device cuda] [--samples 128] [--length 512]
-        [--group-size 128] [--cold] [--runs 2] [--set KEY=VALUE ...]
+    python scripts/bench/job.py MODEL --runs 4
+    python scripts/bench/job.py MODEL --package OLD --package NEW --runs 3
+    python scripts/bench/job.py SMOLLM2 --device cpu --threads 2 --samples 16 --length 256 \\
+        --group-size 64 --without-clipping --peer PEER/bin/python
 
-The whole process counts, imports and kernel compilation included; Triton's cache is a fresh folder
-for each run, so nothing is compiled beforehand. Without --cold the model's files are read once
-before the clock starts. Verification and evaluation are off. Prints one JSON line for each run:
-wall seconds, peak resident memory of the process, peak device memory as the driver sees it.
+A whole process counts, imports and kernel compilation included; Triton's cache is a fresh folder
+for each run. Without --cold the model's files are read once before the clock starts. Verification
+and evaluation are off. Each --package is a folder that holds `compressor` (an unpacked wheel, or a
+checkout with `kernels` and `calibration`); without one it is what Python finds. They take turns.
+PEER is an environment with `pip install llmcompressor`, whose AWQ searches no clipping. A line of
+JSON for each run, then a Markdown table of minimum and median; with OUT set, the last log too.
 """
 
 from __future__ import annotations
@@ -15,34 +19,28 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-RECIPE = """
-model: {model}
-output: {output}
-calibration: {{data: bundled, samples: {samples}, length: {length}}}
-passes:
-  - awq: {{bits: 4, group_size: {group_size}, symmetric: false}}
-verify: false
-"""
+HERE = Path(__file__).resolve().parent
+TEXT = HERE.parents[1] / "calibration/compressor_calibration/text/calibration/prose.txt"
 
 
-def settle(model: Path, *, cold: bool) -> None:
-    """Bring the model's files into the page cache, or out of it, with nothing left to write."""
-    os.sync()
-    for path in model.glob("*.safetensors"):
-        with path.open("rb") as handle:
-            if cold:
-                os.fsync(handle.fileno())
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                while handle.read(1 << 24):
-                    pass
+@dataclass(frozen=True)
+class Way:
+    """One command that is timed; `package` goes before all else on Python's path."""
+
+    name: str
+    command: list[str]
+    package: Path | None = None
+    ours: bool = True
 
 
 class DeviceMemory(threading.Thread):
@@ -65,58 +63,98 @@ class DeviceMemory(threading.Thread):
             self.peak = max(self.peak, self._used() - self.before)
 
 
-def run(args: argparse.Namespace, scratch: Path) -> dict[str, object]:
+def settle(model: Path, *, cold: bool) -> None:
+    """Bring the model's files into the page cache, or out of it, with nothing left to write."""
+    os.sync()
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as handle:
+            if cold:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while handle.read(1 << 24):
+                    pass
+
+
+def timed(way: Way, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One run in a process of its own."""
-    output = scratch / "out"
-    shutil.rmtree(output, ignore_errors=True)
-    recipe = scratch / "recipe.yaml"
-    recipe.write_text(
-        RECIPE.format(
-            model=args.model,
-            output=output,
-            samples=args.samples,
-            length=args.length,
-            group_size=args.group_size,
-        )
-    )
-    settle(args.model, cold=args.cold)
-    overrides = [part for value in args.set for part in ("--set", value)]
-    command = [sys.executable, "-m", "compressor", "run", str(recipe), "--device", args.device]
-    cache = tempfile.mkdtemp(dir=scratch)
-    watcher = DeviceMemory() if args.device != "cpu" else None
+    shutil.rmtree(scratch / "out", ignore_errors=True)
+    settle(options.model, cold=options.cold)
+    environment = {**os.environ, "TRITON_CACHE_DIR": tempfile.mkdtemp(dir=scratch)}
+    environment["TQDM_DISABLE"] = "1"
+    if options.threads:
+        environment["OMP_NUM_THREADS"] = str(options.threads)
+    if way.package:
+        inside = [way.package, way.package / "kernels", way.package / "calibration"]
+        path = [str(folder.resolve()) for folder in inside if folder.is_dir()]
+        environment["PYTHONPATH"] = os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])
+    watcher = DeviceMemory() if options.device != "cpu" else None
     if watcher:
         watcher.start()
+    log = scratch / "log.jsonl"
     began, clock = time.perf_counter(), time.time()
-    process = subprocess.Popen(
-        [*command, *overrides, "--json", "--log-format", "json"],
-        env={**os.environ, "TRITON_CACHE_DIR": cache},
-        stdout=subprocess.PIPE,
-        stderr=(scratch / "log.jsonl").open("w"),
-        text=True,
-    )
-    assert process.stdout is not None
-    told = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            way.command, env=environment, stdout=subprocess.PIPE, stderr=stderr,
+            text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        told = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     if watcher:
         watcher.done.set()
         watcher.join()
     if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"the run failed:\n{told}\n{(scratch / 'log.jsonl').read_text()[-3000:]}")
-    result = json.loads(told)
-    events = [json.loads(line) for line in (scratch / "log.jsonl").read_text().splitlines()]
-    units = [event["time"] - clock for event in events if event["event"] == "unit"]
-    return {
+        raise SystemExit(f"{way.name} failed:\n{told}\n{log.read_text()[-3000:]}")
+    found: dict[str, Any] = {
         "seconds": round(seconds, 2),
-        "first_unit_at": round(units[0], 2),
-        "second_unit_at": round(units[1], 2),
-        "last_unit_at": round(units[-1], 2),
+        "processor_s": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
         "peak_device_gb": round(watcher.peak / 1e9, 2) if watcher else 0.0,
+    }
+    if not way.ours:
+        return found
+    result = json.loads(told)
+    events = [json.loads(line) for line in log.read_text().splitlines() if line[:1] == "{"]
+    units = [round(event["time"] - clock, 2) for event in events if event["event"] == "unit"]
+    return {
+        **found,
+        "first_unit_at": units[0],
+        "second_unit_at": units[1],
+        "last_unit_at": units[-1],
         "peak_allocated_gb": round(result["peak_device_bytes"] / 1e9, 2),
-        "cold": args.cold,
         "output_gb": round(result["output_bytes"] / 1e9, 3),
     }
+
+
+def ways(options: argparse.Namespace, scratch: Path) -> list[Way]:
+    """All that take turns."""
+    found = []
+    for package in options.package or [None]:
+        for clip in (True, False) if options.without_clipping else (True,):
+            awq = {"bits": 4, "group_size": options.group_size, "symmetric": False, "clip": clip}
+            calibration = {"data": options.data, "samples": options.samples}
+            recipe = scratch / f"{'' if clip else 'no-'}clip.yaml"
+            text = {
+                "model": str(options.model.resolve()),
+                "output": str(scratch / "out"),
+                "calibration": {**calibration, "length": options.length},
+                "passes": [{"awq": awq}],
+                "verify": False,
+            }
+            recipe.write_text(json.dumps(text))
+            # -P: the working folder does not come before what is asked for.
+            command = [sys.executable, *(["-P"] if package else []), "-m", "compressor", "run"]
+            command += [str(recipe), "--json", "--device", options.device, "--log-format", "json"]
+            command += [part for value in options.set for part in ("--set", value)]
+            name = f"{package or 'ours'}{'' if clip else ', without clipping'}"
+            found.append(Way(name, command, package))
+    if options.peer:
+        shape = [str(n) for n in (options.samples, options.length, options.group_size)]
+        command = [options.peer, str(HERE / "peer_awq.py"), str(options.model.resolve())]
+        command += [str(scratch / "out"), str(TEXT), *shape]
+        found.append(Way("llm-compressor", command, ours=False))
+    return found
 
 
 def main() -> None:
@@ -124,22 +162,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
+    parser.add_argument("--package", type=Path, action="append", help="a version to time")
+    parser.add_argument("--peer", help="Python of an environment with llm-compressor")
+    parser.add_argument("--without-clipping", action="store_true", help="also without its search")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--threads", type=int, help="of PyTorch on a processor")
+    parser.add_argument("--data", default="bundled", help="as in a recipe")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--cold", action="store_true", help="files not in the page cache")
+    parser.add_argument("--runs", type=int, default=1, help="of each")
+    parser.add_argument("--set", action="append", default=[], help="as for compress run")
     parser.add_argument("--scratch", type=Path, help="folder for the output; default: temporary")
-    args = parser.parse_args()
-    if args.scratch:
-        args.scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        for _ in range(args.runs):
-            print(json.dumps(run(args, Path(scratch))), flush=True)
+    options = parser.parse_args()
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        scratch = Path(folder)
+        for _ in range(options.runs):
+            for way in ways(options, scratch):
+                rows.setdefault(way.name, []).append(row := timed(way, options, scratch))
+                print(json.dumps({"what": way.name, **row, "cold": options.cold}), flush=True)
         if os.environ.get("OUT"):
-            shutil.copy(Path(scratch) / "log.jsonl", Path(os.environ["OUT"]) / "job-log.jsonl")
+            shutil.copy(scratch / "log.jsonl", Path(os.environ["OUT"]) / "job-log.jsonl")
+    keys = list(next(iter(rows.values()))[0])
+    print(
+        f"\n| minimum, median of {options.runs} | {' | '.join(keys)} |\n|{'---|' * (len(keys) + 1)}"
+    )
+    for name, found in rows.items():
+        values = [[row[key] for row in found if key in row] for key in keys]
+        shown = [f"{min(v)}, {statistics.median(v):g}" if v else "" for v in values]
+        print(f"| {name} | {' | '.join(shown)} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""What a family of kernels declares of itself: cases, each with its reference and its peers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Choice = TypeVar("Choice")
+
+
+def relative_error(out: Tensor, want: Tensor) -> float:
+    """||out - want|| / ||want|| in fp32; NaN if either holds one."""
+    out, want = out.float(), want.float()
+    return ((out - want).norm() / want.norm()).item()
+
+
+def first_rows(out: Tensor, want: Tensor) -> float:
+    """The same where the reference has the first rows of the batch alone."""
+    return relative_error(out[: len(want)], want)
+
+
+def different(out: Any, want: Any) -> float:
+    """Share of elements that are not the same, over all tensors of both."""
+    pairs = list(zip(out, want, strict=True))
+    wrong = sum(int((a.float() != b.float()).sum()) for a, b in pairs)
+    return wrong / sum(a.numel() for a, _ in pairs)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """What a kernel is timed beside: `run(i)` works on the i-th of `sets` sets of tensors."""
+
+    run: Callable[[int], object]
+    sets: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A kernel at one shape.
+
+    run      `run(i)` works on the i-th of `sets` sets of tensors, which together are larger than
+             the L2 cache; with `tiles`, `run(i, t)` does so with other tiles
+    want     what `run(0)` is held against by `error`, which may be `limit`
+    moved    bytes of a call;  ops: operations of one
+    peers    timed in the same run; `targets`: how many times as fast as each of them, or what share
+             of the bandwidth of a copy ("copy"), is wanted
+    counted  the Triton function, what it works on, and how many of those a program takes in a step
+             of its main loop: instructions are counted for each
+    note     said behind the figures, asked once they are there
+    """
+
+    name: str
+    shape: str
+    run: Callable[..., Any]
+    want: Callable[[], Any]
+    limit: float = 1e-3
+    error: Callable[[Any, Any], float] = relative_error
+    sets: int = 1
+    moved: float = 0.0
+    ops: float = 0.0
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
+    tiles: Sequence[Any] = ()
+    counted: tuple[Any, str, int] | None = None
+    note: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where cases run: in full on the GPU, or tiny and untimed in Triton's interpreter."""
+
+    tiny: bool
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.tiny else "cuda"
+
+    @property
+    def bf16(self) -> torch.dtype:
+        """fp16 in the interpreter, which cuts bf16 off where the GPU rounds."""
+        return torch.float16 if self.tiny else torch.bfloat16
+
+    def pick(self, full: Choice, tiny: Choice) -> Choice:
+        return tiny if self.tiny else full
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype or self.bf16)
+
+    def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(*shape, device=self.device).to(dtype)
+
+    def ints(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+        return torch.randint(low, high, shape, dtype=dtype, device=self.device)
+
+    def bits(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        info = torch.iinfo(dtype)
+        return self.ints(info.min, info.max, *shape, dtype=dtype)
+
+
+class Family(Protocol):
+    """A module of `families/`."""
+
+    def cases(self, setup: Setup) -> Iterator[Case]:
+        """One after the other, so that only one holds tensors."""
+        ...

@@ -1,0 +1,43 @@
+"""Float inputs times NVFP4 weights."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from case import Case, Peer, Setup, nbytes
+from compressor_kernels.linear import w4a16, w4a16_jit
+from compressor_kernels.linear.nvfp4 import nvfp4_matmul, nvfp4_matmul_ref
+from families.w4a16 import FP16, SETS, cublas, int4
+
+TILES = [w4a16.DecodeTiles(16, 8, 1, 8, 4), w4a16.DecodeTiles(32, 4, 1, 4, 4)]
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    outputs, inner = setup.pick((14336, 4096), (64, 256))
+    plain = int4(setup, outputs, inner)
+    weights = [
+        (
+            setup.bits(outputs, inner // 2, dtype=torch.uint8),
+            (setup.rand(outputs, inner // 16) * 448).to(torch.float8_e4m3fn),
+            torch.full((1,), 1e-5, device=setup.device),
+        )
+        for _ in range(SETS)
+    ]
+    for count in setup.pick((1, 16, 64, 2048), (1, 70)):
+        x = setup.randn(count, inner, dtype=FP16)
+        few, t = count <= w4a16.DECODE_TOKENS, w4a16.decode_tiles(count, outputs, inner, 16)
+        ours = Peer(lambda i, x=x: w4a16.w4a16(x, *plain[i], group_size=128), SETS)
+        counted = (w4a16_jit.decode_kernel, "weight", 128 * t.slices * t.block_n)
+        yield Case(
+            "weights only",
+            f"{count}x{outputs}x{inner}",
+            lambda i, tiles=None, x=x: nvfp4_matmul(x, *weights[i], tiles=tiles),
+            partial(nvfp4_matmul_ref, x.double(), *weights[0]),
+            limit=2e-3,
+            sets=SETS,
+            moved=nbytes(*weights[0]),
+            peers={"our W4A16": ours, "cuBLAS fp16": cublas(setup, x, outputs)},
+            targets={"our W4A16": 0.8} if count == 1 else {},
+            tiles=TILES if count == 1 else (),
+            counted=counted if few else None,
+        )

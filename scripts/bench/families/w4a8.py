@@ -1,0 +1,46 @@
+"""int8 inputs times QoQ's 4-bit weights in QServe's layout, groups of 128."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from case import Case, Setup, nbytes
+from compressor_kernels.linear import w4a8 as kernel
+from compressor_kernels.linear import w4a8_jit
+from families.w4a16 import FP16, SETS, cublas
+
+FEW = [kernel.DecodeTiles(n, 4, 1, 4) for n in (32, 64)] + [kernel.DecodeTiles(64, 8, 1, 3)]
+MANY = [kernel.TiledTiles(128, 128, 4, 3), kernel.TiledTiles(256, 64, 8, 3)]
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    outputs, inner = setup.pick((14336, 4096), (64, 256))
+    groups = inner // 128
+    weights = [
+        {
+            "qweight": setup.bits(outputs, inner // 2, dtype=torch.int8),
+            "s1_scales": setup.rand(outputs, dtype=FP16) * 0.001,
+            "s2_scales": setup.ints(1, 17, groups, outputs),
+            "s2_zeros": setup.ints(-120, 1, groups, outputs),
+        }
+        for _ in range(SETS)
+    ]
+    for count in setup.pick((1, 16, 2048), (1, 80)):
+        a, scales = setup.ints(-127, 128, count, inner), setup.rand(count) * 0.01
+        few, t = count <= kernel.DECODE_TOKENS, kernel.decode_tiles(count, outputs, inner)
+        x = setup.randn(count, inner, dtype=FP16)
+        counted = (w4a8_jit.decode_kernel, "weight", 128 * t.slices * t.block_n)
+        yield Case(
+            "progressive",
+            f"{count}x{outputs}x{inner}",
+            lambda i, tiles=None, a=a, s=scales: kernel.w4a8(
+                a, **weights[i], row_scales=s, tiles=tiles
+            ),
+            partial(kernel.w4a8_ref, a, **weights[0], row_scales=scales),
+            sets=SETS,
+            moved=nbytes(*weights[0].values()),
+            peers={"cuBLAS fp16": cublas(setup, x, outputs)},
+            targets={"cuBLAS fp16": 1.5} if count == 16 else {},
+            tiles=FEW if few else MANY,
+            counted=counted if few else None,
+        )
