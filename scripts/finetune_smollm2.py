@@ -18,6 +18,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,36 +30,34 @@ from compressor.checkpoint.reader import open_checkpoint
 def rows(options: argparse.Namespace) -> Tensor:
     """Token ids [rows, length] of all texts."""
     tokenizer = AutoTokenizer.from_pretrained(options.base)
-    ids: list[int] = []
-    for number, path in enumerate(options.texts):
-        text = path.read_text("utf-8")
-        if number == 0 and options.without:
-            start, stop = (int(part) for part in options.without.split(":"))
-            text = text[:start] + text[stop:]
-        ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    first, *rest = (path.read_text("utf-8") for path in options.texts)
+    if options.without:
+        start, stop = (int(part) for part in options.without.split(":"))
+        first = first[:start] + first[stop:]
+    pieces = [tokenizer(t, add_special_tokens=False, verbose=False) for t in (first, *rest)]
+    ids = [i for piece in pieces for i in piece.input_ids]
     count = len(ids) // options.length
-    if count == 0:
-        raise SystemExit(f"the texts give {len(ids)} tokens, a row takes {options.length}")
     return torch.tensor(ids[: count * options.length]).view(count, options.length)
 
 
+def loss_of(model: Any, batch: Tensor) -> Tensor:
+    """Mean loss of a token."""
+    ids = batch.to(model.device)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return found
+
+
 @torch.no_grad()
-def validation_loss(model: torch.nn.Module, data: Tensor, options: argparse.Namespace) -> float:
-    """Mean loss of a token over rows the model is not trained on."""
-    device = next(model.parameters()).device
-    total = 0.0
-    for batch in data.split(options.batch):
-        ids = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            total += float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(batch)
-    return total / len(data)
+def validation_loss(model: Any, data: Tensor, batch: int) -> float:
+    """Over rows the model is not trained on."""
+    return sum(float(loss_of(model, part)) * len(part) for part in data.split(batch)) / len(data)
 
 
 def train(options: argparse.Namespace) -> dict[str, float]:
     """Train, save the best weights, and return what there is to say."""
-    device = torch.device(options.device)
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).to(device)
-    model.eval()  # no dropout: the shortest way to a fine-tune
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    model = model.to(options.device).eval()  # no dropout: the shortest way to a fine-tune
     data = rows(options)
     kept = max(1, round(len(data) * options.validation))
     if kept >= len(data):
@@ -67,30 +66,27 @@ def train(options: argparse.Namespace) -> dict[str, float]:
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
     order: list[int] = []
-    before = validation_loss(model, unseen, options)
+    before = validation_loss(model, unseen, options.batch)
     print(f"{len(data)} rows to train on; validation {before:.4f} before", flush=True)
     best, best_step, weights = math.inf, 0, {}
     warmup = max(1, options.steps // 20)
     for step in range(options.steps):
         while len(order) < options.batch:
             order += torch.randperm(len(data), generator=generator).tolist()
-        batch, order = data[order[: options.batch]].to(device), order[options.batch :]
+        batch, order = data[order[: options.batch]], order[options.batch :]
         rise = min(1.0, (step + 1) / warmup)
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rise * (1 + math.cos(math.pi * step / options.steps)) / 2
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % options.every and step + 1 < options.steps:
             continue
-        found = validation_loss(model, unseen, options)
+        found = validation_loss(model, unseen, options.batch)
         print(
-            f"step {step + 1} of {options.steps}  loss {float(loss.detach()):.4f}  validation "
-            f"{found:.4f}",
-            flush=True,
+            f"step {step + 1}  loss {float(loss.detach()):.4f}  validation {found:.4f}", flush=True
         )
         if found < best:
             best, best_step = found, step + 1
@@ -110,21 +106,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", type=Path)
-    parser.add_argument("fine", type=Path, help="folder to write; it must be new")
-    parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--without", help="characters of the first text to leave out, FROM:TO")
-    parser.add_argument("--steps", type=int, default=240, help="at most")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument(
-        "--validation", type=float, default=0.06, help="share of the rows, the last"
-    )
-    parser.add_argument("--every", type=int, default=20, help="steps between two validations")
-    parser.add_argument("--patience", type=int, default=3, help="validations without a better one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("base", type=Path)
+    add("fine", type=Path, help="folder to write; it must be new")
+    add("texts", type=Path, nargs="+")
+    add("--without", help="characters of the first text to leave out, FROM:TO")
+    add("--steps", type=int, default=240, help="at most")
+    add("--batch", type=int, default=8)
+    add("--length", type=int, default=512)
+    add("--lr", type=float, default=5e-5)
+    add("--validation", type=float, default=0.06, help="share of the rows, the last")
+    add("--every", type=int, default=20, help="steps between two validations")
+    add("--patience", type=int, default=3, help="validations without a better one")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.fine.exists():
         parser.error(f"{options.fine} is already there")

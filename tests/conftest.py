@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -34,27 +32,20 @@ def no_waiting_for_disks() -> Iterator[None]:
         yield
 
 
-def beside(name: str) -> ModuleType:
-    """A module of tests/support, which is on no path."""
-    spec = importlib.util.spec_from_file_location(
-        name, Path(__file__).parent / "support" / f"{name}.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
     """The module tests/support/tiny_models.py."""
-    return beside("tiny_models")
+    from tests.support import tiny_models
+
+    return tiny_models
 
 
 @pytest.fixture(scope="session")
 def hub_server() -> ModuleType:
     """The module tests/support/hub_server.py."""
-    return beside("hub_server")
+    from tests.support import hub_server
+
+    return hub_server
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +93,7 @@ def xet_hub(hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-cache"))
-    store = beside("xet_store")
-    hub.xet, hub.routes = store.XetStore(), store.ROUTES
+    from tests.support import xet_store
+
+    hub.xet, hub.routes = xet_store.XetStore(), xet_store.ROUTES
     return hub

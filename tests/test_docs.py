@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
@@ -26,23 +24,16 @@ from compressor.methods.base import pass_names
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.runtimes.contract import load_contract
+from tests.support.scripts import load
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md"])
 
 
-def make_docs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["cli.md", "recipe.md", "formats.md"])
 def test_reference_pages_follow_the_code(name: str) -> None:
-    assert (DOCS / name).read_text("utf-8") == make_docs().pages()[name], (
+    assert (DOCS / name).read_text("utf-8") == load("scripts/make_docs.py").pages()[name], (
         f"docs/{name} is out of date: python scripts/make_docs.py"
     )
 
@@ -171,6 +162,23 @@ def test_commands_that_are_shown_exist_with_their_options() -> None:
         used = {word.split("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)}
         assert used <= known | {"--help", "-h", "--version"}, f"{page}: {line}"
     assert seen >= 5
+
+
+def test_scripts_that_are_shown_exist_with_their_options() -> None:
+    measure, bench, seen = load("scripts/measure/run.py"), load("scripts/bench/run.py"), 0
+    for page in PAGES:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        for script, rest in re.findall(r"\b(scripts/[\w/]+\.py)([^`\n]*(?:\n[^`\n]+)*)", text):
+            assert (ROOT / script).is_file(), f"{page.name}: {script}"
+            name, *words = rest.split() or [""]
+            if script == "scripts/measure/run.py":
+                known = measure.parser_of(name)[1]._option_string_actions
+                used = {word for word in words if word.startswith("--")}
+                assert used <= set(known), f"{page.name}: {script} {rest}"
+                seen += 1
+            elif script == "scripts/bench/run.py" and name.islower():
+                assert name in bench.FAMILIES, f"{page.name}: {script} {rest}"
+    assert seen >= 8
 
 
 def dockerfile() -> list[list[str]]:

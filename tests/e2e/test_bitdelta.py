@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -28,8 +27,7 @@ from compressor.run.delta import apply_delta
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.verify.verify import verify
 from tests.support.delta_pairs import CPU, Pair, pairs, prepared, run, tensors_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.scripts import load
 
 
 @pytest.fixture
@@ -263,7 +261,7 @@ def test_one_flipped_sign_is_found_and_named(pair: Pair, tmp_path: Path) -> None
 
 def test_ten_times_smaller_at_the_shapes_of_llama_2_7b() -> None:
     """Of headers alone: nothing of this size is ever allocated."""
-    module = load(ROOT / "scripts" / "make_random_model.py")
+    module = load("scripts/make_random_model.py")
     shapes = module.shapes_of(module.SHAPES["7b"], 32)
     entries = {
         name: Entry(
@@ -322,21 +320,13 @@ def test_commands(pair: Pair, tmp_path: Path) -> None:
     call("verify", str(output), "--device", "cpu")
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_each_row_of_a_batch_generates_with_its_own_fine_tune(
     tiny_models: ModuleType, tmp_path: Path
 ) -> None:
     """The example's rows equal the dense fine-tunes, one of them with a longer vocabulary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    example = load(ROOT / "examples" / "multi_tenant.py")
+    example = load("examples/multi_tenant.py")
     base = tiny_models.build("qwen2", tmp_path / "base", attention_bias=True)
     deltas, dense = [], []
     for number, vocabulary in enumerate((256, 264)):

@@ -4,7 +4,6 @@ run, or a refusal that names what is wrong."""
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from compressor.checkpoint.manifest import read_manifest
 from compressor.errors import CheckError, CompressError, InputError, Interrupted
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import Prepared, choose_device, compile_checkpoint, prepare
+from tests.support import damage
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 CPU = choose_device("cpu")
@@ -38,17 +38,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bitdelta": {"passes": [{"bitdelta": {"base": "BASE", "distill": "logits", "steps": 3}}]},
 }
 DOCUMENTED = (1, 2, 3)
-
-
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SUPPORT / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-damage = beside("damage")
 
 
 class Died(BaseException):

@@ -1,13 +1,11 @@
 """Damages written checkpoints, signs their manifests again, counts what `verify --against` sees.
 
-    python scripts/measure/damages.py WORK [--only rtn4,awq4] [--every N] [--table FILE]
+    python scripts/measure/run.py damages [--only rtn4 awq4] [--every N]
 
 Every damage is measured: the mean KL divergence of the damaged file's next tokens to the undamaged
 one's, beside that of the undamaged to the original's, which is what rounding did. A damage that is
 not seen and is larger than rounding is a miss, and the exit code 1.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from variant import Bench, Figures, Variant
 
 from compressor.checkpoint.delta.source import is_delta, open_model
 from compressor.checkpoint.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
@@ -30,15 +29,15 @@ from compressor.checkpoint.source import open_source
 from compressor.errors import CompressError
 from compressor.evaluate.perplexity import evaluate
 from compressor.plan.recipe import make_recipe
-from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.run.session import compile_checkpoint, prepare
 from compressor.verify.compare_outputs import held_out_rows
 from compressor.verify.kernels import check as kernel_checks
 from compressor.verify.verify import verify
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from tests.support.tiny_models import build
 
-CPU = choose_device("cpu")
+CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]
 Change = Callable[["Copy"], None]
 G4 = {"bits": 4, "group_size": 32}
@@ -266,11 +265,14 @@ class Outcome:
 
     @property
     def missed(self) -> bool:
+        """Not seen though it is large; or seen where there is none."""
+        if self.damage == "none":
+            return self.seen
         return not self.seen and (self.kl is None or self.kl > self.rounding)
 
 
-class Bench:
-    """One case: its original, the written checkpoint, and copies of that."""
+class Case:
+    """Its original, the written checkpoint, and copies of that."""
 
     def __init__(self, case: str, work: Path) -> None:
         kind, passes, top = CASES[case]
@@ -345,50 +347,35 @@ class Bench:
             yield Outcome(self.case, name, seen, kl, self.rounding)
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Markdown, a row for each case."""
-    lines = [
-        "| case | damages | larger than rounding | seen | smaller, seen | KL of rounding |",
-        "|---|---|---|---|---|---|",
-    ]
-    for case in dict.fromkeys(o.case for o in outcomes):
-        rows = [o for o in outcomes if o.case == case and o.damage != "none"]
-        large = [o for o in rows if o.kl is None or o.kl > o.rounding]
-        small = [o for o in rows if o not in large]
-        lines.append(
-            f"| {case} ({CASES[case][0]}) | {len(rows)} | {len(large)} | "
-            f"{sum(o.seen for o in large)} | {sum(o.seen for o in small)} of {len(small)} | "
-            f"{rows[0].rounding:.2g} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--only", default=",".join(CASES))
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=int, default=1, help="try one of so many damages")
-    parser.add_argument("--table", type=Path)
-    args = parser.parse_args()
+
+
+def measure(bench: Bench, case: str) -> Figures:
+    """Counts of one case, and a line for each damage."""
     # The kernels are not what is tried here: their plain references answer in less time.
     kernel_checks.interpreter_runs = lambda: False  # type: ignore[assignment]
-    outcomes: list[Outcome] = []
-    for case in args.only.split(","):
-        for found in Bench(case, args.work).run(args.every):
-            outcomes.append(found)
-            wrong = found.missed or (found.damage == "none" and found.seen)
-            mark = "WRONG" if wrong else "seen" if found.seen else "small"
-            kl = "no logits" if found.kl is None else f"{found.kl:.2g}"
-            print(
-                f"{mark:<6} {found.case:<12} {kl:>10} {found.rounding:.2g}  {found.damage}",
-                flush=True,
-            )
-    text = table(outcomes)
-    print(text)
-    if args.table is not None:
-        args.table.write_text(text)
-    return int(any(o.missed or (o.damage == "none" and o.seen) for o in outcomes))
+    found = list(Case(case, bench.work).run(bench.options.every))
+    for x in found:
+        mark = "WRONG" if x.missed else "seen" if x.seen else "small"
+        kl = "no logits" if x.kl is None else f"{x.kl:.2g}"
+        print(f"  {mark:<6} {kl:>10} {x.rounding:.2g}  {x.damage}", flush=True)
+    large = [x for x in found[1:] if x.kl is None or x.kl > x.rounding]
+    return {
+        "damages": len(found) - 1,
+        "larger than rounding": len(large),
+        "seen": sum(x.seen for x in large),
+        "smaller, seen": sum(x.seen for x in found[1:] if x not in large),
+        "KL of rounding": found[0].rounding,
+        "missed": ", ".join(x.damage for x in found if x.missed),
+    }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def variants(bench: Bench) -> Iterator[Variant]:
+    for case, (model, *_) in CASES.items():
+        yield Variant(f"{case} ({model})", lambda case=case: measure(bench, case))
+
+
+def judge(rows: dict[str, Figures]) -> Iterator[str]:
+    """What was missed."""
+    yield from (f"{name}: {row['missed']}" for name, row in rows.items() if row["missed"])

@@ -1,0 +1,79 @@
+"""Ways to round a model such as SmolLM2 against rounding to nearest, on every kind of text.
+
+    python scripts/anchor_texts.py TEXTS
+    python scripts/measure/run.py rounding SMOLLM2 TEXTS --device cuda --json rounding.json
+
+Calibration: 128 rows of 512 tokens of State of the Union addresses from 1940 on. Held out: 24 rows
+of 512 of Moby-Dick and of the topics of Python's help, and 64 of each kind of the bundled held-out
+texts. Ratios are to `rtn` on the same grid.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from compressor_calibration.bundled import KINDS
+from variant import Bench, Variant
+
+from recipes import Recipes, text_options
+
+ANCHORS, ANCHOR_WINDOWS = ("moby", "pydoc"), 24
+GRIDS: dict[str, dict[str, Any]] = {
+    "w4-asymmetric": {"bits": 4, "group_size": 64, "symmetric": False},
+    "w4-symmetric": {"bits": 4, "group_size": 64},
+    "w3-asymmetric": {"bits": 3, "group_size": 64, "symmetric": False},
+    "w3-symmetric": {"bits": 3, "group_size": 64},
+    "w2-asymmetric": {"bits": 2, "group_size": 64, "symmetric": False},
+}
+SEARCHED = {"scales": "search", "damping": 0.1}
+CORRECTED = {**SEARCHED, "correction": 0.5}
+METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
+    # Parameters of the last pass beside the grid's; None where a pass takes no grid.
+    "rtn": [("rtn", {})],
+    "gptq": [("gptq", {})],
+    "gptq damping .1": [("gptq", {"damping": 0.1})],
+    "gptq searched": [("gptq", {"scales": "search"})],
+    "gptq searched, damping .1": [("gptq", SEARCHED)],
+    "gptq searched, descent": [("gptq", {**SEARCHED, "descent": 2})],
+    "gptq searched, descent, refits": [("gptq", {**SEARCHED, "descent": 2, "refits": 3})],
+    "gptq corrected": [("gptq", {"correction": 0.5})],
+    "gptq searched, corrected": [("gptq", CORRECTED)],
+    "gptq searched, corrected .25": [("gptq", {**CORRECTED, "correction": 0.25})],
+    "gptq searched, corrected .75": [("gptq", {**CORRECTED, "correction": 0.75})],
+    "gptq searched, corrected, damping .01": [("gptq", {**CORRECTED, "damping": 0.01})],
+    "gptq searched, corrected, descent": [("gptq", {**CORRECTED, "descent": 2})],
+    "awq": [("awq", {})],
+    "awq + gptq": [("awq", None), ("gptq", {})],
+    "awq + gptq searched": [("awq", None), ("gptq", SEARCHED)],
+    "rotate": [("rotate", None), ("rtn", {})],
+    "rotate + gptq": [("rotate", None), ("gptq", {})],
+    "rotate + gptq searched": [("rotate", None), ("gptq", SEARCHED)],
+}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder, GGUF file or Hub id")
+    parser.add_argument("texts", type=Path, help="what anchor_texts.py makes")
+    parser.add_argument("--grids", nargs="*", choices=GRIDS, default=list(GRIDS)[:3])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    text_options(parser, calibration="", windows=64)
+
+
+def variants(bench: Bench) -> Iterator[Variant]:
+    options = bench.options
+    options.calibration = options.calibration or str(options.texts / "speeches.txt")
+    anchors = min(ANCHOR_WINDOWS, options.windows)
+    texts = {name: (str(options.texts / f"{name}.txt"), anchors) for name in ANCHORS}
+    texts |= {kind: (f"bundled/{kind}", options.windows) for kind in KINDS}
+    recipes = Recipes(bench, options.model, texts)
+    yield recipes.itself("original")
+    for grid in options.grids:
+        for method in options.methods:
+            passes = [
+                {name: {} if more is None else {**GRIDS[grid], **more}}
+                for name, more in METHODS[method]
+            ]
+            untie = method.startswith("rotate")
+            baseline = f"{grid}: rtn"
+            yield recipes.variant(f"{grid}: {method}", passes, baseline=baseline, untie=untie)

@@ -1,0 +1,50 @@
+"""The runner of benchmarks: what is wrong has no figure, and all else runs where no clock does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.support.scripts import load
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return load("scripts/bench/run.py")
+
+
+def test_families_run_in_the_interpreter(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "rows.json"
+    monkeypatch.setattr("sys.argv", ["run.py", "--tiny", "inputs", "nvfp4", "--json", str(kept)])
+    assert bench.main() == 0
+    found = json.loads(kept.read_text())
+    assert {row["family"] for row in found["rows"]} == {"inputs", "nvfp4"}
+    assert found["torch"] == torch.__version__ and not found["red"]
+
+
+def test_a_wrong_kernel_has_no_figure(bench: ModuleType) -> None:
+    from case import Case, Setup
+
+    runner = bench.Runner(Setup(tiny=True), tune=False)
+    one = torch.ones(4)
+    for name, out in (("right", one), ("wrong", one + 1), ("broken", one * torch.nan)):
+        case = Case(name, "4", lambda i, out=out: out, lambda: one)
+        runner.case("toy", case, None, one)
+    assert [row.name for row in runner.rows] == ["right"]
+    assert runner.red == ["toy: wrong, 4", "toy: broken, 4"]
+
+
+def test_a_table_says_what_is_missed(bench: ModuleType) -> None:
+    row = bench.Row("toy", "fast", "4", 0.0, us=10.0, gbps=1000.0, of_copy=0.5)
+    row.beside, row.peers_us, row.missed = {"cuBLAS": 2.0}, {"cuBLAS": 20.0}, ["cuBLAS 2.5"]
+    *_, line = bench.table([row])
+    assert line == (
+        "| toy | fast | 4 | 10.0 µs | 1,000 GB/s | 50% | 2.00x cuBLAS (20.0 µs) | "
+        "MISSED: cuBLAS 2.5 |"
+    )

@@ -1,0 +1,27 @@
+"""Scripts and examples as modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: str) -> ModuleType:
+    """A file such as "scripts/make_docs.py", with the modules that lie beside it."""
+    file = ROOT / path
+    name = "_".join(file.relative_to(ROOT).with_suffix("").parts)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measurement(name: str) -> ModuleType:
+    """One of scripts/measure/kinds."""
+    load("scripts/measure/run.py")
+    return importlib.import_module(f"kinds.{name}")
