@@ -143,8 +143,8 @@ def learned(bench: Bench, model: SourceModel, *, longest: int) -> tuple[Tensor, 
     for name, picture in {**heads.plots, **gates.plots}.items() if options.out else ():
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / name).write_bytes(picture)
-    trained = gates.values["duo_attention.gates"]
-    scores = heads.values["retrieval_heads.scores"]
+    trained = gates.value.gates
+    scores = heads.value.scores
     return trained, scores.reshape(len(scores), trained.shape[1], -1).amax(-1)
 
 
