@@ -182,13 +182,15 @@ class ModelPass(Method, Generic[L]):
     def effects(self) -> Effects:
         return Effects(works_on="none")
 
-    @abstractmethod
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[L]:
-        """Learn. What is costly is kept in `context.scratch`, so that a killed run continues."""
+        """Learn; by default nothing. What is costly is kept in `context.scratch`, so that a killed
+        run continues."""
+        return LearnResult(self.learned_type()())
 
     def policy(self, layout: ModelLayout, learned: L | None) -> AttentionPolicy | None:
         """How layers attend, which parameters and what was learned decide; None where it is for
-        others to say. `plan` asks without a value, and is told what is known by then.
+        others to say. `plan` asks without a value, for the most that may come of it, and refuses
+        what does not fit the model.
 
         Raises InputError where no policy can describe the model, or the value lacks something.
         """

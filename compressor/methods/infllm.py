@@ -16,9 +16,8 @@ from compressor.attention.policy import AttentionPolicy
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import Cost, Effects
 from compressor.methods.common.chosen_blocks import ChosenBlocks, reads
-from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
+from compressor.methods.common.context import PlanContext
 from compressor.methods.common.learned import Learned
-from compressor.runner.source_model import SourceModel
 
 
 class InfLLM(ChosenBlocks[Learned]):
@@ -31,9 +30,6 @@ class InfLLM(ChosenBlocks[Learned]):
 
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         return Cost(notes=(reads(self.block_choice),))
-
-    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Learned]:
-        return LearnResult(Learned())
 
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
         return self.everywhere(layout, {"infllm": self.parameters})

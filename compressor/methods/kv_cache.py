@@ -68,8 +68,8 @@ class KvCache(Pass):
         output = next(x for x in unit.layout.linears if x.role == "attn.o")
         path = output.name.rpartition(".")[0]
         scales = (
-            static_kv_scale(context.seen.keys, self.spec),
-            static_kv_scale(context.seen.values, self.spec),
+            static_kv_scale(context.keys_and_values.keys, self.spec),
+            static_kv_scale(context.keys_and_values.values, self.spec),
         )
         made = replace(unit, kv_scales={**unit.kv_scales, path: scales})
         row = {

@@ -20,9 +20,8 @@ from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
 from compressor.methods.base import Cost, ModelPass
 from compressor.methods.common.chosen_blocks import reads
-from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
+from compressor.methods.common.context import PlanContext
 from compressor.methods.common.learned import Learned
-from compressor.runner.source_model import SourceModel
 
 
 class Quest(ModelPass[Learned]):
@@ -79,9 +78,6 @@ class Quest(ModelPass[Learned]):
         dense, layers = len(self.dense_layers), len(context.layout.blocks)
         whole = f"; {dense} of {layers} layers read all" if dense else ""
         return Cost(notes=(reads(self.block_choice) + whole,))
-
-    def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Learned]:
-        return LearnResult(Learned())
 
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
         made_by = {"quest": self.model_dump(mode="json", exclude={"targets", "ignore"})}

@@ -26,7 +26,6 @@ from compressor.methods.common.copy_scores import CopyScores, copy_scores, of_kv
 from compressor.methods.common.head_plots import heat_map
 from compressor.methods.common.learned import Learned
 from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
-from compressor.methods.common.streaming_heads import undescribed
 from compressor.numerics.head_gates import keep_full
 from compressor.runner.source_model import SourceModel
 
@@ -68,8 +67,7 @@ class RetrievalHeads(ModelPass[Scores]):
         return Needs(tokens=True)
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        yield from undescribed(context.layout, sinks=self.sinks, window=self.window)
-        yield from too_long(self.data, context.layout)
+        return too_long(self.data, context.layout)
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Scores]:
         """Score all heads at every length."""
@@ -101,9 +99,10 @@ class RetrievalHeads(ModelPass[Scores]):
             plots={} if plot is None else {"retrieval_heads.png": plot},
         )
 
-    def policy(self, layout: ModelLayout, learned: Scores | None) -> AttentionPolicy | None:
+    def policy(self, layout: ModelLayout, learned: Scores | None) -> AttentionPolicy:
         if learned is None:
-            return None
+            scores = torch.zeros(len(layout.blocks), attention_shape(layout).heads)
+            learned = Scores(scores=scores, accepted=0, answers=0)
         by_kv = of_kv_heads(learned.scores, attention_shape(layout).kv_heads)
         full = keep_full(by_kv, self.share) if self.share else torch.ones_like(by_kv).bool()
         return streaming_policy(

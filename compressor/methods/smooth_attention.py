@@ -93,20 +93,22 @@ class SmoothAttention(Pass):
         layout, shape = unit.layout, unit.layout.attention
         if not context.selected or shape is None:
             return PassResult(unit)
-        seen = context.seen
+        observed = context.keys_and_values
         norms = {norm.role: norm for norm in layout.norms if norm.role in ("norm.q", "norm.k")}
         row: dict[str, Any] = {"linear": context.selected[0].name}
-        if self.alpha == "search" and context.cache is not None:
+        if self.alpha != "search":
+            alpha, beta = self.alpha, self.beta
+        elif context.cache is None:
+            raise RuntimeError("nothing rounds the keys that alpha is searched with")
+        else:
             output = next(x for x in layout.linears if x.role == "attn.o")
             tried = attention_candidates(self.grid)
             behind = unit.dequantized()[output.weight_name]
-            errors = _errors(seen, tried, context.cache, behind, shared=bool(norms))
+            errors = _errors(observed, tried, context.cache, behind, shared=bool(norms))
             best = int(errors.argmin())
             alpha, beta = tried[best]
             row |= {"attention_error": float(errors[best]), "unsmoothed_error": float(errors[0])}
-        elif self.alpha != "search":
-            alpha, beta = self.alpha, self.beta
-        scales = _scales(seen, alpha, beta, shared=bool(norms))
+        scales = _scales(observed, alpha, beta, shared=bool(norms))
         row |= {"alpha": alpha, "beta": beta}
         tensors = dict(unit.tensors)
         if norms:
@@ -119,7 +121,7 @@ class SmoothAttention(Pass):
             for role, by in (("attn.q", queries), ("attn.k", 1 / scales.reshape(-1))):
                 for linear, part in parts_of(layout, role):
                     tensors |= change_rows(tensors, linear, part, _times(by))
-        before = seen.keys
+        before = observed.keys
         after = before / scales
         return PassResult(
             unit.with_tensors(tensors),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from compressor.attention.policy import combine
+from compressor.attention.policy import check_policy, combine, read_policy
 from compressor.checkpoint.container import Safetensors, ShardLayout
 from compressor.checkpoint.delta.base import Base
 from compressor.checkpoint.manifest import MANIFEST_NAME
@@ -134,7 +134,7 @@ def make_plan(
     )
     target = as_delta(target, recipe, passes, base, problems, notes)
     problems += check_recipe(recipe, source)
-    problems += _policy_problems(passes, source.layout)
+    problems += _policy_problems(passes, source)
     costs = [(plan.step.name, plan.cost(source.checkpoint.dtype)) for plan in passes]
     notes += [f"{name}: {note}" for name, cost in costs for note in cost.notes]
     if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
@@ -194,14 +194,23 @@ def _with_passes(target: ModelTarget, passes: Sequence[PassPlan]) -> ModelTarget
     return replace(target, entries=entries, added=added, scales=scales)
 
 
-def _policy_problems(passes: Sequence[PassPlan], layout: ModelLayout) -> Iterator[CompressError]:
-    """Why attention policies cannot describe the model, or contradict each other."""
-    policy = None
+def _policy_problems(passes: Sequence[PassPlan], source: Source) -> Iterator[CompressError]:
+    """Why attention policies, that of the source included, cannot describe the model, or contradict
+    each other."""
+    policy, layout = None, source.layout
+    try:
+        policy = read_policy(source.checkpoint.folder)
+        if policy is not None:
+            check_policy(policy, layout)
+    except InputError as error:
+        yield error
     for plan in passes:
         if isinstance(plan.step.params, ModelPass):
             try:
                 found = plan.step.params.policy(layout, None)
-                policy = policy if found is None else combine(policy, found)
+                if found is not None:
+                    check_policy(found, layout)
+                    policy = combine(policy, found)
             except InputError as error:
                 yield _of_pass(plan.step, error)
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from compressor.attention.policy import make_policy
 from compressor.attention.rules.streaming import streaming_heads
 from compressor.checkpoint.source import open_source
-from compressor.errors import InputError
+from compressor.errors import InputError, Problems
 from compressor.methods.base import ModelPass, get_pass, pass_names
 from compressor.methods.common.learned import Learned
 from compressor.methods.duo_attention.method import DuoAttention, Gates
 from compressor.methods.streaming.method import Measured, Streaming
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
 from compressor.run.sensitivity import plans_of_bits
 
 
@@ -90,3 +92,28 @@ def test_sensitivity_is_not_measured_after_what_learns(tiny_model: Callable[...,
     recipe = {"model": str(model), "output": "o", "passes": [*passes, {"rtn": {"group_size": 32}}]}
     with pytest.raises(InputError, match="duo_attention changes weights by what it learns"):
         plans_of_bits(recipe, open_source(model), [4])
+
+
+@pytest.mark.parametrize("name", ["duo_attention", "retrieval_heads", "streaming"])
+def test_heads_that_a_policy_cannot_describe_are_refused_in_plan(
+    name: str, tiny_model: Callable[..., Path]
+) -> None:
+    """Before anything is learned: blocks of linear attention have no heads, and of two methods
+    that decide which heads stream one is too many."""
+
+    def problems(model: str, *passes: object) -> str:
+        recipe = {"model": "m", "output": "o", "passes": list(passes), "format": "dense"}
+        with pytest.raises(Problems) as refused:
+            make_plan(make_recipe(recipe), open_source(tiny_model(model)))
+        return " ".join(problem.message for problem in refused.value.problems)
+
+    needles = {"max_length": 200, "min_length": 180}
+    known: dict[str, dict[str, object]] = {
+        "duo_attention": {"data": needles},
+        "retrieval_heads": {"data": needles, "share": 0.5},
+        "streaming": {"sinks": 1, "window": 9},
+    }
+    given = {name: known[name]}
+    assert f"{name}: blocks of this model differ in their heads" in problems("qwen3_next", given)
+    other = "streaming" if name != "streaming" else "retrieval_heads"
+    assert "two passes both decide `streaming`" in problems("llama", given, {other: known[other]})

@@ -92,7 +92,7 @@ class Bitdelta(ModelPass[Distilled]):
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Distilled]:
         """Scales by module path, trained on the logits."""
         if self.distill != "logits":
-            return LearnResult(Distilled())
+            return super().learn(model, context)
         settings = Settings(steps=self.steps, batch=self.batch, lr=self.lr, norms=self.norms)
         trained = distill(model, context, context.ids, bits=self.bits, settings=settings)
         row = {"linear": "all", "loss_before": trained.before, "loss_after": trained.after}

@@ -92,7 +92,7 @@ class PassContext:
         return spec
 
     @property
-    def seen(self) -> KVStats:
+    def keys_and_values(self) -> KVStats:
         """Statistics of keys and values."""
         if self.kv is None:
             raise RuntimeError("this method's needs do not say that it reads keys and values")

@@ -32,7 +32,6 @@ from compressor.methods.common.copy_scores import copy_scores
 from compressor.methods.common.head_plots import curves, heat_map
 from compressor.methods.common.learned import Learned
 from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
-from compressor.methods.common.streaming_heads import undescribed
 from compressor.methods.duo_attention.gate_training import Penalty, start_gates, train_gates
 from compressor.numerics.head_gates import (
     full_first,
@@ -112,9 +111,7 @@ class DuoAttention(ModelPass[Gates]):
         return Needs(tokens=True, whole_model=True)
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        sinks, window = self.deployed
-        yield from undescribed(context.layout, sinks=sinks, window=window)
-        yield from too_long(self.data, context.layout)
+        return too_long(self.data, context.layout)
 
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         blocks = context.layout.blocks
@@ -177,18 +174,18 @@ class DuoAttention(ModelPass[Gates]):
             threshold = hoyer_threshold(gates) if self.regularizer == "hoyer2" else 0.5
         return threshold_full(gates, threshold), threshold
 
-    def policy(self, layout: ModelLayout, learned: Gates | None) -> AttentionPolicy | None:
-        if learned is None:
-            return None
+    def policy(self, layout: ModelLayout, learned: Gates | None) -> AttentionPolicy:
+        heads = (len(layout.blocks), attention_shape(layout).kv_heads)
         sinks, window = self.deployed
         parameters = self.model_dump(mode="json", exclude={"data", "targets", "ignore"})
+        about = {} if learned is None else self._about(learned)
         return streaming_policy(
             layout,
-            ~self._full(learned),
+            torch.ones(heads).bool() if learned is None else ~self._full(learned),
             sinks=sinks,
             window=window,
             reordered=self.reorder,
-            made_by={"duo_attention": {**parameters, **self._about(learned)}},
+            made_by={"duo_attention": {**parameters, **about}},
         )
 
     def _full(self, found: Gates) -> Tensor:

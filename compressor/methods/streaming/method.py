@@ -12,7 +12,7 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from compressor.attention.policy import AttentionPolicy, attention_shape, check_policy
+from compressor.attention.policy import AttentionPolicy, attention_shape
 from compressor.attention.rules.streaming import streaming_policy
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
@@ -117,7 +117,7 @@ class Streaming(ModelPass[Measured]):
     def policy(self, layout: ModelLayout, learned: Measured | None) -> AttentionPolicy:
         found = {} if learned is None or isinstance(self.sinks, int) else learned.figures()
         about = {"sinks": self.sinks, "window": self.window, **found}
-        policy = streaming_policy(
+        return streaming_policy(
             layout,
             torch.ones(len(layout.blocks), attention_shape(layout).kv_heads, dtype=torch.bool),
             sinks=self._most_sinks if learned is None else self._enough(learned),
@@ -125,8 +125,6 @@ class Streaming(ModelPass[Measured]):
             positions=self.positions,
             made_by={"streaming": about},
         )
-        check_policy(policy, layout)
-        return policy
 
     def _enough(self, found: Measured) -> int:
         """The sinks of the recipe, or the fewest that will do."""
