@@ -36,7 +36,7 @@ from compressor.methods.sparda.choice_quality import means
 from compressor.methods.sparda.choice_record import held_out, record_choices, scorers
 from compressor.methods.sparda.method import SparDA
 from compressor.methods.sparda.teacher import Teacher
-from compressor.methods.sparda.training import Sweep
+from compressor.methods.sparda.training import Trainer
 from compressor.plan.recipe import Calibration
 from compressor.run.tokens import calibration_tokens
 from compressor.runner.attention_call import AttentionCall, AttentionHook
@@ -95,7 +95,7 @@ def texts(bench: Bench, model: SourceModel) -> tuple[Tensor, TokenSet, str]:
 
 def train(bench: Bench, model: SourceModel, ids: Tensor, settings: SparDA) -> dict[str, Tensor]:
     """Forecast tensors by name, rounded as a checkpoint would store them."""
-    found = Sweep(
+    found = Trainer(
         model,
         ids,
         settings.training,
