@@ -45,6 +45,10 @@ AWQ are below 1.5 on text of another kind than they were calibrated on."""
 LOST = 0.9
 """Error of an output that says next to nothing of the original's."""
 
+WIDER = 4.0
+"""Ranges of many calibration tokens beside those of the few here: 2.5 where the kinds of text
+differ and a few channels are large."""
+
 FLOOR = 2e-5
 """Error that float32 arithmetic in another order leaves."""
 
@@ -182,12 +186,18 @@ def _run(block: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _own_scale(stored: StoredInput) -> Callable[[Tensor], Tensor]:
-    """A linear's input quantized with a scale that it calls for itself."""
+    """A linear's input quantized with a scale that it calls for itself, or a stored one that is as
+    much wider as a calibrated range may be."""
 
     def enter(x: Tensor) -> Tensor:
-        fixed = stored.spec.mode in ("static", "local")
-        scale = stored_scale(x.abs().amax(), stored.spec) if fixed and bool(x.any()) else None
-        return x if fixed and scale is None else fake_quantize_activation(x, stored.spec, scale)
+        if stored.spec.mode not in ("static", "local"):
+            return fake_quantize_activation(x, stored.spec)
+        if not bool(x.any()):
+            return x
+        scale = stored_scale(x.abs().amax(), stored.spec)
+        if stored.scale is not None:
+            scale = stored.scale.to(scale).reshape(1).clamp(scale, WIDER * scale)
+        return fake_quantize_activation(x, stored.spec, scale)
 
     return enter
 

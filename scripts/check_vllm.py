@@ -1,0 +1,307 @@
+"""Write checkpoints in every form that vLLM is said to load, and hold vLLM's losses against ours.
+
+    python scripts/check_vllm.py OUT MODEL [MODEL ...] --vllm SITE_PACKAGES [--forms NAME ...]
+        [--windows 8]
+        [--parallel 6] [--vllm-option attention_backend=TRITON_ATTN] [--json FILE]
+
+For each MODEL and each form that its shapes allow, `compress run` writes and evaluates a file of
+OUT; vLLM, from the folder of packages SITE_PACKAGES and in a process of its own, loads it and
+computes the loss of the same windows of tokens. Without --vllm only our side runs. Exit code 1: a
+file did not load, or losses differ by more than rounding does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LENGTH = 512
+TOLERANCE = 0.03
+"""Nats a token by which two correct programs in bfloat16 differ at most."""
+
+TIMEOUT = 280
+
+RECIPE = """
+model: {model}
+output: {output}
+calibration: {{data: bundled, samples: 64, length: 512}}
+passes: {passes}
+format: {format}
+untie: {untie}
+dtype: bfloat16
+verify: true
+evaluate: {{data: bundled, windows: {windows}, length: {length}}}
+"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """passes and format of a recipe; `multiple` of every width, tied heads untied, dense models."""
+
+    passes: str
+    format: str = "compressed-tensors"
+    multiple: int = 32
+    untie: bool = False
+    dense_only: bool = False
+
+
+CT, GPTQ = "compressed-tensors", "gptq"
+FORMS: dict[str, Form] = {
+    "w4-g64": Form("[rtn: {bits: 4, group_size: 64, symmetric: true}]", multiple=64),
+    "w4-g64-asym": Form("[rtn: {bits: 4, group_size: 64, symmetric: false}]", multiple=64),
+    "w4-g32": Form("[rtn: {bits: 4, group_size: 32, symmetric: true}]"),
+    "w4-g128": Form("[rtn: {bits: 4, group_size: 128, symmetric: true}]", multiple=128),
+    "w4-g128-asym": Form("[rtn: {bits: 4, group_size: 128, symmetric: false}]", multiple=128),
+    "w4-channel": Form("[rtn: {bits: 4, group_size: null}]", dense_only=True),
+    "w8-channel": Form("[rtn: {bits: 8, group_size: null}]"),
+    "w8-g64": Form("[rtn: {bits: 8, group_size: 64, symmetric: true}]", multiple=64),
+    "w8-g128-asym": Form(
+        "[rtn: {bits: 8, group_size: 128, symmetric: false}]", multiple=128, dense_only=True
+    ),
+    "mixed-4-8": Form(
+        "[rtn: {bits: 4, group_size: 64, ignore: [lm_head, mlp.down]},"
+        " rtn: {bits: 8, group_size: 64, targets: mlp.down}]",
+        multiple=64,
+        dense_only=True,
+    ),
+    "autoawq": Form(
+        "[awq: {bits: 4, group_size: 64, symmetric: false}]", format="autoawq", multiple=64
+    ),
+    "gptq": Form("[gptq: {bits: 4, group_size: 64, symmetric: true}]", format=GPTQ, multiple=64),
+    "gptq-w8": Form("[rtn: {bits: 8, group_size: 64, symmetric: true}]", format=GPTQ, multiple=64),
+    "gptq-v2": Form(
+        "[gptq: {bits: 4, group_size: 64, symmetric: true}]", format="gptq-v2", multiple=64
+    ),
+    "w8a8": Form("[rtn: {bits: 8, activations: token}]"),
+    "w8a8-static": Form("[rtn: {bits: 8, activations: static}]", dense_only=True),
+    "fp8": Form("[fp8: {scales: dynamic}]"),
+    "fp8-static": Form("[fp8: {scales: static}]"),
+    "fp8-weights": Form("[fp8: {scales: weights}]", dense_only=True),
+    "fp8-block": Form("[fp8: {scales: block}]", multiple=128),
+    "fp8-kv8": Form("[fp8: {scales: dynamic}, kv_cache: {element: fp8}]"),
+    "kv8-head": Form("[fp8: {scales: dynamic}, kv_cache: {element: fp8, scales: head}]"),
+    "nvfp4": Form("[nvfp4: {rule: mse}]"),
+    "nvfp4-inputs": Form("[nvfp4: {rule: mse, activations: calibrated}]"),
+    "mxfp4": Form("[mxfp4: {}]"),
+    "mxfp4-inputs": Form("[mxfp4: {activations: dynamic}]"),
+    "mxfp8": Form("[mxfp8: {activations: dynamic}]"),
+    "modelopt-fp8": Form("[fp8: {scales: static}]", format="modelopt-fp8", untie=True),
+    "modelopt-nvfp4": Form("[nvfp4: {rule: mse}]", format="modelopt-nvfp4", untie=True),
+    "modelopt-nvfp4-inputs": Form(
+        "[nvfp4: {rule: mse, activations: calibrated}]", format="modelopt-nvfp4", untie=True
+    ),
+}
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors show as they are
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "OMP_NUM_THREADS": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def widths(config: dict[str, Any]) -> list[int]:
+    """Numbers that the linears' widths are, as far as config.json says them."""
+    keys = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    return [config[key] for key in keys if config.get(key)]
+
+
+def forms_of(model: Path, names: list[str]) -> list[str]:
+    """The forms that fit the shapes of a model."""
+    config = json.loads((model / "config.json").read_text())
+    experts = "num_local_experts" in config or "num_experts" in config
+    return [
+        name
+        for name in names
+        if all(width % FORMS[name].multiple == 0 for width in widths(config))
+        and not (experts and FORMS[name].dense_only)
+    ]
+
+
+def last_error(log: str) -> str:
+    """The last exception that a log shows."""
+    found = re.findall(r"^.*?\b([A-Za-z_.]*(?:Error|Exception)\b.*)$", log, re.M)
+    lines = found or log.strip().splitlines() or ["no output"]
+    return str(lines[-1])[:300]
+
+
+def ours(model: Path, output: Path, form: Form, *, windows: int) -> dict[str, Any]:
+    """Write and evaluate a checkpoint: loss of the written file and of its source."""
+    recipe = output.with_suffix(".yaml")
+    recipe.write_text(
+        RECIPE.format(
+            model=model,
+            output=output,
+            passes=form.passes,
+            format=form.format,
+            untie=str(form.untie).lower(),
+            windows=windows,
+            length=LENGTH,
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "compressor", "run", str(recipe), "--json", "--log-format", "plain"],
+        capture_output=True,
+        text=True,
+    )
+    told = json.loads(done.stdout or "{}")
+    if done.returncode:
+        said = [error["message"] for error in told.get("errors", ())] or [last_error(done.stderr)]
+        return {"error": f"exit code {done.returncode}: {'; '.join(said)}"}
+    found = told["evaluate"]
+    return {
+        "ours": math.log(found["perplexity"]["value"]),
+        "source": math.log(found["original_perplexity"]["value"]),
+    }
+
+
+def theirs(output: Path, tokens: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's loss on a checkpoint, from a process of its own."""
+    result, log = output.with_suffix(".vllm.json"), output.with_suffix(".log")
+    command = [sys.executable, __file__, "--child", str(output), str(tokens), str(result)]
+    command += [part for option in args.vllm_option for part in ("--vllm-option", option)]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": args.vllm}
+    with log.open("w") as handle:
+        try:
+            subprocess.run(
+                command, stdout=handle, stderr=subprocess.STDOUT, env=environment, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"no answer in {TIMEOUT} s"}
+    if not result.is_file():
+        return {"error": last_error(log.read_text(errors="replace"))}
+    kernels = re.findall(
+        r"(?:Using|Selected) '?(\w*(?:Kernel|Experts)\w*)'?", log.read_text(errors="replace")
+    )
+    return {**json.loads(result.read_text()), "kernels": sorted(set(kernels))}
+
+
+def child(checkpoint: str, tokens: str, result: str, options: list[str]) -> None:
+    """In vLLM's environment: the mean loss of the windows."""
+    from vllm import LLM, SamplingParams
+
+    model = LLM(
+        model=checkpoint,
+        enforce_eager=True,
+        max_model_len=2 * LENGTH,
+        seed=0,
+        gpu_memory_utilization=0.02,  # of what must be free at all
+        kv_cache_memory_bytes=1 << 30,
+        enable_prefix_caching=False,
+        max_num_seqs=16,
+        disable_log_stats=True,
+        **dict(option.split("=", 1) for option in options),
+    )
+    windows = json.loads(Path(tokens).read_text())
+    once = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    answers = model.generate([{"prompt_token_ids": w} for w in windows], once, use_tqdm=False)
+    losses = [
+        -entry[token].logprob
+        for window, answer in zip(windows, answers, strict=True)
+        for token, entry in zip(window[1:], answer.prompt_logprobs[1:], strict=True)
+    ]
+    config = model.llm_engine.vllm_config.model_config
+    from vllm import __version__
+
+    found = {
+        "vllm": sum(losses) / len(losses),
+        "method": config.quantization,
+        "version": __version__,
+    }
+    Path(result).write_text(json.dumps(found))
+
+
+def write_tokens(model: Path, path: Path, *, windows: int) -> None:
+    """The windows that `evaluate` scores."""
+    from compressor.evaluate.settings import Evaluation
+    from compressor.run.tokens import evaluation_tokens
+    from compressor.runner.tokenizer import load_tokenizer
+
+    wanted = Evaluation(data="bundled", windows=windows, length=LENGTH)
+    rows = evaluation_tokens(load_tokenizer(model), wanted, calibration=None)
+    path.write_text(json.dumps(rows.ids.tolist()))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    lines = [
+        "| model | form | vLLM's method, kernels | vLLM | ours | difference | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        numbers = [f"{row[key]:.3f}" if key in row else "-" for key in ("vllm", "ours")]
+        difference = f"{row['vllm'] - row['ours']:+.4f}" if "vllm" in row and "ours" in row else "-"
+        how = row.get("error") or ", ".join([str(row.get("method")), *row.get("kernels", ())])
+        source = f"{row['source']:.3f}" if "source" in row else "-"
+        cells = [row["model"], row["form"], how, *numbers, difference, source]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("models", type=Path, nargs="*")
+    parser.add_argument("--vllm", help="folder of packages with vLLM")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--windows", type=int, default=8, help="rows of 512 tokens")
+    parser.add_argument("--parallel", type=int, default=6)
+    parser.add_argument("--vllm-option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child, args.vllm_option)
+        return 0
+    args.output.mkdir(parents=True, exist_ok=True)
+    for model in args.models:
+        write_tokens(model, args.output / f"{model.name}.tokens.json", windows=args.windows)
+
+    def judge(model: Path, name: str) -> dict[str, Any]:
+        output = args.output / f"{model.name}-{name}"
+        written = ours(model, output, FORMS[name], windows=args.windows)
+        row: dict[str, Any] = {"model": model.name, "form": name, **written}
+        if "error" not in row and args.vllm:
+            row |= theirs(output, args.output / f"{model.name}.tokens.json", args)
+        shutil.rmtree(output, ignore_errors=True)
+        print(json.dumps(row), flush=True)
+        return row
+
+    with ThreadPoolExecutor(args.parallel) as pool:
+        asked = [
+            pool.submit(judge, model, name)
+            for model in args.models
+            for name in forms_of(model, args.forms)
+        ]
+        rows = [future.result() for future in asked]
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    bad = [row for row in rows if "error" in row]
+    apart = [row for row in rows if "vllm" in row and abs(row["vllm"] - row["ours"]) > TOLERANCE]
+    print(f"{len(rows)} files: {len(bad)} failed, {len(apart)} with another loss")
+    return 1 if bad or apart else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
