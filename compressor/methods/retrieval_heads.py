@@ -24,7 +24,7 @@ from compressor.methods.base import ModelPass, Needs
 from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.copy_scores import CopyScores, copy_scores, of_kv_heads
 from compressor.methods.common.head_plots import heat_map
-from compressor.methods.common.learned import Learned
+from compressor.methods.common.learned import Learned, of_shape
 from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
 from compressor.numerics.head_gates import keep_full
 from compressor.runner.source_model import SourceModel
@@ -100,10 +100,12 @@ class RetrievalHeads(ModelPass[Scores]):
         )
 
     def policy(self, layout: ModelLayout, learned: Scores | None) -> AttentionPolicy:
+        layers, shape = len(layout.blocks), attention_shape(layout)
         if learned is None:
-            scores = torch.zeros(len(layout.blocks), attention_shape(layout).heads)
+            scores = torch.zeros(layers, shape.heads)
             learned = Scores(scores=scores, accepted=0, answers=0)
-        by_kv = of_kv_heads(learned.scores, attention_shape(layout).kv_heads)
+        scores = of_shape("copy scores", learned.scores, layers, shape.heads)
+        by_kv = of_kv_heads(scores, shape.kv_heads)
         full = keep_full(by_kv, self.share) if self.share else torch.ones_like(by_kv).bool()
         return streaming_policy(
             layout,

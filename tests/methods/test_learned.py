@@ -72,6 +72,9 @@ def test_equal_gates_stay_sorted(tiny_model: Callable[..., Path]) -> None:
     assert policy is not None and make_policy(policy.to_json()) == policy
     for streaming in streaming_heads(policy).tolist():
         assert streaming == sorted(streaming)
+    for wrong in (torch.ones(2), torch.ones(2, 3), torch.ones(())):
+        with pytest.raises(InputError, match="gates have shape"):
+            method.policy(layout, Gates(gates=wrong, order=found.order))
 
 
 def test_measured_sinks_are_read_back(tiny_model: Callable[..., Path]) -> None:

@@ -54,3 +54,11 @@ class Learned(Strict):
         except ValidationError as error:
             wrong = ", ".join(str(item["loc"][0]) for item in error.errors())
             raise InputError(f"what was learned is not stored whole: {wrong}") from error
+
+
+def of_shape(name: str, tensor: Tensor, *shape: int) -> Tensor:
+    """The tensor. Raises InputError where it has another shape than the model has layers and
+    heads."""
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} have shape {list(tensor.shape)}, the model has {list(shape)}")
+    return tensor

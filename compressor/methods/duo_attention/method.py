@@ -30,7 +30,7 @@ from compressor.methods.common.context import (
 )
 from compressor.methods.common.copy_scores import copy_scores
 from compressor.methods.common.head_plots import curves, heat_map
-from compressor.methods.common.learned import Learned
+from compressor.methods.common.learned import Learned, of_shape
 from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
 from compressor.methods.duo_attention.gate_training import Penalty, start_gates, train_gates
 from compressor.numerics.head_gates import (
@@ -175,7 +175,9 @@ class DuoAttention(ModelPass[Gates]):
         return threshold_full(gates, threshold), threshold
 
     def policy(self, layout: ModelLayout, learned: Gates | None) -> AttentionPolicy:
-        heads = (len(layout.blocks), attention_shape(layout).kv_heads)
+        heads = len(layout.blocks), attention_shape(layout).kv_heads
+        if learned is not None:
+            of_shape("gates", learned.gates, *heads)
         sinks, window = self.deployed
         parameters = self.model_dump(mode="json", exclude={"data", "targets", "ignore"})
         about = {} if learned is None else self._about(learned)
