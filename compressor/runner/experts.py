@@ -2,16 +2,20 @@
 
 No hook sees what enters an expert's down projection. transformers' own kernels for stacks take the
 module's gate (`_apply_gate`: some families clamp, or add one to what is gated) between the two
-products, and what is needed of one expert is made of the same parts.
+products, and what is needed of one expert is made of the same parts. A module that those kernels do
+not know runs as it is, with one expert in it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from compressor.errors import InputError
 
@@ -24,18 +28,21 @@ def as_it_is(expert: int, part: str, entering: Tensor) -> Tensor:
     return entering
 
 
+def experts_of(module: nn.Module) -> Experts:
+    """The experts of a block. Raises InputError for a module whose parts are not known."""
+    return Experts(module) if hasattr(module, "_apply_gate") else _WholeExperts(module)
+
+
 class Experts:
-    """The experts of a block.
+    """The experts of a block; `experts_of` makes it.
 
     module  transformers' module of all of them
-    Raises InputError for one whose parts are not known.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-        parts = (self.first, "down_proj", "_apply_gate" if self._gated else "act_fn")
-        if lacking := [part for part in parts if not hasattr(module, part)]:
+        if lacking := [part for part in (self.first, "down_proj") if not hasattr(module, part)]:
             raise InputError(
                 f"{type(module).__name__} keeps its experts in a form that is not known here: it "
                 f"has no {lacking[0]}",
@@ -45,19 +52,25 @@ class Experts:
     def __len__(self) -> int:
         return int(getattr(self.module, self.first).shape[0])
 
+    def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
+        """Expert → the tokens [n, hidden] that a call of the module sends to it."""
+        hidden, chosen, _ = _routing(args, kwargs)
+        return lambda expert: hidden[(chosen == expert).any(dim=1)]
+
     @torch.no_grad()
     def entering_down(self, expert: int, tokens: Tensor, enter: Entering = as_it_is) -> Tensor:
         """What an expert makes of tokens [n, hidden] before its down projection, [n, channels]."""
         up = enter(expert, "up", tokens)
-        if not self._gated:
+        if self.first == "up_proj":
             inner: Tensor = self.module.act_fn(self._product(self.first, expert, up))
             return inner
         gate = enter(expert, "gate", tokens)
         both = self._product(self.first, expert, gate)
-        if gate is not up and not torch.equal(gate, up):
+        if not _same(gate, up):
             rows = self._product(self.first, expert, up)
             half = both.shape[-1] // 2
-            of_up = slice(half, None) if self._concatenated else slice(1, None, 2)
+            concatenated = getattr(self.module, "is_concatenated", True)
+            of_up = slice(half, None) if concatenated else slice(1, None, 2)
             both[..., of_up] = rows[..., of_up]
         inner = self.module._apply_gate(both)
         return inner
@@ -75,7 +88,7 @@ class Experts:
         """The module's forward, expert by expert, with `enter` before each product."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden, chosen, weights = routed(args, kwargs)
+            hidden, chosen, weights = _routing(args, kwargs)
             out = torch.zeros_like(hidden)
             for expert in range(len(self)):
                 token, place = torch.where(chosen == expert)
@@ -87,14 +100,6 @@ class Experts:
 
         return forward
 
-    @property
-    def _gated(self) -> bool:
-        return self.first == "gate_up_proj"
-
-    @property
-    def _concatenated(self) -> bool:
-        return bool(getattr(self.module, "is_concatenated", True))
-
     def _product(self, stack: str, expert: int, entering: Tensor) -> Tensor:
         weight, bias = getattr(self.module, stack)[expert], None
         if getattr(self.module, "has_bias", False):
@@ -104,7 +109,91 @@ class Experts:
         return nn.functional.linear(entering, weight, bias)
 
 
-def routed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+class _WholeExperts(Experts):
+    """Experts of a module that takes as many tokens for each of them, zeros where they are not for
+    it (Llama 4): [experts * tokens, hidden]."""
+
+    def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
+        tokens = [part[part.any(dim=1)] for part in self._apart(args, kwargs)]
+        return lambda expert: tokens[expert]
+
+    @torch.no_grad()
+    def entering_down(self, expert: int, tokens: Tensor, enter: Entering = as_it_is) -> Tensor:
+        found: list[Tensor] = []
+
+        def catch(inner: Tensor) -> Tensor:
+            found.append(inner)
+            raise _Caught
+
+        with suppress(_Caught):
+            self._run(expert, tokens, enter, catch)
+        return found[0].reshape(len(tokens), -1)
+
+    @torch.no_grad()
+    def output(self, expert: int, tokens: Tensor, enter: Entering = as_it_is) -> Tensor:
+        return self._run(expert, tokens, enter, lambda inner: enter(expert, "down", inner))
+
+    def forward(self, enter: Entering) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            parts = enumerate(self._apart(args, kwargs))
+            return torch.cat([self.output(expert, part, enter) for expert, part in parts])
+
+        return forward
+
+    def _apart(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Tokens of each expert, [experts, tokens, hidden]."""
+        given = [*args, *kwargs.values()]
+        if len(given) != 1:
+            raise InputError(
+                f"{type(self.module).__name__} is called in a way that is not known here",
+                hint="leave the experts' down projections and inputs as they are (`ignore`)",
+            )
+        hidden: Tensor = given[0]
+        return hidden.reshape(len(self), -1, hidden.shape[-1])
+
+    def _run(
+        self, expert: int, tokens: Tensor, enter: Entering, inner: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        gate, up = enter(expert, "gate", tokens), enter(expert, "up", tokens)
+        if not _same(gate, up):
+            raise InputError(
+                f"{type(self.module).__name__} multiplies the gate's and up's weights with one "
+                "input, and theirs are quantized in two ways"
+            )
+        alone = copy.copy(self.module)
+        alone._parameters = {
+            name: nn.Parameter(stack[expert : expert + 1], requires_grad=False)
+            for name, stack in self.module.named_parameters()
+        }
+        with _Before(alone.down_proj, inner):
+            out: Tensor = alone(gate)
+        return out.reshape(len(tokens), -1)
+
+
+class _Before(TorchFunctionMode):
+    """Changes what is multiplied with a weight, for the length of a `with`."""
+
+    def __init__(self, weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.change = weight, change
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if len(args) > 1 and args[1] is self.weight:
+            args = (self.change(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class _Caught(Exception):
+    """Ends a forward pass of which what was wanted has been seen."""
+
+
+def _same(gate: Tensor, up: Tensor) -> bool:
+    return gate is up or torch.equal(gate, up)
+
+
+def _routing(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Of a call of the module: tokens [n, hidden], their experts [n, k], and the experts' weights.
 
     Families name the three differently and give them in this order.

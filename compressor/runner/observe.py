@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.ir.layout import Linear, weight_name
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.block_runner import Block
-from compressor.runner.experts import Experts, routed
+from compressor.runner.experts import Experts, experts_of
 from compressor.runner.stream import Stream
 
 
@@ -175,7 +175,7 @@ class Observer:
     def _watch_experts(self, linear: Linear) -> None:
         if self.experts is None:
             module = self.block.module(linear)
-            self.experts = _RoutedTokens(Experts(module))
+            self.experts = _RoutedTokens(experts_of(module))
             self._hook(module, self.experts)
 
     def _watch_calls(self, site: str, linears: Sequence[Linear], tokens: int) -> None:
@@ -234,17 +234,15 @@ class _RoutedTokens:
 
     def __init__(self, experts: Experts) -> None:
         self.experts = experts
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[Callable[[int], Tensor]] = []
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, chosen, _ = routed(args, kwargs)
-        self.kept.append((hidden, chosen))
+        self.calls.append(self.experts.routed(args, kwargs))
 
     def entering_down(self, expert: int) -> Iterator[Tensor]:
         """What enters an expert's down projection, batch by batch."""
-        for hidden, chosen in self.kept:
-            mine = hidden[(chosen == expert).any(dim=1)]
-            yield self.experts.entering_down(expert, mine)
+        for tokens_of in self.calls:
+            yield self.experts.entering_down(expert, tokens_of(expert))
 
 
 class _LazyStats(Mapping[str, SiteStats]):

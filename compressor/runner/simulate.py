@@ -15,7 +15,7 @@ from compressor.ir.scheme import ActivationSpec, KVSpec
 from compressor.ir.unit import Unit
 from compressor.numerics.activations import fake_quantize_activation, fake_quantize_kv
 from compressor.runner.attention_call import AttentionCall, AttentionHook
-from compressor.runner.experts import Entering, Experts
+from compressor.runner.experts import Entering, experts_of
 
 if TYPE_CHECKING:
     from compressor.checkpoint.source import Source
@@ -72,7 +72,7 @@ def quantized_inputs(block: Block, inputs: Mapping[str, StoredInput]) -> Iterato
                 part = linear.role.rpartition(".")[2]
                 experts.setdefault(module, {})[linear.expert, part] = inputs[linear.name]
         for module, by_part in experts.items():
-            module.forward = Experts(module).forward(_entering(by_part))
+            module.forward = experts_of(module).forward(_entering(by_part))
             stack.callback(delattr, module, "forward")
         yield
 

@@ -14,12 +14,20 @@ from torch import Tensor, nn
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
-from compressor.runner.experts import Experts
+from compressor.runner.experts import experts_of
 from compressor.runner.observe import observe
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import Stream
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "gpt_oss")
+FAMILIES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+)
 IDS = torch.randint(2, 256, (5, 24), generator=torch.Generator().manual_seed(7))
 NEEDS = StatNeeds(gram=True, absmax=True, absmean=True)
 
@@ -38,8 +46,8 @@ class Bench:
             if linear.role in ("expert.gate", "expert.up"):
                 self.tensors[linear.weight_name] *= 10.0  # so that a gate that clamps does clamp
 
-    def routed(self) -> tuple[Any, ...]:
-        """Tokens, their experts and the experts' weights, as the block gives them."""
+    def call(self) -> tuple[Any, ...]:
+        """How the block calls the module of all experts."""
         calls = []
         with self.model.runner.loaded(self.unit, self.tensors) as block:
             module = block.module(self.stack)
@@ -47,6 +55,16 @@ class Bench:
             block.forward(self.hidden)
             handle.remove()
         return calls[0]
+
+    def routed(self) -> tuple[list[Tensor], int]:
+        """The tokens of each expert, and how many are routed."""
+        call = self.call()
+        experts = range(len({x.expert for x in self.unit.linears} - {None}))
+        if len(call) == 1:
+            tokens = [part[part.any(-1)] for part in call[0].view(len(experts), -1, 64)]
+            return tokens, IDS.numel() * self.model.config["num_experts_per_tok"]
+        hidden, chosen, _ = call
+        return [hidden[(chosen == e).any(-1)] for e in experts], chosen.numel()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -84,7 +102,7 @@ class Unfused(nn.Module):
 
 @torch.no_grad()
 def test_statistics_of_fused_experts_are_those_of_an_unfused_copy(bench: Bench) -> None:
-    tokens, chosen, _ = bench.routed()
+    tokens, routed = bench.routed()
     downs = [x for x in bench.unit.linears if x.role == "expert.down"]
     with bench.model.runner.loaded(bench.unit, bench.tensors) as block:
         # In batches that do not divide the rows.
@@ -97,7 +115,7 @@ def test_statistics_of_fused_experts_are_those_of_an_unfused_copy(bench: Bench) 
         seen = 0
         for down in downs:
             assert down.expert is not None
-            mine = tokens[(chosen == down.expert).any(-1)]
+            mine = tokens[down.expert]
             inner, _ = Unfused(bench, down.expert)(mine)
             expected = SiteStats(down.in_features, NEEDS, device=torch.device("cpu"))
             expected.update(inner)
@@ -107,7 +125,7 @@ def test_statistics_of_fused_experts_are_those_of_an_unfused_copy(bench: Bench) 
                 ours, theirs = getattr(stats, name), getattr(expected, name)
                 assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max(), name
             seen += len(mine)
-        assert seen == chosen.numel()
+        assert seen == routed
         # What every token enters has seen every token, be it computed before the experts or after.
         for site in {x.site for x in bench.unit.linears if x.expert is None} | {"expert.in"}:
             assert found.stats[site].tokens == IDS.numel(), site
@@ -116,12 +134,12 @@ def test_statistics_of_fused_experts_are_those_of_an_unfused_copy(bench: Bench) 
 
 @torch.no_grad()
 def test_an_expert_is_the_family_s_own(bench: Bench) -> None:
-    tokens, chosen, weights = bench.routed()
+    call, tokens = bench.call(), 40 * bench.hidden.flatten(0, 1)
     with bench.model.runner.loaded(bench.unit, bench.tensors) as block:
         module = block.module(bench.stack)
-        experts = Experts(module)
-        together = module(tokens, chosen, weights)
-        one_by_one = experts.forward(lambda expert, part, x: x)(tokens, chosen, weights)
+        experts = experts_of(module)
+        together = module(*call)
+        one_by_one = experts.forward(lambda expert, part, x: x)(*call)
         torch.testing.assert_close(one_by_one, together, rtol=1e-4, atol=1e-5)
         for expert in range(len(experts)):
             _, expected = Unfused(bench, expert)(tokens)
@@ -132,15 +150,16 @@ def test_an_expert_is_the_family_s_own(bench: Bench) -> None:
 
 @torch.no_grad()
 def test_gate_and_up_may_see_inputs_of_their_own(bench: Bench) -> None:
-    tokens, *_ = bench.routed()
+    tokens = 40 * bench.hidden.flatten(0, 1)
+    apart = bench.model.config["model_type"] != "llama4_text"  # which multiplies with one input
 
     def enter(expert: int, part: str, x: Tensor) -> Tensor:
-        return {"gate": x, "up": 2 * x, "down": 3 * x}[part]
+        return {"gate": x, "up": 2 * x if apart else x, "down": 3 * x}[part]
 
     with bench.model.runner.loaded(bench.unit, bench.tensors) as block:
-        experts = Experts(block.module(bench.stack))
+        experts = experts_of(block.module(bench.stack))
         copy = Unfused(bench, 1)
-        inner = gated(bench, copy.gate(tokens), copy.up(2 * tokens))
+        inner = gated(bench, copy.gate(tokens), copy.up(2 * tokens if apart else tokens))
         torch.testing.assert_close(
             experts.output(1, tokens, enter), copy.down(3 * inner), rtol=1e-4, atol=1e-5
         )
@@ -148,4 +167,4 @@ def test_gate_and_up_may_see_inputs_of_their_own(bench: Bench) -> None:
 
 def test_experts_in_another_form_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"Sequential.*gate_up_proj"):
-        Experts(nn.Sequential())
+        experts_of(nn.Sequential())
