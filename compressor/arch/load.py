@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from compressor.arch.bind import Headers, lay
+from compressor.arch.free import FreeMap, free_map
 from compressor.arch.runtime_names import RuntimeNames
 from compressor.arch.schema import MapFile
 from compressor.errors import InputError
+from compressor.foreign.bounded_yaml import load_yaml
+from compressor.foreign.untrusted import read_file
 from compressor.ir.layout import ModelLayout
 
-__all__ = ["ArchMap", "RuntimeNames", "known_model_types", "load_map"]
+__all__ = ["ArchMap", "RuntimeNames", "find_map", "known_model_types", "load_map"]
+
+NO_MAP = "none"
+"""What a recipe says to do without a map."""
 
 MAPS = Path(__file__).parent / "maps"
 
@@ -54,8 +63,32 @@ class ArchMap(MapFile):
 
 
 def known_model_types() -> list[str]:
-    """Every `model_type` that has a map file."""
-    return sorted(path.stem for path in MAPS.glob("*.yaml"))
+    """Every `model_type` that has a map file, here or in an installed package."""
+    return sorted({path.stem for path in MAPS.glob("*.yaml")} | _installed().keys())
+
+
+def find_map(
+    config: Mapping[str, Any], names: Iterable[str] = (), *, chosen: str | None = None
+) -> ArchMap | FreeMap:
+    """The map of a checkpoint. Raises InputError, which names the nearest map by `names` of its
+    tensors, where there is none.
+
+    chosen  what the recipe says: none, or a map file; None: that of the config's `model_type`
+    """
+    model_type = config.get("model_type")
+    if chosen == NO_MAP:
+        named = model_type or config.get("_class_name") or "unknown"
+        return free_map(str(named))
+    if chosen is not None:
+        return _checked(Path(chosen).expanduser(), str(model_type), config)
+    if not isinstance(model_type, str):
+        raise InputError(
+            "config.json names no model_type",
+            hint="is this a transformers model? model: {path: …, map: none} rounds any weights",
+        )
+    if model_type not in known_model_types():
+        raise unknown(model_type, nearest_map(model_type, list(names)))
+    return load_map(model_type, config)
 
 
 def load_map(model_type: str, config: Mapping[str, Any] | None = None) -> ArchMap:
@@ -64,34 +97,84 @@ def load_map(model_type: str, config: Mapping[str, Any] | None = None) -> ArchMa
     config  config.json, which says of a model inside another what it is
     """
     if model_type not in known_model_types():
-        raise InputError(
-            f"no architecture map for model_type {model_type!r}",
-            hint=f"known: {', '.join(known_model_types())}; for another, "
-            f"add compressor/arch/maps/{model_type}.yaml",
-        )
+        raise unknown(model_type, nearest_map(str(model_type), []))
+    return _checked(_place(model_type), model_type, config or {})
+
+
+def unknown(model_type: str, nearest: str) -> InputError:
+    """That there is no map, what is nearest, and the ways out."""
+    return InputError(
+        f"no architecture map for model_type {model_type!r}",
+        hint=f"the nearest is {nearest}: if it is the same but for its name, write "
+        f"'same_as: {nearest}' into my.yaml and say model: {{path: …, map: my.yaml}}; "
+        "model: {path: …, map: none} rounds weights without a map (rtn, fp8, nvfp4, mxfp4)",
+    )
+
+
+def nearest_map(model_type: str, names: Sequence[str]) -> str:
+    """The type whose map has a place for most of these tensors; of several, or without tensors,
+    the one that is called most alike."""
+    paths = {name.rpartition(".")[0] for name in names}
+
+    def likeness(known: str) -> tuple[int, float]:
+        arch = load_map(known) if paths else None
+        places = sum(arch.has_module(path) for path in paths) if arch is not None else 0
+        return places, difflib.SequenceMatcher(None, known, model_type).ratio()
+
+    return max(known_model_types(), key=likeness)
+
+
+def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
+    """A map file as a map."""
+    shown = path.name if path.parent == MAPS else str(path)
     try:
-        data = _resolved(model_type)
+        data = _resolved(path)
         if isinstance(data, dict) and "text" in data:
-            data = _wrapped(data, config or {})
+            data = _wrapped(data, config)
         if isinstance(data, dict) and isinstance(data.get("attention"), dict):
             data["attention"] = [data["attention"]]  # all blocks attend alike
+        if isinstance(data, dict) and isinstance(data.get("runtime"), dict):
+            data["runtime"] = {**data["runtime"], "twin": data.get("twin")}
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))
-    except (OSError, yaml.YAMLError, ValidationError, TypeError, KeyError) as error:
-        raise InputError(f"compressor/arch/maps/{model_type}.yaml is not a map: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{shown} is not a map: {error}") from error
 
 
-def _resolved(model_type: str) -> Any:
+def _place(model_type: str) -> Path:
+    """Where the map of a type is."""
+    return _installed().get(model_type, MAPS / f"{model_type}.yaml")
+
+
+@cache
+def _installed() -> dict[str, Path]:
+    """Maps that other packages bring: an entry point NAME = PACKAGE of the group compressor.maps
+    has the map of the type NAME in PACKAGE/NAME.yaml."""
+    found = {}
+    for entry in entry_points(group="compressor.maps"):
+        spec = importlib.util.find_spec(entry.module)
+        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+            found[entry.name] = Path(folder) / f"{entry.name}.yaml"
+    return found
+
+
+def _resolved(path: Path) -> Any:
     """What a map file says, with what it takes from others: all of one, or a part by its key."""
-    data = _read(model_type)
+    data = load_yaml(read_file(path, what="map").decode("utf-8"))
     if not isinstance(data, dict):
         return data
     if "same_as" in data:
-        data = {**_resolved(data.pop("same_as")), **data}
+        data = {**_other(data.pop("same_as")), **data}
     for part in PARTS:
         if isinstance(data.get(part), str):
-            data[part] = _resolved(data[part])[part]
+            data[part] = _other(data[part])[part]
     return data
+
+
+def _other(model_type: Any) -> Any:
+    if model_type not in known_model_types():
+        raise ValueError(f"there is no map of {model_type!r}")
+    return _resolved(_place(model_type))
 
 
 def _wrapped(data: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +209,3 @@ def _wrapped(data: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     data["carried"] = [*carried, *data.get("carried", ())]
     data["defaults"] = {**inner.get("defaults", {}), **data.get("defaults", {})}
     return {**inner, "config": place.config, **data}
-
-
-def _read(model_type: str) -> Any:
-    return yaml.safe_load((MAPS / f"{model_type}.yaml").read_text(encoding="utf-8"))

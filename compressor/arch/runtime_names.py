@@ -129,6 +129,7 @@ class RuntimeNames:
     renames  module path in the checkpoint → in memory, both relative to the decoder layer
     outside  the same for modules outside the blocks
     stacks   experts that are one tensor in memory
+    twin     the model_type whose class runs it, where transformers has none of its own
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -140,6 +141,7 @@ class RuntimeNames:
     renames: Mapping[str, str] = field(default_factory=dict)
     outside: Mapping[str, str] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
+    twin: str | None = None
 
     def restacked(
         self, unit: UnitLayout, name: str, tensors: Mapping[str, Tensor]

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -142,6 +142,8 @@ class MapFile(_Row):
     folds     those between sections of a block
     carried   patterns of names that are written as they are ({layers}: how many there are)
     """
+
+    free: ClassVar[bool] = False
 
     model_type: str
     config: str | None = None

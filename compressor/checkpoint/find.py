@@ -81,19 +81,25 @@ def cache_folder() -> Path:
 
 
 def locate(
-    model: str, *, fetch: bool, to_plan: bool = False, dtype: torch.dtype | None = None
+    model: str,
+    *,
+    fetch: bool,
+    to_plan: bool = False,
+    dtype: torch.dtype | None = None,
+    chosen: str | None = None,
 ) -> Located:
     """Find a model; with `fetch`, a Hub repository's weights are downloaded too.
 
     to_plan  leaves what is wrong with a folder's shards to the plan, as `open_checkpoint` does
     dtype    what quantized weights that are read as floats become; None: the model's own
+    chosen   the map: none, or a file; None: that of the model's type
     Raises InputError for what is not there or may not be read, MachineError for a failing network.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         checkpoint = open_checkpoint(path, to_plan=to_plan)
         try:
-            found = as_source(checkpoint, dtype=dtype)
+            found = as_source(checkpoint, dtype=dtype, chosen=chosen)
         except InputError as error:
             if not checkpoint.problems:
                 raise
@@ -107,7 +113,7 @@ def locate(
             )
         if is_pointer(path):
             raise pointer_error(path.name)
-        return _gguf(path, dtype)
+        return _gguf(path, dtype, chosen)
     looks_local = model.startswith(("/", "./", "../", "~")) or path.suffix.lower() == ".gguf"
     if looks_local or not HUB_ID.fullmatch(model):
         raise InputError(
@@ -115,10 +121,10 @@ def locate(
             hint="a model is a checkpoint folder, a GGUF file or a Hub id: org/name@revision",
         )
     repo, _, revision = model.partition("@")
-    return _hub(repo, revision or None, fetch=fetch, to_plan=to_plan, dtype=dtype)
+    return _hub(repo, revision or None, fetch=fetch, to_plan=to_plan, dtype=dtype, chosen=chosen)
 
 
-def _gguf(path: Path, dtype: torch.dtype | None) -> Located:
+def _gguf(path: Path, dtype: torch.dtype | None, chosen: str | None) -> Located:
     """A GGUF file, converted once and kept under its content's hash and the dtype asked for."""
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -131,10 +137,12 @@ def _gguf(path: Path, dtype: torch.dtype | None) -> Located:
     checkpoint = open_checkpoint(folder)
     said = load_json(folder / CONVERSION, what="record of the conversion").get("notes", [])
     notes = (*checkpoint.notes, *map(str, said))
-    return Located(as_source(replace(checkpoint, notes=notes)), identity)
+    return Located(as_source(replace(checkpoint, notes=notes), chosen=chosen), identity)
 
 
-def _cached(repo: str, revision: str | None, dtype: torch.dtype | None) -> Located:
+def _cached(
+    repo: str, revision: str | None, dtype: torch.dtype | None, chosen: str | None
+) -> Located:
     """A repository from the Hub's cache, where HF_HUB_OFFLINE keeps from the network."""
     from huggingface_hub import errors, snapshot_download
 
@@ -150,16 +158,24 @@ def _cached(repo: str, revision: str | None, dtype: torch.dtype | None) -> Locat
             hint=f"download it where there is a network: hf download {repo}",
         ) from error
     identity = {"name": repo, "revision": folder.name}
-    return Located(as_source(found, dtype=dtype), identity, beside=side_files(folder))
+    return Located(
+        as_source(found, dtype=dtype, chosen=chosen), identity, beside=side_files(folder)
+    )
 
 
 def _hub(
-    repo: str, revision: str | None, *, fetch: bool, to_plan: bool, dtype: torch.dtype | None
+    repo: str,
+    revision: str | None,
+    *,
+    fetch: bool,
+    to_plan: bool,
+    dtype: torch.dtype | None,
+    chosen: str | None,
 ) -> Located:
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        return _cached(repo, revision, dtype)
+        return _cached(repo, revision, dtype, chosen)
     api = HfApi()
     with _hub_errors(repo, revision):
         info = api.model_info(repo, revision=revision)
@@ -168,7 +184,7 @@ def _hub(
         identity = {"name": repo, "revision": commit}
         if fetch:
             folder, beside = _fetch(repo, commit, names)
-            source = as_source(open_checkpoint(folder), dtype=dtype)
+            source = as_source(open_checkpoint(folder), dtype=dtype, chosen=chosen)
             return Located(source, identity, beside=beside)
         folder = Path(api.hf_hub_download(repo, "config.json", revision=commit)).parent
         known = {"config.json": read_file(folder / "config.json", what=f"config of {repo}")}
@@ -189,7 +205,9 @@ def _hub(
         for name, tensor in metadata.tensors.items():
             entries[name] = _entry(file, name, tensor)
     checkpoint = Checkpoint(folder=folder, config=config, entries=entries)
-    return Located(as_source(checkpoint, dtype=dtype), identity, local=False, beside=beside)
+    return Located(
+        as_source(checkpoint, dtype=dtype, chosen=chosen), identity, local=False, beside=beside
+    )
 
 
 def _fetch(

@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.arch.load import ArchMap, load_map
+from compressor.arch.free import FreeMap
+from compressor.arch.load import NO_MAP, ArchMap, find_map
 from compressor.checkpoint.low_precision.base import DecodedCheckpoint
 from compressor.checkpoint.low_precision.known import as_floats
+from compressor.checkpoint.manifest import RECIPE_NAME
 from compressor.checkpoint.one_reading import settle_biases, settle_head, settle_quantization
+from compressor.checkpoint.packed_shapes import packed_shape
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.slices import sliced
 from compressor.checkpoint.stored_names import canonical
 from compressor.errors import InputError, Problems
+from compressor.foreign.bounded_yaml import load_yaml
+from compressor.foreign.untrusted import read_file
 from compressor.formats.base import Format, ModelSchemes, format_names, get_format
 from compressor.ir.layout import Linear, ModelLayout, UnitLayout, weight_name
 from compressor.ir.scheme import Scheme
@@ -50,7 +55,7 @@ class Source:
     """
 
     checkpoint: Checkpoint
-    arch: ArchMap
+    arch: ArchMap | FreeMap
     layout: ModelLayout
     format: Format
     schemes: ModelSchemes
@@ -151,17 +156,20 @@ def open_source(folder: Path) -> Source:
     return as_source(open_checkpoint(folder))
 
 
-def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> Source:
+def as_source(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, chosen: str | None = None
+) -> Source:
     """What an opened checkpoint (or one known by its headers alone) holds.
 
-    dtype  what weights of low precision that become floats are read in; None: the model's
+    dtype   what weights of low precision that become floats are read in; None: the model's
+    chosen  what a recipe says of the map: none, or a file; None: what the recipe says that a
+            written checkpoint holds, else the map of its type
     """
-    model_type = checkpoint.config.get("model_type")
-    if not isinstance(model_type, str):
-        raise InputError("config.json names no model_type", hint="is this a transformers model?")
-    arch = load_map(model_type, checkpoint.config)
-    checkpoint = settle_quantization(canonical(checkpoint, arch))
-    checkpoint = settle_head(as_floats(checkpoint, dtype), arch)
+    chosen = _recorded_map(checkpoint.folder) if chosen is None else chosen
+    arch = find_map(checkpoint.config, checkpoint.entries, chosen=chosen)
+    checkpoint = checkpoint if arch.free else canonical(checkpoint, arch)
+    checkpoint = as_floats(settle_quantization(checkpoint), dtype)
+    checkpoint = checkpoint if arch.free else settle_head(checkpoint, arch)
     config = checkpoint.config
     declared = config.get("quantization_config")
     quantized = isinstance(declared, dict)
@@ -185,8 +193,8 @@ def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> So
                     if not kept:
                         del headers[f"{path}.{leaf}"]
                 # Codes do not show the shape of the weight they stand for: the config does.
-                headers[weight_name(path)] = None
-    added = [name for name in headers if ADDED.fullmatch(name)]
+                headers[weight_name(path)] = packed_shape(checkpoint, path) if arch.free else None
+    added = [name for name in headers if not arch.free and ADDED.fullmatch(name)]
     for name in added:
         del headers[name]
     layout = arch.layout(config, headers)
@@ -207,6 +215,18 @@ def as_source(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> So
     )
     _check_stored(source)
     return source
+
+
+def _recorded_map(folder: Path) -> str | None:
+    """Whether a checkpoint that was written here was made without a map."""
+    recipe = folder / RECIPE_NAME
+    if not recipe.is_file():
+        return None
+    try:
+        said = load_yaml(read_file(recipe, what="recipe").decode("utf-8"))
+    except ValueError:
+        return None
+    return NO_MAP if isinstance(said, dict) and said.get("map") == NO_MAP else None
 
 
 def recognise(config: Mapping[str, Any]) -> Format:

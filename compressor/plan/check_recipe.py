@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
 
 from compressor_calibration.stats import StatNeeds
 
 from compressor.checkpoint.source import Source
 from compressor.errors import CompressError, InputError
+from compressor.methods.base import Needs
 from compressor.plan.recipe import Recipe
 
 
 def check_recipe(recipe: Recipe, source: Source) -> list[CompressError]:
     """Rows longer than the model, tasks without their harness, a gate that could never be judged,
     publishing that nothing guards."""
-    problems: list[CompressError] = [*_too_long(recipe, source)]
+    problems: list[CompressError] = [*_too_long(recipe, source), *_unmapped(recipe, source)]
     wanted = recipe.evaluate
     if wanted is not None and wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         problems.append(
@@ -43,6 +46,25 @@ def check_recipe(recipe: Recipe, source: Source) -> list[CompressError]:
             InputError("publish: unverified files are not published", hint="verify: true")
         )
     return problems
+
+
+def _unmapped(recipe: Recipe, source: Source) -> Iterator[InputError]:
+    """What takes the model to run, where nothing is known of how it does."""
+    if not source.arch.free:
+        return
+    for step in recipe.passes:
+        needs = step.params.needs()
+        if step.params.effects().scheme is None or replace(needs, rounding=False) != Needs():
+            yield InputError(
+                f"{step.name} has to know how the model computes, which a map says; this one has "
+                "none (map: none)",
+                hint="without a map: rtn, fp8, nvfp4, mxfp4 or mxfp8 with inputs as they come",
+            )
+    if recipe.evaluate is not None:
+        yield InputError(
+            "evaluate: a model without a map (map: none) cannot be run block by block",
+            hint="evaluate what is written in a runtime that knows the model",
+        )
 
 
 def _too_long(recipe: Recipe, source: Source) -> list[InputError]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from compressor.plan.schemes import pass_schemes
 from compressor.plan.unit_plan import DTYPES, PassPlan, UnitPlan, plan_unit
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """Everything that is decided before the first weight is read."""
 
@@ -69,7 +70,7 @@ class Plan:
         """Whether the original model's activations are carried beside the quantized one's."""
         return any(p.needs.stats.cross for p in self.passes)
 
-    @property
+    @cached_property
     def calibrated(self) -> bool:
         """Whether any pass reads statistics, so that tokens have to be run."""
         learning = any(p.needs.tokens for p in self.passes)

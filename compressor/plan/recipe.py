@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import GenerateJsonSchema
 
 from compressor.errors import InputError, Problems, nearest
@@ -78,6 +86,11 @@ class Recipe(Strict):
     """Everything a run depends on."""
 
     model: str = Field(description="folder, Hub id (id@revision pins one) or GGUF file")
+    map: str | None = Field(
+        None,
+        description="none: weights by shape and name alone, without the model running; or a map "
+        "file; null: the map of config.json's model_type. Also model: {path: …, map: …}",
+    )
     output: str = Field(description="folder to write; it must be new or this recipe's own")
     seed: int = Field(0, description="of everything that is drawn")
     calibration: Calibration = Field(Calibration(), description="tokens for statistics")
@@ -104,6 +117,16 @@ class Recipe(Strict):
     report: bool = Field(True, description="write report.html, report.json and the model card")
     card: CardSection = Field(CardSection(), description="what the card cannot know by itself")
     publish: Publish | None = Field(None, description="upload a checkpoint that passed everything")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _map_beside_path(cls, data: Any) -> Any:
+        model = data.get("model") if isinstance(data, dict) else None
+        if not isinstance(model, dict):
+            return data
+        if not {"path", "map"} >= model.keys() >= {"path"} or "map" in data:
+            raise ValueError("model is a path or {path: …, map: …}")
+        return {**data, "model": model["path"], "map": model.get("map")}
 
     @field_validator("runtime", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ import torch
 import yaml
 from compressor_calibration.tokens import TokenSet
 
+from compressor.arch.load import NO_MAP
 from compressor.checkpoint.delta.base import Base, locate_base, survey
 from compressor.checkpoint.durable import make_folder, write_atomically
 from compressor.checkpoint.find import Located, locate, name_folder
@@ -116,7 +117,13 @@ def prepare(
     if device.type == "cpu":
         # Now, since others import Triton, and it looks only once.
         enable_interpreter()
-    located = locate(recipe.model, fetch=True, to_plan=True, dtype=DTYPES.get(recipe.dtype))
+    located = locate(
+        recipe.model,
+        fetch=True,
+        to_plan=True,
+        dtype=DTYPES.get(recipe.dtype),
+        chosen=recipe.map,
+    )
     base = _base(recipe, located)
     plan = _plan(recipe, located, base)
     warm_up(plan, device)
@@ -198,6 +205,11 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             **prepared.located.identity,
             "config": stated_hash(config),
             "headers": stated_hash(shapes),
+            **(
+                {"map": hash_file(Path(chosen)).sha256}
+                if (chosen := _map_file(prepared.recipe))
+                else {}
+            ),
             "tokenizer": stated_hash(_tokenizer(prepared.located.source.checkpoint.folder)),
         },
         **prepared.plan.target.about(),
@@ -221,10 +233,17 @@ def _tokenizer(folder: Path) -> dict[str, str]:
     return {path.name: hash_file(path).sha256 for path in sorted(files) if path.is_file()}
 
 
+def _map_file(recipe: Recipe) -> str | None:
+    """The map file that a recipe names."""
+    return None if recipe.map in (None, NO_MAP) else str(Path(str(recipe.map)).expanduser())
+
+
 def portable(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe without where it writes; local files by their last name only."""
     data = recipe.resolved()
     data["model"] = _portable_model(data["model"])
+    if recipe.map is not None:
+        data["map"] = _last_name(recipe.map)
     for section in (data["calibration"], data.get("evaluate") or {}):
         for source in (section, *section.get("mix", ())):
             if "data" in source:

@@ -35,12 +35,16 @@ def build_model(config: Any, dtype: torch.dtype) -> Any:
         return build("eager")
 
 
-def build_config(config: Mapping[str, Any]) -> Any:
-    """transformers' config of a config.json."""
+def build_config(config: Mapping[str, Any], *, twin: str | None = None) -> Any:
+    """transformers' config of a config.json.
+
+    twin  the type whose class stands for the model's own
+    """
     from transformers import AutoConfig
 
     values = {k: _numbers(v) for k, v in config.items() if k != "quantization_config"}
-    return AutoConfig.for_model(values.pop("model_type"), **copy.deepcopy(values))
+    model_type = values.pop("model_type")
+    return AutoConfig.for_model(twin or model_type, **copy.deepcopy(values))
 
 
 def _numbers(value: Any) -> Any:

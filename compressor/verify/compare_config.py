@@ -63,10 +63,14 @@ def deciding_files(folder: Path, patterns: tuple[str, ...] = DECIDING) -> set[st
     }
 
 
-def config_problems(written: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
-    """Keys of config.json that decide the function and differ, defaults filled in."""
+def config_problems(
+    written: Mapping[str, Any], original: Mapping[str, Any], *, known: bool = True
+) -> list[str]:
+    """Keys of config.json that decide the function and differ, defaults filled in where the
+    model's type is known."""
+    read = resolved_config if known else dict
     try:
-        one, other = (_flat(resolved_config(config)) for config in (written, original))
+        one, other = (_flat(read(config)) for config in (written, original))
     except InputError as error:
         return [f"config.json cannot be compared: {error.message}"]
     problems = [

@@ -224,12 +224,9 @@ def test_relu_alone_lets_a_scale_through(tiny_model):
 @pytest.mark.parametrize(
     "model_type", ["bert", "", None, "../maps/llama", "llama.yaml", "__init__"]
 )
-def test_an_unknown_type_names_the_known_ones(model_type):
-    with pytest.raises(InputError, match="no architecture map") as error:
+def test_an_unknown_type_is_no_file(model_type):
+    with pytest.raises(InputError, match="no architecture map"):
         load_map(model_type)
-    assert error.value.hint is not None
-    assert all(known in error.value.hint for known in known_model_types())
-    assert f"add compressor/arch/maps/{model_type}.yaml" in error.value.hint
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def command(
     if isinstance(calibration, dict):
         calibration.update({key: value for key, value in given.items() if value is not None})
     recipe = make_recipe(data)
-    source = locate(recipe.model, fetch=True, dtype=DTYPES.get(recipe.dtype)).source
+    source = locate(
+        recipe.model, fetch=True, dtype=DTYPES.get(recipe.dtype), chosen=recipe.map
+    ).source
     if not subject.endswith((".yaml", ".yml")):
         data["passes"] = [{"rtn": {"group_size": group_size or _group_size(source.layout.linears)}}]
     plans_of_bits(data, source, bits)

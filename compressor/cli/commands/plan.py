@@ -79,7 +79,13 @@ def command(
         max_shard_size=max_shard_size,
         runtime=runtime,
     )
-    located = locate(loaded.model, fetch=False, to_plan=True, dtype=DTYPES.get(loaded.dtype))
+    located = locate(
+        loaded.model,
+        fetch=False,
+        to_plan=True,
+        dtype=DTYPES.get(loaded.dtype),
+        chosen=loaded.map,
+    )
     plan = make_plan(
         loaded,
         located.source,

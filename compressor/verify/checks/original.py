@@ -57,7 +57,8 @@ class Original(Check):
         self.written, self.original = self.subject.source, self.subject.original
         self.device, self.folder = self.subject.device, self.subject.folder
         written, original = self.written.checkpoint, self.original.checkpoint
-        problems = config_problems(written.config, original.config)
+        mapped = not self.original.arch.free
+        problems = config_problems(written.config, original.config, known=mapped)
         self.found.add("config to the original", problems, "every key that decides the function")
         problems, alike = file_problems(self.folder, original.folder)
         detail = f"{alike} files: tokenizer, templates, generation"
@@ -79,13 +80,13 @@ class Original(Check):
         layout = self.layouts[unit.layout.name]
         after = self._floats(unit)
         before = self._floats(self.original.read_unit(layout))
-        if unit.layout.kind == "head":
+        if unit.layout.kind == "head" and unit.layout.linears:
             self._share_head(unit.layout, after, before)
         lacking = comparable(after, before) + not_finite(after, before)
         if lacking:
             self.problems += [f"{x}: it cannot be compared" for x in lacking]
             return
-        if unit.layout.kind == "embedding":
+        if unit.layout.kind == "embedding" and not self.original.arch.free:
             self._embedding(unit.layout, after, before)
             return
         made = None
