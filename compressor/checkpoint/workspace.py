@@ -48,17 +48,20 @@ def lacking_room(output: Path, needed: int, *, scratch: int = 0) -> InputError |
     free = shutil.disk_usage(folder).free
     if needed * 1.02 > free:
         return InputError(
-            f"the checkpoint takes {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB left",
+            f"the checkpoint takes {_size(needed)}; {folder} has {_size(free)} left",
             hint="free some space, or write elsewhere with --output",
         )
     if scratch * 1.02 > free:
         return InputError(
-            f"learning keeps {scratch / 1e9:.2f} GB of activations; {folder} has "
-            f"{free / 1e9:.2f} GB left",
+            f"learning keeps {_size(scratch)} of activations; {folder} has {_size(free)} left",
             hint="fewer or shorter rows (calibration.samples, calibration.length), or another "
             "disk with --output",
         )
     return None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 @contextmanager

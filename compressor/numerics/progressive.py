@@ -27,6 +27,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.numerics.int_affine import RANGE_FLOOR
 
 PROTECTIVE_RANGE = {"offset": 120.0, "subtract": 119.0}
 SMALLEST_HALF = 2.0**-24
@@ -51,9 +52,9 @@ def quantize_progressive(
     """
     _check(spec, weight, scale_dtype=torch.int8)
     bound = PROTECTIVE_RANGE[spec.zero]
-    groups = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
-    second = _half_scales(groups.abs().amax((1, 2)) / bound).float().view(-1, 1)
-    groups = (groups / second.unsqueeze(-1)).clamp_(-bound, bound)
+    wanted = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
+    second = _half_scales(wanted.abs().amax((1, 2)) / bound).float().view(-1, 1)
+    groups = (wanted / second.unsqueeze(-1)).clamp_(-bound, bound)
     low, high = groups.amin(-1), groups.amax(-1)
     degenerate = _one_sign(low, high) | (second < SMALLEST_NORMAL_HALF)
     extreme = torch.maximum(-low, high)
@@ -68,7 +69,9 @@ def quantize_progressive(
         zeros = (-low).round_().clamp_(-128, 127)
         centre = centre * symmetric
     grids = ((scales, zeros), (symmetric, centre))
-    scales, zeros = _prefer_symmetric(groups, *grids, where=degenerate, spec=spec)
+    scales, zeros = _prefer_symmetric(
+        groups, *grids, where=degenerate, spec=spec, wanted=wanted, second=second
+    )
     scales = scales.to(torch.int8)
     zeros = zeros.to(torch.uint8 if spec.zero == "subtract" else torch.int8)
     codes = offset_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec=spec)
@@ -98,10 +101,13 @@ def quantize_offset(
     groups = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
     low, high = groups.amin(-1), groups.amax(-1)
     scales = _half_scales((high - low) / _levels(spec)).float()
-    symmetric = _half_scales(torch.maximum(-low, high) / SYMMETRIC_LEVELS).float()
+    absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)  # as symmetric weights have it
+    symmetric = _half_scales(absmax / SYMMETRIC_LEVELS).float()
     grids = ((scales, _half(-low)), (symmetric, _half(_symmetric_centre(low, high) * symmetric)))
     degenerate = _one_sign(low, high) | (scales < SMALL_HALF)
-    scales, zeros = _prefer_symmetric(groups, *grids, where=degenerate, spec=spec)
+    scales, zeros = _prefer_symmetric(
+        groups, *grids, where=degenerate, spec=spec, wanted=groups, second=torch.ones_like(scales)
+    )
     scales, zeros = scales.to(torch.float16), zeros.to(torch.float16)
     codes = offset_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec=spec).view(
         weight.shape
@@ -137,19 +143,27 @@ def _prefer_symmetric(
     *,
     where: Tensor,
     spec: QuantSpec,
+    wanted: Tensor,
+    second: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points [out, groups] of the one grid, and of the other `where` that one has
-    the smaller squared error."""
-    if not bool(where.any()):
+    the smaller squared error.
+
+    groups  in units of `second` [out, 1], clamped;  wanted  what they stand for, not clamped
+    """
+    rows = where.any(-1)
+    if not bool(rows.any()):
         return grid
+    target = wanted[rows].double() / second[rows].unsqueeze(-1)
     errors = []
     for scales, zeros in grid, other:
-        scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
-        codes = offset_codes(groups, scales, zeros, spec=spec).double()
+        scales, zeros = scales[rows].unsqueeze(-1), zeros[rows].unsqueeze(-1)
+        codes = offset_codes(groups[rows], scales, zeros, spec=spec).double()
         offset = spec.zero == "offset"
         values = codes * scales - zeros if offset else (codes - zeros) * scales
-        errors.append((values - groups).square_().sum(-1))
-    better = where & (errors[1] < errors[0])
+        errors.append((values - target).square_().sum(-1))
+    better = where.clone()
+    better[rows] &= errors[1] < errors[0]
     return torch.where(better, other[0], grid[0]), torch.where(better, other[1], grid[1])
 
 

@@ -138,7 +138,7 @@ def test_a_full_disk_is_seen_beforehand(
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr("compressor.checkpoint.workspace.shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match=r"has 0\.00 GB left"):
+    with pytest.raises(InputError, match=r"has 0\.00 MB left"):
         prepared(tiny_model("llama"), tmp_path / "out", RTN)
 
 

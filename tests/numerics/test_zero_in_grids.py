@@ -7,7 +7,7 @@ import pytest
 import torch
 from compressor_kernels.attention.quantized_cache import dequantize_kv4, quantize_kv4
 from compressor_kernels.search.awq_candidate import candidate_delta_ref
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -148,6 +148,7 @@ def test_two_levels_of_scale(weight, zero):
 
 @settings(max_examples=300, deadline=None)
 @given(weight=weights(largest=6e4))
+@example(weight=torch.tensor([[2.0**-18] * 7 + [2.25 * 2.0**-18]]))
 def test_one_float16_offset_for_a_channel(weight):
     spec = QuantSpec("int", 4, "channel", zero="offset", scale_dtype=F16)
     made = quantize(weight, spec)
