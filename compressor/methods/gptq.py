@@ -22,13 +22,8 @@ from compressor.ir.qtensor import NVFP4, QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common import integers
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.integers import (
-    by_channel_beside_inputs,
-    input_spec,
-    int_spec,
-    narrow_beside_inputs,
-)
 from compressor.methods.common.rounding import quantize_all, with_input_scales
 from compressor.methods.common.second_order import GptqOptions, lowest_code, round_unit
 from compressor.methods.common.shapes import undivided
@@ -37,7 +32,7 @@ from compressor.numerics.nvfp4 import BLOCK, Rule
 
 INTEGERS = ("bits", "group_size", "symmetric", "scales", "refits")
 INPUTS: dict[str, dict[str | None, ActivationSpec | None]] = {
-    "int": {None: None, **{m: input_spec(m) for m in ("token", "tensor", "static")}},
+    "int": {None: None, **{m: integers.input_spec(m) for m in ("token", "tensor", "static")}},
     "nvfp4": {
         None: None,
         "calibrated": ActivationSpec("fp4_e2m1", "local", BLOCK),
@@ -99,7 +94,7 @@ class Gptq(Pass):
         64, ge=1, description="what fewer tokens went through (a rare expert) is rounded to nearest"
     )
 
-    _by_channel = model_validator(mode="before")(by_channel_beside_inputs)
+    _by_channel = model_validator(mode="before")(integers.by_channel_beside_inputs)
 
     @model_validator(mode="after")
     def _options_of_the_grid(self) -> Gptq:
@@ -115,8 +110,8 @@ class Gptq(Pass):
         weight = NVFP4
         rounding: dict[str, Any] = {"rule": self.rule}
         if self.grid == "int":
-            weight = int_spec(self.bits, self.group_size, symmetric=self.symmetric)
-            rounding = narrow_beside_inputs(self.bits, self.activations)
+            weight = integers.int_spec(self.bits, self.group_size, symmetric=self.symmetric)
+            rounding = integers.narrow_beside_inputs(self.bits, self.activations)
         inputs = INPUTS[self.grid][self.activations]
         return Effects(scheme=Scheme(weight=weight, input=inputs), rounding=rounding)
 

@@ -12,13 +12,8 @@ from compressor.errors import InputError
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
+from compressor.methods.common import integers
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.integers import (
-    by_channel_beside_inputs,
-    input_spec,
-    int_spec,
-    narrow_beside_inputs,
-)
 from compressor.methods.common.rounding import round_to_nearest
 from compressor.methods.common.shapes import undivided
 
@@ -41,13 +36,13 @@ class Rtn(Pass):
         description="int8 inputs: with a dynamic scale per token or tensor, or a calibrated one",
     )
 
-    _by_channel = model_validator(mode="before")(by_channel_beside_inputs)
+    _by_channel = model_validator(mode="before")(integers.by_channel_beside_inputs)
 
     def effects(self) -> Effects:
-        weight = int_spec(self.bits, self.group_size, symmetric=self.symmetric)
+        weight = integers.int_spec(self.bits, self.group_size, symmetric=self.symmetric)
         return Effects(
-            scheme=Scheme(weight=weight, input=input_spec(self.activations)),
-            rounding=narrow_beside_inputs(self.bits, self.activations),
+            scheme=Scheme(weight=weight, input=integers.input_spec(self.activations)),
+            rounding=integers.narrow_beside_inputs(self.bits, self.activations),
         )
 
     def needs(self) -> Needs:
