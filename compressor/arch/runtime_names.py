@@ -26,6 +26,7 @@ class Stack:
     bias         name of the tensor of their biases [experts, rows]
     stored       name of the tensor in a checkpoint, where that is another one
     either       a checkpoint may hold it transposed, which its shape shows
+    only         files of floats hold it so and in no other way: nobody loads them one by one
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -37,6 +38,7 @@ class Stack:
     bias: str | None = None
     stored: str | None = None
     either: bool = False
+    only: bool = False
 
     @property
     def on_disk(self) -> str:
@@ -143,27 +145,56 @@ class RuntimeNames:
     stacks: tuple[Stack, ...] = ()
     twin: str | None = None
 
+    def stacked(self, unit: UnitLayout) -> dict[str, tuple[Linear, ...]]:
+        """Tensors in which files of floats have linears of a unit otherwise than one [out, in] →
+        those linears."""
+        found = unit.stacks
+        experts = {x.weight_name: x for x in unit.linears if x.expert is not None}
+        for stack in self.stacks if experts else ():
+            if stack.only:
+                names = stack.takes(unit.name, len({x.expert for x in experts.values()}))
+                parts = tuple(experts[name] for name in names if name in experts)
+                found.setdefault(f"{unit.name}.{stack.on_disk}", parts)
+        return found
+
     def restacked(
         self, unit: UnitLayout, name: str, tensors: Mapping[str, Tensor]
     ) -> tuple[set[str], dict[str, Tensor]]:
         """Names of the tensors that a stack of the checkpoint holds, and the stack (with that of
         its biases) built from them."""
-        first = unit.stacks[name][0]
-        assert first.tensor is not None
+        first = self.stacked(unit)[name][0]
         if first.expert is None:
             return {first.weight_name}, {name: tensors[first.weight_name].T.contiguous()}
-        experts = len({linear.expert for linear in unit.linears} - {None})
-        stack = next(x for x in self.stacks if f"{unit.name}.{x.on_disk}" == name)
-        built = stack.build(
-            unit.name,
-            experts,
-            tensors,
-            into=stack.on_disk,
-            transposed=first.tensor.transposed,
-        )
+        stack, experts = self._stack(unit, name)
+        turned = self._turned(stack, first)
+        built = stack.build(unit.name, experts, tensors, into=stack.on_disk, transposed=turned)
         return set(stack.takes(unit.name, experts)), {
             f"{unit.name}.{local}": tensor for local, tensor in built.items()
         }
+
+    def references(self, unit: UnitLayout, name: str) -> dict[str, TensorRef]:
+        """Where such a stack has the tensors that it is built from."""
+        found: dict[str, TensorRef] = {}
+        for linear in self.stacked(unit)[name]:
+            expert, rows = linear.expert, linear.out_features
+            if expert is None:
+                return {linear.weight_name: TensorRef(name, transposed=True)}
+            stack, _ = self._stack(unit, name)
+            paths = [f"{unit.name}.{source.format(e=expert)}" for source in stack.sources]
+            place, turned = paths.index(linear.name), self._turned(stack, linear)
+            weight = stack.reference(unit.name, expert, place, rows, transposed=turned)
+            bias = stack.bias_reference(unit.name, expert, place, rows)
+            found |= {linear.weight_name: weight} | ({linear.bias_name: bias} if bias else {})
+        return found
+
+    def _stack(self, unit: UnitLayout, name: str) -> tuple[Stack, int]:
+        experts = len({linear.expert for linear in unit.linears} - {None})
+        return next(x for x in self.stacks if f"{unit.name}.{x.on_disk}" == name), experts
+
+    @staticmethod
+    def _turned(stack: Stack, linear: Linear) -> bool:
+        ref = linear.tensor
+        return stack.transposed if ref is None or ref.index is None else ref.transposed
 
     def outer_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the embedding and the head under their names in memory."""

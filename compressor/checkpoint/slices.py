@@ -29,12 +29,23 @@ class SlicedCheckpoint(Checkpoint):
     ) -> dict[str, Tensor]:
         """The named tensors on the CPU. Raises InputError for a name that is not there."""
         wanted = list(names)
-        stored = {self.slices[n].name if n in self.slices else n: None for n in wanted}
-        found = self.inner.read(stored, pin=pin, threads=threads)
+        return self.view(wanted, self.inner.read(self._homes(wanted), pin=pin, threads=threads))
+
+    def in_files(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The stacks that hold them."""
+        return self.inner.in_files(self._homes(names))
+
+    def view(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Slices of those."""
+        refs = {name: self.slices.get(name, TensorRef(name)) for name in names}
         return {
-            n: self.slices[n].read(found[self.slices[n].name]) if n in self.slices else found[n]
-            for n in wanted
+            name: stored[name] if ref.whole else ref.read(stored[ref.name])
+            for name, ref in refs.items()
         }
+
+    def _homes(self, names: Iterable[str]) -> list[str]:
+        every = (self.slices[name].name if name in self.slices else name for name in names)
+        return list(dict.fromkeys(every))
 
 
 def sliced(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:

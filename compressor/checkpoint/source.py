@@ -114,25 +114,18 @@ def assembled(
     schemes: ModelSchemes,
     stored: Callable[[Linear], Iterable[str]],
 ) -> Unit:
-    """The unit that its tensors on disk stand for.
+    """The unit that its tensors on disk stand for; a weight alone is floats.
 
     stored  names, local to a coded linear, of those that hold its weight and input scale
     Raises InputError where a format cannot read them.
     """
     raw = dict(tensors)
     quantized, input_scales = {}, {}
-    stacks: set[str] = set()
     for linear in unit.linears:
-        for name, ref in (
-            (linear.weight_name, linear.tensor),
-            (linear.bias_name, linear.bias_tensor),
-        ):
-            if ref is not None and ref.index is not None and ref.name in raw:
-                raw[name] = ref.read(raw[ref.name])
-                stacks.add(ref.name)
         spec = schemes.linears[linear.name].weight
-        if spec is not None:
-            local = {leaf: raw.pop(f"{linear.name}.{leaf}") for leaf in stored(linear)}
+        leaves = ["weight"] if spec is None else list(stored(linear))
+        if spec is not None and leaves != ["weight"]:
+            local = {leaf: raw.pop(f"{linear.name}.{leaf}") for leaf in leaves}
             try:
                 quantized[linear.name] = format.decode(local, spec)
                 scale = format.input_scale(local)
@@ -146,7 +139,7 @@ def assembled(
         layout=unit,
         tensors={name: tensor for name, tensor in raw.items() if name in own},
         quantized=quantized,
-        extra={n: tensor for n, tensor in raw.items() if n not in own | stacks},
+        extra={name: tensor for name, tensor in raw.items() if name not in own},
         input_scales=input_scales,
     )
 

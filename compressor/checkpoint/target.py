@@ -18,7 +18,7 @@ from compressor.checkpoint.one_reading import is_tied
 from compressor.checkpoint.source import Source, assembled, is_cache_scale
 from compressor.errors import InputError
 from compressor.formats.base import Format, ModelSchemes
-from compressor.ir.layout import Linear, UnitLayout, is_weight
+from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
@@ -120,7 +120,7 @@ class ModelTarget:
                 shape = entries[name].spec.shape if linear is None else linear.shape
                 found[name] = TensorShape(self.float_dtype(name), shape)
         for stack in self._stacked(unit):
-            # Runtimes look up packed experts one by one, and floats in the stack they came in.
+            # Runtimes look up packed experts one by one, and floats in a stack.
             state = {
                 name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
                 for name, spec in found.items()
@@ -158,7 +158,10 @@ class ModelTarget:
             outputs |= self._kv_tensors(path, keys, values)
         floats = {**unit.tensors, **unit.extra}
         for stack in self._stacked(unit.layout):
-            floats |= self.source.arch.runtime.restacked(unit.layout, stack, unit.tensors)[1]
+            made = {**unit.tensors, **outputs}
+            parts, built = self.source.arch.runtime.restacked(unit.layout, stack, made)
+            outputs = {name: tensor for name, tensor in outputs.items() if name not in parts}
+            floats |= built
         narrow = {}
         for name, spec in shapes.items():
             if name not in outputs:
@@ -175,10 +178,13 @@ class ModelTarget:
 
     def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
         """The inverse of `encode`."""
-        turned = {linear.weight_name for linear in unit.linears if linear.transposed}
-        turned &= set(self._stacked(unit))
-        upright = {name: t.T.contiguous() if name in turned else t for name, t in tensors.items()}
-        return assembled(unit, upright, self.format, self.schemes, self._leaves)
+        refs: dict[str, TensorRef] = {}
+        for stack in self._stacked(unit):
+            refs |= self.source.arch.runtime.references(unit, stack)
+        stacks = {ref.name for ref in refs.values()}
+        single = {name: tensor for name, tensor in tensors.items() if name not in stacks}
+        parts = {name: ref.read(tensors[ref.name]) for name, ref in refs.items()}
+        return assembled(unit, single | parts, self.format, self.schemes, self._leaves)
 
     def config(self) -> dict[str, Any]:
         """The source's, with what is true of the written files."""
@@ -244,11 +250,14 @@ class ModelTarget:
         )
 
     def _stacked(self, unit: UnitLayout) -> list[str]:
-        """Stacks of experts that stay as they are."""
-        return [
-            stack
-            for stack, linears in unit.stacks.items()
-            if all(self.schemes.linears[linear.name].weight is None for linear in linears)
+        """Stacks, of experts for one, that are written as such."""
+        stacks = self.source.arch.runtime.stacked(unit)
+        return [name for name, linears in stacks.items() if all(map(self._is_float, linears))]
+
+    def _is_float(self, linear: Linear) -> bool:
+        """Whether a linear's weight is written as floats."""
+        return self.schemes.linears[linear.name].weight is None or [*self._leaves(linear)] == [
+            "weight"
         ]
 
     def _kv_tensors(self, path: str, keys: Tensor, values: Tensor) -> dict[str, Tensor]:

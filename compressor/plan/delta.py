@@ -73,8 +73,12 @@ def as_delta(
     entries = base.source.checkpoint.entries
     blocks = source.layout.blocks if found.effects.retrains_norms else ()
     retrained = {name for unit in blocks for name in unit.norm_tensors}
+    stacked = [x for u in source.layout.units for part in u.stacks.values() for x in part]
+    whole = {name for x in stacked for name in (x.weight_name, x.bias_name)}
     borrowed = frozenset(
-        n for n in base.same - retrained if target.float_dtype(n) == entries[n].spec.dtype
+        name
+        for name in base.same - retrained - whole
+        if target.float_dtype(name) == entries[name].spec.dtype
     )
     bits = {x.name: found.effects.delta_bits for x in linears if x.weight_name not in borrowed}
     fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}

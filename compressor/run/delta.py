@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.container import Safetensors
-from compressor.checkpoint.delta.source import Delta, MergedCheckpoint, merged_source
+from compressor.checkpoint.delta.source import Delta, merge, merged_source
 from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
 from compressor.checkpoint.source import Source
 from compressor.checkpoint.target import ModelTarget
@@ -87,8 +87,7 @@ def describe(delta: Delta) -> dict[str, Any]:
 
 def compare(delta: Delta, base: Source) -> dict[str, float]:
     """Size of each linear's difference relative to the base's weight (Frobenius norms)."""
-    checkpoint = merged_source(delta, base).checkpoint
-    assert isinstance(checkpoint, MergedCheckpoint)
+    checkpoint = merge(delta, base)
     linears = {linear.name: linear for linear in base.layout.linears}
     found = {}
     for name in delta.bits:

@@ -20,11 +20,11 @@ from compressor.checkpoint.delta.source import (
     MergedCheckpoint,
     find_base,
     is_delta,
-    merged_source,
+    merge,
     open_delta,
 )
 from compressor.checkpoint.manifest import Manifest
-from compressor.checkpoint.source import Source, open_source
+from compressor.checkpoint.source import Source, as_source, open_source
 from compressor.errors import InputError
 from compressor.formats.second_reader.decode import decode_linear
 from compressor.formats.second_reader.grids import DecodedWeight
@@ -92,11 +92,11 @@ class Subject:
 
     def stored(self, unit: UnitLayout) -> dict[str, Tensor]:
         """Tensors of the folder's own files that belong to a unit."""
-        return self.source.checkpoint.read(self.source.names(unit))
+        return self.source.checkpoint.in_files(self.source.names(unit))
 
     def read(self, unit: UnitLayout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All of a unit's tensors, `stored` among them."""
-        return stored
+        """All of a unit's tensors."""
+        return self.source.checkpoint.view(self.source.names(unit), stored)
 
     def layers(
         self, unit: UnitLayout, tensors: Mapping[str, Tensor]
@@ -158,10 +158,8 @@ class DeltaSubject(Subject):
     @classmethod
     def open(cls, folder: Path, base: str | Source | None, **asked: Any) -> Self:
         delta = open_delta(folder)
-        source = merged_source(delta, find_base(delta, base))
-        merged = source.checkpoint
-        assert isinstance(merged, MergedCheckpoint)
-        return cls(folder=folder, source=source, delta=delta, merged=merged, **asked)
+        merged = merge(delta, find_base(delta, base))
+        return cls(folder=folder, source=as_source(merged), delta=delta, merged=merged, **asked)
 
     @property
     def contents(self) -> str:
@@ -182,13 +180,8 @@ class DeltaSubject(Subject):
     def kernel(self, linear: Linear) -> KernelCheck | None:
         return SignsOnBase()
 
-    def stored(self, unit: UnitLayout) -> dict[str, Tensor]:
-        names = [name for name in unit.tensors if name in self.delta.checkpoint.entries]
-        names += [f"{x.name}.{leaf}" for x in self.packed(unit) for leaf in (SIGNS, SCALES)]
-        return self.delta.checkpoint.read(names)
-
     def read(self, unit: UnitLayout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.merged.read(self.source.names(unit))
+        return self.source.checkpoint.read(self.source.names(unit))
 
     def layers(
         self, unit: UnitLayout, tensors: Mapping[str, Tensor]

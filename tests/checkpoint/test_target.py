@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint.container import Container, Safetensors
+from compressor.checkpoint.reader import open_checkpoint
 from compressor.checkpoint.source import Source, open_source
 from compressor.checkpoint.target import ModelTarget, lay_out
 from compressor.checkpoint.transaction import write
@@ -27,28 +28,41 @@ RTN = {"bits": 4, "group_size": 32}
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"),
-    [("llama", "linear"), ("mixtral", "linear"), ("gpt_oss", "linear"), ("gpt_oss", "attn.*")],
+    ("family", "targets", "format"),
+    [
+        ("llama", "linear", "compressed-tensors"),
+        ("llama", "linear", "dense"),
+        ("mixtral", "linear", "compressed-tensors"),
+        ("gpt_oss", "linear", "compressed-tensors"),
+        ("gpt_oss", "linear", "dense"),
+        ("gpt_oss", "attn.*", "compressed-tensors"),
+        ("gpt2", "linear", "compressed-tensors"),
+        ("gpt2", "linear", "dense"),
+    ],
 )
 def test_units_are_read_back_as_they_were_written(
-    family: str, targets: str, tiny_model: Callable[..., Path]
+    family: str, targets: str, format: str, tiny_model: Callable[..., Path]
 ) -> None:
-    """Packed linears, and stacks of experts that are written one by one or as they came."""
+    """Packed linears, floats that codes stand for, experts one by one or in a stack, and linears
+    of which files of floats hold the transposed weight."""
     source = open_source(tiny_model(family))
-    recipe = {"model": "m", "output": "o", "passes": [{"rtn": {**RTN, "targets": targets}}]}
+    passes = [{"rtn": {**RTN, "targets": targets}}]
+    recipe = {"model": "m", "output": "o", "passes": passes, "format": format}
     target = make_plan(make_recipe(recipe), source).target
+    if format == "dense":
+        written = {name for unit in target.units for name in target.shapes(unit)}
+        assert written == set(open_checkpoint(tiny_model(family)).entries)
     for layout in target.units:
         unit = source.read_unit(layout)
         for linear in layout.linears:
             spec = target.schemes.linears[linear.name].weight
             if spec is not None:
                 unit = unit.with_quantized(linear, quantize(unit.weight(linear), spec))
-        written = target.encode(unit)
-        assert {n: TensorShape(t.dtype, tuple(t.shape)) for n, t in written.items()} == (
-            target.shapes(layout)
-        )
-        back = target.decode(layout, written)
-        assert set(back.quantized) == set(unit.quantized)
+        made = target.encode(unit)
+        shapes = {name: TensorShape(t.dtype, tuple(t.shape)) for name, t in made.items()}
+        assert shapes == target.shapes(layout)
+        back = target.decode(layout, made)
+        assert set(back.quantized) == (set() if format == "dense" else set(unit.quantized))
         before = {**unit.dequantized(), **unit.extra}
         after = {**back.dequantized(), **back.extra}
         assert set(before) == set(after)

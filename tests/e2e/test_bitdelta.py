@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from compressor.checkpoint.delta.base import Base
 from compressor.checkpoint.delta.source import merged_source, open_delta, open_model
-from compressor.checkpoint.reader import Checkpoint
+from compressor.checkpoint.reader import Checkpoint, open_checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.source import as_source, open_source
 from compressor.errors import InputError, Problems
@@ -97,6 +97,31 @@ def test_applied_it_loads_in_transformers_with_the_same_logits(pair: Pair, tmp_p
     again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "dense").iterdir()}
     apply_delta(open_delta(output), open_source(base), tmp_path / "dense")
     assert again == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "dense").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("family", "ignored"), [("gpt_oss", []), ("gpt_oss", ["expert.*"]), ("gpt2", [])]
+)
+def test_weights_that_files_hold_otherwise_come_back_so(
+    family: str, ignored: list[str], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts in a stack, and linears stored [in, out]; a base's stack that stays is written."""
+    fine, base = (tiny_model(family, seed=seed) for seed in (0, 1))
+    passes = [{"bitdelta": {"base": str(base), "distill": "none", "ignore": ["lm_head", *ignored]}}]
+    recipe = {"model": str(fine), "output": str(tmp_path / "delta"), "passes": passes}
+    recipe |= {"format": "bitdelta", "verify": False}
+    delta = compile_checkpoint(prepare(make_recipe(recipe), device=CPU)).output
+    assert verify(delta, base=str(base), device=CPU).ok
+    opened = open_delta(delta)
+    assert any(name.split(".")[-1] in ("gate_proj", "c_fc") for name in opened.bits) != bool(
+        ignored
+    )
+    apply_delta(opened, open_source(base), tmp_path / "dense")
+    assert set(open_checkpoint(tmp_path / "dense").entries) == set(open_checkpoint(fine).entries)
+    source, written = open_source(tmp_path / "dense"), open_model(delta, base=str(base))
+    for unit in source.layout.units:
+        found, expected = source.read_unit(unit).tensors, written.read_unit(unit).tensors
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_inputs_that_fill_no_whole_word_are_padded(pair: Pair, tmp_path: Path) -> None:

@@ -108,17 +108,28 @@ def test_int4_there_and_back_to_the_same_bytes(
     assert one == two
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("gpt_oss", "attn.*"), ("gpt_oss", "linear"), ("gemma3", "attn.*"), ("gpt2", "attn.*")],
+)
 def test_a_conversion_writes_what_a_run_writes(
-    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+    family: str, targets: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Plain experts stay in their stacks, and linears of a vision tower are named as plain."""
-    made, again = tmp_path / "made", tmp_path / "again"
-    passes = [{"rtn": {"bits": 4, "group_size": 32, "targets": "attn.*"}}]
+    """Plain experts lie in stacks, plain weights [in, out] where files have them so, and linears of
+    a vision tower are named as plain; dense again, it has the names that loaders know."""
+    made, again, dense = (tmp_path / name for name in ("made", "again", "dense"))
+    passes = [{"rtn": {"bits": 4, "group_size": 32, "targets": targets}}]
     run(tiny_model(family), made, format="compressed-tensors", symmetric=True, passes=passes)
     to(made, again, "compressed-tensors")
     for name in ("model.safetensors", "config.json"):
         assert (made / name).read_bytes() == (again / name).read_bytes()
+    to(made, dense, "dense")
+    assert set(read_header(dense / "model.safetensors")) == set(
+        read_header(tiny_model(family) / "model.safetensors")
+    )
+    for folder in (made, dense):
+        report = verify(folder, device=CPU)
+        assert report.ok, report.damage
 
 
 @pytest.mark.parametrize(

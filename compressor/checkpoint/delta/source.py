@@ -113,8 +113,20 @@ class MergedCheckpoint(Checkpoint):
         for name in wanted:
             if name not in found:
                 dtype, linear = self.entry(name).spec.dtype, linears[name]
-                found[name] = self.delta.read(linear).merged(self.base_weight(linear), dtype)
+                weight = self.delta.read(linear).merged(self.base_weight(linear), dtype)
+                found[name] = weight.T.contiguous() if linear.transposed else weight
         return {name: found[name] for name in wanted}
+
+    def in_files(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What the delta's own files hold."""
+        linears = {x.weight_name: x for x in self.base.layout.linears if x.name in self.delta.bits}
+        found: list[str] = []
+        for name in names:
+            if name in linears:
+                found += delta_shapes(linears[name], 1)
+            elif name in self.delta.checkpoint.entries:
+                found.append(name)
+        return self.delta.checkpoint.read(found)
 
     def base_weight(self, linear: Linear) -> Tensor:
         """The base's weight [out, in] of a linear, decoded, after a check of its stored bytes."""
@@ -143,6 +155,11 @@ def base_name(record: BaseRecord) -> str:
 
 def merged_source(delta: Delta, base: Source) -> Source:
     """The dense fine-tune. Raises InputError, or Problems, where the two do not fit together."""
+    return as_source(merge(delta, base))
+
+
+def merge(delta: Delta, base: Source) -> MergedCheckpoint:
+    """Its checkpoint."""
     _check_names(delta, base)
     linears = {linear.name: linear for linear in base.layout.linears}
     dtype = delta.checkpoint.dtype
@@ -171,14 +188,15 @@ def merged_source(delta: Delta, base: Source) -> Source:
                         hint="the delta is damaged, or was made from a base of another size",
                     )
                 )
-        virtual(weight_name(name), TensorShape(dtype, linears[name].shape))
+        shape = linears[name].shape
+        shape = shape[::-1] if linears[name].transposed else shape
+        virtual(weight_name(name), TensorShape(dtype, shape))
     if problems:
         raise Problems(problems)
     config = {k: v for k, v in delta.checkpoint.config.items() if k != "quantization_config"}
-    merged = MergedCheckpoint(
+    return MergedCheckpoint(
         folder=delta.checkpoint.folder, config=config, entries=entries, delta=delta, base=base
     )
-    return as_source(merged)
 
 
 def _check_names(delta: Delta, base: Source) -> None:

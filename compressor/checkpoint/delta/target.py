@@ -42,7 +42,7 @@ class DeltaTarget(ModelTarget):
 
     def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
         """The fine-tune's unit, merged with the base."""
-        found = {name: tensor for name, tensor in tensors.items() if name in unit.tensors}
+        found = dict(super().decode(unit, tensors).tensors)
         weights = self.base_weights(unit)
         for name, linear in self._coded(unit).items():
             signs, scales = (tensors[f"{linear.name}.{leaf}"] for leaf in (SIGNS, SCALES))
@@ -86,6 +86,9 @@ class DeltaTarget(ModelTarget):
         if linear in self.bits:
             return f"{self.bits[linear]}-bit difference to the base"
         return "the base's own" if weight_name(linear) in self.borrowed else "unchanged"
+
+    def _is_float(self, linear: Linear) -> bool:
+        return linear.name not in self.bits
 
     def _coded(self, unit: UnitLayout) -> dict[str, Linear]:
         return {x.weight_name: x for x in unit.linears if x.name in self.bits}
