@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from compressor.cli.display import Display, LogFormat
 from compressor.cli.junit import Case, junit
+
+if TYPE_CHECKING:
+    from compressor.plan.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -54,6 +59,43 @@ CASES = "compressor.cases"
 """Where a context keeps what was checked."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A recipe's file, and what replaces parts of it."""
+
+    file: Path
+    overrides: tuple[str, ...]
+    model: str | None
+    output: str | None
+    max_shard_size: int | None
+    runtime: str | None
+
+    def recipe(self) -> Recipe:
+        """The recipe with all of it. Raises InputError for what is no recipe."""
+        from compressor.plan.recipe import load_recipe
+
+        return load_recipe(
+            self.file,
+            self.overrides,
+            model=self.model,
+            output=self.output,
+            max_shard_size=self.max_shard_size,
+            runtime=self.runtime,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How a command says what it does and what it found."""
+
+    log_format: LogFormat
+    as_json: bool
+
+    def display(self) -> Display:
+        """Where progress is shown."""
+        return Display(log_format=self.log_format)
+
+
 def runtime_option(function: Command) -> Command:
     """Where the result is to be loaded."""
     return click.option(
@@ -65,7 +107,23 @@ def runtime_option(function: Command) -> Command:
 
 
 def recipe_options(function: Command) -> Command:
-    """RECIPE and what replaces parts of it."""
+    """RECIPE and what replaces parts of it, as `asked`."""
+
+    @wraps(function)
+    def gathered(
+        *args: Any,
+        recipe: Path,
+        overrides: tuple[str, ...],
+        model: str | None,
+        output: str | None,
+        max_shard_size: int | None,
+        runtime: str | None,
+        **kwargs: Any,
+    ) -> Any:
+        asked = Asked(recipe, overrides, model, output, max_shard_size, runtime)
+        return function(*args, asked=asked, **kwargs)
+
+    found = cast(Command, gathered)
     for decorate in (
         click.option(
             "--set",
@@ -84,8 +142,20 @@ def recipe_options(function: Command) -> Command:
         ),
         click.argument("recipe", type=RECIPE),
     ):
-        function = decorate(function)
-    return function
+        found = decorate(found)
+    return found
+
+
+def shard_option(function: Command) -> Command:
+    """How large files may become."""
+    return click.option(
+        "--max-shard-size",
+        type=SIZE,
+        metavar="SIZE",
+        default="5GB",
+        show_default=True,
+        help="Largest output file.",
+    )(function)
 
 
 def checkpoint_options(function: Command) -> Command:
@@ -163,6 +233,16 @@ def junit_option(function: Command) -> Command:
         type=click.Path(path_type=Path),
         help="Also write what was checked as JUnit XML, for CI systems.",
     )(cast(Command, reported))
+
+
+def telling_options(function: Command) -> Command:
+    """Progress, a test report and machine-readable output, as `told`."""
+
+    @wraps(function)
+    def gathered(*args: Any, log_format: LogFormat, as_json: bool, **kwargs: Any) -> Any:
+        return function(*args, told=Told(log_format, as_json), **kwargs)
+
+    return log_option(junit_option(json_option(cast(Command, gathered))))
 
 
 def add_cases(cases: Iterable[Case]) -> None:

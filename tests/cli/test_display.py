@@ -168,6 +168,7 @@ def test_a_command_in_a_pipeline_prints_no_colour_and_json_only(
     assert "\x1b" not in done.stdout + done.stderr
     recipe.write_text(yaml.safe_dump({**data, "passes": [{"rnt": {}}]}))
     monkeypatch.setattr(sys, "argv", ["compress", *arguments])
+    capsys.readouterr()  # what making the model said
     with pytest.raises(SystemExit, match="2"):
         main()
     (event,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

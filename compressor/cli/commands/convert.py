@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.display import size
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
-from compressor.cli.options import FOLDER, SIZE, add_cases, json_option, junit_option, log_option
+from compressor.cli.options import FOLDER, Told, add_cases, shard_option, telling_options
 
 SHOWN = 5
 
@@ -24,25 +24,15 @@ SHOWN = 5
     is_flag=True,
     help="Write the nearest value where none is exact; say so.",
 )
-@click.option(
-    "--max-shard-size",
-    type=SIZE,
-    metavar="SIZE",
-    default="5GB",
-    show_default=True,
-    help="Largest output file.",
-)
-@log_option
-@junit_option
-@json_option
+@shard_option
+@telling_options
 def command(
     source: str,
     output: Path,
     target: str,
     allow_rounding: bool,
     max_shard_size: int,
-    log_format: LogFormat,
-    as_json: bool,
+    told: Told,
 ) -> None:
     """Write a checkpoint in another format without choosing its codes again.
 
@@ -57,7 +47,7 @@ def command(
     from compressor.checkpoint.find import locate
     from compressor.run.convert import convert
 
-    display = Display(log_format=log_format)
+    display = told.display()
     located = locate(source, fetch=True)
     with display.stage("convert", 2 * len(located.source.layout.units)):
         done = convert(
@@ -70,7 +60,7 @@ def command(
         )
     rounded = "\n".join(f"rounded {report}" for report in done.rounded)
     add_cases([Case("convert", f"{done.source_format} to {done.target_format}", output=rounded)])
-    if as_json:
+    if told.as_json:
         echo(json.dumps({"ok": True, **done.to_json()}, indent=2))
         return
     echo(f"{done.output}: {done.source_format} to {done.target_format}, {size(done.nbytes)}")

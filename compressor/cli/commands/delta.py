@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.display import size
 from compressor.cli.echo import echo
-from compressor.cli.options import FOLDER, SIZE, json_option, junit_option, log_option
+from compressor.cli.options import FOLDER, Told, json_option, shard_option, telling_options
 
 
 @click.group(name="delta")
@@ -29,24 +29,14 @@ def command() -> None:
 @click.argument("base")
 @click.argument("delta", type=FOLDER)
 @click.argument("output", type=FOLDER)
-@click.option(
-    "--max-shard-size",
-    type=SIZE,
-    metavar="SIZE",
-    default="5GB",
-    show_default=True,
-    help="Largest output file.",
-)
-@log_option
-@junit_option
-@json_option
+@shard_option
+@telling_options
 def apply(
     base: str,
     delta: Path,
     output: Path,
     max_shard_size: int,
-    log_format: LogFormat,
-    as_json: bool,
+    told: Told,
 ) -> None:
     """Rebuild the dense fine-tune from BASE (folder, Hub id or GGUF file) and DELTA into OUTPUT.
 
@@ -58,7 +48,7 @@ def apply(
 
     opened = open_delta(delta)
     source = find_base(opened, base)
-    display = Display(log_format=log_format)
+    display = told.display()
     with display.stage("apply", len(source.layout.units)):
         count = apply_delta(
             opened,
@@ -67,7 +57,7 @@ def apply(
             max_shard_size=max_shard_size,
             progress=lambda name, done, total: display.unit(name, done, total),
         )
-    if as_json:
+    if told.as_json:
         echo(json.dumps({"ok": True, "output": str(output), "bytes": count}, indent=2))
     else:
         echo(f"{output}: {size(count)}, from a delta of {size(opened.checkpoint.nbytes)}")

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressor.cli.display import Display, LogFormat
+from compressor.cli.display import Display
 from compressor.cli.echo import echo
 from compressor.cli.junit import evaluation_cases, gate_cases
 from compressor.cli.options import (
+    Told,
     add_cases,
     checkpoint_options,
     device_option,
-    json_option,
-    junit_option,
-    log_option,
+    telling_options,
 )
 
 if TYPE_CHECKING:
@@ -74,12 +73,8 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
 @device_option
-@log_option
-@junit_option
-@json_option
-@click.pass_context
+@telling_options
 def command(
-    context: click.Context,
     checkpoint: Path,
     against: str | None,
     base: str | None,
@@ -99,8 +94,7 @@ def command(
     limits: tuple[str, ...],
     batch: int,
     device: str,
-    log_format: LogFormat,
-    as_json: bool,
+    told: Told,
 ) -> None:
     """Measure a checkpoint's written files: perplexity, KL to the original, top-1 agreement.
 
@@ -157,7 +151,7 @@ def command(
     scored = None
     if stride is not None:
         tokens, scored = strided(tokens.reshape(-1), length=length, stride=stride)
-    display = Display(log_format=log_format)
+    display = told.display()
     for note in skipped_notes(None, cut):
         display.event("note", text=note)
     dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
@@ -202,12 +196,12 @@ def command(
         add_cases(gate_cases(verdict))
         found |= {"ok": verdict.passed, "gate": verdict.to_json()}
         shown += [f"gate        {mark(verdict.passed)}", *limit_lines(verdict)]
-    if as_json:
+    if told.as_json:
         echo(json.dumps(found, indent=2))
     else:
         for line in shown:
             echo(line)
-    context.exit(0 if found["ok"] else 1)
+    click.get_current_context().exit(0 if found["ok"] else 1)
 
 
 def answer(

@@ -16,6 +16,7 @@ from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.junit import Case
 from compressor.cli.options import (
+    Asked,
     add_cases,
     device_options,
     json_option,
@@ -36,17 +37,7 @@ if TYPE_CHECKING:
 @device_options
 @junit_option
 @json_option
-def command(
-    recipe: Path,
-    model: str | None,
-    output: str | None,
-    overrides: tuple[str, ...],
-    max_shard_size: int | None,
-    runtime: str | None,
-    device: str,
-    device_memory: int | None,
-    as_json: bool,
-) -> None:
+def command(asked: Asked, device: str, device_memory: int | None, as_json: bool) -> None:
     """Show what a run would do and cost, and everything that is wrong with it.
 
     Reads config.json, tensor headers and the first rows of the data (from the Hub over the
@@ -57,6 +48,11 @@ def command(
     compress plan recipes/llama2-awq.yaml
     compress plan recipes/llama2-awq.yaml --model ./my-model --set passes.awq.group_size=64
     """
+    show_plan(asked, device=device, device_memory=device_memory, as_json=as_json)
+
+
+def show_plan(asked: Asked, *, device: str, device_memory: int | None, as_json: bool) -> None:
+    """Make it, and say all of it. Raises Problems with everything that is wrong."""
     with uncollected():
         import torch
 
@@ -65,20 +61,12 @@ def command(
         from compressor.plan.estimate import estimate
         from compressor.plan.plan import make_plan
         from compressor.plan.preflight import preflight
-        from compressor.plan.recipe import load_recipe
         from compressor.plan.unit_plan import DTYPES
         from compressor.run.tokens import check_data
         from compressor.runner.process_memory import rss
 
     resident = rss()
-    loaded = load_recipe(
-        recipe,
-        overrides,
-        model=model,
-        output=output,
-        max_shard_size=max_shard_size,
-        runtime=runtime,
-    )
+    loaded = asked.recipe()
     located = locate(
         loaded.model,
         fetch=False,

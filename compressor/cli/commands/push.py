@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressor.cli.display import Display, LogFormat, size
+from compressor.cli.display import Display, size
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
-from compressor.cli.options import FOLDER, add_cases, json_option, junit_option, log_option
+from compressor.cli.options import FOLDER, Told, add_cases, telling_options
 
 if TYPE_CHECKING:
     from compressor.report.publish import Changes, Listing
@@ -33,12 +33,8 @@ FIT = "fit to be published"
     "--replace-card", is_flag=True, help="Replace also a card that was written by hand there."
 )
 @click.option("--force", is_flag=True, help="Publish also what did not pass verify or its gate.")
-@log_option
-@junit_option
-@json_option
-@click.pass_context
+@telling_options
 def command(
-    context: click.Context,
     checkpoint: Path,
     repo: str,
     public: bool,
@@ -47,8 +43,7 @@ def command(
     dry_run: bool,
     replace_card: bool,
     force: bool,
-    log_format: LogFormat,
-    as_json: bool,
+    told: Told,
 ) -> None:
     """Upload a finished checkpoint to the Hub repository REPO (user/name).
 
@@ -72,23 +67,23 @@ def command(
 
     if not REPOSITORY.fullmatch(repo):
         raise InputError(f"{repo!r} is not a Hub repository", hint="user/name")
-    display = Display(log_format=log_format)
+    display = told.display()
     listing = list_upload(checkpoint)
     to = Publish(repo=repo, private=not public, revision=revision, message=message)
     reasons = find_objections(listing, display)
     if dry_run:
         changes = look(listing, to, display, replace_card=replace_card)
-        show(listing, repo, reasons, changes, as_json=as_json)
+        show(listing, repo, reasons, changes, as_json=told.as_json)
     if reasons and not force:
         refusal = CheckError(
             f"{checkpoint} is not published: {'; '.join(reasons)}",
             hint="repair it, or publish it all the same with --force",
         )
-        if not (dry_run and as_json):
+        if not (dry_run and told.as_json):
             raise refusal
         # What it would be is the one object on stdout.
         add_cases([Case("push", FIT, failure=refusal.message)])
-        context.exit(1)
+        click.get_current_context().exit(1)
     add_cases([Case("push", FIT, output="; ".join(reasons))])
     if dry_run:
         return
@@ -97,7 +92,7 @@ def command(
     with display.stage("upload", 0):
         pushed = push(list_upload(checkpoint), to, replace_card=replace_card, progress=display.unit)
     add_cases([Case("push", repo, output=f"{pushed.files} files, commit {pushed.commit}")])
-    if as_json:
+    if told.as_json:
         found = {"ok": True, "repo": repo, "url": pushed.url, "commit": pushed.commit}
         found |= {"files": dict(listing.files), "changes": described(pushed.changes)}
         echo(json.dumps(found, indent=2))

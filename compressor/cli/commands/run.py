@@ -7,23 +7,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressor.cli.commands.eval import limit_lines, lines, mark, passkey_line, task_lines
-from compressor.cli.display import Display, LogFormat, duration, size
+from compressor.cli.display import Display, duration, size
 from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.junit import ENDED, Case, verdict_cases
 from compressor.cli.options import (
+    Asked,
+    Told,
     add_cases,
     device_options,
-    json_option,
-    junit_option,
-    log_option,
     recipe_options,
+    telling_options,
 )
 from compressor.report.notes import kept_rows, row_notes
 
@@ -43,23 +42,13 @@ WORST = 3
 @recipe_options
 @device_options
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; like compress plan.")
-@log_option
-@junit_option
-@json_option
-@click.pass_context
+@telling_options
 def command(
-    context: click.Context,
-    recipe: Path,
-    model: str | None,
-    output: str | None,
-    overrides: tuple[str, ...],
-    max_shard_size: int | None,
-    runtime: str | None,
+    asked: Asked,
     device: str,
     device_memory: int | None,
     dry_run: bool,
-    log_format: LogFormat,
-    as_json: bool,
+    told: Told,
 ) -> None:
     """Run a recipe: write the packed checkpoint, verify and evaluate it, hold it to the gate.
 
@@ -73,44 +62,24 @@ def command(
         --set calibration.samples=64 --device cuda
     """
     if dry_run:
-        from compressor.cli.commands.plan import command as plan
+        from compressor.cli.commands.plan import show_plan
 
-        context.invoke(
-            plan,
-            recipe=recipe,
-            model=model,
-            output=output,
-            overrides=overrides,
-            max_shard_size=max_shard_size,
-            runtime=runtime,
-            device=device,
-            device_memory=device_memory,
-            as_json=as_json,
-        )
+        show_plan(asked, device=device, device_memory=device_memory, as_json=told.as_json)
         return
-    display = Display(log_format=log_format)
+    display = told.display()
     with uncollected():
-        from compressor.plan.recipe import load_recipe
-
-        loaded = load_recipe(
-            recipe,
-            overrides,
-            model=model,
-            output=output,
-            max_shard_size=max_shard_size,
-            runtime=runtime,
-        )
+        loaded = asked.recipe()
     run = execute(loaded, device=device, device_memory=device_memory, display=display)
     if run is None:
-        if as_json:
+        if told.as_json:
             again = {"message": "interrupted", "hint": "the same command continues"}
             echo(json.dumps({"ok": False, "exit_code": 130, "errors": [again]}, indent=2))
-        context.exit(130)
-    if as_json:
+        click.get_current_context().exit(130)
+    if told.as_json:
         echo(json.dumps(summary(run), indent=2))
     else:
         report(run)
-    context.exit(0 if run.ok else 1)
+    click.get_current_context().exit(0 if run.ok else 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from compressor.cli.display import Display, LogFormat
 from compressor.cli.echo import echo
 from compressor.cli.junit import verify_cases
 from compressor.cli.options import (
+    Told,
     add_cases,
     checkpoint_options,
     device_option,
-    json_option,
-    junit_option,
-    log_option,
+    telling_options,
 )
 
 if TYPE_CHECKING:
@@ -28,19 +26,9 @@ if TYPE_CHECKING:
 @checkpoint_options
 @click.option("--seed", default=0, show_default=True, help="Which tiles of the layers are sampled.")
 @device_option
-@log_option
-@junit_option
-@json_option
-@click.pass_context
+@telling_options
 def command(
-    context: click.Context,
-    checkpoint: Path,
-    against: str | None,
-    base: str | None,
-    seed: int,
-    device: str,
-    log_format: LogFormat,
-    as_json: bool,
+    checkpoint: Path, against: str | None, base: str | None, seed: int, device: str, told: Told
 ) -> None:
     """Reopen a checkpoint's files and prove them.
 
@@ -62,7 +50,7 @@ def command(
     from compressor.verify.verify import verify
 
     where = choose_device(device)
-    display = Display(log_format=log_format)
+    display = told.display()
     with display.stage("verify", 0):
         original = locate(against, fetch=True).source if against else None
         report = verify(
@@ -74,12 +62,12 @@ def command(
             progress=display.unit,
         )
     add_cases(verify_cases(report))
-    if as_json:
+    if told.as_json:
         echo(json.dumps(report.to_json(), indent=2))
     else:
         for line in lines(report):
             echo(line)
-    context.exit(0 if report.ok else 1)
+    click.get_current_context().exit(0 if report.ok else 1)
 
 
 def lines(report: VerifyReport) -> list[str]:
