@@ -130,7 +130,7 @@ class ToyRunner:
         return {}
 
     @contextmanager
-    def block(self, unit: UnitLayout, tensors: object) -> Iterator[SimpleNamespace]:
+    def loaded(self, unit: UnitLayout, tensors: object) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(layer=self.layers[unit.index])
 
     @contextmanager
