@@ -341,7 +341,12 @@ def attention_shape(layout: ModelLayout) -> AttentionShape:
 
 
 def rule_policy(
-    layout: ModelLayout, rule: Rule, *, made_by: Mapping[str, Any], dense: Collection[int] = ()
+    layout: ModelLayout,
+    rule: Rule,
+    *,
+    made_by: Mapping[str, Any],
+    dense: Collection[int] = (),
+    positions: Literal["text", "slot"] = "text",
 ) -> AttentionPolicy:
     """Every block attends by one rule, but for the `dense` ones. Raises InputError where a policy
     cannot describe the model."""
@@ -349,7 +354,11 @@ def rule_policy(
     blocks = sum(unit.kind == "block" for unit in layout.units)
     layers = tuple(LayerPolicy(rules=() if index in dense else (rule,)) for index in range(blocks))
     policy = AttentionPolicy(
-        heads=shape.heads, kv_heads=shape.kv_heads, layers=layers, made_by=dict(made_by)
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        positions=positions,
+        layers=layers,
+        made_by=dict(made_by),
     )
     check_policy(policy, layout)
     return policy

@@ -122,7 +122,7 @@ def writing(
     """
     shards = lay_out(target) if shards is None else shards
     json_files = {"config.json": target.config(), **target.files()}
-    documents = {**shards.index, **{name: _json(value) for name, value in json_files.items()}}
+    documents = {**shards.index, **{name: json_bytes(value) for name, value in json_files.items()}}
     with owned(output, manifest=MANIFEST_NAME) as work:
         finished = _take_up(work, output, layout=shards, about=about, judged_later=judged_later)
         yield Transaction(output, work, shards, documents, about, finished)
@@ -263,5 +263,5 @@ def _move_all(work: Path, output: Path, files: Iterable[str]) -> None:
     shutil.rmtree(work)
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -179,6 +179,9 @@ class ModelPass(Method, Generic[L]):
     """A method that learns a value of type `L` from the whole frozen source, before any block
     changes. Blocks change only where its effects say so."""
 
+    records_quality: ClassVar[bool] = False
+    """Whether what its policy lets queries see is measured on held-out text and recorded."""
+
     def effects(self) -> Effects:
         return Effects(works_on="none")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from compressor.attention.policy import AttentionPolicy, rule_policy
 from compressor.attention.rules.quest import QuestPages
@@ -21,6 +21,7 @@ from compressor.ir.layout import ModelLayout
 from compressor.methods.base import Cost, ModelPass
 from compressor.methods.common.chosen_blocks import reads
 from compressor.methods.common.context import PlanContext
+from compressor.methods.common.dense_layers import Layers, missing_layers
 from compressor.methods.common.learned import Learned
 
 
@@ -31,7 +32,7 @@ class Quest(ModelPass[Learned]):
 
     page_size: int = Field(16, ge=1, description="keys of a page")
     token_budget: int = Field(1024, ge=1, description="keys of a query, in whole pages")
-    dense_layers: tuple[int, ...] = Field(
+    dense_layers: Layers = Field(
         (0, 1), description="layers that attend to everything, as published"
     )
     per: Literal["query_head", "kv_head"] = Field(
@@ -40,13 +41,6 @@ class Quest(ModelPass[Learned]):
         "that share a KV head",
     )
     dense_below: int = Field(0, ge=0, description="shorter texts are attended to whole")
-
-    @field_validator("dense_layers")
-    @classmethod
-    def _are_layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if list(value) != sorted(set(value)) or any(layer < 0 for layer in value):
-            raise ValueError("layers are ascending numbers from 0")
-        return value
 
     @model_validator(mode="after")
     def _whole_pages(self) -> Quest:
@@ -67,12 +61,7 @@ class Quest(ModelPass[Learned]):
         )
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        layers = len(context.layout.blocks)
-        if self.dense_layers and self.dense_layers[-1] >= layers:
-            yield InputError(
-                f"there is no layer {self.dense_layers[-1]}, the model has {layers}",
-                hint="dense_layers counts from 0",
-            )
+        yield from missing_layers(self.dense_layers, context.layout)
 
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         dense, layers = len(self.dense_layers), len(context.layout.blocks)

@@ -6,7 +6,7 @@ q [rows, heads, Tq, head_dim], the last Tq of the text; k [rows, kv_heads, T, he
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,28 @@ def fit_skip_scale(lengths: Tensor, shares: Tensor, *, in_logs: bool = True) -> 
         observed=(float(x.min()), float(x.max())),
         lengths=(int(lengths.min()), int(lengths.max())),
     )
+
+
+def anchored(fit: SkipScale, lengths: Tensor, shares: Tensor, *, wanted: float) -> SkipScale:
+    """The fit with a factor at which texts skip the wanted share on average: curves are no
+    exponentials, and this is the share that will be asked for. Between two trials a share goes with
+    the threshold's logarithm."""
+    trials = torch.tensor(SKIP_TRIALS, dtype=torch.float64).log()
+
+    def skipped(log_scale: float) -> float:
+        at = (log_scale - lengths.double().log()).clamp(float(trials[0]), float(trials[-1]))
+        right = torch.searchsorted(trials, at).clamp(1, len(trials) - 1)
+        part = (at - trials[right - 1]) / (trials[right] - trials[right - 1])
+        low, high = (shares.double().gather(1, i[:, None])[:, 0] for i in (right - 1, right))
+        return float((low + part * (high - low)).mean())
+
+    low, high = math.log(SKIP_TRIALS[0]), math.log(float(lengths.max()))
+    if not skipped(low) < wanted < skipped(high):
+        return fit
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if skipped(middle) < wanted else (low, middle)
+    return replace(fit, a=math.exp(low - fit.b * wanted))
 
 
 def _least_squares(x: Tensor, y: Tensor) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from compressor_calibration.tokens import TokenSet
 
+from compressor.attention import quality_record
 from compressor.attention.policy import (
     AttentionPolicy,
     check_policy,
@@ -27,7 +28,7 @@ from compressor.attention.policy import (
 from compressor.checkpoint.durable import is_file, make_way, own_folder, write_atomically
 from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.records import Records, stated_hash, tensors_hash
-from compressor.checkpoint.source import Source
+from compressor.checkpoint.transaction import json_bytes
 from compressor.errors import InputError
 from compressor.methods.base import ModelPass
 from compressor.methods.common.context import LearnContext, LearnResult
@@ -40,6 +41,8 @@ from compressor.runner.source_model import SourceModel
 
 RECORD_NAME = "learned.json"
 PARTS = ("files", "plots")
+HELD_OUT_ROWS, HELD_OUT_LENGTH = 2, 2048
+"""Rows of held-out text that a policy is measured on, and the most tokens of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +135,16 @@ def _source_seal(
     return stated_hash([records.owner, content.whole])
 
 
-def policy_of(source: Source, learned: Mapping[int, Outcome]) -> dict[str, bytes]:
+def policy_of(
+    plan: Plan, learned: Mapping[int, Outcome], settings: JobSettings
+) -> dict[str, bytes]:
     """Files of the artefact that model passes ask for: the attention policy, which joins what the
-    source carries with what was learned, and files of their own.
+    source carries with what was learned, what it is worth on held-out text, config.json with what
+    its rules say there, and files of the passes' own.
 
     Raises InputError where two passes decide the same.
     """
-    folder = source.checkpoint.folder
+    source, folder = plan.source, plan.source.checkpoint.folder
     policy = read_policy(folder)
     tensors = read_policy_tensors(folder)
     files: dict[str, bytes] = {}
@@ -151,6 +157,20 @@ def policy_of(source: Source, learned: Mapping[int, Outcome]) -> dict[str, bytes
     if policy is None:
         return files
     check_policy(policy, source.layout)
+    config = plan.target.config()
+    rules = [rule for layer in policy.layers for rule in layer.rules]
+    entries = {name: value for rule in rules for name, value in rule.config().items()}
+    if not entries.keys() <= config.keys():
+        files["config.json"] = json_bytes({**entries, **config})
+    passes = [plan.passes[number].step.params for number in learned]
+    if any(isinstance(one, ModelPass) and one.records_quality for one in passes):
+        device = settings.device
+        model = SourceModel(source, device=device, dtype=plan.compute_dtype(device))
+        length = min(HELD_OUT_LENGTH, plan.recipe.calibration.length)
+        record = quality_record.record_quality(
+            model, policy, rows=HELD_OUT_ROWS, length=length, progress=settings.on_step
+        )
+        files[quality_record.RECORD_NAME] = record.to_bytes()
     return files | policy_files(policy, tensors)
 
 

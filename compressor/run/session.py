@@ -304,7 +304,7 @@ def compile_checkpoint(
             plan, prepared.calibration, under_way.work, settings, owner=owner, content=content
         )
         # Passes that contradict each other are refused before any block is worked on.
-        files = policy_of(prepared.located.source, learned)
+        files = policy_of(plan, learned, settings)
         result = run_units(
             plan,
             prepared.calibration,

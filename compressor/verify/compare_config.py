@@ -22,6 +22,7 @@ NOT_THE_FUNCTION = (
     "quantization_config",
     "return_dict",
     "router_aux_loss_coef",
+    "sparse_attention_config",
     "sparse_config",
     "tie_word_embeddings",
     "torch_dtype",

@@ -18,6 +18,7 @@ from compressor.errors import InputError, Problems
 from compressor.ir.layout import UnitLayout
 from compressor.runner.heap import give_back
 from compressor.verify.checks.attention_policy import AttentionPolicy
+from compressor.verify.checks.attention_quality import AttentionQuality
 from compressor.verify.checks.base import Check
 from compressor.verify.checks.base_of_delta import BaseOfDelta
 from compressor.verify.checks.codes import Codes
@@ -43,6 +44,7 @@ CHECKS: tuple[type[Check], ...] = (
     Kernels,
     Original,
     Forecasts,
+    AttentionQuality,
 )
 """In the order of the report."""
 

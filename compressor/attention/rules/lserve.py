@@ -3,7 +3,8 @@ them, one choice for several steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor
 
 from compressor.attention.key_blocks import KeyBlocks, by_kernel
 from compressor.attention.masked import in_pieces
+from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rule import Phase, RuleCall
+from compressor.attention.rules.streaming import duo_attention_files
+from compressor.errors import InputError
 
 PAGES = "lserve.pages"
 
@@ -104,3 +108,29 @@ def with_own(pages: Tensor, own: Tensor) -> Tensor:
 
 
 RULE = LServePages
+
+
+def lserve_files(
+    policy: AttentionPolicy, tensors: Mapping[str, Tensor], *, model: str
+) -> dict[str, bytes]:
+    """OmniServe's folder: DuoAttention's files for the heads that stream, and in `lserve.json` the
+    options of its server for the others' pages. Raises InputError where layers differ in these, or
+    pages are not chosen by query head."""
+    rules = {r for layer in policy.layers for r in layer.rules if isinstance(r, LServePages)}
+    if len(rules) != 1 or next(iter(rules)).per != "query_head":
+        raise InputError(
+            "LServe's form has one choice of pages for all layers, by query head",
+            hint="lserve: {per: query_head, dense_layers: []}",
+        )
+    (rule,) = rules
+    options = {
+        "dec_token_budget": rule.top_k * rule.block_size,
+        "page_size": rule.block_size,
+        "sub_chunk_per_block": rule.block_size // rule.logical,
+        "selector_update_interval": rule.reuse,
+    }
+    files = duo_attention_files(policy, tensors, model=model)
+    return {**files, "lserve.json": (json.dumps(options, indent=2) + "\n").encode()}
+
+
+FORMS = {"lserve": lserve_files}

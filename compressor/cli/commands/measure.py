@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.echo import echo
 from compressor.cli.options import device_option, json_option, log_option
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from compressor.checkpoint.source import Source
 
 
 @click.command()
@@ -27,6 +34,19 @@ from compressor.cli.options import device_option, json_option, log_option
 @click.option("--samples", type=click.IntRange(1), help="Rows of calibration tokens.")
 @click.option("--length", type=click.IntRange(8), help="Tokens of each row.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--attention",
+    type=click.Choice(["moba"]),
+    help="Of a MODEL: what such attention would cost it by layer, in place of bits.",
+)
+@click.option(
+    "--blocks",
+    multiple=True,
+    type=click.IntRange(8),
+    default=(32, 64, 128, 256, 512),
+    show_default=True,
+    help="Block sizes to try with --attention; repeat the option.",
+)
 @device_option
 @click.option(
     "--out",
@@ -46,6 +66,8 @@ def command(
     samples: int | None,
     length: int | None,
     batch: int,
+    attention: str | None,
+    blocks: tuple[int, ...],
     device: str,
     out: Path,
     log_format: LogFormat,
@@ -60,6 +82,7 @@ def command(
     \b
     compress measure recipes/smollm2-awq.yaml --bits 3 --bits 4 --bits 8
     compress allocate sensitivity.json --bits-per-weight 4.5 > mixed.yaml
+    compress measure MODEL --attention moba --length 4096 --out moba.json
     """
     from compressor.checkpoint.durable import write_atomically
     from compressor.checkpoint.find import locate
@@ -83,6 +106,11 @@ def command(
     source = locate(
         recipe.model, fetch=True, dtype=DTYPES.get(recipe.dtype), chosen=recipe.map
     ).source
+    if attention is not None:
+        tokenizer = load_tokenizer(source.checkpoint.folder)
+        tokens = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
+        _measure_blocks(source, tokens.ids, blocks, where, batch, out, log_format, as_json)
+        return
     if not subject.endswith((".yaml", ".yml")):
         data["passes"] = [{"rtn": {"group_size": group_size or _group_size(source.layout.linears)}}]
     plans_of_bits(data, source, bits)
@@ -109,6 +137,60 @@ def command(
         row = " ".join(f"{option.error:9.2e}" for option in group.options if option.bits)
         echo(f"{'':>13} {row}  {group.linears[0]}{_more(len(group.linears) - 1)}")
     echo(f"written to {out}: {len(found.groups)} groups")
+
+
+def _measure_blocks(
+    source: Source, ids: Tensor, blocks: Sequence[int], where: torch.device, batch: int, out: Path,
+    log_format: LogFormat, as_json: bool,
+) -> None:  # fmt: skip
+    """What blocks by mean keys would cost, as a table, a file and a plot."""
+    import torch
+
+    from compressor.attention.moba_fit import fit_blocks, to_json
+    from compressor.checkpoint.durable import write_atomically
+    from compressor.errors import InputError
+    from compressor.methods.common.head_plots import curves
+    from compressor.runner.source_model import SourceModel
+
+    sizes = sorted({size for size in blocks if 2 * size <= ids.shape[1]})
+    if not sizes:
+        raise InputError(
+            f"rows of {ids.shape[1]} tokens hold no two blocks of {min(blocks)}",
+            hint="--length 4096, or smaller --blocks",
+        )
+    dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
+    model = SourceModel(source, device=where, dtype=dtype)
+    display = Display(log_format=log_format)
+    with display.stage("measure", len(source.layout.blocks)):
+        fits = fit_blocks(model, ids, sizes, batch=batch, progress=display.unit)
+    about = {"rows": ids.shape[0], "length": ids.shape[1]}
+    found = to_json(fits, **about)
+    write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    lines = {
+        f"layer {fit.layer}": [(float(k + 1), share) for k, share in enumerate(fit.kept)]
+        for fit in fits
+        if fit.block == sizes[0]
+    }
+    plot = curves(
+        lines,
+        title=f"Attention in the best blocks of {sizes[0]}",
+        x="blocks",
+        y="share of attention",
+    )
+    if plot is not None:
+        write_atomically(out.with_suffix(".png"), plot)
+    if as_json:
+        echo(json.dumps({"ok": True, "file": str(out), **found}))
+        return
+    echo(f"{'layer':>5} {'block':>5}  {'kept by 2':>9} {'4':>6} {'8':>6} {'16':>6}  {'Δμ':>6} "
+         f"{'SNR':>6}  95 % of attention in")  # fmt: skip
+    for fit in fits:
+        kept = [f"{fit.kept[min(k, len(fit.kept)) - 1]:6.1%}" for k in (2, 4, 8, 16)]
+        full = ": stays full" if fit.stays_full else ""
+        shares = f"{kept[0]:>9} {' '.join(kept[1:])}  {fit.delta_mu:6.3f} {fit.snr:6.2f}"
+        blocks_needed = f"{fit.enough} of {len(fit.kept)} blocks{full}"
+        echo(f"{fit.layer:>5} {fit.block:>5}  {shares}  {blocks_needed}")
+    echo(f"written to {out}")
 
 
 def _more(count: int) -> str:

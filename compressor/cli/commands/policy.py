@@ -49,7 +49,8 @@ def show(checkpoint: Path, as_json: bool) -> None:
     metavar="FORM",
     default="duo-attention",
     show_default=True,
-    help="duo-attention: full_attention_heads.tsv and config.json, which LServe reads too.",
+    help="duo-attention: full_attention_heads.tsv and config.json, which LServe reads too; lserve: "
+    "these and the sizes of its pages.",
 )
 @json_option
 def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_calibration.documents import DataError
-from compressor_calibration.sources import read_documents
-from compressor_calibration.tokens import TokenSet, make_tokens
+from compressor_calibration.tokens import TokenSet
 from compressor_kernels.attention.block_windows import WindowRule
 from torch import Tensor
 
 from compressor.attention.key_blocks import KeyBlocks
+from compressor.attention.quality_record import held_out
 from compressor.attention.rule import make_rule
 from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.attention.rules.quest import QuestPages
@@ -104,21 +103,6 @@ def record_choices(
         sha256=tokens.sha256,
         layers=tuple(found),
     )
-
-
-def held_out(tokenizer: Any, *, rows: int, length: int) -> TokenSet:
-    """Rows of the bundled novel. Raises InputError where it is too short for them."""
-    try:
-        return make_tokens(
-            tokenizer,
-            read_documents("bundled/fiction", part="held_out"),
-            samples=rows,
-            length=length,
-            sampling="consecutive",
-            seed=0,
-        )
-    except DataError as error:
-        raise InputError(f"held-out text: {error}", hint=error.hint) from error
 
 
 def read_record(folder: Path) -> ChoiceRecord | None:

@@ -18,6 +18,7 @@ from compressor_kernels.attention.block_windows import WindowRule
 from pydantic import Field, model_validator
 
 from compressor.attention.policy import AttentionPolicy
+from compressor.attention.quality_record import held_out
 from compressor.attention.rules.forecast import CURRENT, FUTURE, ForecastBlocks
 from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.errors import InputError
@@ -29,7 +30,6 @@ from compressor.methods.common.context import LearnContext, LearnResult, PlanCon
 from compressor.methods.common.learned import Learned
 from compressor.methods.sparda.choice_record import (
     RECORD_NAME,
-    held_out,
     model_dtype,
     record_bytes,
     record_choices,

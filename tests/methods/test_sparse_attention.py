@@ -1,0 +1,160 @@
+"""Methods that calibrate attention rules: what they learn, say in a plan, refuse, and record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressor_calibration.tokens import TokenSet
+from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref
+
+from compressor.attention.policy import AttentionPolicy, LayerPolicy
+from compressor.attention.quality import measure_policies, watch_attention
+from compressor.attention.quality_record import QualityRecord, check_record
+from compressor.attention.rules.lserve import lserve_files
+from compressor.attention.rules.streaming import StreamingHeads
+from compressor.checkpoint.records import Records
+from compressor.checkpoint.source import open_source
+from compressor.errors import InputError
+from compressor.methods.base import get_pass
+from compressor.methods.common.context import LearnContext, PlanContext
+from compressor.numerics.attention_thresholds import block_mass, mass_threshold
+from compressor.runner.source_model import SourceModel
+from tests.support.tiny_models import build
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
+    source = open_source(build("llama", tmp_path_factory.mktemp("llama")))
+    return SourceModel(source, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def tokens(rows: int = 4, length: int = 128) -> TokenSet:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(2, 256, (rows, length), generator=generator)
+    return TokenSet(ids=ids, sha256="0" * 64, source="random", sampling="random")
+
+
+def learned(
+    name: str, model: SourceModel, scratch: Path, rows: int = 4, **options: Any
+) -> tuple[Any, Any]:
+    method: Any = get_pass(name)(**options)
+    context = LearnContext(tokens=tokens(rows), seed=1, batch=2, scratch=Records(scratch, "test"))
+    return method, method.learn(model, context)
+
+
+def planned(name: str, model: SourceModel, **options: Any) -> list[str]:
+    method: Any = get_pass(name)(**options)
+    context = PlanContext(
+        layout=model.layout,
+        config=model.config,
+        dtype=torch.float32,
+        parameters=1000,
+        untied=False,
+        selected=(),
+        rows=1,
+        length=128,
+    )
+    method.cost(context, torch.float32)
+    return [problem.message for problem in method.check(context)]
+
+
+def test_xattention_takes_the_largest_threshold_of_all_texts(
+    model: SourceModel, tmp_path: Path
+) -> None:
+    options = {"block_size": 16, "stride": 4, "coverage": 0.8}
+    method, found = learned("xattention", model, tmp_path, **options)
+    want = torch.zeros(2, 4)
+
+    def watch(unit: Any, call: Any) -> None:
+        for q, k in zip(call.query, call.key, strict=True):
+            mass = block_mass(q[None], k[None], block_size=16)
+            sums = antidiagonal_sums_ref(q[None], k[None], block_size=16, stride=4)
+            tau = mass_threshold(mass, sums, coverage=0.8)[0]
+            want[unit.index] = torch.maximum(want[unit.index], tau)
+
+    watch_attention(model, tokens().ids, watch, batch=1)
+    torch.testing.assert_close(found.value.threshold, want, atol=1e-5, rtol=1e-4)
+    policy = method.policy(model.layout, found.value)
+    assert policy.layers[1].rules[0].threshold == pytest.approx(want[1].tolist())
+    again = method.learned_type().restore(found.value.tensors(), found.value.figures())
+    assert method.policy(model.layout, again) == policy
+    half = method.policy(model.layout, found.value.model_copy(update={"threshold": want / 2}))
+    whole, part = measure_policies(model, [policy, half], tokens().ids)
+    assert whole.mass.min() > 0.79 and part.seen.max() < 0.8
+    assert bool((part.mass > 0.4).all()) and bool((part.mass < whole.mass).all())
+
+
+def test_blasst_skips_what_was_asked_for(model: SourceModel, tmp_path: Path) -> None:
+    options = {"prefill": None, "decode": 0.4, "keys": 4, "lengths": (64, 96, 128)}
+    method, found = learned("blasst", model, tmp_path, rows=24, **options)
+    (row,) = found.rows
+    assert row["skipped on held-out text"] == pytest.approx(0.4, abs=0.03)
+    (rule,) = {
+        rule for layer in method.policy(model.layout, found.value).layers for rule in layer.rules
+    }
+    group = rule.config()["sparse_attention_config"]["config_groups"]["group_0"]
+    assert group["targets"] == ["LlamaAttention"] and group["target_sparsity"] == {"decode": 0.4}
+    assert set(group["threshold_scale_factor"]) == {"formula", "decode"}
+    again = method.learned_type().restore({}, json.loads(json.dumps(found.value.figures())))
+    assert method.policy(model.layout, again) == method.policy(model.layout, found.value)
+    with pytest.raises(InputError, match="no threshold skips"):
+        learned("blasst", model, tmp_path, prefill=0.5, decode=None, rows=32, keys=32)
+
+
+def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) -> None:
+    options = {"page": 8, "logical": 2, "budget": 128, "mass": 0.7, "reuse": 2}
+    method, found = learned("lserve", model, tmp_path, **options)
+    kept = {(row["name"], row["budget"]): row["attention kept"] for row in found.rows}
+    own = {budget: share for (name, budget), share in kept.items() if "2 steps" in name}
+    assert found.value.budget == min(budget for budget, share in own.items() if share >= 0.7)
+    for budget in own:
+        hierarchical = kept["physical and logical pages", budget]
+        assert hierarchical >= kept["flat pages of 8", budget] - 0.005
+    policy = method.policy(model.layout, found.value)
+    layers = [
+        LayerPolicy(rules=(*layer.rules, StreamingHeads(heads=(0,), sinks=1, window=9)))
+        for layer in policy.layers
+    ]
+    both = AttentionPolicy(heads=4, kv_heads=2, layers=tuple(layers))
+    files = lserve_files(both, {}, model="tiny")
+    assert set(files) == {"full_attention_heads.tsv", "config.json", "lserve.json"}
+    assert json.loads(files["lserve.json"])["sub_chunk_per_block"] == 4
+
+
+def test_what_they_refuse_in_a_plan(model: SourceModel) -> None:
+    assert "too few" in planned("xattention", model, block_size=64)[0]
+    assert planned("xattention", model, threshold=0.9) == []
+    assert "no layer 7" in planned("xattention", model, threshold=0.9, dense_layers=(7,))[0]
+    said = planned("blasst", model, lengths=(256,), keys=128)
+    assert "256 tokens are asked for" in said[0] and "2 tiles" in said[1] and "one row" in said[2]
+    assert "too few" in planned("lserve", model)[0]
+    assert "not trained with MoBA" in planned("moba", model)[0]
+    assert "past the" in planned("infllm_memory", model, local=10**6)[0]
+    with pytest.raises(ValueError, match="no power of two"):
+        get_pass("lserve")(page=64, logical=24)
+    with pytest.raises(ValueError, match="both null"):
+        get_pass("blasst")(prefill=None, decode=None)
+
+
+def test_a_record_is_held_against_a_policy(
+    model: SourceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = get_pass("xattention")(threshold=0.5, block_size=16, stride=4)
+    policy = policy.policy(model.layout, None)  # type: ignore[attr-defined]
+    text = tokens(rows=2)
+    monkeypatch.setattr("compressor.attention.quality_record.held_out", lambda *a, **k: text)
+    monkeypatch.setattr(model, "tokenizer", lambda: None)
+    layers = [{"seen": 1.0, "mass": 1.0}] * 2
+    record = QualityRecord(rows=2, length=128, sha256=text.sha256, layers=layers)  # type: ignore[arg-type]
+    assert check_record(model, policy, record, quantized=False) == []
+    worse = record.model_copy(
+        update={"layers": (*record.layers[:1], record.layers[0].model_copy(update={"mass": 0.9}))}
+    )
+    (problem,) = check_record(model, policy, worse, quantized=False)
+    assert (
+        problem == "layer 1: the share of attention that is seen was recorded as 0.900 and is 1.000"
+    )
