@@ -57,6 +57,16 @@ def watch_attention(
         step.run(hook=hook)
 
 
+def measurable(policy: AttentionPolicy) -> bool:
+    """Whether masks of keys say what a policy is worth: positions stay, nothing is read ahead."""
+    ahead = (
+        rule.ahead_tensor(number)
+        for number, layer in enumerate(policy.layers)
+        for rule in layer.rules
+    )
+    return policy.positions == "text" and not any(ahead)
+
+
 def measure_policies(
     model: SourceModel,
     policies: Sequence[AttentionPolicy],
@@ -68,14 +78,10 @@ def measure_policies(
     """Measure policies on rows of tokens, with the model's own attention before each layer. Every
     query counts as its rules would have it in decoding, or in a prompt where they are for prompts.
 
-    Raises InputError for a rule that moves positions or reads a block ahead: no mask of keys says
-    what it is worth.
+    Raises InputError for a policy that is not `measurable`.
     """
-    for policy in policies:
-        for number, layer in enumerate(policy.layers):
-            for rule in layer.rules:
-                if policy.positions == "slot" or rule.ahead_tensor(number) is not None:
-                    raise InputError(f"what {rule.kind} sees is not measured by a mask alone")
+    if not all(measurable(policy) for policy in policies):
+        raise InputError("what a policy sees that moves positions or reads ahead is no mask alone")
     shape = (len(policies), len(model.layout.blocks), policies[0].heads)
     seen, held = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
 

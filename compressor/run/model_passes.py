@@ -25,6 +25,7 @@ from compressor.attention.policy import (
     read_policy,
     read_policy_tensors,
 )
+from compressor.attention.quality import measurable
 from compressor.checkpoint.durable import is_file, make_way, own_folder, write_atomically
 from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.records import Records, stated_hash, tensors_hash
@@ -163,7 +164,8 @@ def policy_of(
     if not entries.keys() <= config.keys():
         files["config.json"] = json_bytes({**entries, **config})
     passes = [plan.passes[number].step.params for number in learned]
-    if any(isinstance(one, ModelPass) and one.records_quality for one in passes):
+    recorded = any(isinstance(one, ModelPass) and one.records_quality for one in passes)
+    if recorded and measurable(policy):
         device = settings.device
         model = SourceModel(source, device=device, dtype=plan.compute_dtype(device))
         length = min(HELD_OUT_LENGTH, plan.recipe.calibration.length)

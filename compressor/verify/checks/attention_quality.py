@@ -18,10 +18,10 @@ class AttentionQuality(Check):
     def conclude(self) -> None:
         if self.found.damage:
             return
-        source, device = self.target.source, self.target.device
+        source, device = self.subject.source, self.subject.device
         try:
-            record = read_record(self.target.folder)
-            policy = None if record is None else read_policy(self.target.folder)
+            record = read_record(self.subject.folder)
+            policy = None if record is None else read_policy(self.subject.folder)
             if record is None or policy is None:
                 return
             dtype = source.checkpoint.dtype if device.type == "cuda" else torch.float32
