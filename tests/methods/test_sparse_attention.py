@@ -125,6 +125,22 @@ def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) ->
     assert json.loads(files["lserve.json"])["sub_chunk_per_block"] == 4
 
 
+def test_sparse_spec_keeps_all_drafts_that_read_everything(
+    model: SourceModel, tmp_path: Path
+) -> None:
+    options = {"stride": 3, "ratio": 0.1, "min_budget": 8, "tried": (1.0,), "rows": 1}
+    method, found = learned("sparse_spec", model, tmp_path, **options)
+    by_name = {row["name"]: row for row in found.rows}
+    whole, part = by_name["100.0% of the keys, 3 drafts"], by_name["10.0% of the keys, 3 drafts"]
+    assert whole["drafts kept"] == pytest.approx(3.0, abs=1e-3)
+    assert whole["drafts kept, greedy"] == 3.0
+    assert whole["attention read"] == pytest.approx(1.0, abs=1e-4)
+    assert 0 < part["drafts kept"] < 2.999 and part["keys read"] < 0.3
+    table = json.loads(found.files["acceptance.json"])["settings"]
+    assert len(table) == 4 and len(table[0]["mass"]) == 2
+    assert method.policy(model.layout, None).layers[0].rules[0].stride == 3
+
+
 def test_what_they_refuse_in_a_plan(model: SourceModel) -> None:
     assert "too few" in planned("xattention", model, block_size=64)[0]
     assert planned("xattention", model, threshold=0.9) == []
@@ -133,6 +149,7 @@ def test_what_they_refuse_in_a_plan(model: SourceModel) -> None:
     assert "256 tokens are asked for" in said[0] and "2 tiles" in said[1] and "one row" in said[2]
     assert "too few" in planned("lserve", model)[0]
     assert "not trained with MoBA" in planned("moba", model)[0]
+    assert "say nothing of drafts" in planned("sparse_spec", model)[0]
     assert "past the" in planned("infllm_memory", model, local=10**6)[0]
     with pytest.raises(ValueError, match="no power of two"):
         get_pass("lserve")(page=64, logical=24)

@@ -266,10 +266,11 @@ def kept_mask(
 
 
 def _log2(threshold: float | Tensor, batch: int, device: torch.device) -> Tensor:
-    values = torch.as_tensor(threshold, dtype=torch.float32).reshape(-1).expand(batch)
-    if not device.type == "cuda" and not bool(((values > 0) & (values < 1)).all()):
-        raise ValueError(f"thresholds lie between 0 and 1, not at {values.tolist()}")
-    return values.to(device).log2().contiguous()
+    if isinstance(threshold, Tensor):
+        return threshold.to(device, torch.float32).expand(batch).log2().contiguous()
+    if not 0 < threshold < 1:
+        raise ValueError(f"a threshold lies between 0 and 1, not at {threshold}")
+    return torch.full((batch,), math.log2(threshold), dtype=torch.float32, device=device)
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
