@@ -15,6 +15,7 @@ from compressor.arch.free import FreeMap
 from compressor.arch.load import NO_MAP, ArchMap, find_map
 from compressor.checkpoint.low_precision.base import DecodedCheckpoint
 from compressor.checkpoint.low_precision.known import as_floats
+from compressor.checkpoint.low_precision.microscaled import as_compressed_tensors
 from compressor.checkpoint.manifest import RECIPE_NAME
 from compressor.checkpoint.one_reading import settle_biases, settle_head, settle_quantization
 from compressor.checkpoint.packed_shapes import packed_shape
@@ -161,7 +162,8 @@ def as_source(
     chosen = _recorded_map(checkpoint.folder) if chosen is None else chosen
     arch = find_map(checkpoint.config, checkpoint.entries, chosen=chosen)
     checkpoint = checkpoint if arch.free else canonical(checkpoint, arch)
-    checkpoint = as_floats(settle_quantization(checkpoint), dtype)
+    checkpoint = as_compressed_tensors(settle_quantization(checkpoint))
+    checkpoint = as_floats(checkpoint, dtype)
     checkpoint = checkpoint if arch.free else settle_head(checkpoint, arch)
     config = checkpoint.config
     declared = config.get("quantization_config")

@@ -1,0 +1,157 @@
+"""MXFP4 and MXFP8 as others lay them out, seen as compressed-tensors has them: the same codes and
+scales under other names, so that they are decoded, cast and moved by what reads that format.
+
+gpt-oss    X_blocks uint8 [experts, out, in/32, 16] and X_scales [experts, out, in/32] of stacked
+           experts, X_bias; rows of gate_up_proj are gate and up by turns
+ModelOpt   weight (uint8 [out, in/2] of MXFP4, float8 [out, in] of MXFP8) and weight_scale
+MiniMax    `mxfp8`: weight float8 [out, in] and weight_scale or weight_scale_inv, bytes all the same
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint.reader import READ_THREADS, Checkpoint
+from compressor.checkpoint.safetensors import Entry
+from compressor.errors import InputError
+from compressor.formats.base import ModelSchemes, get_format
+from compressor.ir.layout import is_weight
+from compressor.ir.qtensor import MXFP4, MXFP8, QuantSpec
+from compressor.ir.scheme import Scheme
+from compressor.ir.tensor import TensorShape
+
+STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<name>gate_up_proj|down_proj)_blocks")
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+LEAVES = {"blocks": "weight_packed", "scales": "weight_scale", "bias": "bias"}
+ALGORITHMS = {"mxfp8": MXFP8, "mxfp4": MXFP4, "w4a8_mxfp4_fp8": MXFP4}
+"""ModelOpt's names, in lower case, and MiniMax's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor as part of a stored one: all of it, or each `turns`-th row of an expert from `turn`
+    on, its last two dimensions as one where it lies in blocks."""
+
+    stored: str
+    expert: int | None = None
+    turn: int = 0
+    turns: int = 1
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The piece of a stored tensor."""
+        if self.expert is None:
+            return tensor
+        rows = tensor[self.expert, self.turn :: self.turns]
+        return rows.flatten(1) if rows.dim() == 3 else rows.contiguous()
+
+    def entry(self, stored: Entry) -> Entry:
+        """What the header would say of it."""
+        shape = stored.spec.shape
+        if self.expert is not None:
+            rows, *inner = shape[1:]
+            shape = (rows // self.turns, *([inner[0] * inner[1]] if len(inner) == 2 else inner))
+        return replace(stored, spec=TensorShape(stored.spec.dtype, shape))
+
+
+@dataclass(frozen=True, slots=True)
+class PiecedCheckpoint(Checkpoint):
+    """`inner` with pieces of its tensors under names of their own; a tensor is read once for all of
+    its pieces that are asked for together."""
+
+    inner: Checkpoint
+    pieces: Mapping[str, Piece]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return self.inner.nbytes
+
+    def read(
+        self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
+    ) -> dict[str, Tensor]:
+        """The named tensors on the CPU. Raises InputError for a name that is not there."""
+        wanted = {name: self.pieces.get(name, Piece(name)) for name in names}
+        stored = dict.fromkeys(piece.stored for piece in wanted.values())
+        found = self.inner.read(stored, pin=pin, threads=threads)
+        return {name: piece.take(found[piece.stored]) for name, piece in wanted.items()}
+
+
+def as_compressed_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under compressed-tensors' names and config, where it is one of these; else
+    itself. Raises InputError for parts that do not fit together."""
+    declared = checkpoint.config.get("quantization_config")
+    entry = declared if isinstance(declared, dict) else {}
+    method = str(entry.get("quant_method", "")).lower()
+    spec = ALGORITHMS.get(str(entry.get("quant_algo", method)).lower())
+    if any(STACK.fullmatch(name) for name in checkpoint.entries):
+        return _seen(checkpoint, dict(_stacked(checkpoint)), MXFP4)
+    if spec is not None and method in ("modelopt", "mxfp8"):
+        return _seen(checkpoint, dict(_renamed(checkpoint, spec)), spec)
+    return checkpoint
+
+
+def _stacked(checkpoint: Checkpoint) -> Iterator[tuple[str, Piece]]:
+    """gpt-oss's experts one by one: name → where it is."""
+    for blocks, entry in checkpoint.entries.items():
+        found = STACK.fullmatch(blocks)
+        if found is None:
+            continue
+        shape = entry.spec.shape
+        scales = checkpoint.entries.get(blocks.removesuffix("blocks") + "scales")
+        fits = entry.spec.dtype == torch.uint8 and len(shape) == 4 and shape[-1] == 16
+        if not fits or scales is None or scales.spec.shape != shape[:-1]:
+            raise InputError(
+                f"{blocks} {list(shape)} and its scales are not uint8 [experts, out, in/32, 16] "
+                "and [experts, out, in/32]",
+                hint="a shard or the scales are missing",
+            )
+        parts = PARTS[found["name"]]
+        for kind, leaf in LEAVES.items():
+            stored = f"{found['experts']}.{found['name']}_{kind}"
+            for expert in range(shape[0] if stored in checkpoint.entries else 0):
+                for turn, part in enumerate(parts):
+                    name = f"{found['experts']}.{expert}.{part}.{leaf}"
+                    yield name, Piece(stored, expert, turn, len(parts))
+
+
+def _renamed(checkpoint: Checkpoint, spec: QuantSpec) -> Iterator[tuple[str, Piece]]:
+    """Linears with a byte of a scale for each 32 inputs: name → where it is."""
+    codes, leaf = (torch.uint8, "weight_packed") if spec.bits == 4 else (None, "weight")
+    for name, entry in checkpoint.entries.items():
+        path = name.removesuffix(".weight")
+        scale = next(
+            (
+                s
+                for s in ("weight_scale", "weight_scale_inv")
+                if f"{path}.{s}" in checkpoint.entries
+            ),
+            None,
+        )
+        if path == name or scale is None or entry.spec.dtype != (codes or torch.float8_e4m3fn):
+            continue
+        yield f"{path}.{leaf}", Piece(name)
+        yield f"{path}.weight_scale", Piece(f"{path}.{scale}")
+
+
+def _seen(checkpoint: Checkpoint, pieces: Mapping[str, Piece], spec: QuantSpec) -> Checkpoint:
+    """The checkpoint with pieces in place of what they are taken from."""
+    used = {piece.stored for piece in pieces.values()}
+    paths = {name.removesuffix(".weight_scale") for name in pieces if name.endswith("_scale")}
+    beside = {f"{path}.input_scale" for path in paths}  # inputs are rounded as the model runs
+    entries = {n: e for n, e in checkpoint.entries.items() if n not in used | beside}
+    entries |= {
+        name: piece.entry(checkpoint.entries[piece.stored]) for name, piece in pieces.items()
+    }
+    plain = {n.rpartition(".")[0] for n in entries if is_weight(n)} - paths
+    schemes = {path: Scheme(weight=spec) for path in sorted(paths)}
+    schemes |= {path: Scheme() for path in sorted(plain)}
+    said = get_format("compressed-tensors").config(ModelSchemes(schemes))
+    config = {**checkpoint.config, "quantization_config": said}
+    own = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
+    own |= {"entries": entries, "config": config}
+    return PiecedCheckpoint(**own, inner=checkpoint, pieces=pieces)

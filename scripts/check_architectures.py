@@ -1,0 +1,124 @@
+"""Goes through every family with a tiny seeded model and writes what was seen to
+docs/architectures.md.
+
+python scripts/check_architectures.py                  all families, about ten minutes
+python scripts/check_architectures.py llama lfm2       some of them, to the terminal alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from compressor.arch.load import known_model_types, load_map  # noqa: E402
+from compressor.checkpoint.source import open_source  # noqa: E402
+from tests.support import family_checks as checks  # noqa: E402
+from tests.support.families import WRAPPERS  # noqa: E402
+from tests.support.tiny_models import MORE_TYPES, TYPES, build  # noqa: E402
+
+COLUMNS = {
+    "tensors": "every tensor of the checkpoint that transformers saved has one place",
+    "linears": "the map's linears are transformers' own, and its expert slices",
+    "forward": "our logits are transformers'",
+    "folds": "no fold changes what a block computes, with random norms, gates and biases",
+    "rtn": "rounded to 8 bits from end to end, and what is written gives our logits when loaded",
+    "awq": "the same with scales searched in every fold",
+    "gptq": "the same with second-order rounding, experts by the tokens that they saw",
+}
+
+
+def seen(family: str, folder: Path) -> dict[str, str]:
+    """Column → `yes`, or what went wrong."""
+    build(family, folder / "model")
+    source = open_source(folder / "model")
+    stream = checks.streamed(source)
+    with stream.logits() as head:
+        ours = torch.stack([head(hidden) for hidden in stream.hidden])
+
+    def compiled(method: str) -> None:
+        step = {method: {"bits": 8, "group_size": 8}}
+        checks.compiled_and_loaded(source, ours, folder / method, step)
+
+    tries: dict[str, Callable[[], None]] = {
+        "tensors": lambda: checks.every_tensor_has_one_place(source, folder / "model"),
+        "linears": lambda: checks.every_linear_is_one(source, stream),
+        "forward": lambda: torch.testing.assert_close(
+            ours, checks.logits_of_transformers(folder / "model")
+        ),
+        "folds": lambda: checks.no_fold_changes_what_a_block_computes(source, stream),
+        **{method: (lambda method=method: compiled(method)) for method in ("rtn", "awq", "gptq")},
+    }
+    found = {}
+    for column, check in tries.items():
+        try:
+            check()
+            found[column] = "yes"
+        except Exception as error:  # a table of what was seen has failures too
+            print(f"{family}: {column}: {type(error).__name__}: {error}", file=sys.stderr)
+            found[column] = "no"
+    held = checks.holds_no_packed_weights(source)
+    return found | {"loads": "its floats" if held else "packed"}
+
+
+def page(rows: dict[str, dict[str, str]]) -> str:
+    """docs/architectures.md."""
+    inner = {text for text, _, _ in WRAPPERS.values()} - set(rows)
+    unseen = sorted(inner | {name for name in known_model_types() if load_map(name).twin})
+    head = ["model type", *COLUMNS, "loaded in transformers"]
+    lines = [
+        "# Architectures",
+        "<!-- Written by scripts/check_architectures.py from what it saw; run that instead. -->",
+        f"Seen with transformers {transformers.__version__}, on tiny seeded models with random "
+        "norms, gates and biases that transformers saved:",
+        "\n".join(f"- **{column}**: {what}" for column, what in COLUMNS.items())
+        + "\n- **loaded in transformers**: packed, or as the floats that the codes stand for, where "
+        "transformers keeps those weights in what is no linear of its own (stacked experts, GPT-2's "
+        "and Falcon's modules) and loads no codes into them; vLLM and SGLang look packed experts up "
+        "one by one, under the names that are written",
+        "A name after the type is another of its layouts. In a model with a tower or with layers for "
+        "several tokens at once these are carried over byte for byte; calibration is of text.",
+        "\n".join(
+            [
+                "| " + " | ".join(head) + " |",
+                "|" + "---|" * len(head),
+                *(
+                    f"| `{family}` | "
+                    + " | ".join([*(row[c] for c in COLUMNS), row["loads"]])
+                    + " |"
+                    for family, row in sorted(rows.items())
+                ),
+            ]
+        ),
+        "Maps of types that transformers has no class for by itself, bound against names alone: "
+        + ", ".join(f"`{name}`" for name in unseen)
+        + ". Text models of these are seen inside the models that hold them.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*")
+    families = parser.parse_args().families
+    transformers.logging.set_verbosity_error()
+    rows = {}
+    for family in families or (*TYPES, *MORE_TYPES):
+        with tempfile.TemporaryDirectory() as folder:
+            rows[family] = seen(family, Path(folder))
+        print(family, rows[family], flush=True)
+    if not families:
+        (ROOT / "docs/architectures.md").write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
