@@ -80,12 +80,12 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         f"Seen with transformers {transformers.__version__}, on tiny seeded models with random "
         "norms, gates and biases that transformers saved:",
         "\n".join(f"- **{column}**: {what}" for column, what in COLUMNS.items())
-        + "\n- **loaded in transformers**: packed, or as the floats that the codes stand for, where "
-        "transformers keeps those weights in what is no linear of its own (stacked experts, GPT-2's "
-        "and Falcon's modules) and loads no codes into them; vLLM and SGLang look packed experts up "
-        "one by one, under the names that are written",
-        "A name after the type is another of its layouts. In a model with a tower or with layers for "
-        "several tokens at once these are carried over byte for byte; calibration is of text.",
+        + "\n- **loaded in transformers**: packed, or as the floats that the codes stand for, "
+        "where transformers keeps those weights in what is no linear of its own (stacked experts, "
+        "GPT-2's and Falcon's modules) and loads no codes into them; vLLM and SGLang look packed "
+        "experts up one by one, under the names that are written",
+        "A name after the type is another of its layouts. In a model with a tower or with layers "
+        "for several tokens at once these are carried over byte for byte; calibration is of text.",
         "\n".join(
             [
                 "| " + " | ".join(head) + " |",

@@ -233,8 +233,8 @@ def recognise(config: Mapping[str, Any]) -> Format:
     method = config.get("quant_method", config.get("quantization"))
     raise InputError(
         f"the checkpoint is quantized with {method!r}, in a form that is not known here",
-        hint=f"formats that are read: {', '.join(format_names())}, fp8, mxfp4, mxfp8, and GPTQ in activation "
-        "order; else start from the original weights, or dequantize it with the tool it is from "
+        hint=f"formats that are read: {', '.join(format_names())}, fp8, mxfp4, mxfp8, and GPTQ in "
+        "activation order; else start from the original weights, or dequantize it with the tool it is from "
         "(transformers: model.dequantize(), then save_pretrained)",
     )
 
