@@ -234,8 +234,8 @@ def recognise(config: Mapping[str, Any]) -> Format:
     raise InputError(
         f"the checkpoint is quantized with {method!r}, in a form that is not known here",
         hint=f"formats that are read: {', '.join(format_names())}, fp8, mxfp4, mxfp8, and GPTQ in "
-        "activation order; else start from the original weights, or dequantize it with the tool it is from "
-        "(transformers: model.dequantize(), then save_pretrained)",
+        "activation order; else start from the original weights, or dequantize it with the tool "
+        "it is from (transformers: model.dequantize(), then save_pretrained)",
     )
 
 
