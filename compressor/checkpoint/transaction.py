@@ -38,7 +38,7 @@ from compressor.checkpoint.records import Records, stated_hash
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.target import Target, lay_out
-from compressor.checkpoint.workspace import claim, owned, require_same
+from compressor.checkpoint.workspace import claim, lacking_room, owned, require_same
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
@@ -59,7 +59,7 @@ class Transaction:
 
     documents  files that hold no tensor, of which all is known
     about      what decides its bytes, for the fingerprint and the manifest
-    finished   whether it was finished before
+    finished   whether it was finished before this began
     """
 
     output: Path
@@ -110,17 +110,16 @@ def writing(
     output: Path,
     *,
     about: Mapping[str, Any],
-    shards: ShardLayout | None = None,
+    shards: ShardLayout,
     judged_later: bool = False,
 ) -> Iterator[Transaction]:
     """The one way to write a checkpoint: a new folder, or one that the same write began.
 
-    shards        where its tensors lie, if that is known
+    shards        where its tensors lie (`lay_out`)
     judged_later  files of a finished checkpoint are about to be verified anyway
     Raises InputError for a folder that holds anything else, and CheckError for a finished
     checkpoint that is damaged, which names the files.
     """
-    shards = lay_out(target) if shards is None else shards
     json_files = {"config.json": target.config(), **target.files()}
     documents = {**shards.index, **{name: json_bytes(value) for name, value in json_files.items()}}
     with owned(output, manifest=MANIFEST_NAME) as work:
@@ -137,15 +136,18 @@ def write(
     beside: Path,
     recipe: bytes | None = None,
     progress: Progress = lambda name, done, total: None,
-) -> bool:
-    """Write units one after the other as `read` gives them; whether that was done before.
+) -> Transaction:
+    """Write units one after the other as `read` gives them; the same call continues.
 
-    Raises what `writing` does, InputError for a value without a form, and MachineError where the
-    disk fails; the same call continues.
+    Raises what `writing` does, InputError where the disk has no room or a value no form, and
+    MachineError where the disk fails.
     """
-    with writing(target, output, about=about) as under_way:
+    shards = lay_out(target)
+    if (room := lacking_room(output, shards.size)) is not None:
+        raise room
+    with writing(target, output, about=about, shards=shards) as under_way:
         if under_way.finished:
-            return True
+            return under_way
         writer = ShardWriter(under_way.shards, under_way.work, owner=stated_hash(about))
         with disk_errors(f"writing {under_way.work}"):
             writer.open()
@@ -154,7 +156,7 @@ def write(
                     writer.commit(index, writer.write(target.encode(read(unit))), {})
                 progress(unit.name, index + 1, len(target.units))
         under_way.finish(writer, beside=beside, recipe=recipe)
-    return False
+    return under_way
 
 
 @contextmanager

@@ -40,12 +40,16 @@ def refusal(output: Path, *, manifest: str) -> InputError | None:
 
 
 def lacking_room(output: Path, needed: int, *, scratch: int = 0) -> InputError | None:
-    """An error where a checkpoint of `needed` bytes does not fit beside `output`, or what a pass
-    keeps while it learns, which is gone before the checkpoint is written."""
+    """An error where a checkpoint of `needed` bytes does not fit into `output`, or what a pass
+    keeps while it learns, which is gone before the checkpoint is written. What an interrupted run
+    has written there is not written again."""
     folder = output
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    there = [*output.glob("*"), *(output / WORK_NAME).rglob("*")]
+    # Blocks, not sizes: shards have their full size before they are filled.
+    taken = sum(512 * path.lstat().st_blocks for path in there)
+    free = shutil.disk_usage(folder).free + taken
     if needed * 1.02 > free:
         return InputError(
             f"the checkpoint takes {_size(needed)}; {folder} has {_size(free)} left",

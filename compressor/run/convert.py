@@ -23,9 +23,8 @@ from compressor.checkpoint.manifest import RECIPE_NAME, read_manifest
 from compressor.checkpoint.reader import content_hash
 from compressor.checkpoint.records import stated_hash
 from compressor.checkpoint.source import Source, is_cache_scale
-from compressor.checkpoint.target import ModelTarget, lay_out
+from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.transaction import Progress, write
-from compressor.checkpoint.workspace import lacking_room
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.formats.relayout import RoundingReport, as_symmetric, compare, relayout
@@ -102,13 +101,10 @@ def convert(
         )
     job = _Conversion(source, target, allow_rounding=allow_rounding)
     made = job.study(Safetensors(max_shard_size), progress)
-    shards = lay_out(made)
-    if (room := lacking_room(output, shards.size)) is not None:
-        raise room
     units = len(source.layout.units)
     folder = source.checkpoint.folder
     recipe = folder / RECIPE_NAME
-    already = write(
+    written = write(
         made,
         output,
         job.converted,
@@ -127,10 +123,10 @@ def convert(
         output=output,
         source_format=source.format.name,
         target_format=target.name,
-        nbytes=shards.size,
+        nbytes=written.shards.size,
         rounded=tuple(job.rounded),
         notes=(*job.notes, *located.beside.notes),
-        already=already,
+        already=written.finished,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from compressor.checkpoint.container import Container, Safetensors, Shard, ShardLayout
 from compressor.checkpoint.source import open_source
-from compressor.checkpoint.target import ModelTarget
+from compressor.checkpoint.target import ModelTarget, lay_out
 from compressor.checkpoint.transaction import write, writing
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.ir.tensor import TensorShape
@@ -69,7 +69,7 @@ def target(tiny_model: Callable[..., Path]) -> Callable[[Container], ModelTarget
 
 def make(target: ModelTarget, output: Path, **about: Any) -> bool:
     folder = target.source.checkpoint.folder
-    return write(target, output, target.source.read_unit, about=about, beside=folder)
+    return write(target, output, target.source.read_unit, about=about, beside=folder).finished
 
 
 class Died(BaseException):
@@ -143,7 +143,10 @@ def test_a_finished_one_is_left_alone_and_a_damaged_one_named(
         handle.write(b"\xff\xff")
     with pytest.raises(CheckError, match=r"model\.crate"):
         make(made, tmp_path / "out", seed=0)
-    with writing(made, tmp_path / "out", about={"seed": 0}, judged_later=True) as under_way:
+    shards = lay_out(made)
+    with writing(
+        made, tmp_path / "out", about={"seed": 0}, shards=shards, judged_later=True
+    ) as under_way:
         assert under_way.finished
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,16 @@ def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
     assert lacking_room(tmp_path / "not" / "there", 1000) is None
     refused = lacking_room(tmp_path / "not" / "there", 1 << 60)
     assert refused is not None and str(tmp_path) in refused.message
+
+
+def test_what_is_written_needs_no_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a shard that has its full size already."""
+    with (tmp_path / "shard").open("wb") as handle:
+        handle.write(b"x" * (1 << 20))
+        handle.truncate(2 << 20)
+    usage = shutil.disk_usage(tmp_path)._replace(free=(1 << 20) + (1 << 17))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert lacking_room(tmp_path, 2 << 20) is None
+    assert lacking_room(tmp_path, 3 << 20) is not None
