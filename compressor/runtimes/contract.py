@@ -129,6 +129,7 @@ class Loads(Scope):
     """A written form that a runtime loads.
 
     capability    least compute capability times ten, or with `exact` the only one
+    below         newer GPUs, from this one on, do not run it
     multiples     of the sizes of a weight
     whole_blocks  blocks of scales may not straddle two GPUs, nor fused linears
     """
@@ -137,8 +138,28 @@ class Loads(Scope):
     inputs: tuple[Inputs, ...] = ("none",)
     capability: int = 0
     exact: bool = False
+    below: int | None = None
     multiples: Multiples = Multiples()
     whole_blocks: bool = False
+
+    def runs_on(self, capability: int | None) -> bool:
+        """Whether a GPU of this compute capability has a kernel; None is any GPU."""
+        if capability is None:
+            return True
+        if self.exact:
+            return capability == self.capability
+        return self.capability <= capability and (self.below is None or capability < self.below)
+
+    @property
+    def gpus(self) -> str:
+        """The compute capabilities that have a kernel, in words; empty for all."""
+        if not self.capability:
+            return ""
+        least = f"{self.capability / 10:.1f}"
+        if self.exact:
+            return f"{least} only"
+        newest = f", before {self.below / 10:.1f}" if self.below is not None else ""
+        return f"{least} or newer{newest}"
 
     def describe(self) -> str:
         """The line in words."""

@@ -142,22 +142,14 @@ def _linear(
         what += f" weights with {words_of([inputs])}"
         return [(f"does not load {what}: it wants {' and '.join(wrong)}", _offer(lines, [scheme]))]
     fitting = [line for line in ours if not unlike(line)]
-    running = [line for line in fitting if _runs(line, runtime.capability)]
+    running = [line for line in fitting if line.runs_on(runtime.capability)]
     if not running:
-        wanted = " or ".join(
-            f"{line.capability / 10:.1f}{'' if line.exact else ' or newer'}" for line in fitting
-        )
+        wanted = "; or ".join(line.gpus for line in fitting)
         return [
             (f"has no kernel for it on {runtime.gpu}: compute capability {wanted}", "another GPU")
         ]
     sizes = [_sizes(runtime, line, linear, scheme) for line in running]
     return [] if "" in sizes else [(sizes[0], "another size of groups, fewer GPUs, or ignore it")]
-
-
-def _runs(line: Loads, capability: int | None) -> bool:
-    if capability is None:
-        return True
-    return capability == line.capability if line.exact else capability >= line.capability
 
 
 def _sizes(runtime: Runtime, line: Loads, linear: Linear, scheme: Scheme) -> str:

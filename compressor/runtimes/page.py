@@ -11,7 +11,14 @@ from compressor.formats.loading import loading_of
 from compressor.ir.layout import Linear, ModelLayout, Sizes, UnitLayout
 from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
-from compressor.runtimes.contract import Contract, Known, Runtime, load_contract, runtime_names
+from compressor.runtimes.contract import (
+    Contract,
+    Known,
+    Loads,
+    Runtime,
+    load_contract,
+    runtime_names,
+)
 from compressor.runtimes.loads import Written, fitting_lines, loads, written_form
 
 WRITTEN = "<!-- Written by scripts/make_docs.py from the code and compressor/runtimes/*.yaml. -->"
@@ -211,10 +218,7 @@ def _when(line: Known) -> str:
 
 
 def _gpu(line: object) -> str:
-    capability, exact = getattr(line, "capability", 0), getattr(line, "exact", False)
-    if not capability:
-        return ""
-    return f"{capability / 10:.1f}" + (" only" if exact else " or newer")
+    return line.gpus if isinstance(line, Loads) else ""
 
 
 def _how(line: Known) -> list[str]:

@@ -75,6 +75,8 @@ def rtn(**options: Any) -> dict[str, Any]:
             rtn(bits=8, group_size=128, symmetric=False),
             "no kernel for it on a100",
         ),
+        ("vllm@0.24, gpu: h100", {"fp8": {"scales": "weights"}}, "7.5 or newer, before 8.9"),
+        ("vllm@0.24, gpu: a100", {"fp8": {"scales": "weights"}}, None),
         ("tensorrt-llm, gpu=a100", {"fp8": {}}, "no kernel for it on a100"),
         ("vllm, gpu=a100", {"fp8": {}}, None),
         ("sglang", rtn(bits=3, group_size=64), "4 or 8 bits"),
