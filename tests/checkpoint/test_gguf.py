@@ -54,6 +54,57 @@ def test_a_converted_model_computes_what_the_written_one_did(tmp_path, byte_leve
     assert len(open_checkpoint(folder).entries) == len(expected)
 
 
+EXPERTS = {
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_mixture_computes_what_the_written_one_did(tmp_path, byte_level, family):
+    model = tiny_model(family, tied=False, norm_topk_prob=True, **EXPERTS[family])
+    path = write_gguf(tmp_path / "m.gguf", model, byte_level)
+    folder = convert_gguf(path, tmp_path / "out", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(loaded) is type(model)
+    ids = torch.randint(480, (2, 33), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    stacked = load_file(folder / "model.safetensors")
+    assert sum(".experts." in name for name in stacked) == 2 * 3 * 3
+    source = open_source(folder)
+    assert {x.expert for unit in source.layout.units for x in unit.linears} >= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"qwen3moe.expert_gating_func": 2}, "expert_gating_func is 2"),
+        ({"qwen3moe.expert_weights_scale": 2.5}, "expert_weights_scale is 2.5"),
+        ({"qwen3moe.expert_count": 4}, r"ffn_gate_inp is \[4, 64\], but it is \[3, 64\]"),
+        ({"qwen3moe.expert_feed_forward_length": 48}, r"ffn_gate_exps is \[3, 48, 64\]"),
+        ({"qwen3moe.expert_count": 0}, "architecture 'qwen3moe'"),
+    ],
+)
+def test_mixtures_of_another_kind_are_refused(tmp_path, byte_level, changed, message):
+    model = tiny_model("qwen3_moe", tied=False, **EXPERTS["qwen3_moe"])
+    source = write_gguf(tmp_path / "m.gguf", model, byte_level, **changed)
+    with pytest.raises(InputError, match=message):
+        convert_gguf(source, tmp_path / "out")
+
+
+def test_experts_are_dequantized_one_by_one(tmp_path, byte_level):
+    model = tiny_model("mixtral", tied=False, **EXPERTS["mixtral"])
+    source = write_gguf(tmp_path / "m.gguf", model, byte_level, kind="Q8_0")
+    found = load_file(convert_gguf(source, tmp_path / "out") / "model.safetensors")
+    down = model.state_dict()["model.layers.1.mlp.experts.down_proj"].numpy()
+    quantized = gguf.GGMLQuantizationType["Q8_0"]
+    for e in range(3):
+        stored = gguf.quantize(down[e], quantized)
+        value = torch.from_numpy(gguf.dequantize(stored, quantized)).bfloat16()
+        assert torch.equal(found[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"], value)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
 def test_every_stored_type_is_dequantized(tmp_path, byte_level, kind):
     model = tiny_model("llama")
@@ -130,7 +181,8 @@ def test_llama3_rotary_stretching_is_recovered_and_another_refused(tmp_path, byt
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"llama.expert_count": 4}, "mixture of experts"),
+        ({"llama.expert_count": 4}, "expert_used_count is None"),
+        ({"llama.expert_count": 4, "llama.expert_used_count": 2}, r"lacks blk\.0\.ffn_gate_inp"),
         ({"llama.rope.dimension_count": 8}, "part of each head"),
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
         ({"llama.block_count": 3}, r"lacks blk\.2\.attn_norm\.weight.* and 6 more"),

@@ -9,17 +9,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
+"""What llama.cpp calls a model_type, where that is another name."""
 THEIR_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -35,6 +43,7 @@ THEIR_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
 }
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -110,7 +119,24 @@ def tiny_model(family: str, *, tied: bool = True, seed: int = 0, **options):
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, 1.0, 0.3)
+        elif ".experts." in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
     return model
+
+
+def tensors_of(model) -> dict[str, torch.Tensor]:
+    """The model's tensors, stacks of gates and ups apart as llama.cpp keeps them."""
+    found = {}
+    for name, value in model.state_dict().items():
+        block, apart, leaf = name.partition(".mlp.experts.")
+        if not apart:
+            found[name] = value
+        elif leaf == "gate_up_proj":
+            gate, up = value.chunk(2, 1)
+            found |= {f"{block}.ffn_gate_exps.weight": gate, f"{block}.ffn_up_exps.weight": up}
+        else:
+            found[f"{block}.ffn_down_exps.weight"] = value
+    return found
 
 
 def write_gguf(path: Path, model, tokenizer: Tokenizer, *, kind="F32", extra=None, **changed):
@@ -118,7 +144,7 @@ def write_gguf(path: Path, model, tokenizer: Tokenizer, *, kind="F32", extra=Non
     import gguf
 
     config = model.config
-    family = config.model_type
+    family = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, family)
     metadata = {
         f"{family}.block_count": config.num_hidden_layers,
@@ -133,6 +159,11 @@ def write_gguf(path: Path, model, tokenizer: Tokenizer, *, kind="F32", extra=Non
     }
     if family != "qwen2":
         metadata[f"{family}.attention.key_length"] = config.head_dim
+    if config.model_type in ARCHITECTURES:
+        metadata[f"{family}.expert_count"] = config.num_local_experts
+        metadata[f"{family}.expert_used_count"] = config.num_experts_per_tok
+    if family == "qwen3moe":
+        metadata[f"{family}.expert_feed_forward_length"] = config.moe_intermediate_size
     for key, value in (metadata | changed).items():
         if value is None:
             continue
@@ -142,7 +173,7 @@ def write_gguf(path: Path, model, tokenizer: Tokenizer, *, kind="F32", extra=Non
             kinds = {bool: "bool", int: "uint32", float: "float32", str: "string"}
             getattr(writer, f"add_{kinds[type(value)]}")(key, value)
     quantized = gguf.GGMLQuantizationType[kind]
-    for name, value in {**model.state_dict(), **(extra or {})}.items():
+    for name, value in {**tensors_of(model), **(extra or {})}.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if family == "llama" and ".q_proj." in name:
@@ -152,11 +183,12 @@ def write_gguf(path: Path, model, tokenizer: Tokenizer, *, kind="F32", extra=Non
         stem, _, leaf = name.rpartition(".")
         parts = stem.split(".")
         if stem.startswith("model.layers."):
-            theirs = f"blk.{parts[2]}.{THEIR_NAMES['.'.join(parts[3:])]}.{leaf}"
+            within = ".".join(parts[3:])
+            theirs = f"blk.{parts[2]}.{THEIR_NAMES.get(within, within)}.{leaf}"
         else:
             theirs = f"{THEIR_NAMES.get(stem, stem)}.{leaf}"
         data = value.float().numpy()
-        if value.ndim == 2 and kind != "F32":
+        if value.ndim > 1 and kind != "F32":
             writer.add_tensor(theirs, gguf.quantize(data, quantized), raw_dtype=quantized)
         else:
             writer.add_tensor(theirs, data)

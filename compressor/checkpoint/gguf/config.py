@@ -33,10 +33,12 @@ NO_TOKEN = (2**32 - 1, -1)
 
 UNUSED = {
     *("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "decoder_start_token_id"),
-    *("attention.layer_norm_epsilon", "expert_used_count", "expert_weights_norm"),
-    *("expert_gating_func", "vocab_size"),
+    *("attention.layer_norm_epsilon", "expert_weights_norm", "vocab_size"),
 }
-"""Keys that llama.cpp does not read for a dense decoder with RMS norms, or that only describe."""
+"""Keys that llama.cpp does not read for these decoders with RMS norms, or that only describe."""
+OF_EXPERTS = ("expert_count", "expert_used_count", "expert_gating_func")
+SOFTMAX = 1
+"""The gating function of the mixtures that are read; the chosen experts' weights sum to 1."""
 NEUTRAL = {
     **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (1,)),
     **dict.fromkeys(("expert_weights_scale", "attention.output_scale"), (1,)),
@@ -89,19 +91,28 @@ class _Keys:
 
 
 def model_config(
-    file: GgufFile, architecture: str, *, model_class: str, family: Mapping[str, Any]
+    file: GgufFile,
+    architecture: str,
+    *,
+    model_class: str,
+    family: Mapping[str, Any],
+    experts: Mapping[str, str],
 ) -> dict[str, Any]:
-    """config.json without its dtype. `family`: keys that the file does not state.
+    """config.json without its dtype.
 
+    family   keys that the file does not state
+    experts  key of config.json → key of the file, for what a mixture states beside
     Raises InputError for what is missing, contradicts itself, or has no place in such a config.
     """
     keys = _Keys(file, architecture)
     name = file.path.name
     if (kind := file.metadata.get("general.type", "model")) != "model":
         raise InputError(f"{name} holds no model, but is of the type {kind!r}")
-    if keys.value("expert_count"):
+    stated = {key: keys.value(key, 0) for key in OF_EXPERTS}
+    if experts and stated["expert_gating_func"] not in (0, SOFTMAX):
         raise InputError(
-            f"{name} holds a mixture of experts, which is not converted",
+            f"{name} says {architecture}.expert_gating_func is {stated['expert_gating_func']!r}, "
+            "which is not converted",
             hint="use its Hugging Face checkpoint",
         )
     if EMBEDDING not in file.tensors:
@@ -143,6 +154,7 @@ def model_config(
         # For readers older than rope_parameters, which would fall back on a base of their own.
         "rope_theta": theta,
         "tie_word_embeddings": HEAD not in file.tensors,
+        **{ours: keys.number(theirs) for ours, theirs in experts.items()},
         **family,
     }
     if scaling:

@@ -36,18 +36,22 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Stored]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, dequantized to fp32."""
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor, dequantized to fp32; with an index, that entry of its first dimension."""
         import gguf
 
         stored = self.tensors[name]
-        raw = np.fromfile(self.path, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
-        if raw.size != stored.nbytes:
+        shape, offset, nbytes = stored.shape, stored.offset, stored.nbytes
+        if index is not None:
+            nbytes //= shape[0]
+            offset, shape = offset + index * nbytes, shape[1:]
+        raw = np.fromfile(self.path, dtype=np.uint8, count=nbytes, offset=offset)
+        if raw.size != nbytes:
             raise InputError(f"{self.path.name} became shorter while it was read")
-        rows = math.prod(stored.shape[:-1])
+        rows = math.prod(shape[:-1])
         with foreign(f"{name} is stored as {stored.kind.name}, which the package gguf cannot read"):
             values = gguf.dequantize(raw.reshape(rows, -1), stored.kind)
-        return torch.from_numpy(values.reshape(stored.shape))
+        return torch.from_numpy(values.reshape(shape))
 
 
 def open_gguf(path: Path) -> GgufFile:

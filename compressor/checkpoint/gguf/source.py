@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,16 @@ from compressor.ir.tensor import TensorShape
 MAX_SHARD_BYTES = 5 * 10**9
 
 # GGUF name of a block's tensor → checkpoint name.
-LLAMA_BLOCK = {
+ATTENTION = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_v.weight": "self_attn.v_proj.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+}
+LLAMA_BLOCK = ATTENTION | {
+    f"ffn_{x}.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")
 }
 QKV_BIAS = {f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"}
 QK_NORM = {f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}
@@ -67,6 +67,8 @@ class _Family:
     permuted  q and k rows lie in the order of interleaved rotary pairs, not of halves
     config    keys of config.json that the file does not state
     biases    key of config.json → biases that all blocks have where it is true
+    experts   names within a block of what is stacked over experts, {e} for the expert's number
+    sizes     key of config.json → the file's, for what a mixture states beside
     """
 
     model_class: str
@@ -74,8 +76,13 @@ class _Family:
     permuted: bool
     config: Mapping[str, Any]
     biases: Mapping[str, Mapping[str, str]]
+    experts: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
 
 
+Place = tuple[str, int | None]
+"""A tensor of the file, or the part of it that is an expert's."""
+MIXTRAL = "mixtral"
 FAMILIES = {
     "llama": _Family(
         model_class="LlamaForCausalLM",
@@ -98,6 +105,42 @@ FAMILIES = {
         config={"use_sliding_window": False},
         biases={"attention_bias": ATTENTION_BIAS},
     ),
+    # llama.cpp calls Mixtral a llama with experts.
+    MIXTRAL: _Family(
+        model_class="MixtralForCausalLM",
+        block=ATTENTION | {"ffn_gate_inp.weight": "block_sparse_moe.gate.weight"},
+        permuted=True,
+        config={"model_type": "mixtral", "sliding_window": None},
+        biases={},
+        experts={
+            "ffn_gate_exps.weight": "block_sparse_moe.experts.{e}.w1.weight",
+            "ffn_up_exps.weight": "block_sparse_moe.experts.{e}.w3.weight",
+            "ffn_down_exps.weight": "block_sparse_moe.experts.{e}.w2.weight",
+        },
+        sizes={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    ),
+    "qwen3moe": _Family(
+        model_class="Qwen3MoeForCausalLM",
+        block=ATTENTION | QK_NORM | {"ffn_gate_inp.weight": "mlp.gate.weight"},
+        permuted=False,
+        config={
+            "model_type": "qwen3_moe",
+            "use_sliding_window": False,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        biases={"attention_bias": ATTENTION_BIAS},
+        experts={
+            f"ffn_{x}_exps.weight": f"mlp.experts.{{e}}.{x}_proj.weight"
+            for x in ("gate", "up", "down")
+        },
+        sizes={
+            "num_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "moe_intermediate_size": "expert_feed_forward_length",
+        },
+    ),
 }
 
 
@@ -109,17 +152,19 @@ def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype | None = No
     most one tensor is in memory, and the folder appears only when it is whole.
 
     dtype  of all weights of a quantized file; None: bfloat16. Files of floats keep their own
-    Raises InputError for a file that is damaged or of an architecture other than llama, qwen2 or
-    qwen3, for an output folder that exists, and where the package `gguf` is missing.
+    Raises InputError for a file that is damaged or of an architecture that is not known here, for
+    an output folder that exists, and where the package `gguf` is missing.
     """
     if output_dir.exists():
         raise InputError(f"{output_dir} is there already", hint="name a new folder")
     file = open_gguf(path)
     architecture = str(file.metadata.get("general.architecture"))
-    family = FAMILIES.get(architecture)
-    if family is None:
+    mixture = bool(file.metadata.get(f"{architecture}.expert_count"))
+    family = FAMILIES.get(MIXTRAL if architecture == "llama" and mixture else architecture)
+    if family is None or (architecture == MIXTRAL) or mixture != bool(family.experts):
+        what = " with experts" if mixture else ""
         raise InputError(
-            f"{path.name} holds a model of architecture {architecture!r}",
+            f"{path.name} holds a model of architecture {architecture!r}{what}",
             hint=f"a GGUF source may be {', '.join(FAMILIES)}; for another, use its Hugging Face "
             "checkpoint",
         )
@@ -129,10 +174,14 @@ def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype | None = No
             for key, group in family.biases.items()
         }
         config = model_config(
-            file, architecture, model_class=family.model_class, family={**family.config, **biases}
+            file,
+            architecture,
+            model_class=family.model_class,
+            family={**family.config, **biases},
+            experts=family.sizes,
         )
         names = _names(file, family, config)
-        _check_shapes(file, config)
+        _check_shapes(file, family, config)
         specs = _specs(file, names, config, dtype)
         config["dtype"] = str(_most(specs)).removeprefix("torch.")
         notes = _rounded(file, specs)
@@ -162,13 +211,14 @@ def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype | None = No
 
 def _specs(
     file: GgufFile,
-    names: Mapping[str, str],
+    names: Mapping[str, Place],
     config: Mapping[str, Any],
     dtype: torch.dtype | None,
 ) -> dict[str, TensorShape]:
     """Dtype and shape of every tensor that is written. A bias that only other linears have is
     zero."""
-    quantized = any(file.tensors[t].kind.name not in FLOATS for t in names.values() if t)
+    stored = {theirs for theirs, _ in names.values() if theirs}
+    quantized = any(file.tensors[t].kind.name not in FLOATS for t in stored)
     common = (dtype or torch.bfloat16) if quantized else None
     sizes = {
         "q_proj": config["num_attention_heads"] * config["head_dim"],
@@ -178,9 +228,10 @@ def _specs(
         **dict.fromkeys(("gate_proj", "up_proj"), config["intermediate_size"]),
     }
     found = {}
-    for name, theirs in names.items():
+    for name, (theirs, expert) in names.items():
         if theirs:
             kind, shape = file.tensors[theirs].kind.name, file.tensors[theirs].shape
+            shape = shape if expert is None else shape[1:]
             found[name] = TensorShape(common or FLOATS[kind], shape)
         else:
             shape = (sizes[name.split(".")[-2]],)
@@ -213,10 +264,10 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[str, str]:
-    """Checkpoint name → GGUF name, in the order of the model; each tensor of the file once.
+def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[str, Place]:
+    """Checkpoint name → where it is in the file, in the order of the model; all of the file once.
 
-    The GGUF name is empty for a bias that is zero because only other linears have one.
+    The tensor's name is empty for a bias that is zero because only other linears have one.
     """
     if config["num_hidden_layers"] > len(file.tensors):
         raise InputError(
@@ -224,17 +275,23 @@ def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[s
             f"{len(file.tensors)} tensors"
         )
     biases = [group for key, group in family.biases.items() if config[key]]
-    names = {"model.embed_tokens.weight": EMBEDDING}
+    names: dict[str, Place] = {"model.embed_tokens.weight": (EMBEDDING, None)}
     for i in range(config["num_hidden_layers"]):
-        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{t}" for t, ours in family.block.items()}
+        ours_of = {t: f"model.layers.{i}.{ours}" for t, ours in family.block.items()}
+        names |= {ours: (f"blk.{i}.{t}", None) for t, ours in ours_of.items()}
         for theirs, ours in (pair for group in biases for pair in group.items()):
             stored = f"blk.{i}.{theirs}"
-            names[f"model.layers.{i}.{ours}"] = stored if stored in file.tensors else ""
-    names["model.norm.weight"] = "output_norm.weight"
+            names[f"model.layers.{i}.{ours}"] = (stored if stored in file.tensors else "", None)
+        for theirs, ours in family.experts.items():
+            stack = file.tensors.get(f"blk.{i}.{theirs}")
+            for e in range(stack.shape[0] if stack is not None else 1):
+                names[f"model.layers.{i}.{ours.format(e=e)}"] = (f"blk.{i}.{theirs}", e)
+    names["model.norm.weight"] = ("output_norm.weight", None)
     if HEAD in file.tensors:
-        names["lm_head.weight"] = HEAD
-    missing = [theirs for theirs in names.values() if theirs and theirs not in file.tensors]
-    unknown = sorted(file.tensors.keys() - set(names.values()) - {ROPE_FACTORS})
+        names["lm_head.weight"] = (HEAD, None)
+    wanted = list(dict.fromkeys(theirs for theirs, _ in names.values() if theirs))
+    missing = [theirs for theirs in wanted if theirs not in file.tensors]
+    unknown = sorted(file.tensors.keys() - set(wanted) - {ROPE_FACTORS})
     for found, what in ((missing, "lacks"), (unknown, "has tensors this model does not have:")):
         if found:
             shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
@@ -244,27 +301,34 @@ def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[s
     return names
 
 
-def _check_shapes(file: GgufFile, config: Mapping[str, Any]) -> None:
-    """Refuse a file whose first block is not what its metadata says."""
+def _check_shapes(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> None:
+    """Refuse a file whose first block, or a stack of experts, is not what its metadata says."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
-    rows = {
-        "attn_q": config["num_attention_heads"] * head_dim,
-        "attn_k": config["num_key_value_heads"] * head_dim,
-        "ffn_up": config["intermediate_size"],
+    expected: dict[str, tuple[int, ...]] = {
+        "blk.0.attn_q": (config["num_attention_heads"] * head_dim, hidden),
+        "blk.0.attn_k": (config["num_key_value_heads"] * head_dim, hidden),
     }
-    for name, count in rows.items():
-        shape = file.tensors[f"blk.0.{name}.weight"].shape
-        if shape != (count, hidden):
+    if family.experts:
+        experts = config.get("num_local_experts", config.get("num_experts"))
+        inner = config.get("moe_intermediate_size", config["intermediate_size"])
+        for i in range(config["num_hidden_layers"]):
+            expected[f"blk.{i}.ffn_gate_inp"] = (experts, hidden)
+            expected |= {f"blk.{i}.ffn_{x}_exps": (experts, inner, hidden) for x in ("gate", "up")}
+            expected[f"blk.{i}.ffn_down_exps"] = (experts, hidden, inner)
+    else:
+        expected["blk.0.ffn_up"] = (config["intermediate_size"], hidden)
+    for name, wanted in expected.items():
+        shape = file.tensors[f"{name}.weight"].shape
+        if shape != wanted:
             raise InputError(
-                f"{file.path.name} says that blk.0.{name} is {[count, hidden]}, but it is "
-                f"{list(shape)}"
+                f"{file.path.name} says that {name} is {list(wanted)}, but it is {list(shape)}"
             )
 
 
 def _write_weights(
     file: GgufFile,
     folder: Path,
-    names: Mapping[str, str],
+    names: Mapping[str, Place],
     specs: Mapping[str, TensorShape],
     *,
     heads: tuple[int, int] | None,
@@ -278,7 +342,8 @@ def _write_weights(
             out.write(shard.fixed[0])
             for name in shard.tensors:
                 spec = specs[name]
-                value = file.read(names[name]) if names[name] else torch.zeros(spec.shape)
+                theirs, expert = names[name]
+                value = file.read(theirs, expert) if theirs else torch.zeros(spec.shape)
                 if heads and (".q_proj." in name or ".k_proj." in name):
                     value = halves_from_pairs(value, heads[".k_proj." in name])
                 out.write(tensor_bytes(value.to(spec.dtype)))
