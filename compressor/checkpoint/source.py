@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from compressor.arch.free import FreeMap
 from compressor.arch.load import NO_MAP, ArchMap, find_map
+from compressor.arch.schema import MapFile
 from compressor.checkpoint.low_precision.base import DecodedCheckpoint
 from compressor.checkpoint.low_precision.known import as_floats
 from compressor.checkpoint.low_precision.microscaled import as_compressed_tensors
@@ -194,6 +196,7 @@ def as_source(
         del headers[name]
     layout = arch.layout(config, headers)
     checkpoint = sliced(settle_biases(checkpoint, layout), layout)
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *_carried(arch, layout)))
     linears = {
         linear.name: modules.get(linear.name, {})
         for linear in layout.linears
@@ -210,6 +213,26 @@ def as_source(
     )
     _check_stored(source)
     return source
+
+
+def _carried(arch: MapFile, layout: ModelLayout) -> Iterator[str]:
+    """What is said of tensors that are no part of the text model."""
+    if layout.carried:
+        parts = Counter(_part(name) for name in layout.carried)
+        listed = ", ".join(f"{part} ({count})" for part, count in parts.items())
+        yield f"{len(layout.carried)} tensors are carried over as they are: {listed}"
+    if arch.config is not None:
+        yield (
+            "calibration and evaluation are of text: what images change (positions of several "
+            "dimensions, features added between blocks) is not seen"
+        )
+
+
+def _part(name: str) -> str:
+    """The part of a model that a tensor belongs to: its name up to a number."""
+    path = name.split(".")
+    until = next((i for i, part in enumerate(path) if part.isdigit()), len(path) - 2)
+    return ".".join(path[: max(1, min(until, 2))])
 
 
 def _recorded_map(folder: Path) -> str | None:

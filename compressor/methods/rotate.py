@@ -71,6 +71,18 @@ class Rotate(Pass):
                 f"{layout.model_type} has LayerNorms, which subtract the mean",
                 hint="keep_mean: true rotates around it",
             )
+        if layout.carried:
+            yield InputError(
+                f"{len(layout.carried)} tensors that are carried over ({layout.carried[0]}, …) "
+                "write to the hidden states or read them as they were, not rotated",
+                hint="leave rotate out of the recipe",
+            )
+        latent = next((x for x in layout.linears if x.role.startswith("latent.")), None)
+        if latent is not None:
+            yield InputError(
+                f"experts of {layout.model_type} read a latent ({latent.name}), not the stream",
+                hint="leave rotate out of the recipe",
+            )
         if layout.tied is not None and not context.untied:
             yield InputError(
                 "the final norm's weight goes into lm_head, which shares its weight with "

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint.source import open_source
+from compressor.errors import InputError
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
 from tests.support.family_checks import (
     compiled,
     compiled_and_loaded,
@@ -84,3 +87,32 @@ def test_experts_stacked_on_disk_are_those_that_are_not(
     compiled(stacked, tmp_path / "two", step)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_is_carried_is_listed_and_nothing_turns_around_it(tiny_model: TinyModel) -> None:
+    source = open_source(tiny_model("qwen3_vl"))
+    notes = "; ".join(source.checkpoint.notes)
+    assert (
+        f"{len(source.layout.carried)} tensors are carried over as they are: model.visual" in notes
+    )
+    assert "calibration and evaluation are of text" in notes
+    recipe = make_recipe({"model": "m", "output": "o", "passes": ["rotate", "rtn"]})
+    with pytest.raises(InputError, match=r"carried over .* not rotated"):
+        make_plan(recipe, source)
+
+
+def test_contradictions_between_config_and_files_are_named(tiny_model: TinyModel) -> None:
+    source = open_source(tiny_model("granitemoe"))
+    config, entries = source.checkpoint.config, source.checkpoint.entries
+    headers = {name: entry.spec.shape for name, entry in entries.items()}
+    stacks = [name for unit in source.layout.blocks for name in unit.stacks]
+    headers = {n: shape for n, shape in headers.items() if ".experts." not in n}
+    headers |= {name: (4, 192, 64) if "input" in name else (4, 64, 96) for name in stacks}
+    layout = source.arch.layout
+    assert layout(config, headers).linears
+    with pytest.raises(InputError, match=r"disagree on the shape of .*input_linear"):
+        layout({**config, "num_local_experts": 5}, headers)
+    with pytest.raises(InputError, match=r"disagree on the shape of .*input_linear"):
+        layout(config, {**headers, stacks[0]: (4, 64, 192)})
+    with pytest.raises(InputError, match=r"lacks .*experts\.0\.w1"):
+        layout(config, {n: s for n, s in headers.items() if n != stacks[0]})
