@@ -96,8 +96,25 @@ class TensorRef:
         return (value if self.rows is None else self.rows.take(value)).contiguous()
 
 
+class Module:
+    """What has a weight, and perhaps a bias, that go by its path."""
+
+    __slots__ = ()
+    name: str
+
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight among a unit's tensors."""
+        return weight_name(self.name)
+
+    @property
+    def bias_name(self) -> str:
+        """The name that its bias has there, if it has one."""
+        return bias_name(self.name)
+
+
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(Module):
     """One nn.Linear as the checkpoint names it.
 
     name     module path, e.g. model.layers.0.self_attn.q_proj; its weight and bias go by
@@ -129,22 +146,12 @@ class Linear:
     transposed: bool = False
 
     @property
-    def weight_name(self) -> str:
-        """The name of its weight among a unit's tensors."""
-        return weight_name(self.name)
-
-    @property
-    def bias_name(self) -> str:
-        """The name that its bias has there, if it has one."""
-        return bias_name(self.name)
-
-    @property
     def shape(self) -> tuple[int, int]:
         return (self.out_features, self.in_features)
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
+class Norm(Module):
     """One normalisation that multiplies by its weight, or by offset + weight.
 
     name    module path; its tensors are name.weight and, if `bias`, name.bias
@@ -161,16 +168,6 @@ class Norm:
     offset: float = 0.0
     bias: bool = False
     kind: Literal["rms", "layer"] = "rms"
-
-    @property
-    def weight_name(self) -> str:
-        """The name of its weight among a unit's tensors."""
-        return weight_name(self.name)
-
-    @property
-    def bias_name(self) -> str:
-        """The name that its bias has there, if it has one."""
-        return bias_name(self.name)
 
 
 @dataclass(frozen=True, slots=True)

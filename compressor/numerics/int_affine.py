@@ -22,6 +22,8 @@ A scale is rounded to the dtype it is stored in before zero and codes are chosen
 
 from __future__ import annotations
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
@@ -37,36 +39,34 @@ USUAL_RANGE = (2.0**-14, 65504.0)
 scales underflow, saturate or overflow there."""
 
 
-def quantize_int(
-    weight: Tensor,
-    spec: QuantSpec,
-    *,
-    clip_max: Tensor | None = None,
-    clip_min: Tensor | None = None,
-    narrow: bool = False,
-    arithmetic: torch.dtype = torch.float32,
-) -> QTensor:
-    """Round a weight [out, in] to the nearest codes of an int spec (tensor, channel or group).
+class GridOptions(TypedDict, total=False):
+    """What bends a grid away from its group's range.
 
     clip_max    [scale_shape] bound of each group: the weight is clamped to ±clip_max first
     clip_min    [scale_shape] lower bound, where it is not −clip_max
     narrow      symmetric grids with a positive scale whose upper end is exactly absmax; of an
                 asymmetric spec, the symmetric grids it is compared with
     arithmetic  dtype of the arithmetic (lower than float32 only to reproduce others' codes)
+    """
+
+    clip_max: Tensor | None
+    clip_min: Tensor | None
+    narrow: bool
+    arithmetic: torch.dtype
+
+
+def quantize_int(weight: Tensor, spec: QuantSpec, **options: Unpack[GridOptions]) -> QTensor:
+    """Round a weight [out, in] to the nearest codes of an int spec (tensor, channel or group).
+
+    options  of the grid, see `GridOptions`
     Raises InputError where the spec is not an int affine one or groups do not divide the columns.
     """
-    scales, zeros = int_grid(
-        weight,
-        spec,
-        clip_max=clip_max,
-        clip_min=clip_min,
-        narrow=narrow,
-        arithmetic=arithmetic,
-    )
+    scales, zeros = int_grid(weight, spec, **options)
+    arithmetic, bounds = options.get("arithmetic", torch.float32), clip_of(options)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(weight):
         groups = _grouped(weight[rows].to(arithmetic, copy=True), spec)
-        groups = _clamped(groups, rows, clip_max, clip_min)
+        groups = _clamped(groups, rows, *bounds)
         codes[rows] = _codes(groups, spec, rows, scales, zeros).view(codes[rows].shape)
     return QTensor(
         spec=spec,
@@ -80,33 +80,23 @@ def fake_quantize_int(
     weight: Tensor,
     spec: QuantSpec,
     *,
-    clip_max: Tensor | None = None,
-    clip_min: Tensor | None = None,
-    narrow: bool = False,
-    arithmetic: torch.dtype = torch.float32,
     span: tuple[Tensor, Tensor] | None = None,
     overwrite: bool = False,
+    **options: Unpack[GridOptions],
 ) -> Tensor:
     """`quantize_int(...).dequantize(weight.dtype)`, bit for bit, without the codes in between.
 
     span       `group_range(weight, spec)`, where it is known
     overwrite  the result may take the place of the weight
     """
-    scales, zeros = int_grid(
-        weight,
-        spec,
-        clip_max=clip_max,
-        clip_min=clip_min,
-        narrow=narrow,
-        arithmetic=arithmetic,
-        span=span,
-    )
+    scales, zeros = int_grid(weight, spec, span=span, **options)
+    arithmetic, bounds = options.get("arithmetic", torch.float32), clip_of(options)
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     kept = overwrite and weight.is_contiguous()
     out = weight if kept else weight.clone(memory_format=torch.contiguous_format)
     for rows in row_chunks(out):
         chunk = out[rows].to(arithmetic)  # `out` itself, where that is its dtype
-        groups = _clamped(_grouped(chunk, spec), rows, clip_max, clip_min)
+        groups = _clamped(_grouped(chunk, spec), rows, *bounds)
         values = _codes(groups, spec, rows, scales, zeros).to(work)
         if zeros is None:
             values.sub_(2 ** (spec.bits - 1))
@@ -116,6 +106,11 @@ def fake_quantize_int(
         if not (out.dtype == arithmetic == work):
             out[rows] = values.view(chunk.shape).to(out.dtype)
     return out
+
+
+def clip_of(options: GridOptions) -> tuple[Tensor | None, Tensor | None]:
+    """Upper and lower bounds of groups."""
+    return options.get("clip_max"), options.get("clip_min")
 
 
 def int_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, *, spec: QuantSpec) -> Tensor:
@@ -129,17 +124,16 @@ def int_grid(
     weight: Tensor,
     spec: QuantSpec,
     *,
-    clip_max: Tensor | None = None,
-    clip_min: Tensor | None = None,
-    narrow: bool = False,
-    arithmetic: torch.dtype = torch.float32,
     span: tuple[Tensor, Tensor] | None = None,
+    **options: Unpack[GridOptions],
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [scale_shape] in spec.scale_dtype, and integer zeros [scale_shape] in `arithmetic`.
 
     Options as in `fake_quantize_int`; zeros are None for symmetric specs.
     """
     check_int_spec(spec, (weight.shape[0], weight.shape[1]))
+    clip = clip_max, clip_min = clip_of(options)
+    narrow, arithmetic = options.get("narrow", False), options.get("arithmetic", torch.float32)
     low, high = group_range(weight, spec) if span is None else span
     low, high = low.to(arithmetic), high.to(arithmetic)
     if clip_max is not None:
@@ -156,7 +150,6 @@ def int_grid(
     signed = symmetric_scales(low, high, spec, narrow=narrow)
     # A negative scale mirrors the codes: −(c − centre) = (levels − c) − (levels − centre).
     other = signed.abs(), torch.where(signed < 0, levels - centre, centre).to(low.dtype)
-    clip = (clip_max, clip_min)
     errors = [_squared_errors(weight, spec, *g, clip, arithmetic) for g in (grid, other)]
     better = degenerate & ((errors[1] < errors[0]) | errors[0].isinf())
     return torch.where(better, other[0], grid[0]), torch.where(better, other[1], grid[1])

@@ -16,8 +16,8 @@ which decodes to zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -48,49 +48,60 @@ def shared_absmax(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight.abs().amax().float() for weight in weights]).amax().reshape(1, 1)
 
 
-def quantize_nvfp4(
-    weight: Tensor,
-    spec: QuantSpec = NVFP4,
-    *,
-    rule: Rule = "static_6",
-    amax: Tensor | None = None,
-    tile_rows: int = 1,
-    clip_max: Tensor | None = None,
-) -> QTensor:
-    """Round a weight [out, in] to NVFP4.
+class RoundingOptions(TypedDict, total=False):
+    """How a weight is rounded.
 
+    rule       how a block's scale is chosen ("static_6")
     amax       absmax that sets the global scale, from `shared_absmax`; the weight's own if None
     tile_rows  rows that share a block's scale: 1, or 16 so that the transposed weight has the same
                codes; the scale is repeated for each row
     clip_max   [out, in/16] bound of each block: the weight is clamped to ±clip_max first
+    """
+
+    rule: Rule
+    amax: Tensor | None
+    tile_rows: int
+    clip_max: Tensor | None
+
+
+def quantize_nvfp4(
+    weight: Tensor, spec: QuantSpec = NVFP4, **options: Unpack[RoundingOptions]
+) -> QTensor:
+    """Round a weight [out, in] to NVFP4.
+
+    options  see `RoundingOptions`
     Raises InputError where inputs do not divide by 16 or the absmax is not finite.
     """
-    amax, divisor = _global(weight, spec, rule=rule, amax=amax)
+    rule = options.get("rule", "static_6")
+    amax, divisor = _global(weight, spec, rule=rule, amax=options.get("amax"))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(
         weight.shape[0], weight.shape[1] // BLOCK, dtype=spec.scale_dtype, device=weight.device
     )
-    for rows in row_chunks(weight, multiple=tile_rows):
-        values, chosen = _round(_clipped(weight, rows, clip_max), amax, rule, tile_rows)
+    for rows, values, chosen in _rounded(weight, amax, rule, options):
         codes[rows] = e2m1_codes(values)
         scales[rows] = chosen
     return QTensor(spec=spec, codes=codes, scales=scales, second=1 / divisor)
 
 
+def _rounded(
+    weight: Tensor, amax: Tensor, rule: Rule, options: RoundingOptions
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time: which, their elements, and their blocks' scales."""
+    tile_rows = options.get("tile_rows", 1)
+    for rows in row_chunks(weight, multiple=tile_rows):
+        clipped = _clipped(weight, rows, options.get("clip_max"))
+        yield rows, *_round(clipped, amax, rule, tile_rows)
+
+
 def fake_quantize_nvfp4(
-    weight: Tensor,
-    spec: QuantSpec = NVFP4,
-    *,
-    rule: Rule = "static_6",
-    amax: Tensor | None = None,
-    tile_rows: int = 1,
-    clip_max: Tensor | None = None,
+    weight: Tensor, spec: QuantSpec = NVFP4, **options: Unpack[RoundingOptions]
 ) -> Tensor:
     """`quantize_nvfp4(...).dequantize(weight.dtype)`, bit for bit, without the codes in between."""
-    amax, divisor = _global(weight, spec, rule=rule, amax=amax)
+    rule = options.get("rule", "static_6")
+    amax, divisor = _global(weight, spec, rule=rule, amax=options.get("amax"))
     out = torch.empty_like(weight)
-    for rows in row_chunks(weight, multiple=tile_rows):
-        values, chosen = _round(_clipped(weight, rows, clip_max), amax, rule, tile_rows)
+    for rows, values, chosen in _rounded(weight, amax, rule, options):
         blocks = values.view(values.shape[0], -1, BLOCK) * chosen.float().unsqueeze(-1)
         out[rows] = blocks.mul_(1 / divisor).view(values.shape).to(weight.dtype)
     return out

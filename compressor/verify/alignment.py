@@ -183,14 +183,22 @@ def _rows(unit: UnitLayout, tensors: Mapping[str, Tensor], role: str) -> Tensor 
     return None
 
 
+def _rows_of_both(
+    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor], role: str
+) -> tuple[Tensor, Tensor] | None:
+    """Those rows as they are and as they were."""
+    new, old = _rows(unit, written, role), _rows(unit, original, role)
+    return None if new is None or old is None else (new, old)
+
+
 def _head_order(
     unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
 ) -> Moved:
     """KV heads in another order, with the query heads that read them."""
     shape = unit.attention
-    new, old = _rows(unit, written, "attn.k"), _rows(unit, original, "attn.k")
-    if shape is None or new is None or old is None:
+    if shape is None or (both := _rows_of_both(unit, written, original, "attn.k")) is None:
         return [], {}
+    new, old = both
     order = _matching(new.reshape(shape.kv_heads, -1), old.reshape(shape.kv_heads, -1))
     if order is None:
         return [], {}
@@ -216,9 +224,9 @@ def _key_scales(
 ) -> Moved:
     """Channels of keys divided by what queries are multiplied by, one for both of a rotary pair."""
     shape = unit.attention
-    new, old = _rows(unit, written, "attn.k"), _rows(unit, original, "attn.k")
-    if shape is None or new is None or old is None:
+    if shape is None or (both := _rows_of_both(unit, written, original, "attn.k")) is None:
         return [], {}
+    new, old = both
     if any(norm.role == "norm.k" for norm in unit.norms):
         return _norm_scales(unit, written, original)
     pairs = (shape.kv_heads, 2, -1)
@@ -285,9 +293,9 @@ def _value_maps(
 ) -> Moved:
     """The values of each KV head times a matrix A, the output projection's columns times A⁻¹."""
     shape = unit.attention
-    new, old = _rows(unit, written, "attn.v"), _rows(unit, original, "attn.v")
-    if shape is None or new is None or old is None:
+    if shape is None or (both := _rows_of_both(unit, written, original, "attn.v")) is None:
         return [], {}
+    new, old = both
     heads = (shape.kv_heads, shape.head_dim, -1)
     new, old = new.reshape(heads).double(), old.reshape(heads).double()
     maps = torch.linalg.lstsq(old.mT, new.mT).solution.mT

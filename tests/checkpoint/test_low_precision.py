@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint.low_precision import fp8
 from compressor.checkpoint.low_precision.base import DecodedCheckpoint
@@ -19,6 +18,7 @@ from compressor.errors import InputError, Problems
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from tests.support.golden_files import vectors
+from tests.support.readings import logits, read
 from tests.support.tiny_models import TYPES
 
 E4M3 = torch.float8_e4m3fn
@@ -38,21 +38,6 @@ def rewrite(folder: Path, change, declared: dict[str, Any] | None = None) -> Non
     config = json.loads((folder / "config.json").read_text())
     config |= {} if declared is None else {"quantization_config": declared}
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    source = open_source(folder)
-    return {
-        name: tensor
-        for unit in source.layout.units
-        for name, tensor in source.read_unit(unit).tensors.items()
-    }
-
-
-def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.arange(2, 34)[None]).logits
 
 
 def dense(folder: Path, tmp_path: Path) -> Path:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
+from tests.support.readings import logits, read
 from tests.support.tiny_models import TYPES
 
 INDEX = "model.safetensors.index.json"
@@ -42,22 +42,6 @@ def edit(folder: Path, change=None, **config: Any) -> Path:
 def index(folder: Path, shard: str) -> None:
     names = load_file(folder / shard)
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of our reading."""
-    source = open_source(folder)
-    return {
-        name: tensor
-        for unit in source.layout.units
-        for name, tensor in source.read_unit(unit).tensors.items()
-    }
-
-
-def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.arange(2, 34)[None]).logits
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:

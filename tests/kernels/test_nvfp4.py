@@ -11,6 +11,8 @@ from compressor_kernels.linear.nvfp4 import (
 )
 from compressor_kernels.linear.w4a16 import DecodeTiles, TiledTiles
 
+from tests.support.products import assert_close
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
 E4M3 = torch.float8_e4m3fn
@@ -27,15 +29,6 @@ def problem(count, outputs, inner, dtype, *, seed=0):
     weight = table[codes] * scales.double().repeat_interleave(16, 1) * second.double()
     packed = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
     return [t.to(DEVICE) for t in (x, packed, scales, second)], weight.to(DEVICE)
-
-
-def assert_close(y, x, weight, *, bias=0.0, rounded_weight=False):
-    """As exact as fp32 sums rounded once; many tokens meet a weight rounded before that."""
-    expected = x.double() @ weight.mT + bias
-    step = torch.finfo(y.dtype).eps
-    magnitudes = x.double().abs() @ weight.abs().mT
-    loss = torch.finfo(x.dtype).eps if rounded_weight else 1e-5
-    assert ((y.double() - expected).abs() <= step * expected.abs() + loss * magnitudes).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,6 +31,7 @@ from compressor.numerics.progressive import quantize_offset, quantize_progressiv
 from compressor.verify.kernels.cache import cache_kernel, check_cache
 from compressor.verify.kernels.check import WHOLE_ROWS, check_kernel, kernel_for
 from compressor.verify.kernels.layer import EVERYTHING, Layer, Tile
+from tests.support.low_bit_cases import qoq
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (192, 384)
@@ -58,18 +59,6 @@ def fp8(strategy, *, block=None, group=None):
         block=block,
         group_size=group,
         scale_dtype=torch.bfloat16,
-    )
-
-
-def qoq(group, zero="offset"):
-    return QuantSpec(
-        element="int",
-        bits=4,
-        strategy="group" if group else "channel",
-        group_size=group,
-        zero=zero,
-        scale_dtype=torch.int8 if group else torch.float16,
-        second="channel" if group else "none",
     )
 
 

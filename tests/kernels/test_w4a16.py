@@ -13,6 +13,8 @@ from compressor_kernels.linear.w4a16 import (
     w4a16_ref,
 )
 
+from tests.support.products import assert_close
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -41,16 +43,6 @@ def problem(count, outputs, inner, group, dtype, *, zeros, seed=0):
     packed_zeros = pack(points.mT).mT.contiguous().to(DEVICE) if zeros else None
     tensors = (x.to(DEVICE), pack(codes).to(DEVICE), scales.to(DEVICE), packed_zeros)
     return tensors, weight.to(DEVICE)
-
-
-def assert_close(y, x, weight, *, bias=0.0, rounded_weight=False):
-    """As exact as fp32 sums rounded once, or as weights rounded to x's dtype before that."""
-    expected = x.double() @ weight.mT + bias
-    # What sums may lose, against the sum of magnitudes; the interpreter truncates bf16 stores.
-    step = torch.finfo(y.dtype).eps
-    magnitudes = x.double().abs() @ weight.abs().mT
-    loss = torch.finfo(x.dtype).eps if rounded_weight else 1e-5
-    assert ((y.double() - expected).abs() <= step * expected.abs() + loss * magnitudes).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,8 +11,8 @@ from compressor_kernels.linear.w4a8 import (
 )
 
 from compressor.formats.qserve.codec import FORMAT, INPUT
-from compressor.ir.qtensor import QuantSpec
 from compressor.numerics.progressive import quantize_offset, quantize_progressive
+from tests.support.low_bit_cases import qoq
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,15 +21,7 @@ def stored(outputs, inner, group, *, zero="offset", seed=0):
     """The tensors that the format writes for a random weight, and what they stand for in fp64."""
     generator = torch.Generator().manual_seed(seed + outputs + inner)
     weight = torch.randn(outputs, inner, generator=generator) * 0.02 + 0.005
-    spec = QuantSpec(
-        element="int",
-        bits=4,
-        strategy="group" if group else "channel",
-        group_size=group,
-        zero=zero,
-        scale_dtype=torch.int8 if group else torch.float16,
-        second="channel" if group else "none",
-    )
+    spec = qoq(group, zero)
     q = quantize_progressive(weight, spec) if group else quantize_offset(weight, spec)
     tensors = FORMAT.encode(q, model_dtype=torch.float16, input=INPUT)
     return {n: t.to(DEVICE) for n, t in tensors.items()}, q.dequantize(torch.float64).to(DEVICE)

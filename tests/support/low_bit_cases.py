@@ -24,6 +24,13 @@ def fp8(strategy, *, group=None, block=None, dtype=BF16):
     return QuantSpec("fp8_e4m3", 8, strategy, group, block, scale_dtype=dtype)
 
 
+def qoq(group, zero="offset"):
+    """QoQ's weights: progressive in groups, or with an offset by channel."""
+    if group:
+        return progressive(zero, group)
+    return QuantSpec("int", 4, "channel", zero=zero, scale_dtype=F16)
+
+
 def progressive(zero, group=32):
     return QuantSpec("int", 4, "group", group, zero=zero, scale_dtype=I8, second="channel")
 

@@ -16,8 +16,7 @@ from compressor.ir.tensor import TensorShape
 class CTLayout(Protocol):
     """One value of `format` in a compressed-tensors config; members as in `Format`."""
 
-    @property
-    def format(self) -> str: ...
+    format: str
 
     def holds(self, scheme: Scheme) -> bool:
         """Whether a scheme of this kind is written in this sub-format."""
@@ -27,7 +26,9 @@ class CTLayout(Protocol):
         """Why a scheme it holds cannot be written for a weight [out, in], or None."""
         ...
 
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype: ...
+    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
+        """Dtype of stored scales: the model's."""
+        return model_dtype
 
     def layout(
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
@@ -37,7 +38,9 @@ class CTLayout(Protocol):
         self, q: QTensor, *, input: ActivationSpec | None, input_scale: Tensor | None
     ) -> dict[str, Tensor]: ...
 
-    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None: ...
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """None where no input has a stored scale."""
+        return None
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
         """Whether the tensors of one linear, by local name, are in this sub-format."""

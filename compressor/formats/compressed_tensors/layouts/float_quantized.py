@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts import inputs, weights
+from compressor.formats.compressed_tensors.layouts.base import CTLayout
 from compressor.formats.shared.checks import check_values, matrix_shape, take
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
@@ -26,7 +27,7 @@ STORED = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
-class FloatQuantized:
+class FloatQuantized(CTLayout):
     """FP8 weights, with or without quantized inputs as its name says."""
 
     format: str
@@ -54,10 +55,6 @@ class FloatQuantized:
             if spec is not None and grouped and shape[1] % (spec.group_size or 1):
                 return f"{shape[1]} inputs do not divide into groups of {spec.group_size}"
         return None
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """The model's dtype."""
-        return model_dtype
 
     def layout(
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts import inputs, weights
+from compressor.formats.compressed_tensors.layouts.base import CTLayout
 from compressor.formats.shared.checks import check_int, int_reason, matrix_shape, take
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.tensor import TensorShape
 
 
-class IntQuantized:
+class IntQuantized(CTLayout):
     """Integer weights beside int8 or fp8 inputs."""
 
     format = "int-quantized"
@@ -44,15 +45,7 @@ class IntQuantized:
         assert scheme.weight is not None and scheme.input is not None
         if scheme.input.mode == "mx":
             return "microscaled inputs go with microscaled weights"
-        if reason := inputs.uneven_inputs(scheme.input, shape):
-            return reason
-        if not 1 <= scheme.weight.bits <= 8:
-            return f"{scheme.weight.bits} bits are not 1 to 8"
-        return int_reason(scheme.weight, shape)
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """The model's dtype."""
-        return model_dtype
+        return inputs.uneven_inputs(scheme.input, shape) or weights.int_weight_reason(scheme, shape)
 
     def layout(
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None

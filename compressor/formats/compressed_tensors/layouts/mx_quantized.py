@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.compressed_tensors.layouts.base import arguments
+from compressor.formats.compressed_tensors.layouts.base import CTLayout, arguments
 from compressor.formats.compressed_tensors.layouts.inputs import EXPONENTS, input_entry, read_input
 from compressor.formats.shared.checks import check_values, matrix_shape, take
 from compressor.formats.shared.e2m1 import pack_nibbles, unpack_nibbles
@@ -30,7 +30,7 @@ from compressor.ir.tensor import TensorShape
 
 
 @dataclass(frozen=True, slots=True)
-class MXQuantized:
+class MXQuantized(CTLayout):
     """Weights of one microscaling spec, MXFP4 or MXFP8."""
 
     format: str
@@ -81,10 +81,6 @@ class MXQuantized:
         codes = q.codes.contiguous()
         packed = pack_nibbles(codes) if q.spec.bits == 4 else codes.view(torch.float8_e4m3fn)
         return {self.weight: packed, "weight_scale": q.scales.contiguous().view(torch.uint8)}
-
-    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """None."""
-        return None
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
         """Known by the dtypes of codes and scales, where there is no global scale."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.compressed_tensors.layouts.base import arguments
+from compressor.formats.compressed_tensors.layouts.base import CTLayout, arguments
 from compressor.formats.compressed_tensors.layouts.inputs import (
     input_entry,
     positive_scale,
@@ -40,7 +40,7 @@ from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.tensor import TensorShape
 
 
-class NVFP4PackQuantized:
+class NVFP4PackQuantized(CTLayout):
     """NVFP4 weights, whose inputs stay in float or are NVFP4 too."""
 
     format = "nvfp4-pack-quantized"

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts import inputs, weights
-from compressor.formats.shared.checks import check_int, int_reason, take
+from compressor.formats.compressed_tensors.layouts.base import CTLayout
+from compressor.formats.shared.checks import check_int, take
 from compressor.formats.shared.words import pack_words, unpack_words, word_count
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.tensor import TensorShape
 
 
-class PackQuantized:
+class PackQuantized(CTLayout):
     """Integer weights alone, or beside inputs that are quantized dynamically by token or group."""
 
     format = "pack-quantized"
@@ -47,15 +48,7 @@ class PackQuantized:
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """1 to 8 bits with a scale per tensor, channel or whole group."""
         assert scheme.weight is not None
-        if reason := inputs.uneven_inputs(scheme.input, shape):
-            return reason
-        if not 1 <= scheme.weight.bits <= 8:
-            return f"{scheme.weight.bits} bits are not 1 to 8"
-        return int_reason(scheme.weight, shape)
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """The model's dtype."""
-        return model_dtype
+        return inputs.uneven_inputs(scheme.input, shape) or weights.int_weight_reason(scheme, shape)
 
     def layout(
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None
@@ -96,10 +89,6 @@ class PackQuantized:
                 else pack_words(q.zeros.t(), spec.bits).t().contiguous()
             )
         return tensors
-
-    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """None: no input has a stored scale."""
-        return None
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
         """Known by its packed weight or the shape beside it, without NVFP4's global scale."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts.base import arguments
-from compressor.formats.shared.checks import SCALE_DTYPES, take_scales
+from compressor.formats.shared.checks import SCALE_DTYPES, int_reason, take_scales, weight_of
 from compressor.ir.qtensor import QTensor, QuantSpec, Strategy
+from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 
 
@@ -28,6 +29,12 @@ def weight_entry(spec: QuantSpec) -> dict[str, Any]:
         group_size=spec.group_size if spec.strategy == "group" else None,
         block=spec.block if spec.strategy == "block" else None,
     )
+
+
+def int_weight_reason(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """Why an integer weight has no form in any sub-format, or None."""
+    spec = weight_of(scheme)
+    return int_reason(spec, shape) if 1 <= spec.bits <= 8 else f"{spec.bits} bits are not 1 to 8"
 
 
 def read_int_weight(
