@@ -33,8 +33,9 @@ READ_THREADS = 4
 class Checkpoint:
     """An opened checkpoint: nothing but headers has been read, and no file is kept open.
 
-    problems  what is wrong with its files, where it was opened to be planned with nevertheless
-    notes     what of the folder is left out or read otherwise than it says, a sentence each
+    problems   what is wrong with its files, where it was opened to be planned with nevertheless
+    notes      what of the folder is left out or read otherwise than it says, a sentence each
+    stored_as  what weights that are read as floats are stored as, in a few words; empty for floats
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     problems: tuple[CompressError, ...] = field(default=(), kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    stored_as: str = field(default="", kw_only=True)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,11 @@ class SlicedCheckpoint(Checkpoint):
     inner: Checkpoint
     slices: Mapping[str, TensorRef]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return self.inner.nbytes
+
     def read(
         self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
     ) -> dict[str, Tensor]:

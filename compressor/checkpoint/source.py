@@ -15,7 +15,6 @@ from torch import Tensor
 from compressor.arch.free import FreeMap
 from compressor.arch.load import NO_MAP, ArchMap, find_map
 from compressor.arch.schema import MapFile
-from compressor.checkpoint.low_precision.base import DecodedCheckpoint
 from compressor.checkpoint.low_precision.known import as_floats
 from compressor.checkpoint.low_precision.microscaled import as_compressed_tensors
 from compressor.checkpoint.manifest import RECIPE_NAME
@@ -72,9 +71,7 @@ class Source:
     @property
     def low_precision(self) -> str:
         """What weights are stored as, where that is not floats; empty for a float checkpoint."""
-        if isinstance(self.checkpoint, DecodedCheckpoint):
-            return self.checkpoint.stored_as
-        return self.format.name if self.quantized else ""
+        return self.checkpoint.stored_as or (self.format.name if self.quantized else "")
 
     def stored(self, linear: Linear) -> dict[str, TensorShape]:
         """Tensors that hold a linear's weight: name local to the linear → dtype and shape."""
@@ -85,8 +82,9 @@ class Source:
         tensors = {leaf: entries[path].spec for leaf, path in paths if path in entries}
         return self.format.stored(tensors, scheme, linear.shape, model_dtype=self.checkpoint.dtype)
 
-    def names(self, unit: UnitLayout) -> tuple[str, ...]:
-        """Names on disk of all of a unit's tensors, in a fixed order."""
+    def names(self, unit: UnitLayout, *, carried: bool = True) -> tuple[str, ...]:
+        """Names on disk of all of a unit's tensors, in a fixed order; those that are carried over,
+        which no forward pass uses, only where they are asked for."""
         coded = {
             linear.name: linear
             for linear in unit.linears
@@ -99,11 +97,16 @@ class Source:
                 names.extend(f"{path}.{local}" for local in self.stored(coded[path]))
             else:
                 names.append(name)
-        return (*names, *self.added.get(unit.name, ()))
+        added = self.added.get(unit.name, ())
+        if not carried:
+            left = set(self.layout.carried)
+            added = tuple(name for name in added if name not in left)
+        return (*names, *added)
 
-    def read_unit(self, unit: UnitLayout, *, pin: bool = False) -> Unit:
-        """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded."""
-        return self.assemble(unit, self.checkpoint.read(self.names(unit), pin=pin))
+    def read_unit(self, unit: UnitLayout, *, pin: bool = False, carried: bool = True) -> Unit:
+        """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded;
+        `carried` as in `names`."""
+        return self.assemble(unit, self.checkpoint.read(self.names(unit, carried=carried), pin=pin))
 
     def assemble(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
         """The unit that tensors read under `names(unit)` stand for."""
@@ -322,16 +325,22 @@ def _check_stored(source: Source) -> None:
         raise Problems(problems)
 
 
-def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises InputError naming the tensors that hold NaN or an infinity."""
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold NaN or an infinity, found without a copy of any."""
     # The largest magnitude is finite exactly where all values are; NaN counts as the largest.
     flags = {
         name: torch.isfinite(torch.stack(list(torch.aminmax(tensor))).float()).all()
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.numel()
     }
-    if flags and not bool(torch.stack(list(flags.values())).all()):
-        bad = [name for name, good in flags.items() if not bool(good)]
+    if not flags or bool(torch.stack(list(flags.values())).all()):
+        return []
+    return [name for name, good in flags.items() if not bool(good)]
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError naming the tensors that hold NaN or an infinity."""
+    if bad := not_finite(tensors):
         raise InputError(
             f"the source holds NaN or infinity in {', '.join(bad[:4])}",
             hint="the checkpoint is damaged: download it again, or take another revision",

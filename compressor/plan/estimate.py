@@ -133,9 +133,16 @@ def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = 
     return batch
 
 
-def _source_bytes(plan: Plan, unit: UnitLayout) -> list[int]:
+def _source_bytes(plan: Plan, unit: UnitLayout, *, carried: bool = True) -> list[int]:
     entries = plan.source.checkpoint.entries
-    return [entries[name].spec.nbytes for name in plan.source.names(unit)]
+    return [entries[name].spec.nbytes for name in plan.source.names(unit, carried=carried)]
+
+
+def _parameters(plan: Plan, unit: UnitLayout) -> int:
+    """Numbers that a unit's forward pass uses, as many as are stored for them."""
+    entries = plan.source.checkpoint.entries
+    names = plan.source.names(unit, carried=False)
+    return sum(math.prod(entries[name].spec.shape) for name in names)
 
 
 def _verifying_bytes(plan: Plan, device: torch.device) -> int:
@@ -146,17 +153,20 @@ def _verifying_bytes(plan: Plan, device: torch.device) -> int:
     for unit in plan.units:
         schemes = plan.schemes.linears
         shapes = [x.shape for x in unit.layout.linears if schemes[x.name].weight is not None]
-        if not shapes:
-            continue
-        largest = max(shapes, key=math.prod)
-        layers, floats = layers_ahead(largest) + 1, 0
-        if device.type == "cpu":
-            # Both readers' weights are there. Units are compared in float32, where those that read
-            # one input are rescaled, and a difference is as large as its layer.
-            layers += 1
-            floats = 8 * sum(map(math.prod, shapes)) + 16 * math.prod(largest)
-        checked = 8 * layers * math.prod(largest)
-        compared = sum(_source_bytes(plan, unit.layout)) + sum(map(math.prod, shapes)) + floats
+        # Both checkpoints' unit is compared in float32.
+        compared = sum(_source_bytes(plan, unit.layout, carried=False))
+        compared += 8 * _parameters(plan, unit.layout) if device.type == "cpu" else 0
+        checked = 0
+        if shapes:
+            largest = max(shapes, key=math.prod)
+            layers = layers_ahead(largest) + 1
+            compared += sum(map(math.prod, shapes))
+            if device.type == "cpu":
+                # Both readers' weights are there. Linears that read one input are rescaled, and a
+                # difference is as large as its layer.
+                layers += 1
+                compared += 16 * math.prod(largest)
+            checked = 8 * layers * math.prod(largest)
         written = sum(spec.nbytes for spec in unit.outputs.values())
         most = max(most, written + max(checked, compared))
     return most
@@ -171,7 +181,8 @@ def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
     models = 2 if wanted.against_original else 1
     states = 4 * wanted.windows * wanted.length * _hidden(plan)
     if device.type == "cuda":
-        return models * (states + max(sum(_source_bytes(plan, u.layout)) for u in plan.units))
+        units = (sum(_source_bytes(plan, u.layout, carried=False)) for u in plan.units)
+        return models * (states + max(units))
     vocabulary = plan.layout.sizes.vocabulary
     head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
     logits = 4 * LOGIT_ELEMENTS[device.type]
@@ -228,9 +239,7 @@ def _row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
 def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: int) -> int:
     """What is alive while passes work on a unit: weights in float32 and as the runner has them,
     statistics, and the largest matrix a few times over."""
-    layout = unit.layout
-    entries = plan.source.checkpoint.entries
-    count = sum(torch.Size(entries[n].spec.shape).numel() for n in plan.source.names(layout))
+    layout, count = unit.layout, _parameters(plan, unit.layout)
     runtime = plan.compute_dtype(device).itemsize * count if plan.calibrated else 0
     if not unit.steps:
         return runtime + 4 * count

@@ -62,8 +62,8 @@ class SourceModel:
         return load_tokenizer(self.source.checkpoint.folder)
 
     def read_unit(self, index: int) -> Unit:
-        """A unit's weights, on the CPU."""
-        return self.source.read_unit(self.layout.unit(index))
+        """A unit's weights, on the CPU, without what is carried over."""
+        return self.source.read_unit(self.layout.unit(index), carried=False)
 
     def floats(self, unit: Unit) -> dict[str, Tensor]:
         """A unit's tensors in float: packed weights decoded on the device, others as they are."""

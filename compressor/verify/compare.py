@@ -222,13 +222,3 @@ def comparable(written: Mapping[str, Tensor], original: Tensors) -> list[str]:
         if name in original and written[name].shape != original[name].shape
     ]
     return problems
-
-
-def not_finite(written: Mapping[str, Tensor], original: Tensors) -> list[str]:
-    """Tensors with values that nothing can be computed with."""
-    return [
-        f"{name} {where} holds NaN or infinity"
-        for where, tensors in (("as written", written), ("of the original", original))
-        for name, tensor in tensors.items()
-        if not bool(tensor.isfinite().all())
-    ]

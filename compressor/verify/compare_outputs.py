@@ -9,12 +9,14 @@ same text with the original rounded to nearest, its inputs and keys with scales 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from compressor_calibration.bundled import bundled_text
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
@@ -49,6 +51,9 @@ WIDER = 4.0
 """Ranges of many calibration tokens beside those of the few here: 2.5 where the kinds of text
 differ and a few channels are large."""
 
+MIXED = {"attn.o": "attention", "linear.out": "linear attention"}
+"""What the last linear of a mixer puts out; a block may have none, one, or two of them."""
+
 FLOOR = 2e-5
 """Error that float32 arithmetic in another order leaves."""
 
@@ -57,7 +62,7 @@ FLOOR = 2e-5
 class OutputError:
     """One block, by the median over tokens of ‖written − original‖ / ‖original‖.
 
-    what      attention's output, or the whole of what the block adds to the stream
+    what      output of a mixer, or the whole of what the block adds to the stream
     expected  the same for the original rounded to nearest
     """
 
@@ -121,12 +126,11 @@ class Outputs:
             self.step(0, layout).loaded(original) as block,
             quantized_inputs(block, stored_inputs(self.original, layout)),
         ):
-            self.hidden, attended = _run(block, entering)
-        added = self.hidden - entering
+            self.hidden, made = _run(block, entering)
         if rotation is not None:
-            entering, added = rotation.right(entering), rotation.right(added)
-            attended = rotation.right(attended)
-        found = BlockOutputs(self, unit, entering, {"attention": attended, "the block": added})
+            entering = rotation.right(entering)
+            made = {what: rotation.right(part) for what, part in made.items()}
+        found = BlockOutputs(self, unit, entering, made)
         kv = self.written.schemes.kv
         hook = None if kv is None else quantized_kv(kv, unit, None)
         found.errors = found.run(written, stored_inputs(self.written, unit.layout), hook)
@@ -157,8 +161,7 @@ class BlockOutputs:
             quantized_inputs(block, inputs),
             block.runner.attention(hook),
         ):
-            after, attended = _run(block, self.entering)
-        made = {"attention": attended, "the block": after - self.entering}
+            _, made = _run(block, self.entering)
         return {what: _error(made[what], self.wanted[what]) for what in self.wanted}
 
     def judge(self, rounded: Mapping[str, Tensor]) -> list[OutputError]:
@@ -174,15 +177,22 @@ class BlockOutputs:
         return [OutputError(name, what, self.errors[what], expected[what]) for what in self.wanted]
 
 
-def _run(block: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's output, and what its attention puts out, for all rows."""
-    (linear,) = (x for x in block.unit.linears if x.role == "attn.o")
-    kept: list[Tensor] = []
-    handle = block.module(linear).register_forward_hook(lambda m, args, out: kept.append(out))
-    try:
-        return block.forward(hidden), kept[0] if kept else torch.zeros_like(hidden)
-    finally:
-        handle.remove()
+def _run(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A block's output, and what its mixers and the whole of it add to the stream, for all rows."""
+    made: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for linear in block.unit.linears:
+            if linear.role in MIXED:
+                keep = partial(_keep, made, MIXED[linear.role])
+                stack.callback(block.module(linear).register_forward_hook(keep).remove)
+        after = block.forward(hidden)
+    return after, {**made, "the block": after - hidden}
+
+
+def _keep(
+    made: dict[str, Tensor], what: str, module: nn.Module, args: tuple[Any, ...], out: Tensor
+) -> None:
+    made[what] = out
 
 
 def _own_scale(stored: StoredInput) -> Callable[[Tensor], Tensor]:

@@ -60,13 +60,11 @@ class Layout(Protocol):
 class DecodedCheckpoint(Checkpoint):
     """Floats in the model's dtype; what is stored in parts is rounded to it once, from float32.
 
-    stored     the weights in parts, by name;  files  the header entries of the parts
-    stored_as  the layout in a few words
+    stored  the weights in parts, by name;  files  the header entries of the parts
     """
 
     stored: Mapping[str, Stored]
     files: Mapping[str, Entry]
-    stored_as: str
 
     @property
     def nbytes(self) -> int:
@@ -134,8 +132,9 @@ def decoded(
     plain["config"] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     plain["entries"] = {**rest, **entries}
     plain["notes"] = (*checkpoint.notes, *notes)
+    plain["stored_as"] = said
     files = {part: checkpoint.entries[part] for part in parts}
-    return DecodedCheckpoint(**plain, stored=stored, files=files, stored_as=said)
+    return DecodedCheckpoint(**plain, stored=stored, files=files)
 
 
 def _leaf(name: str) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.source import Source
+from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout, weight_name
 from compressor.ir.unit import Unit
@@ -27,7 +27,6 @@ from compressor.verify.compare import (
     UnitComparison,
     comparable,
     float_floor,
-    not_finite,
 )
 from compressor.verify.compare_config import config_problems, file_problems
 from compressor.verify.compare_outputs import OutputError, Outputs
@@ -39,6 +38,9 @@ UNRELATED = 0.5
 
 ROTATED = 0.05
 """The same without a rotation, from which one is looked for."""
+
+ROWS_AT_ONCE = 4096
+"""Rows of an embedding whose difference is in memory at a time."""
 
 
 class Original(Check):
@@ -82,12 +84,15 @@ class Original(Check):
         before = self._floats(self.original.read_unit(layout))
         if unit.layout.kind == "head" and unit.layout.linears:
             self._share_head(unit.layout, after, before)
-        lacking = comparable(after, before) + not_finite(after, before)
+        lacking = comparable(after, before)
+        for where, floats in (("as written", after), ("of the original", before)):
+            lacking += [f"{name} {where} holds NaN or infinity" for name in not_finite(floats)]
         if lacking:
             self.problems += [f"{x}: it cannot be compared" for x in lacking]
             return
         if unit.layout.kind == "embedding" and not self.original.arch.free:
             self._embedding(unit.layout, after, before)
+            self._carried(unit)
             return
         made = None
         if unit.layout.kind == "block" and self.outputs is not None:
@@ -144,13 +149,12 @@ class Original(Check):
     def _embedding(
         self, layout: UnitLayout, after: Mapping[str, Tensor], before: Mapping[str, Tensor]
     ) -> None:
-        new = torch.cat([after[name] for name in layout.tensors])
-        old = torch.cat([before[name] for name in layout.tensors])
+        new, old = _joined(layout, after), _joined(layout, before)
         errors = _row_errors(new, old)
         moved = float(errors.median()) > ROTATED
         if moved:
             rotation = rotation_between(old, new)
-            turned = _row_errors(new, rotation.right(old))
+            turned = _row_errors(new, old, rotation)
             if not float(turned.median()) <= UNRELATED:
                 self._unrelated(
                     f"{self.original.checkpoint.folder.name} is not what {self.folder.name} was "
@@ -165,7 +169,8 @@ class Original(Check):
             self.problems.append(
                 f"{layout.tensors[0]}: row {int(bad[0])}{many} is not the original's"
             )
-        error = float((new - self._turned(old)).norm() / old.norm().clamp(min=1e-30))
+        off = _row_distances(new, old, self.rotation).norm()
+        error = float(off / old.norm(dim=1).norm().clamp(min=1e-30))
         self.differences.append(Difference(layout.tensors[0], error, max(error, floor)))
         try:
             self.outputs = Outputs(self.written, self.original, device=self.device)
@@ -174,8 +179,14 @@ class Original(Check):
             self.outputs = None
             self.problems.append(f"the blocks' outputs cannot be compared: {error}")
 
-    def _turned(self, x: Tensor) -> Tensor:
-        return x if self.rotation is None else self.rotation.right(x)
+    def _carried(self, unit: Unit) -> None:
+        """What is no part of the text model is written as it was; one tensor is read at a time."""
+        read = self.original.checkpoint
+        for name in sorted({*self.written.layout.carried, *self.original.layout.carried}):
+            if name not in unit.extra or name not in read.entries:
+                self.problems.append(f"{name} is in one of the two alone")
+            elif not torch.equal(unit.extra[name], read.read([name])[name]):
+                self.problems.append(f"{name} is not the original's")
 
     def _unrelated(self, problem: str) -> NoReturn:
         """Said at once: what it was made from has to be named before anything is compared."""
@@ -236,9 +247,27 @@ def same_units(written: Source, original: Source) -> bool:
     return one == other
 
 
-def _row_errors(new: Tensor, old: Tensor) -> Tensor:
+def _joined(layout: UnitLayout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """All rows of the embedding; no copy of the only tensor that most models have."""
+    parts = [tensors[name] for name in layout.tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _row_errors(new: Tensor, old: Tensor, rotation: Matrix | None = None) -> Tensor:
     """Relative error of each row; rows of next to nothing count by the size of the others."""
     size = old.norm(dim=1)
     smallest = max(float(size.median()) * 1e-3, 1e-30)
-    errors: Tensor = (new - old).norm(dim=1) / size.clamp(min=smallest)
+    errors: Tensor = _row_distances(new, old, rotation) / size.clamp(min=smallest)
     return errors
+
+
+def _row_distances(new: Tensor, old: Tensor, rotation: Matrix | None) -> Tensor:
+    """Norm of each row's difference, some rows at a time: an embedding is a model's largest tensor,
+    and is here twice already."""
+    pairs = zip(_some_rows(new), _some_rows(old), strict=True)
+    parts = [(a - (b if rotation is None else rotation.right(b))).norm(dim=1) for a, b in pairs]
+    return torch.cat(parts)
+
+
+def _some_rows(x: Tensor) -> Iterator[Tensor]:
+    return (x[start : start + ROWS_AT_ONCE] for start in range(0, x.shape[0], ROWS_AT_ONCE))
