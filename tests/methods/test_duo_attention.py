@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor.attention.evaluation import policy_attention
-from compressor.attention.policy import make_policy
+from compressor.attention.policy import check_policy, make_policy
 from compressor.attention.rules.streaming import streaming_heads, streaming_policy
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Interrupted
@@ -292,8 +292,9 @@ def test_bad_parameters_are_refused(tiny_model: Callable[..., Path], tmp_path: P
     long = duo(data=TINY.model_copy(update={"max_length": 300}))
     (refused,) = long.check(planned(model.layout))
     assert "300 tokens are longer than the model's 256 positions" in refused.message
+    learned_positions = open_source(tiny_model("opt")).layout
     with pytest.raises(InputError, match="rotary"):
-        Streaming().policy(open_source(tiny_model("opt")).layout, None)
+        check_policy(Streaming().policy(learned_positions, None), learned_positions)
     with pytest.raises(ValidationError, match="not fewer"):
         Streaming(sinks=9, window=9)
     (refused,) = Streaming(sinks="measured", window=60).check(planned(model.layout))
