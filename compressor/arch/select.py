@@ -1,7 +1,8 @@
 """Which linears a pattern means.
 
 A pattern is `linear` (every linear but routers), a role ("attn.q", "mlp.*", "lm_head"), a glob over
-module paths ("model.layers.0.*", "*down_proj") or a regular expression after "re:".
+module paths ("model.layers.0.*", "*down_proj") or a regular expression after "re:". A glob means no
+router, which lies among what it gates ("mlp.*"): its role, its path or an expression does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def matches(pattern: str, linear: Linear) -> bool:
         return linear.role != "router"
     if pattern.startswith("re:"):
         return linear.name in Names((pattern,), where="the recipe")
+    if linear.role == "router" and any(sign in pattern for sign in "*?["):
+        return False
     roles = [linear.role, *(part.role for part in linear.rows)]
     return (
         any(fnmatch.fnmatchcase(role, pattern) for role in roles)

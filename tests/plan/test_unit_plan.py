@@ -1,0 +1,75 @@
+"""What a run does in one unit: which passes, what is observed when, what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor.checkpoint.source import open_source
+from compressor.plan.plan import Plan, make_plan
+from compressor.plan.recipe import make_recipe
+
+RTN = {"rtn": {"bits": 4, "group_size": 32}}
+
+
+@pytest.fixture
+def plan(tiny_model: Callable[..., Path]) -> Callable[..., Plan]:
+    def make(*passes: Any, **top: Any) -> Plan:
+        data = {"model": "m", "output": "o", "passes": list(passes), **top}
+        return make_plan(make_recipe(data), open_source(tiny_model("llama")))
+
+    return make
+
+
+def test_a_unit_has_the_passes_that_select_something_in_it(plan: Callable[..., Plan]) -> None:
+    head = {"fp8": {"targets": "lm_head", "ignore": []}}
+    made = plan({"rtn": {**RTN["rtn"], "targets": "layers.1.*"}}, head)
+    assert [unit.steps for unit in made.units] == [(), (), (0,), (1,)]
+    assert not any(unit.calibrated for unit in made.units)
+
+
+def test_a_pass_that_works_on_all_is_everywhere(plan: Callable[..., Plan]) -> None:
+    made = plan("rotate", RTN, untie=True)
+    assert [unit.steps for unit in made.units] == [(0,), (0, 1), (0, 1), (0,)]
+
+
+def test_statistics_are_read_of_the_inputs_of_what_is_selected(plan: Callable[..., Plan]) -> None:
+    made = plan({"gptq": {"group_size": 32, "targets": ["attn.o", "mlp.down"]}})
+    embedding, block, *_ = made.units
+    down = next(x for x in block.layout.linears if x.role == "mlp.down")
+    assert set(block.needs) == {"attn.out", down.site}
+    assert all(need.gram for need in block.needs.values())
+    assert block.calibrated and not embedding.calibrated
+
+
+def test_what_is_stale_is_observed_anew_and_all_else_at_once(plan: Callable[..., Plan]) -> None:
+    """A transform changes what follows it sees; rounding from data does not."""
+    block = plan("awq", {"gptq": {"group_size": 32}}).units[1]
+    awq, gptq = block.seen
+    assert awq.sites["attn.in"].absmean and not gptq.sites["attn.in"].absmean
+    assert gptq.sites["attn.in"].gram
+    both = plan(
+        {"gptq": {"group_size": 32, "targets": "attn.o"}},
+        {"gptq": {"group_size": 32, "targets": "mlp.down"}},
+    )
+    first, second = both.units[1].seen
+    # Seen in one run of the tokens, and again only by a run that begins in between.
+    assert set(second.sites) < set(first.sites)
+
+
+def test_keys_and_values_are_observed_where_there_is_attention(plan: Callable[..., Plan]) -> None:
+    made = plan("kv_cache", RTN)
+    observed = [[wanted.kv is not None for wanted in unit.seen] for unit in made.units]
+    assert observed[1] == observed[2] and observed[1][0]
+    assert not any(any(unit) for unit in (observed[0], observed[3]))
+
+
+def test_outputs_are_those_of_the_format(plan: Callable[..., Plan]) -> None:
+    unit = plan({"rtn": {**RTN["rtn"], "targets": "attn.o"}}).units[1]
+    names = {name.rpartition("o_proj.")[2] for name in unit.outputs if "o_proj" in name}
+    assert names == {"weight_packed", "weight_scale", "weight_shape"}
+    others = [name for name in unit.outputs if "o_proj" not in name]
+    assert len(others) == 8 and all(name.endswith(".weight") for name in others)
