@@ -4,7 +4,7 @@ the first tensor is."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,6 +59,17 @@ class Container(Protocol):
         """Files of these tensors in order, those of a group in one file. Raises InputError where
         they cannot be held."""
         ...
+
+
+def lay_out(container: Container, units: Iterable[Mapping[str, TensorShape]]) -> ShardLayout:
+    """The files of these units' tensors; those of one module lie in one file. Raises InputError."""
+    groups: list[dict[str, TensorShape]] = []
+    for shapes in units:
+        modules: dict[str, dict[str, TensorShape]] = {}
+        for name, spec in shapes.items():
+            modules.setdefault(name.rpartition(".")[0], {})[name] = spec
+        groups += modules.values()
+    return container.lay_out(groups)
 
 
 @dataclass(frozen=True, slots=True)

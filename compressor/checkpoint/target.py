@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.container import Container, ShardLayout
+from compressor.checkpoint.container import Container
 from compressor.checkpoint.one_reading import is_tied
 from compressor.checkpoint.source import Source, assembled, is_cache_scale
 from compressor.errors import InputError
@@ -58,19 +58,6 @@ class Target(Protocol):
     def files(self) -> dict[str, Any]:
         """Other JSON files, by name."""
         ...
-
-
-def lay_out(target: Target) -> ShardLayout:
-    """The files of a target; the tensors of one module lie in one file. Raises InputError."""
-    modules = [_by_module(target.shapes(unit)) for unit in target.units]
-    return target.container.lay_out([group for unit in modules for group in unit.values()])
-
-
-def _by_module(shapes: Mapping[str, TensorShape]) -> dict[str, dict[str, TensorShape]]:
-    modules: dict[str, dict[str, TensorShape]] = {}
-    for name, spec in shapes.items():
-        modules.setdefault(name.rpartition(".")[0], {})[name] = spec
-    return modules
 
 
 @dataclass(frozen=True, kw_only=True)

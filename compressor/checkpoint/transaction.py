@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.container import ShardLayout
+from compressor.checkpoint.container import ShardLayout, lay_out
 from compressor.checkpoint.durable import (
     is_file,
     make_folder,
@@ -37,7 +37,7 @@ from compressor.checkpoint.manifest import (
 from compressor.checkpoint.records import Records, stated_hash
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.side_files import side_files
-from compressor.checkpoint.target import Target, lay_out
+from compressor.checkpoint.target import Target
 from compressor.checkpoint.workspace import claim, lacking_room, owned, require_same
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.ir.layout import UnitLayout
@@ -115,7 +115,7 @@ def writing(
 ) -> Iterator[Transaction]:
     """The one way to write a checkpoint: a new folder, or one that the same write began.
 
-    shards        where its tensors lie (`lay_out`)
+    shards        where its tensors lie (`container.lay_out`)
     judged_later  files of a finished checkpoint are about to be verified anyway
     Raises InputError for a folder that holds anything else, and CheckError for a finished
     checkpoint that is damaged, which names the files.
@@ -142,7 +142,7 @@ def write(
     Raises what `writing` does, InputError where the disk has no room or a value no form, and
     MachineError where the disk fails.
     """
-    shards = lay_out(target)
+    shards = lay_out(target.container, map(target.shapes, target.units))
     if (room := lacking_room(output, shards.size)) is not None:
         raise room
     with writing(target, output, about=about, shards=shards) as under_way:

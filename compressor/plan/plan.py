@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from compressor.attention.policy import check_policy, combine, read_policy
-from compressor.checkpoint.container import Safetensors, ShardLayout
+from compressor.checkpoint.container import Safetensors, ShardLayout, lay_out
 from compressor.checkpoint.delta.base import Base
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.secrets import leaks
 from compressor.checkpoint.side_files import SideFiles
 from compressor.checkpoint.source import Source, is_cache_scale
-from compressor.checkpoint.target import ModelTarget, lay_out
+from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CompressError, InputError, Problems, nearest
 from compressor.formats.base import Format, ModelSchemes, get_format
@@ -163,7 +163,7 @@ def make_plan(
             target=target,
             passes=passes,
             units=units,
-            shards=lay_out(target),
+            shards=lay_out(target.container, [unit.outputs for unit in units]),
             notes=tuple(notes),
         )
         _ = target.config()  # raises what the format refuses

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.checkpoint.container import Container, Safetensors
+from compressor.checkpoint.container import Container, Safetensors, lay_out
 from compressor.checkpoint.reader import open_checkpoint
 from compressor.checkpoint.source import Source, open_source
-from compressor.checkpoint.target import ModelTarget, lay_out
+from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.transaction import write
 from compressor.ir.layout import UnitLayout
 from compressor.ir.tensor import TensorShape
@@ -155,7 +155,8 @@ def test_a_model_with_fewer_blocks_is_a_target(
 
 def test_a_module_lies_in_one_file(tiny_model: Callable[..., Path]) -> None:
     source = open_source(tiny_model("qwen2"))
-    shards = lay_out(plain(source, Safetensors(70_000))).shards
+    target = plain(source, Safetensors(70_000))
+    shards = lay_out(target.container, map(target.shapes, target.units)).shards
     assert len(shards) > 2
     homes: dict[str, set[str]] = {}
     for shard in shards:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.checkpoint.container import Container, Safetensors, Shard, ShardLayout
+from compressor.checkpoint.container import Container, Safetensors, Shard, ShardLayout, lay_out
 from compressor.checkpoint.source import open_source
-from compressor.checkpoint.target import ModelTarget, lay_out
+from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.transaction import write, writing
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.ir.tensor import TensorShape
@@ -143,7 +143,7 @@ def test_a_finished_one_is_left_alone_and_a_damaged_one_named(
         handle.write(b"\xff\xff")
     with pytest.raises(CheckError, match=r"model\.crate"):
         make(made, tmp_path / "out", seed=0)
-    shards = lay_out(made)
+    shards = lay_out(made.container, map(made.shapes, made.units))
     with writing(
         made, tmp_path / "out", about={"seed": 0}, shards=shards, judged_later=True
     ) as under_way:
