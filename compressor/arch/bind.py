@@ -261,7 +261,7 @@ class _Layout:
         for section in (attention, mlp):
             read = self.read.of_block(section, index)
             if section is attention and section.linears:
-                mixers = (_mixer(prefix, section, read),)
+                mixers = _mixers(prefix, section, read)
             for norm_row in section.norms:
                 if not self.read.holds(norm_row.when):
                     continue
@@ -392,9 +392,9 @@ class _Layout:
         return Fold(site, source, "linear", rows=rows, repeat=repeat, head_dim=head_dim)
 
 
-def _mixer(prefix: str, section: Section, read: ConfigReader) -> Mixer:
-    path = f"{prefix}.{section.linears[-1].name.rpartition('.')[0]}"
-    if section.mixer != "self":
-        return Mixer(section.mixer, path)
-    heads, kv_heads, head_dim = map(read.size, ("heads", "kv_heads", "head_dim"))
-    return Mixer("self", path, AttentionShape(heads, kv_heads, head_dim, section.pairs))
+def _mixers(prefix: str, section: Section, read: ConfigReader) -> tuple[Mixer, ...]:
+    shape, paths = None, section.mixer_paths(prefix)
+    if "self" in paths:
+        heads, kv_heads, head_dim = map(read.size, ("heads", "kv_heads", "head_dim"))
+        shape = AttentionShape(heads, kv_heads, head_dim, section.pairs)
+    return tuple(Mixer(kind, at, shape if kind == "self" else None) for kind, at in paths.items())

@@ -91,13 +91,16 @@ class FoldRow(_Row):
     when: dict[str, Value] = Field(default_factory=dict)
 
 
+MixerKind = Literal["self", "latent", "linear"]
+
+
 class Section(_Row):
     """A part of a block; one without linears is for blocks that lack this part.
 
     has     a module that has a weight in blocks that are so
     when    what config.json says of them, where it has one value for each block, that block's
     sizes   of these blocks, where they are not the model's: name → config key or measure
-    mixer   of a section of attention: what it mixes tokens with
+    mixer   of a section of attention: what it mixes tokens with; two of them stand side by side
     pairs   which channels of a head RoPE turns together
     others  tensors of no linear and no norm, by their whole names in the block
     """
@@ -105,12 +108,22 @@ class Section(_Row):
     has: str | None = None
     when: dict[str, Value] = Field(default_factory=dict)
     sizes: dict[str, Size] = Field(default_factory=dict)
-    mixer: Literal["self", "latent", "linear"] = "self"
+    mixer: MixerKind | tuple[MixerKind, MixerKind] = "self"
     pairs: Literal["halves", "neighbours", "other"] = "halves"
     norms: tuple[NormRow, ...] = ()
     linears: tuple[LinearRow, ...] = ()
     others: tuple[str, ...] = ()
     folds: tuple[FoldRow, ...] = ()
+
+    def mixer_paths(self, block: str) -> dict[MixerKind, str]:
+        """What it mixes tokens with → that mixer's module, which holds its last linear."""
+        kinds = (self.mixer,) if isinstance(self.mixer, str) else self.mixer
+        paths: dict[MixerKind, str] = {}
+        for kind in kinds:
+            last = "linear.out" if kind == "linear" else "attn.o"
+            own = [row for row in self.linears if row.role == last] or self.linears
+            paths[kind] = f"{block}.{own[-1].name.rpartition('.')[0]}"
+        return paths
 
 
 class EmbeddingRow(_Row):

@@ -6,7 +6,8 @@ held against the checkpoint's tensors and run once on the meta device, and the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from compressor.foreign.calls import foreign
 from compressor.ir.layout import UnitLayout, is_bias
 from compressor.plan.plan import Plan
 from compressor.runner.block_runner import BlockRunner
+from compressor.runner.experts import experts_of
 from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer
 
 Result = TypeVar("Result")
@@ -42,7 +44,8 @@ def preflight(plan: Plan) -> tuple[GuardedTokenizer | None, list[CompressError]]
     if not plan.calibrated and plan.recipe.evaluate is None:
         return None, problems
     tokenizer = _try(lambda: load_tokenizer(plan.source.checkpoint.folder), problems)
-    _try(lambda: check_model(plan.source), problems)
+    observed = frozenset(site for unit in plan.units for site in unit.needs)
+    _try(lambda: check_model(plan.source, observed), problems)
     return tokenizer, problems
 
 
@@ -56,9 +59,12 @@ def _try(check: Callable[[], Result], problems: list[CompressError]) -> Result |
     return None
 
 
-def check_model(source: Source) -> None:
+def check_model(source: Source, observed: Collection[str] = ()) -> None:
     """Raises InputError, or Problems, for a config.json whose model is not that of the
-    checkpoint's tensors, or does not run."""
+    checkpoint's tensors, or does not run, or whose experts have sites that cannot be observed.
+
+    observed  sites of blocks whose inputs a method reads
+    """
     runner = BlockRunner(
         source.checkpoint.config,
         source.arch.runtime,
@@ -87,6 +93,11 @@ def check_model(source: Source) -> None:
         with foreign(REFUSED):
             state = runner.names.block_state(unit, tensors)
         problems += _differences(state, layer.state_dict(), where=unit.name)
+        for linear in unit.linears:
+            if linear.role == "expert.down" and linear.site in observed:
+                path = runner.names.linear_path(unit, linear)
+                _try(partial(experts_of, layer.get_submodule(path)), problems)
+                break
     if problems:
         raise Problems(problems)
     arguments = _arguments(source, runner)
