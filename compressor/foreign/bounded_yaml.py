@@ -14,8 +14,13 @@ MAX_BYTES = 16 << 20
 MAX_NODES = 500_000
 """Keys and values, aliases written out."""
 
+SEPARATORS = "\n,:[{-?"
+"""Each value but the first takes one of them at least."""
+
 SMALL = 2000
 """Characters of a wrong document that is parsed again in Python, whose messages show the place."""
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MERGE = "tag:yaml.org,2002:merge"
 
@@ -23,6 +28,7 @@ MERGE = "tag:yaml.org,2002:merge"
 def load_yaml(text: str) -> Any:
     """The value of a document. Raises ValueError with what is wrong and where."""
     try:
+        _bound(text)
         root = _compose(text)
         if root is None:
             return None
@@ -35,9 +41,19 @@ def load_yaml(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
+def _bound(text: str) -> None:
+    """Raises ValueError for more values than are read, before anything is kept of them: a node
+    takes a hundred times what it takes to write."""
+    if sum(map(text.count, SEPARATORS)) < MAX_NODES:
+        return
+    events = yaml.parse(text, Loader=LOADER)
+    if any(number > 2 * MAX_NODES for number, _ in enumerate(events)):
+        raise ValueError(f"it holds more than {MAX_NODES} values")
+
+
 def _compose(text: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.compose(text, Loader=LOADER)
     except yaml.YAMLError:
         if len(text) > SMALL:
             raise
