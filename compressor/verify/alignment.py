@@ -22,6 +22,8 @@ from compressor.methods.rotate import rotated_stream
 from compressor.numerics.folding import fold
 
 Tensors = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
+
 Agrees = Callable[[Linear, Tensor], bool]
 """Whether a linear's written weight is this one [out, in], rounded."""
 
@@ -55,7 +57,7 @@ def rotation_between(original: Tensor, written: Tensor) -> Matrix:
 def align(
     unit: UnitLayout,
     *,
-    written: Mapping[str, Tensor],
+    written: Weights,
     original: Tensors,
     agrees: Agrees,
     rotation: Matrix | None = None,
@@ -98,23 +100,19 @@ def align(
     return original
 
 
-def _cosine(
-    linears: Sequence[Linear], written: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> float:
+def _cosine(linears: Sequence[Linear], written: Weights, tensors: Weights) -> float:
     """Mean cosine of the linears' rows to the written ones, summed over linears."""
     pairs = [(tensors[x.weight_name], written[x.weight_name]) for x in linears]
     return sum(float(torch.cosine_similarity(a, b, dim=1).mean()) for a, b in pairs)
 
 
-def _norm_ratio(
-    site: Fold, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> Tensor:
+def _norm_ratio(site: Fold, written: Weights, original: Weights) -> Tensor:
     """What the norm lost of its weight."""
     name = weight_name(site.source)
     return (original[name] + site.norm_offset) / (written[name] + site.norm_offset)
 
 
-def _row_ratio(site: Fold, written: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> Tensor:
+def _row_ratio(site: Fold, written: Weights, original: Weights) -> Tensor:
     """What the rows of a linear lost of their size."""
     name = weight_name(site.source)
     rows = site.rows or Rows("", 0, written[name].shape[0])
@@ -122,9 +120,7 @@ def _row_ratio(site: Fold, written: Mapping[str, Tensor], original: Mapping[str,
     return old.square().sum(1) / (old * new).sum(1)
 
 
-def _column_ratio(
-    site: Fold, unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> Tensor:
+def _column_ratio(site: Fold, unit: UnitLayout, written: Weights, original: Weights) -> Tensor:
     """What the columns of its readers gained."""
     names = [x.weight_name for x in unit.site_linears(site.site)]
     both = sum((written[n] * original[n]).sum(0) for n in names)
@@ -138,8 +134,8 @@ def _column_ratio(
 def _rescaled(
     site: Fold,
     unit: UnitLayout,
-    written: Mapping[str, Tensor],
-    original: Mapping[str, Tensor],
+    written: Weights,
+    original: Weights,
     agrees: Agrees,
 ) -> Tensors:
     """The original's tensors of a fold from a linear into its readers, where that is nearer."""
@@ -164,9 +160,7 @@ def _plain(ratio: Tensor) -> Tensor:
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
 
 
-def _distance(
-    linears: Sequence[Linear], after: Mapping[str, Tensor], before: Mapping[str, Tensor]
-) -> float:
+def _distance(linears: Sequence[Linear], after: Weights, before: Weights) -> float:
     """Squared distance of the linears' weights, relative to their size in `before`."""
     names = [linear.weight_name for linear in linears]
     gap = sum(float((after[name] - before[name]).square().sum()) for name in names)
@@ -176,7 +170,7 @@ def _distance(
 Moved = tuple[list[Linear], Tensors]
 
 
-def _rows(unit: UnitLayout, tensors: Mapping[str, Tensor], role: str) -> Tensor | None:
+def _rows(unit: UnitLayout, tensors: Weights, role: str) -> Tensor | None:
     """Rows of the weight with this role, [rows, in]."""
     for linear, part in parts_of(unit, role):
         return part.take(tensors[linear.weight_name])
@@ -184,16 +178,14 @@ def _rows(unit: UnitLayout, tensors: Mapping[str, Tensor], role: str) -> Tensor 
 
 
 def _rows_of_both(
-    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor], role: str
+    unit: UnitLayout, written: Weights, original: Weights, role: str
 ) -> tuple[Tensor, Tensor] | None:
     """Those rows as they are and as they were."""
     new, old = _rows(unit, written, role), _rows(unit, original, role)
     return None if new is None or old is None else (new, old)
 
 
-def _head_order(
-    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> Moved:
+def _head_order(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
     """KV heads in another order, with the query heads that read them."""
     shape = unit.attention
     if shape is None or (both := _rows_of_both(unit, written, original, "attn.k")) is None:
@@ -219,9 +211,7 @@ def _head_order(
     return touched, moved
 
 
-def _key_scales(
-    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> Moved:
+def _key_scales(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
     """Channels of keys divided by what queries are multiplied by, one for both of a rotary pair."""
     shape = unit.attention
     if shape is None or (both := _rows_of_both(unit, written, original, "attn.k")) is None:
@@ -242,9 +232,7 @@ def _key_scales(
     return [x for x in _touched(unit, "attn.") if x.weight_name in moved], moved
 
 
-def _norm_scales(
-    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> Moved:
+def _norm_scales(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
     """The same where keys and queries are normalised: their norms take the scales."""
     norms = {norm.role: norm for norm in unit.norms}
     query, key = norms["norm.q"], norms["norm.k"]
@@ -260,12 +248,10 @@ def _norm_scales(
 
 def _channel_order(
     down: Linear,
-) -> Callable[[UnitLayout, Mapping[str, Tensor], Mapping[str, Tensor]], Moved]:
+) -> Callable[[UnitLayout, Weights, Weights], Moved]:
     """The inputs of a down projection in another order, with what makes them."""
 
-    def find(
-        unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
-    ) -> Moved:
+    def find(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
         if not down.role.endswith(".down"):
             return [], {}
         kind = down.role.removesuffix("down")
@@ -288,9 +274,7 @@ def _channel_order(
     return find
 
 
-def _value_maps(
-    unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> Moved:
+def _value_maps(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
     """The values of each KV head times a matrix A, the output projection's columns times A⁻¹."""
     shape = unit.attention
     if shape is None or (both := _rows_of_both(unit, written, original, "attn.v")) is None:

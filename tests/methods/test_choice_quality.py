@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressor_kernels.attention.block_windows import WindowRule
 
 from compressor.attention.evaluation import rule_call
 from compressor.attention.key_blocks import recent_blocks
@@ -14,16 +13,10 @@ from compressor.attention.rules.quest import QuestPages
 from compressor.methods.sparda.choice_quality import RECENT, ChoiceMeter, LayerQuality, means
 from compressor.methods.sparda.teacher import Teacher
 from compressor.runner.attention_call import AttentionCall
+from tests.support.block_cases import FINE, SMALL
 
-SELECTION = InfLLMBlocks(
-    block_size=4,
-    kernel_size=4,
-    stride=2,
-    init_blocks=1,
-    local_blocks=1,
-    top_k=4,
-)
-TEACHER = Teacher(selection=SELECTION, fine=WindowRule(kernel_size=2, stride=1))
+SELECTION = InfLLMBlocks(block_size=4, **SMALL)
+TEACHER = Teacher(selection=SELECTION, fine=FINE)
 LENGTH = 41
 
 

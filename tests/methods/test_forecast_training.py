@@ -18,17 +18,11 @@ from compressor.methods.sparda.teacher import Teacher, attention_inputs, norms
 from compressor.methods.sparda.training import ForecastOptimizer, Trainer, Training, store_bytes
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.source_model import SourceModel
+from tests.support.block_cases import FINE, SMALL
 from tests.support.tiny_models import build
 
-SELECTION = ForecastBlocks(
-    block_size=8,
-    kernel_size=4,
-    stride=2,
-    init_blocks=1,
-    local_blocks=1,
-    top_k=4,
-)
-TEACHER = Teacher(selection=SELECTION, fine=WindowRule(kernel_size=2, stride=1))
+SELECTION = ForecastBlocks(block_size=8, **SMALL)
+TEACHER = Teacher(selection=SELECTION, fine=FINE)
 TRAINING = Training(teacher=TEACHER, steps=4, rows_per_step=3, learning_rate=0.01, warmup=2)
 LAYERS, ROWS, LENGTH, SEED = 3, 5, 57, 9
 

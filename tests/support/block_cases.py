@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from compressor_kernels.attention.block_windows import WindowRule
 from safetensors.torch import load_file, save_file
 
 from compressor.attention.rules.forecast import ForecastBlocks
 from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.attention.rules.quest import QuestPages
 
-_TINY = {"block_size": 8, "kernel_size": 4, "stride": 2, "init_blocks": 1, "local_blocks": 1}
+SMALL = {"kernel_size": 4, "stride": 2, "init_blocks": 1, "local_blocks": 1, "top_k": 4}
+FINE = WindowRule(kernel_size=2, stride=1)
+"""What a teacher looks through."""
+
 SELECTIONS = {
-    "infllm": InfLLMBlocks(**_TINY, top_k=4),
+    "infllm": InfLLMBlocks(block_size=8, **SMALL),
     "quest": QuestPages(block_size=8, init_blocks=0, local_blocks=0, top_k=4, per="query_head"),
     "quest by KV head": QuestPages(block_size=8, init_blocks=0, local_blocks=0, top_k=4),
-    "forecast": ForecastBlocks(**_TINY, top_k=4),
+    "forecast": ForecastBlocks(block_size=8, **SMALL),
 }
 
 

@@ -39,7 +39,9 @@ from tests.support.tiny_models import build
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]
-Change = Callable[["Copy"], None]
+Change = Callable[[Path], None]
+"""Damages the checkpoint in a folder."""
+
 G4 = {"bits": 4, "group_size": 32}
 W8A8 = {"bits": 8, "group_size": None, "activations": "token"}
 
@@ -64,68 +66,65 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
 }
 
 
-@dataclass
-class Copy:
-    """A checkpoint folder to be damaged."""
+def in_tensors(change: Callable[[Tensors], object]) -> Change:
+    """Change the tensors of the one shard."""
 
-    folder: Path
-
-    def tensors(self, change: Callable[[Tensors], None]) -> None:
-        """Change the tensors of the one shard."""
-        (file,) = self.folder.glob("model*.safetensors")
+    def damage(folder: Path) -> None:
+        (file,) = folder.glob("model*.safetensors")
         found = load_file(file)
         change(found)
         ready = {name: tensor.contiguous() for name, tensor in found.items()}
         save_file(ready, file, metadata={"format": "pt"})
 
-    def json(self, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-        """Change a JSON file."""
-        data = json.loads((self.folder / name).read_text())
-        change(data)
-        (self.folder / name).write_text(json.dumps(data))
-
-    def sign(self) -> None:
-        """A manifest that fits what lies there now."""
-        old = read_manifest(self.folder)
-        assert old is not None
-        hashes: dict[str, str] = {}
-        for file in self.folder.glob("model*.safetensors"):
-            for name, tensor in load_file(file).items():
-                hashes[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        present = [n for n in old.files if (self.folder / n).is_file()]
-        files = {name: hash_file(self.folder / name) for name in present}
-        (self.folder / MANIFEST_NAME).write_bytes(Manifest(files, hashes, old.about).to_bytes())
+    return damage
 
 
-def whole(copy: Copy) -> None:
-    """No damage: the same tensors, saved again."""
-    copy.tensors(lambda found: None)
+def of(name: str, change: Callable[[Tensor], Tensor]) -> Change:
+    """Change one tensor."""
+    return in_tensors(lambda found: found.update({name: change(found[name].clone())}))
 
 
 def scaled(name: str, by: float) -> Change:
-    def change(found: Tensors) -> None:
-        found[name] = (found[name].float() * by).to(found[name].dtype)
-
-    return lambda copy: copy.tensors(change)
+    return of(name, lambda t: (t.float() * by).to(t.dtype))
 
 
 def swapped(one: str, two: str) -> Change:
-    def change(found: Tensors) -> None:
-        found[one], found[two] = found[two].clone(), found[one].clone()
-
-    return lambda copy: copy.tensors(change)
-
-
-def set_rows(name: str, rows: Callable[[Tensor], Tensor]) -> Change:
-    def change(found: Tensors) -> None:
-        found[name] = rows(found[name].clone())
-
-    return lambda copy: copy.tensors(change)
+    return in_tensors(lambda x: x.update({one: x[two].clone(), two: x[one].clone()}))
 
 
 def two_rows(tensor: Tensor) -> Tensor:
     tensor[[1, 5]] = tensor[[5, 1]]
     return tensor
+
+
+def in_json(
+    name: str, change: Callable[[dict[str, Any]], object] | None = None, **new: Any
+) -> Change:
+    """Change a JSON file, or set keys of it."""
+
+    def damage(folder: Path) -> None:
+        data = json.loads((folder / name).read_text())
+        (change or (lambda found: found.update(new)))(data)
+        (folder / name).write_text(json.dumps(data))
+
+    return damage
+
+
+def written(name: str, text: str) -> Change:
+    """A file that was not there, or said something else."""
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def sign(folder: Path) -> None:
+    """Write a manifest that fits what lies there now."""
+    old = read_manifest(folder)
+    assert old is not None
+    hashes: dict[str, str] = {}
+    for file in folder.glob("model*.safetensors"):
+        for name, tensor in load_file(file).items():
+            hashes[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    files = {n: hash_file(folder / n) for n in old.files if (folder / n).is_file()}
+    (folder / MANIFEST_NAME).write_bytes(Manifest(files, hashes, old.about).to_bytes())
 
 
 def weight_damages(names: dict[str, Tensor]) -> Iterator[tuple[str, Change]]:
@@ -147,55 +146,53 @@ def weight_damages(names: dict[str, Tensor]) -> Iterator[tuple[str, Change]]:
         elif leaf == "bias" and f".{layers[-1]}." in name:
             yield f"{name} * -1", scaled(name, -1.0)
         elif leaf in ("weight", "weight_packed", "qweight", "signs") and f".{layers[0]}." in name:
-            yield f"{name} zeroed", set_rows(name, lambda t: torch.zeros_like(t))
+            yield f"{name} zeroed", of(name, lambda t: torch.zeros_like(t))
             if tensor.dim() > 1 and tensor.shape[0] > 5:
-                yield f"{name} two rows swapped", set_rows(name, two_rows)
+                yield f"{name} two rows swapped", of(name, two_rows)
             other = name.replace(f".{layers[0]}.", f".{layers[-1]}.", 1)
             if other in names and names[other].shape == tensor.shape:
                 yield f"{name} swapped with layer {layers[-1]}", swapped(name, other)
         elif leaf in ("weight_zero_point", "qzeros") and f".{layers[0]}." in name:
             # One more in each of eight zero points of four bits.
-            yield f"{name} + 1", set_rows(name, lambda t: t + 0x11111111)
+            yield f"{name} + 1", of(name, lambda t: t + 0x11111111)
     for name in ("embed_tokens.weight", "lm_head.weight"):
         full = next((n for n in names if n.endswith(name)), None)
         if full is not None:
-            yield f"{full} two rows swapped", set_rows(full, two_rows)
+            yield f"{full} two rows swapped", of(full, two_rows)
             yield f"{full} * 1.1", scaled(full, 1.1)
-            yield f"{full} rolled", set_rows(full, lambda t: t.roll(1, 0))
+            yield f"{full} rolled", of(full, lambda t: t.roll(1, 0))
 
 
-def in_last(part: str, key: str, value: Any) -> Callable[[list[dict[str, Any]]], object]:
-    """Set one field of the last layer's policy."""
-    return lambda rows: rows[-1][part].update({key: value})
+CONFIG: dict[str, Any] = {
+    "rms_norm_eps": 0.1, "layer_norm_eps": 0.1, "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 1.0, "query_pre_attn_scalar": 4, "sliding_window": 4,
+    "num_experts_per_tok": 1, "hidden_act": "gelu", "activation_function": "gelu",
+    "hidden_activation": "gelu",
+}  # fmt: skip
+"""Keys of config.json and what they are changed to; `relu` where they say gelu."""
 
 
 def config_damages(config: dict[str, Any]) -> Iterator[tuple[str, Change]]:
     """Of config.json."""
-
-    def put(**values: Any) -> Change:
-        return lambda copy: copy.json("config.json", lambda data: data.update(values))
-
-    rope = config.get("rope_parameters")
-    if rope:
-        yield "rope theta", put(rope_parameters={**rope, "rope_theta": 500.0})
-        scaling = {**rope, "rope_type": "linear", "factor": 4.0}
-        yield "rope scaling", put(rope_parameters=scaling)
-    for key in ("rms_norm_eps", "layer_norm_eps"):
-        if key in config:
-            yield key, put(**{key: 0.1})
-    for key in ("hidden_act", "activation_function", "hidden_activation"):
-        if key in config:
-            yield key, put(**{key: "gelu" if config[key] != "gelu" else "relu"})
-    for key, value in (
-        ("attn_logit_softcapping", 1.0),
-        ("final_logit_softcapping", 1.0),
-        ("query_pre_attn_scalar", 4),
-        ("sliding_window", 4),
-        ("num_experts_per_tok", 1),
-    ):
+    if rope := config.get("rope_parameters"):
+        for name, new in (
+            ("rope theta", {"rope_theta": 500.0}),
+            ("rope scaling", {"rope_type": "linear", "factor": 4.0}),
+        ):
+            yield name, in_json("config.json", rope_parameters={**rope, **new})
+    for key, value in CONFIG.items():
         if config.get(key) is not None:
-            yield key, put(**{key: value})
-    yield "bos and eos", put(bos_token_id=1, eos_token_id=0)
+            new = "relu" if value == "gelu" == config[key] else value
+            yield key, in_json("config.json", **{key: new})
+    yield "bos and eos", in_json("config.json", bos_token_id=1, eos_token_id=0)
+
+
+POLICY = "attention_policy.json"
+RULES = {
+    ("streaming", "window"): 4, ("streaming", "sinks"): 0, ("streaming", "heads"): [0],
+    ("blocks", "top_k"): 1, ("blocks", "block_size"): 2,
+}  # fmt: skip
+"""Fields of a layer's policy and what they are changed to."""
 
 
 def file_damages(folder: Path) -> Iterator[tuple[str, Change]]:
@@ -206,44 +203,28 @@ def file_damages(folder: Path) -> Iterator[tuple[str, Change]]:
         a, b = list(words)[10:12]
         words[a], words[b] = words[b], words[a]
 
-    def write(name: str, text: str) -> Change:
-        return lambda copy: (copy.folder / name).write_text(text) and None
-
-    yield "tokenizer.json: two tokens swapped", lambda c: c.json("tokenizer.json", swap_tokens)
-    yield (
-        "tokenizer_config.json: add_bos_token",
-        lambda c: c.json("tokenizer_config.json", lambda d: d.update(add_bos_token=True)),
-    )
-    yield "stray chat template", write("chat_template.jinja", "{{ messages }}")
+    yield "tokenizer.json: two tokens swapped", in_json("tokenizer.json", swap_tokens)
+    config = "tokenizer_config.json"
+    yield f"{config}: add_bos_token", in_json(config, add_bos_token=True)
+    yield "stray chat template", written("chat_template.jinja", "{{ messages }}")
     if (folder / "generation_config.json").is_file():
-        yield (
-            "generation_config.json: eos",
-            lambda c: c.json("generation_config.json", lambda d: d.update(eos_token_id=7)),
-        )
-    name = "attention_policy.json"
-    if not (folder / name).is_file():
-        policy = {"version": 1, "heads": 4, "kv_heads": 2, "layers": [{}, {}]}
+        yield "generation_config.json: eos", in_json("generation_config.json", eos_token_id=7)
+    if not (folder / POLICY).is_file():
         streaming = {"streaming": {"heads": [0, 1], "sinks": 1, "window": 2}}
-        yield "stray policy", write(name, json.dumps({**policy, "layers": [streaming, streaming]}))
+        policy = {"version": 1, "heads": 4, "kv_heads": 2, "layers": [streaming, streaming]}
+        yield "stray policy", written(POLICY, json.dumps(policy))
         return
-
-    def layers(change: Callable[[list[dict[str, Any]]], object]) -> Change:
-        return lambda c: c.json(name, lambda d: change(d["layers"]) and None)
-
-    yield "policy lost", lambda c: (c.folder / name).unlink()
-    yield "policy: first layer full", layers(lambda rows: rows.__setitem__(0, {}))
-    yield "policy: last layer full", layers(lambda rows: rows.__setitem__(-1, {}))
-    for part, key, value in (
-        ("streaming", "window", 4),
-        ("streaming", "sinks", 0),
-        ("streaming", "heads", [0]),
-        ("blocks", "top_k", 1),
-        ("blocks", "block_size", 2),
-    ):
-        row = json.loads((folder / name).read_text())["layers"][-1]
-        if part in row:
-            yield f"policy: {part}.{key}", layers(in_last(part, key, value))
-    yield "policy: positions", lambda c: c.json(name, lambda d: d.update(positions="text"))
+    yield "policy lost", lambda copy: (copy / POLICY).unlink()
+    for place, which in ((0, "first"), (-1, "last")):
+        lose = in_json(POLICY, lambda data, at=place: data["layers"].__setitem__(at, {}))
+        yield f"policy: {which} layer full", lose
+    last = json.loads((folder / POLICY).read_text())["layers"][-1]
+    for (part, key), value in RULES.items():
+        if part in last:
+            new = {**last, part: {**last[part], key: value}}
+            change = in_json(POLICY, lambda data, new=new: data["layers"].__setitem__(-1, new))
+            yield f"policy: {part}.{key}", change
+    yield "policy: positions", in_json(POLICY, positions="text")
 
 
 NOT_LOGITS = ("tokenizer", "generation", "stray chat", "bos and eos")
@@ -330,20 +311,22 @@ class Case:
 
     def run(self, every: int = 1) -> Iterator[Outcome]:
         """An undamaged copy first, signed again, which has to pass."""
-        for number, (name, change) in enumerate([("none", whole), *self.damages()]):
+        for number, (name, change) in enumerate(
+            [("none", in_tensors(lambda found: None)), *self.damages()]
+        ):
             if number % every:
                 continue
-            copy = Copy(Path(shutil.copytree(self.output, self.work / "copy", dirs_exist_ok=False)))
+            copy = Path(shutil.copytree(self.output, self.work / "copy"))
             try:
                 change(copy)
-                copy.sign()
-                seen = not self.verified(copy.folder)
+                sign(copy)
+                seen = not self.verified(copy)
                 try:
-                    kl = None if name.startswith(NOT_LOGITS) else self.kl(copy.folder, self.output)
+                    kl = None if name.startswith(NOT_LOGITS) else self.kl(copy, self.output)
                 except (CompressError, RuntimeError, ValueError, AssertionError):
                     kl = None
             finally:
-                shutil.rmtree(copy.folder)
+                shutil.rmtree(copy)
             yield Outcome(self.case, name, seen, kl, self.rounding)
 
 
