@@ -160,12 +160,12 @@ def _differences(
 def _arguments(source: Source, runner: BlockRunner) -> dict[int, dict[str, Any]]:
     """What the model passes to each layer: masks and rotary tables, computed for a row of zeros."""
     found: dict[int, dict[str, Any]] = {}
-    position = source.arch.embedding.position
+    row = source.arch.embedding
+    before = [row.position, None if row.norm is None else row.norm.name]
     inputs = {"inputs_embeds": torch.zeros(1, LENGTH, _size(source), dtype=DTYPE)}
     with torch.no_grad(), foreign(REFUSED):
-        if position is not None:
-            table = runner.model.get_submodule(position)
-            table.to_empty(device="cpu")
+        for path in (path for path in before if path is not None):
+            runner.model.get_submodule(path).to_empty(device="cpu")
         runner.capture(inputs, found)
     return found
 

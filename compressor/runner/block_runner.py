@@ -146,10 +146,13 @@ class BlockRunner:
 
             return forward
 
+        # Hidden states are known to the text model alone; one around it asks for the tokens too.
+        root = self.names.layers.rpartition(".")[0]
+        model = self.model if "input_ids" in inputs else self.model.get_submodule(root)
         for index, layer in enumerate(self.layers):
             layer.forward = stand_in(index)
         try:
-            self.model(**inputs, use_cache=False)
+            model(**inputs, use_cache=False)
         except _Stop:
             pass
         finally:
