@@ -107,7 +107,8 @@ def unknown(model_type: str, nearest: str) -> InputError:
         f"no architecture map for model_type {model_type!r}",
         hint=f"the nearest is {nearest}: if it is the same but for its name, write "
         f"'same_as: {nearest}' into my.yaml and say model: {{path: …, map: my.yaml}} "
-        "(compress map draft MODEL writes a first one); model: {path: …, map: none} rounds weights without a map (rtn, fp8, nvfp4, mxfp4)",
+        "(compress map draft MODEL writes a first one); "
+        "model: {path: …, map: none} rounds weights without a map (rtn, fp8, nvfp4, mxfp4)",
     )
 
 
