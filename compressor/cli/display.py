@@ -24,6 +24,9 @@ BARS = "▁▂▃▄▅▆▇█"
 RECENT = 6
 """Units whose mean time says how long the others will take."""
 
+TOLD_SECONDS = 10.0
+"""Between lines about one unit, where they cannot overwrite each other."""
+
 
 def size(count: float) -> str:
     """Bytes for people, in powers of 1000."""
@@ -124,6 +127,25 @@ class Display:
             note += f"  left {duration(stage.left)}" if done < total else ""
             self._print(f"  [{done}/{total}] {name}  {note.strip()}".rstrip())
 
+    def within(self, name: str, done: int, total: int, loss: float) -> None:
+        """How far the unit is that is being worked on; lines are at least some seconds apart."""
+        stage = self._stage
+        if stage is None:
+            return
+        text = f"{name}: step {done}/{total}, loss {loss:.4g}"
+        if self.live:
+            stage.unit, stage.fields = text, {}
+            return
+        now = time.perf_counter()
+        if now - stage.told < TOLD_SECONDS:
+            return
+        stage.told = now
+        if self.as_json:
+            said = {"stage": stage.name, "unit": name, "step": done, "steps": total, "loss": loss}
+            self.event("fit", **said)
+        else:
+            self._print(f"  {text}")
+
 
 class _Stage:
     """What a stage has come to, and how a terminal shows it."""
@@ -133,6 +155,7 @@ class _Stage:
         self.unit, self.done = "", 0
         self.fields: dict[str, Any] = {}
         self.errors: list[float] = []
+        self.told = time.perf_counter()
         self.marks = [time.perf_counter()]
 
     @property

@@ -83,6 +83,19 @@ class Effects:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockNeeds:
+    """What a method that learns of a block by gradients takes.
+
+    steps   with a gradient each;  rows  in each of them
+    copies  float32 values that it keeps for each weight, gradients and intermediate ones included
+    """
+
+    steps: int
+    rows: int
+    copies: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What a method reads beside the weights of its units.
 
@@ -93,6 +106,7 @@ class Needs:
     rounding     whether it searches with the quantizer that comes after it
     cache        whether it searches with the form that the cache will have
     base         a second checkpoint: folder, Hub id or GGUF file
+    block        how much its units' blocks run with gradients, or None
     """
 
     stats: StatNeeds = field(default_factory=StatNeeds)
@@ -102,6 +116,7 @@ class Needs:
     rounding: bool = False
     cache: bool = False
     base: str | None = None
+    block: BlockNeeds | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,8 @@ CPU_CORE_SCORES, CUDA_SCORES = 4e7, 5e9
 """Products of queries with keys a second, with the softmax and the pooling of a teacher after."""
 DISK_BYTES_PER_SECOND = 1e9
 SEARCH_CANDIDATES = 21
+KEPT_ACTIVATIONS = 3
+"""What a forward pass keeps for its gradients, in activations of a row that runs without."""
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 
 
@@ -213,11 +215,12 @@ def _power_of_two(nbytes: int) -> int:
 
 
 def _input_bytes(plan: Plan, device: torch.device) -> int:
-    """The one buffer of activations, or two where the original's stand beside it."""
+    """The one buffer of activations; another where the original's stand beside it, and one for what
+    it makes of a block that runs with gradients."""
     if not plan.calibrated:
         return 0
     wanted = plan.recipe.calibration
-    streams = 2 if plan.two_streams else 1
+    streams = (2 if plan.two_streams else 1) + any(unit.tuned for unit in plan.units)
     row = wanted.length * _hidden(plan) * plan.compute_dtype(device).itemsize
     return streams * wanted.samples * row
 
@@ -256,7 +259,14 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
     largest = max((x.out_features * x.in_features for x in layout.linears), default=count)
     codes = sum(x.out_features * x.in_features for x in layout.linears)
     rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
-    return runtime + 4 * count + grams + beside + codes + max(rows, 12 * largest)
+    tuning = 0
+    for wanted in unit.seen:
+        if wanted.block is not None:
+            # The block as it stands, candidates and their gradients, and what a step keeps.
+            kept = min(batch, wanted.block.rows) * KEPT_ACTIVATIONS
+            tuning = max(tuning, 4 * wanted.block.copies * codes + 2 * runtime)
+            rows = max(rows, kept * _row_bytes(plan, layout, device))
+    return runtime + 4 * count + grams + beside + codes + max(rows, 12 * largest) + tuning
 
 
 def _seconds(plan: Plan, device: torch.device) -> float:
@@ -269,9 +279,12 @@ def _seconds(plan: Plan, device: torch.device) -> float:
         passes = 2 if plan.recipe.propagate == "quantized" else 1
         if plan.two_streams:
             # Both models up to each of four sites, and the original through the block.
-            passes += 6
+            passes += 6 if any(p.needs.stats.cross for p in plan.passes) else 1
         if unit.layout.kind == "block":
             flops += 2.0 * passes * tokens * size
+            for block in (seen.block for seen in unit.seen if seen.block):
+                # Forwards, and products twice as large for both gradients.
+                flops += 6.0 * block.steps * block.rows * wanted.length * size
         for site, needs in unit.needs.items():
             if needs.gram:
                 linears = unit.layout.site_linears(site)

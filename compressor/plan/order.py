@@ -47,6 +47,7 @@ def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[Compr
     """Model passes see the source's weights; a rotated block wants rotated inputs."""
     block: str | None = None
     rescaled: str | None = None
+    rotated: str | None = None
     for plan in passes:
         effects, needs = plan.effects, plan.needs
         learns = isinstance(plan.step.params, ModelPass)
@@ -79,6 +80,14 @@ def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[Compr
                 f"after {rescaled}",
                 hint=f"correction: 0, or leave {rescaled} out",
             )
+        if needs.block is not None and rotated is not None:
+            yield InputError(
+                f"{plan.step.name} compares what leaves a block with the original model's, which "
+                f"has another basis after {rotated}",
+                hint=f"leave {rotated} out, or round with gptq",
+            )
+        if effects.rotates_residual:
+            rotated = rotated or plan.step.name
         if effects.stale and not learns:
             rescaled = rescaled or plan.step.name
         if not learns:

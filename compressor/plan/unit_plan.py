@@ -12,7 +12,7 @@ from compressor_calibration.stats import KVNeeds, StatNeeds
 from compressor.checkpoint.target import Target
 from compressor.ir.layout import UnitLayout
 from compressor.ir.tensor import TensorShape
-from compressor.methods.base import Cost, Effects, Needs
+from compressor.methods.base import BlockNeeds, Cost, Effects, Needs
 from compressor.methods.common.context import PlanContext
 from compressor.plan.recipe import Step
 
@@ -54,10 +54,12 @@ class PassPlan:
 
 @dataclass(frozen=True, slots=True)
 class Observable:
-    """What a pass reads: input site → statistics, and what of keys and values, if anything."""
+    """What a pass reads: input site → statistics, what of keys and values, if anything; and how it
+    runs the block with gradients, if it does."""
 
     sites: Mapping[str, StatNeeds]
     kv: KVNeeds | None = None
+    block: BlockNeeds | None = None
 
     @property
     def anything(self) -> bool:
@@ -84,8 +86,13 @@ class UnitPlan:
 
     @property
     def calibrated(self) -> bool:
-        """Whether any step reads statistics."""
-        return any(wanted.anything for wanted in self.seen)
+        """Whether any step reads statistics, or runs the block."""
+        return any(wanted.anything or wanted.block for wanted in self.seen)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether any step runs the block with gradients."""
+        return any(wanted.block for wanted in self.seen)
 
 
 def plan_unit(unit: UnitLayout, passes: Sequence[PassPlan], target: Target) -> UnitPlan:
@@ -114,7 +121,8 @@ def _observables(unit: UnitLayout, plans: Sequence[PassPlan]) -> tuple[Observabl
             later = found[-1].kv
             kv = kv | later if kv and later else kv or later
             sites = _merged(sites, found[-1].sites)
-        found.append(Observable(sites=sites, kv=kv))
+        block = needs.block if unit.kind == "block" else None
+        found.append(Observable(sites=sites, kv=kv, block=block))
     return tuple(reversed(found))
 
 

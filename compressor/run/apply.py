@@ -19,6 +19,13 @@ from compressor.plan.order import rounding_of
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.runner.observe import Observation
+from compressor.runner.tunable_block import TunableBlock
+
+Tune = Callable[[Unit], TunableBlock]
+"""The block of a unit as it stands, to be run with gradients."""
+
+BlockProgress = Callable[[int, int, float], None]
+"""Told how many steps of a unit are done, of how many, and the loss."""
 
 Observe = Callable[[Unit, bool, Observable], Observation]
 """Runs the calibration inputs through a unit as it stands; the flag says whether any pass has
@@ -36,6 +43,8 @@ def apply_passes(
     *,
     observe: Observe,
     observe_site: ObserveSite | None = None,
+    tune: Tune | None = None,
+    progress: BlockProgress = lambda done, total, loss: None,
     learned: Mapping[int, Learned],
     base: Mapping[str, Tensor] | None = None,
 ) -> tuple[Unit, list[dict[str, Any]]]:
@@ -70,6 +79,8 @@ def apply_passes(
             cache=plan.schemes.kv,
             base=base or {},
             observe=site,
+            tune=tune if wanted.block else None,
+            progress=progress,
         )
         if isinstance(params, ModelPass):
             result = params.apply(current, context, learned[number])

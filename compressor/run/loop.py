@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,18 @@ from compressor.errors import Interrupted, MachineError
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
-from compressor.run.apply import Observe, ObserveSite, apply_passes
+from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
+from compressor.runner.block_runner import Block
 from compressor.runner.observe import Observation, observe
 from compressor.runner.process_memory import peak_rss
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import Stream
 from compressor.runner.sweep import Execution, Step, walk
+from compressor.runner.tunable_block import TunableBlock
 from compressor.runner.two_streams import observe_beside
 
 
@@ -105,6 +108,7 @@ class _Loop:
     learned: Mapping[int, Outcome]
     content: SourceContent
     originals: Stream | None = None
+    targets: tuple[Stream, list[int]] | None = None  # the originals after a block that is tuned
     done: list[UnitDone] = field(default_factory=list)
     committed: set[int] = field(default_factory=set)
 
@@ -219,7 +223,11 @@ class _Loop:
         batches = {"batches": _advance(step, step.stream, seen)}
         if self._beside(unit):
             assert self.originals is not None
-            batches["original_batches"] = _advance(step, self.originals, originals)
+            if self.targets is None:
+                batches["original_batches"] = _advance(step, self.originals, originals)
+            else:
+                self.originals, batches["original_batches"] = self.targets
+                self.targets = None
         return batches
 
     def _work(
@@ -236,7 +244,7 @@ class _Loop:
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
             moved |= {linear.weight_name: shared for linear in layout.linears}
         with ExitStack() as stack:
-            look, look_beside = self._observers(step, moved, stack)
+            look, look_beside, tune = self._observers(step, moved, stack)
             current, rows = apply_passes(
                 self.plan,
                 step.index,
@@ -244,6 +252,8 @@ class _Loop:
                 self._start(unit, source, moved),
                 observe=look,
                 observe_site=look_beside,
+                tune=tune,
+                progress=partial(self.settings.on_fit, layout.name),
                 learned={number: found.result.value for number, found in self.learned.items()},
                 base=self.plan.target.base_weights(layout),
             )
@@ -263,12 +273,13 @@ class _Loop:
 
     def _observers(
         self, step: Step, tensors: Mapping[str, Tensor], stack: ExitStack
-    ) -> tuple[Observe, ObserveSite | None]:
-        """What observes the unit, and where the original runs beside it, single sites of it;
-        `tensors` are its weights before any pass."""
+    ) -> tuple[Observe, ObserveSite | None, Tune | None]:
+        """What observes the unit, and where the original runs beside it, single sites of it; what
+        runs its block with gradients. `tensors` are its weights before any pass."""
         unit = self.plan.units[step.index]
+        self.targets = None
         if not unit.calibrated:
-            return _nothing, None
+            return _nothing, None, None
         stream, runner = step.stream, step.model.runner
         if unit.layout.kind == "head":
 
@@ -278,7 +289,7 @@ class _Loop:
                 stats = runner.head_stats(known, stream.hidden, needs=wanted.sites[site])
                 return Observation(stats={site: stats}, module_loss=_no_module_loss)
 
-            return observe_head, None
+            return observe_head, None, None
         block = stack.enter_context(step.loaded(tensors))
 
         def look(current: Unit, changed: bool, wanted: Observable) -> Observation:
@@ -289,8 +300,9 @@ class _Loop:
                 lambda batch: observe(block, stream, needs=wanted.sites, batch=batch, kv=wanted.kv)
             )
 
+        tune = self._tuner(step, block) if unit.tuned else None
         if not self._beside(unit):
-            return look, None
+            return look, None, tune
 
         def look_beside(current: Unit, site: str, needs: StatNeeds) -> SiteStats:
             assert self.originals is not None
@@ -301,7 +313,19 @@ class _Loop:
                 lambda batch: observe_beside(block, sides, site=site, needs=needs, batch=batch)
             )
 
-        return look, look_beside
+        return look, look_beside, tune
+
+    def _tuner(self, step: Step, block: Block) -> Tune:
+        """What runs a block, which has its weights before any pass, with gradients."""
+        stream, execution = step.stream, step.execution
+        originals = self.originals or stream
+        targets = originals.like()
+        self.targets = targets, step.run(originals, into=targets)
+
+        def tune(current: Unit) -> TunableBlock:
+            return TunableBlock(block, current, inputs=stream, targets=targets, execution=execution)
+
+        return tune
 
     def _embed(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         assert self.tokens is not None

@@ -28,7 +28,7 @@ from compressor.plan.unit_plan import DTYPES
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
 from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
-from compressor.run.settings import JobSettings, Progress, UnitDone
+from compressor.run.settings import FitProgress, JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
 from compressor.run.warm_up import warm_up
@@ -275,12 +275,14 @@ def compile_checkpoint(
     on_unit: Callable[[UnitDone], None] = lambda done: None,
     on_step: Progress = lambda name, done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_fit: FitProgress = lambda name, done, total, loss: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compiled:
     """Write the checkpoint into the recipe's output folder, continuing an interrupted run.
 
     on_step  called after each step of learning, and of reading a source again
     on_note  told what an interrupted run left damaged, which is done again
+    on_fit   told how far a unit is on which a method works long
     A finished output of the same run is left as it is; one of another run is refused.
     """
     recipe, plan = prepared.recipe, prepared.plan
@@ -297,6 +299,7 @@ def compile_checkpoint(
             on_unit=on_unit,
             on_step=on_step,
             on_note=on_note,
+            on_fit=on_fit,
             stopping=stopping,
         )
         owner, content = stated_hash(about), SourceContent(plan)

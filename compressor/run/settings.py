@@ -11,6 +11,7 @@ import torch
 from compressor.errors import Interrupted
 
 Progress = Callable[[str, int, int], None]
+FitProgress = Callable[[str, int, int, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,9 @@ class JobSettings:
     on_unit   called after each unit
     on_step   called after each step of other work: its name, how many are done, how many there are
     on_note   told what is damaged and therefore done again
-    stopping  asked between units whether to stop
+    on_fit    told how far a unit is on which a method works long: its name, steps done, how many
+              there are, the loss
+    stopping  asked between units, and between such steps, whether to stop
     """
 
     device: torch.device
@@ -49,6 +52,7 @@ class JobSettings:
     on_unit: Callable[[UnitDone], None] = lambda done: None
     on_step: Progress = lambda name, done, total: None
     on_note: Callable[[str], None] = lambda text: None
+    on_fit: FitProgress = lambda name, done, total, loss: None
     stopping: Callable[[], bool] = lambda: False
 
     def check_stop(self) -> None:

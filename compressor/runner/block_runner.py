@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from compressor.arch.load import RuntimeNames
 from compressor.foreign.calls import foreign
@@ -332,9 +333,26 @@ class Block:
     def forward(self, hidden: Tensor, side: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output for hidden states [rows, length, hidden], and what the rows have
         beside them (`Stream.side`)."""
+        return self._run({}, hidden, side)
+
+    def functional(
+        self,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor,
+        side: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """`forward` under other weights, named as in `load`, through which gradients flow."""
+        state = self.runner.names.block_state(self.unit, tensors)
+        device, dtype = self.runner.device, self.runner.dtype
+        return self._run({n: t.to(device, dtype) for n, t in state.items()}, hidden, side)
+
+    def _run(
+        self, state: dict[str, Tensor], hidden: Tensor, side: Mapping[str, Tensor] | None
+    ) -> Tensor:
         rows, length = hidden.shape[:2]
         arguments = self.runner.arguments(self.unit.index, length, side, rows=rows)
-        out = self.layer(hidden.to(self.runner.device, self.runner.dtype), **arguments)
+        hidden = hidden.to(self.runner.device, self.runner.dtype)
+        out = functional_call(self.layer, state, (hidden,), arguments)
         # Decoder layers return a tensor in new transformers and a tuple in old ones.
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result

@@ -135,6 +135,25 @@ def test_a_correction_wants_the_quantized_models_inputs(plan):
     assert "correction: 0" in str(raised.value.problems[0].hint)
 
 
+def test_a_block_that_is_learned_wants_rows_and_the_originals_basis(plan):
+    learned = {"signround": {"group_size": 32}}
+    assert plan([learned]).two_streams and plan(["awq", learned]).units[1].tuned
+    assert not plan([learned], propagate="original").two_streams
+    with pytest.raises(Problems, match="each step reads 8 rows, but calibration has 4"):
+        plan([learned], calibration={"samples": 4})
+    with pytest.raises(Problems, match="another basis after rotate"):
+        plan(["rotate", learned], untie=True)
+    with pytest.raises(Problems, match="group_size 48 does not divide"):
+        plan([{"signround": {"group_size": 48}}])
+    figures = [
+        estimate(plan(passes), device=torch.device("cpu"), resident=0)
+        for passes in ([RTN], [learned], [{"signround": {"group_size": 32, "steps": 2000}}])
+    ]
+    streams = 3 * 128 * 512 * 64 * 4  # rows, tokens, hidden size, float32
+    assert figures[1].host_bytes - figures[0].host_bytes > streams
+    assert figures[2].seconds - 5 > 9 * (figures[1].seconds - 5)
+
+
 def test_two_streams_are_counted(plan):
     memory = [
         estimate(plan([{"gptq": options}]), device=torch.device("cpu"), resident=0).host_bytes

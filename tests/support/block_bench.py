@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from compressor_calibration.stats import StatNeeds
 
@@ -12,6 +14,8 @@ from compressor.runner.block_runner import BlockRunner
 from compressor.runner.observe import observe
 from compressor.runner.simulate import StoredInput, quantized_inputs
 from compressor.runner.stream import Stream
+from compressor.runner.sweep import Execution
+from compressor.runner.tunable_block import TunableBlock
 
 GRAM = StatNeeds(gram=True)
 
@@ -71,8 +75,16 @@ class BlockBench:
                 seed=0,
                 rounding={x.name: quantizer.effects().rounding for x in picked},
                 model_type=self.type,
+                tune=partial(self._tuned, block) if step.needs().block else None,
             )
             return step.apply(unit, context)
+
+    def _tuned(self, block, unit):
+        targets = Stream(self.output(self.unit))
+        block.load(block.tensors)
+        return TunableBlock(
+            block, unit, inputs=Stream(self.hidden), targets=targets, execution=Execution(4)
+        )
 
     def output(self, unit, scheme=None):
         """The block's output, with quantized inputs where a scheme says so."""

@@ -132,6 +132,7 @@ def execute(
                 on_unit=partial(show_unit, display, prepared),
                 on_step=display.unit,
                 on_note=lambda text: display.event("note", text=text),
+                on_fit=display.within,
                 stopping=stopping,
             )
             if stopping():

@@ -17,6 +17,7 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.common.learned import Learned
+from compressor.runner.tunable_block import TunableBlock
 
 L_co = TypeVar("L_co", bound=Learned, covariant=True)
 
@@ -62,6 +63,9 @@ class PassContext:
     observe      (unit, site) → statistics of one site that no expert owns, with the original
                  model's inputs beside them, in a unit of which some linears have been rounded;
                  None where the needs do not say `cross`, or outside blocks
+    tune         unit → its block, to be run with gradients towards the original's outputs; None
+                 where the needs do not say `block`, or outside blocks
+    progress     told now and then how far a long unit is: steps done, of how many, and the loss
     """
 
     stats: Mapping[str, SiteStats]
@@ -75,6 +79,8 @@ class PassContext:
     model_type: str = ""
     base: Mapping[str, Tensor] = field(default_factory=dict)
     observe: Callable[[Unit, str], SiteStats] | None = None
+    tune: Callable[[Unit], TunableBlock] | None = None
+    progress: Callable[[int, int, float], None] = lambda done, total, loss: None
 
     @property
     def coded(self) -> list[Linear]:

@@ -1,0 +1,126 @@
+"""A block that runs with gradients, the rows that enter it, and what the original makes of its own.
+
+What is learned of a block by gradients needs two things of it: the error of its outputs under
+candidate weights, and the gradient of that. Names in memory, stacks of experts, the dtype in which
+blocks run and batches that fit the device stay here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from compressor.ir.layout import weight_name
+from compressor.ir.unit import Unit
+from compressor.runner.block_runner import Block
+from compressor.runner.stream import Stream
+
+if TYPE_CHECKING:
+    from compressor.runner.sweep import Execution
+
+
+class TunableBlock:
+    """A block of a unit as it stands, on its calibration rows.
+
+    inputs   rows that enter it;  targets  what is to leave it for them
+    The last token of a row counts for nothing, as in AutoRound: no later one sees it.
+    """
+
+    def __init__(
+        self, block: Block, unit: Unit, *, inputs: Stream, targets: Stream, execution: Execution
+    ) -> None:
+        self._block, self._inputs, self._targets = block, inputs, targets
+        self._execution = execution
+        device, dtype = block.runner.device, block.runner.dtype
+        self._tensors = {n: t.to(device, dtype) for n, t in unit.dequantized(dtype).items()}
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self._inputs.rows
+
+    @torch.no_grad()
+    def loss(self, weights: Mapping[str, Tensor], rows: Sequence[int]) -> float:
+        """Mean squared error of what leaves the block for these rows.
+
+        weights  module path → [out, in], in place of those of the unit
+        Raises Interrupted when asked to stop.
+        """
+        self._execution.check_stop()
+
+        def attempt(batch: int) -> float:
+            parts = self._parts(rows, batch)
+            return sum(float(self._error(weights, part)) for part in parts)
+
+        return self._execution.halving(attempt) / self._size(rows)
+
+    def loss_and_gradients(
+        self, weights: Mapping[str, Tensor], rows: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`loss`, as a tensor on the device, and its gradient [out, in] for each of the weights;
+        the same on every run of one machine."""
+        self._execution.check_stop()
+        dtype, size = self._block.runner.dtype, self._size(rows)
+
+        def attempt(batch: int) -> tuple[Tensor, list[Tensor]]:
+            leaves = {n: w.detach().to(dtype).requires_grad_() for n, w in weights.items()}
+            total = torch.zeros((), device=self._block.runner.device)
+            for part in self._parts(rows, batch):
+                error = self._error(leaves, part) / size
+                error.backward()  # type: ignore[no-untyped-call]
+                total += error.detach()
+            # An expert that no token went to has none.
+            zeros = (torch.zeros_like(w) if w.grad is None else w.grad for w in leaves.values())
+            return total, list(zeros)
+
+        with torch.enable_grad(), _deterministic(self._block.runner.device):
+            return self._execution.halving(attempt)
+
+    def _parts(self, rows: Sequence[int], batch: int) -> Iterator[Sequence[int]]:
+        for start in range(0, len(rows), batch):
+            yield rows[start : start + batch]
+
+    def _counted(self) -> int:
+        return max(self._targets.hidden.shape[1] - 1, 1)
+
+    def _size(self, rows: Sequence[int]) -> int:
+        return len(rows) * self._counted() * self._targets.hidden.shape[2]
+
+    def _error(self, weights: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
+        """Sum of squared errors of these rows, in float32."""
+        index = torch.tensor(rows, device=self._inputs.hidden.device)
+        side = {name: tensor[list(rows)] for name, tensor in self._inputs.side.items()}
+        named = {weight_name(name): weight for name, weight in weights.items()}
+        tensors = {**self._tensors, **named}
+        out = self._block.functional(tensors, self._inputs.hidden[index], side)
+        target = self._targets.hidden[index].to(out.device)
+        kept = slice(None, self._counted())
+        return (out[:, kept].float() - target[:, kept].float()).square().sum()
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Kernels on a GPU whose sums have one order, for the length of a `with`."""
+    if device.type != "cuda":
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        warnings.simplefilter("ignore")  # what has no such kernel says so each time
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
