@@ -173,7 +173,7 @@ CASES: list[Case] = [
     (
         "an architecture without a map",
         lambda d: after(d.edit_config(model_type="mamba"), ["plan", d.recipe()]),
-        ["no architecture map for model_type 'mamba'", "add compressor/arch/maps/mamba.yaml"],
+        ["no architecture map for model_type 'mamba'", "the nearest is llama", "map: none"],
     ),
     (
         "a tensor that is missing",
