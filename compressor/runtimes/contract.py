@@ -183,10 +183,12 @@ class Kv(Known):
 class Hole(Scope):
     """Something that should load by the other lines, and does not; or that loads wrongly.
 
-    tied  only where the head shares the embedding's weight
+    tied           only where the head shares the embedding's weight
+    plain_experts  only where there are experts in float, one by one
     """
 
     tied: bool = False
+    plain_experts: bool = False
     says: str
     instead: str
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import AttentionShape, Linear, ModelLayout
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
-from compressor.runtimes.contract import Loads, Runtime, Scope, inputs_of, kind_of, words_of
+from compressor.runtimes.contract import Hole, Loads, Runtime, Scope, inputs_of, kind_of, words_of
 
 SPLIT_INPUTS = ("attn.o", "mlp.down", "expert.down")
 """Roles whose inputs, not outputs, are split between GPUs."""
@@ -42,6 +42,13 @@ class Written:
     def quantized(self) -> tuple[tuple[Linear, Scheme, str], ...]:
         """The linears that are stored as codes."""
         return tuple(entry for entry in self.linears if entry[1].weight is not None)
+
+    @property
+    def plain_experts(self) -> bool:
+        """Whether there are experts in float, each matrix a tensor of its own."""
+        plain = (linear for linear, scheme, _ in self.linears if scheme.weight is None)
+        apart = (x for x in plain if x.expert is not None)
+        return any(x.tensor is None or x.tensor.index is None for x in apart)
 
     @property
     def experts(self) -> bool:
@@ -95,8 +102,9 @@ def loads(runtime: Runtime, written: Written) -> list[InputError]:
             )
         ]
     found: dict[tuple[str, str], list[str]] = {}
+    holes = _holes(runtime, written)
     for linear, scheme, form in written.quantized:
-        for reason in _linear(runtime, written, linear, scheme, form):
+        for reason in _linear(runtime, written, linear, scheme, form, holes=holes):
             found.setdefault(reason, []).append(linear.name)
     errors = [
         InputError(f"{title} {why} ({_some(names)})", hint=hint or None)
@@ -108,10 +116,29 @@ def loads(runtime: Runtime, written: Written) -> list[InputError]:
     return errors
 
 
+def _holes(runtime: Runtime, written: Written) -> list[Hole]:
+    """What should load and does not, as far as the checkpoint as a whole goes."""
+    plain = written.plain_experts
+    return [
+        hole
+        for hole in runtime.contract.holes
+        if hole.holds_in(runtime.version)
+        and written.format in hole.formats
+        and (written.tied or not hole.tied)
+        and (plain or not hole.plain_experts)
+    ]
+
+
 def _linear(
-    runtime: Runtime, written: Written, linear: Linear, scheme: Scheme, form: str
+    runtime: Runtime,
+    written: Written,
+    linear: Linear,
+    scheme: Scheme,
+    form: str,
+    *,
+    holes: Sequence[Hole],
 ) -> list[tuple[str, str]]:
-    """What is wrong with one linear, and what would do."""
+    """What is wrong with one linear, and what would do; `holes` are about such a checkpoint."""
     assert scheme.weight is not None
     contract, inputs = runtime.contract, inputs_of(scheme.input)
     modules = "experts" if linear.expert is not None else "linears"
@@ -128,9 +155,8 @@ def _linear(
         return wrong
 
     reasons = []
-    for hole in contract.holes:
-        speaks = hole.holds_in(runtime.version) and written.format in hole.formats
-        if speaks and (written.tied or not hole.tied) and not unlike(hole):
+    for hole in holes:
+        if not unlike(hole):
             reasons.append((hole.says, f"{hole.instead}{_issue(hole)}"))
     if reasons:
         return reasons

@@ -206,6 +206,7 @@ def _section(contract: Contract) -> list[str]:
         where = f"{_when(hole)}, " if hole.versions else ""
         weights = f", {hole.weights.describe()}" if hole.weights else ""
         tied = ", tied head" if hole.tied else ""
+        tied += ", experts in float one by one" if hole.plain_experts else ""
         facts.append(
             f"- hole ({where}{' and '.join(hole.formats)}{weights}{tied}): {hole.says}. "
             f"Instead: {hole.instead}. {' '.join(_how(hole))}"

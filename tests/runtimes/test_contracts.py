@@ -199,3 +199,12 @@ def test_inspect_answers_for_a_finished_file(
     told = json.loads(bad.stdout)
     assert not told["ok"] and not told["for"]["loads"]
     assert "4 or 8 bits" in told["for"]["reasons"][0]["message"]
+
+
+def test_experts_in_float_beside_packed_linears(planned: Callable[..., Plan]) -> None:
+    attention = rtn(bits=8, group_size=32, targets=["attn.*"])
+    with pytest.raises((InputError, Problems), match="does not stack experts in float"):
+        planned("transformers", attention, kind="mixtral", format="compressed-tensors")
+    planned("vllm", attention, kind="mixtral")
+    planned("transformers", rtn(bits=8, group_size=32), kind="mixtral")
+    planned("transformers", attention, kind="gpt_oss")  # whose experts stay in their stack
