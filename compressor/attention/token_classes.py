@@ -11,13 +11,19 @@ the kept tokens would have as a text of their own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.foreign.untrusted import parse_json, read_file
+
+POLICY_NAME = "stream_policy.json"
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+"""Models that a video stream can run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,34 @@ class StreamSizes:
             raise InputError("the last round's text and clip cannot be forgotten")
         if self.sink is not None and (self.sink < 0 or (self.window or 0) < 2):
             raise InputError(f"a sink of {self.sink} and a window of {self.window} keep no text")
+
+    def to_json(self) -> dict[str, int | None]:
+        """Plain data."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """For people."""
+        text = "all of the previous text"
+        if self.sink is not None:
+            text = f"{self.sink} first and {self.window} last tokens of the previous text"
+        return f"{text}, the text of {self.text_rounds} rounds and clips of {self.vision_rounds}"
+
+
+def read_sizes(folder: Path) -> StreamSizes | None:
+    """What a checkpoint folder says of video streams, or None. Raises InputError for a file that is
+    not valid."""
+    path = folder / POLICY_NAME
+    if not path.is_file():
+        return None
+    try:
+        data = parse_json(read_file(path, what="policy"))
+        names = ("sink", "window", "text_rounds", "vision_rounds")
+        values = {name: data[name] for name in names}
+        if any(isinstance(v, bool) or not isinstance(v, int | None) for v in values.values()):
+            raise TypeError("sizes are whole numbers")
+        return StreamSizes(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
 
 
 Clip = tuple[int, int, int]

@@ -28,6 +28,7 @@ from compressor.verify.checks.hashes import TensorHashes, check_files
 from compressor.verify.checks.headers import Headers
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.checks.original import Original
+from compressor.verify.checks.stream_policy import StreamPolicy
 from compressor.verify.findings import Findings, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
 from compressor.verify.subject import Subject, kind_of
@@ -37,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 CHECKS: tuple[type[Check], ...] = (
     Headers,
     AttentionPolicy,
+    StreamPolicy,
     TensorHashes,
     BaseOfDelta,
     Finite,

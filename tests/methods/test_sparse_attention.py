@@ -16,6 +16,7 @@ from compressor.attention.quality import measure_policies, watch_attention
 from compressor.attention.quality_record import QualityRecord, check_record
 from compressor.attention.rules.lserve import lserve_files
 from compressor.attention.rules.streaming import StreamingHeads
+from compressor.attention.token_classes import read_sizes
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
@@ -155,6 +156,18 @@ def test_what_they_refuse_in_a_plan(model: SourceModel) -> None:
         get_pass("lserve")(page=64, logical=24)
     with pytest.raises(ValueError, match="both null"):
         get_pass("blasst")(prefill=None, decode=None)
+
+
+def test_a_video_stream_is_declared(model: SourceModel, tmp_path: Path) -> None:
+    method, found = learned("streaming_vlm", model, tmp_path, sink=4, window=8, vision_rounds=3)
+    (tmp_path / "stream_policy.json").write_bytes(found.files["stream_policy.json"])
+    assert read_sizes(tmp_path) == method.sizes and method.policy(model.layout, None) is None
+    assert "not llama" in planned("streaming_vlm", model)[0]
+    with pytest.raises(ValueError, match="go together"):
+        get_pass("streaming_vlm")(sink=None)
+    (tmp_path / "stream_policy.json").write_text('{"sink": 4, "window": null}')
+    with pytest.raises(InputError, match="cannot read"):
+        read_sizes(tmp_path)
 
 
 def test_a_record_is_held_against_a_policy(

@@ -15,11 +15,16 @@ from transformers.cache_utils import DynamicCache
 
 from compressor.attention.masked import OwnAttention, full
 from compressor.attention.rope import Rotary, rotated
-from compressor.attention.token_classes import Round, StreamSizes, StreamState, kept_columns
+from compressor.attention.token_classes import (
+    FAMILIES,
+    Round,
+    StreamSizes,
+    StreamState,
+    kept_columns,
+)
 from compressor.errors import InputError
 
 NAME = "streaming_vlm"
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 class VideoStream:

@@ -1,0 +1,180 @@
+"""Passkeys and perplexity of rules of sparse attention at one density, beside full attention.
+
+Of each rule the budget or threshold is searched at which queries see the wanted share of keys on
+calibration text; then passkeys and windows of held-out text are scored as evaluations do.
+XAttention is there with one threshold for all heads and with calibrated ones, scaled alike.
+BLASST's share is of the tokens in kept tiles, as masks count it.
+
+    python scripts/measure/run.py sparse_attention MODEL --density 0.25 --length 1024
+    python scripts/measure/run.py sparse_attention SMOLLM2 --density 0.2 --length 4096 --device cuda
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from compressor_calibration.bundled import bundled_text
+from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref
+from torch import Tensor
+from variant import Bench, Figures, Variant
+from ways import token_rows, whole_model
+
+from compressor.attention.evaluation import policy_attention
+from compressor.attention.policy import AttentionPolicy, LayerPolicy, attention_shape, rule_policy
+from compressor.attention.quality import measure_policies, watch_attention
+from compressor.attention.rule import Rule
+from compressor.attention.rules.blasst import Blasst, SkipPhase
+from compressor.attention.rules.infllm import InfLLMBlocks
+from compressor.attention.rules.lserve import LServePages
+from compressor.attention.rules.quest import QuestPages
+from compressor.attention.rules.streaming import StreamingHeads
+from compressor.attention.rules.xattention import XAttention
+from compressor.evaluate.passkey import Passkey, passkey
+from compressor.numerics.attention_thresholds import block_mass, mass_threshold
+from compressor.runner.source_model import SourceModel
+from compressor.runner.sweep import StreamedModel, run_blocks
+
+Family = Callable[[float], AttentionPolicy]
+"""A policy from a knob between 0 and 1, which sees more the larger that is."""
+
+CLAIMS = [("XAttention, calibrated", "XAttention, one threshold")]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="checkpoint folder, GGUF file or Hub id")
+    parser.add_argument("--density", type=float, default=0.25, help="share of keys that are seen")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=8, help="rows of held-out text")
+    parser.add_argument("--rows", type=int, default=4, help="passkeys at each of five depths")
+    parser.add_argument(
+        "--block", type=int, default=32, help="tiles of XAttention and LServe's pages"
+    )
+    parser.add_argument("--coverage", type=float, default=0.9, help="of XAttention's calibration")
+
+
+def thresholds(model: SourceModel, ids: Tensor, block: int, coverage: float) -> Tensor:
+    found = torch.zeros(len(model.layout.blocks), attention_shape(model.layout).heads)
+
+    def watch(unit, call) -> None:  # type: ignore[no-untyped-def]
+        mass = block_mass(call.query, call.key, block_size=block, scale=call.scaling)
+        sums = antidiagonal_sums_ref(
+            call.query, call.key, block_size=block, stride=8, scale=call.scaling
+        )
+        tau = mass_threshold(mass, sums, coverage=coverage).amax(0).cpu()
+        found[unit.index] = torch.maximum(found[unit.index], tau)
+
+    watch_attention(model, ids, watch, batch=1)
+    return found
+
+
+def families(model: SourceModel, calibration: Tensor, bench: Bench) -> dict[str, Family]:
+    length, block = bench.options.length, bench.options.block
+    shape = attention_shape(model.layout)
+    tau = thresholds(model, calibration, block, bench.options.coverage)
+
+    def all_layers(rule: Rule) -> AttentionPolicy:
+        return rule_policy(model.layout, rule, made_by={})
+
+    def tiles(values: Tensor) -> AttentionPolicy:
+        layers = tuple(
+            LayerPolicy(
+                rules=(
+                    XAttention(
+                        threshold=tuple(min(1.0, float(x)) for x in line),
+                        block_size=block,
+                        stride=8,
+                    ),
+                )
+            )
+            for line in values
+        )
+        return AttentionPolicy(heads=shape.heads, kv_heads=shape.kv_heads, layers=layers)
+
+    def blocks(knob: float, size: int, least: int) -> int:
+        return max(least, round(knob * length / size))
+
+    every = tuple(range(shape.kv_heads))
+    plain = {"init_blocks": 0, "local_blocks": 0, "per": "query_head"}
+    return {
+        "recency": lambda x: all_layers(
+            StreamingHeads(heads=every, sinks=4, window=max(5, round(x * length)))
+        ),
+        "Quest": lambda x: all_layers(QuestPages(block_size=16, top_k=blocks(x, 16, 1), **plain)),
+        "LServe": lambda x: all_layers(
+            LServePages(block_size=block, logical=8, top_k=blocks(x, block, 1), **plain)
+        ),
+        "InfLLM-V2": lambda x: all_layers(
+            InfLLMBlocks(
+                block_size=block, kernel_size=16, stride=8, init_blocks=1, local_blocks=1,
+                top_k=blocks(x, block, 3),
+            )
+        ),
+        "XAttention, one threshold": lambda x: tiles(torch.full_like(tau, x)),
+        "XAttention, calibrated": lambda x: tiles(tau * x),
+        "BLASST": lambda x: all_layers(
+            Blasst(
+                prefill=SkipPhase(
+                    a=length * max(1e-6, 1 - x) ** 2, b=0.0, sparsity=0.5, lengths=(length, length)
+                ),
+                rows=16,
+                keys=16,
+            )
+        ),
+    }  # fmt: skip
+
+
+def variants(bench: Bench) -> Iterator[Variant]:
+    wanted, length = bench.options.density, bench.options.length
+    model = whole_model(bench, bench.options.model)
+    calibration = token_rows(model, bundled_text("calibration", "prose"), 2, length)
+    held_out = token_rows(model, bundled_text("held_out", "prose"), bench.options.windows, length)
+    haystack = bundled_text("held_out", "prose")
+    task = Passkey(lengths=(length,), rows=bench.options.rows)
+    source = model.source
+
+    def density(policy: AttentionPolicy) -> float:
+        (found,) = measure_policies(model, [policy], calibration[:1])
+        return float(found.seen.mean())
+
+    def searched(family: Family) -> AttentionPolicy:
+        low, high = 0.0, 1.0
+        for _ in range(9):
+            middle = (low + high) / 2
+            low, high = (middle, high) if density(family(middle)) < wanted else (low, middle)
+        return family(high)
+
+    def measure(family: Family | None) -> Figures:
+        policy = None if family is None else searched(family)
+        attention = None if policy is None else policy_attention(policy)
+        dtype = model.dtype
+        (stream,) = run_blocks(
+            [StreamedModel(source, attention)], held_out, device=bench.device, dtype=dtype
+        )
+        with stream.logits() as logits:
+            nll = [
+                float(
+                    torch.nn.functional.cross_entropy(
+                        logits(hidden)[:-1].float(), row[1:].to(bench.device)
+                    )
+                )
+                for hidden, row in zip(stream.hidden, held_out, strict=True)
+            ]
+        attention = None if policy is None else policy_attention(policy)
+        keys = passkey(
+            source, model.tokenizer(), haystack=haystack, task=task, device=bench.device,
+            dtype=dtype, attention=attention,
+        )  # fmt: skip
+        figures: Figures = {
+            "nll": nll,
+            "passkey": keys.accuracy.value,
+            "passkey error": keys.accuracy.error,
+        }
+        if policy is not None:
+            (found,) = measure_policies(model, [policy], held_out[:1])
+            figures |= {"seen": float(found.seen.mean()), "mass": float(found.mass.mean())}
+        return figures
+
+    settings = vars(bench.options)
+    yield Variant("full attention", lambda: measure(None), settings)
+    for name, family in families(model, calibration, bench).items():
+        yield Variant(name, lambda family=family: measure(family), settings, "full attention")
