@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+PATIENCE = 1800
+"""Seconds for one call."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,9 +47,10 @@ class Elsewhere:
         assert self.process.stdin is not None and self.process.stdout is not None
         call = [Path(function.__code__.co_filename).stem, function.__name__, arguments]
         print(json.dumps(call), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        ready = select.select([self.process.stdout], [], [], PATIENCE)[0]
+        line = self.process.stdout.readline() if ready else ""
         self.errors.seek(0)
-        assert line, self.errors.read()
+        assert line, f"no answer: {self.errors.read()}"
         answer = json.loads(line)
         assert "result" in answer, answer["error"] + self.errors.read()
         return answer["result"]
