@@ -125,12 +125,12 @@ def parser_of(name: str) -> tuple[Any, argparse.ArgumentParser]:
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.options(parser)
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names hold one of these")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=8, help="rows of tokens at a time")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after this")
     parser.add_argument("--json", type=Path, help="rows are kept here, and resumed from")
+    module.options(parser)
     return module, parser
 
 

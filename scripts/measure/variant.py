@@ -43,6 +43,7 @@ class Measurement(Protocol):
     hold of the figures.
     """
 
-    def options(self, parser: argparse.ArgumentParser) -> None: ...
+    def options(self, parser: argparse.ArgumentParser) -> None:
+        """Add its own, behind those that all have, of which it may set defaults."""
 
     def variants(self, bench: Bench) -> Iterator[Variant]: ...

@@ -17,11 +17,11 @@ from compressor.runner.source_model import SourceModel
 from compressor.runner.sweep import Attending
 
 
-def whole_model(bench: Bench, name: str) -> SourceModel:
-    """A model by folder, GGUF file or Hub id; in float32 where there is no GPU."""
+def whole_model(bench: Bench, name: str, *, dtype: torch.dtype | None = None) -> SourceModel:
+    """A model by folder, GGUF file or Hub id; if not told otherwise, in its own dtype on a GPU."""
     source = locate(name, fetch=True).source
-    dtype = source.checkpoint.dtype if bench.device.type == "cuda" else torch.float32
-    return SourceModel(source, device=bench.device, dtype=dtype)
+    own = source.checkpoint.dtype if bench.device.type == "cuda" else torch.float32
+    return SourceModel(source, device=bench.device, dtype=dtype or own)
 
 
 def token_rows(model: SourceModel, text: str, rows: int, length: int) -> Tensor:

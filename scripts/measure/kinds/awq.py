@@ -24,6 +24,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", dest="passes", action="append", help="as in a recipe; repeatable")
     parser.add_argument("--evaluation", default="bundled/fiction", help="held-out data")
     parser.add_argument("--propagate", choices=("quantized", "original"), default="quantized")
+    parser.set_defaults(device="cpu")
     text_options(parser, samples=16, length=256, windows=8)
 
 

@@ -57,6 +57,7 @@ SIZES = {
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, GGUF file or Hub id")
+    parser.set_defaults(batch=2)
     for name, (flag, default) in SIZES.items():
         parser.add_argument(flag, dest=name, type=int, default=default, metavar="N")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
@@ -134,7 +135,7 @@ def attending(
 
 def variants(bench: Bench) -> Iterator[Variant]:
     options = bench.options
-    model = whole_model(bench, options.model)
+    model = whole_model(bench, options.model, dtype=torch.float32)
     settings = SparDA(
         **{name: getattr(options, name) for name in SIZES}, dense_below=0,
         learning_rate=options.learning_rate, states=options.states, initial=options.initial,

@@ -23,6 +23,7 @@ PASSES = "[awq: {bits: 4, group_size: 128, symmetric: false, grid: 5}]"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(device="cpu")
     parser.add_argument("--shape", default="wide", help="as of make_random_model.py")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--delta", action="store_true", help="BitDelta in place of AWQ")
