@@ -255,8 +255,8 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     if pickles:
         raise InputError(
             f"{folder} holds only pickled weights ({pickles[0]}), which are never loaded",
-            hint="convert them once, where you trust the source: load the model with transformers "
-            "and save_pretrained(..., safe_serialization=True)",
+            hint="convert them once, where you trust the source: "
+            f"compress convert --unpickle {folder} NEW_FOLDER",
         )
     shards = sorted(p.name for p in folder.glob("model-*-of-*.safetensors"))
     if shards:

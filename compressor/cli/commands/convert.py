@@ -18,7 +18,13 @@ SHOWN = 5
 @click.command()
 @click.argument("source")
 @click.argument("output", type=FOLDER)
-@click.option("--format", "target", required=True, help="Format to write; dense dequantizes.")
+@click.option("--format", "target", help="Format to write; dense dequantizes.")
+@click.option(
+    "--unpickle",
+    is_flag=True,
+    help="SOURCE is a folder of pickled weights (.bin), which are programs: run them in PyTorch's "
+    "restricted loader, in a process with limits, and write safetensors. For sources you trust.",
+)
 @click.option(
     "--allow-rounding",
     is_flag=True,
@@ -29,7 +35,8 @@ SHOWN = 5
 def command(
     source: str,
     output: Path,
-    target: str,
+    target: str | None,
+    unpickle: bool,
     allow_rounding: bool,
     max_shard_size: int,
     told: Told,
@@ -43,11 +50,27 @@ def command(
     \b
     compress convert out/llama2-awq out/llama2-autoawq --format autoawq
     compress convert out/llama2-awq out/llama2-float --format dense
+    compress convert --unpickle ./mpt-7b ./mpt-7b-safetensors
     """
     from compressor.checkpoint.find import locate
     from compressor.run.convert import convert
 
     display = told.display()
+    if unpickle:
+        if target is not None:
+            raise click.UsageError("--unpickle writes the weights as they are: leave out --format")
+        from compressor.checkpoint.pickles import convert_pickles
+
+        folder = Path(source).expanduser()
+        with display.stage("unpickle", max(1, len(list(folder.glob("pytorch_model*.bin"))))):
+            written = convert_pickles(folder, output.expanduser(), progress=display.unit)
+        if told.as_json:
+            echo(json.dumps({"ok": True, "files": [str(path) for path in written]}, indent=2))
+        else:
+            echo(f"{output}: {len(written)} files of safetensors")
+        return
+    if target is None:
+        raise click.UsageError("--format names what to write")
     located = locate(source, fetch=True)
     with display.stage("convert", 2 * len(located.source.layout.units)):
         done = convert(
