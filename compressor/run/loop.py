@@ -1,4 +1,4 @@
-"""The one loop: read a unit, observe it, apply the passes, encode, commit, make the next inputs.
+"""The job, unit by unit: read, observe, apply the passes, encode, commit, make the next inputs.
 
 Reading and hashing the next unit and writing the last one go on while a unit is worked on. What is
 committed is not done again, once the source and the written bytes of each committed unit have been

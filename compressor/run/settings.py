@@ -38,7 +38,7 @@ class UnitDone:
 class JobSettings:
     """How this machine runs a job.
 
-    batch     rows of calibration tokens in one forward pass; halved when memory runs out
+    batch     rows of calibration tokens in one forward pass, if memory allows
     on_unit   called after each unit
     on_step   called after each step of other work: its name, how many are done, how many there are
     on_note   told what is damaged and therefore done again

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from compressor.checkpoint.source import open_source
+from compressor.errors import Interrupted
 from compressor.evaluate.perplexity import evaluate
 from compressor.plan.recipe import make_recipe
-from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.run.session import Prepared, choose_device, compile_checkpoint, prepare
 
 GRID = {"bits": 3, "group_size": 32, "scales": "search", "damping": 0.1, "min_tokens": 16}
 CPU = choose_device("cpu")
@@ -40,6 +43,36 @@ def test_the_correction_keeps_blocks_closer_to_the_original(
     plain = drift(model, tmp_path / "plain")
     corrected = drift(model, tmp_path / "corrected", correction=0.5)
     assert all(ours < before for ours, before in zip(corrected, plain, strict=True))
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both streams are replayed from what was written, in the batches that were taken."""
+    model = tiny_model("llama", num_hidden_layers=4)
+
+    def ready(output: Path) -> Prepared:
+        data = {
+            "model": str(model),
+            "output": str(output),
+            "calibration": {"data": "bundled/prose", "samples": 6, "length": 48},
+            "passes": [{"gptq": {**GRID, "correction": 0.5}}],
+        }
+        return prepare(make_recipe(data), device=CPU)
+
+    compile_checkpoint(ready(tmp_path / "whole"))
+    done: list[str] = []
+    for units in (2, 4):
+        with pytest.raises(Interrupted):
+            compile_checkpoint(
+                ready(tmp_path / "twice"),
+                on_unit=lambda unit: done.append(unit.name),
+                stopping=lambda units=units: len(done) >= units,
+            )
+        done.clear()
+    compile_checkpoint(ready(tmp_path / "twice"))
+    one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "twice"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_experts_are_rounded_without_a_correction(
