@@ -34,6 +34,7 @@ MAKES_STEPS = {
     "compressor/verify/compare_outputs.py": "one block of two checkpoints, when verify comes to it",
 }
 TAKES_LAYERS = {
+    "compressor/runner/draft.py": "one block of each kind, to see what a map of it would say",
     "compressor/plan/preflight.py": "one block of each kind, without data",
     "compressor/methods/sparda/teacher.py": "what stands before a block's attention: norms alone",
 }
