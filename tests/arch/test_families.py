@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_experts_stacked_on_disk_are_those_that_are_not(
     compiled(stacked, tmp_path / "two", step)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("model_type", "twin"), [("kimi_k2", "deepseek_v3"), ("minicpm", "llama")])
+def test_types_that_transformers_lacks_have_their_twins_names(
+    model_type: str, twin: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / model_type
+    shutil.copytree(tiny_model(twin), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    source, other = open_source(folder), open_source(tiny_model(twin))
+    assert source.layout.units == other.layout.units
+    if source.arch.twin is not None:
+        assert torch.equal(logits(source), logits(other))
 
 
 def test_what_is_carried_is_listed_and_nothing_turns_around_it(tiny_model: TinyModel) -> None:
