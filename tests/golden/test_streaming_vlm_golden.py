@@ -9,6 +9,8 @@ from itertools import groupby
 import pytest
 import torch
 
+from compressor.attention.masked import OwnAttention, full
+from compressor.attention.rope import rotated
 from compressor.attention.token_classes import Round, StreamSizes, StreamState, kept_columns
 from compressor.errors import InputError
 from tests.support.golden_files import vectors_and_notes
@@ -78,6 +80,22 @@ def test_a_scripted_stream(name: str) -> None:
             assert len(new) - len(generated) in (2, 3)  # the end, a newline, and one more if cut
             fed += generated
         cached |= set(fed)
+
+
+def test_attention_in_three_dimensions() -> None:
+    golden, notes = vectors_and_notes("systems/streamingvlm_mrope_attention")
+    dim, sections = int(notes["head_dim"]), json.loads(notes["mrope_section"])
+    rate = float(notes["rope_theta"]) ** (-torch.arange(0, dim, 2) / dim)
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
+    angle = golden["positions_thw"][axis].T * rate  # a channel turns by its section's axis
+    cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
+    query, key = golden["query_pre_rope"], golden["key_pre_rope"]
+    new = query.shape[2]
+    query, key = rotated(query, (cos[-new:], sin[-new:])), rotated(key, (cos, sin))
+    torch.testing.assert_close(query, golden["query_rotated"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(key, golden["key_rotated"], atol=1e-5, rtol=1e-4)
+    out = full(query, key, golden["value"], OwnAttention(scaling=dim**-0.5))
+    torch.testing.assert_close(out, golden["out"], atol=1e-5, rtol=1e-4)
 
 
 def test_what_the_released_code_fails_at_is_refused() -> None:
