@@ -9,7 +9,7 @@ takes decoder layers out of a runner. All such places in the source are listed h
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,10 +40,10 @@ TAKES_LAYERS = {
 }
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for folder in ("compressor", "scripts"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text("utf-8"))
+@cache
+def modules() -> list[tuple[str, ast.Module]]:
+    paths = [p for name in ("compressor", "scripts") for p in sorted((ROOT / name).rglob("*.py"))]
+    return [(p.relative_to(ROOT).as_posix(), ast.parse(p.read_text("utf-8"))) for p in paths]
 
 
 def is_runner(node: ast.expr) -> bool:
