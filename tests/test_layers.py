@@ -21,7 +21,7 @@ LEVELS = {
     **dict.fromkeys(("arch", "numerics", "formats"), 2),
     **dict.fromkeys(("checkpoint", "runtimes"), 3),
     "runner": 4,
-    "attention": 5,
+    **dict.fromkeys(("attention", "audit"), 5),
     **dict.fromkeys(("evaluate", "methods", "report"), 6),
     **dict.fromkeys(("plan", "verify"), 7),
     "run": 8,
