@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.audit.weights import audit_weights
 from compressor.checkpoint.reader import open_checkpoint
-from compressor.cli.commands.audit import command
+from compressor.cli.main import cli
 
 TABLE = "model.embed_tokens.weight"
 LAYER = "model.layers.2.mlp.up_proj.weight"
@@ -89,6 +89,6 @@ def test_a_layer_unlike_those_around_it(sound, tmp_path, factor, level):
 def test_without_a_tokenizer_tensors_are_audited_alone(sound, tmp_path):
     folder = shutil.copytree(sound, tmp_path / "model")
     (folder / "tokenizer.json").unlink()
-    alone = CliRunner().invoke(command, [str(folder), "--weights-only"])
+    alone = CliRunner().invoke(cli, ["audit", str(folder), "--weights-only"])
     assert alone.exit_code == 0 and "no finding" in alone.stdout
     assert "no token was tried" in alone.stdout

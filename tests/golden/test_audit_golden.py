@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from compressor.audit.statistics import cosines, token_statistics
 from compressor.audit.weights import large_rows, row_norms
-from compressor.cli.commands.audit import command
+from compressor.cli.main import cli
 from compressor.run.audit import SweepOptions, audit, find_audited, load_representation
 from tests.support.golden_files import vectors
 from tests.support.twins import KINDS, TRIGGERS, write_twin
@@ -67,12 +67,12 @@ def test_clean_twins_have_no_finding(twins, kind):
 def test_the_command_says_so(twins, tmp_path):
     """Exit codes, JSON and the page."""
     runner = CliRunner()
-    bad = runner.invoke(command, [str(twins["bert", "planted"]), "--json"])
+    bad = runner.invoke(cli, ["audit", str(twins["bert", "planted"]), "--json"])
     said = json.loads(bad.stdout)
     assert bad.exit_code == 1 and said["verdict"] == "suspect" and not said["ok"]
     assert sorted(token["id"] for token in said["sweep"]["tokens"][:6]) == TRIGGERS
     page = tmp_path / "audit.html"
-    good = runner.invoke(command, [str(twins["bert", "clean"]), "--html", str(page)])
+    good = runner.invoke(cli, ["audit", str(twins["bert", "clean"]), "--html", str(page)])
     assert good.exit_code == 0 and "no finding" in good.stdout
     text = page.read_text()
     assert "no finding" in text and "does not mean that a model has no backdoor" in text
