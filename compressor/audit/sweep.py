@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compressor.audit.findings import TokenScore, TokenSweep
 from compressor.audit.statistics import TokenStatistics, cosines, token_statistics
+from compressor.errors import CheckError
 
 COARSE_CONTEXTS = 2
 CONTROLS = 64
@@ -144,6 +145,13 @@ def _statistics(
             rows = contexts.repeat(len(part), 1)
             rows[:, position] = part.repeat_interleave(count)
             states = represent(rows).view(len(part), count, -1)
+            bad = part[~states.isfinite().flatten(1).all(1)]
+            if len(bad):
+                raise CheckError(
+                    f"token {int(bad[0])} makes the model's state NaN or infinite",
+                    hint="the model is damaged, or its weights do not fit its dtype: see what "
+                    "--weights-only finds",
+                )
             yield token_statistics(states, without)
             progress(name, min(start + size, len(ids)), len(ids))
 

@@ -12,7 +12,7 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 
 from compressor.audit.sweep import sweep_tokens
 from compressor.cli.main import cli
-from compressor.errors import InputError
+from compressor.errors import CheckError, InputError
 from tests.support.twins import alphabet
 
 SPECIAL = {"CLS": 0, "PAD": 1, "SEP": 2, "UNK": 3}
@@ -60,3 +60,13 @@ def test_a_token_that_only_a_short_look_can_bring_up():
     found = sweep_tokens(represent, contexts, short, ids=range(1000), examined=8)
     assert found.tokens[0].id == 777 and [token.id for token in found.suspects] == [777]
     assert found.examined <= 8 + 64 < found.swept == 1000
+
+
+def test_a_state_that_is_not_finite_is_no_statistic():
+    def represent(ids):
+        states = torch.ones(len(ids), 8)
+        return torch.where((ids == 5).any(1, keepdim=True), torch.nan, states)
+
+    contexts = torch.full((4, 12), 30)
+    with pytest.raises(CheckError, match="token 5 makes the model's state NaN"):
+        sweep_tokens(represent, contexts, contexts[:2, :8], ids=range(10))
