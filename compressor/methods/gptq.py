@@ -9,25 +9,23 @@ that of rounding to nearest keeps the nearest codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from compressor_calibration.stats import SiteStats, StatNeeds
+from compressor_calibration.stats import StatNeeds
 from pydantic import Field, model_validator
 
 from compressor.errors import InputError
-from compressor.ir.layout import Linear
-from compressor.ir.qtensor import NVFP4, QTensor
+from compressor.ir.qtensor import NVFP4
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common import integers
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.rounding import quantize_all, with_input_scales
-from compressor.methods.common.second_order import GptqOptions, lowest_code, round_unit
+from compressor.methods.common.rounding import with_input_scales
+from compressor.methods.common.second_order import GptqOptions, round_unit, searched
 from compressor.methods.common.shapes import undivided
-from compressor.numerics.grid_search import search_grid
 from compressor.numerics.nvfp4 import BLOCK, Rule
 
 INTEGERS = ("bits", "group_size", "symmetric", "scales", "refits")
@@ -135,25 +133,8 @@ class Gptq(Pass):
         )
         start = None
         if self.scales == "search":
-            start = partial(self._searched, context)
+            start = partial(searched, context, self.min_tokens)
         return PassResult(*round_unit(unit, context, options, start=start))
-
-    def _searched(
-        self, context: PassContext, unit: Unit, linears: Sequence[Linear], stats: SiteStats
-    ) -> dict[str, QTensor]:
-        """Linears of one site rounded to nearest on searched grids."""
-        if stats.tokens < self.min_tokens:
-            made = quantize_all(context, linears, [unit.weight(x) for x in linears])
-            return {x.name: q for x, q in zip(linears, made, strict=True)}
-        diagonal, found = stats.gram.diagonal(), {}
-        for linear in linears:
-            found[linear.name] = search_grid(
-                unit.weight(linear),
-                diagonal,
-                context.spec(linear),
-                narrow=bool(lowest_code(context, linear)),
-            )
-        return found
 
 
 PASS = Gptq

@@ -74,6 +74,16 @@ def learned_steps(
     return (steps + zero).clamp(0, 2**spec.bits - 1) - zero
 
 
+def moved_codes(positions: Tensor, spec: QuantSpec) -> Tensor:
+    """The codes nearest to positions between codes, differentiable."""
+    return _straight(positions, torch.round).clamp(0, 2**spec.bits - 1)
+
+
+def stretched(scales: Tensor, logs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales times exp(logs), rounded to their storage dtype, differentiable in the logs."""
+    return _straight(scales * logs.exp(), lambda x: x.to(dtype).to(x.dtype))
+
+
 def as_qtensor(steps: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> QTensor:
     """What `learned_steps` [O, n, g] and its grid [O, n] stand for."""
     zero = 2 ** (spec.bits - 1) if zeros is None else zeros.detach()[..., None]

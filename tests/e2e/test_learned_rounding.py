@@ -12,6 +12,9 @@ from compressor.errors import Interrupted
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 
+RECONSTRUCT = {
+    "reconstruct": {"bits": 3, "group_size": 32, "preset": "fast", "batch": 4, "held_back": 4}
+}
 SIGNROUND = {"signround": {"bits": 3, "group_size": 32, "steps": 6, "batch": 4, "rate": 0.1}}
 
 
@@ -26,7 +29,7 @@ def run(model: Path, output: Path, entry: Any, **how: Any) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("entry", [SIGNROUND], ids=lambda entry: next(iter(entry)))
+@pytest.mark.parametrize("entry", [SIGNROUND, RECONSTRUCT], ids=lambda entry: next(iter(entry)))
 def test_a_stopped_run_continues_to_the_same_bytes(
     entry: Any, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from compressor.methods.common.context import PassContext
 from compressor.methods.common.rounding import quantize_all
 from compressor.numerics.gptq import InverseFactor, Rounded, gptq, inverse_factor
 from compressor.numerics.gram import output_error
+from compressor.numerics.grid_search import search_grid
 from compressor.numerics.target_correction import correction
 
 Start = Callable[[Unit, Sequence[Linear], SiteStats], Mapping[str, QTensor]]
@@ -152,6 +153,26 @@ def _solve(
         )
         found |= {x.name: rounded for x, rounded in zip(alike, made, strict=True)}
     return found
+
+
+def searched(
+    context: PassContext,
+    min_tokens: int,
+    unit: Unit,
+    linears: Sequence[Linear],
+    stats: SiteStats,
+) -> dict[str, QTensor]:
+    """Linears of one site rounded to nearest on searched grids."""
+    if stats.tokens < min_tokens:
+        made = quantize_all(context, linears, [unit.weight(x) for x in linears])
+        return {x.name: q for x, q in zip(linears, made, strict=True)}
+    diagonal = stats.gram.diagonal()
+    return {
+        x.name: search_grid(
+            unit.weight(x), diagonal, context.spec(x), narrow=bool(lowest_code(context, x))
+        )
+        for x in linears
+    }
 
 
 def lowest_code(context: PassContext, linear: Linear) -> int:

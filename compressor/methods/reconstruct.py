@@ -1,0 +1,221 @@
+"""Second-order codes on searched grids, then refined block by block with gradients.
+
+The start is that of `gptq` at its best: scales searched by what each input weighs, GPTQ towards
+targets corrected by a second stream of the original model's activations, coordinate descent. Then
+the scales of a whole block, and with `reach` its codes, move together, so that what leaves it comes
+closer to what leaves the original one (BRECQ, arXiv 2102.05426; AutoRound, arXiv 2309.05516). Rows
+that no step has seen judge it: what is not better on them is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from compressor_calibration.stats import StatNeeds
+from pydantic import Field
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.ir.qtensor import QTensor
+from compressor.ir.scheme import Scheme
+from compressor.ir.unit import Unit
+from compressor.methods.base import BlockNeeds, Effects, Needs, Pass
+from compressor.methods.common import integers
+from compressor.methods.common.block_fit import Kept, draws, loss_of, steps
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
+from compressor.methods.common.second_order import GptqOptions, round_unit, searched
+from compressor.methods.common.shapes import undivided
+from compressor.numerics.learned_grid import as_qtensor, grouped, moved_codes, stretched
+
+COPIES = 4
+"""Codes, what they stand for and what lies between, for each weight."""
+MOVING_COPIES = 6
+"""Where codes move: offsets, their gradients, Adam's two moments and the best ones."""
+CHECKS = 4
+"""Times that the rows held back are looked at, at the end the last time."""
+EDGE = 0.45
+"""How far from its code a weight may begin. GPTQ's codes need not be nearest, and a weight that
+began beyond its neighbour would turn back at once."""
+
+
+class Preset(NamedTuple):
+    """How much is done: sweeps of coordinate descent, and steps with gradients."""
+
+    descent: int
+    steps: int
+
+
+PRESETS = {"fast": Preset(0, 40), "good": Preset(2, 100), "best": Preset(2, 400)}
+
+
+class Reconstruct(Pass):
+    """Round with GPTQ on searched grids, then refine the scales of each block together."""
+
+    version: ClassVar[int] = 1
+
+    bits: int = Field(4, ge=2, le=8, description="bits of one weight")
+    group_size: int | None = Field(
+        128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
+    )
+    symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
+    preset: Literal["fast", "good", "best"] = Field(
+        "good", description="how much is done: 40, 100 or 400 steps; descent before all but fast"
+    )
+    batch: int = Field(8, ge=1, description="calibration rows in each step")
+    held_back: int = Field(
+        8, ge=1, description="calibration rows that no step sees, which judge the refinement"
+    )
+    scale_rate: float = Field(
+        0.005, gt=0, le=1, description="how far the first step moves the logarithm of a scale"
+    )
+    reach: float = Field(
+        0.0,
+        ge=0,
+        le=2,
+        description="how far all steps together move a weight between codes; 0: scales alone move",
+    )
+    damping: float = Field(
+        0.1, gt=0, le=1, description="share of the Gram matrix's mean diagonal added to it"
+    )
+    correction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of what earlier rounding did to a linear's inputs that its weights make "
+        "good at the start; 0 after passes that rescale inputs",
+    )
+    min_tokens: int = Field(
+        64, ge=1, description="what fewer tokens went through starts from the nearest codes"
+    )
+
+    def effects(self) -> Effects:
+        spec = integers.int_spec(self.bits, self.group_size, symmetric=self.symmetric)
+        return Effects(scheme=Scheme(weight=spec))
+
+    def needs(self) -> Needs:
+        count = PRESETS[self.preset].steps
+        copies = COPIES + (MOVING_COPIES if self.reach else 0)
+        return Needs(
+            stats=StatNeeds(gram=True, cross=self.correction > 0),
+            block=BlockNeeds(steps=count, rows=self.batch, copies=copies),
+        )
+
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        yield from undivided(context.selected, self.group_size)
+        if context.rows < self.batch + self.held_back:
+            yield InputError(
+                f"each step reads {self.batch} rows and {self.held_back} are held back, but "
+                f"calibration has {context.rows}",
+                hint="raise calibration.samples (128 or more), or lower batch or held_back",
+            )
+
+    def apply(self, unit: Unit, context: PassContext) -> PassResult:
+        options = GptqOptions(
+            damping=self.damping,
+            min_tokens=self.min_tokens,
+            descent=PRESETS[self.preset].descent,
+            correction=self.correction,
+        )
+        begin = partial(searched, context, self.min_tokens)
+        started, rows = round_unit(unit, context, options, start=begin)
+        if context.tune is None:
+            return PassResult(started, rows)
+        roundings = {
+            x.name: RefinedRounding(
+                unit.weight(x), started.quantized[x.name], moving=self.reach > 0
+            )
+            for x in context.coded
+        }
+        refined = self._refine(roundings, started, context)
+        for linear in context.coded:
+            started = started.with_quantized(linear, roundings[linear.name].quantized())
+        return PassResult(started, [{"block": unit.layout.name, **refined}, *rows])
+
+    def _refine(
+        self, roundings: dict[str, RefinedRounding], unit: Unit, context: PassContext
+    ) -> dict[str, Any]:
+        """Refine a block, and say what came of it."""
+        assert context.tune is not None
+        block = context.tune(unit)
+        order = torch.randperm(
+            block.rows, generator=torch.Generator().manual_seed(context.seed)
+        ).tolist()
+        judges, seen = order[: self.held_back], order[self.held_back :]
+        count = PRESETS[self.preset].steps
+        start = least = loss_of(block, roundings, judges)
+        kept, best_step = Kept(roundings), 0
+        groups = [{"params": [r.logs for r in roundings.values()], "lr": self.scale_rate}]
+        if self.reach:
+            # Rates fall linearly to zero, so that all steps together go half as far.
+            moving = [r.offsets for r in roundings.values()]
+            groups.append({"params": moving, "lr": 2 * self.reach / count})
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=count)
+
+        def update(number: int) -> None:
+            adam.step()
+            falling.step()
+
+        batches = draws(seen, self.batch, torch.Generator().manual_seed(context.seed + 1))
+        for step in steps(
+            block, roundings, update, count=count, batches=batches, progress=context.progress
+        ):
+            if step.number and step.number % (count // CHECKS) == 0:
+                least, best_step = self._judged(
+                    loss_of(block, roundings, judges), step.number, least, best_step, kept
+                )
+        least, best_step = self._judged(
+            loss_of(block, roundings, judges), count, least, best_step, kept
+        )
+        kept.restore()
+        row: dict[str, Any] = {"loss_of_start": start, "loss": least, "best_step": best_step}
+        if not best_step:
+            row["note"] = "refining made rows that were held back no better: its start is kept"
+        return row
+
+    @staticmethod
+    def _judged(
+        loss: float, number: int, least: float, best_step: int, kept: Kept
+    ) -> tuple[float, int]:
+        if not loss < least:
+            return least, best_step
+        kept.keep()
+        return loss, number
+
+
+class RefinedRounding:
+    """One weight [out, in] that begins at given codes and scales; zero points stay, and codes too
+    unless they are moving."""
+
+    def __init__(self, weight: Tensor, q: QTensor, *, moving: bool) -> None:
+        self.spec = q.spec
+        self.scales = q.scales.float()
+        codes = grouped(q.codes.float(), q.spec)
+        self.zeros = None if q.zeros is None else q.zeros.float()
+        self.zero = 2.0 ** (q.spec.bits - 1) if self.zeros is None else self.zeros[..., None]
+        exact = grouped(weight.float(), q.spec) / self.scales[..., None] + self.zero
+        self.offsets = (exact - codes).clamp_(-EDGE, EDGE).nan_to_num_(nan=0.0)
+        self.codes = codes
+        self.offsets.requires_grad_(moving)
+        self.logs = torch.zeros_like(self.scales).requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        return [self.logs, *([self.offsets] if self.offsets.requires_grad else [])]
+
+    def weight(self) -> Tensor:
+        steps, scales = self._rounded()
+        return (steps * scales[..., None]).flatten(1)
+
+    @torch.no_grad()
+    def quantized(self) -> QTensor:
+        return as_qtensor(*self._rounded(), self.zeros, self.spec)
+
+    def _rounded(self) -> tuple[Tensor, Tensor]:
+        scales = stretched(self.scales, self.logs, self.spec.scale_dtype)
+        return moved_codes(self.codes + self.offsets, self.spec) - self.zero, scales
+
+
+PASS = Reconstruct

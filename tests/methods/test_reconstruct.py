@@ -1,0 +1,90 @@
+"""The reconstruct pass on one block, and what it falls back to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressor_calibration.stats import StatNeeds
+
+from compressor.methods.gptq import Gptq
+from compressor.methods.reconstruct import Reconstruct, RefinedRounding
+from compressor.numerics.learned_grid import moved_codes
+from compressor.runner.tunable_block import TunableBlock
+from tests.support.block_bench import BlockBench
+
+GRID = {"bits": 3, "group_size": 16, "damping": 0.1, "min_tokens": 16}
+FAST = {
+    **GRID,
+    "preset": "fast",
+    "batch": 4,
+    "held_back": 4,
+    "correction": 0.0,
+    "scale_rate": 0.002,
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_model):
+    found = {}
+
+    def get(kind):
+        if kind not in found:
+            found[kind] = BlockBench(tiny_model(kind), rows=40, wanted=StatNeeds(gram=True))
+        return found[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_refining_brings_the_block_closer_than_gptq_does(model_type, symmetric, bench):
+    b = bench(model_type)
+    start = b.run(Gptq(**GRID, scales="search", symmetric=symmetric))
+    ours = b.run(Reconstruct(**FAST, symmetric=symmetric))
+    assert ours.rows[0]["loss"] < ours.rows[0]["loss_of_start"]
+    assert b.error(ours) < b.error(start)
+    for name, q in ours.unit.quantized.items():
+        before = start.unit.quantized[name]
+        assert q.scales.dtype == before.scales.dtype and int(q.codes.max()) < 8
+        assert (q.scales * before.scales > 0).all() and torch.equal(q.codes, before.codes)
+        assert symmetric or torch.equal(q.zeros, before.zeros)
+
+
+def test_codes_move_where_they_may(bench):
+    b = bench("llama")
+    step = Reconstruct(**FAST, reach=1.0)
+    start = b.run(Gptq(**GRID, scales="search")).unit.quantized
+    ours = b.run(step)
+    assert ours.rows[0]["loss"] <= ours.rows[0]["loss_of_start"]
+    moved = RefinedRounding(
+        b.unit.weight(b.layout.linears[0]), start[b.layout.linears[0].name], moving=True
+    )
+    assert torch.equal(moved.quantized().codes, start[b.layout.linears[0].name].codes)
+    moved.offsets.data += 1
+    codes = (start[b.layout.linears[0].name].codes + 1).clamp(max=7)
+    assert torch.equal(moved.quantized().codes, codes)
+
+
+def test_what_is_not_better_on_rows_held_back_is_not_taken(bench, monkeypatch):
+    b = bench("llama")
+    start = b.run(Gptq(**GRID, scales="search"))
+    found = TunableBlock.loss_and_gradients
+
+    def uphill(self, weights, rows):
+        loss, gradients = found(self, weights, rows)
+        return loss, [-gradient for gradient in gradients]
+
+    monkeypatch.setattr(TunableBlock, "loss_and_gradients", uphill)
+    ours = b.run(Reconstruct(**FAST))
+    assert "its start is kept" in ours.rows[0]["note"] and ours.rows[0]["best_step"] == 0
+    for name, q in ours.unit.quantized.items():
+        assert torch.equal(q.codes, start.unit.quantized[name].codes)
+        assert torch.equal(q.scales, start.unit.quantized[name].scales)
+
+
+def test_codes_move_to_the_nearest_and_pass_gradients_inside_the_grid(bench):
+    spec = Reconstruct(bits=2).effects().scheme.weight
+    positions = torch.tensor([-0.7, 0.4, 1.6, 3.8], requires_grad=True)
+    codes = moved_codes(positions, spec)
+    codes.sum().backward()
+    assert codes.tolist() == [0, 0, 2, 3] and positions.grad.tolist() == [0, 1, 1, 0]
