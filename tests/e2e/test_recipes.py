@@ -55,7 +55,9 @@ def small(path: Path, model: Path, output: Path, *, tied: bool, base: Path) -> d
                 params["base"] = str(base)
             if (params or {}).get("steps"):
                 params["steps"] = 2
-    data["calibration"] = {"samples": 8, "length": 32}
+            if (params or {}).get("preset"):
+                params["preset"] = "fast"
+    data["calibration"] = {"samples": 16, "length": 32}
     data["evaluate"] = {"windows": 2, "length": 32}
     for key in ("gate", "publish"):
         data.pop(key, None)
