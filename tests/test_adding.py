@@ -194,7 +194,7 @@ def test_an_architecture(
     model = tiny_models.build("helium", tmp_path / "model")
     with pytest.raises(InputError) as caught:
         open_source(model)
-    assert "add compressor/arch/maps/helium.yaml" in (caught.value.hint or "")
+    assert "compress map draft MODEL" in (caught.value.hint or "")
     maps = tmp_path / "maps"
     shutil.copytree(Path(importlib.import_module("compressor.arch.maps").__file__).parent, maps)
     (maps / "helium.yaml").write_text(shown("compressor/arch/maps/helium.yaml"))

@@ -128,3 +128,10 @@ def _with_heads(sizes: Mapping[str, int]) -> dict[str, int]:
     q, kv = heads * head_dim, kv_heads * head_dim
     found = {**sizes, "q": q, "kv": kv, "qkv": q + 2 * kv, "group": heads // kv_heads}
     return found | ({"gate_up": 2 * sizes["ff"]} if "ff" in sizes else {})
+
+
+def vocabulary(config: Mapping[str, Any]) -> int | None:
+    """How many ids config.json says that there are."""
+    inner = config.get("text_config")
+    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return size if isinstance(size, int) else None

@@ -10,11 +10,11 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.arch.sizes import vocabulary
 from compressor.audit.findings import Finding, Level
 from compressor.checkpoint.reader import Checkpoint
 
@@ -66,13 +66,6 @@ def audit_weights(
     for members in sizes.values():
         found += _unlike(members)
     return sorted(found, key=lambda finding: finding.level != "suspect")
-
-
-def vocabulary(config: Mapping[str, Any]) -> int | None:
-    """How many ids config.json says that there are."""
-    inner = config.get("text_config")
-    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
-    return size if isinstance(size, int) else None
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:

@@ -52,8 +52,8 @@ class InfLLMMemory(ModelPass[Learned]):
         return Memory(**self.model_dump(exclude={"targets", "ignore"}))
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        trained = context.config.get("max_position_embeddings")
-        if isinstance(trained, int) and self.local > trained:
+        trained = context.layout.sizes.positions
+        if trained is not None and self.local > trained:
             yield InputError(
                 f"a window of {self.local} tokens is past the {trained} that the model has places "
                 "for",

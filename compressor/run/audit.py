@@ -13,9 +13,10 @@ from compressor_calibration.bundled import BUNDLED
 from torch import Tensor
 
 from compressor.arch.load import known_model_types
+from compressor.arch.sizes import vocabulary
 from compressor.audit.findings import Audit, Finding, TokenSweep
 from compressor.audit.sweep import COARSE_CONTEXTS, sweep_tokens
-from compressor.audit.weights import audit_weights, vocabulary
+from compressor.audit.weights import audit_weights
 from compressor.checkpoint.find import locate, name_folder
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint
 from compressor.checkpoint.source import Source

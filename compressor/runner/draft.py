@@ -14,7 +14,7 @@ from torch import nn
 
 from compressor.arch.runtime_names import RuntimeNames
 from compressor.errors import InputError
-from compressor.ir.layout import bias_name, weight_name
+from compressor.ir.layout import bias_name, is_weight, weight_name
 from compressor.runner.block_runner import BlockRunner
 from compressor.runner.draft_block import Around, DraftBlock, is_norm, norm_row, stored_in
 from compressor.runner.model import build_config, build_model
@@ -114,9 +114,7 @@ class _Drafting:
 
     def _on_disk(self) -> str:
         """The prefix of blocks in the files, with {i} for the number."""
-        local = next(
-            n for n, p in self.runner.layers[0].named_parameters() if n.endswith(".weight")
-        )
+        local = next(n for n, p in self.runner.layers[0].named_parameters() if is_weight(n))
         found = [n for n in self.headers if n.endswith(f".0.{local}")]
         if not found:
             raise InputError(f"no tensor of the files is called ….0.{local}")

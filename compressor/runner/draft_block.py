@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from compressor.arch.load import ArchMap
 from compressor.errors import InputError
-from compressor.ir.layout import UnitLayout, bias_name, weight_name
+from compressor.ir.layout import UnitLayout, bias_name, is_weight, weight_name
 from compressor.numerics.folding import fold
 from compressor.runner.draft_roles import FUSED, ROLES, SHAPES, site_of
 
 TOLERANCE = 2e-4
 """Difference of a block's output, as a share of its largest, that rounding explains."""
 
-EXPERT = re.compile(r"(.*)\.0\.([^.]+)\.weight")
+EXPERT = re.compile(r"(.*)\.0\.([^.]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +186,9 @@ class DraftBlock:
             return ""
         beside = {p for p, other in FUSED.items() if other == FUSED[plain]}
         roles = {
-            self._role(n.removesuffix(".weight")).replace("shared.", "mlp.")
-            for n in self.stored
-            if n.startswith(f"{parent}.") and n.endswith("proj.weight")
+            self._role(path).replace("shared.", "mlp.")
+            for path in (n.rpartition(".")[0] for n in self.stored if is_weight(n))
+            if path.startswith(f"{parent}.") and path.endswith("proj")
         }
         return f"{parent}.{FUSED[plain]}" if beside <= roles else ""
 
@@ -206,7 +206,7 @@ class DraftBlock:
         """Linears of experts that files hold one by one and memory in stacks."""
         parts: dict[str, list[str]] = {}
         for name in self.stored:
-            if found := EXPERT.fullmatch(name):
+            if is_weight(name) and (found := EXPERT.fullmatch(name.rpartition(".")[0])):
                 parts.setdefault(found[1], []).append(found[2])
         for base, leaves in parts.items():
             roles = {leaf: self._role(f"x.{leaf}").replace("mlp.", "expert.") for leaf in leaves}

@@ -46,6 +46,7 @@ def shell(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
 def test_every_signal_that_asks_to_stop_interrupts(number: signal.Signals) -> None:
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
+        signal.signal(number, signal.SIG_DFL)  # it may be ignored here, under nohup
         catch_signals()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)

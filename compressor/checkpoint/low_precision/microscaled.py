@@ -123,7 +123,9 @@ def _renamed(checkpoint: Checkpoint, spec: QuantSpec) -> Iterator[tuple[str, Pie
     """Linears with a byte of a scale for each 32 inputs: name → where it is."""
     codes, leaf = (torch.uint8, "weight_packed") if spec.bits == 4 else (None, "weight")
     for name, entry in checkpoint.entries.items():
-        path = name.removesuffix(".weight")
+        if not is_weight(name):
+            continue
+        path = name.rpartition(".")[0]
         scale = next(
             (
                 s
@@ -132,7 +134,7 @@ def _renamed(checkpoint: Checkpoint, spec: QuantSpec) -> Iterator[tuple[str, Pie
             ),
             None,
         )
-        if path == name or scale is None or entry.spec.dtype != (codes or torch.float8_e4m3fn):
+        if scale is None or entry.spec.dtype != (codes or torch.float8_e4m3fn):
             continue
         yield f"{path}.{leaf}", Piece(name)
         yield f"{path}.weight_scale", Piece(f"{path}.{scale}")
