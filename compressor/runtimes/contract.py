@@ -183,12 +183,18 @@ class Kv(Known):
 class Hole(Scope):
     """Something that should load by the other lines, and does not; or that loads wrongly.
 
+    models         only for these model types; empty: all
+    transposed     only for linears that their module keeps [in, out]
     tied           only where the head shares the embedding's weight
     plain_experts  only where there are experts in float, one by one
+    plain_stacks   only where there are experts in float, in one tensor
     """
 
+    models: tuple[str, ...] = ()
+    transposed: bool = False
     tied: bool = False
     plain_experts: bool = False
+    plain_stacks: bool = False
     says: str
     instead: str
 

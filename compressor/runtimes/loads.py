@@ -25,12 +25,14 @@ OFFERS = 3
 class Written:
     """A checkpoint as it is or will be written, as far as contracts speak of it.
 
+    model_type  whose map names the linears
     linears     with scheme and sub-format ("" where a format has one)
     attention   heads of each block;  tied  the head shares the embedding's weight
     groups      config groups of linears;  classes  targets of theirs that name no linear
     """
 
     format: str
+    model_type: str
     linears: tuple[tuple[Linear, Scheme, str], ...]
     kv: KVSpec | None
     attention: tuple[AttentionShape, ...]
@@ -46,9 +48,17 @@ class Written:
     @property
     def plain_experts(self) -> bool:
         """Whether there are experts in float, each matrix a tensor of its own."""
+        return any(x.tensor is None or x.tensor.index is None for x in self._float_experts)
+
+    @property
+    def plain_stacks(self) -> bool:
+        """Whether there are experts in float, many matrices in one tensor."""
+        return any(x.tensor and x.tensor.index is not None for x in self._float_experts)
+
+    @property
+    def _float_experts(self) -> list[Linear]:
         plain = (linear for linear, scheme, _ in self.linears if scheme.weight is None)
-        apart = (x for x in plain if x.expert is not None)
-        return any(x.tensor is None or x.tensor.index is None for x in apart)
+        return [x for x in plain if x.expert is not None]
 
     @property
     def experts(self) -> bool:
@@ -74,6 +84,7 @@ def written_form(
     targets = [target for group in groups.values() for target in group.get("targets", ())]
     return Written(
         format=fmt.name,
+        model_type=layout.model_type,
         linears=tuple(
             (x, schemes.linears[x.name], fmt.form(tensors[x.name]) if x.name in tensors else "")
             for x in layout.linears
@@ -118,14 +129,16 @@ def loads(runtime: Runtime, written: Written) -> list[InputError]:
 
 def _holes(runtime: Runtime, written: Written) -> list[Hole]:
     """What should load and does not, as far as the checkpoint as a whole goes."""
-    plain = written.plain_experts
+    plain, stacks = written.plain_experts, written.plain_stacks
     return [
         hole
         for hole in runtime.contract.holes
         if hole.holds_in(runtime.version)
         and written.format in hole.formats
+        and (not hole.models or written.model_type in hole.models)
         and (written.tied or not hole.tied)
         and (plain or not hole.plain_experts)
+        and (stacks or not hole.plain_stacks)
     ]
 
 
@@ -156,7 +169,7 @@ def _linear(
 
     reasons = []
     for hole in holes:
-        if not unlike(hole):
+        if not unlike(hole) and (linear.transposed or not hole.transposed):
             reasons.append((hole.says, f"{hole.instead}{_issue(hole)}"))
     if reasons:
         return reasons

@@ -205,10 +205,14 @@ def _section(contract: Contract) -> list[str]:
     for hole in contract.holes:
         where = f"{_when(hole)}, " if hole.versions else ""
         weights = f", {hole.weights.describe()}" if hole.weights else ""
-        tied = ", tied head" if hole.tied else ""
-        tied += ", experts in float one by one" if hole.plain_experts else ""
+        only = f", {', '.join(f'`{name}`' for name in hole.models)}" if hole.models else ""
+        only += f", {hole.modules} only" if hole.modules else ""
+        only += ", linears that lie [in, out]" if hole.transposed else ""
+        only += ", tied head" if hole.tied else ""
+        only += ", experts in float one by one" if hole.plain_experts else ""
+        only += ", experts in float in one tensor" if hole.plain_stacks else ""
         facts.append(
-            f"- hole ({where}{' and '.join(hole.formats)}{weights}{tied}): {hole.says}. "
+            f"- hole ({where}{' and '.join(hole.formats)}{weights}{only}): {hole.says}. "
             f"Instead: {hole.instead}. {' '.join(_how(hole))}"
         )
     return [*parts, *(["\n".join(facts)] if facts else [])]

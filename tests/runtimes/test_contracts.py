@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,48 @@ def test_a_tied_head_under_modelopt_is_a_named_hole(
     assert plan("vllm@0.24", format="modelopt-fp8", untie=True)
     assert plan("vllm@0.33", format="modelopt-fp8")
     assert plan("vllm@0.24").target.format.name == "compressed-tensors"
+
+
+EXPERTS, ATTENTION = {"targets": ["*expert*"]}, {"targets": ["*attn*"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "says"),
+    [
+        ("granitemoe", EXPERTS, "experts in one tensor"),
+        ("gpt_oss", EXPERTS, "experts in one tensor"),
+        ("gpt2", {}, r"lies \[in, out\]"),
+        ("falcon", {}, "Falcon"),
+        ("llama4_text", ATTENTION, "one by one beside packed linears"),
+        ("granitemoe", ATTENTION, None),
+        ("llama4_text", EXPERTS, None),
+        ("qwen3_next", {}, None),
+    ],
+)
+def test_what_transformers_loads_wrong_is_refused_before_and_after(
+    family: str,
+    options: dict[str, Any],
+    says: str | None,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    step = {"rtn": {"bits": 8, "group_size": 8, **options}}
+    recipe: dict[str, Any] = {
+        **{"model": str(tiny_model(family)), "output": str(tmp_path / "out"), "passes": [step]},
+        **{"format": "compressed-tensors", "verify": False, "report": False},
+    }
+    source = open_source(tiny_model(family))
+    served = make_recipe({**recipe, "runtime": "transformers"})
+    if says is None:
+        make_plan(served, source)
+        return
+    with pytest.raises(Problems, match=says):
+        make_plan(served, source)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    assert CliRunner().invoke(cli, ["run", str(path)]).exit_code == 0
+    found = loads(parse_runtime("transformers"), stored_form(open_source(tmp_path / "out")))
+    assert re.search(says, found[0].message)
 
 
 def test_experts_are_named_where_a_runtime_wants_that(planned: Callable[..., Plan]) -> None:
