@@ -60,6 +60,7 @@ def cli() -> None:
     """Compile LLM checkpoints: a recipe in, a packed and verified checkpoint out.
 
     \b
+    compress quantize MODEL  choose a recipe for a --scheme such as w4a16, and run it
     compress plan RECIPE     what would happen, what it costs, everything that is wrong
     compress run RECIPE      do it; the same command continues an interrupted run
     compress verify FOLDER   prove the written files

@@ -66,10 +66,15 @@ def command(
 
         show_plan(asked, device=device, device_memory=device_memory, as_json=told.as_json)
         return
-    display = told.display()
     with uncollected():
         loaded = asked.recipe()
-    run = execute(loaded, device=device, device_memory=device_memory, display=display)
+    run_recipe(loaded, device=device, device_memory=device_memory, told=told)
+
+
+def run_recipe(recipe: Recipe, *, device: str, device_memory: int | None, told: Told) -> None:
+    """Run it, say what came of it, and end with the exit code that stands for that."""
+    display = told.display()
+    run = execute(recipe, device=device, device_memory=device_memory, display=display)
     if run is None:
         if told.as_json:
             again = {"message": "interrupted", "hint": "the same command continues"}

@@ -1,0 +1,146 @@
+"""compress quantize"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from compressor.cli.echo import echo
+from compressor.cli.importing import uncollected
+from compressor.cli.options import Told, device_options, runtime_option, telling_options
+
+if TYPE_CHECKING:
+    from compressor.plan.choose import Choice, Quality
+
+SCHEMES = ("w4a16", "w8a8", "fp8", "fp8-block", "nvfp4", "mxfp4", "mxfp8", "w8a16", "w4a8")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--output", "-o", help="Folder to write; MODEL's name and the scheme if not given.")
+@click.option("--scheme", type=click.Choice(SCHEMES), required=True, help="Weights and inputs.")
+@click.option(
+    "--quality",
+    type=click.Choice(["fast", "good", "best"]),
+    default="good",
+    show_default=True,
+    help="fast: rounding without data; good: calibrated; best: refined with gradients, where the "
+    "scheme has that.",
+)
+@runtime_option
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace a key of the recipe: calibration.samples=64. Repeatable.",
+)
+@device_options
+@click.option("--recipe-only", is_flag=True, help="Stop once the recipe is printed and saved.")
+@telling_options
+def command(
+    model: str,
+    output: str | None,
+    scheme: str,
+    quality: str,
+    runtime: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    device_memory: int | None,
+    recipe_only: bool,
+    told: Told,
+) -> None:
+    """Quantize a model without writing a recipe: one is chosen, printed, saved and run.
+
+    MODEL is a folder, a GGUF file or a Hub id. The choice follows from its headers, the GPU and
+    what the runtime of --for loads; reasons stand as comments in OUTPUT.yaml, beside the output.
+    `compress run OUTPUT.yaml` does the same again, after edits something else.
+
+    \b
+    compress quantize meta-llama/Llama-3.1-8B --scheme w4a16 --for vllm
+    compress quantize ./qwen3-8b -o out/qwen3-fp8 --scheme fp8 --quality fast
+    compress quantize ./my-model --scheme nvfp4 --for 'vllm, gpu: b200' --recipe-only
+    """
+    target = _target(model, output, scheme)
+    with uncollected():
+        from compressor.plan.recipe import make_recipe
+
+        choice = _choose(
+            model,
+            str(target),
+            scheme=scheme,
+            quality=cast("Quality", quality),
+            runtime=runtime,
+            overrides=overrides,
+            device=device,
+        )
+    file = _save(choice, target)
+    if not told.as_json:
+        echo(choice.text(), nl=False)
+    echo(f"the recipe is {file}", err=True)
+    if recipe_only:
+        if told.as_json:
+            about = {"file": str(file), "reasons": list(choice.reasons), "recipe": choice.data}
+            echo(json.dumps({"ok": True, **about}, indent=2))
+        return
+    from compressor.cli.commands.run import run_recipe
+
+    run_recipe(make_recipe(choice.data), device=device, device_memory=device_memory, told=told)
+
+
+def _target(model: str, output: str | None, scheme: str) -> Path:
+    """The folder to write, by the model's name unless one is given."""
+    if output is None:
+        path = Path(model).expanduser()
+        name = path.resolve().name if path.exists() else path.name.partition("@")[0]
+        return Path(f"{name.removesuffix('.gguf')}-{scheme}")
+    target = Path(output)
+    if not target.name:
+        raise click.UsageError(f"--output {output!r} names no folder")
+    return target
+
+
+def _choose(
+    model: str,
+    output: str,
+    *,
+    device: str,
+    **asked: Any,
+) -> Choice:
+    """Read the model's headers and choose. Raises Problems where no recipe does."""
+    import torch
+
+    from compressor.checkpoint.find import locate
+    from compressor.plan.choose import Wish, choose
+
+    there = torch.cuda.is_available()
+    gpu = device.startswith("cuda") or (device == "auto" and there)
+    capability = None
+    if gpu and there:
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    wish = Wish(model, output, gpu=gpu, capability=capability, **asked)
+    return choose(wish, locate(model, fetch=False, to_plan=True).source)
+
+
+def _save(choice: Choice, target: Path) -> Path:
+    """Write the recipe beside the output. Raises InputError where another one lies there."""
+    from compressor.checkpoint.durable import write_atomically
+    from compressor.errors import InputError
+    from compressor.plan.recipe import read_recipe
+
+    target = target.expanduser()
+    file = target.with_name(f"{target.name}.yaml")
+    if file.exists():
+        if read_recipe(file) != choice.data:
+            raise InputError(
+                f"{file} is there and is another recipe",
+                hint=f"compress run {file} runs that one; --output names another place",
+            )
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, choice.text().encode())
+    return file

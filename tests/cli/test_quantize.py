@@ -1,0 +1,123 @@
+"""`compress quantize`: the recipe that is chosen, refused or run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from compressor.cli.commands.quantize import SCHEMES
+from compressor.cli.main import cli
+from compressor.errors import InputError
+from compressor.plan.choose import WAYS
+
+Ask = Callable[..., Result]
+
+
+@pytest.fixture()
+def ask(tiny_model: Any, tmp_path: Path) -> Ask:
+    """compress quantize LLAMA -o out …, on a CPU."""
+
+    def asked(*words: str) -> Result:
+        start = ["quantize", str(tiny_model("llama")), "-o", str(tmp_path / "out")]
+        return CliRunner().invoke(cli, [*start, "--device", "cpu", *words])
+
+    return asked
+
+
+def passes(ask: Ask, *words: str) -> list[dict[str, Any]]:
+    """Those of the recipe that is chosen."""
+    result = ask("--recipe-only", "--json", *words)
+    assert result.exit_code == 0, result.output
+    found: list[dict[str, Any]] = json.loads(result.stdout)["recipe"]["passes"]
+    return found
+
+
+def test_the_schemes_that_are_offered_are_those_that_are_made() -> None:
+    assert set(SCHEMES) == set(WAYS)
+
+
+@pytest.mark.parametrize(("quality", "name"), [("fast", "rtn"), ("good", "gptq")])
+def test_a_recipe_is_saved_with_the_group_that_divides_the_widths(
+    ask: Ask, tmp_path: Path, quality: str, name: str
+) -> None:
+    result = ask("--scheme", "w4a16", "--quality", quality, "--recipe-only")
+    assert result.exit_code == 0, result.output
+    saved = (tmp_path / "out.yaml").read_text("utf-8")
+    assert saved == result.stdout and not (tmp_path / "out").exists()
+    recipe = yaml.safe_load(saved)
+    ((chosen, params),) = (step.popitem() for step in recipe["passes"])
+    # 64 and 96 inputs: 32 is the largest that divides both.
+    assert (chosen, params["bits"], params["group_size"]) == (name, 4, 32)
+    assert ("calibration" in recipe) == (quality != "fast")
+
+
+def test_best_reconstructs_where_that_applies(ask: Ask) -> None:
+    assert "reconstruct" in passes(ask, "--scheme", "w4a16", "--quality", "best")[0]
+
+
+def test_best_of_another_scheme_is_as_good(ask: Ask) -> None:
+    assert [*passes(ask, "--scheme", "w8a8", "--quality", "best")[0]] == ["smoothquant"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "inputs"), [("b200", "calibrated"), ("h100", None)], ids=["blackwell", "hopper"]
+)
+def test_inputs_are_quantized_where_the_gpu_has_kernels(ask: Ask, gpu: str, inputs: Any) -> None:
+    awq, nvfp4 = passes(ask, "--scheme", "nvfp4", "--for", f"vllm, gpu: {gpu}")
+    assert nvfp4["nvfp4"].get("activations") == inputs
+    assert awq["awq"] == ({"search": "inputs"} if inputs else {})
+
+
+def test_a_group_that_does_not_split_between_gpus_is_left_for_one_that_does(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", hidden_size=128, intermediate_size=256)
+    words = ["quantize", str(model), "-o", str(tmp_path / "o"), "--scheme", "w4a16"]
+    words += ["--quality", "fast", "--recipe-only", "--json", "--device", "cpu"]
+    sizes = []
+    for runtime in ("vllm", "vllm, tp: 2"):
+        (tmp_path / "o.yaml").unlink(missing_ok=True)
+        found = json.loads(CliRunner().invoke(cli, [*words, "--for", runtime]).stdout)
+        sizes.append(found["recipe"]["passes"][0]["rtn"]["group_size"])
+    assert sizes == [128, 64]
+
+
+def test_a_scheme_that_a_runtime_does_not_load_names_those_it_does(ask: Ask) -> None:
+    result = ask("--scheme", "fp8-block", "--for", "vllm", "--recipe-only")
+    assert isinstance(result.exception, InputError) and result.exception.exit_code == 2
+    *why, last = result.exception.problems  # type: ignore[attr-defined]
+    assert "do not divide into groups of 128" in why[0].message
+    assert "fp8 " in last.hint and "w4a16" in last.hint and "fp8-block" not in last.hint
+
+
+def test_an_edited_recipe_is_not_written_over(ask: Ask, tmp_path: Path) -> None:
+    words = ("--scheme", "fp8", "--recipe-only")
+    assert ask(*words).exit_code == 0
+    assert ask(*words).exit_code == 0, "the same one may lie there"
+    file = tmp_path / "out.yaml"
+    edited = file.read_text("utf-8").replace("dynamic", "weights")
+    file.write_text(edited, "utf-8")
+    result = ask(*words)
+    assert isinstance(result.exception, InputError)
+    assert "another recipe" in result.exception.message and file.read_text("utf-8") == edited
+
+
+def test_it_runs_what_it_chose_and_run_finds_it_done(ask: Ask, tmp_path: Path) -> None:
+    small = ("--set", "calibration.samples=4", "--set", "evaluate.windows=2")
+    result = ask("--scheme", "w8a8", *small, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["ok"] and not found["already_done"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    (group,) = config["quantization_config"]["config_groups"].values()
+    assert group["weights"]["num_bits"] == group["input_activations"]["num_bits"] == 8
+    again = CliRunner().invoke(
+        cli, ["run", str(tmp_path / "out.yaml"), "--device", "cpu", "--json"]
+    )
+    assert json.loads(again.stdout)["already_done"]
