@@ -80,6 +80,11 @@ class Calibration(Mixture):
     sampling: Literal["random", "consecutive"] = Field(
         "random", description="windows drawn with the seed, or the first rows one after the other"
     )
+    all_experts: bool = Field(
+        False,
+        description="statistics of every expert over all tokens; the router still decides what "
+        "flows on",
+    )
 
 
 class Recipe(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from compressor.report.choices import choices
+from compressor.report.elements import breakable, mark, meter, section, table
 from compressor.report.svg import Point, columns, dots, lines
 from compressor.report.text import counted, duration, factor, number, share, size, with_error
 
@@ -33,8 +34,9 @@ def render(data: Data, *, attention: str = "") -> str:
         _evaluation(data),
         _passkey(data),
         _choices(data),
-        _section("Attention", attention) if attention else "",
+        section("Attention", attention) if attention else "",
         _layers(data),
+        _experts(data),
         _verify(data),
         _done(data),
         _plan(data),
@@ -102,19 +104,19 @@ def _tiles(data: Data) -> str:
 def _warnings(data: Data) -> str:
     if not data["warnings"]:
         return ""
-    return _section("Warnings", "".join(f"<p>{escape(text)}</p>" for text in data["warnings"]))
+    return section("Warnings", "".join(f"<p>{escape(text)}</p>" for text in data["warnings"]))
 
 
 def _gate(data: Data) -> str:
     gate = data["gate"]
     if gate is None:
         return ""
-    rows = [[_mark(check["passed"]), escape(check["message"])] for check in gate.get("checks", ())]
-    body = _table(["", "limit"], rows, texts=(1,))
+    rows = [[mark(check["passed"]), escape(check["message"])] for check in gate.get("checks", ())]
+    body = table(["", "limit"], rows, texts=(1,))
     layers = gate.get("layers") or []
     if not gate.get("passed") and layers and layers[0].get("share"):
         worst = ", ".join(
-            f"<code>{_breakable(layer['linear'])}</code> ({layer['share']:.1%})"
+            f"<code>{breakable(layer['linear'])}</code> ({layer['share']:.1%})"
             for layer in layers[:GATE_LAYERS]
         )
         body += (
@@ -126,7 +128,7 @@ def _gate(data: Data) -> str:
             "<h3>What may help</h3><p>More bits where most of the error is; in the recipe, "
             f"replace <code>passes</code> by</p><pre>{escape(gate['suggestion'])}</pre>"
         )
-    return _section("Gate", body)
+    return section("Gate", body)
 
 
 def _evaluation(data: Data) -> str:
@@ -150,7 +152,7 @@ def _evaluation(data: Data) -> str:
     body = (
         f'<p class="quiet">{evaluation["tokens"]:,} tokens scored in {evaluation["windows"]} '
         f"windows of {evaluation['length']}; ± is one standard error.</p>"
-        + _table(["measure", "value", ""], rows, numbers=(1, 2))
+        + table(["measure", "value", ""], rows, numbers=(1, 2))
     )
     blocks = evaluation.get("blocks") or []
     if len(blocks) > 1:
@@ -165,7 +167,7 @@ def _evaluation(data: Data) -> str:
             show=number,
             log=True,
         )
-    return _section("Evaluation", body)
+    return section("Evaluation", body)
 
 
 def _passkey(data: Data) -> str:
@@ -184,11 +186,11 @@ def _passkey(data: Data) -> str:
         f"{passkey.get('tokens') or ''} tokens were found, {share(whole['value'])} ± "
         f"{share(whole['error'])} of {sum(c['rows'] for c in passkey['cells'])} passkeys whole.</p>"
     )
-    return _section("Passkey retrieval", body + _table(header, rows, numbers=range(len(header))))
+    return section("Passkey retrieval", body + table(header, rows, numbers=range(len(header))))
 
 
 def _choices(data: Data) -> str:
-    return _section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
+    return section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
 
 
 def _layers(data: Data) -> str:
@@ -209,9 +211,28 @@ def _layers(data: Data) -> str:
     body = dots(series, x_title="block", y_title=title, show=number) if series else ""
     worst = sorted(errors.items(), key=lambda entry: -entry[1][0])[:WORST]
     top = worst[0][1][0] or 1.0
-    rows = [[_breakable(name), number(error), _meter(error / top)] for name, (error, _) in worst]
-    table = _table(["linear", "error", ""], rows, numbers=(1,), names=(0,))
-    return _section("Error by layer", f"{body}<h3>Largest errors</h3>{table}")
+    rows = [[breakable(name), number(error), meter(error / top)] for name, (error, _) in worst]
+    largest = table(["linear", "error", ""], rows, numbers=(1,), names=(0,))
+    return section("Error by layer", f"{body}<h3>Largest errors</h3>{largest}")
+
+
+def _experts(data: Data) -> str:
+    """A line for each expert: the calibration tokens that routers sent it, over all blocks."""
+    seen: dict[int, dict[str, int]] = {}
+    for unit in data["units"]:
+        for row in unit["rows"]:
+            if "routed" in row:
+                seen.setdefault(row["expert"], {})[unit["name"]] = row["routed"]
+    if not seen:
+        return ""
+    rows = []
+    for expert, found in sorted(seen.items()):
+        least = min(found, key=lambda name: found[name])
+        without = sum(not tokens for tokens in found.values())
+        numbers = [f"{sum(found.values()):,}", f"{found[least]:,}"]
+        rows.append([str(expert), *numbers, breakable(least), str(without)])
+    header = ["expert", "tokens", "fewest in a block", "which", "blocks without any"]
+    return section("Tokens seen by experts", table(header, rows, numbers=(1, 2, 4), names=(3,)))
 
 
 def _linear_errors(data: Data) -> dict[str, tuple[float, str]]:
@@ -240,13 +261,13 @@ def _verify(data: Data) -> str:
         return ""
     checks = [
         [
-            _mark(_held(check)),
+            mark(_held(check)),
             escape(str(check.get("name", ""))),
             escape(str(check.get("detail", ""))),
         ]
         for check in verify.get("checks", ())
     ]
-    body = _table(["", "check", "found"], checks, texts=(2,)) if checks else ""
+    body = table(["", "check", "found"], checks, texts=(2,)) if checks else ""
     # What else the verdict carries: single values, and lists of messages.
     others = [
         [escape(key.replace("_", " ")), escape(_inline(value))]
@@ -256,9 +277,9 @@ def _verify(data: Data) -> str:
         and not (isinstance(value, list) and any(isinstance(entry, dict) for entry in value))
         and value not in (None, "", [])
     ]
-    return _section(
+    return section(
         "Verification of the written files",
-        body + (_table([], others, texts=(1,)) if others else ""),
+        body + (table([], others, texts=(1,)) if others else ""),
     )
 
 
@@ -273,14 +294,14 @@ def _done(data: Data) -> str:
     ]
     text = yaml.safe_dump(dict(data["recipe"]), sort_keys=False, width=100, allow_unicode=True)
     details = f"<details><summary>The recipe in full</summary><pre>{escape(text)}</pre></details>"
-    table = _table(["", "pass", "parameters"], rows, texts=(2,))
+    done = table(["", "pass", "parameters"], rows, texts=(2,))
     learned = [
         [escape(str(name)), escape(_inline(found))]
         for name, found in ((row.pop("pass"), row) for row in map(dict, data.get("learned", ())))
     ]
     if learned:
-        table += "<h3>What was learned</h3>" + _table(["pass", "found"], learned, texts=(1,))
-    return _section("What was done", table + details)
+        done += "<h3>What was learned</h3>" + table(["pass", "found"], learned, texts=(1,))
+    return section("What was done", done + details)
 
 
 def _plan(data: Data) -> str:
@@ -296,11 +317,11 @@ def _plan(data: Data) -> str:
             ratio = factor(spent[key], planned[key])
             rows.append([title, show(planned[key]), show(spent[key]), ratio])
     header = ["", "planned", "happened", "ratio"]
-    body = _table(header, rows, numbers=(1, 2, 3))
+    body = table(header, rows, numbers=(1, 2, 3))
     phases = [[escape(name), duration(seconds)] for name, seconds in data["phases"].items()]
     if phases:
-        body += "<h3>Time by phase</h3>" + _table(["phase", "time"], phases, numbers=(1,))
-    return _section("The plan, and what happened", body)
+        body += "<h3>Time by phase</h3>" + table(["phase", "time"], phases, numbers=(1,))
+    return section("The plan, and what happened", body)
 
 
 def _units(data: Data) -> str:
@@ -309,9 +330,9 @@ def _units(data: Data) -> str:
         return ""
     times, host, device = [], [], []
     for i, unit in enumerate(units):
-        mark = " (done by an earlier run)" if unit["resumed"] else ""
+        earlier = " (done by an earlier run)" if unit["resumed"] else ""
         times.append(
-            Point(i, unit["seconds"], f"{unit['name']}: {duration(unit['seconds'])}{mark}")
+            Point(i, unit["seconds"], f"{unit['name']}: {duration(unit['seconds'])}{earlier}")
         )
         host.append(Point(i, unit["peak_rss"], f"{unit['name']}: {size(unit['peak_rss'])}"))
         device.append(Point(i, unit["peak_device"], f"{unit['name']}: {size(unit['peak_device'])}"))
@@ -321,7 +342,7 @@ def _units(data: Data) -> str:
     title = "highest memory up to each unit"
     body = columns(times, x_title="unit", y_title="time of each unit", show=duration)
     body += lines(memory, x_title="unit", y_title=title, show=size)
-    return _section("Time and memory by unit", body)
+    return section("Time and memory by unit", body)
 
 
 def _origins(data: Data) -> str:
@@ -330,12 +351,12 @@ def _origins(data: Data) -> str:
     groups += [("Versions", data["versions"]), ("SHA-256", data["hashes"])]
     body = "".join(
         f"<h3>{title}</h3>"
-        + _table([], [[escape(str(k)), escape(_inline(v))] for k, v in values.items()], names=(1,))
+        + table([], [[escape(str(k)), escape(_inline(v))] for k, v in values.items()], names=(1,))
         for title, values in groups
         if values
     )
     started = f"<footer>Started {escape(data['started'])}</footer>" if data["started"] else ""
-    return _section("Where it comes from", body) + started if body else started
+    return section("Where it comes from", body) + started if body else started
 
 
 def _passes(data: Data) -> list[tuple[str, Data]]:
@@ -354,47 +375,3 @@ def _inline(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return number(value) if isinstance(value, float) else str(value)
-
-
-def _breakable(name: str) -> str:
-    """A module path that may break after its dots."""
-    return escape(name).replace(".", ".<wbr>")
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _mark(passed: bool) -> str:
-    return (
-        f'<span class="badge {"good" if passed else "bad"}">{"ok" if passed else "failed"}</span>'
-    )
-
-
-def _meter(part: float) -> str:
-    return f'<span class="meter"><i style="width:{max(0.0, min(part, 1.0)):.1%}"></i></span>'
-
-
-def _table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    numbers: Iterable[int] = (),
-    names: Iterable[int] = (),
-    texts: Iterable[int] = (),
-) -> str:
-    """A table of cells that are HTML already; `names` and `texts` may break anywhere."""
-    numbers, names = tuple(numbers), tuple(names)
-    kinds = {
-        **dict.fromkeys(numbers, ' class="n"'),
-        **dict.fromkeys(names, ' class="name"'),
-        **dict.fromkeys(texts, ' class="text"'),
-    }
-    head = "".join(f"<th{kinds.get(i, '')}>{cell}</th>" for i, cell in enumerate(header))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kinds.get(i, '')}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    top = f"<thead><tr>{head}</tr></thead>" if header else ""
-    narrow = ' class="compact"' if header and numbers and not names else ""
-    return f'<div class="scroll"><table{narrow}>{top}<tbody>{body}</tbody></table></div>'

@@ -59,6 +59,7 @@ def apply_passes(
     rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
     seen: Observation | None = None
     changed = False
+    experts = {x.name: x.expert for x in unit.layout.linears if x.expert is not None}
     for number, wanted in zip(unit.steps, unit.seen, strict=True):
         step = plan.passes[number]
         params, needs = step.step.params, step.needs.stats
@@ -88,7 +89,9 @@ def apply_passes(
             result = params.apply(current, context)
         else:
             continue
-        rows.extend({"pass": step.step.name, **row} for row in result.rows)
+        rows.extend(
+            {"pass": step.step.name, **row, **_coverage(row, experts, seen)} for row in result.rows
+        )
         if result.unit is not current:
             changed = True
             if step.effects.stale:
@@ -99,6 +102,15 @@ def apply_passes(
 
 def _look(observe_site: ObserveSite, needs: StatNeeds, unit: Unit, site: str) -> SiteStats:
     return observe_site(unit, site, needs)
+
+
+def _coverage(
+    row: Mapping[str, Any], experts: Mapping[str, int], seen: Observation | None
+) -> dict[str, Any]:
+    """What a report row of an expert's linear says of the tokens that the router sent there."""
+    expert = experts.get(str(row.get("linear")))
+    routed = None if seen is None or expert is None else seen.routed.get(expert)
+    return {} if routed is None else {"expert": expert, "routed": routed}
 
 
 def unit_seed(seed: int, unit: int, step: int) -> int:

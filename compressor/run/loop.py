@@ -297,7 +297,14 @@ class _Loop:
                 block.tensors = current.dequantized()
                 block.load(block.tensors)
             return step.execution.halving(
-                lambda batch: observe(block, stream, needs=wanted.sites, batch=batch, kv=wanted.kv)
+                lambda batch: observe(
+                    block,
+                    stream,
+                    needs=wanted.sites,
+                    batch=batch,
+                    kv=wanted.kv,
+                    all_experts=self.plan.recipe.calibration.all_experts,
+                )
             )
 
         tune = self._tuner(step, block) if unit.tuned else None

@@ -112,7 +112,14 @@ def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
             block.tensors = current.dequantized()
             block.load(block.tensors)
             return step.execution.halving(
-                lambda batch: observe(block, entering, needs=needs.sites, batch=batch, kv=needs.kv)
+                lambda batch: observe(
+                    block,
+                    entering,
+                    needs=needs.sites,
+                    batch=batch,
+                    kv=needs.kv,
+                    all_experts=any_plan.recipe.calibration.all_experts,
+                )
             )
 
         for bits, plan in plans.items():

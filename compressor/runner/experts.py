@@ -57,6 +57,16 @@ class Experts:
         hidden, chosen, _ = _routing(args, kwargs)
         return lambda expert: hidden[(chosen == expert).any(dim=1)]
 
+    def unrouted(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
+        """Expert → all tokens [n, hidden] of a call of the module, wherever it sends them."""
+        hidden, _, _ = _routing(args, kwargs)
+        return lambda expert: hidden
+
+    def counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """How many tokens a call of the module sends to each expert, int64 [experts]."""
+        _, chosen, _ = _routing(args, kwargs)
+        return torch.bincount(chosen.flatten(), minlength=len(self))[: len(self)]
+
     @torch.no_grad()
     def entering_down(self, expert: int, tokens: Tensor, enter: Entering = as_it_is) -> Tensor:
         """What an expert makes of tokens [n, hidden] before its down projection, [n, channels]."""
@@ -116,6 +126,17 @@ class _WholeExperts(Experts):
     def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         tokens = [part[part.any(dim=1)] for part in self._apart(args, kwargs)]
         return lambda expert: tokens[expert]
+
+    def unrouted(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
+        # Inputs are weighted by the router, so each token comes as the expert that it is sent to
+        # with the largest weight gets it.
+        parts = self._apart(args, kwargs)
+        strongest = parts.abs().amax(dim=2).argmax(dim=0)
+        tokens = parts[strongest, torch.arange(parts.shape[1], device=parts.device)]
+        return lambda expert: tokens
+
+    def counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        return self._apart(args, kwargs).any(dim=2).sum(dim=1)
 
     @torch.no_grad()
     def entering_down(self, expert: int, tokens: Tensor, enter: Entering = as_it_is) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,13 @@ class Observation:
     module_loss  mean squared change of the output of a site's module over the kept inputs, where
                  the weights [out, in] of the named linears are replaced
     kv           statistics of keys and values, where they were asked for
+    routed       expert → tokens that the router sent there; empty where none was watched
     """
 
     stats: Mapping[str, SiteStats]
     module_loss: Callable[[str, Mapping[str, Tensor]], float]
     kv: KVStats | None = None
+    routed: Mapping[int, int] = field(default_factory=dict)
 
 
 def observe(
@@ -48,15 +50,19 @@ def observe(
     needs: Mapping[str, StatNeeds],
     batch: int,
     kv: KVNeeds | None = None,
+    all_experts: bool = False,
 ) -> Observation:
     """Statistics of the named sites over all rows that enter a block, and with `kv` of keys and
-    values. Those of experts stay computable while the block is in memory."""
+    values. Those of experts stay computable while the block is in memory.
+
+    all_experts  an expert's statistics are of all tokens, not only of those routed to it
+    """
     shape = block.unit.attention
     seen = None
     if kv is not None and shape is not None:
         sides = (shape.kv_heads, shape.head_dim)
         seen = KVStats(*sides, heads=shape.heads, needs=kv, device=block.runner.device)
-    with Observer(block, needs=needs) as observer:
+    with Observer(block, needs=needs, all_experts=all_experts) as observer:
         hook = None if seen is None else observer.watch_kv(seen)
         with block.runner.attention(hook):
             for start in range(0, stream.rows, batch):
@@ -67,17 +73,22 @@ def observe(
     stats = observer.finish()
     if seen is not None:
         seen.all_reduce()
-    return Observation(stats=stats, module_loss=observer.module_loss, kv=seen)
+    return Observation(
+        stats=stats, module_loss=observer.module_loss, kv=seen, routed=observer.routed()
+    )
 
 
 class Observer:
     """Hooks on one block for the length of a `with`. A forward pass ends with the last of them."""
 
-    def __init__(self, block: Block, *, needs: Mapping[str, StatNeeds]) -> None:
+    def __init__(
+        self, block: Block, *, needs: Mapping[str, StatNeeds], all_experts: bool = False
+    ) -> None:
         self.block = block
         self.needs = needs
+        self.all_experts = all_experts
         self.stats: dict[str, SiteStats] = {}
-        self.experts: _RoutedTokens | None = None
+        self.experts: _ExpertTokens | None = None
         self.calls: dict[str, _Calls] = {}
         self._hooks = ExitStack()
         self._watched = 0
@@ -110,6 +121,10 @@ class Observer:
         for stats in self.stats.values():
             stats.all_reduce()
         return _LazyStats(self.block, ready=self.stats, experts=self.experts, needs=self.needs)
+
+    def routed(self) -> dict[int, int]:
+        """Expert → tokens that the router sent there, of those that were watched."""
+        return {} if self.experts is None else self.experts.counted()
 
     @torch.no_grad()
     def module_loss(self, site: str, weights: Mapping[str, Tensor]) -> float:
@@ -175,7 +190,7 @@ class Observer:
     def _watch_experts(self, linear: Linear) -> None:
         if self.experts is None:
             module = self.block.module(linear)
-            self.experts = _RoutedTokens(experts_of(module))
+            self.experts = _ExpertTokens(experts_of(module), every=self.all_experts)
             self._hook(module, self.experts)
 
     def _watch_calls(self, site: str, linears: Sequence[Linear], tokens: int) -> None:
@@ -229,15 +244,25 @@ class _Calls:
         return [o[0] if isinstance(o, tuple) else o for o in out]
 
 
-class _RoutedTokens:
-    """Notes which tokens went to which expert."""
+class _ExpertTokens:
+    """Notes which tokens went to which expert.
 
-    def __init__(self, experts: Experts) -> None:
+    every  statistics are of all tokens nevertheless
+    """
+
+    def __init__(self, experts: Experts, *, every: bool) -> None:
         self.experts = experts
+        self.tokens_of = experts.unrouted if every else experts.routed
         self.calls: list[Callable[[int], Tensor]] = []
+        self.counts: list[Tensor] = []
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append(self.experts.routed(args, kwargs))
+        self.calls.append(self.tokens_of(args, kwargs))
+        self.counts.append(self.experts.counts(args, kwargs))
+
+    def counted(self) -> dict[int, int]:
+        """Expert → tokens routed to it."""
+        return dict(enumerate(torch.stack(self.counts).sum(dim=0).tolist())) if self.counts else {}
 
     def entering_down(self, expert: int) -> Iterator[Tensor]:
         """What enters an expert's down projection, batch by batch."""
@@ -253,7 +278,7 @@ class _LazyStats(Mapping[str, SiteStats]):
         block: Block,
         *,
         ready: Mapping[str, SiteStats],
-        experts: _RoutedTokens | None,
+        experts: _ExpertTokens | None,
         needs: Mapping[str, StatNeeds],
     ) -> None:
         self._block = block
@@ -273,7 +298,7 @@ class _LazyStats(Mapping[str, SiteStats]):
             self._last = (site, self._compute(site, self._experts))
         return self._last[1]
 
-    def _compute(self, site: str, experts: _RoutedTokens) -> SiteStats:
+    def _compute(self, site: str, experts: _ExpertTokens) -> SiteStats:
         down = self._block.unit.site_linears(site)[0]
         assert down.expert is not None
         device = self._block.runner.device

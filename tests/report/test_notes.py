@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
+from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
 from compressor.report.notes import kept_rows, row_notes
 
@@ -60,3 +63,34 @@ def test_a_run_says_them(tiny_model, tmp_path):
     assert "came here: rounded to nearest" in page
     assert report["learned"] == [{"pass": "streaming", "name": "sinks", "sinks": 2}]
     assert "What was learned" in page and "name: sinks, sinks: 2" in page
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_experts_without_tokens_have_scales_and_a_line_that_says_so(
+    family: str, everything: bool, tiny_model, tmp_path
+):
+    tokens = 8
+    recipe = {
+        "model": str(tiny_model(family)),
+        "output": str(tmp_path / "out"),
+        "calibration": {"samples": 1, "length": tokens, "all_experts": everything},
+        "passes": [{"gptq": {"bits": 8, "activations": "static", "min_tokens": tokens}}],
+        "verify": False,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(cli, ["run", str(tmp_path / "recipe.yaml"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = [row for unit in report["units"] for row in unit["rows"] if "routed" in row]
+    downs = [row for row in rows if "down_proj" in row["linear"] or row["linear"].endswith("w2")]
+    source = open_source(tmp_path / "out")
+    blocks = source.layout.blocks
+    chosen = source.checkpoint.config["num_experts_per_tok"]
+    assert sum(row["routed"] for row in downs) == tokens * chosen * len(blocks)
+    assert any(row["routed"] < tokens for row in downs)
+    assert any("came here" in text for text in report["warnings"]) is not everything
+    assert "Tokens seen by experts" in (tmp_path / "out" / "report.html").read_text()
+    scales = [name for name in source.checkpoint.entries if name.endswith("input_scale")]
+    found = torch.cat([x.flatten() for x in source.checkpoint.read(scales).values()])
+    assert len(found) > len(downs) and bool((found > 0).all()) and bool(found.isfinite().all())

@@ -133,6 +133,33 @@ def test_statistics_of_fused_experts_are_those_of_an_unfused_copy(bench: Bench) 
 
 
 @torch.no_grad()
+def test_every_expert_may_be_watched_on_all_tokens_while_the_router_decides(bench: Bench) -> None:
+    (first, *_), (mine, _) = bench.call(), bench.routed()
+    alone = len(bench.call()) == 1  # each expert's tokens apart, one expert for a token
+    every = first.view(len(mine), -1, 64).sum(0) if alone else first.reshape(-1, 64)
+    downs = {x.site: x for x in bench.unit.linears if x.role == "expert.down"}
+    with bench.model.runner.loaded(bench.unit, bench.tensors) as block:
+        before = block.forward(bench.hidden)
+        found = observe(
+            block,
+            Stream(bench.hidden),
+            needs=dict.fromkeys(downs, NEEDS),
+            batch=2,
+            all_experts=True,
+        )
+        for site, down in downs.items():
+            assert down.expert is not None
+            inner, _ = Unfused(bench, down.expert)(every)
+            expected = SiteStats(down.in_features, NEEDS, device=torch.device("cpu"))
+            expected.update(inner)
+            stats = found.stats[site]
+            assert stats.tokens == IDS.numel()
+            assert (stats.gram - expected.gram).abs().max() < 1e-5 * expected.gram.abs().max()
+        assert torch.equal(block.forward(bench.hidden), before)
+    assert found.routed == {expert: len(tokens) for expert, tokens in enumerate(mine)}
+
+
+@torch.no_grad()
 def test_an_expert_is_the_family_s_own(bench: Bench) -> None:
     call, tokens = bench.call(), 40 * bench.hidden.flatten(0, 1)
     with bench.model.runner.loaded(bench.unit, bench.tensors) as block:

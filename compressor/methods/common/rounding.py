@@ -104,7 +104,7 @@ def with_input_scales(
         if divided is not None and linear.site in divided:
             absmax = absmax / divided[linear.site]
         scale = stored_scale(absmax, spec)
-        if bool(scale > 0):
+        if bool(scale > 0) and bool(scale.isfinite()):
             found[linear.name] = scale
         else:
             missing.append(linear)
