@@ -1,8 +1,9 @@
-"""`compress quantize`: the recipe that is chosen, refused or run."""
+"""`compress quantize` and `init`: the recipe that is chosen, refused, run or written."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from compressor.cli.commands.quantize import SCHEMES
 from compressor.cli.main import cli
 from compressor.errors import InputError
 from compressor.plan.choose import WAYS
+from compressor.plan.recipe import Recipe, make_recipe
 
 Ask = Callable[..., Result]
 
@@ -121,3 +123,28 @@ def test_it_runs_what_it_chose_and_run_finds_it_done(ask: Ask, tmp_path: Path) -
         cli, ["run", str(tmp_path / "out.yaml"), "--device", "cpu", "--json"]
     )
     assert json.loads(again.stdout)["already_done"]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "nvfp4"])
+def test_init_writes_the_same_recipe_with_every_other_key_as_a_comment(
+    tiny_model: Any, scheme: str
+) -> None:
+    words = ["init", str(tiny_model("llama")), "--scheme", scheme, "--device", "cpu"]
+    text = CliRunner().invoke(cli, words).stdout
+    data = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["recipe"]
+    recipe = make_recipe(data)
+    assert make_recipe(yaml.safe_load(text)) == recipe
+    for name in Recipe.model_fields:
+        assert len(re.findall(rf"^(?:# )?{name}:", text, re.MULTILINE)) == 1, name
+    # Its defaults are YAML, and defaults: the keys may be uncommented where they stand.
+    whole = re.sub(r"^( *)# (?!publish)(\w+: )", r"\1\2", text, flags=re.MULTILINE)
+    assert whole.count("#") < text.count("#")
+    assert make_recipe(yaml.safe_load(whole)).resolved() == recipe.resolved()
+
+
+def test_init_leaves_a_file_that_is_there(tiny_model: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("mine", "utf-8")
+    words = ["init", str(tiny_model("llama")), "-o", str(tmp_path / "r.yaml")]
+    result = CliRunner().invoke(cli, words)
+    assert isinstance(result.exception, InputError)
+    assert (tmp_path / "r.yaml").read_text("utf-8") == "mine"

@@ -10,7 +10,13 @@ import click
 
 from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
-from compressor.cli.options import Told, device_options, runtime_option, telling_options
+from compressor.cli.options import (
+    Command,
+    Told,
+    device_options,
+    runtime_option,
+    telling_options,
+)
 
 if TYPE_CHECKING:
     from compressor.plan.choose import Choice, Quality
@@ -18,18 +24,23 @@ if TYPE_CHECKING:
 SCHEMES = ("w4a16", "w8a8", "fp8", "fp8-block", "nvfp4", "mxfp4", "mxfp8", "w8a16", "w4a8")
 
 
+def quality_option(function: Command) -> Command:
+    """How much is done for it."""
+    return click.option(
+        "--quality",
+        type=click.Choice(["fast", "good", "best"]),
+        default="good",
+        show_default=True,
+        help="fast: rounding without data; good: calibrated; best: refined with gradients, where "
+        "the scheme has that.",
+    )(function)
+
+
 @click.command()
 @click.argument("model")
 @click.option("--output", "-o", help="Folder to write; MODEL's name and the scheme if not given.")
 @click.option("--scheme", type=click.Choice(SCHEMES), required=True, help="Weights and inputs.")
-@click.option(
-    "--quality",
-    type=click.Choice(["fast", "good", "best"]),
-    default="good",
-    show_default=True,
-    help="fast: rounding without data; good: calibrated; best: refined with gradients, where the "
-    "scheme has that.",
-)
+@quality_option
 @runtime_option
 @click.option(
     "--set",
@@ -64,11 +75,11 @@ def command(
     compress quantize ./qwen3-8b -o out/qwen3-fp8 --scheme fp8 --quality fast
     compress quantize ./my-model --scheme nvfp4 --for 'vllm, gpu: b200' --recipe-only
     """
-    target = _target(model, output, scheme)
+    target = output_folder(model, output, scheme)
     with uncollected():
         from compressor.plan.recipe import make_recipe
 
-        choice = _choose(
+        choice = choose_recipe(
             model,
             str(target),
             scheme=scheme,
@@ -91,7 +102,7 @@ def command(
     run_recipe(make_recipe(choice.data), device=device, device_memory=device_memory, told=told)
 
 
-def _target(model: str, output: str | None, scheme: str) -> Path:
+def output_folder(model: str, output: str | None, scheme: str) -> Path:
     """The folder to write, by the model's name unless one is given."""
     if output is None:
         path = Path(model).expanduser()
@@ -103,7 +114,7 @@ def _target(model: str, output: str | None, scheme: str) -> Path:
     return target
 
 
-def _choose(
+def choose_recipe(
     model: str,
     output: str,
     *,
@@ -115,12 +126,13 @@ def _choose(
 
     from compressor.checkpoint.find import locate
     from compressor.plan.choose import Wish, choose
+    from compressor.run.session import choose_device
 
     there = torch.cuda.is_available()
     gpu = device.startswith("cuda") or (device == "auto" and there)
     capability = None
     if gpu and there:
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(choose_device(device))
         capability = 10 * major + minor
     wish = Wish(model, output, gpu=gpu, capability=capability, **asked)
     return choose(wish, locate(model, fetch=False, to_plan=True).source)

@@ -1,0 +1,84 @@
+"""compress init"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from compressor.cli.commands.quantize import SCHEMES, choose_recipe, output_folder, quality_option
+from compressor.cli.echo import echo
+from compressor.cli.importing import uncollected
+from compressor.cli.options import device_option, json_option, runtime_option
+
+if TYPE_CHECKING:
+    from compressor.plan.choose import Quality
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the recipe here, where no file may be; printed if not given.",
+)
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEMES),
+    default="w4a16",
+    show_default=True,
+    help="Weights and inputs.",
+)
+@quality_option
+@runtime_option
+@device_option
+@json_option
+def command(
+    model: str,
+    output: Path | None,
+    scheme: str,
+    quality: str,
+    runtime: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Write a recipe for a model that can be run, with every other key as a comment.
+
+    It is what `compress quantize` chooses, to be edited: each key and each parameter of its
+    passes says what it is. Reads headers only.
+
+    \b
+    compress init meta-llama/Llama-3.1-8B > llama3.yaml
+    compress init ./qwen3-8b --scheme fp8 --for vllm -o qwen3-fp8.yaml
+    compress init ./my-model --quality best -o my.yaml && compress plan my.yaml
+    """
+    from compressor.errors import InputError
+
+    if output is not None and output.exists():
+        raise InputError(f"{output} is there already", hint="--output names another file")
+    with uncollected():
+        from compressor.checkpoint.durable import write_atomically
+        from compressor.plan.commented import commented
+
+        choice = choose_recipe(
+            model,
+            str(output_folder(model, None, scheme)),
+            scheme=scheme,
+            quality=cast("Quality", quality),
+            runtime=runtime,
+            device=device,
+        )
+    text = commented(choice.data, choice.reasons)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, text.encode())
+    if as_json:
+        about = {"file": None if output is None else str(output), "reasons": list(choice.reasons)}
+        echo(json.dumps({"ok": True, **about, "recipe": choice.data}, indent=2))
+    elif output is None:
+        echo(text, nl=False)
+    else:
+        echo(f"compress plan {output} says what it would do", err=True)
