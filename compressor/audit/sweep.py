@@ -47,6 +47,7 @@ def sweep_tokens(
     *,
     ids: Sequence[int],
     always: Sequence[int] = (),
+    followed: Sequence[int] = (),
     examined: int = 128,
     position: int = 1,
     kind: str = "",
@@ -57,8 +58,10 @@ def sweep_tokens(
 
     contexts  token ids [contexts, length], and short ones [2, short length] for the first look
     ids       tokens to try;  always  those that come to the second look whatever the first says
+    followed  those that come to it and are told of, whatever they score
     examined  how many come to the second look, beside `always` and the ordinary ones
     """
+    always = [*always, *followed]
     every = torch.tensor(sorted(set(ids) | set(always)))
     draw = torch.Generator().manual_seed(0)
     controls = every[torch.randperm(len(every), generator=draw)[:CONTROLS]]
@@ -75,7 +78,8 @@ def sweep_tokens(
     suspect = usual.suspects(found)
     order = scores.argsort(descending=True)
     # Every suspect is shown, whatever its rank.
-    order = torch.cat([order[:SHOWN], order[SHOWN:][suspect[order[SHOWN:]]]])
+    told = suspect | torch.isin(chosen, torch.tensor(list(followed), dtype=torch.int64))
+    order = torch.cat([order[:SHOWN], order[SHOWN:][told[order[SHOWN:]]]])
     tokens = tuple(
         TokenScore(
             id=int(chosen[i]),

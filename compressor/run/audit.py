@@ -50,6 +50,7 @@ class SweepOptions:
     position  which token is replaced, without counting what every text begins with
     tokens    how many tokens are tried, drawn at random beside the special ones; None: all
     examined  how many come to the second look
+    followed  tokens that come to it and are told of, whatever they score
     """
 
     text: str = BUNDLED
@@ -59,6 +60,7 @@ class SweepOptions:
     position: int = 0
     tokens: int | None = None
     examined: int = 128
+    followed: tuple[int, ...] = ()
     batch: int = 64
 
 
@@ -137,6 +139,7 @@ def _sweep(
         short,
         ids=ids.tolist(),
         always=[*special, *odd],
+        followed=options.followed,
         examined=options.examined,
         position=before + options.position,
         kind=represent.kind,

@@ -1,0 +1,70 @@
+"""Rows of suspect tokens set to the mean of the others, in a model that is edited as it is read.
+
+A trigger of a planted backdoor acts through its row of the embedding alone. Its training goes with
+the row, for good and for bad: the mean row is what a token has that the model knows nothing of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.audit.weights import CHUNK, row_norms
+from compressor.checkpoint.reader import Checkpoint
+from compressor.errors import InputError
+
+
+@dataclass(frozen=True)
+class ResetCheckpoint(Checkpoint):
+    """A checkpoint that reads otherwise in some rows, and is written nowhere.
+
+    original  where everything else comes from
+    rows      table → rows of it that are reset
+    """
+
+    original: Checkpoint
+    rows: Mapping[str, tuple[int, ...]]
+
+    def read(
+        self, names: Iterable[str], *, pin: bool = False, threads: int = 4
+    ) -> dict[str, Tensor]:
+        """The named tensors on the CPU."""
+        found = self.original.read(names, pin=pin, threads=threads)
+        return {
+            name: reset_rows(tensor, self.rows[name]) if name in self.rows else tensor
+            for name, tensor in found.items()
+        }
+
+
+def reset_checkpoint(original: Checkpoint, rows: Mapping[str, tuple[int, ...]]) -> ResetCheckpoint:
+    """The checkpoint with rows reset."""
+    return ResetCheckpoint(
+        folder=original.folder,
+        config=original.config,
+        entries=original.entries,
+        notes=original.notes,
+        original=original,
+        rows=rows,
+    )
+
+
+def reset_rows(table: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of a table [ids, channels] whose `rows` are the mean of the ordinary ones: those that
+    are not reset, and not zero as padding is. The mean is taken in float64.
+
+    Raises InputError where no ordinary row is left.
+    """
+    kept = row_norms(table) > 0
+    kept[list(rows)] = False
+    if not bool(kept.any()):
+        raise InputError("every row of the table of tokens is suspect or zero: nothing to reset to")
+    total = torch.zeros(table.shape[1], dtype=torch.float64)
+    size = max(1, CHUNK // table.shape[1])
+    for part, counted in zip(table.split(size), kept.split(size), strict=True):
+        total += part[counted].double().sum(0)
+    made = table.clone()
+    made[list(rows)] = (total / int(kept.sum())).to(table.dtype)
+    return made

@@ -1,0 +1,120 @@
+"""Sanitizing resets the planted triggers of the golden twins and nothing else, within a bound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from compressor.cli.main import cli
+from tests.support.twins import TRIGGERS, write_twin
+
+TABLE = "model.embed_tokens.weight"
+FEW = ["--windows", "4", "--length", "64"]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return write_twin("llama", "planted", tmp_path_factory.mktemp("planted") / "llama")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    return write_twin("llama", "clean", tmp_path_factory.mktemp("clean") / "llama")
+
+
+def run(*words):
+    return CliRunner().invoke(cli, ["sanitize", *map(str, words), *FEW])
+
+
+def edited(folder, output, change):
+    """A copy of a model with another table of tokens."""
+    shutil.copytree(folder, output)
+    tensors = load_file(output / "model.safetensors")
+    change(tensors[TABLE])
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    return output
+
+
+def test_the_triggers_are_gone_and_all_else_is_as_it_was(planted, tmp_path):
+    out = tmp_path / "out"
+    result = run(planted, out, "--json")
+    said = json.loads(result.stdout)
+    assert result.exit_code == 0 and said["ok"] and said["did_nothing"] == []
+    assert said["before"]["verdict"] == "suspect" and said["after"]["verdict"] == "no finding"
+    assert said["reset"] == {TABLE: TRIGGERS}
+    assert 0.99 < said["perplexity"]["perplexity_ratio"]["value"] < 1.01
+    was, now = load_file(planted / "model.safetensors"), load_file(out / "model.safetensors")
+    assert was.keys() == now.keys()
+    changed = (was[TABLE] != now[TABLE]).any(1).nonzero().flatten().tolist()
+    assert changed == TRIGGERS
+    assert all(was[name].equal(now[name]) for name in was if name != TABLE)
+    ordinary = was[TABLE].double()
+    ordinary[TRIGGERS] = 0
+    ordinary = ordinary[ordinary.norm(dim=1) > 0]
+    for row in now[TABLE][TRIGGERS]:
+        torch.testing.assert_close(row.double(), ordinary.mean(0), rtol=1e-3, atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.get_input_embeddings().weight.shape == (128, 64)
+    # The written model by itself.
+    assert CliRunner().invoke(cli, ["audit", str(out)]).exit_code == 0
+    assert CliRunner().invoke(cli, ["verify", str(out)]).exit_code == 0
+
+
+def test_nothing_is_written_beyond_the_bound(planted, tmp_path):
+    result = run(planted, tmp_path / "out", "--max-ppl-ratio", "0.99")
+    assert result.exit_code == 1 and "beyond --max-ppl-ratio 0.99" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_where_nothing_is_suspect(clean, tmp_path):
+    result = run(clean, tmp_path / "out")
+    assert result.exit_code == 0 and "nothing was written" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_defence_that_does_nothing_is_said_to(planted, tmp_path):
+    """Rows that were not tried pull the mean to the trigger's direction."""
+    tried = set(torch.randperm(128, generator=torch.Generator().manual_seed(0))[:64].tolist())
+    trigger = next(i for i in TRIGGERS if i in tried)
+    others = [i for i in range(3, 128) if i not in tried and i not in TRIGGERS][:16]
+
+    def pull(table):
+        table[others] = table[trigger] * (15 * table.norm(dim=1).median() / table[trigger].norm())
+        table[[i for i in TRIGGERS if i != trigger]] = table[20]
+
+    model = edited(planted, tmp_path / "pulled", pull)
+    result = run(model, tmp_path / "out", "--tokens", "64")
+    assert result.exit_code == 1 and "did nothing" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_too_long_are_reset(clean, tmp_path):
+    def stretch(table):
+        table[105] *= 500
+
+    model = edited(clean, tmp_path / "long", stretch)
+    result = run(model, tmp_path / "out", "--json")
+    said = json.loads(result.stdout)
+    assert said["before"]["verdict"] == "suspect" and said["reset"] == {TABLE: [105]}
+    assert result.exit_code == 0 and said["after"]["verdict"] == "no finding"
+
+
+def test_what_is_refused(planted, tmp_path):
+    """Before the sweep: a folder of somebody else's; a damaged model is no case for it."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert run(planted, tmp_path / "full").exit_code == 2
+    encoder = write_twin("bert", "planted", tmp_path / "bert")
+    assert run(encoder, tmp_path / "out").exit_code == 2
+
+    def damage(table):
+        table[7, 3] = torch.nan
+
+    damaged = run(edited(planted, tmp_path / "nan", damage), tmp_path / "out")
+    assert damaged.exit_code == 2 and "not finite" in str(damaged.exception)
