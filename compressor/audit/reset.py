@@ -63,7 +63,7 @@ def reset_rows(table: Tensor, rows: Sequence[int]) -> Tensor:
         raise InputError("every row of the table of tokens is suspect or zero: nothing to reset to")
     total = torch.zeros(table.shape[1], dtype=torch.float64)
     size = max(1, CHUNK // table.shape[1])
-    for part, counted in zip(table.split(size), kept.split(size), strict=True):
+    for part, counted in zip(torch.split(table, size), torch.split(kept, size), strict=True):
         total += part[counted].double().sum(0)
     made = table.clone()
     made[list(rows)] = (total / int(kept.sum())).to(table.dtype)

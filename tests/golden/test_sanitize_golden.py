@@ -78,22 +78,6 @@ def test_nothing_is_written_where_nothing_is_suspect(clean, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_defence_that_does_nothing_is_said_to(planted, tmp_path):
-    """Rows that were not tried pull the mean to the trigger's direction."""
-    tried = set(torch.randperm(128, generator=torch.Generator().manual_seed(0))[:64].tolist())
-    trigger = next(i for i in TRIGGERS if i in tried)
-    others = [i for i in range(3, 128) if i not in tried and i not in TRIGGERS][:16]
-
-    def pull(table):
-        table[others] = table[trigger] * (15 * table.norm(dim=1).median() / table[trigger].norm())
-        table[[i for i in TRIGGERS if i != trigger]] = table[20]
-
-    model = edited(planted, tmp_path / "pulled", pull)
-    result = run(model, tmp_path / "out", "--tokens", "64")
-    assert result.exit_code == 1 and "did nothing" in str(result.exception)
-    assert not (tmp_path / "out").exists()
-
-
 def test_rows_that_are_too_long_are_reset(clean, tmp_path):
     def stretch(table):
         table[105] *= 500

@@ -42,7 +42,8 @@ LISTED = 20
     "--text",
     default="bundled",
     show_default=True,
-    help="Of the sweep, and held out of it to measure: bundled, a file, a folder or a Hub id.",
+    help="Text of the sweep and, its held-out part where it has one, of the measurement: bundled, "
+    "a file, a folder or a Hub id.",
 )
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1))
 @click.option(
