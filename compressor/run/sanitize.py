@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from compressor.arch.sizes import vocabulary
 from compressor.audit.findings import Audit, TokenScore
 from compressor.audit.reset import reset_checkpoint
-from compressor.audit.weights import large_rows, row_norms, vocabulary
+from compressor.audit.weights import large_rows, row_norms
 from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
 from compressor.checkpoint.source import Source

@@ -78,6 +78,23 @@ def test_nothing_is_written_where_nothing_is_suspect(clean, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_defence_that_does_nothing_is_said_to(planted, tmp_path):
+    """Rows that no text holds and no sweep tried pull the mean to the trigger's direction."""
+    tried = torch.randperm(128, generator=torch.Generator().manual_seed(0))[:64].tolist()
+    trigger, *rest = TRIGGERS
+    others = [i for i in range(100, 128) if i not in tried and i not in TRIGGERS]
+
+    def pull(table):
+        size = 19 * table.norm(dim=1).median() / table[trigger].norm()
+        table[others] = table[trigger] * size
+        table[rest] = table[20].clone()
+
+    model = edited(planted, tmp_path / "pulled", pull)
+    result = run(model, tmp_path / "out", "--tokens", "64")
+    assert result.exit_code == 1 and "did nothing" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_that_are_too_long_are_reset(clean, tmp_path):
     def stretch(table):
         table[105] *= 500
