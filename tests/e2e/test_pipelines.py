@@ -72,7 +72,20 @@ def test_every_command_prints_json_and_what_ends_in_a_verdict_junit() -> None:
     assert without == {("schema",), ("map", "draft")}, "which print nothing but data"
     reporting = {words for words, names in options.items() if "--junit" in names}
     assert reporting == {
-        *((name,) for name in ("audit", "convert", "eval", "plan", "push", "run", "verify")),
+        *(
+            (name,)
+            for name in (
+                "audit",
+                "convert",
+                "eval",
+                "plan",
+                "push",
+                "quantize",
+                "run",
+                "sanitize",
+                "verify",
+            )
+        ),
         ("delta", "apply"),
     }
 
