@@ -220,6 +220,12 @@ class RuntimeNames:
                     return stack.into.rpartition(".")[0]
         return self.module_path(path)
 
+    def memory_path(self, unit: UnitLayout, linear: Linear) -> str:
+        """Path in the whole model of the module that computes a linear."""
+        if unit.kind == "block":
+            return f"{self.layers}.{unit.index}.{self.linear_path(unit, linear)}"
+        return self.outside.get(linear.name, linear.name)
+
     def block_state(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of one decoder layer, names relative to it, experts stacked.
 

@@ -256,19 +256,22 @@ class ModelTarget:
     def _kept(self) -> Iterator[str]:
         """Linears that no scheme is of and that loaders see: those that are carried over, and plain
         ones under the names that they have in memory."""
-        arch, entries = self.source.arch, self.source.checkpoint.entries
+        source, entries = self.source, self.source.checkpoint.entries
         carried = [
             name.rpartition(".")[0]
-            for name in self.source.layout.carried
+            for name in source.layout.carried
             if is_weight(name) and len(entries[name].spec.shape) == 2
         ]
         yield from carried
-        for path in (*carried, *self.schemes.plain):
-            for other, ours in arch.prefixes.items():
+        plain = dict.fromkeys(self.schemes.plain)
+        for path in (*carried, *plain):
+            for other, ours in source.arch.prefixes.items():
                 if path.startswith(ours):
                     yield other + path.removeprefix(ours)
-            if path in arch.runtime.outside:
-                yield arch.runtime.outside[path]
+        for unit in () if source.arch.free else source.layout.units:
+            for linear in unit.linears:
+                if linear.name in plain and linear.expert is None:
+                    yield source.arch.runtime.memory_path(unit, linear)
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorShape]:

@@ -214,6 +214,33 @@ class TensorParallel(Known):
     heads: bool = True
 
 
+class FusedModules(Strict):
+    """What some model classes of a runtime make one linear of.
+
+    fuses   the runtime's module → linears of a checkpoint, both by their last names
+    models  class of the runtime → model types that it serves
+    """
+
+    versions: tuple[str, ...] = ()
+    fuses: dict[str, tuple[str, ...]]
+    models: dict[str, tuple[str, ...]]
+
+
+class Fused(Known):
+    """That a runtime makes one linear of several, which then need one scheme; and which, by model
+    class, as far as that was looked up."""
+
+    classes: tuple[FusedModules, ...] = ()
+
+    def of(self, model_type: str, version: str) -> dict[str, tuple[str, ...]]:
+        """Module → the linears that it is made of, for a model type; empty where not known."""
+        for row in self.classes:
+            served = any(model_type in types for types in row.models.values())
+            if served and (not row.versions or version in row.versions):
+                return row.fuses
+        return {}
+
+
 class Contract(Strict):
     """All that is known of one runtime; `serves` is false for a library that only computes."""
 
@@ -222,7 +249,7 @@ class Contract(Strict):
     versions: tuple[str, ...] = Field(min_length=1)
     tensor_parallel: TensorParallel | None = None
     targets: Targets | None = None
-    fused: Known | None = None
+    fused: Fused | None = None
     loads: tuple[Loads, ...]
     kv: tuple[Kv, ...]
     holes: tuple[Hole, ...] = ()

@@ -121,7 +121,7 @@ def loads(runtime: Runtime, written: Written) -> list[InputError]:
         InputError(f"{title} {why} ({_some(names)})", hint=hint or None)
         for (why, hint), names in found.items()
     ]
-    errors += [*_cache(runtime, written), *_targets(runtime, written)]
+    errors += [*_cache(runtime, written), *_targets(runtime, written), *_fused(runtime, written)]
     if contract.tensor_parallel is not None and contract.tensor_parallel.heads:
         errors += _heads(runtime, written.attention)
     return errors
@@ -309,6 +309,30 @@ def fitting_lines(runtime: Runtime, written: Written) -> list[Loads]:
                 found[line.describe()] = line
                 break
     return list(found.values())
+
+
+def _fused(runtime: Runtime, written: Written) -> list[InputError]:
+    """Linears of which a runtime makes one, and which have different schemes."""
+    fused = runtime.contract.fused
+    fuses = {} if fused is None else fused.of(written.model_type, runtime.version)
+    module = {part: name for name, parts in fuses.items() for part in parts}
+    groups: dict[tuple[str, str], dict[str, Scheme]] = {}
+    for linear, scheme, _ in written.linears:
+        parent, _, leaf = linear.name.rpartition(".")
+        if leaf in module and linear.expert is None:
+            groups.setdefault((module[leaf], parent), {})[linear.name] = scheme
+    wrong: dict[str, list[str]] = {}
+    for (name, _), schemes in groups.items():
+        if len(set(schemes.values())) > 1:
+            wrong.setdefault(name, []).extend(schemes)
+    return [
+        InputError(
+            f"{runtime.title} makes one {name} of {', '.join(fuses[name])} and wants one scheme "
+            f"for them ({_some(names)})",
+            hint="quantize them alike, or none of them",
+        )
+        for name, names in wrong.items()
+    ]
 
 
 def _targets(runtime: Runtime, written: Written) -> list[InputError]:

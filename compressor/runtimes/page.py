@@ -13,6 +13,7 @@ from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.runtimes.contract import (
     Contract,
+    Fused,
     Known,
     Loads,
     Runtime,
@@ -202,6 +203,8 @@ def _section(contract: Contract) -> list[str]:
             "evenly, and no group or block of scales is split "
             f"({contract.tensor_parallel.known}: {contract.tensor_parallel.source})"
         )
+    if contract.fused is not None:
+        facts += _fused(contract.fused)
     for hole in contract.holes:
         where = f"{_when(hole)}, " if hole.versions else ""
         weights = f", {hole.weights.describe()}" if hole.weights else ""
@@ -216,6 +219,17 @@ def _section(contract: Contract) -> list[str]:
             f"Instead: {hole.instead}. {' '.join(_how(hole))}"
         )
     return [*parts, *(["\n".join(facts)] if facts else [])]
+
+
+def _fused(fused: Fused) -> list[str]:
+    """What is made one linear of several, by model type."""
+    facts = []
+    for row in fused.classes:
+        made = "; ".join(f"{', '.join(parts)} are one {name}" for name, parts in row.fuses.items())
+        types = ", ".join(f"`{name}`" for types in row.models.values() for name in types)
+        where = f" ({', '.join(row.versions)})" if row.versions else ""
+        facts.append(f"- {made}{where}, with one scheme: {types}")
+    return [*facts, f"- what is fused: {' '.join(_how(fused))}"]
 
 
 def _when(line: Known) -> str:
