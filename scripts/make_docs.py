@@ -49,6 +49,10 @@ def cli_page() -> str:
         command = cli.get_command(context, name)
         assert command is not None
         parts += [f"## compress {name}", _help(command, f"compress {name}")]
+        if isinstance(command, click.Group):
+            parts += [
+                _help(inner, f"compress {name} {sub}") for sub, inner in command.commands.items()
+            ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import shell_complete
 
 from compressor import __version__
 from compressor.cli.echo import echo
@@ -76,6 +77,8 @@ def main() -> None:
     # Blocks of changing sizes would otherwise leave the GPU's memory in pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     quieten_libraries()
+    if asked := os.environ.get("_COMPRESS_COMPLETE"):
+        sys.exit(shell_complete(cli, {}, "compress", "_COMPRESS_COMPLETE", asked))
     arguments = sys.argv[1:]
     context = None
     try:

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from compressor.cli.display import Display, LogFormat
+from compressor.cli.echo import echo
 from compressor.cli.junit import Case, junit
+from compressor.errors import InputError
 
 if TYPE_CHECKING:
     from compressor.plan.recipe import Recipe
@@ -50,10 +53,35 @@ class Device(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
-SIZE, DEVICE = Size(), Device()
+class Model(click.ParamType):  # type: ignore[type-arg]
+    """A folder, a GGUF file or a Hub id: a shell completes what lies on the disk."""
+
+    name = "text"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class RuntimeName(click.ParamType):  # type: ignore[type-arg]
+    """A runtime's name, its version and what it runs on."""
+
+    name = "runtime"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from compressor.runtimes.contract import runtime_names
+
+        return [CompletionItem(name) for name in runtime_names() if name.startswith(incomplete)]
+
+
+SIZE, DEVICE, MODEL = Size(), Device(), Model()
 
 RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)
+TEXT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 CASES = "compressor.cases"
 """Where a context keeps what was checked."""
@@ -101,6 +129,7 @@ def runtime_option(function: Command) -> Command:
     return click.option(
         "--for",
         "runtime",
+        type=RuntimeName(),
         metavar="RUNTIME",
         help="Where it is to be loaded: vllm, sglang@0.5.23, 'vllm@0.24, tp: 2, gpu: h100'.",
     )(function)
@@ -136,14 +165,57 @@ def recipe_options(function: Command) -> Command:
             "--max-shard-size", type=SIZE, metavar="SIZE", help="Largest output file, such as 5GB."
         ),
         runtime_option,
-        click.option("--output", "-o", help="Folder to write, in place of the recipe's."),
         click.option(
-            "--model", "-m", help="Folder, GGUF file or Hub id, in place of the recipe's."
+            "--output", "-o", type=MODEL, help="Folder to write, in place of the recipe's."
+        ),
+        click.option(
+            "--model",
+            "-m",
+            type=MODEL,
+            help="Folder, GGUF file or Hub id, in place of the recipe's.",
         ),
         click.argument("recipe", type=RECIPE),
     ):
         found = decorate(found)
     return found
+
+
+def folder_argument(name: str) -> Callable[[Command], Command]:
+    """A new folder to write, as the last argument or as --output."""
+
+    def decorate(function: Command) -> Command:
+        @wraps(function)
+        def given(*args: Any, named: Path | None, **kwargs: Any) -> Any:
+            if (kwargs[name] is None) == (named is None):
+                raise click.UsageError(f"name the folder to write once: {name.upper()} or --output")
+            return function(*args, **{**kwargs, name: kwargs[name] or named})
+
+        option = click.option(
+            "--output", "-o", "named", type=FOLDER, help=f"The same as {name.upper()}."
+        )
+        argument = click.argument(name, type=FOLDER, required=False)
+        return argument(option(cast(Command, given)))
+
+    return decorate
+
+
+def new_file(path: Path | None) -> None:
+    """Raises InputError where a file is that is not to be written over."""
+    if path is not None and path.exists():
+        raise InputError(f"{path} is there already", hint="--output names another file")
+
+
+def put(text: str, path: Path | None, *, replace: bool = False) -> None:
+    """Print a text, or write it to a file. Raises InputError where one is, unless replaced."""
+    from compressor.checkpoint.durable import write_atomically
+
+    if path is None:
+        echo(text, nl=False)
+        return
+    if not replace:
+        new_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())
 
 
 def shard_option(function: Command) -> Command:
@@ -161,8 +233,8 @@ def shard_option(function: Command) -> Command:
 def checkpoint_options(function: Command) -> Command:
     """CHECKPOINT, its original, and the base that a delta needs."""
     for decorate in (
-        click.option("--base", help="Base of a delta, if it is not the recorded one."),
-        click.option("--against", help="The original: folder, GGUF file or Hub id."),
+        click.option("--base", type=MODEL, help="Base of a delta, if it is not the recorded one."),
+        click.option("--against", type=MODEL, help="The original: folder, GGUF file or Hub id."),
         click.argument("checkpoint", type=FOLDER),
     ):
         function = decorate(function)

@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_files(tiny_model: Callable[..., Path], tmp_path:
 def test_from_a_model_to_a_mixed_recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model, runner = tiny_model("llama"), CliRunner()
     file, recipe = tmp_path / "sensitivity.json", tmp_path / "mixed.yaml"
-    arguments = ["measure", str(model), "--bits", "3", "--bits", "8", "--out", str(file)]
+    arguments = ["measure", str(model), "--bits", "3", "--bits", "8", "--output", str(file)]
     result = runner.invoke(cli, [*arguments, "--samples", "4", "--length", "32", "--json"])
     assert result.exit_code == 0, result.output
     found = parse_sensitivity(file.read_text(), where=str(file))

@@ -88,7 +88,7 @@ def _make(sound: Path) -> None:
     with contextlib.suppress(Interrupted):
         _compile(build, output="begun", passes=AWQ, data=data, stopping=lambda: next(stops, True))
     measured = ["compress", "measure", str(build / "model"), "--samples", "2", "--length", "16"]
-    measured += ["--bits", "4", "--bits", "8", "--out", str(build / SENSITIVITY)]
+    measured += ["--bits", "4", "--bits", "8", "--output", str(build / SENSITIVITY)]
     with (
         mock.patch("sys.argv", measured),
         contextlib.redirect_stdout(io.StringIO()),

@@ -9,20 +9,18 @@ from pathlib import Path
 import click
 
 from compressor.cli.echo import echo
-from compressor.cli.options import json_option
+from compressor.cli.options import TEXT_FILE, json_option
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=TEXT_FILE)
 @click.option(
     "--bits-per-weight",
     required=True,
     type=click.FloatRange(min=0, min_open=True),
     help="Mean over all measured weights, scales and zero points included.",
 )
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe here."
-)
+@click.option("--output", "-o", type=TEXT_FILE, help="Write the recipe here; printed if not given.")
 @json_option
 def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bool) -> None:
     """Make a mixed-precision recipe from what `compress measure` wrote.
@@ -30,8 +28,9 @@ def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bo
     Reads no model. Bits go where they lower the summed error most.
 
     \b
-    compress allocate sensitivity.json --bits-per-weight 4.5 --output mixed.yaml
-    compress plan mixed.yaml
+    compress allocate sensitivity.json --bits-per-weight 4.5
+    compress allocate sensitivity.json --bits-per-weight 4.5 -o mixed.yaml
+    compress allocate sensitivity.json --bits-per-weight 3.5 --json
     """
     import yaml
 

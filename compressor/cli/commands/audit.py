@@ -11,7 +11,7 @@ import click
 
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
-from compressor.cli.options import Told, add_cases, device_option, telling_options
+from compressor.cli.options import MODEL, Told, add_cases, device_option, telling_options
 
 if TYPE_CHECKING:
     from compressor.audit.findings import Audit, TokenSweep
@@ -22,7 +22,7 @@ LISTED = 10
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--weights-only", is_flag=True, help="Look at tensors alone, without a forward pass.")
 @click.option(
     "--text", default="bundled", show_default=True, help="bundled, a file, a folder or a Hub id."

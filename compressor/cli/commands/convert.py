@@ -10,14 +10,21 @@ import click
 from compressor.cli.display import size
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
-from compressor.cli.options import FOLDER, Told, add_cases, shard_option, telling_options
+from compressor.cli.options import (
+    MODEL,
+    Told,
+    add_cases,
+    folder_argument,
+    shard_option,
+    telling_options,
+)
 
 SHOWN = 5
 
 
 @click.command()
-@click.argument("source")
-@click.argument("output", type=FOLDER)
+@click.argument("source", type=MODEL)
+@folder_argument("output")
 @click.option("--format", "target", help="Format to write; dense dequantizes.")
 @click.option(
     "--unpickle",
@@ -49,7 +56,7 @@ def command(
 
     \b
     compress convert out/llama2-awq out/llama2-autoawq --format autoawq
-    compress convert out/llama2-awq out/llama2-float --format dense
+    compress convert out/llama2-awq -o out/llama2-float --format dense
     compress convert --unpickle ./mpt-7b ./mpt-7b-safetensors
     """
     from compressor.checkpoint.find import locate

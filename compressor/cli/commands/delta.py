@@ -11,7 +11,15 @@ import click
 
 from compressor.cli.display import size
 from compressor.cli.echo import echo
-from compressor.cli.options import FOLDER, Told, json_option, shard_option, telling_options
+from compressor.cli.options import (
+    FOLDER,
+    MODEL,
+    Told,
+    folder_argument,
+    json_option,
+    shard_option,
+    telling_options,
+)
 
 
 @click.group(name="delta")
@@ -26,9 +34,9 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("base")
+@click.argument("base", type=MODEL)
 @click.argument("delta", type=FOLDER)
-@click.argument("output", type=FOLDER)
+@folder_argument("output")
 @shard_option
 @telling_options
 def apply(
@@ -42,6 +50,11 @@ def apply(
 
     Every tensor that is taken from the base is compared with the hash the delta has of it, so
     another base is refused. The same command continues an interrupted one.
+
+    \b
+    compress delta apply ./llama2-7b out/vicuna-delta ./vicuna
+    compress delta apply meta-llama/Llama-2-7b-hf out/vicuna-delta -o ./vicuna
+    compress delta apply ./llama2-7b out/vicuna-delta ./vicuna --max-shard-size 2GB
     """
     from compressor.checkpoint.delta.source import find_base, open_delta
     from compressor.run.delta import apply_delta
@@ -65,10 +78,18 @@ def apply(
 
 @command.command()
 @click.argument("delta", type=FOLDER)
-@click.option("--base", help="Also say how large each difference is beside the base's weight.")
+@click.option(
+    "--base", type=MODEL, help="Also say how large each difference is beside the base's weight."
+)
 @json_option
 def diff(delta: Path, base: str | None, as_json: bool) -> None:
-    """Say what DELTA holds: its base, signs and scales, full tensors, what it borrows."""
+    """Say what DELTA holds: its base, signs and scales, full tensors, what it borrows.
+
+    \b
+    compress delta diff out/vicuna-delta
+    compress delta diff out/vicuna-delta --base ./llama2-7b
+    compress delta diff out/vicuna-delta --json > delta.json
+    """
     show(delta, base=base, as_json=as_json)
 
 

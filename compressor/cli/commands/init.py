@@ -11,18 +11,26 @@ import click
 from compressor.cli.commands.quantize import SCHEMES, choose_recipe, output_folder, quality_option
 from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
-from compressor.cli.options import device_option, json_option, runtime_option
+from compressor.cli.options import (
+    MODEL,
+    TEXT_FILE,
+    device_option,
+    json_option,
+    new_file,
+    put,
+    runtime_option,
+)
 
 if TYPE_CHECKING:
     from compressor.plan.choose import Quality
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--output",
     "-o",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=TEXT_FILE,
     help="Write the recipe here, where no file may be; printed if not given.",
 )
 @click.option(
@@ -55,12 +63,8 @@ def command(
     compress init ./qwen3-8b --scheme fp8 --for vllm -o qwen3-fp8.yaml
     compress init ./my-model --quality best -o my.yaml && compress plan my.yaml
     """
-    from compressor.errors import InputError
-
-    if output is not None and output.exists():
-        raise InputError(f"{output} is there already", hint="--output names another file")
+    new_file(output)
     with uncollected():
-        from compressor.checkpoint.durable import write_atomically
         from compressor.plan.commented import commented
 
         choice = choose_recipe(
@@ -72,13 +76,10 @@ def command(
             device=device,
         )
     text = commented(choice.data, choice.reasons)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, text.encode())
+    if output is not None or not as_json:
+        put(text, output)
     if as_json:
         about = {"file": None if output is None else str(output), "reasons": list(choice.reasons)}
         echo(json.dumps({"ok": True, **about, "recipe": choice.data}, indent=2))
-    elif output is None:
-        echo(text, nl=False)
-    else:
+    elif output is not None:
         echo(f"compress plan {output} says what it would do", err=True)

@@ -12,7 +12,7 @@ import click
 
 from compressor.cli.display import size
 from compressor.cli.echo import echo
-from compressor.cli.options import json_option, runtime_option
+from compressor.cli.options import MODEL, json_option, runtime_option
 
 if TYPE_CHECKING:
     from compressor.checkpoint.find import Located
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=MODEL)
 @click.option("--layers", is_flag=True, help="One line for each linear.")
 @runtime_option
 @json_option

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from compressor.cli.echo import echo
+from compressor.cli.options import MODEL, TEXT_FILE, put
 
 
 @click.group()
@@ -13,8 +15,9 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("model")
-def draft(model: str) -> None:
+@click.argument("model", type=MODEL)
+@click.option("--output", "-o", type=TEXT_FILE, help="Write the map here, where no file may be.")
+def draft(model: str, output: Path | None) -> None:
     """Print a first map of MODEL, a folder whose type transformers knows and this tool does not.
 
     Its blocks run once on a random row: what reads one tensor shares an input, and a fold is in the
@@ -23,9 +26,9 @@ def draft(model: str) -> None:
 
     \b
     compress map draft ./some-model > my.yaml
+    compress map draft ./some-model -o my.yaml
+    compress map draft ~/.cache/huggingface/some-model -o maps/some.yaml
     """
-    from pathlib import Path
-
     import yaml
 
     from compressor.checkpoint.reader import open_checkpoint
@@ -37,8 +40,10 @@ def draft(model: str) -> None:
     with foreign("no map can be drafted: the model does not run as config.json describes it"):
         found = draft_map(checkpoint.config, headers)
     model_type = checkpoint.config.get("model_type")
-    echo(f"# {model_type}: a draft. docs/adding.md says what its lines mean.")
-    echo("# Every fold was seen on a block with random weights.")
-    for note in found.unsure:
-        echo(f"# Unsure: {note}")
-    echo(yaml.safe_dump(found.data, sort_keys=False, width=100).rstrip())
+    lines = [
+        f"# {model_type}: a draft. docs/adding.md says what its lines mean.",
+        "# Every fold was seen on a block with random weights.",
+        *(f"# Unsure: {note}" for note in found.unsure),
+        yaml.safe_dump(found.data, sort_keys=False, width=100),
+    ]
+    put("\n".join(lines), output)

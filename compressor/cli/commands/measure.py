@@ -11,7 +11,7 @@ import click
 
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.echo import echo
-from compressor.cli.options import device_option, json_option, log_option
+from compressor.cli.options import MODEL, TEXT_FILE, device_option, json_option, log_option
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("subject", metavar="RECIPE|MODEL")
+@click.argument("subject", type=MODEL, metavar="RECIPE|MODEL")
 @click.option(
     "--bits",
     multiple=True,
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 )
 @device_option
 @click.option(
-    "--out",
     "--output",
+    "-o",
     "out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=TEXT_FILE,
     default=Path("sensitivity.json"),
     show_default=True,
     help="The file to write.",
@@ -81,8 +81,9 @@ def command(
 
     \b
     compress measure recipes/smollm2-awq.yaml --bits 3 --bits 4 --bits 8
+    compress measure ./my-model --group-size 64 -o sensitivity.json
     compress allocate sensitivity.json --bits-per-weight 4.5 > mixed.yaml
-    compress measure MODEL --attention moba --length 4096 --out moba.json
+    compress measure MODEL --attention moba --length 4096 -o moba.json
     """
     from compressor.checkpoint.durable import write_atomically
     from compressor.checkpoint.find import locate

@@ -47,6 +47,7 @@ def command(asked: Asked, device: str, device_memory: int | None, as_json: bool)
     \b
     compress plan recipes/llama2-awq.yaml
     compress plan recipes/llama2-awq.yaml --model ./my-model --set passes.awq.group_size=64
+    compress plan recipes/llama2-awq.yaml --for 'vllm@0.24, tp: 2, gpu: h100' --json
     """
     show_plan(asked, device=device, device_memory=device_memory, as_json=as_json)
 

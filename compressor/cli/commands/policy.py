@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.echo import echo
-from compressor.cli.options import FOLDER, json_option
+from compressor.cli.options import FOLDER, folder_argument, json_option
 
 if TYPE_CHECKING:
     from compressor.attention.policy import AttentionPolicy
@@ -24,7 +24,13 @@ def command() -> None:
 @click.argument("checkpoint", type=FOLDER)
 @json_option
 def show(checkpoint: Path, as_json: bool) -> None:
-    """Which heads stream, which blocks of keys are chosen, and what the cache saves."""
+    """Which heads stream, which blocks of keys are chosen, and what the cache saves.
+
+    \b
+    compress policy show out/llama3-duo
+    compress policy show out/llama3-duo --json > policy.json
+    compress policy show out/llama3-infllm && compress eval out/llama3-infllm --passkey
+    """
     from compressor.attention.policy import describe
 
     policy = _policy(checkpoint)
@@ -43,7 +49,7 @@ def show(checkpoint: Path, as_json: bool) -> None:
 
 @command.command()
 @click.argument("checkpoint", type=FOLDER)
-@click.argument("folder", type=FOLDER)
+@folder_argument("folder")
 @click.option(
     "--form",
     metavar="FORM",
@@ -54,7 +60,13 @@ def show(checkpoint: Path, as_json: bool) -> None:
 )
 @json_option
 def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
-    """Write the policy of CHECKPOINT into FOLDER, a new one, as another runtime reads it."""
+    """Write the policy of CHECKPOINT into FOLDER, a new one, as another runtime reads it.
+
+    \b
+    compress policy export out/llama3-duo ./duo-policy
+    compress policy export out/llama3-duo -o ./duo-policy
+    compress policy export out/llama3-duo ./lserve-policy --form lserve
+    """
     from compressor.attention.policy import read_policy_tensors
     from compressor.attention.rule import policy_forms
     from compressor.errors import InputError

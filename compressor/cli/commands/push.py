@@ -59,6 +59,7 @@ def command(
     \b
     compress push out/smollm2-135m-awq me/smollm2-135m-awq --dry-run
     compress push out/smollm2-135m-awq me/smollm2-135m-awq
+    compress push out/smollm2-135m-awq me/smollm2-135m-awq --public --revision v1
     """
     from compressor.errors import CheckError, InputError
     from compressor.report.card import name_repository

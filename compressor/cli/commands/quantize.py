@@ -11,6 +11,7 @@ import click
 from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.options import (
+    MODEL,
     Command,
     Told,
     device_options,
@@ -37,8 +38,10 @@ def quality_option(function: Command) -> Command:
 
 
 @click.command()
-@click.argument("model")
-@click.option("--output", "-o", help="Folder to write; MODEL's name and the scheme if not given.")
+@click.argument("model", type=MODEL)
+@click.option(
+    "--output", "-o", type=MODEL, help="Folder to write; MODEL's name and the scheme if not given."
+)
 @click.option("--scheme", type=click.Choice(SCHEMES), required=True, help="Weights and inputs.")
 @quality_option
 @runtime_option

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from compressor.cli.echo import echo
-from compressor.cli.options import json_option
+from compressor.cli.options import TEXT_FILE, json_option, put
 from compressor.errors import InputError, nearest
 
 
@@ -24,13 +24,15 @@ def _folder() -> Traversable:
 
 @click.command()
 @click.argument("name", required=False)
+@click.option("--output", "-o", type=TEXT_FILE, help="Write the recipe here, where no file may be.")
 @json_option
-def command(name: str | None, as_json: bool) -> None:
+def command(name: str | None, output: Path | None, as_json: bool) -> None:
     """List the recipes that come with the program, or print one.
 
     \b
     compress recipes                       # names, and what each does
     compress recipes llama2-awq > my.yaml  # a start for your own
+    compress recipes smollm2-awq -o my.yaml && compress plan my.yaml
     """
     found = {
         entry.name.removesuffix(".yaml"): entry.read_text("utf-8")
@@ -46,8 +48,10 @@ def command(name: str | None, as_json: bool) -> None:
 
             echo(json.dumps(yaml.safe_load(found[wanted]), indent=2))
         else:
-            echo(found[wanted], nl=False)
+            put(found[wanted], output)
         return
+    if output is not None:
+        raise click.UsageError("--output needs the NAME of a recipe")
     titles = {key: text.split("\n", 1)[0].lstrip("# ") for key, text in sorted(found.items())}
     if as_json:
         echo(json.dumps(titles, indent=2))

@@ -60,6 +60,7 @@ def command(
     compress run recipes/smollm2-awq.yaml
     compress run recipes/llama2-awq.yaml --model ./llama2 --output out/awq \\
         --set calibration.samples=64 --device cuda
+    compress run recipes/smollm2-awq.yaml --for 'vllm, tp: 2' --dry-run
     """
     if dry_run:
         from compressor.cli.commands.plan import show_plan

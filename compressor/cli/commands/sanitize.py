@@ -13,10 +13,11 @@ from compressor.cli.commands.audit import paced
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
 from compressor.cli.options import (
-    FOLDER,
+    MODEL,
     Told,
     add_cases,
     device_option,
+    folder_argument,
     shard_option,
     telling_options,
 )
@@ -29,8 +30,8 @@ LISTED = 20
 
 
 @click.command()
-@click.argument("model")
-@click.argument("output", type=FOLDER)
+@click.argument("model", type=MODEL)
+@folder_argument("output")
 @click.option(
     "--max-ppl-ratio",
     default=1.05,
@@ -87,6 +88,7 @@ def command(
     \b
     compress sanitize ./model ./model-sanitized
     compress sanitize ./model ./model-sanitized --max-ppl-ratio 1.01 --json > sanitized.json
+    compress sanitize ./model -o ./model-sanitized --tokens 2000 --device cuda
     """
     from compressor.evaluate.settings import Evaluation
     from compressor.run.audit import SweepOptions, find_audited

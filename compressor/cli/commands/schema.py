@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
-from compressor.cli.echo import echo
+from compressor.cli.options import TEXT_FILE, put
 
 
 @click.command()
-def command() -> None:
+@click.option("--output", "-o", type=TEXT_FILE, help="Write it here; printed if not given.")
+def command(output: Path | None) -> None:
     """Print the JSON Schema of recipes, for editors that complete and check YAML.
 
     \b
     compress schema > recipe.schema.json
+    compress schema -o ~/.config/recipe.schema.json
+    compress schema | jq '.properties | keys'
     # and at the top of a recipe:
     # yaml-language-server: $schema=recipe.schema.json
     """
     from compressor.plan.recipe import json_schema
 
-    echo(json.dumps(json_schema(), indent=2))
+    put(json.dumps(json_schema(), indent=2) + "\n", output, replace=True)

@@ -43,7 +43,9 @@ def command(
     there is no checkpoint to read.
 
     \b
+    compress verify out/smollm2-135m-awq
     compress verify out/smollm2-135m-awq --against ~/.cache/compressor/smollm2-135m
+    compress verify out/vicuna-delta --base ./llama2-7b --against ./vicuna --junit verify.xml
     """
     from compressor.checkpoint.find import locate
     from compressor.run.session import choose_device
