@@ -69,7 +69,8 @@ def test_every_command_prints_json_and_what_ends_in_a_verdict_junit() -> None:
         words: {name for p in command.params for name in p.opts} for words, command in leaves(cli)
     }
     without = {words for words, names in options.items() if "--json" not in names}
-    assert without == {("completion",), ("schema",), ("map", "draft")}, "which print nothing but data"
+    data = {("completion",), ("schema",), ("map", "draft")}
+    assert without == data, "which print nothing but data"
     reporting = {words for words, names in options.items() if "--junit" in names}
     assert reporting == {
         *(
