@@ -78,14 +78,14 @@ def test_help_shows_three_examples_that_parse(words: tuple[str, ...]) -> None:
         for part in line.split("&&"):
             arguments = shlex.split(part, comments=True)
             ends = [i for i, word in enumerate(arguments) if word in (">", ">>", "|")]
-            called, command, context = arguments[1 : ends[0] if ends else None], cli, None
+            called, command = arguments[1 : ends[0] if ends else None], cli
+            context = click.Context(cli, **cli.context_settings)
             while isinstance(command, click.Group):
                 name, *called = called
-                context = click.Context(command, parent=context)
                 found = command.get_command(context, name)
                 assert found is not None, f"{line}: there is no {name}"
                 command = found
-            command.make_context(words[-1], called)
+            command.make_context(words[-1], called, parent=context)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
