@@ -67,7 +67,7 @@ def _write(
         progress(name, number, len(found))
         several = f"model-{number:05d}-of-{len(found):05d}.safetensors"
         written.append(work / (several if len(found) > 1 else SINGLE_NAME))
-        _in_a_process(found[name], written[-1])
+        load_pickle(found[name], written[-1])
     weight_map: dict[str, str] = {}
     for path in written:
         for tensor in read_header(path):
@@ -85,7 +85,9 @@ def _write(
     return written
 
 
-def _in_a_process(source: Path, target: Path) -> None:
+def load_pickle(source: Path, target: Path) -> None:
+    """Write the tensors of one pickled file as safetensors. Raises InputError where the loader
+    refuses it."""
     size = source.stat().st_size
 
     def limits() -> None:

@@ -156,16 +156,22 @@ def open_source(folder: Path) -> Source:
 
 
 def as_source(
-    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, chosen: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    chosen: str | None = None,
+    arch: ArchMap | FreeMap | None = None,
 ) -> Source:
     """What an opened checkpoint (or one known by its headers alone) holds.
 
     dtype   what weights of low precision that become floats are read in; None: the model's
     chosen  what a recipe says of the map: none, or a file; None: what the recipe says that a
             written checkpoint holds, else the map of its type
+    arch    the map, where it is known already
     """
-    chosen = _recorded_map(checkpoint.folder) if chosen is None else chosen
-    arch = find_map(checkpoint.config, checkpoint.entries, chosen=chosen)
+    if arch is None:
+        chosen = _recorded_map(checkpoint.folder) if chosen is None else chosen
+        arch = find_map(checkpoint.config, checkpoint.entries, chosen=chosen)
     checkpoint = checkpoint if arch.free else canonical(checkpoint, arch)
     checkpoint = as_compressed_tensors(settle_quantization(checkpoint))
     checkpoint = as_floats(checkpoint, dtype)

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from compressor.arch.select import Selection
 from compressor.attention.policy import AttentionPolicy
+from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.frozen import Strict
 from compressor.ir.layout import ModelLayout
@@ -57,6 +58,8 @@ class Effects:
     only_format       the one format that can hold what it makes
     delta_bits        signs for each weight, where it writes differences to a base
     retrains_norms    whether norms of blocks come out as neither the source nor a base has them
+    retrains_blocks   whether blocks come out with other weights than the source has, before any
+                      rounding
     """
 
     scheme: Scheme | None = None
@@ -70,6 +73,7 @@ class Effects:
     only_format: str | None = None
     delta_bits: int = 0
     retrains_norms: bool = False
+    retrains_blocks: bool = False
 
     @property
     def transforms(self) -> bool:
@@ -123,12 +127,15 @@ class Needs:
 class Cost:
     """What learning takes, and what people may want to know of it.
 
-    memory   bytes beside the model's weights, where the whole model is in memory
+    memory   bytes beside the model's weights, where the whole model is in memory; else all bytes
+             on the device
     scratch  bytes in the work folder
     scores   products of queries with keys, where they take the time
+    flops    of products of weights, where it trains
     """
 
     memory: int = 0
+    flops: float = 0.0
     scratch: int = 0
     scores: float = 0.0
     notes: tuple[str, ...] = ()
@@ -160,6 +167,10 @@ class Method(Strict):
         itself."""
         return ()
 
+    def reads(self, source: Source) -> Source:
+        """The model that it and all after it work on. Raises InputError where there is none."""
+        return source
+
     def effects(self) -> Effects:
         """What it does."""
         return Effects()
@@ -171,6 +182,10 @@ class Method(Strict):
     def check(self, context: PlanContext) -> Iterable[InputError]:
         """Why it cannot work on this model, or on some of these linears."""
         return ()
+
+    def try_model(self, source: Source) -> None:
+        """Raises InputError where transformers would not run the model that is written as the one
+        that is read."""
 
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         """What it takes where the model runs in `dtype`."""

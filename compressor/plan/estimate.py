@@ -105,7 +105,8 @@ def _learning_bytes(plan: Plan, device: torch.device) -> int:
     if not costs:
         # A teacher's scores of some queries, in float32, four times over; one block beside them.
         pieces = 16 * PIECE_ELEMENTS[device.type] if _learning_scores(plan) else 0
-        return pieces + max(_working_bytes(plan, u, device=device, batch=1) for u in plan.units)
+        streamed = max(_working_bytes(plan, u, device=device, batch=1) for u in plan.units)
+        return max([pieces + streamed, *(p.cost(dtype).memory for p in plan.passes)])
     entries = plan.source.checkpoint.entries.values()
     count = sum(torch.Size(entry.spec.shape).numel() for entry in entries)
     base = sum(
@@ -273,7 +274,7 @@ def _seconds(plan: Plan, device: torch.device) -> float:
     """Products of forward passes, Gram matrices and searches, or the disk where it is slower."""
     wanted = plan.recipe.calibration
     tokens = wanted.samples * wanted.length if plan.calibrated else 0
-    flops = 0.0
+    flops = sum(p.cost(plan.target.dtype).flops for p in plan.passes)
     for unit in plan.units:
         size = sum(x.out_features * x.in_features for x in unit.layout.linears)
         passes = 2 if plan.recipe.propagate == "quantized" else 1

@@ -68,6 +68,12 @@ def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[Compr
                 "calibrated on the original ones",
                 hint="propagate: quantized",
             )
+        if effects.retrains_blocks and recipe.propagate == "original":
+            yield InputError(
+                f"{plan.step.name} trains blocks anew, so those after them are not calibrated on "
+                "what the source's make",
+                hint="propagate: quantized",
+            )
         if needs.stats.cross and recipe.propagate == "original":
             yield InputError(
                 f"{plan.step.name} corrects what rounding did to a block's inputs, which are "

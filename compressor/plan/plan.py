@@ -96,6 +96,7 @@ def make_plan(
     beside  files of the source that go along, and those that stay behind, which is noted
     Raises Problems with everything that is wrong.
     """
+    whole, source = source, _read_by(recipe, source)
     problems: list[CompressError] = [*source.checkpoint.problems]
     notes: list[str] = [*source.checkpoint.notes]
     if any(is_cache_scale(name) for names in source.added.values() for name in names):
@@ -148,7 +149,7 @@ def make_plan(
             raise Problems([error]) from error
         if settled.format is not None:
             recipe = recipe.model_copy(update={"format": settled.format})
-            plan = make_plan(recipe, source, output=output, base=base, beside=beside)
+            plan = make_plan(recipe, whole, output=output, base=base, beside=beside)
             return replace(plan, notes=(*plan.notes, *settled.notes))
         target = replace(target, schemes=settled.schemes)
         problems += settled.refusals
@@ -176,6 +177,16 @@ def make_plan(
         if room is not None:
             raise room
     return plan
+
+
+def _read_by(recipe: Recipe, source: Source) -> Source:
+    """The model that passes work on, which may be a part of the one that the recipe names."""
+    for step in recipe.passes:
+        try:
+            source = step.params.reads(source)
+        except InputError as error:
+            raise Problems([*source.checkpoint.problems, _of_pass(step, error)]) from error
+    return source
 
 
 def _with_passes(target: ModelTarget, passes: Sequence[PassPlan]) -> ModelTarget:

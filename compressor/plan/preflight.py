@@ -41,6 +41,8 @@ def preflight(plan: Plan) -> tuple[GuardedTokenizer | None, list[CompressError]]
     """The tokenizer, and all that is wrong with what a run will need of transformers; nothing is
     tried where it runs no token."""
     problems: list[CompressError] = []
+    for step in plan.recipe.passes:
+        _try(partial(step.params.try_model, plan.source), problems)
     if not plan.calibrated and plan.recipe.evaluate is None:
         return None, problems
     tokenizer = _try(lambda: load_tokenizer(plan.source.checkpoint.folder), problems)

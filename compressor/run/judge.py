@@ -187,7 +187,7 @@ class _Judge:
             return verify(
                 self.compiled.output,
                 base=self._base,
-                against=self.prepared.located.source,
+                against=self.prepared.plan.source,
                 device=self.prepared.device,
                 seed=self.prepared.recipe.seed,
                 progress=self.watch.unit,
@@ -206,7 +206,7 @@ class _Judge:
                 ids,
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
-                against=self.prepared.located.source if wanted.against_original else None,
+                against=self.prepared.plan.source if wanted.against_original else None,
                 scored=scored,
                 batch=self._rows(wanted.length),
                 progress=self.watch.unit,
@@ -228,7 +228,7 @@ class _Judge:
                 task=wanted.passkey,
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
-                against=self.prepared.located.source if wanted.against_original else None,
+                against=self.prepared.plan.source if wanted.against_original else None,
                 batch=self._rows(max(wanted.passkey.lengths)),
                 progress=self.watch.unit,
             )

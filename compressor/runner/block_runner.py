@@ -282,11 +282,13 @@ class BlockRunner:
         lm_head: Tensor,
         *,
         enter: Callable[[Tensor], Tensor] | None = None,
+        gradients: bool = False,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from hidden states [rows, length, hidden] to logits [..., vocabulary].
 
-        tensors  the final norm's tensors;  lm_head  [vocabulary, hidden], the embedding when tied
-        enter    what is done to the input of lm_head
+        tensors    the final norm's tensors;  lm_head  [vocabulary, hidden], the embedding when tied
+        enter      what is done to the input of lm_head
+        gradients  whether they flow through it
         """
         self._assign(self._final_norm(tensors))
         lm_head = lm_head.to(self.device, self.dtype)
@@ -299,7 +301,7 @@ class BlockRunner:
             getattr(text, "logits_scaling", None) or 1
         )
 
-        @torch.no_grad()
+        @torch.set_grad_enabled(gradients)
         def logits(hidden: Tensor) -> Tensor:
             normed = norm(hidden.to(self.device, self.dtype))
             entering = normed if enter is None else enter(normed)

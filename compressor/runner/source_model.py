@@ -95,8 +95,9 @@ class SourceModel:
         return quantized_inputs(block, stored)
 
     @contextmanager
-    def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from final hidden states [tokens, hidden] to logits [tokens, vocabulary]."""
+    def logits(self, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from final hidden states [tokens, hidden] to logits [tokens, vocabulary], with
+        `gradients` one that they flow through."""
         layout, tied = self.layout.head, self.layout.tied
         tensors = self.floats(self.source.read_unit(layout))
         (linear,) = (x for x in layout.linears if x.role == "lm_head")
@@ -106,6 +107,7 @@ class SourceModel:
             tensors,
             self.source.checkpoint.read([tied])[tied] if tied else tensors.pop(linear.weight_name),
             enter=enter,
+            gradients=gradients,
         ) as head:
             yield lambda hidden: head(hidden.unsqueeze(0))[0]
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from compressor.checkpoint.manifest import MANIFEST_NAME
+from compressor.checkpoint.offsite import OffsiteRecord, read_offsite_record
 from compressor.checkpoint.reader import INDEX_NAME
 from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError, Problems
 from compressor.ir.layout import UnitLayout
 from compressor.runner.heap import give_back
+from compressor.runner.kept_blocks import with_blocks
 from compressor.verify.checks.attention_policy import AttentionPolicy
 from compressor.verify.checks.attention_quality import AttentionQuality
 from compressor.verify.checks.base import Check
@@ -73,6 +75,7 @@ def verify(
     if device.type == "cpu":
         enable_interpreter()
     original = open_source(against) if isinstance(against, Path) else against
+    original = None if original is None else _as_read(original, read_offsite_record(folder))
     found = Findings()
     manifest = check_files(folder, found)
     try:
@@ -116,6 +119,14 @@ def _show(unit: UnitLayout, subject: Subject, checks: list[Check]) -> None:
     except InputError as error:
         for check in checks:
             check.unread(f"{unit.name}: {error.message}")
+
+
+def _as_read(original: Source, record: OffsiteRecord | None) -> Source:
+    """The blocks of the original that an emulator holds; itself for anything else."""
+    if record is None or len(original.layout.blocks) != record.blocks:
+        return original
+    kept = record.kept
+    return original if len(kept) == record.blocks else with_blocks(original, kept)
 
 
 def _require_checkpoint(folder: Path) -> None:

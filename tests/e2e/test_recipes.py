@@ -57,6 +57,9 @@ def small(path: Path, model: Path, output: Path, *, tied: bool, base: Path) -> d
                 params["steps"] = 2
             if (params or {}).get("preset"):
                 params["preset"] = "fast"
+            if (params or {}).get("pads"):
+                params |= {"pads": [1, 0], "keep": 1}
+                params["distill"]["steps"] = 2
     data["calibration"] = {"samples": 16, "length": 32}
     data["evaluate"] = {"windows": 2, "length": 32}
     for key in ("gate", "publish"):

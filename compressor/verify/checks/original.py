@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.offsite import read_offsite_record
 from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout, weight_name
@@ -73,6 +74,9 @@ class Original(Check):
                 f"{original.folder.name} has other blocks or sizes: it is another model"
             )
         self.layouts = {unit.name: unit for unit in self.original.layout.units}
+        record = read_offsite_record(self.folder)
+        trained = () if record is None else record.trained
+        self.trained = {self.original.layout.blocks[i].name for i in trained}
 
     def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
         if self.subject.original is not None:
@@ -99,6 +103,8 @@ class Original(Check):
             made = self.outputs.block(
                 unit, written=after, original=before, layout=layout, rotation=self.rotation
             )
+        if unit.layout.name in self.trained:
+            return
         schemes = self.written.schemes.linears
         comparison = UnitComparison(
             unit=unit.layout,
@@ -220,6 +226,8 @@ class Original(Check):
         worst = sorted(rows, key=lambda row: -row.error)[:3]
         shown = ", ".join(f"{row.name} {row.error:.3g}" for row in worst)
         turned = "; the rotation of the stream was read off the embedding" if self.rotation else ""
+        if self.trained:
+            turned += f"; {len(self.trained)} blocks were trained anew and cannot be compared"
         return (
             f"{len(self.differences)} tensors; median {middle:.3g} of {len(coded or rows)} layers; "
             f"largest {shown}{turned}"

@@ -1,0 +1,5 @@
+"""Offsite-Tuning: see `method`."""
+
+from compressor.methods.emulator.method import Emulator
+
+PASS = Emulator

@@ -1,0 +1,97 @@
+"""What enters and what leaves the middle of the whole model, for every row of calibration tokens.
+
+Blocks below the middle are not trained, so these never change: the whole model runs once, block by
+block, and its activations at the two borders lie on disk. The published code runs the frozen blocks
+again in every step, at first with dropout on; here they are evaluated, so a record is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compressor_calibration.store import ActivationStore
+from torch import Tensor
+
+from compressor.checkpoint.durable import make_way, own_folder
+from compressor.checkpoint.records import Records
+from compressor.runner.source_model import SourceModel
+from compressor.runner.stream import stored_rows
+from compressor.runner.sweep import Execution, Progress, Step, walk
+
+DONE = "borders.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Borders:
+    """Rows [rows, length, hidden] on disk, in the dtype in which blocks run.
+
+    inputs   what enters the first block of the middle;  outputs  what leaves its last one
+    """
+
+    inputs: ActivationStore
+    outputs: ActivationStore
+
+
+def record_borders(
+    model: SourceModel,
+    ids: Tensor,
+    *,
+    pads: tuple[int, int],
+    batch: int,
+    scratch: Records,
+    progress: Progress = lambda name, done, total: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Borders:
+    """Run the whole model up to the end of its middle, with one block in memory; the same call
+    after it takes what is there.
+
+    ids  [rows, length].  Raises Interrupted when asked to stop.
+    """
+    blocks, (bottom, top) = len(model.layout.blocks), pads
+    (rows, length), width = ids.shape, model.layout.sizes.hidden
+    own_folder(scratch.folder)
+    inputs, outputs = (
+        ActivationStore(scratch.folder / f"{name}.bin", rows, length, width, model.dtype)
+        for name in ("inputs", "outputs")
+    )
+    known = scratch.get(DONE)
+    if known is not None and known == {
+        "inputs": _hash(inputs),
+        "outputs": _hash(outputs),
+    }:
+        return Borders(inputs, outputs)
+    for store in (inputs, outputs):
+        make_way(store.path)
+        store.create()
+    hashes: dict[str, str] = {}
+    execution = Execution(batch, stopping=stopping, progress=progress)
+    for step in walk([model], execution=execution, units=range(blocks - top + 1)):
+        if step.layout.kind == "embedding":
+            with inputs.writing() as writer:
+                for start, _, hidden in step.embedded(ids):
+                    writer.put(start, hidden)
+            hashes["inputs"] = writer.content_hash()
+            continue
+        inside = step.layout.index >= bottom
+        entering = outputs if step.layout.index > bottom else inputs
+        hashes["outputs" if inside else "inputs"] = _advance(
+            step, entering, outputs if inside else inputs
+        )
+    scratch.put(DONE, hashes)
+    return Borders(inputs, outputs)
+
+
+def _advance(step: Step, entering: ActivationStore, leaving: ActivationStore) -> str:
+    """Run stored rows through a block; the hash of what left it. Rows may be replaced in place:
+    a batch is written after the next one was read."""
+    with stored_rows(entering) as rows, step.loaded(), leaving.writing() as writer:
+        for start, _, out in step.outputs(rows):
+            step.execution.check_stop()
+            writer.put(start, out)
+    return writer.content_hash()
+
+
+def _hash(store: ActivationStore) -> str | None:
+    whole = store.path.is_file() and store.path.stat().st_size >= store.nbytes
+    return store.content_hash() if whole else None
