@@ -25,6 +25,12 @@ GRIDS: dict[str, dict[str, Any]] = {
     "w3-asymmetric": {"bits": 3, "group_size": 64, "symmetric": False},
     "w3-symmetric": {"bits": 3, "group_size": 64},
     "w2-asymmetric": {"bits": 2, "group_size": 64, "symmetric": False},
+    "w2-symmetric": {"bits": 2, "group_size": 64},
+    "w8-symmetric": {"bits": 8, "group_size": 64},
+    "w3-g32": {"bits": 3, "group_size": 32},
+    "w4-g32": {"bits": 4, "group_size": 32},
+    "w4-channel": {"bits": 4, "group_size": None},
+    "nvfp4": {"grid": "nvfp4"},
 }
 SEARCHED = {"scales": "search", "damping": 0.1}
 CORRECTED = {**SEARCHED, "correction": 0.5}
@@ -53,6 +59,7 @@ METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "reconstruct good, reach .15": [("reconstruct", {"reach": 0.15})],
     "reconstruct good, reach .4": [("reconstruct", {"reach": 0.4})],
     "reconstruct good, uncorrected": [("reconstruct", {"correction": 0.0})],
+    "gptq damping .1, corrected": [("gptq", {"damping": 0.1, "correction": 0.5})],
     "awq": [("awq", {})],
     "awq + gptq": [("awq", None), ("gptq", {})],
     "awq + gptq searched": [("awq", None), ("gptq", SEARCHED)],
@@ -80,10 +87,14 @@ def variants(bench: Bench) -> Iterator[Variant]:
     yield recipes.itself("original")
     for grid in options.grids:
         for method in options.methods:
-            passes = [
-                {name: {} if more is None else {**GRIDS[grid], **more}}
-                for name, more in METHODS[method]
-            ]
+            passes = [on_grid(name, more, GRIDS[grid]) for name, more in METHODS[method]]
             untie = method.startswith("rotate")
             baseline = f"{grid}: rtn"
             yield recipes.variant(f"{grid}: {method}", passes, baseline=baseline, untie=untie)
+
+
+def on_grid(name: str, more: dict[str, Any] | None, grid: dict[str, Any]) -> dict[str, Any]:
+    """A pass that rounds on a grid, or makes none; for nearest codes NVFP4 has its own."""
+    if more is None:
+        return {name: {}}
+    return {"nvfp4": {}} if name == "rtn" and "grid" in grid else {name: {**grid, **more}}
