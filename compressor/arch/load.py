@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compressor.arch.bind import Headers, lay
 from compressor.arch.free import FreeMap, free_map
@@ -20,6 +20,7 @@ from compressor.arch.schema import MapFile
 from compressor.errors import InputError
 from compressor.foreign.bounded_yaml import load_yaml
 from compressor.foreign.untrusted import read_file
+from compressor.ir.frozen import messages
 from compressor.ir.layout import ModelLayout
 
 __all__ = ["ArchMap", "RuntimeNames", "find_map", "known_model_types", "load_map"]
@@ -138,6 +139,9 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
             data["runtime"] = {**data["runtime"], "twin": data.get("twin")}
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))
+    except ValidationError as error:
+        what = "; ".join(messages(error))
+        raise InputError(f"{shown} is not a map: {what}", hint="docs/adding.md") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{shown} is not a map: {error}") from error
 

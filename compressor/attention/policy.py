@@ -19,9 +19,10 @@ from pydantic import Field, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compressor.attention.rule import Phase, Rule, Value, make_rule, messages
+from compressor.attention.rule import Phase, Rule, Value, make_rule
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
+from compressor.ir.frozen import messages
 from compressor.ir.layout import AttentionShape, ModelLayout
 
 POLICY_NAME = "attention_policy.json"

@@ -14,9 +14,10 @@ from pydantic import ConfigDict, ValidationError
 
 from compressor.attention.policy import AttentionPolicy
 from compressor.attention.quality import measure_policies
-from compressor.attention.rule import Value, messages
+from compressor.attention.rule import Value
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
+from compressor.ir.frozen import messages
 from compressor.runner.source_model import SourceModel
 from compressor.runner.sweep import Progress
 

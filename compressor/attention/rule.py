@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.attention.masked import OwnAttention, in_pieces, softmax_attention
 from compressor.attention.rope import Rotary
 from compressor.errors import InputError
+from compressor.ir.frozen import messages
 from compressor.ir.layout import UnitLayout
 
 if TYPE_CHECKING:
@@ -250,13 +251,3 @@ def make_rule(part: str, data: Mapping[str, Any]) -> Rule:
         return rule.model_validate(values)
     except ValidationError as error:
         raise InputError("; ".join(messages(error))) from error
-
-
-def messages(error: ValidationError) -> list[str]:
-    """What is wrong, each with its path."""
-    found = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        found.append(f"{path}: {message}" if path else message)
-    return found

@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -355,11 +356,46 @@ def sensitivities(case: Case, sound: Path, rng: random.Random) -> Case:
     return _typed(case, what, "allocate", path.name, "--bits-per-weight", bits)
 
 
+def unaided(case: Case, sound: Path, rng: random.Random) -> Case:
+    """Commands that take a model and no recipe."""
+    model = _copy(case, sound, rng.choice(("model", "model", "experts")))
+    broken = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    what = spoil(_pick(model, broken, rng), rng)
+    few = ("--length", "16", "--tokens", "4", "--text", "rows.jsonl", "--device", "cpu")
+    scheme = rng.choice(("w4a16", "w8a8", "fp8", "nvfp4", "w4a8"))
+    commands: tuple[tuple[str, ...], ...] = (
+        ("init", "./model", "--scheme", scheme),
+        ("quantize", "./model", "--scheme", scheme, "--recipe-only", "--for", "vllm"),
+        ("audit", "./model", "--weights-only"),
+        ("audit", "./model", "--contexts", "4", *few),
+        ("sanitize", "./model", "new", "--windows", "1", *few),
+        ("inspect", "model", "--for", "sglang"),
+        ("map", "draft", "./model"),
+    )
+    return _typed(case, what, *rng.choice(commands))
+
+
+def maps(case: Case, sound: Path, rng: random.Random) -> Case:
+    """A map of the user's own."""
+    _copy(case, sound, "model")
+    path = case.folder / "map.yaml"
+    text = (files("compressor.arch.maps") / "llama.yaml").read_text()
+    if rng.random() < 0.8:
+        value = yaml.safe_load(text)
+        for _ in range(rng.choice((1, 1, 2))):
+            value = changed(value, rng) if value else value
+        path.write_text(yaml.safe_dump(value, allow_unicode=True))
+    else:
+        path.write_bytes(spoiled(text.encode(), rng))
+    _recipe(case, model={"path": "./model", "map": "map.yaml"}, verify=False, report=False)
+    return _typed(case, "map.yaml", *rng.choice((PLAN, PLAN, RUN)))
+
+
 Make = Callable[[Case, Path, random.Random], Case]
 KINDS: dict[str, Make] = {
     make.__name__: make
     for make in (
         *(config, tokenizer, recipe, overrides, gguf, headers, quantization, records, policies),
-        *(deltas, begun, sensitivities),
+        *(deltas, begun, sensitivities, unaided, maps),
     )
 }
