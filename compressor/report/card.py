@@ -18,7 +18,7 @@ from compressor.checkpoint.side_files import leads_out
 from compressor.errors import MachineError
 from compressor.formats.base import ModelSchemes
 from compressor.formats.loading import loading_of
-from compressor.report.text import MISSING, factor, number, size
+from compressor.report.text import MISSING, factor, size, with_error
 
 CARD_NAME = "README.md"
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -257,10 +257,7 @@ def _recipe(data: CardData) -> str:
 
 
 def _estimate(value: Mapping[str, float | None] | None) -> str:
-    if not value or value.get("value") is None:
-        return MISSING
-    spread = f" ± {number(value['error'])}" if value.get("error") else ""
-    return number(value["value"]) + spread
+    return with_error(value) if value else MISSING
 
 
 def _fenced(text: str, language: str) -> str:

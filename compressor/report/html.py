@@ -14,7 +14,17 @@ import yaml
 from compressor.report.choices import choices
 from compressor.report.elements import breakable, mark, meter, section, table
 from compressor.report.svg import Point, columns, dots, lines
-from compressor.report.text import counted, duration, factor, number, share, size, with_error
+from compressor.report.text import (
+    counted,
+    duration,
+    factor,
+    figure,
+    number,
+    share,
+    share_with_error,
+    size,
+    with_error,
+)
 
 TEMPLATE = Path(__file__).with_name("template.html")
 WORST = 12
@@ -84,11 +94,11 @@ def _tiles(data: Data) -> str:
         note = "perplexity"
         if ratio and ratio["value"] is not None:
             note += f", {with_error(ratio)} of the original's"
-        tiles.append((number(perplexity["value"]), note))
+        tiles.append((figure(perplexity), note))
     for key, note in (("kl", "KL from the original, nats"), ("top1", "top-1 agreement")):
-        if evaluation.get(key):
-            value = evaluation[key]["value"]
-            tiles.append((share(value) if key == "top1" else number(value), note))
+        if found := evaluation.get(key):
+            value = share_with_error(found).partition(" ± ")[0] if key == "top1" else figure(found)
+            tiles.append((value, note))
     tiles.append((duration(spent["seconds"]), "from the first to the last unit"))
     memory = "peak main memory"
     if spent["device_bytes"]:
@@ -144,15 +154,15 @@ def _evaluation(data: Data) -> str:
         ("top1", "top-1 agreement"),
     ):
         if evaluation.get(key):
-            found = evaluation[key]
-            rows.append([escape(title), number(found["value"]), f"± {number(found['error'])}"])
+            shown = share_with_error if key == "top1" else with_error
+            rows.append([escape(title), shown(evaluation[key])])
     for task, found in data["tasks"].items():
         over = f" ({found['documents']:,} documents)" if found.get("documents") else ""
-        rows.append([escape(task) + over, number(found["value"]), f"± {number(found['error'])}"])
+        rows.append([escape(task) + over, with_error(found)])
     body = (
         f'<p class="quiet">{evaluation["tokens"]:,} tokens scored in {evaluation["windows"]} '
         f"windows of {evaluation['length']}; ± is one standard error.</p>"
-        + table(["measure", "value", ""], rows, numbers=(1, 2))
+        + table(["measure", "value"], rows, numbers=(1,))
     )
     blocks = evaluation.get("blocks") or []
     if len(blocks) > 1:
@@ -182,9 +192,9 @@ def _passkey(data: Data) -> str:
         row = [f"{cell['length']:,}", *(share(cell[k]) for k in ("depth", "accuracy", "exact"))]
         rows.append(row + ([share(cell["original_accuracy"])] if compared else []))
     body = (
-        f"<p>{share(found['value'])} ± {share(found['error'])} of the answers' "
-        f"{passkey.get('tokens') or ''} tokens were found, {share(whole['value'])} ± "
-        f"{share(whole['error'])} of {sum(c['rows'] for c in passkey['cells'])} passkeys whole.</p>"
+        f"<p>{share_with_error(found)} of the answers' {passkey.get('tokens') or ''} tokens were "
+        f"found, {share_with_error(whole)} of {sum(c['rows'] for c in passkey['cells'])} passkeys "
+        "whole.</p>"
     )
     return section("Passkey retrieval", body + table(header, rows, numbers=range(len(header))))
 

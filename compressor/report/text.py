@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 MISSING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+PLACES = 6
+"""After the point, of a number that is not written with an exponent."""
 
 
 def number(value: float | None) -> str:
@@ -18,9 +22,36 @@ def number(value: float | None) -> str:
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def with_error(estimate: Mapping[str, float | None]) -> str:
-    """A value with its standard error."""
-    return f"{number(estimate['value'])} ± {number(estimate['error'])}"
+def rounded(value: float, error: float) -> tuple[str, str]:
+    """A value to the place of the second digit of its standard error, and that error."""
+    if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:
+        return number(value), ""
+    # Of the error as it is printed: 0.0996 is 0.10, whose second digit is a hundredth.
+    place = 1 - int(f"{error:.1e}".partition("e")[2])
+    if place > PLACES:
+        return number(value), f"{error:.1e}"
+    return f"{value:,.{max(place, 0)}f}", f"{error:,.{max(place, 0)}f}"
+
+
+def with_error(estimate: Mapping[str, Any]) -> str:
+    """A value with its standard error, as many digits as that leaves."""
+    if estimate["value"] is None:
+        return MISSING
+    value, error = rounded(estimate["value"], estimate.get("error") or 0.0)
+    return f"{value} ± {error}" if error else value
+
+
+def figure(estimate: Mapping[str, Any]) -> str:
+    """A value without its standard error, to the digits that it leaves."""
+    return with_error(estimate).partition(" ± ")[0]
+
+
+def share_with_error(estimate: Mapping[str, Any]) -> str:
+    """A share of one as a percentage with its standard error."""
+    if estimate["value"] is None:
+        return MISSING
+    value, error = rounded(100 * estimate["value"], 100 * (estimate.get("error") or 0.0))
+    return f"{value}% ± {error}%" if error else share(estimate["value"])
 
 
 def share(value: float | None) -> str:

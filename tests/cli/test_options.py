@@ -53,6 +53,7 @@ def test_what_can_be_written_can_be_named_by_output() -> None:
     }
     assert set(COMMANDS) - named == {
         ("audit",),
+        ("compare",),
         ("delta", "diff"),
         ("eval",),
         ("inspect",),

@@ -77,6 +77,7 @@ def test_every_command_prints_json_and_what_ends_in_a_verdict_junit() -> None:
             (name,)
             for name in (
                 "audit",
+                "compare",
                 "convert",
                 "eval",
                 "plan",

@@ -137,9 +137,9 @@ def test_figures_stand_beside_the_originals() -> None:
             evaluation=EVALUATION, tasks={"arc_easy": {"value": 0.5, "error": 0.01}}, verified=True
         )
     )
-    assert "| perplexity | 61.23 ± 2.4 | 54.92 ± 2.1 |" in text
+    assert "| perplexity | 61.2 ± 2.4 | 54.9 ± 2.1 |" in text
     assert "4,088 tokens in 8 windows of 512" in text
-    assert "| arc_easy | 0.5 ± 0.01 |" in text
+    assert "| arc_easy | 0.500 ± 0.010 |" in text
     assert "compress verify" in text
     assert "## Evaluation" not in make_card(card())
     assert "did not pass" in make_card(card(verified=False))

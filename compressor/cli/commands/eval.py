@@ -235,7 +235,9 @@ def answer(
 
 def estimate(found: Estimate) -> str:
     """A share with its standard error."""
-    return f"{found.value:.1%} ± {found.error:.1%}"
+    from compressor.report.text import share_with_error
+
+    return share_with_error(asdict(found))
 
 
 def passkey_line(found: PasskeyResult) -> str:
@@ -266,16 +268,16 @@ def limit_lines(gate: GateResult) -> list[str]:
 
 def lines(found: EvaluationResult) -> list[str]:
     """An evaluation for people."""
-    line = f"perplexity  {found.perplexity.value:.3f} ± {found.perplexity.error:.3f}"
+    from compressor.report.text import figure, with_error
+
+    line = f"perplexity  {with_error(asdict(found.perplexity))}"
     if found.original_perplexity is not None and found.perplexity_ratio is not None:
-        line += (
-            f"  (original {found.original_perplexity.value:.3f}, ratio "
-            f"{found.perplexity_ratio.value:.4f} ± {found.perplexity_ratio.error:.4f})"
-        )
+        original, ratio = asdict(found.original_perplexity), asdict(found.perplexity_ratio)
+        line += f"  (original {figure(original)}, ratio {with_error(ratio)})"
     shown = [line]
     if found.kl is not None and found.top1 is not None:
         shown.append(
-            f"to original KL {found.kl.value:.4f} ± {found.kl.error:.4f} nats, top-1 agreement "
+            f"to original KL {with_error(asdict(found.kl))} nats, top-1 agreement "
             f"{estimate(found.top1)}"
         )
     shown.append(f"over        {found.tokens} tokens in {found.windows} windows of {found.length}")

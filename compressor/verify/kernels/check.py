@@ -19,7 +19,15 @@ from torch import Tensor
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
 from compressor.ir.scheme import Scheme
 from compressor.numerics.chunks import row_chunks
-from compressor.verify.kernels.layer import EVERYTHING, KernelCheck, Layer, Product, Tile, operands
+from compressor.verify.kernels.layer import (
+    EVERYTHING,
+    KernelCheck,
+    Layer,
+    Multiply,
+    Product,
+    Tile,
+    operands,
+)
 from compressor.verify.kernels.low_bit import NVFP4, SUMS, W4A8, W8A8, product
 from compressor.verify.kernels.mx import MX
 from compressor.verify.kernels.weight_only import WeightOnly
@@ -57,13 +65,17 @@ class W4A16(KernelCheck):
             return layer
         return layer.laid_out(PackQuantized().encode(layer.q, input=None, input_scale=None))
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+    def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
         from compressor_kernels.linear.w4a16 import w4a16
 
-        weight, size = self._operands(layer, tile, x.device), layer.q.spec.group_size
-        half = torch.float16 if weight["scales"].dtype == torch.float16 else torch.bfloat16
+        weight, size = self._operands(layer, tile, device), layer.q.spec.group_size
+        half = _half(layer)
+        return lambda x: w4a16(x.to(half), **weight, group_size=size, out_dtype=torch.float32)
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        half = _half(layer)
         x = x.to(half)
-        found = w4a16(x, **weight, group_size=size, out_dtype=torch.float32)
+        found = self.multiply(layer, tile, x.device)(x)
         # The kernel may round a scale, and then its product with a code, to the inputs' dtype.
         loss = 2 * torch.finfo(half).eps + SUMS
         return product(found, x.double(), layer.dense(tile, x.device), loss)
@@ -83,6 +95,12 @@ class W4A16(KernelCheck):
         zeros = tensors.get("weight_zero_point")
         weight = Int4Weight(packed, scales, zeros, q.shape[1], q.spec.group_size)
         return operands(weight, tile, device)
+
+
+def _half(layer: Layer) -> torch.dtype:
+    """The dtype of the inputs: that of the scales, where it is half a float32."""
+    scales = layer.tensors["weight_scale"]
+    return torch.float16 if scales.dtype == torch.float16 else torch.bfloat16
 
 
 CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), MX(), W4A8(), WeightOnly())

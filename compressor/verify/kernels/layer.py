@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -65,6 +65,10 @@ class Product:
     bound: Tensor
 
 
+Multiply = Callable[[Tensor], Tensor]
+"""Inputs [tokens, columns] to outputs [tokens, rows] in float32."""
+
+
 def operands(weight: Any, tile: Tile, device: torch.device) -> dict[str, Any]:
     """Tensors of a tile of one of the kernels' packed weights, by the names the kernel has."""
     part = weight.tile(tile.rows, tile.columns)
@@ -84,6 +88,11 @@ class KernelCheck:
     def prepared(self, layer: Layer) -> Layer:
         """The layer in the layout that the kernel reads, made once for all its products."""
         return layer
+
+    def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
+        """The Triton kernel by a prepared layer's tile, rounding of inputs included, with all that
+        does not depend on the inputs done."""
+        raise NotImplementedError
 
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         """The Triton kernel's product with inputs x [tokens, columns] float32 of a tile."""

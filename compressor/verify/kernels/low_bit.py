@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
-from compressor.verify.kernels.layer import KernelCheck, Layer, Product, Tile, operands
+from compressor.verify.kernels.layer import KernelCheck, Layer, Multiply, Product, Tile, operands
 
 DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
@@ -49,41 +49,48 @@ class W8A8(KernelCheck):
             return _blocked(scheme) and input.group_size == BLOCK
         return spec.strategy in ("tensor", "channel") or _blocked(scheme)
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+    def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
         from compressor_kernels.inputs.activations import quantize_tokens
         from compressor_kernels.linear.w8a8 import w8a8, w8a8_blocks
 
+        by = w8a8_blocks if _blocked(layer.scheme) else w8a8
+        return self._multiply(layer, tile, device, quantize_tokens, by)
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         fp8 = input_of(layer.scheme).element == "fp8_e4m3"
-        multiply = w8a8_blocks if _blocked(layer.scheme) else w8a8
         loss = FP8_SUMS if fp8 and x.is_cuda else SUMS
-        return self._product(layer, x, tile, quantize_tokens, multiply, loss)
+        found = self.multiply(layer, tile, x.device)(x)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), loss)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.activations import quantize_tokens_ref
         from compressor_kernels.linear.w8a8 import w8a8_blocks_ref, w8a8_ref
 
-        multiply = w8a8_blocks_ref if _blocked(layer.scheme) else w8a8_ref
-        return self._product(layer, x, tile, quantize_tokens_ref, multiply, SUMS)
+        by = w8a8_blocks_ref if _blocked(layer.scheme) else w8a8_ref
+        found = self._multiply(layer, tile, x.device, quantize_tokens_ref, by)(x)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
 
-    def _product(
+    def _multiply(
         self,
         layer: Layer,
-        x: Tensor,
         tile: Tile,
+        device: torch.device,
         quantize: Quantize,
         multiply: Callable[..., Tensor],
-        loss: float,
-    ) -> Product:
-        codes, scales = _input_codes(layer, x, quantize)
-        weight, weight_scales = _bytes(layer.q, tile, x.device)
+    ) -> Multiply:
+        weight, scales = _bytes(layer.q, tile, device)
         if _blocked(layer.scheme):
-            by = {"input_scales": scales, "weight_scales": weight_scales}
+            rows, fixed = "input_scales", {"weight_scales": scales}
         else:
-            by = {"row_scales": scales, "column_scales": weight_scales}
+            rows, fixed = "row_scales", {"column_scales": scales}
             if layer.q.zeros is not None:
-                by["column_zeros"] = _column_zeros(layer.q, layer.q.zeros, tile).to(x.device)
-        found = multiply(codes, weight, **by, out_dtype=torch.float32)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), loss)
+                fixed["column_zeros"] = _column_zeros(layer.q, layer.q.zeros, tile).to(device)
+
+        def multiplied(x: Tensor) -> Tensor:
+            codes, by = _input_codes(layer, x, quantize)
+            return multiply(codes, weight, **{rows: by}, **fixed, out_dtype=torch.float32)
+
+        return multiplied
 
 
 class NVFP4(KernelCheck):
@@ -104,19 +111,26 @@ class NVFP4(KernelCheck):
         codes = layer.q.codes
         return layer.laid_out({"codes": codes[:, 0::2] | (codes[:, 1::2] << 4)})
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+    def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
         from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs
         from compressor_kernels.linear.nvfp4 import nvfp4_matmul
 
-        weight = self._operands(layer, tile, x.device)
-        if layer.scheme.input is None:
-            x = x.to(torch.bfloat16)
-            found = nvfp4_matmul(x, **weight, out_dtype=torch.float32)
-            return product(found, x.double(), layer.dense(tile, x.device), SUMS)
-        parts = quantize_nvfp4_inputs(x, amax=_amax(layer, x))
-        units, second = _units(parts)
-        found = nvfp4_matmul(units.to(torch.bfloat16), **weight, out_dtype=torch.float32) * second
-        return product(found, self._seen(layer, x), layer.dense(tile, x.device), SUMS)
+        weight = self._operands(layer, tile, device)
+
+        def multiplied(x: Tensor) -> Tensor:
+            if layer.scheme.input is None:
+                return nvfp4_matmul(x.to(torch.bfloat16), **weight, out_dtype=torch.float32)
+            units, second = _units(quantize_nvfp4_inputs(x, amax=_amax(layer, x)))
+            units = units.to(torch.bfloat16)
+            return nvfp4_matmul(units, **weight, out_dtype=torch.float32) * second
+
+        return multiplied
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        found = self.multiply(layer, tile, x.device)(x)
+        plain = layer.scheme.input is None
+        seen = x.to(torch.bfloat16).double() if plain else self._seen(layer, x)
+        return product(found, seen, layer.dense(tile, x.device), SUMS)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.linear.nvfp4 import nvfp4_matmul_ref
@@ -164,26 +178,31 @@ class W4A8(KernelCheck):
 
         return layer.laid_out(FORMAT.encode(layer.q, model_dtype=torch.float16, input=INPUT))
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+    def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
         from compressor_kernels.inputs.activations import quantize_tokens
         from compressor_kernels.linear.w4a8 import w4a8
 
-        return self._product(layer, x, tile, quantize_tokens, w4a8)
+        return self._multiply(layer, tile, device, quantize_tokens, w4a8)
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        found = self.multiply(layer, tile, x.device)(x)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         from compressor_kernels.inputs.activations import quantize_tokens_ref
         from compressor_kernels.linear.w4a8 import w4a8_ref
 
-        return self._product(layer, x, tile, quantize_tokens_ref, w4a8_ref)
+        found = self._multiply(layer, tile, x.device, quantize_tokens_ref, w4a8_ref)(x)
+        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
 
-    def _product(
+    def _multiply(
         self,
         layer: Layer,
-        x: Tensor,
         tile: Tile,
+        device: torch.device,
         quantize: Quantize,
         multiply: Callable[..., Tensor],
-    ) -> Product:
+    ) -> Multiply:
         from compressor_kernels.linear.w4a8 import QServeWeight
 
         tensors = {
@@ -191,10 +210,13 @@ class W4A8(KernelCheck):
             for x in fields(QServeWeight)
             if x.name in layer.tensors
         }
-        weight = operands(QServeWeight(**tensors), tile, x.device)
-        codes, scales = quantize(x, dtype=torch.int8)
-        found = multiply(codes, **weight, row_scales=scales, out_dtype=torch.float32)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
+        weight = operands(QServeWeight(**tensors), tile, device)
+
+        def multiplied(x: Tensor) -> Tensor:
+            codes, scales = quantize(x, dtype=torch.int8)
+            return multiply(codes, **weight, row_scales=scales, out_dtype=torch.float32)
+
+        return multiplied
 
 
 def _blocked(scheme: Scheme) -> bool:

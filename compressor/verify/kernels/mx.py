@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.ir.scheme import Scheme
-from compressor.verify.kernels.layer import KernelCheck, Layer, Product, Tile, operands
+from compressor.verify.kernels.layer import KernelCheck, Layer, Multiply, Product, Tile, operands
 from compressor.verify.kernels.low_bit import SUMS, product
 
 
@@ -22,16 +22,25 @@ class MX(KernelCheck):
         spec, input = scheme.weight, scheme.input
         return spec is not None and spec.microscaled and (input is None or input.mode == "mx")
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+    def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
         from compressor_kernels.linear.mx import mx_matmul, mx_values, quantize_mx_inputs
 
-        if layer.scheme.input is None:
-            entered = x.to(torch.bfloat16)
-            seen = entered.double()
-        else:
-            parts = quantize_mx_inputs(x, element=layer.scheme.input.element)
-            entered, seen = mx_values(*parts, dtype=torch.bfloat16), _rounded(layer, x)
-        found = mx_matmul(entered, **_operands(layer, tile, x.device), out_dtype=torch.float32)
+        weight, input = _operands(layer, tile, device), layer.scheme.input
+
+        def multiplied(x: Tensor) -> Tensor:
+            if input is None:
+                entered = x.to(torch.bfloat16)
+            else:
+                parts = quantize_mx_inputs(x, element=input.element)
+                entered = mx_values(*parts, dtype=torch.bfloat16)
+            return mx_matmul(entered, **weight, out_dtype=torch.float32)
+
+        return multiplied
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        found = self.multiply(layer, tile, x.device)(x)
+        plain = layer.scheme.input is None
+        seen = x.to(torch.bfloat16).double() if plain else _rounded(layer, x)
         return product(found, seen, layer.dense(tile, x.device), SUMS)
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:

@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
 from compressor.formats.shared.words import WORD, pack_words, word_count
 from compressor.ir.scheme import Scheme
-from compressor.verify.kernels.layer import KernelCheck, Layer, Product, Tile
+from compressor.verify.kernels.layer import KernelCheck, Layer, Multiply, Product, Tile
 from compressor.verify.kernels.low_bit import (
     DTYPES,
     SUMS,
@@ -49,11 +49,11 @@ class WeightOnly(KernelCheck):
             return layer
         return layer.laid_out(PackQuantized().encode(layer.q, input=None, input_scale=None))
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+    def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
         from compressor_kernels.inputs.activations import quantize_tokens
         from compressor_kernels.linear.weight_only import weight_only
 
-        codes, scales, zeros, block = self._operands(layer, tile, x.device)
+        codes, scales, zeros, block = self._operands(layer, tile, device)
         multiply = partial(
             weight_only,
             codes=codes,
@@ -63,18 +63,26 @@ class WeightOnly(KernelCheck):
             block=block,
             out_dtype=torch.float32,
         )
-        half = torch.float16 if scales.dtype == torch.float16 else torch.bfloat16
-        if layer.scheme.input is None:
-            x = x.to(half)
-            seen, found = x.double(), multiply(x)
-        else:
-            half = torch.bfloat16
+        half = _half(layer)
+
+        def multiplied(x: Tensor) -> Tensor:
+            if layer.scheme.input is None:
+                return multiply(x.to(half))
             input = input_of(layer.scheme)
             scale = scale_of_inputs(layer, input, x)
             entered, by = quantize_tokens(x, dtype=DTYPES[input.element], scale=scale)
-            found = multiply(entered.to(half))
-            seen, found = quantized_input(layer, x), found * by.reshape(-1, 1)
-        rounded = block is not None and block[1] < x.shape[-1]
+            return multiply(entered.to(half)) * by.reshape(-1, 1)
+
+        return multiplied
+
+    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+        found, half = self.multiply(layer, tile, x.device)(x), _half(layer)
+        plain = layer.scheme.input is None
+        seen = x.to(half).double() if plain else quantized_input(layer, x)
+        spec = layer.q.spec
+        rounded = spec.strategy not in ("tensor", "channel") and (
+            (spec.block or (1, spec.group_size or x.shape[-1]))[1] < x.shape[-1]
+        )
         loss = SUMS + (2 * torch.finfo(half).eps if rounded else 0)
         return product(found, seen, layer.dense(tile, x.device), loss)
 
@@ -123,3 +131,9 @@ class WeightOnly(KernelCheck):
             zeros = zeros[words, among] if spec.strategy == "group" else zeros[words]
         zeros = None if zeros is None else zeros.to(device).contiguous()
         return codes.to(device), scales.contiguous().to(device), zeros, (rows, columns)
+
+
+def _half(layer: Layer) -> torch.dtype:
+    """The dtype that codes and inputs are multiplied in."""
+    plain = layer.scheme.input is None and layer.q.scales.dtype == torch.float16
+    return torch.float16 if plain else torch.bfloat16

@@ -1,0 +1,165 @@
+"""Checkpoints beside each other, as a page."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from compressor.checkpoint.durable import write_atomically
+from compressor.report.elements import breakable, section, table
+from compressor.report.html import TEMPLATE
+from compressor.report.svg import Point, lines
+from compressor.report.text import MISSING, number, share_with_error, size, with_error
+
+WORST = 12
+
+Side = Mapping[str, Any]
+"""Plain data of `run.compare.Side`."""
+
+
+def write_page(path: Path, sides: Sequence[Side], *, text: str) -> None:
+    """Write the page, and the folders above it; `text` says on what was measured."""
+    parts = [_header(sides), _figures(sides, text), _layers(sides), _kernels(sides), _notes(sides)]
+    body = "\n".join(part for part in parts if part)
+    title = escape("Comparison: " + ", ".join(side["name"] for side in sides))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    template = Template(TEMPLATE.read_text("utf-8"))
+    write_atomically(path, template.substitute(title=title, body=body).encode())
+
+
+def figures(side: Side) -> dict[str, str]:
+    """What a line of the table has of one checkpoint, by column."""
+    found = side["evaluation"] or {}
+    shown = {
+        "size": size(side["nbytes"]),
+        "bits": f"{side['bits_per_weight']:.2f}",
+        "perplexity": with_error(found["perplexity"]) if found else MISSING,
+    }
+    for key, title in (("perplexity_ratio", "ratio"), ("kl", "KL, nats")):
+        shown[title] = with_error(found[key]) if found.get(key) else MISSING
+    shown["top-1"] = share_with_error(found["top1"]) if found.get("top1") else MISSING
+    errors, whole = side["layers"].values(), whole_blocks(side)
+    shown["weights"] = number(statistics.median(errors)) if errors else MISSING
+    shown["blocks"] = number(statistics.median(whole.values())) if whole else MISSING
+    return shown
+
+
+def whole_blocks(side: Side) -> dict[str, float]:
+    """Block → error of all that it adds to the stream."""
+    rows = (row for row in side["blocks"] if row["what"] == "the block")
+    return {row["block"]: row["error"] for row in rows}
+
+
+def _header(sides: Sequence[Side]) -> str:
+    names = " and ".join(side["name"] for side in sides)
+    against = next((side["name"] for side in sides if side["reference"]), None)
+    beside = f"compared with {against}" if against else "without a reference"
+    return f'<header><h1>{escape(names)}</h1><p class="quiet">{escape(beside)}</p></header>'
+
+
+def _figures(sides: Sequence[Side], text: str) -> str:
+    header = ["", *figures(sides[0])]
+    rows = [[breakable(side["name"]), *map(escape, figures(side).values())] for side in sides]
+    about = (
+        f"{text} Bits are of a parameter, scales included. Weights and blocks are medians of "
+        "relative errors: \u2016weight \u2212 reference\u2019s\u2016 / \u2016reference\u2019s"
+        "\u2016 of each linear, exact rescalings undone, and the same of what each block adds to "
+        "the reference\u2019s own hidden states; \u00b1 is one standard error."
+    )
+    schemes = [
+        [breakable(side["name"]), str(count), escape(scheme)]
+        for side in sides
+        for scheme, count in side["schemes"].items()
+    ]
+    return section(
+        "Figures",
+        table(header, rows, numbers=range(1, len(header)), names=(0,))
+        + f'<p class="quiet after">{escape(about)}</p>',
+    ) + section("Schemes", table(["", "linears", "stored as"], schemes, numbers=(1,), texts=(2,)))
+
+
+def _layers(sides: Sequence[Side]) -> str:
+    compared = [side for side in sides if side["layers"]]
+    if not compared:
+        return ""
+    plots = ""
+    for title, by_block in (
+        ("relative error of what a block adds to the stream", whole_blocks),
+        ("relative error of a block\u2019s weights, mean over its linears", _mean_weights),
+    ):
+        series = {
+            side["name"]: [
+                Point(i, error, f"{name}: {number(error)}")
+                for i, (name, error) in enumerate(by_block(side).items())
+            ]
+            for side in compared
+        }
+        if any(len(points) > 1 for points in series.values()):
+            plots += lines(series, x_title="block", y_title=title, show=number, log=True)
+    names = list(dict.fromkeys(name for side in compared for name in side["layers"]))
+    names.sort(key=lambda name: -max(side["layers"].get(name, 0.0) for side in compared))
+    rows = [
+        [
+            breakable(name),
+            *(number(side["layers"][name]) if name in side["layers"] else MISSING
+              for side in compared),
+        ]
+        for name in names[:WORST]
+    ]  # fmt: skip
+    header = ["linear", *(breakable(side["name"]) for side in compared)]
+    worst = table(header, rows, numbers=range(1, len(header)), names=(0,))
+    return section("Error by layer", f"{plots}<h3>Largest errors of weights</h3>{worst}")
+
+
+def _mean_weights(side: Side) -> dict[str, float]:
+    """Number of a block → mean error of its linears' weights."""
+    found: dict[str, list[float]] = {}
+    for name, error in side["layers"].items():
+        if place := re.search(r"\.(\d+)\.", name):
+            found.setdefault(f"block {place[1]}", []).append(error)
+    return {block: statistics.fmean(errors) for block, errors in found.items()}
+
+
+def kernel_rows(sides: Sequence[Side]) -> list[tuple[str, str, list[str]]]:
+    """Checkpoint, tokens of an input, microseconds of each role of linears and of all."""
+    roles = kernel_roles(sides)
+    rows = []
+    for side in sides:
+        times = side["microseconds"]
+        for tokens in next(iter(times.values()), {}):
+            each = [times[role][tokens] if role in times else None for role in roles]
+            whole = None if None in each else sum(x for x in each if x is not None)
+            rows.append((side["name"], f"{tokens:,}", [number(x) for x in (*each, whole)]))
+    return rows
+
+
+def kernel_roles(sides: Sequence[Side]) -> list[str]:
+    """Roles of linears that were timed."""
+    return list(dict.fromkeys(role for side in sides for role in side["microseconds"]))
+
+
+def _kernels(sides: Sequence[Side]) -> str:
+    rows = [[breakable(name), tokens, *times] for name, tokens, times in kernel_rows(sides)]
+    if not rows:
+        return ""
+    header = ["", "tokens", *map(escape, kernel_roles(sides)), "all"]
+    about = (
+        "Microseconds of the linears of one block in the middle, one of each role, by this "
+        "project\u2019s kernels, rounding of inputs included; floats by PyTorch. A runtime has "
+        "kernels of its own."
+    )
+    return section(
+        "Kernels",
+        table(header, rows, numbers=range(1, len(header)), names=(0,))
+        + f'<p class="quiet after">{escape(about)}</p>',
+    )
+
+
+def _notes(sides: Sequence[Side]) -> str:
+    notes = [[breakable(side["name"]), escape(note)] for side in sides for note in side["notes"]]
+    return section("Beyond rounding", table([], notes, names=(0,), texts=(1,))) if notes else ""
