@@ -88,19 +88,23 @@ def whole_source(source: Source) -> Source:
 def renumbering(arch: MapFile, kept: Sequence[int], *, count: int) -> Callable[[str], str | None]:
     """A function from a tensor's name to the one that it has where only `kept` blocks are, or None
     where it has none. What is numbered beyond the blocks (heads for several tokens) stays so."""
-    before, _, after = arch.layer.partition("{i}")
-    numbered = re.compile(rf"({re.escape(before)})(\d+)({re.escape(after)}\..*)")
     place = {block: number for number, block in enumerate(kept)}
 
     def renamed(name: str) -> str | None:
-        found = numbered.fullmatch(name)
-        if found is None:
+        block, local = block_of(arch, name)
+        if block is None:
             return name
-        block = int(found[2])
         number = place.get(block) if block < count else len(kept) + block - count
-        return None if number is None else f"{found[1]}{number}{found[3]}"
+        return None if number is None else f"{arch.layer.format(i=number)}.{local}"
 
     return renamed
+
+
+def block_of(arch: MapFile, name: str) -> tuple[int | None, str]:
+    """The number of the block that a tensor's name is of, or None, and the name inside it."""
+    before, _, after = arch.layer.partition("{i}")
+    found = re.fullmatch(rf"{re.escape(before)}(\d+){re.escape(after)}\.(.*)", name)
+    return (None, name) if found is None else (int(found[1]), found[2])
 
 
 def _kind(unit: UnitLayout) -> Any:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
@@ -68,9 +68,9 @@ class OffsiteRecord(Strict):
             return ()
         return tuple(range(self.pads[0], len(self.kept) - self.pads[1]))
 
-    def to_bytes(self) -> bytes:
-        """The file."""
-        return (self.model_dump_json(indent=2) + "\n").encode()
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return self.model_dump(mode="json")
 
 
 def read_offsite_record(folder: Path) -> OffsiteRecord | None:

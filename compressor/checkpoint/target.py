@@ -52,7 +52,7 @@ class Target(Protocol):
         ...
 
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """config.json; empty for what is no model."""
         ...
 
     def files(self) -> dict[str, Any]:

@@ -73,14 +73,14 @@ class Transaction:
         self,
         writer: ShardWriter,
         *,
-        beside: Path,
+        beside: Path | None,
         recipe: bytes | None = None,
         files: Mapping[str, bytes] | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """Put complete shards in place, and write everything beside them.
 
-        beside   folder whose side files are copied;  files  any others
+        beside   folder whose side files are copied, if any;  files  any others
         about    what the manifest says, where more is known now
         Raises MachineError where a file cannot be read or written; repeating it continues.
         """
@@ -88,8 +88,9 @@ class Transaction:
         if recipe is not None:
             written[RECIPE_NAME] = recipe
         with disk_errors(f"finishing {self.output}"):
-            for name in side_files(beside).carried:
-                written.setdefault(name, (beside / name).read_bytes())
+            if beside is not None:
+                for name in side_files(beside).carried:
+                    written.setdefault(name, (beside / name).read_bytes())
             for name, data in written.items():
                 make_folder((self.output / name).parent)
                 write_atomically(self.output / name, data)
@@ -120,7 +121,8 @@ def writing(
     Raises InputError for a folder that holds anything else, and CheckError for a finished
     checkpoint that is damaged, which names the files.
     """
-    json_files = {"config.json": target.config(), **target.files()}
+    config = target.config()
+    json_files = {**({"config.json": config} if config else {}), **target.files()}
     documents = {**shards.index, **{name: json_bytes(value) for name, value in json_files.items()}}
     with owned(output, manifest=MANIFEST_NAME) as work:
         finished = _take_up(work, output, layout=shards, about=about, judged_later=judged_later)
@@ -133,12 +135,14 @@ def write(
     read: Read,
     *,
     about: Mapping[str, Any],
-    beside: Path,
+    beside: Path | None,
     recipe: bytes | None = None,
+    files: Mapping[str, bytes] | None = None,
     progress: Progress = lambda name, done, total: None,
 ) -> Transaction:
     """Write units one after the other as `read` gives them; the same call continues.
 
+    files  in place of the target's, or beside them
     Raises what `writing` does, InputError where the disk has no room or a value no form, and
     MachineError where the disk fails.
     """
@@ -155,7 +159,7 @@ def write(
                 if writer.record(index) is None:
                     writer.commit(index, writer.write(target.encode(read(unit))), {})
                 progress(unit.name, index + 1, len(target.units))
-        under_way.finish(writer, beside=beside, recipe=recipe)
+        under_way.finish(writer, beside=beside, recipe=recipe, files=files)
     return under_way
 
 

@@ -77,7 +77,24 @@ class RuntimeName(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(name) for name in runtime_names() if name.startswith(incomplete)]
 
 
-SIZE, DEVICE, MODEL = Size(), Device(), Model()
+class Pads(click.ParamType):  # type: ignore[type-arg]
+    """How many of the first and of the last blocks, as 2,2."""
+
+    name = "pads"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Both counts. A usage error for what is none."""
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([0-9]{1,4}),([0-9]{1,4})", value)
+        if found is None:
+            self.fail(f"{value!r} does not say two numbers of blocks, such as 2,2", param, ctx)
+        return int(found[1]), int(found[2])
+
+
+SIZE, DEVICE, MODEL, PADS = Size(), Device(), Model(), Pads()
 
 RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)

@@ -81,10 +81,12 @@ def test_every_command_prints_json_and_what_ends_in_a_verdict_junit() -> None:
                 "convert",
                 "eval",
                 "plan",
+                "plug",
                 "push",
                 "quantize",
                 "run",
                 "sanitize",
+                "unplug",
                 "verify",
             )
         ),

@@ -20,6 +20,7 @@ WALKERS = {
     "compressor/run/loop.py": "the job",
     "compressor/run/sensitivity.py": "sensitivity",
     "compressor/methods/common/copy_scores.py": "copy scores",
+    "compressor/methods/emulator/borders.py": "what enters and leaves a middle",
     "compressor/methods/sparda/choice_quality.py": "choice quality",
     "compressor/methods/sparda/training.py": "forecasts",
     "compressor/methods/streaming/window_search.py": "sinks",
@@ -36,6 +37,7 @@ MAKES_STEPS = {
 TAKES_LAYERS = {
     "compressor/runner/draft.py": "one block of each kind, to see what a map of it would say",
     "compressor/plan/preflight.py": "one block of each kind, without data",
+    "compressor/methods/emulator/distillation.py": "an emulator's upper blocks, for gradients",
     "compressor/methods/sparda/teacher.py": "what stands before a block's attention: norms alone",
 }
 

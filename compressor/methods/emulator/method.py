@@ -20,6 +20,7 @@ from compressor.checkpoint.find import name_folder
 from compressor.checkpoint.kept_blocks import whole_source
 from compressor.checkpoint.offsite import OFFSITE_NAME, OffsiteRecord, check_pads, fingerprint
 from compressor.checkpoint.source import Source
+from compressor.checkpoint.transaction import json_bytes
 from compressor.errors import InputError
 from compressor.ir.frozen import Strict
 from compressor.ir.unit import Unit
@@ -199,7 +200,7 @@ class Emulator(ModelPass[Middle]):
             fingerprint=fingerprint(whole, self.pads, progress=context.progress),
             middle=self.middle,
         )
-        files = {OFFSITE_NAME: record.to_bytes()}
+        files = {OFFSITE_NAME: json_bytes(record.to_json())}
         units = model.layout.blocks[self.pads[0] : len(record.kept) - self.pads[1]]
         if self.student is not None:
             path = Path(self.student).expanduser()
