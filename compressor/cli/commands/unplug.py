@@ -46,6 +46,7 @@ def command(
     \b
     compress unplug ./tuned ./adapter --emulator out/emulator
     compress unplug ./llama2-7b-mine ./adapter --pads 2,2
+    compress unplug ./llama2-7b-mine -o ./adapter --pads 2,2 --json
     """
     from compressor.checkpoint.find import locate
     from compressor.run.plug import unplug
