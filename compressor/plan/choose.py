@@ -15,6 +15,7 @@ from compressor.plan.recipe import apply_override, make_recipe
 from compressor.runtimes.contract import parse_runtime
 
 Quality = Literal["fast", "good", "best"]
+QUALITIES: tuple[Quality, ...] = ("best", "good", "fast")
 Passes = Sequence[Mapping[str, Mapping[str, Any]]]
 
 BLACKWELL = 100

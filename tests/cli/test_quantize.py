@@ -12,11 +12,15 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from compressor.checkpoint.find import locate
 from compressor.cli.commands.quantize import SCHEMES
 from compressor.cli.main import cli
 from compressor.errors import InputError
 from compressor.plan.choose import WAYS
+from compressor.plan.plan import make_plan
 from compressor.plan.recipe import Recipe, make_recipe
+from compressor.run.mixed import BITS
+from compressor.run.sensitivity import bits_per_weight, groups_of
 
 Ask = Callable[..., Result]
 
@@ -148,3 +152,37 @@ def test_init_leaves_a_file_that_is_there(tiny_model: Any, tmp_path: Path) -> No
     result = CliRunner().invoke(cli, words)
     assert isinstance(result.exception, InputError)
     assert (tmp_path / "r.yaml").read_text("utf-8") == "mine"
+
+
+def test_bits_per_weight_go_where_they_were_measured_to_help(ask: Ask, tmp_path: Path) -> None:
+    words = ("--bits-per-weight", "5.5", "--quality", "fast", "--recipe-only", "--json")
+    result = ask(*words)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)["recipe"]
+    bits = {params["bits"] for step in data["passes"] for params in step.values()}
+    assert len(bits) > 1 and bits <= set(BITS)
+    source = locate(data["model"], fetch=False).source
+    plan = make_plan(make_recipe(data), source)
+    names = {x.name for x in source.layout.linears if x.role != "lm_head"}
+    groups = [(unit, g) for unit in plan.units for g in groups_of(unit.layout, frozenset(names))]
+    sizes = [sum(x.out_features * x.in_features for x in g) for _, g in groups]
+    spent = [bits_per_weight(unit, g) for unit, g in groups]
+    mean = sum(b * n for b, n in zip(spent, sizes, strict=True)) / sum(sizes)
+    assert 5.0 < mean <= 5.5
+    measured = tmp_path / "out.sensitivity.json"
+    before = measured.stat().st_mtime_ns
+    assert ask(*words).stdout == result.stdout
+    assert measured.stat().st_mtime_ns == before, "what was measured is kept"
+
+
+def test_bits_that_cannot_be_had_are_refused_before_anything_is_measured(
+    ask: Ask, tmp_path: Path
+) -> None:
+    refused = ask("--bits-per-weight", "2.1", "--recipe-only")
+    assert isinstance(refused.exception, InputError)
+    assert "at least 3.0" in str(refused.exception.hint)
+    sglang = ask("--bits-per-weight", "4.1", "--for", "sglang", "--recipe-only")
+    assert "fewer than 4 bits take for sglang" in str(sglang.exception)
+    assert not list(tmp_path.glob("*.json"))
+    for words in ((), ("--scheme", "w4a16", "--bits-per-weight", "4.5")):
+        assert ask(*words).exit_code == 2

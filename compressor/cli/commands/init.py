@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from compressor.cli.commands.quantize import SCHEMES, choose_recipe, output_folder, quality_option
+from compressor.cli.commands.quantize import SCHEMES, output_folder, quality_option, read_headers
 from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.options import (
@@ -65,9 +65,10 @@ def command(
     """
     new_file(output)
     with uncollected():
+        from compressor.plan.choose import choose
         from compressor.plan.commented import commented
 
-        choice = choose_recipe(
+        wish, source = read_headers(
             model,
             str(output_folder(model, None, scheme)),
             scheme=scheme,
@@ -75,6 +76,7 @@ def command(
             runtime=runtime,
             device=device,
         )
+        choice = choose(wish, source)
     text = commented(choice.data, choice.reasons)
     if output is not None or not as_json:
         put(text, output)

@@ -20,7 +20,8 @@ from compressor.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from compressor.plan.choose import Choice, Quality
+    from compressor.checkpoint.source import Source
+    from compressor.plan.choose import Choice, Quality, Wish
 
 SCHEMES = ("w4a16", "w8a8", "fp8", "fp8-block", "nvfp4", "mxfp4", "mxfp8", "w8a16", "w4a8")
 
@@ -42,7 +43,13 @@ def quality_option(function: Command) -> Command:
 @click.option(
     "--output", "-o", type=MODEL, help="Folder to write; MODEL's name and the scheme if not given."
 )
-@click.option("--scheme", type=click.Choice(SCHEMES), required=True, help="Weights and inputs.")
+@click.option("--scheme", type=click.Choice(SCHEMES), help="Weights and inputs.")
+@click.option(
+    "--bits-per-weight",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Mean over all quantized weights, scales and zero points included: what each layer costs "
+    "at 2 to 8 bits is measured first. In place of --scheme.",
+)
 @quality_option
 @runtime_option
 @click.option(
@@ -58,7 +65,8 @@ def quality_option(function: Command) -> Command:
 def command(
     model: str,
     output: str | None,
-    scheme: str,
+    scheme: str | None,
+    bits_per_weight: float | None,
     quality: str,
     runtime: str | None,
     overrides: tuple[str, ...],
@@ -77,12 +85,16 @@ def command(
     compress quantize meta-llama/Llama-3.1-8B --scheme w4a16 --for vllm
     compress quantize ./qwen3-8b -o out/qwen3-fp8 --scheme fp8 --quality fast
     compress quantize ./my-model --scheme nvfp4 --for 'vllm, gpu: b200' --recipe-only
+    compress quantize ./my-model --bits-per-weight 4.5 --for vllm
     """
-    target = output_folder(model, output, scheme)
+    if (scheme is None) == (bits_per_weight is None):
+        raise click.UsageError("say what to make: --scheme w4a16, or --bits-per-weight 4.5")
+    target = output_folder(model, output, scheme or f"{bits_per_weight:g}-bits")
     with uncollected():
+        from compressor.plan.choose import choose
         from compressor.plan.recipe import make_recipe
 
-        choice = choose_recipe(
+        wish, source = read_headers(
             model,
             str(target),
             scheme=scheme,
@@ -91,6 +103,10 @@ def command(
             overrides=overrides,
             device=device,
         )
+        if bits_per_weight is None:
+            choice = choose(wish, source)
+        else:
+            choice = mixed(wish, bits_per_weight, source, target, device=device, told=told)
     file = _save(choice, target)
     if not told.as_json:
         echo(choice.text(), nl=False)
@@ -117,18 +133,15 @@ def output_folder(model: str, output: str | None, scheme: str) -> Path:
     return target
 
 
-def choose_recipe(
-    model: str,
-    output: str,
-    *,
-    device: str,
-    **asked: Any,
-) -> Choice:
-    """Read the model's headers and choose. Raises Problems where no recipe does."""
+def read_headers(
+    model: str, output: str, *, scheme: str | None, device: str, **asked: Any
+) -> tuple[Wish, Source]:
+    """What is asked for, and the model of which headers are read."""
     import torch
 
     from compressor.checkpoint.find import locate
-    from compressor.plan.choose import Wish, choose
+    from compressor.plan.choose import Wish
+    from compressor.run.mixed import SCHEME
     from compressor.run.session import choose_device
 
     there = torch.cuda.is_available()
@@ -137,8 +150,28 @@ def choose_recipe(
     if gpu and there:
         major, minor = torch.cuda.get_device_capability(choose_device(device))
         capability = 10 * major + minor
-    wish = Wish(model, output, gpu=gpu, capability=capability, **asked)
-    return choose(wish, locate(model, fetch=False, to_plan=True).source)
+    wish = Wish(model, output, scheme or SCHEME, gpu=gpu, capability=capability, **asked)
+    return wish, locate(model, fetch=False, to_plan=True).source
+
+
+def mixed(
+    wish: Wish, bits: float, source: Source, target: Path, *, device: str, told: Told
+) -> Choice:
+    """Measure what each layer costs, and choose each one's bits."""
+    from compressor.checkpoint.find import locate
+    from compressor.run.mixed import prepare_mixed
+    from compressor.run.session import choose_device
+
+    prepared = prepare_mixed(wish, bits, source)
+    display, target = told.display(), target.expanduser()
+    with display.stage("measure", len(source.layout.blocks)):
+        found = prepared.sensitivity(
+            locate(wish.model, fetch=True).source,
+            target.with_name(f"{target.name}.sensitivity.json"),
+            device=choose_device(device),
+            progress=display.unit,
+        )
+    return prepared.choice(found, source)
 
 
 def _save(choice: Choice, target: Path) -> Path:
