@@ -87,7 +87,7 @@ def lay_free(model_type: str, *, config: Mapping[str, Any], headers: Headers) ->
         if EMBEDDING.search(path.rpartition(".")[2]):
             first.append(name)
         elif is_weight(name) and shape is not None and len(shape) == 2:
-            found = _linear(path, (shape[0], shape[1]), bias_name(path) in headers)
+            found = linear_of(path, (shape[0], shape[1]), bias_name(path) in headers)
             if found is not None:
                 linears[name] = found
     if not linears:
@@ -113,7 +113,7 @@ def lay_free(model_type: str, *, config: Mapping[str, Any], headers: Headers) ->
     )
 
 
-def _linear(path: str, shape: tuple[int, int], bias: bool) -> Linear | None:
+def linear_of(path: str, shape: tuple[int, int], bias: bool) -> Linear | None:
     """The linear of a matrix, or None for what is none."""
     parent, _, leaf = path.rpartition(".")
     if CONVOLUTION.search(leaf):

@@ -2,7 +2,8 @@
 
 A pattern is `linear` (every linear but routers), a role ("attn.q", "mlp.*", "lm_head"), a glob over
 module paths ("model.layers.0.*", "*down_proj") or a regular expression after "re:". A glob means no
-router, which lies among what it gates ("mlp.*"): its role, its path or an expression does.
+router, which lies among what it gates ("mlp.*"): its role, its path or an expression does. Linears
+beside the text model are meant by their role ("tower.*", "mtp.linear") or their whole path alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from compressor.ir.layout import Linear
 
 def matches(pattern: str, linear: Linear) -> bool:
     """Whether a pattern means this linear. Raises InputError for a bad regular expression."""
+    if linear.beside and pattern != linear.name:
+        kind = linear.role.partition(".")[0]
+        return pattern.startswith(kind) and fnmatch.fnmatchcase(linear.role, pattern)
+    return _means(pattern, linear)
+
+
+def _means(pattern: str, linear: Linear) -> bool:
     if pattern == "linear":
         return linear.role != "router"
     if pattern.startswith("re:"):
@@ -44,7 +52,7 @@ class Selection:
             linear
             for linear in linears
             if any(matches(p, linear) for p in self.targets)
-            and not any(matches(p, linear) for p in self.ignore)
+            and not any(_means(p, linear) for p in self.ignore)
         )
 
     def counts(self, linears: Iterable[Linear]) -> dict[str, int]:
@@ -55,4 +63,4 @@ class Selection:
     def ignored_counts(self, linears: Iterable[Linear]) -> dict[str, int]:
         """How many linears each ignore pattern matches."""
         found = list(linears)
-        return {p: sum(matches(p, linear) for linear in found) for p in self.ignore}
+        return {p: sum(_means(p, linear) for linear in found) for p in self.ignore}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.arch.beside import part_of
 from compressor.arch.free import FreeMap
 from compressor.arch.load import NO_MAP, ArchMap, find_map
 from compressor.arch.schema import MapFile
@@ -90,18 +91,18 @@ class Source:
             for linear in unit.linears
             if self.schemes.linears[linear.name].weight is not None
         }
+        added = self.added.get(unit.name, ())
+        if not carried:
+            left = set(self.layout.carried)
+            added = tuple(name for name in added if name not in left)
         names: list[str] = []
-        for name in unit.tensors:
+        for name in (*unit.tensors, *added):
             path, _, leaf = name.rpartition(".")
             if leaf == "weight" and path in coded:
                 names.extend(f"{path}.{local}" for local in self.stored(coded[path]))
             else:
                 names.append(name)
-        added = self.added.get(unit.name, ())
-        if not carried:
-            left = set(self.layout.carried)
-            added = tuple(name for name in added if name not in left)
-        return (*names, *added)
+        return tuple(names)
 
     def read_unit(self, unit: UnitLayout, *, pin: bool = False, carried: bool = True) -> Unit:
         """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded;
@@ -130,6 +131,8 @@ def assembled(
     for linear in unit.linears:
         spec = schemes.linears[linear.name].weight
         leaves = ["weight"] if spec is None else list(stored(linear))
+        if linear.beside and not any(f"{linear.name}.{leaf}" in raw for leaf in leaves):
+            continue  # what is carried over was not asked for
         if spec is not None and leaves != ["weight"]:
             local = {leaf: raw.pop(f"{linear.name}.{leaf}") for leaf in leaves}
             try:
@@ -140,7 +143,7 @@ def assembled(
                 raise InputError(where, hint=error.hint) from error
             if scale is not None:
                 input_scales[linear.name] = scale
-    own = {*unit.tensors, *(linear.weight_name for linear in unit.linears)}
+    own = {*unit.tensors, *(x.weight_name for x in unit.linears if not x.beside)}
     return Unit(
         layout=unit,
         tensors={name: tensor for name, tensor in raw.items() if name in own},
@@ -204,8 +207,12 @@ def as_source(
     for name in added:
         del headers[name]
     layout = arch.layout(config, headers)
+    if packed := [name for name in layout.carried if headers[name] is None]:
+        for name in packed:
+            headers[name] = packed_shape(checkpoint, name.rpartition(".")[0])
+        layout = arch.layout(config, headers)
     checkpoint = sliced(settle_biases(checkpoint, layout), layout)
-    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *_carried(arch, layout)))
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *_carried(arch, layout, config)))
     linears = {
         linear.name: modules.get(linear.name, {})
         for linear in layout.linears
@@ -224,24 +231,27 @@ def as_source(
     return source
 
 
-def _carried(arch: MapFile, layout: ModelLayout) -> Iterator[str]:
-    """What is said of tensors that are no part of the text model."""
+def _carried(arch: MapFile, layout: ModelLayout, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is said of tensors that are no part of the text model, and of what images change."""
     if layout.carried:
-        parts = Counter(_part(name) for name in layout.carried)
+        parts = Counter(part_of(name) for name in layout.carried)
         listed = ", ".join(f"{part} ({count})" for part, count in parts.items())
         yield f"{len(layout.carried)} tensors are carried over as they are: {listed}"
     if arch.config is not None:
+        seen = ["image tokens among the inputs of every block"]
+        rope = arch.value(config, "rope_scaling") or arch.value(config, "rope_parameters")
+        if isinstance(rope, dict) and "mrope_section" in rope:
+            seen.append("positions of three dimensions")
+        vision = config.get("vision_config")
+        deep = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
+        if isinstance(deep, list) and deep:
+            seen.append(f"features of images added to what leaves the first {len(deep)} blocks")
+        if arch.value(config, "use_bidirectional_attention") == "vision":
+            seen.append("attention of image tokens to later ones")
         yield (
-            "calibration and evaluation are of text: what images change (positions of several "
-            "dimensions, features added between blocks) is not seen"
+            "calibration and evaluation are of text; what depends on images is not seen: "
+            + "; ".join(seen)
         )
-
-
-def _part(name: str) -> str:
-    """The part of a model that a tensor belongs to: its name up to a number."""
-    path = name.split(".")
-    until = next((i for i, part in enumerate(path) if part.isdigit()), len(path) - 2)
-    return ".".join(path[: max(1, min(until, 2))])
 
 
 def _recorded_map(folder: Path) -> str | None:

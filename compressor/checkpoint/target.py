@@ -121,7 +121,12 @@ class ModelTarget:
             found |= _specs(self._kv_tensors(path, scale, scale))
         for name in self.source.added.get(unit.name, ()):
             # Scales of a quantized cache belong to the config that declared it, which is not kept.
-            if not is_cache_scale(name):
+            linear = by_weight.get(name)
+            if linear is not None and self.schemes.linears[linear.name].weight is not None:
+                found |= {f"{linear.name}.{n}": spec for n, spec in self._leaves(linear).items()}
+            elif linear is not None and self.source.schemes.linears[linear.name].weight is not None:
+                found[name] = TensorShape(self.dtype, linear.shape)
+            elif not is_cache_scale(name):
                 found.setdefault(name, entries[name].spec)
         return found
 
@@ -257,10 +262,15 @@ class ModelTarget:
         """Linears that no scheme is of and that loaders see: those that are carried over, and plain
         ones under the names that they have in memory."""
         source, entries = self.source, self.source.checkpoint.entries
+        coded = {name for name, scheme in self.schemes.linears.items() if scheme.weight}
+        matrices = {n for n, entry in entries.items() if len(entry.spec.shape) == 2}
+        matrices |= {linear.weight_name for linear in source.layout.embedding.linears}
         carried = [
-            name.rpartition(".")[0]
+            path
             for name in source.layout.carried
-            if is_weight(name) and len(entries[name].spec.shape) == 2
+            if is_weight(name)
+            and name in matrices
+            and (path := name.rpartition(".")[0]) not in coded
         ]
         yield from carried
         plain = dict.fromkeys(self.schemes.plain)

@@ -32,6 +32,10 @@ def is_bias(name: str) -> bool:
     return name == bias_name(name.rpartition(".")[0])
 
 
+BESIDE = ("tower", "projector", "audio", "mtp")
+"""First words of the roles of linears beside the text model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of a matrix that play one role: offset + o·stride + c for o < outer, c < count.
@@ -122,6 +126,7 @@ class Linear(Module):
     role     attn.q attn.k attn.v attn.qkv attn.o; attn.q_a attn.q_b attn.kv_a attn.kv_b (latent);
              linear.in linear.out (linear attention); mlp.gate mlp.up mlp.gate_up mlp.down;
              expert.gate expert.up expert.down; shared.gate shared.up shared.down; lm_head;
+             tower.linear projector.linear audio.linear mtp.linear, beside the text model;
              router for a small linear that gates others: scaled with its site, never quantized
     site     id of the input it reads, unique in its unit: attn.in, attn.out, mlp.in, mlp.out,
              expert.in, expert.3.out, shared.in …
@@ -144,6 +149,11 @@ class Linear(Module):
     tensor: TensorRef | None = None
     bias_tensor: TensorRef | None = None
     transposed: bool = False
+
+    @property
+    def beside(self) -> bool:
+        """Whether it is no part of the text model, so that nothing runs it."""
+        return self.role.partition(".")[0] in BESIDE
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -297,7 +307,8 @@ class ModelLayout:
     tied         the name whose data the head shares
     unannounced  biases that the files hold and the config does not know of: loaders skip them
     carried      tensors that are no part of the text model (a vision tower, heads for several
-                 tokens at once): written as they are
+                 tokens at once): written as they are, but for linears that a recipe names by
+                 their role; those are the linears of the embedding's unit
     """
 
     model_type: str

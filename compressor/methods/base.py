@@ -147,7 +147,11 @@ class Method(Strict):
     version: ClassVar[int] = 1
     """Raised when the same recipe gives other numbers."""
 
-    targets: str | list[str] = Field("linear", description="linears this pass works on")
+    targets: str | list[str] = Field(
+        "linear",
+        description="linears this pass works on: all of the text model, a role, a glob, re:…; "
+        "without data also tower.*, projector.*, audio.* and mtp.*",
+    )
     ignore: list[str] = Field(default=["lm_head"], description="linears it leaves alone")
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from compressor.arch.select import Selection
 from compressor.checkpoint.source import Source
 from compressor.errors import CompressError, InputError, Problems
 from compressor.plan.plan import make_plan
@@ -191,7 +192,7 @@ def _groups(scheme: str, source: Source) -> list[int | None]:
 
 def _widths(source: Source) -> list[int]:
     """Inputs of the linears that are quantized unless a recipe says otherwise."""
-    linears = (x for x in source.layout.linears if x.role not in ("lm_head", "router"))
+    linears = Selection(("linear",), ("lm_head",)).pick(source.layout.linears)
     return sorted({linear.in_features for linear in linears})
 
 

@@ -257,8 +257,9 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
             # for; the block as it stands beside the original one.
             solving = 40 * layout.site_linears(site)[0].in_features ** 2
             beside = max(beside, solving + runtime)
-    largest = max((x.out_features * x.in_features for x in layout.linears), default=count)
-    codes = sum(x.out_features * x.in_features for x in layout.linears)
+    linears = [x for x in layout.linears if not x.beside or plan.schemes.linears[x.name].weight]
+    largest = max((x.out_features * x.in_features for x in linears), default=count)
+    codes = sum(x.out_features * x.in_features for x in linears)
     rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
     tuning = 0
     for wanted in unit.seen:

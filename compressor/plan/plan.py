@@ -28,8 +28,9 @@ from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.ir.layout import Linear, ModelLayout, weight_name
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
-from compressor.methods.base import ModelPass
+from compressor.methods.base import ModelPass, Needs
 from compressor.methods.common.context import PlanContext
+from compressor.methods.common.shapes import some
 from compressor.plan.check_recipe import check_recipe
 from compressor.plan.delta import as_delta
 from compressor.plan.order import composition_problems, order_problems
@@ -284,9 +285,24 @@ def _select(
         problems.append(
             InputError(f"{step.name}: everything it targets is ignored", hint="shorten `ignore`")
         )
+    if (beside := [x for x in picked if x.beside]) and not _without_data(step):
+        problems.append(
+            InputError(
+                f"{step.name}: nothing runs {some(sorted(x.name for x in beside))}, which it would "
+                "have to see at work",
+                hint="rtn, fp8, nvfp4, mxfp4 and mxfp8 without static inputs round such linears",
+            )
+        )
     context = replace(context, selected=tuple(picked))
     problems += [_of_pass(step, error) for error in step.params.check(context)]
     return PassPlan(step, matches, ignored, context)
+
+
+def _without_data(step: Step) -> bool:
+    """Whether a pass makes codes of weights alone."""
+    needs, effects = step.params.needs(), step.params.effects()
+    silent = needs == Needs(rounding=needs.rounding)
+    return silent and effects.scheme is not None and not effects.rescales
 
 
 def _check_tied(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compressor.arch.beside import kind_of, part_of
 from compressor.attention.policy import describe as describe_policy
 from compressor.attention.policy import read_policy
 from compressor.checkpoint.find import Located
@@ -34,12 +35,25 @@ class LayerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A part beside the text model: kind, path up to a number, its tensors and their bytes, and how
+    many linears it has that a recipe may name."""
+
+    kind: str
+    path: str
+    tensors: int
+    nbytes: int
+    linears: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointInfo:
     """A checkpoint in numbers.
 
     parameters  weights of the model, a tied head once
     nbytes      of all tensors;  quantized_bytes  of packed linears;  quantized  their weights
     added       tensors beside the architecture's own
+    beside      parts beside the text model: towers, projectors, layers for several tokens
     policy      what its attention policy says, a line each
     notes       what is left out or read otherwise than the files say
     about       what the manifest says of how it was made, or None
@@ -63,6 +77,7 @@ class CheckpointInfo:
     about: Mapping[str, Any] | None
     policy: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    beside: tuple[Part, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         plain = ("model_type", "format", "dtype", "blocks", "parameters", "quantized", "nbytes")
@@ -72,6 +87,16 @@ class CheckpointInfo:
             **{key: getattr(self, key) for key in (*plain, *more)},
             "bits_per_weight": round(8 * self.nbytes / max(self.parameters, 1), 4),
             "added": list(self.added),
+            "beside": [
+                {
+                    "kind": part.kind,
+                    "path": part.path,
+                    "tensors": part.tensors,
+                    "bytes": part.nbytes,
+                    "linears": part.linears,
+                }
+                for part in self.beside
+            ],
             "attention_policy": list(self.policy),
             "notes": list(self.notes),
             "about": self.about,
@@ -126,7 +151,23 @@ def inspect(located: Located) -> CheckpointInfo:
         about=None if manifest is None else manifest.about,
         policy=() if policy is None else tuple(describe_policy(policy)),
         notes=checkpoint.notes,
+        beside=tuple(_beside(source)),
     )
+
+
+def _beside(source: Source) -> Iterator[Part]:
+    """The parts beside the text model, in order of their names."""
+    linears = {linear.weight_name: linear for linear in source.layout.embedding.linears}
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in source.layout.carried:
+        parts.setdefault((kind_of(name), part_of(name)), []).append(name)
+    for (kind, path), names in parts.items():
+        nbytes = 0
+        for name in names:
+            stored = source.stored(linears[name]).values() if name in linears else ()
+            entry = source.checkpoint.entries.get(name)
+            nbytes += sum(spec.nbytes for spec in stored) or (entry.spec.nbytes if entry else 0)
+        yield Part(kind, path, len(names), nbytes, sum(name in linears for name in names))
 
 
 def stored_form(source: Source) -> Written:

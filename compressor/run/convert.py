@@ -239,7 +239,9 @@ class _Conversion:
         added: dict[str, dict[str, TensorShape]] = {}
         scales: dict[str, int] = {}
         for layout in units:
-            shapes = {n: source.checkpoint.shapes[n] for n in source.added.get(layout.name, ())}
+            coded = {x.weight_name for x in layout.linears if source.schemes.linears[x.name].weight}
+            names = [n for n in source.added.get(layout.name, ()) if n not in coded]
+            shapes = {n: source.checkpoint.shapes[n] for n in names}
             meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
             scales |= {path: keys.numel() for path, (keys, _) in self._scales(layout, meta).items()}
             added[layout.name] = {

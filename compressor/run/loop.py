@@ -269,7 +269,14 @@ class _Loop:
             if name in unit.outputs
         }
         tensors = {name: tensor.float() for name, tensor in moved.items()}
-        return Unit(layout=source.layout, tensors=tensors, extra={**source.extra, **added})
+        extra = {**source.extra, **added}
+        picked = {name for number in unit.steps for name in self.plan.passes[number].names}
+        for linear in source.layout.linears:
+            if linear.beside and linear.name in picked:
+                weight = extra.pop(linear.weight_name, None)
+                if weight is not None:
+                    tensors[linear.weight_name] = weight.to(self.settings.device, torch.float32)
+        return Unit(layout=source.layout, tensors=tensors, extra=extra)
 
     def _observers(
         self, step: Step, tensors: Mapping[str, Tensor], stack: ExitStack

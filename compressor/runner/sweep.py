@@ -145,7 +145,10 @@ class Step:
         tensors  the embedding's, if not those that were read
         """
         beside = side or {}
-        with self.model.runner.embedding(tensors or self.model.floats(self.source)) as embed:
+        own = set(self.model.layout.embedding.tensors)
+        known = tensors or self.model.floats(self.source)
+        known = {name: tensor for name, tensor in known.items() if name in own}
+        with self.model.runner.embedding(known) as embed:
 
             def attempt(start: int, stop: int) -> Tensor:
                 return embed(ids[start:stop], {n: t[start:stop] for n, t in beside.items()})

@@ -38,7 +38,7 @@ Inputs = Literal[
     "mxfp4",
     "mxfp8",
 ]
-Modules = Literal["linears", "experts"]
+Modules = Literal["linears", "experts", "towers"]
 
 
 class Known(Strict):

@@ -154,7 +154,8 @@ def _linear(
     """What is wrong with one linear, and what would do; `holes` are about such a checkpoint."""
     assert scheme.weight is not None
     contract, inputs = runtime.contract, inputs_of(scheme.input)
-    modules = "experts" if linear.expert is not None else "linears"
+    modules = {"experts" if linear.expert is not None else "linears"}
+    modules |= {"towers"} if linear.beside else set()
 
     def unlike(line: Scope) -> list[str]:
         """What a line wants that this linear does not have."""
@@ -163,7 +164,7 @@ def _linear(
             wrong.append(words_of(line.inputs))
         if line.form and form != line.form:
             wrong.append(f"the form {line.form}")
-        if line.modules is not None and line.modules != modules:
+        if line.modules is not None and line.modules not in modules:
             wrong.append(f"{line.modules} only")
         return wrong
 

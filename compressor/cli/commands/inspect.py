@@ -109,6 +109,10 @@ def lines(info: CheckpointInfo, *, every: bool = False) -> list[str]:
         shown.append(f"  KV cache    {info.kv}")
     shown += [f"  attention   {line}" for line in info.policy]
     shown += [f"  note        {line}" for line in info.notes]
+    for part in info.beside:
+        more = f", {part.linears} linears (targets: {part.kind}.*)" if part.linears else ""
+        about = f"{part.path}: {part.tensors} tensors, {size(part.nbytes)}{more}"
+        shown.append(f"  {part.kind:<11} {about}")
     if info.added:
         leaves = Counter(name.rpartition(".")[2] for name in info.added)
         shown.append("  added       " + ", ".join(f"{n} {leaf}" for leaf, n in leaves.items()))

@@ -200,5 +200,6 @@ def _more(count: int) -> str:
 
 def _group_size(linears: Any) -> int:
     """The largest usual group that divides the inputs of every linear."""
-    sizes = {linear.in_features for linear in linears if linear.role not in ("router", "lm_head")}
+    left = ("router", "lm_head")
+    sizes = {x.in_features for x in linears if x.role not in left and not x.beside}
     return next((g for g in (128, 64, 32, 16) if all(n % g == 0 for n in sizes)), 1)

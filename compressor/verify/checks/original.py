@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.checkpoint.offsite import read_offsite_record
 from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError
-from compressor.ir.layout import UnitLayout, weight_name
+from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.unit import Unit
 from compressor.verify.alignment import Matrix, rotation_between
 from compressor.verify.checks.base import Check
@@ -134,7 +134,8 @@ class Original(Check):
     def _floats(self, unit: Unit) -> dict[str, Tensor]:
         """A unit's weights in float32 on the device, one after the other."""
         floats = {name: t.to(self.device, torch.float32) for name, t in unit.tensors.items()}
-        for name, q in unit.quantized.items():
+        beside = {linear.name for linear in unit.layout.linears if linear.beside}
+        for name, q in ((n, q) for n, q in unit.quantized.items() if n not in beside):
             floats[weight_name(name)] = q.to(self.device).dequantize(torch.float32)
         return floats
 
@@ -188,11 +189,30 @@ class Original(Check):
     def _carried(self, unit: Unit) -> None:
         """What is no part of the text model is written as it was; one tensor is read at a time."""
         read = self.original.checkpoint
-        for name in sorted({*self.written.layout.carried, *self.original.layout.carried}):
+        coded = [x for x in unit.layout.linears if x.beside and x.name in unit.quantized]
+        if coded:
+            self._rounded_beside(unit, coded)
+        carried = {*self.written.layout.carried, *self.original.layout.carried}
+        for name in sorted(carried - {linear.weight_name for linear in coded}):
             if name not in unit.extra or name not in read.entries:
                 self.problems.append(f"{name} is in one of the two alone")
             elif not torch.equal(unit.extra[name], read.read([name])[name]):
                 self.problems.append(f"{name} is not the original's")
+
+    def _rounded_beside(self, unit: Unit, linears: list[Linear]) -> None:
+        """Linears of towers and the like, where they are packed."""
+
+        def floats(read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t.to(self.device, torch.float32) for name, t in read.items()}
+
+        comparison = UnitComparison(
+            unit=replace(unit.layout, linears=tuple(linears)),
+            written=floats({x.weight_name: unit.quantized[x.name].dequantize() for x in linears}),
+            original=floats(self.original.checkpoint.read([x.weight_name for x in linears])),
+            specs={x.name: unit.quantized[x.name].spec for x in linears},
+            dtype=self.written.checkpoint.dtype,
+        )
+        self.differences += comparison.differences()
 
     def _unrelated(self, problem: str) -> NoReturn:
         """Said at once: what it was made from has to be named before anything is compared."""
