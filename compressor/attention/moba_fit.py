@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from compressor_kernels.attention.block_routing import mean_keys
+from compressor_kernels.attention.block_routing import mean_keys_ref
 from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -99,7 +99,7 @@ def _of_call(call: AttentionCall, size: int) -> tuple[Tensor, float]:
     blocks = -(-tokens // size)
     mass = share.new_zeros((*share.shape[:3], blocks))
     mass.scatter_add_(-1, (place // size).expand(share.shape), share)
-    means = mean_keys(key, block_size=size).repeat_interleave(group, dim=1)
+    means = mean_keys_ref(key, block_size=size).repeat_interleave(group, dim=1)
     gate = query.to(means.dtype) @ means.transpose(-1, -2)
     block = torch.arange(blocks, device=key.device)
     gate = gate.masked_fill(block > own // size, -torch.inf).masked_fill(

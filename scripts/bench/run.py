@@ -2,6 +2,7 @@
 
     python scripts/bench/run.py w4a16 nvfp4 w4a8        # families; without a name: all of them
     python scripts/bench/run.py head_attention --tune   # also with other tiles than the shipped
+    python scripts/bench/run.py sparse_attention --only MoBA  # cases whose names have this in them
     python scripts/bench/run.py --tiny                  # tiny shapes on a CPU, no times
 
 A family is a file in `families/`. Times come from CUDA graphs that rotate over more memory than the
@@ -46,10 +47,10 @@ class Row:
 class Runner:
     """Goes through cases; what was wrong is in `red`."""
 
-    def __init__(self, setup: Any, *, tune: bool) -> None:
+    def __init__(self, setup: Any, *, tune: bool, only: str = "") -> None:
         from timing import copy_gbps
 
-        self.setup, self.tune = setup, tune
+        self.setup, self.tune, self.only = setup, tune, only
         self.copy = 0.0 if setup.tiny else copy_gbps()
         self.rows: list[Row] = []
         self.red: list[str] = []
@@ -60,6 +61,8 @@ class Runner:
         module = importlib.import_module(f"families.{name}")
         try:
             for case in module.cases(self.setup):
+                if self.only not in case.name:
+                    continue
                 want = case.want()
                 for tiles in [None, *(case.tiles if self.tune else ())]:
                     self.case(name, case, tiles, want)
@@ -149,6 +152,7 @@ def main() -> int:
     )
     parser.add_argument("families", nargs="*", metavar="NAME", help=f"of {', '.join(FAMILIES)}")
     parser.add_argument("--tune", action="store_true", help="try other tiles too")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their names")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, no times")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
@@ -165,7 +169,7 @@ def main() -> int:
     torch.manual_seed(0)
     gpu = "a CPU" if options.tiny else torch.cuda.get_device_name()
     about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
-    runner = Runner(Setup(options.tiny), tune=options.tune)
+    runner = Runner(Setup(options.tiny), tune=options.tune, only=options.only)
     about["copy_gbps"] = runner.copy
     print(about, flush=True)
     with torch.inference_mode():

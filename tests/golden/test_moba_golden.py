@@ -11,8 +11,8 @@ from compressor_kernels.attention.block_routing import (
     convolved_keys,
     gated_blocks_ref,
     gates_ref,
-    mean_keys,
-    route,
+    mean_keys_ref,
+    route_ref,
 )
 from compressor_kernels.attention.block_selection import BlockRule
 from torch import Tensor
@@ -34,7 +34,7 @@ def test_the_naive_reference(name: str) -> None:
     rule = BlockRule(block_size=size, init_blocks=0, local_blocks=0, top_k=top_k)
     done = []
     for number, (q, k, v) in enumerate(texts(golden, "q", "k", "v")):
-        means = mean_keys(k, block_size=size)
+        means = mean_keys_ref(k, block_size=size)
         want = golden[f"block_mean_{number}"].transpose(0, 1)
         torch.testing.assert_close(means[0], want, atol=1e-6, rtol=1e-5)
         gate = golden[f"gate_{number}"]
@@ -55,10 +55,10 @@ def test_queries_by_block() -> None:
     size, top_k = int(notes["chunk"]), int(notes["topk"])
     rule = BlockRule(block_size=size, init_blocks=0, local_blocks=0, top_k=top_k)
     for text, (q, k, v) in enumerate(texts(golden, "q", "k", "v")):
-        blocks = gated_blocks_ref(q, mean_keys(k, block_size=size), rule, tokens=k.shape[2])
+        blocks = gated_blocks_ref(q, mean_keys_ref(k, block_size=size), rule, tokens=k.shape[2])
         count = -(-k.shape[2] // size)
-        routed = route(blocks, count)
-        assert torch.equal(routed.counts[0], golden["col_nnz"][text, :, :count].long())
+        routed = route_ref(blocks, count)
+        assert torch.equal(routed.counts[0], golden["col_nnz"][text, :, :count].int())
         for head in range(2):
             for block in range(count):
                 start, many = (int(x[0, head, block]) for x in (routed.offsets, routed.counts))
@@ -80,7 +80,7 @@ def test_key_convolution(width: int) -> None:
     want = golden[f"w{width}.key_conv"].transpose(0, 1)
     torch.testing.assert_close(key[0], want, atol=1e-5, rtol=1e-4)
     rule = BlockRule(block_size=16, init_blocks=0, local_blocks=0, top_k=3)
-    blocks = gated_blocks_ref(q, mean_keys(key, block_size=16), rule, tokens=96)
+    blocks = gated_blocks_ref(q, mean_keys_ref(key, block_size=16), rule, tokens=96)
     out = block_attention_ref(q, key, v, blocks, block_size=16)
     want = golden[f"w{width}.out"].transpose(0, 1)
     torch.testing.assert_close(out[0], want, atol=1e-5, rtol=1e-4)

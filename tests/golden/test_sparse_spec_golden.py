@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from compressor_kernels.attention.verify_attention import critical_keys, key_shares_ref
+from compressor_kernels.attention.verify_attention import critical_keys_ref, key_shares_ref
 from torch import Tensor
 
 from compressor.attention.evaluation import by_query_head
@@ -25,7 +25,7 @@ def test_one_choice() -> None:
     torch.testing.assert_close(shares[0, :, :195], golden["scores"][:, :195], atol=1e-5, rtol=1e-4)
     rule = Pillar(ratio=float(notes["budget_ratio"]), min_budget=int(notes["min_budget"]))
     recent = int(notes["num_recent"])
-    keys = critical_keys(shares, length=200, recent=recent, budget=rule.budget(200))
+    keys = critical_keys_ref(shares, length=200, recent=recent, budget=rule.budget(200))
     assert torch.equal(keys[0].sort(-1).values, golden["draft_indices"].sort(-1).values.int())
 
 

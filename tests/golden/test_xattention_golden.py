@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref, covering_blocks
+from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref, covering_blocks_ref
 from compressor_kernels.attention.tile_attention import density, tile_attention_ref
 
 from compressor.numerics.attention_thresholds import block_mass, mass_threshold
@@ -30,7 +30,7 @@ def test_chosen_blocks(name: str) -> None:
     want = golden["attn_sums"][..., :blocks, :blocks]
     torch.testing.assert_close(sums, want, atol=1e-5, rtol=1e-4)
     threshold = torch.tensor(json.loads(notes["threshold"])).expand(q.shape[1])
-    chosen = covering_blocks(sums, threshold, reference_rows=chunk // block)
+    chosen = covering_blocks_ref(sums, threshold, reference_rows=chunk // block)
     assert torch.equal(chosen, golden["mask_valid"].bool())
     assert float(density(chosen).mean()) == pytest.approx(float(notes["density_lower_tri"]))
 
@@ -59,7 +59,7 @@ def test_calibrated_and_used() -> None:
     sums = antidiagonal_sums_ref(q, k, block_size=32, stride=8)
     torch.testing.assert_close(sums * 8, golden["xattn_block_sums"], atol=1e-4, rtol=1e-4)
     for rule, rows in (("clean", 0), ("compat", 8)):
-        chosen = covering_blocks(sums, golden["tau"][0], reference_rows=rows)
+        chosen = covering_blocks_ref(sums, golden["tau"][0], reference_rows=rows)
         assert torch.equal(chosen, golden[f"{rule}.mask"].bool())
         assert float(density(chosen).mean()) == pytest.approx(float(golden[f"{rule}.density"]))
         mass = block_mass(q, k, block_size=32)

@@ -10,6 +10,7 @@ from compressor_kernels.attention.block_routing import (
     gated_blocks,
     gated_blocks_ref,
     mean_keys,
+    mean_keys_ref,
     routed_attention,
 )
 from pydantic import Field
@@ -58,10 +59,11 @@ class MoBABlocks(KeyBlocks):
 
     def choose(self, call: RuleCall) -> Tensor:
         query, key, tokens = call.query, call.key, call.key.shape[2]
-        means = mean_keys(key, block_size=self.block_size)
         if by_kernel(key):
+            means = mean_keys(key, block_size=self.block_size)
             blocks: Tensor = gated_blocks(query, means, self.blocks, tokens=tokens)
             return blocks
+        means = mean_keys_ref(key, block_size=self.block_size)
 
         def choose(part: Tensor, behind: int) -> Tensor:
             found: Tensor = gated_blocks_ref(part, means, self.blocks, tokens=tokens, behind=behind)

@@ -9,7 +9,11 @@ from typing import ClassVar, Self
 
 import torch
 from compressor_kernels.attention.block_attention import block_attention
-from compressor_kernels.attention.verify_attention import critical_keys, key_shares_ref
+from compressor_kernels.attention.verify_attention import (
+    critical_keys,
+    critical_keys_ref,
+    key_shares_ref,
+)
 from pydantic import Field
 from torch import Tensor
 
@@ -56,7 +60,8 @@ class Pillar(Rule):
             # The first draft since a verification: what it kept is what the text grew by.
             length = call.key.shape[2] - call.query.shape[2]
             recent = length - int(memory[BEGUN][0]) + 1
-            memory[KEYS] = critical_keys(
+            choose = critical_keys if by_kernel(call.key) else critical_keys_ref
+            memory[KEYS] = choose(
                 memory.pop(SHARES).float(),
                 length=length,
                 recent=recent,

@@ -11,6 +11,7 @@ from compressor_kernels.attention.antidiagonal import (
     antidiagonal_sums,
     antidiagonal_sums_ref,
     covering_blocks,
+    covering_blocks_ref,
 )
 from compressor_kernels.attention.tile_attention import tile_attention, tile_mask
 from compressor_kernels.triton.launch import pow2
@@ -64,7 +65,11 @@ class XAttention(Rule):
         first = (tokens - call.query.shape[2]) // self.block_size
         theirs = released_chunk(tokens) // self.block_size if self.as_released else 0
         share = torch.tensor(self.threshold, dtype=torch.float64)
-        chosen: Tensor = covering_blocks(sums, share, first=first, reference_rows=theirs)
+        chosen: Tensor
+        if by_kernel(call.key) and not theirs:
+            chosen = covering_blocks(sums, share, first=first)
+        else:
+            chosen = covering_blocks_ref(sums, share, first=first, reference_rows=theirs)
         return chosen
 
     def seen(self, call: RuleCall) -> Seen:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from compressor_kernels.attention.verify_attention import critical_keys, key_shares_ref
+from compressor_kernels.attention.verify_attention import critical_keys_ref, key_shares_ref
 from torch import Tensor
 
 from compressor.attention.rules.pillar import Pillar
@@ -114,7 +114,7 @@ class _Drafts:
         for start in self.starts:
             before, now = slice(start - span, start), slice(start, start + span)
             shares = key_shares_ref(query[:, :, before], key[:, :, :start], scale=call.scaling)
-            chosen = critical_keys(
+            chosen = critical_keys_ref(
                 shares, length=start, recent=span + 1, budget=self.rule.budget(start)
             )
             past = torch.zeros((*chosen.shape[:2], start), dtype=torch.bool, device=key.device)

@@ -110,7 +110,28 @@ def antidiagonal_sums_ref(
     return out
 
 
-def covering_blocks(
+def covering_blocks(sums: Tensor, threshold: Tensor, *, first: int = 0) -> Tensor:
+    """`covering_blocks_ref` without a sort, for sums of 0 and more in fp32."""
+    from compressor_kernels.attention import antidiagonal_jit as jit
+
+    sums = sums.contiguous()
+    batch, heads, rows, blocks = sums.shape
+    chosen = torch.empty(sums.shape, dtype=torch.bool, device=sums.device)
+    if chosen.numel():
+        jit.cover_kernel[(rows, batch * heads)](
+            sums,
+            threshold.to(sums.device, torch.float64),
+            chosen.view(torch.uint8),
+            heads,
+            first,
+            blocks,
+            BLOCKS_POW2=pow2(blocks),
+            num_warps=1 if blocks <= 512 else 4,
+        )
+    return chosen
+
+
+def covering_blocks_ref(
     sums: Tensor, threshold: Tensor, *, first: int = 0, reference_rows: int = 0
 ) -> Tensor:
     """Blocks of keys that hold a share of each query block's sums, bool like `sums`.

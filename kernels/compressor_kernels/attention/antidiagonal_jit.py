@@ -1,4 +1,5 @@
-"""Triton code of `antidiagonal`: sums of each row by block of keys, then shares by block."""
+"""Triton code of `antidiagonal`: sums of each row by block of keys, shares by block, and the blocks
+that hold a share of them."""
 
 import triton
 import triton.language as tl
@@ -103,3 +104,47 @@ def share_kernel(
         lse = tl.load(base + block[None, :], mask=(block <= own)[None, :], other=HIDDEN)
         share = tl.where(real[:, None], tl.math.exp2(lse - total[:, None]), 0.0)
         tl.store(out + block, tl.sum(share, 0), mask=block < blocks)
+
+
+@triton.jit
+def cover_kernel(
+    sum_ptr,  # [B, H, query blocks, blocks] fp32
+    share_ptr,  # [H] fp64
+    out_ptr,  # [B, H, query blocks, blocks] uint8
+    heads,
+    first,  # number of the first query block
+    blocks,
+    BLOCKS_POW2: tl.constexpr,
+):
+    """The chosen blocks of one block of queries.
+
+    A block joins if those that are heavier, or as heavy and lower, do not yet hold the goal. The
+    lightest that joins is found by bisection of the bits of its weight.
+    """
+    lane = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(0)
+    own = first + number
+    block = tl.arange(0, BLOCKS_POW2)
+    at = (lane * tl.num_programs(0) + number) * blocks + block
+    weight = tl.load(sum_ptr + at, mask=block < blocks, other=0.0)
+    exact = weight.to(tl.float64)
+    goal = tl.load(share_ptr + lane % heads) * tl.sum(exact, 0)
+    always = (block == 0) | (block == own)
+    free = (block < own) & (block > 0)
+    forced = tl.sum(tl.where(always, exact, 0.0), 0)
+    bits = tl.where(free, (weight + 0.0).to(tl.int32, bitcast=True), -1)
+    exact = tl.where(free, exact, 0.0)
+    # The smallest bits so that what is heavier holds less than the goal.
+    cut = tl.zeros([1], tl.int32)
+    bit = tl.full([1], 0x40000000, tl.int32)
+    for _ in range(31):
+        trial = cut | bit
+        held = forced + tl.sum(tl.where(bits >= trial, exact, 0.0), 0)
+        cut = tl.where(held >= goal, trial, cut)
+        bit = bit >> 1
+    above = bits > cut
+    equal = bits == cut
+    rank = (tl.cumsum(equal.to(tl.int32), 0) - 1).to(tl.float64)
+    held = forced + tl.sum(tl.where(above, exact, 0.0), 0)
+    joins = above | (equal & (held + rank * exact < goal))
+    tl.store(out_ptr + at, (joins | always).to(tl.uint8), mask=block < blocks)

@@ -17,19 +17,28 @@ from torch.nn.functional import conv1d, pad, silu
 from compressor_kernels.attention.block_selection import BlockRule, top_blocks, top_blocks_ref
 from compressor_kernels.triton.launch import LOG2_E, dense, pow2, score_scale
 
-ROWS = 128
-"""Queries of one block that are attended to together."""
 HELD = 2**30
 """Bytes of partial results that are held at a time."""
+TALLIED = 2048
+"""Choices whose places among those of the same block are counted together."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTiles:
+    """`rows` of the queries of a block meet its keys together, `span` of them in one program."""
+
+    rows: int = 128
+    span: int = 1024
+    num_warps: int = 8
+    num_stages: int = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
     """Queries by the blocks that they chose.
 
-    entries  int32 [B, H, Tq * K]: query * K + slot, by block and then ascending; those without a
-             block come last
-    offsets, counts  int64 [B, H, blocks]: where a block's queries begin, and how many they are
+    entries  int32 [B, H, Tq * K]: query * K + slot, by block; anything after the last
+    offsets, counts  int32 [B, H, blocks]: where a block's queries begin, and how many they are
     """
 
     entries: Tensor
@@ -38,6 +47,30 @@ class Routed:
 
 
 def mean_keys(k: Tensor, *, block_size: int) -> Tensor:
+    """Mean key of every block, fp32 [B, G, blocks, D]."""
+    from compressor_kernels.attention import block_routing_jit as jit
+
+    k = dense(k)
+    batch, groups, tokens, dim = k.shape
+    blocks = -(-tokens // block_size)
+    out = torch.empty((batch, groups, blocks, dim), dtype=torch.float32, device=k.device)
+    if out.numel():
+        jit.mean_kernel[(blocks, batch * groups)](
+            k,
+            out,
+            tokens,
+            groups,
+            *k.stride()[:3],
+            BLOCK=block_size,
+            D=dim,
+            ROWS=min(64, pow2(block_size)),
+            BLOCK_D=pow2(dim),
+            num_warps=4,
+        )
+    return out
+
+
+def mean_keys_ref(k: Tensor, *, block_size: int) -> Tensor:
     """Mean key of every block, fp32 [B, G, blocks, D] (fp64 for fp64 keys)."""
     tokens = k.shape[2]
     wide = k.to(torch.float64 if k.dtype == torch.float64 else torch.float32)
@@ -61,17 +94,18 @@ def gated_blocks_ref(
 
 
 def gated_blocks(q: Tensor, means: Tensor, rule: BlockRule, *, tokens: int) -> Tensor:
-    """`gated_blocks_ref`; up to 1,024 blocks without storing a gate."""
+    """`gated_blocks_ref` without storing a gate, unless first or local blocks are forced."""
     from compressor_kernels.attention import block_routing_jit as jit
 
     (batch, heads, q_len, dim), blocks = q.shape, means.shape[2]
     k = min(rule.top_k, blocks)
-    if rule.init_blocks or rule.local_blocks or blocks > 1024 or k > 32:
+    if rule.init_blocks or rule.local_blocks or not rule.own_block or k > 32:
         return top_blocks(gates_ref(q, means), rule, tokens=tokens)
     q, means = dense(q), means.to(q.dtype).contiguous()
     out = torch.empty((batch, heads, q_len, k), dtype=torch.int32, device=q.device)
-    wide = max(16, pow2(blocks))
-    rows = max(16, min(64, 2**14 // wide))
+    if out.numel() == 0:
+        return out
+    rows = max(16, min(128, pow2(q_len)))
     jit.gate_kernel[(-(-q_len // rows), batch * heads)](
         q,
         means,
@@ -84,39 +118,64 @@ def gated_blocks(q: Tensor, means: Tensor, rule: BlockRule, *, tokens: int) -> T
         GROUP=heads // means.shape[1],
         BLOCK=rule.block_size,
         K=k,
-        K_POW2=pow2(k),
+        K_POW2=max(2, pow2(k)),
         D=dim,
         ROWS=rows,
-        BLOCKS_POW2=wide,
+        CHUNK=max(16, min(128, pow2(blocks))),
         BLOCK_D=max(16, pow2(dim)),
-        num_warps=8,
+        num_warps=8 if rows == 128 else 4,
+        num_stages=2,
     )
-    return ascending(out)
-
-
-def ascending(blocks: Tensor) -> Tensor:
-    """Blocks in order, -1 behind them."""
-    last = torch.iinfo(blocks.dtype).max
-    blocks = blocks.masked_fill(blocks < 0, last).sort(-1).values
-    return blocks.masked_fill(blocks == last, -1)
+    return out
 
 
 def route(blocks: Tensor, count: int) -> Routed:
-    """Queries by block, of `count` blocks."""
+    """Queries by block, of `count` blocks. Of the queries of a block those of a run of `TALLIED`
+    choices come in any order."""
+    from compressor_kernels.attention import block_routing_jit as jit
+
+    blocks = blocks.contiguous()
+    batch, heads, choices = *blocks.shape[:2], blocks.shape[2] * blocks.shape[3]
+    lanes, runs = batch * heads, -(-choices // TALLIED)
+    tally = torch.zeros((lanes, count, runs), dtype=torch.int32, device=blocks.device)
+    ranks, entries = (
+        torch.empty((batch, heads, choices), dtype=torch.int32, device=blocks.device)
+        for _ in range(2)
+    )
+    where = {"PER": TALLIED, "num_warps": 8}
+    jit.rank_kernel[(runs, lanes)](blocks, tally, ranks, choices, count, **where)
+    # One scan over everything, whose rows then begin at 0.
+    starts = (tally.flatten().cumsum(0, dtype=torch.int32).view(tally.shape) - tally).contiguous()
+    jit.place_kernel[(runs, lanes)](blocks, starts, ranks, entries, choices, count, **where)
+    shape = (batch, heads, count)
+    offsets = (starts[..., 0] - starts[:, :1, 0]).view(shape).contiguous()
+    return Routed(entries, offsets, tally.sum(-1, dtype=torch.int32).view(shape))
+
+
+def route_ref(blocks: Tensor, count: int) -> Routed:
+    """`route` by a stable sort: a block's queries ascend, and those without a block come last."""
     batch, heads = blocks.shape[:2]
-    small = torch.int16 if count < 2**15 else torch.int32
-    chosen = torch.where(blocks < 0, count, blocks).to(small).flatten(2)
+    chosen = torch.where(blocks < 0, count, blocks).flatten(2)
     ordered, entries = chosen.sort(dim=-1, stable=True)
-    edges = torch.arange(count + 1, dtype=small, device=blocks.device)
-    starts = torch.searchsorted(ordered, edges.expand(batch, heads, -1).contiguous())
-    return Routed(entries.to(torch.int32), starts[..., :-1].contiguous(), starts.diff(dim=-1))
+    edges = torch.arange(count + 1, dtype=chosen.dtype, device=blocks.device)
+    starts = torch.searchsorted(ordered, edges.expand(batch, heads, -1).contiguous()).int()
+    return Routed(entries.int(), starts[..., :-1].contiguous(), starts.diff(dim=-1))
 
 
 def routed_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    tiles: RouteTiles | None = None,
 ) -> Tensor:
     """Attention over chosen blocks, one choice for each query head, [B, H, Tq, D] in q's dtype;
-    `block_attention_ref` says what it is. block_size: a multiple of 16."""
+    `block_attention_ref` says what it is. block_size: a multiple of 16. The same inputs give the
+    same bits: a query's result over a block does not depend on the rows beside it, and blocks are
+    merged in the order of its choice."""
     from compressor_kernels.attention import block_routing_jit as jit
 
     (batch, heads, q_len, dim), (groups, tokens) = q.shape, k.shape[1:3]
@@ -129,18 +188,22 @@ def routed_attention(
     out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
+    tiles = tiles or RouteTiles()
     step = max(1, HELD // max(1, batch * q_len * chosen * dim * q.element_size()))
-    tiles = count + -(-q_len * chosen // ROWS)
+    spans = count + -(-q_len * chosen // tiles.span)
+    number = torch.arange(spans, device=q.device)
     for first in range(0, heads, step):
         some = slice(first, min(first + step, heads))
         routed = route(blocks[:, some], count)
-        lanes = batch * routed.entries.shape[1]
-        ends = (-(-routed.counts // ROWS)).cumsum(-1)
-        number = torch.arange(tiles, device=q.device).expand(*ends.shape[:2], -1).contiguous()
-        of_block = torch.searchsorted(ends, number, right=True)  # `count`: nothing to do
+        here = routed.entries.shape[1]
+        lanes = batch * here
+        ends = (-(-routed.counts // tiles.span)).cumsum(-1, dtype=torch.int32)
+        numbers = number.to(torch.int32).expand(*ends.shape[:2], -1).contiguous()
+        # `count`: nothing to do
+        of_block = torch.searchsorted(ends, numbers, right=True, out_int32=True)
         part = torch.empty((lanes, q_len * chosen, dim), dtype=q.dtype, device=q.device)
         lse = torch.full(part.shape[:2], -1.0e30, dtype=torch.float32, device=q.device)
-        jit.gather_kernel[(tiles, lanes)](
+        jit.gather_kernel[(spans, lanes)](
             q,
             k,
             v,
@@ -155,7 +218,7 @@ def routed_attention(
             tokens,
             count,
             first,
-            routed.entries.shape[1],
+            here,
             score_scale(scale, dim) * LOG2_E,
             *q.stride()[:3],
             *k.stride()[:3],
@@ -163,12 +226,13 @@ def routed_attention(
             GROUP=heads // groups,
             K=chosen,
             BLOCK=block_size,
-            BLOCK_N=64 if block_size % 64 == 0 else 16,
-            ROWS=ROWS,
+            BLOCK_N=min(128, block_size & -block_size),
+            ROWS=tiles.rows,
+            SPAN=tiles.span,
             D=dim,
             BLOCK_D=max(16, pow2(dim)),
-            num_warps=8,
-            num_stages=2,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
         )
         jit.merge_kernel[(-(-q_len // 16), lanes)](
             part,
@@ -177,7 +241,7 @@ def routed_attention(
             q_len,
             heads,
             first,
-            routed.entries.shape[1],
+            here,
             K=chosen,
             D=dim,
             ROWS=16,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor_kernels.triton.launch import LOG2_E, dense, pow2, ranges, score_scale
+from compressor_kernels.triton.launch import LOG2_E, copyable, dense, pow2, ranges, score_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def head_prefill(
         raise ValueError(f"{q_len} queries cannot end at key {k_len}: causal needs Tq <= Tk")
     tiles = tiles or PrefillTiles()
     block_d = pow2(dim)
-    q, k, v = _copyable(q), _copyable(k), _copyable(v)
+    q, k, v = copyable(q), copyable(k), copyable(v)
     out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
@@ -345,12 +345,6 @@ def _softmax_attention(
     k, v = (x.to(wide).repeat_interleave(repeat, dim=1) for x in (k, v))
     scores = q.to(wide) @ k.transpose(-1, -2) * score_scale(scale, q.shape[-1])
     return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).to(q.dtype)
-
-
-def _copyable(x: Tensor) -> Tensor:
-    """x itself if the bulk copy engine can read it: dense rows, other strides in 16-byte steps."""
-    steps = all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and steps and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, *, groups: int | None = None) -> None:

@@ -8,52 +8,81 @@ Layouts: q [B, H, Tq, D], the last Tq of the text, k and v [B, G, T, D], chosen 
 blocks, key blocks].
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from compressor_kernels.triton.launch import LOG2_E, dense, pow2, score_scale
+from compressor_kernels.triton.launch import LOG2_E, copyable, dense, pow2, score_scale
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """Keys of a tile that are read together, and how many of these are on their way."""
+
+    block_n: int = 64
+    num_stages: int = 3
 
 
 def tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, block_size: int, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    tiles: TileShape | None = None,
 ) -> Tensor:
     """Attention over chosen tiles, [B, H, Tq, D] in q's dtype. block_size: a power of two from 16
     to 128; scale is 1/sqrt(D) if not given."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     from compressor_kernels.attention import tile_attention_jit as jit
 
     _check(q, k, v, chosen, block_size)
     if block_size not in (16, 32, 64, 128):
         raise ValueError(f"blocks of {block_size} are no power of two from 16 to 128")
-    q, k, v = dense(q), dense(k), dense(v)
+    q, k, v = dense(q), copyable(k), copyable(v)
     (batch, heads, q_len, dim), (groups, k_len) = q.shape, k.shape[1:3]
     first = (k_len - q_len) // block_size
-    listed, counts = listed_tiles(chosen, first=first)
     out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    jit.tile_prefill_kernel[(batch * heads, chosen.shape[2])](
+    listed = torch.empty(chosen.shape, dtype=torch.int32, device=q.device)
+    counts = torch.empty(chosen.shape[:3], dtype=torch.int32, device=q.device)
+    rows, blocks = chosen.shape[2:]
+    jit.list_kernel[(rows, batch * heads)](
+        chosen.contiguous().view(torch.uint8),
+        listed,
+        counts,
+        first,
+        blocks,
+        BLOCKS_POW2=pow2(blocks),
+        num_warps=1 if blocks <= 1024 else 4,
+    )
+    tiles = tiles or TileShape()
+    block_n, block_d = min(tiles.block_n, block_size), max(16, pow2(dim))
+    jit.tile_prefill_kernel[(batch * heads, rows)](
         q,
-        k,
-        v,
+        *(TensorDescriptor.from_tensor(x, [1, 1, block_n, block_d]) for x in (k, v)),
         listed,
         counts,
         out,
         q_len,
         k_len,
         first,
-        listed.shape[3],
+        blocks,
         heads,
         score_scale(scale, dim) * LOG2_E,
         *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
         GROUP=heads // groups,
         BLOCK=block_size,
-        BLOCK_N=min(64, block_size),
+        BLOCK_N=block_n,
         D=dim,
-        BLOCK_D=max(16, pow2(dim)),
+        BLOCK_D=block_d,
         num_warps=8 if block_size == 128 else 4,
-        num_stages=3,
+        num_stages=tiles.num_stages,
     )
     return out
 
@@ -81,21 +110,6 @@ def tile_mask(
     by_query = chosen[:, :, query // block_size - first]
     seen: Tensor = by_query[..., key // block_size] & (key <= query[:, None])
     return seen
-
-
-def listed_tiles(chosen: Tensor, *, first: int) -> tuple[Tensor, Tensor]:
-    """The chosen blocks of each query block, ascending, and how many there are: int32 [B, H, query
-    blocks, key blocks], anything after the last; int32 [B, H, query blocks]. Blocks after the
-    query's own are dropped."""
-    blocks = chosen.shape[3]
-    block = torch.arange(blocks, device=chosen.device)
-    own = torch.arange(first, first + chosen.shape[2], device=chosen.device)[:, None]
-    wanted = chosen & (block <= own)
-    ranks = wanted.cumsum(-1)
-    at = torch.where(wanted, ranks - 1, blocks)
-    listed = torch.zeros((*chosen.shape[:3], blocks + 1), dtype=torch.int64, device=chosen.device)
-    listed.scatter_(-1, at, block.expand(chosen.shape))
-    return listed[..., :blocks].to(torch.int32).contiguous(), ranks[..., -1].to(torch.int32)
 
 
 def density(chosen: Tensor, *, first: int = 0, kv_heads: int | None = None) -> Tensor:

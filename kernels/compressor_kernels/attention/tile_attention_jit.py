@@ -1,4 +1,4 @@
-"""Triton code of `tile_attention`: softmax over listed blocks of keys, 128 queries at a time."""
+"""Triton code of `tile_attention`: lists of chosen blocks of keys, and softmax over them."""
 
 import triton
 import triton.language as tl
@@ -7,10 +7,29 @@ from compressor_kernels.attention.head_attention_jit import HIDDEN, _online_soft
 
 
 @triton.jit
+def list_kernel(
+    chosen_ptr,  # [lanes, query blocks, blocks] uint8
+    list_ptr,  # [lanes, query blocks, blocks] int32; anything after the last
+    count_ptr,  # [lanes, query blocks] int32
+    first,
+    blocks,
+    BLOCKS_POW2: tl.constexpr,
+):
+    """The chosen blocks of one block of queries, ascending, up to its own."""
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    block = tl.arange(0, BLOCKS_POW2)
+    live = (block < blocks) & (block <= first + tl.program_id(0))
+    wanted = tl.load(chosen_ptr + row * blocks + block, mask=live, other=0) != 0
+    place = tl.cumsum(wanted.to(tl.int32), 0) - 1
+    tl.store(list_ptr + row * blocks + place, block, mask=wanted)
+    tl.store(count_ptr + row, tl.sum(wanted.to(tl.int32), 0))
+
+
+@triton.jit
 def tile_prefill_kernel(
     q_ptr,  # [B, H, Tq, D]
-    k_ptr,  # [B, G, T, D]
-    v_ptr,
+    k_desc,  # [B, G, T, D] in tiles of BLOCK_N rows
+    v_desc,
     list_ptr,  # [B, H, query blocks, blocks] int32, ascending, the own block last
     count_ptr,  # [B, H, query blocks] int32
     out_ptr,  # [B, H, Tq, D], dense
@@ -23,12 +42,6 @@ def tile_prefill_kernel(
     q_b,
     q_h,
     q_t,
-    k_b,
-    k_g,
-    k_t,
-    v_b,
-    v_g,
-    v_t,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -39,18 +52,16 @@ def tile_prefill_kernel(
     KV head find each other's keys in L2; later blocks, which have more to do, go first."""
     lane = tl.program_id(0).to(tl.int64)
     number = tl.num_programs(1) - 1 - tl.program_id(1)
-    b = lane // heads
-    h = lane % heads
+    b = tl.program_id(0) // heads
+    h = tl.program_id(0) % heads
     g = h // GROUP
     own = first + number
     position = own * BLOCK + tl.arange(0, BLOCK)
     token = position - (k_len - q_len)
     dim = tl.arange(0, BLOCK_D)
     mask = ((token >= 0) & (token < q_len))[:, None] & (dim < D)[None, :]
-    q_at = q_ptr + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + dim[None, :]
-    q = tl.load(q_at, mask=mask, other=0.0)
-    k_base = k_ptr + b * k_b + g * k_g + dim[:, None]
-    v_base = v_ptr + b * v_b + g * v_g + dim[None, :]
+    q_at = q_ptr + lane // heads * q_b + lane % heads * q_h + dim[None, :]
+    q = tl.load(q_at + token[:, None].to(tl.int64) * q_t, mask=mask, other=0.0)
     listed = list_ptr + (lane * tl.num_programs(1) + number) * blocks
     count = tl.load(count_ptr + lane * tl.num_programs(1) + number)
     steps: tl.constexpr = BLOCK // BLOCK_N
@@ -58,22 +69,32 @@ def tile_prefill_kernel(
     m = tl.full([BLOCK], HIDDEN, tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    # Every block but the last lies in all rows' past.
+    # Every block but the last lies in all rows' past. A tile's weights meet its values one step
+    # later, so that this product runs on the tensor cores during the next softmax.
+    late = tl.zeros([BLOCK, BLOCK_N], tl.float32)
+    fade = tl.full([BLOCK], 1.0, tl.float32)
+    before = tl.load(listed) * BLOCK
     for step in tl.range(0, (count - 1) * steps):
-        key = tl.load(listed + step // steps) * BLOCK + step % steps * BLOCK_N + inner
-        at = key.to(tl.int64)
-        k = tl.load(k_base + at[None, :] * k_t, mask=(dim < D)[:, None], other=0.0)
-        p, m, l, acc = _online_softmax(tl.dot(q, k), m, l, acc, scale)
-        v = tl.load(v_base + at[:, None] * v_t, mask=(dim < D)[None, :], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc)
+        at = tl.load(listed + step // steps) * BLOCK + step % steps * BLOCK_N
+        k = k_desc.load([b, g, at, 0]).reshape(BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, k.T)
+        v = v_desc.load([b, g, before, 0]).reshape(BLOCK_N, BLOCK_D)
+        acc = tl.dot(late.to(q.dtype), v, acc * fade[:, None])
+        m_new = tl.maximum(m, tl.max(scores, 1) * scale)
+        late = tl.math.exp2(scores * scale - m_new[:, None])
+        fade = tl.math.exp2(m - m_new)
+        l = l * fade + tl.sum(late, 1)
+        m = m_new
+        before = at
+    if count > 1:
+        v = v_desc.load([b, g, before, 0]).reshape(BLOCK_N, BLOCK_D)
+        acc = tl.dot(late.to(q.dtype), v, acc * fade[:, None])
     for step in tl.range(0, steps):
-        key = own * BLOCK + step * BLOCK_N + inner
-        at = key.to(tl.int64)
-        live = key < k_len
-        k = tl.load(k_base + at[None, :] * k_t, mask=live[None, :] & (dim < D)[:, None], other=0.0)
-        scores = tl.where(key[None, :] <= position[:, None], tl.dot(q, k), HIDDEN)
+        at = own * BLOCK + step * BLOCK_N
+        k = k_desc.load([b, g, at, 0]).reshape(BLOCK_N, BLOCK_D)
+        scores = tl.where((at + inner)[None, :] <= position[:, None], tl.dot(q, k.T), HIDDEN)
         p, m, l, acc = _online_softmax(scores, m, l, acc, scale)
-        v = tl.load(v_base + at[:, None] * v_t, mask=live[:, None] & (dim < D)[None, :], other=0.0)
+        v = v_desc.load([b, g, at, 0]).reshape(BLOCK_N, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc)
     mean = acc / tl.maximum(l, 1.0e-30)[:, None]
     out = out_ptr + (lane * q_len + token)[:, None] * D + dim[None, :]

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from compressor_kernels.triton.launch import LOG2_E, dense, pow2, ranges, score_scale
 
+PART = 2048
+"""Keys whose shares one program goes through."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:
@@ -111,9 +114,49 @@ def key_shares_ref(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tenso
 
 
 def critical_keys(shares: Tensor, *, length: int, recent: int, budget: int) -> Tensor:
+    """`critical_keys_ref` of shares of 0 and more in fp32, without a sort; of equal shares the
+    lower key wins."""
+    from compressor_kernels.attention import verify_attention_jit as jit
+
+    shares = shares.contiguous()
+    batch, groups, capacity = shares.shape
+    old = max(0, length - recent)
+    best = min(old, max(0, min(budget, length) - recent))
+    total = best + length - old
+    out = torch.empty((batch, groups, total), dtype=torch.int32, device=shares.device)
+    if out.numel() == 0:
+        return out
+    lanes, parts = batch * groups, max(1, -(-old // PART))
+    tallies = torch.zeros((3, lanes, jit.BINS.value), dtype=torch.int32, device=shares.device)
+    found = torch.empty((2, lanes, parts), dtype=torch.int32, device=shares.device)
+    bounds = (old, capacity, best)
+    for digit in range(3):
+        jit.digit_kernel[(parts, lanes)](
+            shares, tallies, lanes, *bounds, DIGIT=digit, PART=PART, num_warps=4
+        )
+    jit.found_kernel[(parts, lanes)](shares, tallies, found, lanes, *bounds, PART=PART, num_warps=4)
+    jit.take_kernel[(parts, lanes)](
+        shares,
+        tallies,
+        found,
+        out,
+        lanes,
+        *bounds,
+        length,
+        PART=PART,
+        PARTS_POW2=pow2(parts),
+        RECENT_POW2=pow2(length - old),
+        num_warps=4,
+    )
+    return out
+
+
+def critical_keys_ref(shares: Tensor, *, length: int, recent: int, budget: int) -> Tensor:
     """The keys of a draft, int32 [B, G, n] ascending: of a text of `length` the last `recent`, and
     before these the best by shares, `budget` in all; at least the recent ones."""
-    best = max(0, min(budget, length) - recent)
-    chosen = shares[..., : max(0, length - recent)].topk(best, dim=-1).indices.sort(-1).values
-    near = torch.arange(max(0, length - recent), length, device=shares.device)
+    old = max(0, length - recent)
+    best = min(old, max(0, min(budget, length) - recent))
+    ranked = shares[..., :old].sort(dim=-1, descending=True, stable=True).indices
+    near = torch.arange(old, length, device=shares.device)
+    chosen = ranked[..., :best].sort(-1).values
     return torch.cat([chosen, near.expand(*chosen.shape[:2], -1)], -1).to(torch.int32)

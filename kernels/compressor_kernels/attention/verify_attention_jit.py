@@ -1,9 +1,17 @@
-"""Triton code of `verify_attention`: a few queries over ranges of keys, and shares of each key."""
+"""Triton code of `verify_attention`: a few queries over ranges of keys, shares of each key, and the
+keys with the largest shares.
+
+A share's bits, as those of a float that is not negative, are ordered as shares are. They are cut
+into three digits; a pass counts, for every value of a digit, the keys whose digits before are those
+of the last share that is taken. After three passes this share is known to the bit.
+"""
 
 import triton
 import triton.language as tl
 
 from compressor_kernels.attention.head_attention_jit import HIDDEN
+
+BINS = tl.constexpr(1024)  # values of a digit; the first, of 11 bits, is 1,016 at most for 1.0
 
 
 @triton.jit
@@ -90,3 +98,118 @@ def share_kernel(
     total = tl.load(sum_ptr + lane * rows + row, mask=row < rows, other=0.0)
     shares = tl.where(inside, tl.math.exp2(scores - total[:, None]), 0.0)
     tl.store(out_ptr + lane * k_len + key, tl.sum(shares, 0) / rows, mask=key < k_len)
+
+
+@triton.jit
+def _digit(bits, DIGIT: tl.constexpr):
+    """Digit of a share's bits, the highest first."""
+    return tl.minimum((bits >> (20 - 10 * DIGIT)) & (2047 if DIGIT == 0 else 1023), BINS - 1)
+
+
+@triton.jit
+def _last_digit(tally_ptr, room):
+    """The digit of the last share that is taken, if `room` are taken from those that are counted,
+    the largest first; and how many are taken of those that share it."""
+    value = tl.arange(0, BINS)
+    count = tl.load(tally_ptr + value)
+    above = tl.sum(count, 0) - tl.cumsum(count, 0)  # with a larger digit
+    digit = tl.min(tl.where(above < room, value, BINS - 1), 0)
+    return digit, room - tl.sum(tl.where(value > digit, count, 0), 0)
+
+
+@triton.jit
+def _against(bits, tally_ptr, lane, lanes, room, DIGITS: tl.constexpr):
+    """Which shares lie above the last that is taken, by their first DIGITS digits, and which have
+    all of these in common with it; and how many are taken of the latter."""
+    above = bits < -1  # none
+    equal = bits >= 0
+    for digit in tl.static_range(DIGITS):
+        last, room = _last_digit(tally_ptr + (digit * lanes + lane) * BINS, room)
+        own = _digit(bits, digit)
+        above = above | (equal & (own > last))
+        equal = equal & (own == last)
+    return above, equal, room
+
+
+@triton.jit
+def _share_bits(share_ptr, lane, keys, row, PART: tl.constexpr):
+    """Bits of a part's shares, negative past the last of them."""
+    key = tl.program_id(0) * PART + tl.arange(0, PART)
+    share = tl.load(share_ptr + lane * row + key, mask=key < keys, other=0.0)
+    return tl.where(key < keys, (share + 0.0).to(tl.int32, bitcast=True), -1), key
+
+
+@triton.jit
+def digit_kernel(
+    share_ptr,  # [lanes, row] fp32
+    tally_ptr,  # [3, lanes, BINS] int32
+    lanes,
+    keys,  # that are chosen from
+    row,
+    best,
+    DIGIT: tl.constexpr,
+    PART: tl.constexpr,
+):
+    lane = tl.program_id(1).to(tl.int64)
+    bits, _ = _share_bits(share_ptr, lane, keys, row, PART)
+    _, equal, _ = _against(bits, tally_ptr, lane, lanes, best, DIGIT)
+    at = tally_ptr + (DIGIT * lanes + lane) * BINS + _digit(bits, DIGIT)
+    tl.atomic_add(at, 1, mask=equal, sem="relaxed")
+
+
+@triton.jit
+def found_kernel(
+    share_ptr,
+    tally_ptr,
+    found_ptr,  # [2, lanes, parts] int32: shares above the last that is taken, and equal to it
+    lanes,
+    keys,
+    row,
+    best,
+    PART: tl.constexpr,
+):
+    lane = tl.program_id(1).to(tl.int64)
+    parts = tl.num_programs(0)
+    bits, _ = _share_bits(share_ptr, lane, keys, row, PART)
+    above, equal, _ = _against(bits, tally_ptr, lane, lanes, best, 3)
+    at = found_ptr + lane * parts + tl.program_id(0)
+    tl.store(at, tl.sum(above.to(tl.int32), 0))
+    tl.store(at + lanes * parts, tl.sum(equal.to(tl.int32), 0))
+
+
+@triton.jit
+def take_kernel(
+    share_ptr,
+    tally_ptr,
+    found_ptr,
+    out_ptr,  # [lanes, best + length - keys] int32
+    lanes,
+    keys,
+    row,
+    best,
+    length,
+    PART: tl.constexpr,
+    PARTS_POW2: tl.constexpr,
+    RECENT_POW2: tl.constexpr,
+):
+    """The chosen keys of a part, behind those of the parts before it; the first part also writes
+    the recent keys."""
+    lane = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    parts = tl.num_programs(0)
+    out = out_ptr + lane * (best + length - keys)
+    if best > 0:
+        bits, key = _share_bits(share_ptr, lane, keys, row, PART)
+        above, equal, room = _against(bits, tally_ptr, lane, lanes, best, 3)
+        other = tl.arange(0, PARTS_POW2)
+        at = found_ptr + lane * parts + other
+        above_before = tl.sum(tl.load(at, mask=other < part, other=0), 0)
+        equal_before = tl.sum(tl.load(at + lanes * parts, mask=other < part, other=0), 0)
+        first_equal = tl.cumsum(equal.to(tl.int32), 0) - 1 + equal_before
+        taken = above | (equal & (first_equal < room))
+        place = tl.cumsum(taken.to(tl.int32), 0) - 1
+        place += above_before + tl.minimum(equal_before, room)
+        tl.store(out + place, key, mask=taken)
+    if part == 0:
+        near = tl.arange(0, RECENT_POW2)
+        tl.store(out + best + near, keys + near, mask=near < length - keys)

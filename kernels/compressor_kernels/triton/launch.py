@@ -19,6 +19,12 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def copyable(x: Tensor) -> Tensor:
+    """x itself if the bulk copy engine can read it: dense rows, other strides in 16-byte steps."""
+    steps = all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and steps and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
 def score_scale(scale: float | None, dim: int) -> float:
     """What scores q · k are multiplied by: 1/sqrt(dim) if not given. Raises ValueError unless it is
     positive: kernels take the largest score before they scale it."""

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from case import Case, Peer, Setup, first_rows, nbytes, relative_error
+from case import Case, Peer, Setup, different, first_rows, nbytes, relative_error
 from compressor_kernels.attention import block_routing, skip_softmax, verify_attention
 from compressor_kernels.attention.antidiagonal import (
     antidiagonal_sums,
     antidiagonal_sums_ref,
     covering_blocks,
+    covering_blocks_ref,
 )
 from compressor_kernels.attention.block_attention import block_attention, block_attention_ref
 from compressor_kernels.attention.block_pages import page_bounds, page_scores
@@ -38,6 +39,7 @@ from compressor_kernels.attention.quantized_cache import (
     quantize_kv8,
 )
 from compressor_kernels.attention.tile_attention import (
+    TileShape,
     density,
     tile_attention,
     tile_attention_ref,
@@ -52,6 +54,13 @@ SKIP = [
     skip_softmax.SkipTiles(rows, keys, warps, 3, per_sm)
     for rows, keys, warps in ((128, 128, 8), (128, 64, 8), (64, 64, 4))
     for per_sm in (4, 8)
+]
+
+SHAPES = [TileShape(block_n, stages) for block_n in (64, 128) for stages in (2, 3)]
+ROUTES = [
+    block_routing.RouteTiles(rows, 1024, warps, stages)
+    for rows, warps in ((128, 8), (64, 4))
+    for stages in (1, 2, 3)
 ]
 
 
@@ -119,12 +128,23 @@ def prompts(setup: Setup) -> Iterator[Case]:
     yield Case(
         "prefill over chosen tiles alone",
         shape,
-        lambda i: tile_attention(q, k, v, chosen, block_size=block),
+        lambda i, tiles=None: tile_attention(q, k, v, chosen, block_size=block, tiles=tiles),
         lambda: tile_attention_ref(q[:, :, -queries:], k, v, chosen[:, :, -1:], block_size=block),
         limit=6e-3,
         error=last,
         peers=peers,
         note=lambda: said,
+        tiles=SHAPES if not setup.tiny else (),
+    )
+    sums = setup.rand(1, heads, count, count).tril()
+    yield Case(
+        "XAttention's choice alone",
+        shape,
+        lambda i: covering_blocks(sums, share),
+        lambda: covering_blocks_ref(sums, share),
+        limit=0.0,
+        error=lambda out, want: different([out], [want]),
+        peers={"by a sort": Peer(lambda i: covering_blocks_ref(sums, share))},
     )
     rule = BlockRule(block_size=block, init_blocks=0, local_blocks=0, top_k=setup.pick(8, 3))
 
@@ -146,15 +166,38 @@ def prompts(setup: Setup) -> Iterator[Case]:
     )
     blocks = choose()
     yield Case(
+        "MoBA's gate and choice alone",
+        shape,
+        lambda i: choose(),
+        lambda: blocks,
+        limit=0.0,
+        error=lambda out, want: different([out], [want]),
+    )
+    routed = block_routing.route_ref(blocks[:, :1], count)
+    yield Case(
+        "MoBA's queries by block alone",
+        shape,
+        lambda i: block_routing.route(blocks, count),
+        lambda: routed,
+        limit=0.0,
+        error=lambda out, want: different(
+            [out.offsets[:, :1], out.counts[:, :1]], [want.offsets, want.counts]
+        ),
+        peers={"by a sort": Peer(lambda i: block_routing.route_ref(blocks, count))},
+    )
+    yield Case(
         "MoBA, attention without the gate",
         shape,
-        lambda i: block_routing.routed_attention(q, k, v, blocks, block_size=block),
+        lambda i, tiles=None: block_routing.routed_attention(
+            q, k, v, blocks, block_size=block, tiles=tiles
+        ),
         lambda: block_attention_ref(
             q[:, :, -queries:], k, v, blocks[:, :, -queries:], block_size=block
         ),
         limit=2e-2,
         error=last,
         peers=peers,
+        tiles=ROUTES if not setup.tiny else (),
     )
     hot_keys(q, k, block)
     tiles = skip_softmax.SkipTiles(rows=block, keys=block)
@@ -343,11 +386,10 @@ def drafts(setup: Setup) -> Iterator[Case]:
     none = torch.zeros(groups, dtype=torch.bool, device=setup.device)
     done = verify_attention.verify_attention(q, k, v)
 
+    where = {"length": tokens - 1, "recent": stride + 2, "budget": budget}
+
     def choose() -> Tensor:
-        shares = verify_attention.key_shares(done)
-        keys = verify_attention.critical_keys(
-            shares, length=tokens - 1, recent=stride + 2, budget=budget
-        )
+        keys = verify_attention.critical_keys(verify_attention.key_shares(done), **where)
         own = torch.full_like(keys[..., :1], tokens - 1)
         return torch.cat([keys, own], -1)[:, :, None].contiguous()
 
@@ -374,6 +416,24 @@ def drafts(setup: Setup) -> Iterator[Case]:
         peers={"as many full steps": Peer(full_steps)},
         targets={"as many full steps": 10.0},
         note=lambda: "verification, which leaves its scores, is timed below",
+    )
+    yield Case(
+        "SparseSpec's choice alone, shares of keys included",
+        shape,
+        lambda i: choose(),
+        lambda: chosen,
+        limit=0.0,
+        error=lambda out, want: different([out], [want]),
+    )
+    shares = verify_attention.key_shares(done)
+    yield Case(
+        "SparseSpec's best keys alone",
+        shape,
+        lambda i: verify_attention.critical_keys(shares, **where),
+        lambda: verify_attention.critical_keys_ref(shares, **where),
+        limit=0.0,
+        error=lambda out, want: different([out], [want]),
+        peers={"by a sort": Peer(lambda i: verify_attention.critical_keys_ref(shares, **where))},
     )
     yield Case(
         "SparseSpec, a draft step alone",
