@@ -19,18 +19,25 @@ from compressor.attention.rule import Rule, RuleCall, Seen
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
+from compressor.runner.activations import Activations
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.source_model import Attending
 from compressor.runner.sweep import StreamedModel
 
 
-def as_stored(source: Source, attention: Attending | None = None) -> StreamedModel:
+def as_stored(
+    source: Source,
+    attention: Attending | None = None,
+    *,
+    activations: Activations | None = None,
+) -> StreamedModel:
     """A checkpoint for one run over it, attending as is said or else as the policy in its folder
-    says. Raises InputError for a policy that is not valid, or not for this model."""
+    says; its hidden states are kept in `activations`. Raises InputError for a policy that is not
+    valid, or not for this model."""
     folder = source.checkpoint.folder
     policy = read_policy(folder) if attention is None and folder.is_dir() else None
     if policy is None:
-        return StreamedModel(source, attention)
+        return StreamedModel(source, attention, activations)
     check_policy(policy, source.layout)
     return StreamedModel(source, policy_attention(policy))
 

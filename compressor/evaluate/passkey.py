@@ -29,6 +29,7 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import Estimate
 from compressor.ir.frozen import Strict
+from compressor.runner.activations import Activations
 from compressor.runner.source_model import Attending
 from compressor.runner.sweep import FinalStates, Progress, run_blocks
 
@@ -127,6 +128,7 @@ def passkey(
     dtype: torch.dtype,
     against: Source | None = None,
     attention: Attending | None = None,
+    activations: Activations | None = None,
     batch: int = 4,
     progress: Progress | None = None,
 ) -> PasskeyResult:
@@ -138,7 +140,8 @@ def passkey(
     found: list[tuple[PasskeyRows, list[Tensor]]] = []
     for length in task.lengths:
         rows = make_rows(tokenizer, haystack, task=task, length=length)
-        models = [as_stored(source, attention), *([as_stored(against)] if against else [])]
+        originals = [as_stored(against, activations=activations)] if against else []
+        models = [as_stored(source, attention), *originals]
         streams = run_blocks(
             models, rows.ids, device=device, dtype=dtype, batch=batch, progress=progress
         )

@@ -20,6 +20,7 @@ from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
+from compressor.runner.activations import Activations
 from compressor.runner.source_model import Attending
 from compressor.runner.sweep import FinalStates, Progress, run_blocks
 
@@ -92,6 +93,7 @@ def evaluate(
     against: Source | None = None,
     scored: Tensor | None = None,
     attention: Attending | None = None,
+    activations: Activations | None = None,
     batch: int = 8,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -109,7 +111,8 @@ def evaluate(
     counted = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if scored is None else scored
     if counted.shape != tokens[:, 1:].shape or not bool(counted.any()):
         raise InputError("`scored` does not mark targets of these windows")
-    models = [as_stored(source, attention), *([as_stored(against)] if against else [])]
+    originals = [as_stored(against, activations=activations)] if against else []
+    models = [as_stored(source, attention), *originals]
     blocks: list[BlockError] = []
 
     def after_block(unit: UnitLayout, hidden: Sequence[Tensor]) -> None:

@@ -31,6 +31,7 @@ from compressor.ir.tensor import TensorShape
 from compressor.methods.base import ModelPass, Needs
 from compressor.methods.common.context import PlanContext
 from compressor.methods.common.shapes import some
+from compressor.plan.activation_store import store_notes, store_problem
 from compressor.plan.check_recipe import check_recipe
 from compressor.plan.delta import as_delta
 from compressor.plan.order import composition_problems, order_problems
@@ -143,6 +144,8 @@ def make_plan(
     notes += [f"{name}: {note}" for name, cost in costs for note in cost.notes]
     if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
         problems.append(refused)
+    if output is not None and (refused := store_problem(recipe)) is not None:
+        problems.append(refused)
     if not problems:
         try:
             settled = settle(recipe, source.layout, passes, fmt, target.schemes, dtype)
@@ -161,6 +164,8 @@ def make_plan(
     try:
         target = _with_passes(target, passes)
         units = tuple(plan_unit(unit, passes, target) for unit in source.layout.units)
+        calibrated = any(unit.calibrated for unit in units)
+        notes += store_notes(recipe, source.layout, dtype, calibrated=calibrated)
         plan = Plan(
             recipe=recipe,
             target=target,

@@ -54,6 +54,7 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
 LARGEST_COUNT, LARGEST_SIZE = 10**9, 2**63 - 1
+SIZES = ("seed", "max_shard_size", "activation_store.max_size")
 """Of numbers in a recipe: rows, steps and the like; bytes and the seed."""
 
 
@@ -87,6 +88,20 @@ class Calibration(Mixture):
     )
 
 
+class ActivationStore(Strict):
+    """Where hidden states are kept, for other passes and runs to read."""
+
+    dir: str = Field(
+        "~/.cache/compressor/activations", description="its folder; several runs may share it"
+    )
+    max_size: Size = Field(20 * 10**9, description="most bytes in it, or such as 20GB")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_alone(cls, data: Any) -> Any:
+        return {"dir": data} if isinstance(data, str) else data
+
+
 class Recipe(Strict):
     """Everything a run depends on."""
 
@@ -116,6 +131,9 @@ class Recipe(Strict):
         False, description="continue only where instructions, threads and libraries are the same"
     )
     max_shard_size: Size = Field(5 * 10**9, description="largest file: bytes, or such as 2GB")
+    activation_store: ActivationStore | None = Field(
+        None, description="keep hidden states on disk and read what is known; {} or a folder"
+    )
     verify: bool = Field(True, description="reopen the written files and prove them")
     evaluate: Evaluation | None = Field(None, description="measure the written files; {} will do")
     gate: Gate | None = Field(None, description="limits; a run that misses one ends with exit 1")
@@ -142,10 +160,10 @@ class Recipe(Strict):
             raise ValueError(f"{error.message} ({error.hint})") from error
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as plain data with every default filled in, without where it writes."""
-        data = self.model_dump(
-            mode="json", exclude={"output", "passes", "publish"}, exclude_none=True
-        )
+        """The recipe as plain data with every default filled in, without where it writes and what
+        it keeps, which change no byte of the artefact."""
+        left_out = {"output", "passes", "publish", "activation_store"}
+        data = self.model_dump(mode="json", exclude=left_out, exclude_none=True)
         data["passes"] = [{s.name: s.plain()} for s in self.passes]
         return {key: value for key, value in data.items() if value != {}}
 
@@ -258,7 +276,7 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
 
 def _too_large(value: Any, place: str = "") -> Iterator[InputError]:
     """Numbers that no count is as large as, and loops would run for ever over."""
-    most = LARGEST_SIZE if place in ("seed", "max_shard_size") else LARGEST_COUNT
+    most = LARGEST_SIZE if place in SIZES else LARGEST_COUNT
     if isinstance(value, int) and abs(value) > most:
         yield InputError(f"{place} is too large", hint=f"at most {most}")
     elif isinstance(value, Mapping):

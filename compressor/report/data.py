@@ -68,6 +68,8 @@ class ReportData(Strict):
     machine     what it ran on: name → value
     environment what decided the last bits, as the manifest names it; several where a run went on
                 elsewhere
+    activations rows that were read from the activation store in place of running them through a
+                block, and rows that ran: {"read", "ran"}
     started     ISO 8601 with a time zone
     """
 
@@ -93,6 +95,7 @@ class ReportData(Strict):
     hashes: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str] = Field(default_factory=dict)
     environment: tuple[dict[str, str], ...] = ()
+    activations: dict[str, int] | None = None
     started: str = ""
 
     def to_json(self) -> dict[str, Any]:

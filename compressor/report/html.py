@@ -331,6 +331,11 @@ def _plan(data: Data) -> str:
     phases = [[escape(name), duration(seconds)] for name, seconds in data["phases"].items()]
     if phases:
         body += "<h3>Time by phase</h3>" + table(["phase", "time"], phases, numbers=(1,))
+    if kept := data.get("activations"):
+        body += (
+            f"<p>Rows through a block: {kept['read']} were read from the activation store, "
+            f"{kept['ran']} were computed.</p>"
+        )
     return section("The plan, and what happened", body)
 
 

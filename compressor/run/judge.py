@@ -207,6 +207,7 @@ class _Judge:
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
                 against=self.prepared.plan.source if wanted.against_original else None,
+                activations=self.prepared.activations,
                 scored=scored,
                 batch=self._rows(wanted.length),
                 progress=self.watch.unit,
@@ -229,6 +230,7 @@ class _Judge:
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
                 against=self.prepared.plan.source if wanted.against_original else None,
+                activations=self.prepared.activations,
                 batch=self._rows(max(wanted.passkey.lengths)),
                 progress=self.watch.unit,
             )

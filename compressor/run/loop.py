@@ -117,7 +117,9 @@ class _Loop:
         here = environment(settings.device)
         self._check_sources()
         dtype = plan.compute_dtype(settings.device)
-        model = SourceModel(plan.source, device=settings.device, dtype=dtype)
+        model = SourceModel(
+            plan.source, device=settings.device, dtype=dtype, activations=settings.activations
+        )
         execution = Execution(settings.batch, offload=False, stopping=settings.stopping)
         with ThreadPoolExecutor(1) as writes, ThreadPoolExecutor(1) as syncs:
             output = CommitQueue(self.writer, writes, syncs, settings.device)
@@ -198,11 +200,12 @@ class _Loop:
         if unit.layout.kind == "embedding":
             self._embed(step, tensors)
             return
-        _advance(step, step.stream, tensors, record["batches"])
+        # In the batches of then: others may round otherwise.
+        step.run(tensors=tensors, batches=record["batches"])
         if self._beside(unit):
             assert source is not None and self.originals is not None
             originals = source.dequantized(self.plan.compute_dtype(self.settings.device))
-            _advance(step, self.originals, originals, record["original_batches"])
+            step.run(self.originals, tensors=originals, batches=record["original_batches"])
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
@@ -220,11 +223,11 @@ class _Loop:
         if unit.layout.kind == "embedding":
             self._embed(step, seen)
             return {"batches": []}
-        batches = {"batches": _advance(step, step.stream, seen)}
+        batches = {"batches": step.run(tensors=seen)}
         if self._beside(unit):
             assert self.originals is not None
             if self.targets is None:
-                batches["original_batches"] = _advance(step, self.originals, originals)
+                batches["original_batches"] = step.run(self.originals, tensors=originals)
             else:
                 self.originals, batches["original_batches"] = self.targets
                 self.targets = None
@@ -368,15 +371,6 @@ class _Loop:
         )
         self.done.append(done)
         self.settings.on_unit(done)
-
-
-def _advance(
-    step: Step, stream: Stream, tensors: Mapping[str, Tensor], batches: list[int] | None = None
-) -> list[int]:
-    """Run a stream through a block, in place, and return the batches it took: rows are replaced as
-    soon as they are done, and other batches may round otherwise."""
-    with step.loaded(tensors):
-        return step.run(stream, batches=batches)
 
 
 def _nothing(current: Unit, changed: bool, wanted: Observable) -> Observation:

@@ -98,7 +98,12 @@ def learn(
             if kept.folder.exists():
                 settings.on_note(f"learned/{place} is not whole: {name} learns again")
             if model is None:
-                model = SourceModel(plan.source, device=device, dtype=plan.compute_dtype(device))
+                model = SourceModel(
+                    plan.source,
+                    device=device,
+                    dtype=plan.compute_dtype(device),
+                    activations=settings.activations,
+                )
             scratch = Records(work / "learning" / place, seal)
             own_folder(scratch.folder)
             before = (scratch.get("environments.json") or {"all": []})["all"]

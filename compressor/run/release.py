@@ -160,8 +160,15 @@ def report_data(
         hashes=_hashes(compiled.output, about),
         machine=_machine(prepared.device),
         environment=tuple(about.get("environment", ())),
+        activations=activations_json(prepared),
         started=started.isoformat(timespec="seconds"),
     )
+
+
+def activations_json(prepared: Prepared) -> dict[str, int] | None:
+    """What the activation store saved."""
+    store = prepared.activations
+    return None if store is None else {"read": store.read, "ran": store.ran}
 
 
 def card_data(prepared: Prepared, compiled: Compiled, verdict: Verdict) -> CardData:

@@ -25,6 +25,7 @@ from compressor.plan.recipe import make_recipe
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.run.allocate import Group, Option, Sensitivity, split_bits
 from compressor.run.apply import apply_passes
+from compressor.runner.activations import Activations
 from compressor.runner.block_runner import Block
 from compressor.runner.observe import Observation, observe
 from compressor.runner.simulate import StoredInput, quantized_inputs
@@ -71,17 +72,21 @@ def measure_sensitivity(
     *,
     device: torch.device,
     batch: int,
+    activations: Activations | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Sensitivity:
     """Every group's error at each number of bits, and unquantized.
 
     recipe    as plain data, with exactly one quantizer that has `bits`
     ids       calibration tokens [rows, length]
+    activations  where hidden states of the source are kept
     progress  called with a unit's name, how many are done, and how many there are
     """
     plans = plans_of_bits(recipe, source, bits)
     plan = next(iter(plans.values()))
-    model = SourceModel(source, device=device, dtype=plan.compute_dtype(device))
+    model = SourceModel(
+        source, device=device, dtype=plan.compute_dtype(device), activations=activations
+    )
     execution = Execution(batch, offload=False)
     groups: list[Group] = []
     for step in sweep(model, ids, execution=execution):
@@ -95,6 +100,8 @@ def measure_sensitivity(
 def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
     """The groups of one block, which has run afterwards."""
     any_plan = next(iter(plans.values()))
+    entering, left = step.stream, step.stream.like()
+    step.run(into=left)
     index, layout, raw = step.index, step.layout, step.take()
     device = step.model.device
     start = Unit(
@@ -104,9 +111,7 @@ def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
     )
     wanted = groups_of(layout, any_plan.passes[-1].names)
     options: list[list[Option]] = [[] for _ in wanted]
-    entering, left = step.stream, step.stream.like()
     with step.loaded(start.tensors) as block:
-        step.run(into=left)
 
         def look(current: Unit, changed: bool, needs: Observable) -> Observation:
             block.tensors = current.dequantized()
@@ -144,7 +149,7 @@ def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
         )
         for linears, found in zip(wanted, options, strict=True)
     ]
-    entering.hidden = left.hidden
+    entering.take(left)
     return groups
 
 

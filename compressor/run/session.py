@@ -25,6 +25,7 @@ from compressor.plan.plan import Plan, make_plan
 from compressor.plan.preflight import preflight
 from compressor.plan.recipe import AFTERWARDS, Recipe
 from compressor.plan.unit_plan import DTYPES
+from compressor.run.activation_store import open_activations
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
 from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
@@ -32,6 +33,7 @@ from compressor.run.settings import FitProgress, JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
 from compressor.run.warm_up import warm_up
+from compressor.runner.activations import Activations
 from compressor.runner.heap import share_heap
 from compressor.runner.process_memory import rss
 from compressor.verify.kernels.check import enable_interpreter
@@ -53,6 +55,7 @@ class Prepared:
     base                     what a pass names as its base
     calibration, evaluation  token sets;  haystack  text that the passkey probe hides its key in
     batch                    rows of calibration tokens in one forward pass
+    activations              where hidden states are kept
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class Prepared:
     haystack: str
     device: torch.device
     batch: int
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,7 @@ def prepare(
         haystack=haystack,
         device=device,
         batch=batch_rows(plan, device=device, device_memory=device_memory),
+        activations=open_activations(recipe.activation_store, device),
     )
 
 
@@ -286,6 +291,8 @@ def compile_checkpoint(
     A finished output of the same run is left as it is; one of another run is refused.
     """
     recipe, plan = prepared.recipe, prepared.plan
+    if prepared.activations is not None:
+        prepared.activations.on_note = on_note
     output = Path(recipe.output).expanduser()
     about = fingerprint(prepared)
     with writing(
@@ -296,6 +303,7 @@ def compile_checkpoint(
         settings = JobSettings(
             device=prepared.device,
             batch=prepared.batch,
+            activations=prepared.activations,
             on_unit=on_unit,
             on_step=on_step,
             on_note=on_note,

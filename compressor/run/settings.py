@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compressor.errors import Interrupted
+from compressor.runner.activations import Activations
 
 Progress = Callable[[str, int, int], None]
 FitProgress = Callable[[str, int, int, float], None]
@@ -39,6 +40,7 @@ class JobSettings:
     """How this machine runs a job.
 
     batch     rows of calibration tokens in one forward pass, if memory allows
+    activations  where hidden states are kept for other passes and runs
     on_unit   called after each unit
     on_step   called after each step of other work: its name, how many are done, how many there are
     on_note   told what is damaged and therefore done again
@@ -49,6 +51,7 @@ class JobSettings:
 
     device: torch.device
     batch: int
+    activations: Activations | None = None
     on_unit: Callable[[UnitDone], None] = lambda done: None
     on_step: Progress = lambda name, done, total: None
     on_note: Callable[[str], None] = lambda text: None

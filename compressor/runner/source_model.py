@@ -13,6 +13,7 @@ from torch import Tensor
 from compressor.checkpoint.source import Source
 from compressor.ir.layout import ModelLayout, weight_name
 from compressor.ir.unit import Unit
+from compressor.runner.activations import Activations
 from compressor.runner.attention_call import AttentionHook
 from compressor.runner.block_runner import Block, BlockRunner
 from compressor.runner.simulate import quantized_inputs, quantized_kv, stored_inputs
@@ -28,6 +29,7 @@ class SourceModel:
 
     attention  what attends in its blocks (None: as the model itself does)
     as_stored  run it with its inputs and its cache quantized, as the files say
+    activations  where hidden states are kept that its blocks make; nowhere, if None
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class SourceModel:
         dtype: torch.dtype,
         attention: Attending | None = None,
         as_stored: bool = False,
+        activations: Activations | None = None,
     ) -> None:
         self.source = source
         self.layout: ModelLayout = source.layout
@@ -46,6 +49,7 @@ class SourceModel:
         self.dtype = dtype
         self.attention = attention
         self.as_stored = as_stored
+        self.activations = activations
 
     @cached_property
     def runner(self) -> BlockRunner:

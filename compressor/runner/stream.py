@@ -35,10 +35,12 @@ class Stream:
     side    what the model is given beside its tokens and differs by row: name of the argument
             (attention_mask, position_ids) → tensor [rows, ...]. Where it is empty, rows are whole:
             no padding, positions from 0
+    made_of what they were made from, as `activations` names it; None where nobody knows
     """
 
     hidden: Tensor
     side: Mapping[str, Tensor] = field(default_factory=dict)
+    made_of: str | None = None
 
     @property
     def rows(self) -> int:
@@ -59,7 +61,11 @@ class Stream:
 
     def copy(self) -> Stream:
         """The same rows once more."""
-        return Stream(self.hidden.clone(), self.side)
+        return Stream(self.hidden.clone(), self.side, self.made_of)
+
+    def take(self, other: Stream) -> None:
+        """Be what another stream is."""
+        self.hidden, self.side, self.made_of = other.hidden, other.side, other.made_of
 
     def like(self) -> Stream:
         """A stream for as many rows, whose hidden states are not set."""

@@ -1,8 +1,7 @@
 """The one walk over a model's units: rows of tokens enter, and one unit at a time is in memory.
 
 The next unit is read while the last one computes. Where several checkpoints run side by side their
-units alternate. Running out of the device's memory halves the batch, and a walk ends early in one
-way: `Execution.stopping`.
+units alternate. What stops it, and how many rows run at a time, is `execution`'s.
 """
 
 from __future__ import annotations
@@ -11,84 +10,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint.source import Source
-from compressor.errors import InputError, Interrupted
+from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
+from compressor.runner.activations import Activations, after, embedded, even, nowhere
 from compressor.runner.attention_call import AttentionHook
 from compressor.runner.block_runner import Block
+from compressor.runner.execution import Execution as Execution
+from compressor.runner.execution import Progress as Progress
 from compressor.runner.heap import give_back
 from compressor.runner.source_model import Attending, SourceModel
 from compressor.runner.stream import Entering, Stream
-
-T = TypeVar("T")
-
-Progress = Callable[[str, int, int], None]
-"""Called with a unit's name, how many units are done, and how many there are."""
-
-
-@dataclass(slots=True)
-class Execution:
-    """How rows run on this machine.
-
-    batch     rows in one forward pass; halved for good where the device's memory does not do
-    offload   keep hidden states in main memory, in float32, between blocks; otherwise they stay on
-              the device as they were computed
-    stopping  asked before each unit; the walk then raises Interrupted
-    progress  called after each unit
-    """
-
-    batch: int
-    offload: bool = True
-    stopping: Callable[[], bool] = lambda: False
-    progress: Progress = lambda name, done, total: None
-
-    def check_stop(self) -> None:
-        """Raises Interrupted when asked to stop."""
-        if self.stopping():
-            raise Interrupted
-
-    def halving(self, attempt: Callable[[int], T]) -> T:
-        """What an attempt gives with as many rows at a time as memory allows."""
-        while True:
-            try:
-                return attempt(self.batch)
-            except torch.OutOfMemoryError:
-                self._halve()
-
-    def batches(
-        self, rows: int, attempt: Callable[[int, int], T], recorded: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, int, T]]:
-        """(start, stop, what an attempt gives) for all rows, some at a time. What is done stays
-        done where memory runs out.
-
-        recorded  sizes of batches that were taken before, which are taken again
-        """
-        start, number = 0, 0
-        while start < rows:
-            size = self.batch if recorded is None else recorded[number]
-            stop = min(start + size, rows)
-            try:
-                made = attempt(start, stop)
-            except torch.OutOfMemoryError:
-                if recorded is not None:
-                    raise
-                self._halve()
-                continue
-            yield start, stop, made
-            start, number = stop, number + 1
-
-    def _halve(self) -> None:
-        """Called while the error is handled, which is raised again where there is but one row."""
-        if self.batch == 1:
-            raise
-        self.batch //= 2
-        torch.cuda.empty_cache()
 
 
 @dataclass(slots=True)
@@ -163,11 +100,13 @@ class Step:
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Let rows of token ids enter the model: `embedded` becomes its stream."""
+        tensors = self.model.floats(self.source) if tensors is None else tensors
+        made_of = embedded(self.model, tensors, ids, side or {})
         for start, _, out in self.embedded(ids, side, tensors=tensors):
             if start == 0:
                 like = out.cpu().float() if self.execution.offload else out
                 hidden = like.new_empty(ids.shape[0], *out.shape[1:])
-                self.streams[self.number :] = [Stream(hidden, side or {})]
+                self.streams[self.number :] = [Stream(hidden, side or {}, made_of)]
             self.stream.write(start, out)
 
     @contextmanager
@@ -211,24 +150,41 @@ class Step:
         into: Stream | None = None,
         hook: AttentionHook | None = None,
         batches: Sequence[int] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> list[int]:
-        """Run rows through the block, and say in which batches.
+        """Run rows through the block, and say in which batches. What the model's activations hold
+        is read instead.
 
-        stream  the rows, if not the step's own;  into  where outputs go: in place of them, if None
-        hook    as in `outputs`; if None, what the walk or the model says
-        The block is loaded with what was read, unless it is.
+        stream   the rows, if not the step's own;  into  where outputs go: in place of them, if None
+        hook     as in `outputs`; if None, what the walk or the model says
+        tensors  weights of a block that is not loaded, in place of what was read
         """
         stream = self.stream if stream is None else stream
+        into = stream if into is None else into
         self.ran = self.ran or stream is self.stream
+        kept, made_of = self.model.activations, None
+        sizes = even(stream.rows, self.execution.batch) if batches is None else list(batches)
+        attends = hook or self.attention or self.model.attention
+        if kept is not None and attends is None:
+            weights = self._block.tensors if self._block else tensors
+            weights = self.model.floats(self.source) if weights is None else weights
+            made_of = after(self.model, stream.made_of, self.index, weights, sizes)
+            if (known := kept.rows(made_of)) is not None:
+                into.write(0, known)
+                into.made_of = made_of
+                return sizes
         if hook is None and self.unit is not None:
             hook = self.model.hook(self.unit, self.attention)
-        load: AbstractContextManager[object] = nullcontext() if self._block else self.loaded()
-        sizes = []
-        with load:
+        load = nullcontext() if self._block else self.loaded(tensors)
+        ran, into.made_of = [], None
+        keeping = nullcontext(nowhere) if kept is None else kept.keeping(made_of, sizes)
+        with load, keeping as keep:
             for start, stop, out in self.outputs(stream, hook=hook, batches=batches):
-                (stream if into is None else into).write(start, out)
-                sizes.append(stop - start)
-        return sizes
+                keep(out)
+                into.write(start, out)
+                ran.append(stop - start)
+        into.made_of = made_of if ran == sizes else None
+        return ran
 
 
 def walk(
@@ -308,11 +264,12 @@ def sweep(
 
 @dataclass(frozen=True, slots=True)
 class StreamedModel:
-    """A checkpoint to be run as it is stored, and how its blocks attend (None: as the model itself
-    does)."""
+    """A checkpoint to be run as it is stored, how its blocks attend (None: as the model itself
+    does), and where its hidden states are kept (None: nowhere)."""
 
     source: Source
     attention: Attending | None = None
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +302,14 @@ def run_blocks(
     """
     _check(models, ids)
     running = [
-        SourceModel(m.source, device=device, dtype=dtype, attention=m.attention, as_stored=True)
+        SourceModel(
+            m.source,
+            device=device,
+            dtype=dtype,
+            attention=m.attention,
+            as_stored=True,
+            activations=m.activations,
+        )
         for m in models
     ]
     execution = Execution(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from compressor.attention.rules.forecast import ForecastBlocks, forecast_of
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.source import open_source
 from compressor.errors import Interrupted
+from compressor.methods.sparda.optimizer import ForecastOptimizer
 from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
 from compressor.methods.sparda.teacher import Teacher, attention_inputs, norms
-from compressor.methods.sparda.training import ForecastOptimizer, Trainer, Training, store_bytes
+from compressor.methods.sparda.training import Trainer, Training, store_bytes
+from compressor.runner.activations import Activations
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.source_model import SourceModel
 from tests.support.block_cases import FINE, SMALL
@@ -83,6 +86,22 @@ def test_one_sweep_trains_what_all_blocks_at_once_do(model, tmp_path, change):
         assert not torch.allclose(ours, initial_forecast(32, 64, seed=SEED + 1), atol=1e-3)
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
     assert found.future[-1].abs().max() <= 1 / 8  # never trained
+
+
+@pytest.mark.parametrize("chosen_states", [True, False])
+def test_forecasts_are_the_same_where_hidden_states_are_read(model, tmp_path, chosen_states):
+    """A second training reads every state that the first one kept; other teachers see others."""
+    plain = replace(TRAINING, chosen_states=chosen_states)
+    wanted = sweep(model, tmp_path / "without", plain).run()
+    kept = Activations.open(tmp_path / "acts", 10**8, {})
+    keeping = SourceModel(model.source, device=model.device, dtype=model.dtype, activations=kept)
+    for number in range(2):
+        found = sweep(keeping, tmp_path / str(number), plain).run()
+        assert torch.equal(found.current, wanted.current)
+        assert all(map(torch.equal, found.future, wanted.future))
+        assert (kept.ran, kept.read) == ((LAYERS - 1) * ROWS, number * (LAYERS - 1) * ROWS)
+    sweep(keeping, tmp_path / "other", replace(plain, chosen_states=not chosen_states)).run()
+    assert kept.ran == 2 * (LAYERS - 1) * ROWS
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3_moe"])

@@ -72,6 +72,11 @@ if TYPE_CHECKING:
     "Repeatable.",
 )
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--activation-store",
+    metavar="FOLDER",
+    help="Keep the original's hidden states here, and read those that are known.",
+)
 @device_option
 @telling_options
 def command(
@@ -93,6 +98,7 @@ def command(
     task_limit: int | None,
     limits: tuple[str, ...],
     batch: int,
+    activation_store: str | None,
     device: str,
     told: Told,
 ) -> None:
@@ -117,6 +123,8 @@ def command(
     from compressor.evaluate.passkey import passkey as probe
     from compressor.evaluate.perplexity import evaluate, plain_json, strided
     from compressor.evaluate.settings import Evaluation
+    from compressor.plan.recipe import ActivationStore
+    from compressor.run.activation_store import open_activations
     from compressor.run.session import choose_device
     from compressor.run.tokens import evaluation_tokens, passkey_text, skipped_notes
     from compressor.runner.tokenizer import load_tokenizer
@@ -130,6 +138,7 @@ def command(
         tasks=tasks,
     )
     where = choose_device(device)
+    folder = ActivationStore(dir=activation_store) if activation_store else None
     source = open_model(checkpoint, base=base)
     original = locate(against, fetch=True).source if against else None
     probed = Passkey(**({"lengths": lengths} if lengths else {}))
@@ -152,6 +161,7 @@ def command(
     if stride is not None:
         tokens, scored = strided(tokens.reshape(-1), length=length, stride=stride)
     display = told.display()
+    activations = open_activations(folder, where, lambda text: display.event("note", text=text))
     for note in skipped_notes(None, cut):
         display.event("note", text=note)
     dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
@@ -162,6 +172,7 @@ def command(
             device=where,
             dtype=dtype,
             against=original,
+            activations=activations,
             scored=scored,
             batch=batch,
             progress=display.unit,
@@ -181,6 +192,7 @@ def command(
                 device=where,
                 dtype=dtype,
                 against=original,
+                activations=activations,
                 batch=batch,
                 progress=display.unit,
             )

@@ -89,6 +89,7 @@ def command(
     from compressor.checkpoint.find import locate
     from compressor.plan.recipe import make_recipe, read_recipe
     from compressor.plan.unit_plan import DTYPES
+    from compressor.run.activation_store import open_activations
     from compressor.run.sensitivity import measure_sensitivity, plans_of_bits
     from compressor.run.session import choose_device
     from compressor.run.tokens import calibration_tokens
@@ -126,6 +127,7 @@ def command(
             tokens.ids,
             device=where,
             batch=batch,
+            activations=open_activations(recipe.activation_store, where),
             progress=lambda name, done, total: display.unit(name, done, total),
         )
     write_atomically(out, (found.model_dump_json(indent=1) + "\n").encode())

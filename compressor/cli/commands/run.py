@@ -193,6 +193,8 @@ def show_unit(display: Display, prepared: Prepared, done: UnitDone) -> None:
 
 def summary(run: Run) -> dict[str, Any]:
     """What a machine wants to know of a run."""
+    from compressor.run.release import activations_json
+
     units, planned = run.released.units, run.prepared.estimates
     return {
         "ok": run.ok,
@@ -205,6 +207,7 @@ def summary(run: Run) -> dict[str, Any]:
         "peak_device_bytes": max((unit.peak_device for unit in units), default=0),
         "planned_host_bytes": planned.host_bytes,
         "planned_device_bytes": planned.device_bytes,
+        "activations": activations_json(run.prepared),
         "rows": [{"unit": unit.name, **row} for unit in units for row in unit.rows],
         **run.released.verdict.to_json(),
         "report": str(run.released.report) if run.released.report else None,
@@ -225,6 +228,8 @@ def report(run: Run) -> None:
         peak = max(unit.peak_device for unit in units)
         if peak:
             echo(f"  device peak {size(peak)} (planned {size(planned.device_bytes)})")
+    if (kept := run.prepared.activations) is not None:
+        echo(f"  activations {kept.read} of {kept.read + kept.ran} rows through a block were read")
     rows = [row for unit in units for row in unit.rows]
     for line in [*kept_rows(rows), *row_notes(rows)]:
         echo(f"  noted       {line}")

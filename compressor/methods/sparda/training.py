@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -27,16 +27,16 @@ from compressor.attention.rules.forecast import CURRENT, FUTURE
 from compressor.checkpoint.durable import make_way, own_folder
 from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
+from compressor.methods.sparda.optimizer import ForecastOptimizer
 from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
 from compressor.methods.sparda.teacher import Teacher, attention_call, attention_inputs, norms
+from compressor.runner.activations import after, embedded, even, nowhere
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.block_runner import Block
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import stored_rows
 from compressor.runner.sweep import Execution, Progress, Step, walk
 
-BETAS = (0.9, 0.95)
-EPSILON = 1e-6
 FIT_TOKENS = 65536
 PROGRESS = "sweep.json"
 
@@ -88,34 +88,6 @@ class Training:
         return [drawn[i * size : (i + 1) * size] for i in range(self.steps)]
 
 
-class ForecastOptimizer:
-    """One forecast while it is trained."""
-
-    def __init__(self, weight: Tensor, training: Training) -> None:
-        self.training = training
-        self.weight = weight.float().requires_grad_()
-        self._step = 0
-        self._adamw = torch.optim.AdamW(
-            [self.weight],
-            lr=training.learning_rate,
-            betas=BETAS,
-            eps=EPSILON,
-            weight_decay=training.weight_decay,
-        )
-
-    def step(self) -> None:
-        """Use the gradient that has been added up, and forget it."""
-        self._step += 1
-        if self._step <= self.training.warmup:
-            rate = self.training.learning_rate * self._step / self.training.warmup
-            self._adamw.param_groups[0]["lr"] = rate
-        else:
-            self._adamw.param_groups[0]["lr"] = self.training.learning_rate
-        torch.nn.utils.clip_grad_norm_([self.weight], self.training.clip)
-        self._adamw.step()
-        self._adamw.zero_grad()
-
-
 def store_bytes(rows: int, length: int, width: int, dtype: torch.dtype) -> int:
     """Bytes that training keeps on disk: two buffers of hidden states."""
     return 2 * rows * length * width * dtype.itemsize
@@ -161,6 +133,8 @@ class Trainer:
     """The block whose inputs are whole in their buffer (and those of the one before); -1: none."""
     _hashes: list[str | None] = field(default_factory=lambda: [None, None], init=False)
     """Of the two buffers."""
+    _made_of: str | None = field(default=None, init=False)
+    """What those inputs were made from, as the model's activations name it."""
 
     def run(self) -> TrainedForecasts:
         """Train. Raises Interrupted when asked to stop; what is trained stays."""
@@ -181,13 +155,14 @@ class Trainer:
             trained = self._trained(layer)
             onward = self._reached == layer < len(blocks) - 1
             needed = trained is None or onward
+            name = self._name(step) if onward else None
             tensors = model.on_device(step.take()) if needed else dict(step.source.tensors)
             if trained is None:
                 size = (shape.kv_heads * shape.head_dim, stores[0].width)
                 initial = initial_forecast(*size, seed=self.seed + 1 + layer)
                 trained = self._train(step, tensors, before, stores, initial)
             if onward:
-                self._advance(step, tensors, stores)
+                self._advance(step, tensors, stores, name)
             before = norms(step.layout, tensors)
             del tensors
             weights.append(trained["weight"])
@@ -226,10 +201,12 @@ class Trainer:
             needed.append((reached - 1) % 2)
         if all(stores[i].content_hash() == hashes[i] for i in needed):
             self._reached, self._hashes = reached, hashes
+            self._made_of = known.get("made_of")
 
-    def _reach(self, layer: int, content: str) -> None:
-        self._reached, self._hashes[layer % 2] = layer, content
-        self.scratch.put(PROGRESS, {"reached": layer, "hashes": self._hashes})
+    def _reach(self, layer: int, content: str, made_of: str | None) -> None:
+        self._reached, self._hashes[layer % 2], self._made_of = layer, content, made_of
+        known = {"reached": layer, "hashes": self._hashes, "made_of": made_of}
+        self.scratch.put(PROGRESS, known)
 
     def _trained(self, layer: int) -> dict[str, Tensor] | None:
         return self.scratch.get_tensors(f"forecast.{layer}.safetensors")
@@ -245,7 +222,8 @@ class Trainer:
             for start, _, hidden in step.embedded(self.ids):
                 self._check_stop()
                 writer.put(start, hidden)
-        self._reach(0, writer.content_hash())
+        made_of = embedded(self.model, self.model.floats(step.source), self.ids, {})
+        self._reach(0, writer.content_hash(), made_of)
 
     def _train(
         self,
@@ -337,18 +315,51 @@ class Trainer:
             optimizer.step()
             yield loss
 
+    def _name(self, step: Step) -> str | None:
+        """The name of what leaves a step's block, which has its unit still."""
+        if self.model.activations is None:
+            return None
+        batches = even(self.ids.shape[0], step.execution.batch)
+        hook = chosen_attention(self.training, self.ids.shape[1])
+        return after(
+            self.model,
+            self._made_of,
+            step.index,
+            self.model.floats(step.source),
+            batches,
+            attention="" if hook is None else repr(self.training.teacher),
+        )
+
     def _advance(
-        self, step: Step, tensors: dict[str, Tensor], stores: Sequence[ActivationStore]
+        self,
+        step: Step,
+        tensors: dict[str, Tensor],
+        stores: Sequence[ActivationStore],
+        name: str | None,
     ) -> None:
-        """Put what leaves the step's block where what entered the block before it was."""
+        """Put what leaves the step's block where what entered the block before it was.
+
+        name  of what leaves it, in the model's activations
+        """
         layer = step.layout.index
         source, target = stores[layer % 2], stores[(layer + 1) % 2]
         hook = chosen_attention(self.training, self.ids.shape[1])
-        with step.loaded(tensors), stored_rows(source) as rows, target.writing() as writer:
-            for start, _, hidden in step.outputs(rows, hook=hook):
-                self._check_stop()
-                writer.put(start, hidden)
-        self._reach(layer + 1, writer.content_hash())
+        kept, batches = self.model.activations, even(source.rows, step.execution.batch)
+        ran = batches
+        known = None if kept is None else kept.rows(name)
+        keeping = nullcontext(nowhere) if kept is None else kept.keeping(name, batches)
+        with target.writing() as writer:
+            if known is not None:
+                writer.put(0, known)
+            else:
+                ran = []
+                with step.loaded(tensors), stored_rows(source) as rows, keeping as keep:
+                    for start, stop, hidden in step.outputs(rows, hook=hook):
+                        self._check_stop()
+                        keep(hidden)
+                        ran.append(stop - start)
+                        writer.put(start, hidden)
+        self._reach(layer + 1, writer.content_hash(), name if ran == batches else None)
 
     def _check_stop(self) -> None:
         if self.stopping():

@@ -1,0 +1,42 @@
+"""Steps that train one forecast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from compressor.methods.sparda.training import Training
+
+BETAS = (0.9, 0.95)
+EPSILON = 1e-6
+
+
+class ForecastOptimizer:
+    """One forecast while it is trained."""
+
+    def __init__(self, weight: Tensor, training: Training) -> None:
+        self.training = training
+        self.weight = weight.float().requires_grad_()
+        self._step = 0
+        self._adamw = torch.optim.AdamW(
+            [self.weight],
+            lr=training.learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+            weight_decay=training.weight_decay,
+        )
+
+    def step(self) -> None:
+        """Use the gradient that has been added up, and forget it."""
+        self._step += 1
+        if self._step <= self.training.warmup:
+            rate = self.training.learning_rate * self._step / self.training.warmup
+            self._adamw.param_groups[0]["lr"] = rate
+        else:
+            self._adamw.param_groups[0]["lr"] = self.training.learning_rate
+        torch.nn.utils.clip_grad_norm_([self.weight], self.training.clip)
+        self._adamw.step()
+        self._adamw.zero_grad()

@@ -1,0 +1,32 @@
+"""Opens the activation store of a recipe or a command, for what this machine computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from compressor.plan.recipe import ActivationStore
+from compressor.run.environment import environment, versions
+from compressor.runner.activations import Activations
+
+
+def open_activations(
+    wanted: ActivationStore | None,
+    device: torch.device,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Activations | None:
+    """The store, or None where none is wanted. Raises InputError where its folder will not do."""
+    if wanted is None:
+        return None
+    cuda = device.type == "cuda"
+    here = {
+        **versions(),
+        **environment(device),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "float32 products": torch.get_float32_matmul_precision(),
+    }
+    store = Activations.open(Path(wanted.dir).expanduser(), wanted.max_size, here)
+    store.on_note = on_note
+    return store
