@@ -134,7 +134,7 @@ def test_a_store_that_will_not_do_is_said_before_anything_is_read(
         prepare(recipe(model, tmp_path / "a", str(tmp_path / "acts")), device=CPU)
     with pytest.raises(Problems, match="not a size"):
         recipe(model, tmp_path / "a", {"max_size": "many"})
-    with pytest.raises(Problems, match="activation_store.size"):
+    with pytest.raises(Problems, match=r"activation_store\.size"):
         recipe(model, tmp_path / "a", {"size": "1GB"})
 
 
