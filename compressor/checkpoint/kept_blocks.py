@@ -39,9 +39,9 @@ class KeptCheckpoint(Checkpoint):
         found = self.original.read(theirs.values(), pin=pin, threads=threads)
         return {name: found[other] for name, other in theirs.items()}
 
-    def in_files(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """What the original's files hold of them, under the names here where both agree."""
-        return self.read(names)
+        return self.read(names, pin=pin)
 
 
 def kept_source(source: Source, kept: Sequence[int], config: Mapping[str, Any]) -> Source:

@@ -77,9 +77,9 @@ class Checkpoint:
             read = pool.map(lambda entry: read_tensor(entry, pin=pin), entries.values())
             return dict(zip(entries, read, strict=True))
 
-    def in_files(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """What files hold of the named tensors, as they hold it and under the names there."""
-        return self.read(names)
+        return self.read(names, pin=pin)
 
     def view(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The named tensors out of that."""

@@ -36,9 +36,9 @@ class SlicedCheckpoint(Checkpoint):
         wanted = list(names)
         return self.view(wanted, self.inner.read(self._homes(wanted), pin=pin, threads=threads))
 
-    def in_files(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The stacks that hold them."""
-        return self.inner.in_files(self._homes(names))
+        return self.inner.in_files(self._homes(names), pin=pin)
 
     def view(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slices of those."""

@@ -104,10 +104,26 @@ class Source:
                 names.append(name)
         return tuple(names)
 
-    def read_unit(self, unit: UnitLayout, *, pin: bool = False, carried: bool = True) -> Unit:
+    def read_unit(
+        self,
+        unit: UnitLayout,
+        *,
+        pin: bool = False,
+        carried: bool = True,
+        device: torch.device | None = None,
+    ) -> Unit:
         """A unit's tensors on the CPU: floats as they are stored, quantized weights decoded;
-        `carried` as in `names`."""
-        return self.assemble(unit, self.checkpoint.read(self.names(unit, carried=carried), pin=pin))
+        `carried` as in `names`.
+
+        device  where quantized weights are decoded, and stay
+        """
+        tensors = self.checkpoint.read(self.names(unit, carried=carried), pin=pin)
+        for linear in unit.linears if device is not None else ():
+            if self.schemes.linears[linear.name].weight is not None:
+                names = [f"{linear.name}.{leaf}" for leaf in self.stored(linear)]
+                coded = {n: tensors[n] for n in names if n in tensors}  # or it is carried over
+                tensors |= {n: t.to(device, non_blocking=True) for n, t in coded.items()}
+        return self.assemble(unit, tensors)
 
     def assemble(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
         """The unit that tensors read under `names(unit)` stand for."""

@@ -217,11 +217,12 @@ def _log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tens
 
 def _relative_error(ours: Tensor, original: Tensor) -> float:
     """Squared difference over squared size, row by row so that no copy of all states is made."""
-    difference = size = 0.0
+    difference = size = torch.zeros((), dtype=torch.float64, device=ours.device)
     for a, b in zip(ours, original, strict=True):
-        difference += float((a - b).square().sum(dtype=torch.float64))
-        size += float(b.square().sum(dtype=torch.float64))
-    return difference / max(size, 1e-30)
+        a, b = a.float(), b.float()
+        difference = difference + (a - b).square().sum(dtype=torch.float64)
+        size = size + b.square().sum(dtype=torch.float64)
+    return float(difference / size.clamp(min=1e-30))
 
 
 def _mean(values: Tensor, counted: Tensor) -> Estimate:

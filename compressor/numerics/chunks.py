@@ -19,6 +19,7 @@ def row_chunks(weight: Tensor, *, multiple: int = 1) -> Iterator[slice]:
     return (slice(row, row + step) for row in range(0, weight.shape[0], step))
 
 
-def layers_ahead(shape: tuple[int, int], workers: int = DECODERS) -> int:
-    """How many layers of this shape are decoded beside the one that is checked."""
-    return max(1, min(workers, AHEAD_ELEMENTS // (shape[0] * shape[1])))
+def layers_ahead(shape: tuple[int, int], workers: int = DECODERS, *, width: int = 8) -> int:
+    """How many layers of this shape are decoded beside the one that is checked, in arrays of
+    `width` bytes for each weight."""
+    return max(1, min(workers, AHEAD_ELEMENTS * 8 // (width * shape[0] * shape[1])))

@@ -27,6 +27,9 @@ from compressor.runner.heap import give_back
 from compressor.runner.source_model import Attending, SourceModel
 from compressor.runner.stream import Entering, Stream
 
+STAYING = 2**29
+"""Bytes of hidden states that stay on the device between blocks of an evaluation."""
+
 
 @dataclass(slots=True)
 class Step:
@@ -312,7 +315,9 @@ def run_blocks(
         )
         for m in models
     ]
-    execution = Execution(batch)
+    width = max(m.source.layout.sizes.hidden for m in models)
+    states = len(models) * ids.numel() * width * dtype.itemsize
+    execution = Execution(batch, offload=device.type == "cpu" or states > STAYING)
     if progress is not None:
         execution.progress = progress
     streams: list[Stream] = []

@@ -89,10 +89,14 @@ def align(
     for site in unit.folds:
         if site.kind == "linear":
             original |= _rescaled(site, unit, written, original, agrees)
-    for move in (_key_scales, _value_maps):
-        touched, changed = move(unit, written, original)
-        if touched and all(agrees(x, original[x.weight_name]) for x in touched):
+    normed = any(norm.role == "norm.k" for norm in unit.norms)  # then norms are what moves
+    keys = [] if normed else parts_of(unit, "attn.q", "attn.k")
+    values = parts_of(unit, "attn.v", "attn.o")
+    for parts, move in ((keys, _key_scales), (values, _value_maps)):
+        # First, since finding a move of values takes long.
+        if parts and all(agrees(x, original[x.weight_name]) for x, _ in parts):
             continue
+        touched, changed = move(unit, written, original)
         if not touched or _distance(touched, written, {**original, **changed}) < _distance(
             touched, written, original
         ):
@@ -284,7 +288,8 @@ def _value_maps(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
     new, old = new.reshape(heads).double(), old.reshape(heads).double()
     maps = torch.linalg.lstsq(old.mT, new.mT).solution.mT
     # A map of zeros has no condition number: NaN fails the comparison too.
-    if not bool(maps.isfinite().all()) or not bool((torch.linalg.cond(maps) <= 1e6).all()):
+    # By 1-norms: singular values of many small matrices take a GPU longer than all else here.
+    if not bool(maps.isfinite().all()) or not bool((torch.linalg.cond(maps, 1) <= 1e6).all()):
         return [], {}
     moved: Tensors = {}
     for linear, part in parts_of(unit, "attn.v"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ class UnitComparison:
     dtype: torch.dtype
     rotation: Matrix | None = None
     deltas: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
+    _known: dict[str, tuple[list[ref[Tensor]], Difference]] = field(default_factory=dict)
 
     def differences(self) -> list[Difference]:
         """Each tensor's, once the original's are moved as the written ones were."""
@@ -135,14 +137,30 @@ class UnitComparison:
 
     def _shared(self, linear: Linear, weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
         """Options of the rounding where fused linears share a scale."""
+        weights = self._fused(linear, weight)
+        group = fused_with(linear) or 0
+        return shared_options(weights, [spec] * len(weights), [group] * len(weights))[0]
+
+    def _fused(self, linear: Linear, weight: Tensor) -> list[Tensor]:
+        """An original weight, and those that a runtime makes one matrix of with it."""
         group = fused_with(linear)
         same = [
             x for x in self.unit.linears if x is not linear and group and fused_with(x) == group
         ]
-        weights = [weight, *(self.original[x.weight_name] for x in same)]
-        return shared_options(weights, [spec] * len(weights), [group or 0] * len(weights))[0]
+        return [weight, *(self.original[x.weight_name] for x in same)]
 
     def _linear(self, linear: Linear, old: Tensor) -> Difference:
+        """Worked out once for each tensor that is tried as the original's, beside those that it
+        shares a scale with."""
+        tensors = self._fused(linear, old)
+        known = self._known.get(linear.name)
+        if known and all(tried() is t for tried, t in zip(known[0], tensors, strict=True)):
+            return known[1]
+        found = self._compared(linear, old)
+        self._known[linear.name] = [ref(t) for t in tensors], found
+        return found
+
+    def _compared(self, linear: Linear, old: Tensor) -> Difference:
         name = linear.weight_name
         coded = linear.name in self.specs
         floor = 0.0 if coded else float_floor(self.dtype, moved=True)

@@ -27,12 +27,13 @@ from compressor.checkpoint.manifest import Manifest
 from compressor.checkpoint.source import Source, as_source, open_source
 from compressor.errors import InputError
 from compressor.formats.second_reader.decode import decode_linear
-from compressor.formats.second_reader.grids import DecodedWeight
+from compressor.formats.second_reader.grids import CodedWeight, Decoded, DecodedWeight
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import Scheme
 from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.numerics.chunks import DECODERS, layers_ahead, row_chunks
+from compressor.verify.dense_weight import dense
 from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
 from compressor.verify.kernels.check import kernel_for
 from compressor.verify.kernels.layer import KernelCheck, Layer
@@ -66,6 +67,11 @@ class Subject:
         return cls(folder=folder, source=open_source(folder), **asked)
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether layers are checked on another device than the processor."""
+        return self.device.type != "cpu"
+
+    @property
     def contents(self) -> str:
         """What it consists of."""
         entries = self.source.checkpoint.entries
@@ -92,53 +98,68 @@ class Subject:
 
     def stored(self, unit: UnitLayout) -> dict[str, Tensor]:
         """Tensors of the folder's own files that belong to a unit."""
-        return self.source.checkpoint.in_files(self.source.names(unit))
+        return self.source.checkpoint.in_files(self.source.names(unit), pin=self.on_gpu)
 
     def read(self, unit: UnitLayout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """All of a unit's tensors."""
         return self.source.checkpoint.view(self.source.names(unit), stored)
 
+    def on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A unit's tensors where they are checked; what is carried over is not computed with."""
+        left = set(self.source.layout.carried)
+        return {
+            name: tensor if name in left else tensor.to(self.device, non_blocking=True)
+            for name, tensor in tensors.items()
+        }
+
     def layers(
-        self, unit: UnitLayout, tensors: Mapping[str, Tensor]
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], here: Mapping[str, Tensor]
     ) -> Iterator[tuple[Linear, Layer | str]]:
-        """Each packed linear as both readers see it, or what is wrong with it."""
+        """Each packed linear as both readers see it, or what is wrong with it.
+
+        here  the same tensors on the device
+        """
         for linear, decoded in self._decode(self.packed(unit), tensors):
             if isinstance(decoded, str):
                 yield linear, decoded
             else:
-                yield linear, self._layer(linear, decoded, tensors)
+                yield linear, self._layer(linear, decoded, _local(linear, here))
 
     def _layer(
-        self, linear: Linear, decoded: DecodedWeight, raw: Mapping[str, Tensor]
+        self, linear: Linear, decoded: Decoded, tensors: Mapping[str, Tensor]
     ) -> Layer | str:
         scheme = self.source.schemes.linears[linear.name]
         assert scheme.weight is not None
-        tensors = {name: tensor.to(self.device) for name, tensor in _local(linear, raw).items()}
         q = self.source.format.decode(tensors, scheme.weight)
-        weight = torch.from_numpy(decoded.weight).to(self.device)
+        weight = dense(decoded, self.device)
         if not _same(weight, q):
             return f"{linear.name}: {DIFFERENT}"
         return Layer(name=linear.name, scheme=scheme, tensors=tensors, codes=q, weight=weight)
 
     def _decode(
         self, linears: Sequence[Linear], raw: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Linear, DecodedWeight | str]]:
+    ) -> Iterator[tuple[Linear, Decoded | str]]:
         """Each layer by the second reader, a few ahead: its weight or what is wrong."""
         config = self.source.checkpoint.config.get("quantization_config")
 
-        def decode(linear: Linear) -> DecodedWeight | str:
+        def decode(linear: Linear) -> Decoded | str:
             arrays = {leaf: _array(t) for leaf, t in _local(linear, raw).items()}
             try:
-                return decode_linear(config, linear.name, arrays)
+                found = decode_linear(config, linear.name, arrays)
             except ValueError as error:
                 return f"{linear.name}.{error}"
+            if isinstance(found, CodedWeight) and not self.on_gpu:
+                return DecodedWeight(found.weight)
+            return found
 
-        workers = min(DECODERS, os.cpu_count() or 1)
-        ahead: deque[tuple[Linear, Future[DecodedWeight | str]]] = deque()
+        # What a GPU is given is codes, a byte each; on a CPU each layer is there in float64.
+        most, width = (4 * DECODERS, 1) if self.on_gpu else (DECODERS, 8)
+        workers = min(most, os.cpu_count() or 1)
+        ahead: deque[tuple[Linear, Future[Decoded | str]]] = deque()
         with ThreadPoolExecutor(workers) as pool:
             for coming in linears:
                 ahead.append((coming, pool.submit(decode, coming)))
-                if len(ahead) > layers_ahead(coming.shape, workers):
+                if len(ahead) > layers_ahead(coming.shape, workers, width=width):
                     linear, decoded = ahead.popleft()
                     yield linear, decoded.result()
             for linear, decoded in ahead:
@@ -184,7 +205,7 @@ class DeltaSubject(Subject):
         return self.source.checkpoint.read(self.source.names(unit))
 
     def layers(
-        self, unit: UnitLayout, tensors: Mapping[str, Tensor]
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], here: Mapping[str, Tensor]
     ) -> Iterator[tuple[Linear, Layer | str]]:
         for linear in self.packed(unit):
             base, part = self.merged.base_weight(linear), self.delta.read(linear)

@@ -1,15 +1,18 @@
 """A verdict on the files of a checkpoint: reopen them, trust nothing, name what is damaged.
 
 Nothing is taken from the run that wrote them. A checkpoint without a manifest, written by others,
-gets every check but that of its hashes. Memory is one unit.
+gets every check but that of its hashes. Memory is one unit; beside a GPU the next one is read
+meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.offsite import OffsiteRecord, read_offsite_record
@@ -26,13 +29,14 @@ from compressor.verify.checks.base_of_delta import BaseOfDelta
 from compressor.verify.checks.codes import Codes
 from compressor.verify.checks.finite import Finite
 from compressor.verify.checks.forecasts import Forecasts
-from compressor.verify.checks.hashes import TensorHashes, check_files
+from compressor.verify.checks.hashes import FileHashes, TensorHashes
 from compressor.verify.checks.headers import Headers
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.checks.original import Original
 from compressor.verify.checks.stream_policy import StreamPolicy
 from compressor.verify.findings import Findings, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
+from compressor.verify.read_ahead import read_ahead
 from compressor.verify.subject import Subject, kind_of
 
 Progress = Callable[[str, int, int], None]
@@ -77,45 +81,62 @@ def verify(
     original = open_source(against) if isinstance(against, Path) else against
     original = None if original is None else _as_read(original, read_offsite_record(folder))
     found = Findings()
-    manifest = check_files(folder, found)
+    files = FileHashes(folder, found)
     try:
         subject = kind.open(
-            folder, base, manifest=manifest, original=original, device=device, seed=seed
+            folder, base, manifest=files.manifest, original=original, device=device, seed=seed
         )
     except InputError as error:
         problems = error.problems if isinstance(error, Problems) else [error]
         found.add(kind.opened, [p.message for p in problems], "")
+        files.finish()
         return found.report(folder)
     checks = [check(subject, found) for check in CHECKS]
     try:
-        for check in checks:
-            check.begin()
-        for done, unit in enumerate(subject.source.layout.units, 1):
-            _show(unit, subject, checks)
-            give_back()
-            if progress is not None:
-                progress(unit.name, done, len(subject.source.layout.units))
+        _check(subject, checks, progress)
+    except NothingMore:
+        files.finish()
+        return found.report(folder)
+    files.finish()
+    with suppress(NothingMore):
         for check in checks:
             check.conclude()
-    except NothingMore:
-        pass
     return found.report(folder)
 
 
-def _show(unit: UnitLayout, subject: Subject, checks: list[Check]) -> None:
+def _check(subject: Subject, checks: list[Check], progress: Progress | None) -> None:
+    """Show the checks every unit."""
+    for check in checks:
+        check.begin()
+    units = subject.source.layout.units
+    reading = read_ahead(subject.stored, units, ahead=subject.on_gpu)
+    for done, (unit, stored) in enumerate(zip(units, reading, strict=True), 1):
+        _show(unit, stored, subject, checks)
+        give_back()
+        if progress is not None:
+            progress(unit.name, done, len(units))
+
+
+def _show(
+    unit: UnitLayout,
+    read: Callable[[], dict[str, Tensor]],
+    subject: Subject,
+    checks: list[Check],
+) -> None:
     """Each check what there is of a unit; a layer is decoded once for all of them."""
     try:
-        stored = subject.stored(unit)
+        stored = read()
         for check in checks:
             check.stored(stored)
         tensors = subject.read(unit, stored)
+        here = subject.on_device(tensors)
         for check in checks:
-            check.read(tensors)
-        for linear, layer in subject.layers(unit, tensors):
+            check.read(here)
+        for linear, layer in subject.layers(unit, tensors, here):
             for check in checks:
                 check.layer(linear, layer)
         for check in checks:
-            check.unit(unit, tensors)
+            check.unit(unit, here)
     except InputError as error:
         for check in checks:
             check.unread(f"{unit.name}: {error.message}")

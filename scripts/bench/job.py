@@ -7,8 +7,9 @@
 
 A whole process counts, imports and kernel compilation included; Triton's cache is a fresh folder
 for each run. Without --cold the model's files are read once before the clock starts. Verification
-and evaluation are off. Each --package is a folder that holds `compressor` (an unpacked wheel, or a
-checkout with `kernels` and `calibration`); without one it is what Python finds. They take turns.
+and evaluation (8 x 512 tokens, beside the original) are on with --judged alone. Each --package is a
+folder that holds `compressor` (an unpacked wheel, or a checkout with `kernels` and `calibration`);
+without one it is what Python finds. They take turns.
 PEER is an environment with `pip install llmcompressor`, whose AWQ searches no clipping. A line of
 JSON for each run, then a Markdown table of minimum and median; with OUT set, the last log too.
 """
@@ -116,7 +117,8 @@ def timed(way: Way, options: argparse.Namespace, scratch: Path) -> dict[str, Any
         return found
     result = json.loads(told)
     events = [json.loads(line) for line in log.read_text().splitlines() if line[:1] == "{"]
-    units = [round(event["time"] - clock, 2) for event in events if event["event"] == "unit"]
+    done = [event for event in events if event["event"] == "unit"]
+    units = [round(e["time"] - clock, 2) for e in done if e["stage"] == done[0]["stage"]]
     return {
         **found,
         "first_unit_at": units[0],
@@ -124,6 +126,11 @@ def timed(way: Way, options: argparse.Namespace, scratch: Path) -> dict[str, Any
         "last_unit_at": units[-1],
         "peak_allocated_gb": round(result["peak_device_bytes"] / 1e9, 2),
         "output_gb": round(result["output_bytes"] / 1e9, 3),
+        **{
+            f"{event['stage']}_s": round(event["seconds"], 2)
+            for event in events
+            if event["event"] == "stage done" and event["stage"] in ("verify", "evaluate")
+        },
     }
 
 
@@ -135,13 +142,16 @@ def ways(options: argparse.Namespace, scratch: Path) -> list[Way]:
             awq = {"bits": 4, "group_size": options.group_size, "symmetric": False, "clip": clip}
             calibration = {"data": options.data, "samples": options.samples}
             recipe = scratch / f"{'' if clip else 'no-'}clip.yaml"
-            text = {
+            text: dict[str, Any] = {
                 "model": str(options.model.resolve()),
                 "output": str(scratch / "out"),
                 "calibration": {**calibration, "length": options.length},
                 "passes": [{"awq": awq}],
-                "verify": False,
+                "verify": options.judged,
             }
+            if options.judged:
+                text["evaluate"] = {"data": options.data, "windows": 8, "length": 512}
+                text["evaluate"]["force"] = True  # the texts need not differ to be timed
             recipe.write_text(json.dumps(text))
             # -P: the working folder does not come before what is asked for.
             command = [sys.executable, *(["-P"] if package else []), "-m", "compressor", "run"]
@@ -171,6 +181,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--judged", action="store_true", help="with verification and evaluation")
     parser.add_argument("--cold", action="store_true", help="files not in the page cache")
     parser.add_argument("--runs", type=int, default=1, help="of each")
     parser.add_argument("--set", action="append", default=[], help="as for compress run")

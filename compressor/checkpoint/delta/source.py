@@ -117,7 +117,7 @@ class MergedCheckpoint(Checkpoint):
                 found[name] = weight.T.contiguous() if linear.transposed else weight
         return {name: found[name] for name in wanted}
 
-    def in_files(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """What the delta's own files hold."""
         linears = {x.weight_name: x for x in self.base.layout.linears if x.name in self.delta.bits}
         found: list[str] = []
@@ -126,7 +126,7 @@ class MergedCheckpoint(Checkpoint):
                 found += delta_shapes(linears[name], 1)
             elif name in self.delta.checkpoint.entries:
                 found.append(name)
-        return self.delta.checkpoint.read(found)
+        return self.delta.checkpoint.read(found, pin=pin)
 
     def base_weight(self, linear: Linear) -> Tensor:
         """The base's weight [out, in] of a linear, decoded, after a check of its stored bytes."""

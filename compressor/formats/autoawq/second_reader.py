@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from compressor.formats.second_reader.arrays import Array, Arrays, Config, array, numbers
 from compressor.formats.second_reader.grids import (
     FLOAT_DTYPES,
-    DecodedWeight,
-    affine,
+    CodedWeight,
     group_count,
     known_bits,
 )
@@ -19,7 +18,7 @@ AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 READS = {"quant_method": ["awq"]}
 
 
-def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> CodedWeight | None:
     """The weight, or None where it is stored as floats."""
     if "qweight" not in tensors:
         return None
@@ -41,4 +40,4 @@ def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None
 
     codes, zeros = nibbles(qweight), nibbles(qzeros).astype(np.float64)
     order = np.arange(columns) * groups // columns
-    return DecodedWeight(affine(codes, zeros, scales, order=order), codes, scales)
+    return CodedWeight(codes=codes, zeros=zeros, scales=scales, across=order)

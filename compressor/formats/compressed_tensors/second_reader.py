@@ -13,18 +13,15 @@ from compressor.formats.second_reader.arrays import (
     Array,
     Arrays,
     Config,
-    Float64,
     array,
     bit_stream,
-    by_rows,
     e4m3,
     numbers,
 )
 from compressor.formats.second_reader.grids import (
     FLOAT_DTYPES,
     SIGNED_E2M1,
-    DecodedWeight,
-    affine,
+    CodedWeight,
     ceil,
     group_order,
     known_bits,
@@ -34,13 +31,13 @@ from compressor.formats.second_reader.grids import (
 READS = {"quant_method": ["compressed-tensors"]}
 
 
-def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> CodedWeight | None:
     """The weight, or None where no group of the config has it."""
     group = _group(config, module)
     return None if group is None else _weight(config, group, tensors)
 
 
-def _weight(config: Config, group: Config, tensors: Arrays) -> DecodedWeight:
+def _weight(config: Config, group: Config, tensors: Arrays) -> CodedWeight:
     format = group.get("format") or config.get("format")
     args = group["weights"]
     if format == "pack-quantized":
@@ -59,7 +56,7 @@ def _weight(config: Config, group: Config, tensors: Arrays) -> DecodedWeight:
     raise ValueError(f"quantization_config.format {format!r} is not known")
 
 
-def _packed(args: Config, tensors: Arrays) -> DecodedWeight:
+def _packed(args: Config, tensors: Arrays) -> CodedWeight:
     bits = known_bits(args, "num_bits", known=range(1, 9))
     shape = array(tensors, "weight_shape", shape=(2,), dtypes=("int64",))
     rows, columns = int(shape[0]), int(shape[1])
@@ -81,7 +78,7 @@ def _packed(args: Config, tensors: Arrays) -> DecodedWeight:
     order = np.arange(columns) * scales.shape[1] // columns
     if "weight_g_idx" in tensors:
         order = group_order(tensors, "weight_g_idx", columns, groups=scales.shape[1])
-    return DecodedWeight(affine(codes, zeros, scales, order=order), codes, scales)
+    return CodedWeight(codes=codes, zeros=zeros, scales=scales, across=order)
 
 
 def _codes(tensors: Arrays, name: str, *, bits: int, rows: int, count: int) -> NDArray[np.uint8]:
@@ -95,7 +92,7 @@ def _codes(tensors: Arrays, name: str, *, bits: int, rows: int, count: int) -> N
     return bit_stream(words, bits=bits, count=count)
 
 
-def _plain(args: Config, tensors: Arrays) -> DecodedWeight:
+def _plain(args: Config, tensors: Arrays) -> CodedWeight:
     floats = args.get("type", "int") == "float"
     stored = array(tensors, "weight", shape=None, dtypes=("uint8",) if floats else ("int8",))
     rows, columns = stored.shape
@@ -110,19 +107,19 @@ def _plain(args: Config, tensors: Arrays) -> DecodedWeight:
         ceil(rows, scales.shape[0]),
         ceil(columns, scales.shape[1]),
     )
-    down, across = np.arange(rows) // height, np.arange(columns) // width
+    # A code is a byte; int8 is raised by half of its codes.
+    values = e4m3(np.arange(256)) if floats else np.arange(256.0) - half
+    return CodedWeight(
+        codes=codes,
+        values=values,
+        zeros=None if zeros is None else zeros.astype(np.float64),
+        scales=scales,
+        down=np.arange(rows) // height,
+        across=np.arange(columns) // width,
+    )
 
-    def some(part: slice) -> Float64:
-        weight = e4m3(stored[part]) if floats else stored[part].astype(np.float64)
-        if zeros is not None:
-            weight -= zeros[down[part]].take(across, axis=1)
-        weight *= scales[down[part]].take(across, axis=1)
-        return weight
 
-    return DecodedWeight(by_rows(stored.shape, some), codes, scales)
-
-
-def _microscaled(tensors: Arrays, args: Config) -> DecodedWeight:
+def _microscaled(tensors: Arrays, args: Config) -> CodedWeight:
     bits = known_bits(args, "num_bits", known=(4, 8))
     if args.get("group_size") != 32:
         raise ValueError(f"quantization_config: group_size {args.get('group_size')!r} is not 32")
@@ -139,12 +136,12 @@ def _microscaled(tensors: Arrays, args: Config) -> DecodedWeight:
         raise ValueError("weight_scale holds NaN (byte 255)")
     scales = np.ldexp(1.0, exponents.astype(np.int64) - 127)
 
-    def some(part: slice) -> Float64:
-        values = SIGNED_E2M1.take(codes[part]) if bits == 4 else e4m3(codes[part])
-        weight: Float64 = values * scales[part].repeat(32, axis=1)
-        return weight
-
-    return DecodedWeight(by_rows(codes.shape, some), codes, scales)
+    return CodedWeight(
+        codes=codes,
+        values=SIGNED_E2M1 if bits == 4 else e4m3(np.arange(256)),
+        scales=scales,
+        across=np.arange(columns) // 32,
+    )
 
 
 def _as_words(bytes: Array) -> Array:

@@ -7,8 +7,7 @@ import numpy as np
 from compressor.formats.second_reader.arrays import Arrays, Config, array, bit_stream, numbers
 from compressor.formats.second_reader.grids import (
     FLOAT_DTYPES,
-    DecodedWeight,
-    affine,
+    CodedWeight,
     group_count,
     group_order,
     known_bits,
@@ -17,12 +16,12 @@ from compressor.formats.second_reader.grids import (
 READS = {"quant_method": ["gptq"], "checkpoint_format": [None, "", "gptq"]}
 
 
-def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> CodedWeight | None:
     """The weight, or None where it is stored as floats."""
     return stored(config, tensors, shift=1) if "qweight" in tensors else None
 
 
-def stored(config: Config, tensors: Arrays, *, shift: int) -> DecodedWeight:
+def stored(config: Config, tensors: Arrays, *, shift: int) -> CodedWeight:
     """The weight, whose zero points are stored less `shift`."""
     bits = known_bits(config, "bits", known=(2, 3, 4, 8))
     qweight = array(tensors, "qweight", shape=None, dtypes=("int32",))
@@ -33,4 +32,4 @@ def stored(config: Config, tensors: Arrays, *, shift: int) -> DecodedWeight:
     codes = bit_stream(qweight.T, bits=bits, count=columns)
     zeros = bit_stream(qzeros, bits=bits, count=rows).T.astype(np.float64) + shift
     order = group_order(tensors, "g_idx", columns, groups=groups)
-    return DecodedWeight(affine(codes, zeros, scales, order=order), codes, scales)
+    return CodedWeight(codes=codes, zeros=zeros, scales=scales, across=order)

@@ -8,19 +8,18 @@ from compressor.formats.second_reader.arrays import (
     Array,
     Arrays,
     Config,
-    Float64,
     array,
     by_rows,
     numbers,
 )
-from compressor.formats.second_reader.grids import DecodedWeight, group_count, known_bits
+from compressor.formats.second_reader.grids import CodedWeight, group_count, known_bits
 
 QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))
 
 READS = {"quant_method": ["qserve"]}
 
 
-def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None:
+def decode(config: Config, module: str, tensors: Arrays) -> CodedWeight | None:
     """The weight, or None where it is stored as floats."""
     if "qweight" not in tensors:
         return None
@@ -43,8 +42,8 @@ def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None
     first = numbers(tensors, "s1_scales", shape=(rows,), dtypes=("float16",))[:, None]
     if config.get("group_size") == -1:
         zeros = numbers(tensors, "s1_szeros", shape=(rows,), dtypes=("float16",))[:, None]
-        weight = by_rows(codes.shape, lambda part: codes[part] * first[part] - zeros[part])
-        return DecodedWeight(weight, codes, first)
+        one = np.zeros(columns, np.int64)
+        return CodedWeight(codes=codes, scales=first, offsets=-zeros, across=one)
     groups = group_count(config, columns, tensor="qweight")
     if config.get("group_scale_order") != [*QSERVE_OUTPUTS]:
         raise ValueError("quantization_config.group_scale_order is not known")
@@ -53,12 +52,10 @@ def decode(config: Config, module: str, tensors: Arrays) -> DecodedWeight | None
         array(tensors, name, shape=(groups, rows), dtypes=("int8",))[:, place].T.astype(float)
         for name in ("s2_scales", "s2_zeros")
     )
-    order = np.arange(columns) * groups // columns
-
-    def affine(part: slice) -> Float64:
-        weight: Float64 = codes[part] * scales[part].take(order, axis=1)
-        weight += offsets[part].take(order, axis=1)
-        weight *= first[part]
-        return weight
-
-    return DecodedWeight(by_rows(codes.shape, affine), codes, scales * first)
+    # Exact in float64: (code·s2 + z2)·s1 with 4 and 8 bits, and 11 of float16.
+    return CodedWeight(
+        codes=codes,
+        scales=scales * first,
+        offsets=offsets * first,
+        across=np.arange(columns) * groups // columns,
+    )

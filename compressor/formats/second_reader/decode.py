@@ -17,12 +17,10 @@ from types import ModuleType
 from typing import Any
 
 from compressor.formats.second_reader.arrays import Arrays, Config, numbers
-from compressor.formats.second_reader.grids import FLOAT_DTYPES, DecodedWeight
+from compressor.formats.second_reader.grids import FLOAT_DTYPES, Decoded, DecodedWeight
 
 
-def decode_linear(
-    quantization_config: Config | None, module: str, tensors: Arrays
-) -> DecodedWeight:
+def decode_linear(quantization_config: Config | None, module: str, tensors: Arrays) -> Decoded:
     """The weight of linear `module` from its local tensors ("weight_packed", "qweight" …).
 
     quantization_config  the entry of config.json, empty or None for a float checkpoint
@@ -34,7 +32,7 @@ def decode_linear(
             keys = ("quant_method", "quant_algo", "checkpoint_format")
             said = {key: config[key] for key in keys if key in config}
             raise ValueError(f"quantization_config {said} is not known")
-        found: DecodedWeight | None = reader.decode(config, module, tensors)
+        found: Decoded | None = reader.decode(config, module, tensors)
         if found is not None:
             return found
     return DecodedWeight(numbers(tensors, "weight", shape=None, dtypes=FLOAT_DTYPES))

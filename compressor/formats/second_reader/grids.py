@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.formats.second_reader.arrays import (
-    Array,
     Arrays,
     Config,
     Float64,
@@ -38,20 +37,58 @@ class DecodedWeight:
     scales: Float64 | None = None
 
 
-def affine(codes: Array, zeros: Array, scales: Array, *, order: NDArray[np.int64]) -> Float64:
-    """(code − zero)·scale in float64, with the group of each input in `order`."""
-    each = (codes.shape[0], scales.shape[1])
-    zeros, scales = np.broadcast_to(zeros, each), np.broadcast_to(scales, each)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedWeight:
+    """One weight as the parts that a file holds of it: (values[codes] − zeros)·scales + offsets.
 
-    def some(part: slice) -> Float64:
-        weight: Float64 = codes[part] - zeros[part].take(order, axis=1)
-        weight *= scales[part].take(order, axis=1)
-        return weight
+    codes    uint8 [out, in]
+    values   float64 value of each code, or None where a code is its own value
+    scales   float64 multipliers as of `DecodedWeight`;  zeros, offsets  the same shape, or None
+    across   int64 [in], the column of `scales` that an input belongs to
+    down     int64 [out], the row of it that an output belongs to; None: its own, or the only one
+    """
 
-    return by_rows(codes.shape, some)
+    codes: NDArray[np.uint8]
+    scales: Float64
+    across: NDArray[np.int64]
+    values: Float64 | None = None
+    zeros: Float64 | None = None
+    offsets: Float64 | None = None
+    down: NDArray[np.int64] | None = None
+
+    @property
+    def weight(self) -> Float64:
+        """float64 [out, in], worked out anew each time."""
+        zeros, scales, offsets = (
+            self.by_output(x) for x in (self.zeros, self.scales, self.offsets)
+        )
+
+        def some(part: slice) -> Float64:
+            codes = self.codes[part]
+            weight: Float64 = (
+                codes.astype(float) if self.values is None else self.values.take(codes)
+            )
+            if zeros is not None:
+                weight -= zeros[part].take(self.across, axis=1)
+            if scales is not None:
+                weight *= scales[part].take(self.across, axis=1)
+            if offsets is not None:
+                weight += offsets[part].take(self.across, axis=1)
+            return weight
+
+        return by_rows(self.codes.shape, some)
+
+    def by_output(self, each: Float64 | None) -> Float64 | None:
+        """Scales or what is like them with a row for every output, [out, groups]."""
+        if each is None or self.down is not None:
+            return each if each is None else each[self.down]
+        return np.broadcast_to(each, (self.codes.shape[0], each.shape[1]))
 
 
-def nvfp4(tensors: Arrays, name: str, *, multiplier: float) -> DecodedWeight:
+Decoded = DecodedWeight | CodedWeight
+
+
+def nvfp4(tensors: Arrays, name: str, *, multiplier: float) -> CodedWeight:
     packed = array(tensors, name, shape=None, dtypes=("uint8",))
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if columns % 16:
@@ -60,13 +97,8 @@ def nvfp4(tensors: Arrays, name: str, *, multiplier: float) -> DecodedWeight:
     codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
     blocks = array(tensors, "weight_scale", shape=(rows, columns // 16), dtypes=("uint8",))
     scales = e4m3(blocks) * multiplier
-
-    def some(part: slice) -> Float64:
-        weight: Float64 = SIGNED_E2M1.take(codes[part])
-        weight *= scales[part].repeat(16, axis=1)
-        return weight
-
-    return DecodedWeight(by_rows((rows, columns), some), codes, scales)
+    across = np.arange(columns) // 16
+    return CodedWeight(codes=codes, values=SIGNED_E2M1, scales=scales, across=across)
 
 
 def known_bits(config: Config, key: str, *, known: Sequence[int]) -> int:

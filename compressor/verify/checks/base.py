@@ -29,7 +29,8 @@ class Check:
         """What the folder's own files hold of a unit."""
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """A unit's tensors by their full names, a delta's together with its base's."""
+        """A unit's tensors by their full names on the device, a delta's together with its base's;
+        what is carried over is on the CPU here and in `unit`."""
 
     def layer(self, linear: Linear, layer: Layer | str) -> None:
         """One of the unit's packed layers, or what is wrong with it."""
@@ -38,7 +39,7 @@ class Check:
         """The whole unit, after its layers."""
 
     def unread(self, problem: str) -> None:
-        """A unit could not be read to its end."""
+        """A unit could not be read to its end; there is no `unit` of it."""
 
     def conclude(self) -> None:
         """After the last unit."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
 from compressor.checkpoint.delta.base import stored_hash
-from compressor.checkpoint.manifest import MANIFEST_NAME, Manifest, hash_file, read_manifest
+from compressor.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    hash_file,
+    read_manifest,
+)
 from compressor.checkpoint.reader import INDEX_NAME, load_json
 from compressor.errors import InputError
+from compressor.ir.layout import UnitLayout
 from compressor.verify.checks.base import Check
 from compressor.verify.compare_config import DECIDING, deciding_files
 from compressor.verify.findings import Findings
@@ -31,25 +38,40 @@ STRAYS = (
 change a model whose own files are whole."""
 
 
+THREADS = 4
+
+
 class TensorHashes(Check):
     """Each tensor is the one that was written, and none is lost."""
 
     def begin(self) -> None:
         self.seen: set[str] = set()
+        self.coming: dict[str, Future[str]] = {}
+        self.pool = ThreadPoolExecutor(THREADS)
 
     def stored(self, tensors: Mapping[str, Tensor]) -> None:
         self.seen |= set(tensors)
-        if self.subject.manifest is None:
-            return
-        known = self.subject.manifest.tensors
-        with ThreadPoolExecutor(4) as pool:
-            for name, digest in zip(tensors, pool.map(stored_hash, tensors.values()), strict=True):
-                if name not in known:
-                    self.problems.append(f"{name} is not in {MANIFEST_NAME}")
-                elif digest != known[name]:
-                    self.problems.append(f"{name} is not what was written")
+        if self.subject.manifest is not None:
+            self.coming = {n: self.pool.submit(stored_hash, t) for n, t in tensors.items()}
+
+    def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
+        self._judge()
+
+    def unread(self, problem: str) -> None:
+        self._judge()
+
+    def _judge(self) -> None:
+        """What was hashed while the other checks went on."""
+        known = self.subject.manifest.tensors if self.subject.manifest else {}
+        for name, digest in self.coming.items():
+            if name not in known:
+                self.problems.append(f"{name} is not in {MANIFEST_NAME}")
+            elif digest.result() != known[name]:
+                self.problems.append(f"{name} is not what was written")
+        self.coming = {}
 
     def conclude(self) -> None:
+        self.pool.shutdown()
         if self.subject.manifest is not None:
             known = self.subject.manifest.tensors
             lost = sorted(set(known) - self.seen)
@@ -57,35 +79,57 @@ class TensorHashes(Check):
             self.found.add("tensor hashes", self.problems, f"{len(known)} tensors")
 
 
-def check_files(folder: Path, found: Findings) -> Manifest | None:
-    """Every file's size and hash; the tensors of a broken shard are named where an index can."""
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        found.add("file hashes", [error.message], "")
-        return None
-    if manifest is None:
-        found.add("file hashes", [], f"no {MANIFEST_NAME}: written by others, nothing to compare")
-        return None
-    problems = []
-    homes = _index_homes(folder)
-    for name, record in manifest.files.items():
-        path = folder / name
-        inside = _some(homes.get(name, ()), "holds")
-        if not path.is_file():
-            whose = inside if name != INDEX_NAME else _some(tuple(manifest.tensors), "places")
-            problems.append(f"{name} is missing{whose}")
-        elif path.stat().st_size != record.size:
-            size = path.stat().st_size
-            problems.append(f"{name} has {size} bytes, not {record.size}{inside}")
-        elif hash_file(path).sha256 != record.sha256:
-            # Which of its tensors changed is told by their own hashes below.
-            problems.append(f"{name} has another SHA-256 than when it was written")
-    strays = sorted(deciding_files(folder, STRAYS) - set(manifest.files))
-    problems += [f"{name} does not belong to this checkpoint" for name in strays]
-    size = sum(record.size for record in manifest.files.values())
-    found.add("file hashes", problems, f"{len(manifest.files)} files, {size} bytes")
-    return manifest
+class FileHashes:
+    """Every file's size and hash, the first check of a report.
+
+    Files are hashed in threads while what is inside them is checked, which reads them at about the
+    same time: a disk reads them once.
+    """
+
+    manifest: Manifest | None = None
+
+    def __init__(self, folder: Path, found: Findings) -> None:
+        self.folder, self.found = folder, found
+        self.pool = ThreadPoolExecutor(THREADS)
+        self.hashes: dict[str, Future[FileRecord]] = {}
+        self.damage, self.detail = [], f"no {MANIFEST_NAME}: written by others, nothing to compare"
+        try:
+            self.manifest = read_manifest(folder)
+        except InputError as error:
+            self.damage = [error.message]
+        for name, record in self.manifest.files.items() if self.manifest else ():
+            path = folder / name
+            if path.is_file() and path.stat().st_size == record.size:
+                self.hashes[name] = self.pool.submit(hash_file, path)
+
+    def finish(self) -> None:
+        """Put what was found before everything else that was."""
+        if self.manifest is not None:
+            self.damage = self._problems(self.manifest)
+            size = sum(record.size for record in self.manifest.files.values())
+            self.detail = f"{len(self.manifest.files)} files, {size} bytes"
+        self.pool.shutdown()
+        self.found.add_first("file hashes", self.damage, self.detail)
+
+    def _problems(self, manifest: Manifest) -> list[str]:
+        """The tensors of a broken shard are named where an index can."""
+        problems = []
+        homes = _index_homes(self.folder)
+        for name, record in manifest.files.items():
+            path = self.folder / name
+            inside = _some(homes.get(name, ()), "holds")
+            if name in self.hashes:
+                if self.hashes[name].result().sha256 != record.sha256:
+                    # Which of its tensors changed is told by their own hashes.
+                    problems.append(f"{name} has another SHA-256 than when it was written")
+            elif not path.is_file():
+                whose = inside if name != INDEX_NAME else _some(tuple(manifest.tensors), "places")
+                problems.append(f"{name} is missing{whose}")
+            else:
+                size = path.stat().st_size
+                problems.append(f"{name} has {size} bytes, not {record.size}{inside}")
+        strays = sorted(deciding_files(self.folder, STRAYS) - set(manifest.files))
+        return problems + [f"{name} does not belong to this checkpoint" for name in strays]
 
 
 def _index_homes(folder: Path) -> dict[str, tuple[str, ...]]:

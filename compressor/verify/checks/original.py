@@ -33,6 +33,7 @@ from compressor.verify.compare_config import config_problems, file_problems
 from compressor.verify.compare_outputs import OutputError, Outputs
 from compressor.verify.compare_policy import policy_problems
 from compressor.verify.findings import LayerVerdict, NothingMore
+from compressor.verify.read_ahead import read_ahead
 
 UNRELATED = 0.5
 """Median error of an embedding's rows, best rotated, from which it is another model's."""
@@ -77,15 +78,28 @@ class Original(Check):
         record = read_offsite_record(self.folder)
         trained = () if record is None else record.trained
         self.trained = {self.original.layout.blocks[i].name for i in trained}
+        units = [self.layouts[unit.name] for unit in self.written.layout.units]
+        self.reading = read_ahead(self._stored, units, ahead=self.subject.on_gpu)
 
     def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
         if self.subject.original is not None:
-            self._compare(self.written.assemble(unit, tensors))
+            self._compare(self.written.assemble(unit, tensors), next(self.reading)())
 
-    def _compare(self, unit: Unit) -> None:
+    def unread(self, problem: str) -> None:
+        """The original's unit stands beside none."""
+        if self.subject.original is not None:
+            next(self.reading)
+
+    def _stored(self, layout: UnitLayout) -> dict[str, Tensor]:
+        """The original's tensors of a unit, but those that are carried over."""
+        names = self.original.names(layout, carried=False)
+        return self.original.checkpoint.read(names, pin=self.subject.on_gpu)
+
+    def _compare(self, unit: Unit, stored: Mapping[str, Tensor]) -> None:
         layout = self.layouts[unit.layout.name]
         after = self._floats(unit)
-        before = self._floats(self.original.read_unit(layout))
+        here = {name: t.to(self.device, non_blocking=True) for name, t in stored.items()}
+        before = self._floats(self.original.assemble(layout, here))
         if unit.layout.kind == "head" and unit.layout.linears:
             self._share_head(unit.layout, after, before)
         lacking = comparable(after, before)

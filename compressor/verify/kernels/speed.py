@@ -36,7 +36,7 @@ def block_times(subject: Subject, unit: UnitLayout, tensors: Mapping[str, Tensor
         if linear.name not in packed:
             weight = tensors[linear.weight_name].to(subject.device)
             found[linear.role] = _times(partial(_plain, weight), weight)
-    for linear, layer in subject.layers(unit, tensors):
+    for linear, layer in subject.layers(unit, tensors, subject.on_device(tensors)):
         check = subject.kernel(linear)
         if linear.name in wanted and check is not None and isinstance(layer, Layer):
             layer = check.prepared(_moved(layer, subject.device))
