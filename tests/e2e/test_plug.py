@@ -269,6 +269,30 @@ def test_lora_weights_are_merged_into_the_full_model(
     assert done.exit_code == 2 and "layers_to_transform" in done.output
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_peft_saves_is_what_it_merges(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    folder = tiny_model(family, num_hidden_layers=BLOCKS)
+    made = emulator_of(folder, tmp_path / "emulator")
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}[family]
+    config = peft.LoraConfig(
+        r=2, target_modules=targets, layers_to_transform=[0, 3], init_lora_weights=False
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(made), config)
+    model.save_pretrained(tmp_path / "lora")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for name in ("lora", "merged"):
+        words = ("plug", folder, tmp_path / name, tmp_path / f"out-{name}", "--emulator", made)
+        assert compress(*words).exit_code == 0
+    one, two = (tensors_of(tmp_path / f"out-{name}") for name in ("lora", "merged"))
+    before = tensors_of(folder)
+    assert sum(not torch.equal(one[name], before[name]) for name in one) == 4
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_files_of_the_published_code_are_taken(name: str, tmp_path: Path) -> None:
     """Its pickles, by hand, in the golden vectors' layout: the plugged model computes what the

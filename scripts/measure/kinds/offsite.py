@@ -1,0 +1,171 @@
+"""Offsite-Tuning's five rows on held-out text of the style that was tuned on: perplexity of the
+full model and of an emulator before tuning, of the emulator that was tuned, of the full model with
+the tuned blocks plugged in, and of the full model that was tuned itself.
+
+    python scripts/measure/run.py offsite SMOLLM2 --keep 10 --distill 600 --steps 240
+
+The emulator is distilled on --calibration. What is tuned on is the calibration part of --style, and
+the step with the lowest loss on its last rows is taken: for the emulator by its own loss, since
+whoever tunes it has nothing else. It does its work where the plugged model beats the full one
+before tuning; what it keeps back is by how much the plugged model beats the tuned emulator.
+"""
+
+import argparse
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_calibration.sources import read_documents
+from compressor_calibration.tokens import windows
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from variant import Bench, Figures, Variant
+
+from compressor.checkpoint.adapter import open_adapter
+from compressor.checkpoint.find import locate
+from compressor.checkpoint.offsite import read_offsite_record
+from compressor.checkpoint.source import open_source
+from compressor.plan.recipe import make_recipe
+from compressor.run.plug import plug
+from compressor.run.session import compile_checkpoint, prepare
+from compressor.runner.tokenizer import load_tokenizer
+from recipes import Recipes, text_options
+
+CLAIMS = [
+    ("plugged", "full model, zero-shot"),
+    ("plugged", "emulator, tuned"),
+    ("full model, tuned", "plugged"),
+]
+VALIDATION = 16
+"""One row of the style's in so many is validated on."""
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model")
+    parser.add_argument("--pads", type=int, nargs=2, default=[2, 2])
+    parser.add_argument("--keep", type=int, default=8, help="blocks of the middle")
+    parser.add_argument("--distill", type=int, default=600, help="steps of distillation; 0: none")
+    parser.add_argument("--distill-lr", type=float, default=1e-4)
+    parser.add_argument("--style", default="bundled/fiction", help="what is tuned on")
+    parser.add_argument("--rows", type=int, default=256, help="rows of it")
+    parser.add_argument("--steps", type=int, default=240, help="of tuning, 8 rows each")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--full-lr", type=float, default=2e-5, help="where all blocks are tuned")
+    text_options(parser, calibration="bundled", samples=256, windows=24)
+
+
+def variants(bench: Bench) -> Iterator[Variant]:
+    options = bench.options
+    recipes = Recipes(bench, options.model, {"": (options.style, options.windows)})
+    data = windows(
+        load_tokenizer(recipes.model),
+        read_documents(options.style, part="calibration"),
+        windows=options.rows,
+        length=options.length,
+    ).ids
+    folders = {name: bench.work / name for name in ("emulator", "tuned", "plugged", "whole")}
+    first = "full model, zero-shot"
+
+    def emulate() -> Figures:
+        distill = {"steps": options.distill, "lr": options.distill_lr} if options.distill else None
+        emulator = {"pads": options.pads, "keep": options.keep, "distill": distill}
+        recipe = {
+            "model": str(recipes.model),
+            "output": str(folders["emulator"]),
+            "passes": [{"emulator": emulator}],
+            "format": "dense",
+            "calibration": {
+                "data": options.calibration,
+                "samples": options.samples,
+                "length": options.length,
+            },
+        }
+        started = time.perf_counter()
+        done = compile_checkpoint(prepare(make_recipe(recipe), device=bench.device))
+        learned: dict[str, Any] = {}
+        for row in done.learned[0].result.rows:
+            learned = {f"border loss {when}": row[f"loss_{when}"] for when in ("before", "after")}
+        seconds = time.perf_counter() - started
+        return {**recipes.scores(open_source(folders["emulator"])), **learned, "seconds": seconds}
+
+    def tune_emulator() -> Figures:
+        record = read_offsite_record(folders["emulator"])
+        assert record is not None
+        own = [record.kept.index(block) for block in record.adapter_blocks]
+        told = tune(bench, folders["emulator"], folders["tuned"], data, own, options.lr)
+        return {**recipes.scores(open_source(folders["tuned"])), **told}
+
+    def plugged() -> Figures:
+        located = locate(str(recipes.model), fetch=False)
+        adapter = open_adapter(folders["tuned"], located.source, emulator=folders["emulator"])
+        plug(located, adapter, folders["plugged"])
+        return recipes.scores(open_source(folders["plugged"]))
+
+    def tune_whole() -> Figures:
+        every = range(len(recipes.source.layout.blocks))
+        told = tune(bench, recipes.model, folders["whole"], data, every, options.full_lr)
+        return {**recipes.scores(open_source(folders["whole"])), **told}
+
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "device")}
+    yield recipes.itself(first)
+    yield Variant("emulator, zero-shot", emulate, settings, first)
+    yield Variant("emulator, tuned", tune_emulator, settings, first)
+    yield Variant("plugged", plugged, settings, first)
+    yield Variant("full model, tuned", tune_whole, settings, first)
+
+
+def tune(
+    bench: Bench, model: Path, output: Path, data: Tensor, blocks: Sequence[int], lr: float
+) -> Figures:
+    """Tune some blocks of a checkpoint by AdamW, and write the best step in its dtype."""
+    source, options = open_source(model), bench.options
+    names = source.arch.runtime
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(bench.device)
+    whole.eval().requires_grad_(False)  # no dropout
+    layers = whole.get_submodule(names.layers)
+    trained = [p for i in blocks for p in layers[i].requires_grad_(True).parameters()]
+    kept = max(1, len(data) // VALIDATION)
+    rows, unseen = data[:-kept], data[-kept:]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    order: list[int] = []
+    best, best_step, warmup = math.inf, 0, max(1, options.steps // 20)
+    weights: list[Tensor] = []
+    started = time.perf_counter()
+    for step in range(options.steps):
+        while len(order) < options.batch:
+            order += torch.randperm(len(rows), generator=generator).tolist()
+        batch, order = rows[order[: options.batch]], order[options.batch :]
+        rise = min(1.0, (step + 1) / warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rise * (1 + math.cos(math.pi * step / options.steps)) / 2
+        optimizer.zero_grad()
+        loss_of(whole, batch).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if (step + 1) % max(1, options.steps // 12) == 0:
+            with torch.no_grad():
+                parts = unseen.split(options.batch)
+                found = sum(float(loss_of(whole, x)) * len(x) for x in parts) / len(unseen)
+            if found < best:
+                best, best_step = found, step + 1
+                weights = [p.detach().clone() for p in trained]
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        for parameter, weight in zip(trained, weights, strict=True):
+            parameter.copy_(weight)
+    shutil.rmtree(output, ignore_errors=True)
+    whole.to(source.checkpoint.dtype).save_pretrained(output)
+    return {"step": best_step, "seconds": seconds}
+
+
+def loss_of(model: Any, batch: Tensor) -> Tensor:
+    """Mean loss of a token."""
+    ids = batch.to(model.device)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return found
