@@ -98,8 +98,8 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         ),
         "Maps of types that transformers has no class for by itself, bound against names alone: "
         + ", ".join(f"`{name}`" for name in unseen)
-        + ". Text models are seen inside the models that hold them; Kimi K2 runs through "
-        "DeepSeek-V3's class; MiniCPM is rounded without running.",
+        + ". Text models are seen inside the models that hold them; Kimi K2 and K2.5 run "
+        "through DeepSeek-V3's class; MiniCPM is rounded without running.",
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -136,7 +136,9 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
         if isinstance(data, dict) and isinstance(data.get("attention"), dict):
             data["attention"] = [data["attention"]]  # all blocks attend alike
         if isinstance(data, dict) and isinstance(data.get("runtime"), dict):
-            data["runtime"] = {**data["runtime"], "twin": data.get("twin")}
+            twin = data.get("twin")
+            within = data.get("config") if twin is not None else None
+            data["runtime"] = {**data["runtime"], "twin": twin, "within": within}
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))
     except ValidationError as error:

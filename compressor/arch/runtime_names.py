@@ -132,6 +132,7 @@ class RuntimeNames:
     outside  the same for modules outside the blocks
     stacks   experts that are one tensor in memory
     twin     the model_type whose class runs it, where transformers has none of its own
+    within   the part of the config that this class takes, where that is not all of it
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -144,6 +145,7 @@ class RuntimeNames:
     outside: Mapping[str, str] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
     twin: str | None = None
+    within: str | None = None
 
     def stacked(self, unit: UnitLayout) -> dict[str, tuple[Linear, ...]]:
         """Tensors in which files of floats have linears of a unit otherwise than one [out, in] →

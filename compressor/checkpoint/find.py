@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from compressor.checkpoint.consolidated import open_any
 from compressor.checkpoint.gguf.source import CONVERSION, convert_gguf
 from compressor.checkpoint.lfs import is_pointer, pointer_error
 from compressor.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME
@@ -97,7 +98,7 @@ def locate(
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        checkpoint = open_checkpoint(path, to_plan=to_plan)
+        checkpoint = open_any(path, to_plan=to_plan)
         try:
             found = as_source(checkpoint, dtype=dtype, chosen=chosen)
         except InputError as error:

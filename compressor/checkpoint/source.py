@@ -16,12 +16,13 @@ from compressor.arch.beside import part_of
 from compressor.arch.free import FreeMap
 from compressor.arch.load import NO_MAP, ArchMap, find_map
 from compressor.arch.schema import MapFile
+from compressor.checkpoint.consolidated import open_any
 from compressor.checkpoint.low_precision.known import as_floats
 from compressor.checkpoint.low_precision.microscaled import as_compressed_tensors
 from compressor.checkpoint.manifest import RECIPE_NAME
 from compressor.checkpoint.one_reading import settle_biases, settle_head, settle_quantization
 from compressor.checkpoint.packed_shapes import packed_shape
-from compressor.checkpoint.reader import Checkpoint, open_checkpoint
+from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.slices import sliced
 from compressor.checkpoint.stored_names import canonical
@@ -171,7 +172,7 @@ def assembled(
 
 def open_source(folder: Path) -> Source:
     """Open a checkpoint folder. Raises InputError or Problems with all that is wrong."""
-    return as_source(open_checkpoint(folder))
+    return as_source(open_any(folder))
 
 
 def as_source(
@@ -232,7 +233,7 @@ def as_source(
     linears = {
         linear.name: modules.get(linear.name, {})
         for linear in layout.linears
-        if not (linear.role == "lm_head" and layout.tied)
+        if not (linear.role == "lm_head" and layout.tied) and not _plain(linear, modules)
     }
     schemes = fmt.schemes(declared if isinstance(declared, dict) else {}, linears)
     source = Source(
@@ -299,6 +300,13 @@ def recognise(config: Mapping[str, Any]) -> Format:
 
 def _is_float(spec: TensorShape) -> bool:
     return spec.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _plain(linear: Linear, modules: Mapping[str, Mapping[str, TensorShape]]) -> bool:
+    """Whether floats of a linear contradict no config: a router is a module of its own in many a
+    family, so that no class of modules means it, and towers go by other names in configs."""
+    weight = modules.get(linear.name, {}).get("weight")
+    return (linear.beside or linear.role == "router") and weight is not None and _is_float(weight)
 
 
 def _complete(schemes: ModelSchemes, layout: ModelLayout) -> ModelSchemes:

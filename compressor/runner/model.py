@@ -35,16 +35,27 @@ def build_model(config: Any, dtype: torch.dtype) -> Any:
         return build("eager")
 
 
-def build_config(config: Mapping[str, Any], *, twin: str | None = None) -> Any:
+def build_config(
+    config: Mapping[str, Any], *, twin: str | None = None, within: str | None = None
+) -> Any:
     """transformers' config of a config.json.
 
-    twin  the type whose class stands for the model's own
+    twin    the type whose class stands for the model's own
+    within  the part of the config that describes what it runs, where that is not all
     """
     from transformers import AutoConfig
 
-    values = {k: _numbers(v) for k, v in config.items() if k != "quantization_config"}
+    part = config if within is None else config[within]
+    values = {k: _numbers(v) for k, v in part.items() if k != "quantization_config"}
     model_type = values.pop("model_type")
     return AutoConfig.for_model(twin or model_type, **copy.deepcopy(values))
+
+
+def has_class(config: Mapping[str, Any]) -> bool:
+    """Whether transformers knows the type of a config.json."""
+    from transformers import CONFIG_MAPPING
+
+    return config.get("model_type") in CONFIG_MAPPING
 
 
 def _numbers(value: Any) -> Any:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint.source import open_source
+from compressor.cli.main import cli
 from compressor.errors import InputError
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
@@ -102,6 +104,58 @@ def test_types_that_transformers_lacks_have_their_twins_names(
     assert source.layout.units == other.layout.units
     if source.arch.twin is not None:
         assert torch.equal(logits(source), logits(other))
+
+
+@pytest.mark.parametrize("model_type", ["kimi_k2", "kimi_k25"])
+def test_kimi_s_int4_experts_are_read_moved_and_rounded_anew(
+    model_type: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """As Moonshot publishes them: packed in groups of 32, all else left alone by patterns; K2.5
+    with another prefix and a tower of remote code."""
+    step = {"rtn": {"bits": 4, "group_size": 32, "targets": ["expert.*"]}}
+    twin = compiled(tiny_model("deepseek_v3"), tmp_path / "twin", [step])
+    folder = tmp_path / "kimi"
+    shutil.copytree(tmp_path / "twin", folder, ignore=shutil.ignore_patterns("*.index.json"))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "kimi_k2"
+    quantization = config.pop("quantization_config")
+    ignored = [r"re:.*self_attn.*", r"re:.*shared_experts.*", r"re:.*mlp\.(gate|up|down)_proj.*"]
+    quantization["ignore"] = ["re:.*lm_head", *ignored, "re:vision_tower.*", "re:mm_projector.*"]
+    tensors = load_file(folder / "model.safetensors")
+    if model_type == "kimi_k25":
+        tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+        tensors["vision_tower.encoder.blocks.0.wqkv.weight"] = torch.ones(96, 32)
+        tensors["mm_projector.proj.0.weight"] = torch.ones(64, 32)
+        config = {"model_type": model_type, "text_config": config}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(folder)
+    assert {x.role for x in source.layout.linears if x.beside} <= {
+        "tower.linear",
+        "projector.linear",
+    }
+    for ours, theirs in zip(source.layout.units, twin.layout.units, strict=True):
+        one, two = source.read_unit(ours), twin.read_unit(theirs)
+        assert len(one.quantized) == len(two.quantized)
+        for (name, q), (other, expected) in zip(
+            one.quantized.items(), two.quantized.items(), strict=True
+        ):
+            assert name.endswith(other) and torch.equal(q.codes, expected.codes)
+    if source.arch.twin is not None:
+        assert torch.equal(logits(source), logits(twin))
+    run = CliRunner().invoke(
+        cli, ["convert", str(folder), str(tmp_path / "dense"), "--format", "dense"]
+    )
+    assert run.exit_code == 0, run.output
+    recipe = {
+        "model": str(folder),
+        "output": str(tmp_path / "out"),
+        "dequantize_source": True,
+        "passes": [{"mxfp4": {"targets": ["expert.*"]}}],
+    }
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    run = CliRunner().invoke(cli, ["run", str(tmp_path / "r.json"), "--device", "cpu"])
+    assert run.exit_code == 0, run.output
 
 
 def test_what_is_carried_is_listed_and_nothing_turns_around_it(tiny_model: TinyModel) -> None:

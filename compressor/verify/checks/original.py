@@ -21,6 +21,7 @@ from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.unit import Unit
+from compressor.runner.model import has_class
 from compressor.verify.alignment import Matrix, rotation_between
 from compressor.verify.checks.base import Check
 from compressor.verify.compare import (
@@ -61,7 +62,7 @@ class Original(Check):
         self.written, self.original = self.subject.source, self.subject.original
         self.device, self.folder = self.subject.device, self.subject.folder
         written, original = self.written.checkpoint, self.original.checkpoint
-        mapped = not self.original.arch.free
+        mapped = not self.original.arch.free and has_class(original.config)
         problems = config_problems(written.config, original.config, known=mapped)
         self.found.add("config to the original", problems, "every key that decides the function")
         problems, alike = file_problems(self.folder, original.folder)
