@@ -19,15 +19,15 @@ from pydantic import Field
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.ir.qtensor import QTensor
-from compressor.ir.scheme import Scheme
+from compressor.ir.qtensor import QTensor, decode_elements
 from compressor.ir.unit import Unit
-from compressor.methods.base import BlockNeeds, Effects, Needs, Pass
-from compressor.methods.common import integers
+from compressor.methods.base import BlockNeeds, Needs
 from compressor.methods.common.block_fit import Kept, draws, loss_of, steps
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
+from compressor.methods.common.on_grid import OnGrid
+from compressor.methods.common.rounding import with_input_scales
 from compressor.methods.common.second_order import GptqOptions, round_unit, searched
-from compressor.methods.common.shapes import undivided
+from compressor.numerics.learned_floats import e2m1_step, floats_qtensor, moved_elements
 from compressor.numerics.learned_grid import as_qtensor, grouped, moved_codes, stretched
 
 COPIES = 4
@@ -51,16 +51,11 @@ class Preset(NamedTuple):
 PRESETS = {"fast": Preset(0, 40), "good": Preset(2, 100), "best": Preset(2, 400)}
 
 
-class Reconstruct(Pass):
+class Reconstruct(OnGrid):
     """Round with GPTQ on searched grids, then refine the scales of each block together."""
 
     version: ClassVar[int] = 1
 
-    bits: int = Field(4, ge=2, le=8, description="bits of one weight")
-    group_size: int | None = Field(
-        128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
-    )
-    symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
     preset: Literal["fast", "good", "best"] = Field(
         "good", description="how much is done: 40, 100 or 400 steps; descent before all but fast"
     )
@@ -71,11 +66,12 @@ class Reconstruct(Pass):
     scale_rate: float = Field(
         0.005, gt=0, le=1, description="how far the first step moves the logarithm of a scale"
     )
-    reach: float = Field(
-        0.0,
+    reach: float | None = Field(
+        None,
         ge=0,
         le=2,
-        description="how far all steps together move a weight between codes; 0: scales alone move",
+        description="how far all steps together move a weight between codes; 0: scales alone move; "
+        "null: 0, and 0.3 on mxfp4, whose powers of two do not move",
     )
     damping: float = Field(
         0.1, gt=0, le=1, description="share of the Gram matrix's mean diagonal added to it"
@@ -91,20 +87,27 @@ class Reconstruct(Pass):
         64, ge=1, description="what fewer tokens went through starts from the nearest codes"
     )
 
-    def effects(self) -> Effects:
-        spec = integers.int_spec(self.bits, self.group_size, symmetric=self.symmetric)
-        return Effects(scheme=Scheme(weight=spec))
+    @property
+    def moves(self) -> float:
+        """How far weights move between codes."""
+        return (0.3 if self.grid == "mxfp4" else 0.0) if self.reach is None else self.reach
 
     def needs(self) -> Needs:
         count = PRESETS[self.preset].steps
-        copies = COPIES + (MOVING_COPIES if self.reach else 0)
+        copies = COPIES + (MOVING_COPIES if self.moves else 0)
+        cross = self.correction > 0
         return Needs(
-            stats=StatNeeds(gram=True, cross=self.correction > 0),
+            stats=StatNeeds(gram=True, absmax=self.reads_absmax, cross=cross),
             block=BlockNeeds(steps=count, rows=self.batch, copies=copies),
         )
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        yield from undivided(context.selected, self.group_size)
+        yield from super().check(context)
+        if self.grid == "mxfp4" and not self.moves:
+            yield InputError(
+                "powers of two do not move, and with reach: 0 codes do not either",
+                hint="leave reach out, or use gptq",
+            )
         if context.rows < self.batch + self.held_back:
             yield InputError(
                 f"each step reads {self.batch} rows and {self.held_back} are held back, but "
@@ -119,13 +122,14 @@ class Reconstruct(Pass):
             descent=PRESETS[self.preset].descent,
             correction=self.correction,
         )
+        unit = with_input_scales(unit, context.coded, context)
         begin = partial(searched, context, self.min_tokens)
         started, rows = round_unit(unit, context, options, start=begin)
         if context.tune is None:
             return PassResult(started, rows)
         roundings = {
-            x.name: RefinedRounding(
-                unit.weight(x), started.quantized[x.name], moving=self.reach > 0
+            x.name: refined_rounding(
+                unit.weight(x), started.quantized[x.name], moving=self.moves > 0
             )
             for x in context.coded
         }
@@ -147,11 +151,12 @@ class Reconstruct(Pass):
         count = PRESETS[self.preset].steps
         start = least = loss_of(block, roundings, judges)
         kept, best_step = Kept(roundings), 0
-        groups = [{"params": [r.logs for r in roundings.values()], "lr": self.scale_rate}]
-        if self.reach:
+        logs = [r.logs for r in roundings.values() if r.logs.requires_grad]
+        groups = [{"params": logs, "lr": self.scale_rate}] if logs else []
+        if self.moves:
             # Rates fall linearly to zero, so that all steps together go half as far.
             moving = [r.offsets for r in roundings.values()]
-            groups.append({"params": moving, "lr": 2 * self.reach / count})
+            groups.append({"params": moving, "lr": 2 * self.moves / count})
         adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
         falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=count)
 
@@ -203,7 +208,7 @@ class RefinedRounding:
         self.logs = torch.zeros_like(self.scales).requires_grad_()
 
     def parameters(self) -> list[Tensor]:
-        return [self.logs, *([self.offsets] if self.offsets.requires_grad else [])]
+        return [x for x in (self.logs, self.offsets) if x.requires_grad]
 
     def weight(self) -> Tensor:
         steps, scales = self._rounded()
@@ -216,6 +221,45 @@ class RefinedRounding:
     def _rounded(self) -> tuple[Tensor, Tensor]:
         scales = stretched(self.scales, self.logs, self.spec.scale_dtype)
         return moved_codes(self.codes + self.offsets, self.spec) - self.zero, scales
+
+
+class RefinedFloats(RefinedRounding):
+    """The same on NVFP4, whose scales move from one E4M3 number to another, and on MXFP4, whose
+    scales stay. The global scale stays."""
+
+    def __init__(self, weight: Tensor, q: QTensor, *, moving: bool) -> None:
+        self.spec, self.second = q.spec, q.second
+        self.scales = q.scales.float()
+        elements = decode_elements(q.codes, q.spec, torch.float32)
+        self.codes = elements.view(*self.scales.shape, -1)
+        unit = self.scales if q.second is None else self.scales * q.second
+        safe = torch.where(unit > 0, unit, 1.0)[..., None]
+        exact = weight.float().view(self.codes.shape) / safe
+        steps = (exact - self.codes) / e2m1_step(self.codes)
+        self.offsets = steps.clamp_(-EDGE, EDGE).nan_to_num_(nan=0.0).requires_grad_(moving)
+        self.logs = torch.zeros_like(self.scales).requires_grad_(not q.spec.microscaled)
+
+    def weight(self) -> Tensor:
+        made = super().weight()
+        return made if self.second is None else made * self.second
+
+    @torch.no_grad()
+    def quantized(self) -> QTensor:
+        return floats_qtensor(*self._rounded(), self.second, self.spec)
+
+    def _rounded(self) -> tuple[Tensor, Tensor]:
+        # Rounding the value on its own place would undo what GPTQ did to codes that do not move.
+        moving = self.offsets.requires_grad
+        elements = moved_elements(self.codes, self.offsets) if moving else self.codes
+        if self.spec.microscaled:
+            return elements, self.scales
+        return elements, stretched(self.scales, self.logs, self.spec.scale_dtype)
+
+
+def refined_rounding(weight: Tensor, q: QTensor, *, moving: bool) -> RefinedRounding:
+    """What is refined of a weight [out, in], given codes and scales on its grid."""
+    kind = RefinedRounding if q.spec.element == "int" else RefinedFloats
+    return kind(weight, q, moving=moving)
 
 
 PASS = Reconstruct

@@ -12,19 +12,24 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from compressor_calibration.stats import StatNeeds
 from pydantic import Field
 from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, QuantSpec
-from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.base import BlockNeeds, Effects, Needs, Pass
-from compressor.methods.common import integers
+from compressor.methods.base import BlockNeeds, Needs
 from compressor.methods.common.block_fit import Kept, draws, loss_of, steps
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
-from compressor.methods.common.rounding import round_to_nearest, weight_row
-from compressor.methods.common.shapes import undivided
+from compressor.methods.common.on_grid import OnGrid
+from compressor.methods.common.rounding import (
+    options_of,
+    round_to_nearest,
+    weight_row,
+    with_input_scales,
+)
+from compressor.numerics.learned_floats import floats_qtensor, learned_elements, learned_scales
 from compressor.numerics.learned_grid import (
     as_qtensor,
     grouped,
@@ -32,22 +37,18 @@ from compressor.numerics.learned_grid import (
     learned_steps,
     range_of,
 )
+from compressor.numerics.nvfp4 import global_divisor
 
 COPIES = 8
 """Offsets, their gradients and the best ones; codes before and after they are rounded and clamped,
 and what they stand for."""
 
 
-class Signround(Pass):
+class Signround(OnGrid):
     """Learn how weights are rounded and ranges clipped, by signs of gradients (AutoRound)."""
 
     version: ClassVar[int] = 1
 
-    bits: int = Field(4, ge=2, le=8, description="bits of one weight")
-    group_size: int | None = Field(
-        128, ge=1, description="neighbouring inputs that share a scale; null for a whole row"
-    )
-    symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
     steps: int = Field(200, ge=1, le=100_000, description="steps of each block")
     batch: int = Field(8, ge=1, description="calibration rows in each step")
     rate: float | None = Field(
@@ -59,15 +60,12 @@ class Signround(Pass):
     )
     ranges: bool = Field(True, description="learn how far each group's range is clipped, too")
 
-    def effects(self) -> Effects:
-        spec = integers.int_spec(self.bits, self.group_size, symmetric=self.symmetric)
-        return Effects(scheme=Scheme(weight=spec))
-
     def needs(self) -> Needs:
-        return Needs(block=BlockNeeds(steps=self.steps, rows=self.batch, copies=COPIES))
+        block = BlockNeeds(steps=self.steps, rows=self.batch, copies=COPIES)
+        return Needs(stats=StatNeeds(absmax=self.reads_absmax), block=block)
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        yield from undivided(context.selected, self.group_size)
+        yield from super().check(context)
         if context.rows < self.batch:
             yield InputError(
                 f"each step reads {self.batch} rows, but calibration has {context.rows}",
@@ -80,10 +78,14 @@ class Signround(Pass):
             found = round_to_nearest(unit, context)
             note = {"note": "outside blocks nothing is learned: rounded to nearest"}
             return PassResult(found.unit, [{**row, **note} for row in found.rows])
+        unit = with_input_scales(unit, linears, context)
         block = context.tune(unit)
+        options = options_of(context, linears, [unit.weight(x) for x in linears])
         roundings = {
-            x.name: SignRounding(unit.weight(x), context.spec(x), ranges=self.ranges)
-            for x in linears
+            x.name: sign_rounding(
+                unit.weight(x), context.spec(x), ranges=self.ranges, amax=option.get("amax")
+            )
+            for x, option in zip(linears, options, strict=True)
         }
         row: dict[str, Any] = {"block": unit.layout.name}
         every = range(block.rows)
@@ -117,19 +119,21 @@ class Signround(Pass):
 
 
 class SignRounding:
-    """One weight [out, in] with its offsets and the shares of its ranges, all float32."""
+    """One weight [out, in] on integers with its offsets and the shares of its ranges, all float32.
+
+    What it has beside offsets are `shares`, each in [0, 1].
+    """
 
     def __init__(self, weight: Tensor, spec: QuantSpec, *, ranges: bool) -> None:
         self.spec = spec
         self.groups = grouped(weight.float(), spec)
         self.span = range_of(self.groups)
         self.offsets = torch.zeros_like(self.groups).requires_grad_()
-        self.low_share = torch.ones_like(self.span.low).requires_grad_(ranges)
-        self.high_share = torch.ones_like(self.span.high).requires_grad_(ranges)
+        ends = (self.span.low, self.span.high)
+        self.shares = [torch.ones_like(end).requires_grad_(ranges) for end in ends]
 
     def parameters(self) -> list[Tensor]:
-        shares = [self.low_share, self.high_share]
-        return [self.offsets, *(x for x in shares if x.requires_grad)]
+        return [self.offsets, *(x for x in self.shares if x.requires_grad)]
 
     def weight(self) -> Tensor:
         taken, scales, _ = self._rounded()
@@ -144,12 +148,53 @@ class SignRounding:
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.sub_(parameter.grad.nan_to_num_(nan=0.0).sign_(), alpha=length)
-        self.low_share.clamp_(0, 1)
-        self.high_share.clamp_(0, 1)
+        for share in self.shares:
+            share.clamp_(0, 1)
 
     def _rounded(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        scales, zeros = learned_grid(self.span, self.low_share, self.high_share, self.spec)
+        low, high = self.shares
+        scales, zeros = learned_grid(self.span, low, high, self.spec)
         return learned_steps(self.groups, self.offsets, scales, zeros, self.spec), scales, zeros
+
+
+class FloatSignRounding(SignRounding):
+    """One weight [out, in] on NVFP4 or MXFP4, with a share of each block's largest value.
+
+    amax  [1, 1] of all that has its global scale (NVFP4)
+    """
+
+    def __init__(
+        self, weight: Tensor, spec: QuantSpec, *, ranges: bool, amax: Tensor | None
+    ) -> None:
+        self.spec = spec
+        self.groups = weight.float().view(*spec.scale_shape(*weight.shape), -1)
+        self.largest = self.groups.abs().amax(-1)
+        self.divisor = None if amax is None else global_divisor(amax)
+        self.offsets = torch.zeros_like(self.groups).requires_grad_()
+        self.shares = [torch.ones_like(self.largest).requires_grad_(ranges)]
+
+    def weight(self) -> Tensor:
+        elements, scales = self._elements()
+        made = (elements * scales[..., None]).flatten(1)
+        return made if self.divisor is None else made * (1 / self.divisor)
+
+    @torch.no_grad()
+    def quantized(self) -> QTensor:
+        second = None if self.divisor is None else 1 / self.divisor
+        return floats_qtensor(*self._elements(), second, self.spec)
+
+    def _elements(self) -> tuple[Tensor, Tensor]:
+        scales = learned_scales(self.largest, self.shares[0], self.divisor)
+        return learned_elements(self.groups, self.offsets, scales, self.divisor), scales
+
+
+def sign_rounding(
+    weight: Tensor, spec: QuantSpec, *, ranges: bool, amax: Tensor | None
+) -> SignRounding:
+    """What is learned of a weight [out, in] on its grid."""
+    if spec.element == "int":
+        return SignRounding(weight, spec, ranges=ranges)
+    return FloatSignRounding(weight, spec, ranges=ranges, amax=amax)
 
 
 def _descend(roundings: dict[str, SignRounding], length: float) -> None:

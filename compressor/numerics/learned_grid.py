@@ -60,14 +60,14 @@ def learned_grid(
         return scales, None
     levels = 2**spec.bits - 1
     scales = _storable((above + below) / levels, spec.scale_dtype)
-    return scales, _straight(below / scales, torch.round).clamp(0, levels)
+    return scales, straight(below / scales, torch.round).clamp(0, levels)
 
 
 def learned_steps(
     groups: Tensor, offsets: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec
 ) -> Tensor:
     """Codes less their zero point [O, n, g], differentiable in offsets, scales and zeros."""
-    steps = _straight(groups / scales[..., None] + offsets, torch.round)
+    steps = straight(groups / scales[..., None] + offsets, torch.round)
     if zeros is None:
         return steps.clamp(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)
     zero = zeros[..., None]
@@ -76,12 +76,14 @@ def learned_steps(
 
 def moved_codes(positions: Tensor, spec: QuantSpec) -> Tensor:
     """The codes nearest to positions between codes, differentiable."""
-    return _straight(positions, torch.round).clamp(0, 2**spec.bits - 1)
+    return straight(positions, torch.round).clamp(0, 2**spec.bits - 1)
 
 
 def stretched(scales: Tensor, logs: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales times exp(logs), rounded to their storage dtype, differentiable in the logs."""
-    return _straight(scales * logs.exp(), lambda x: x.to(dtype).to(x.dtype))
+    largest = torch.finfo(dtype).max
+    moved = (scales * logs.exp()).clamp(-largest, largest)
+    return straight(moved, lambda x: x.to(dtype).to(x.dtype))
 
 
 def as_qtensor(steps: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> QTensor:
@@ -99,11 +101,11 @@ def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales rounded to their storage dtype, and then no closer to zero than AutoRound lets them
     come; where that bound rules they have no gradient."""
     info, floor = torch.finfo(dtype), 1e-5 if dtype.itemsize == 2 else 1e-8
-    rounded = _straight(scales.clamp(info.min, info.max), lambda x: x.to(dtype).to(x.dtype))
+    rounded = straight(scales.clamp(info.min, info.max), lambda x: x.to(dtype).to(x.dtype))
     smallest = float(torch.tensor(floor, dtype=dtype))
     return torch.where(rounded < 0, rounded.clamp(max=-smallest), rounded.clamp(min=smallest))
 
 
-def _straight(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+def straight(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """Rounded values whose gradient is that of the values."""
     return values + (rounding(values) - values).detach()

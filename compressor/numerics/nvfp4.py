@@ -149,6 +149,11 @@ def _divisor(amax: Tensor, rule: Rule) -> Tensor:
     return torch.where(amax == 0, 1.0, divisor.clamp(max=DIVISOR_MAX))
 
 
+def global_divisor(amax: Tensor, rule: Rule = "static_6") -> Tensor:
+    """One over the global scale [1, 1] that follows from the absmax [1, 1] of a matrix."""
+    return _divisor(amax.float().reshape(1, 1), rule)
+
+
 def _round(weight: Tensor, amax: Tensor, rule: Rule, tile_rows: int) -> tuple[Tensor, Tensor]:
     """E2M1 values [rows, in] in float32 and E4M3 scales [rows, in/16] of some rows."""
     rows, columns = weight.shape

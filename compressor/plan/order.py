@@ -46,8 +46,6 @@ def composition_problems(
 def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[CompressError]:
     """Model passes see the source's weights; a rotated block wants rotated inputs."""
     block: str | None = None
-    rescaled: str | None = None
-    rotated: str | None = None
     for plan in passes:
         effects, needs = plan.effects, plan.needs
         learns = isinstance(plan.step.params, ModelPass)
@@ -80,22 +78,6 @@ def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[Compr
                 "the original's here",
                 hint="propagate: quantized, or correction: 0",
             )
-        if needs.stats.cross and rescaled is not None:
-            yield InputError(
-                f"{plan.step.name} compares inputs with the original model's, which are others "
-                f"after {rescaled}",
-                hint=f"correction: 0, or leave {rescaled} out",
-            )
-        if needs.block is not None and rotated is not None:
-            yield InputError(
-                f"{plan.step.name} compares what leaves a block with the original model's, which "
-                f"has another basis after {rotated}",
-                hint=f"leave {rotated} out, or round with gptq",
-            )
-        if effects.rotates_residual:
-            rotated = rotated or plan.step.name
-        if effects.stale and not learns:
-            rescaled = rescaled or plan.step.name
         if not learns:
             block = block or plan.step.name
 

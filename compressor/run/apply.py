@@ -31,8 +31,9 @@ Observe = Callable[[Unit, bool, Observable], Observation]
 """Runs the calibration inputs through a unit as it stands; the flag says whether any pass has
 changed it."""
 
-ObserveSite = Callable[[Unit, str, StatNeeds], SiteStats]
-"""Runs them through a unit as it stands and through the original one, and looks at one site."""
+ObserveSite = Callable[[Unit, Unit, str, StatNeeds], SiteStats]
+"""Runs them through a unit before anything was rounded and through it as it stands, each on its own
+activations, and looks at one site."""
 
 
 def apply_passes(
@@ -59,15 +60,18 @@ def apply_passes(
     rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
     seen: Observation | None = None
     changed = False
+    exact: Unit | None = None  # after the transforms, before the first rounding
     experts = {x.name: x.expert for x in unit.layout.linears if x.expert is not None}
     for number, wanted in zip(unit.steps, unit.seen, strict=True):
         step = plan.passes[number]
         params, needs = step.step.params, step.needs.stats
         if wanted.anything and seen is None:
             seen = observe(current, changed, wanted)
+        if exact is None or step.effects.transforms:
+            exact = None if step.effects.transforms else current
         site = None
-        if observe_site is not None and needs.cross:
-            site = partial(_look, observe_site, needs)
+        if exact is not None and observe_site is not None and needs.cross:
+            site = partial(_look, observe_site, needs, exact)
         context = PassContext(
             stats={} if seen is None else seen.stats,
             schemes=plan.schemes.linears,
@@ -100,8 +104,10 @@ def apply_passes(
     return current, rows
 
 
-def _look(observe_site: ObserveSite, needs: StatNeeds, unit: Unit, site: str) -> SiteStats:
-    return observe_site(unit, site, needs)
+def _look(
+    observe_site: ObserveSite, needs: StatNeeds, exact: Unit, unit: Unit, site: str
+) -> SiteStats:
+    return observe_site(exact, unit, site, needs)
 
 
 def _coverage(

@@ -33,6 +33,7 @@ from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
+from compressor.run.original import in_dtype, not_observed, start_of, turned, values_of
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import Block
@@ -204,7 +205,9 @@ class _Loop:
         step.run(tensors=tensors, batches=record["batches"])
         if self._beside(unit):
             assert source is not None and self.originals is not None
-            originals = source.dequantized(self.plan.compute_dtype(self.settings.device))
+            dtype, device = self.plan.compute_dtype(self.settings.device), self.settings.device
+            moved = {n: t.to(device) for n, t in source.dequantized(dtype).items()}
+            originals = self._turned(step.index, source, moved)
             step.run(self.originals, tensors=originals, batches=record["original_batches"])
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,50 +249,49 @@ class _Loop:
             tied = self.plan.layout.tied
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
             moved |= {linear.weight_name: shared for linear in layout.linears}
+        original = self._turned(step.index, source, moved)
         with ExitStack() as stack:
-            look, look_beside, tune = self._observers(step, moved, stack)
+            look, look_beside, tune = self._observers(step, moved, original, stack)
             current, rows = apply_passes(
                 self.plan,
                 step.index,
                 unit,
-                self._start(unit, source, moved),
+                start_of(self.plan, step.index, source, moved, self.learned),
                 observe=look,
                 observe_site=look_beside,
                 tune=tune,
                 progress=partial(self.settings.on_fit, layout.name),
-                learned={number: found.result.value for number, found in self.learned.items()},
+                learned=values_of(self.learned),
                 base=self.plan.target.base_weights(layout),
             )
-        kept = moved if self._from_source(unit) or self._beside(unit) else {}
+        kept = dict(original) if self._from_source(unit) or self._beside(unit) else {}
         return self.plan.target.encode(current), rows, kept
 
-    def _start(self, unit: UnitPlan, source: Unit, moved: Mapping[str, Tensor]) -> Unit:
-        """A unit in float32, as passes work on it, with what model passes add to it."""
-        added = {
-            name: tensor
-            for found in self.learned.values()
-            for name, tensor in found.result.extra.items()
-            if name in unit.outputs
-        }
-        tensors = {name: tensor.float() for name, tensor in moved.items()}
-        extra = {**source.extra, **added}
-        picked = {name for number in unit.steps for name in self.plan.passes[number].names}
-        for linear in source.layout.linears:
-            if linear.beside and linear.name in picked:
-                weight = extra.pop(linear.weight_name, None)
-                if weight is not None:
-                    tensors[linear.weight_name] = weight.to(self.settings.device, torch.float32)
-        return Unit(layout=source.layout, tensors=tensors, extra=extra)
+    def _turned(
+        self, index: int, source: Unit, moved: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """The original's weights in the basis that hidden states have in the written model."""
+        unit = self.plan.units[index]
+        if not self._beside(unit):
+            return moved
+        start = start_of(self.plan, index, source, moved, self.learned)
+        dtype = self.plan.compute_dtype(self.settings.device)
+        return turned(self.plan, index, start, self.learned, dtype=dtype) or moved
 
     def _observers(
-        self, step: Step, tensors: Mapping[str, Tensor], stack: ExitStack
+        self,
+        step: Step,
+        tensors: Mapping[str, Tensor],
+        turned: Mapping[str, Tensor],
+        stack: ExitStack,
     ) -> tuple[Observe, ObserveSite | None, Tune | None]:
         """What observes the unit, and where the original runs beside it, single sites of it; what
-        runs its block with gradients. `tensors` are its weights before any pass."""
+        runs its block with gradients. `tensors` are its weights before any pass, `turned` the same
+        where a pass rotates hidden states."""
         unit = self.plan.units[step.index]
         self.targets = None
         if not unit.calibrated:
-            return _nothing, None, None
+            return not_observed, None, None
         stream, runner = step.stream, step.model.runner
         if unit.layout.kind == "head":
 
@@ -317,30 +319,39 @@ class _Loop:
                 )
             )
 
-        tune = self._tuner(step, block) if unit.tuned else None
+        tune = self._tuner(step, block, turned) if unit.tuned else None
         if not self._beside(unit):
             return look, None, tune
 
-        def look_beside(current: Unit, site: str, needs: StatNeeds) -> SiteStats:
+        def look_beside(exact: Unit, current: Unit, site: str, needs: StatNeeds) -> SiteStats:
             assert self.originals is not None
             dtype = self.plan.compute_dtype(self.settings.device)
-            weights = {n: t.to(dtype) for n, t in current.dequantized(dtype).items()}
-            sides = [(tensors, self.originals), (weights, stream)]
+            weights = [in_dtype(x.dequantized(dtype), dtype) for x in (exact, current)]
+            sides = list(zip(weights, (self.originals, stream), strict=True))
             return step.execution.halving(
                 lambda batch: observe_beside(block, sides, site=site, needs=needs, batch=batch)
             )
 
         return look, look_beside, tune
 
-    def _tuner(self, step: Step, block: Block) -> Tune:
-        """What runs a block, which has its weights before any pass, with gradients."""
+    def _tuner(self, step: Step, block: Block, turned: Mapping[str, Tensor]) -> Tune:
+        """What runs a block with gradients towards what its original weights make."""
+        block.load(turned)
         stream, execution = step.stream, step.execution
         originals = self.originals or stream
         targets = originals.like()
         self.targets = targets, step.run(originals, into=targets)
+        block.load(block.tensors)
 
         def tune(current: Unit) -> TunableBlock:
-            return TunableBlock(block, current, inputs=stream, targets=targets, execution=execution)
+            return TunableBlock(
+                block,
+                current,
+                inputs=stream,
+                targets=targets,
+                execution=execution,
+                schemes=self.plan.schemes.linears,
+            )
 
         return tune
 
@@ -371,10 +382,6 @@ class _Loop:
         )
         self.done.append(done)
         self.settings.on_unit(done)
-
-
-def _nothing(current: Unit, changed: bool, wanted: Observable) -> Observation:
-    raise AssertionError(f"{current.layout.name} is not calibrated")
 
 
 def _no_module_loss(site: str, weights: Mapping[str, Tensor]) -> float:

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressor.ir.layout import weight_name
+from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.runner.block_runner import Block
+from compressor.runner.simulate import StoredInput, quantized_inputs
 from compressor.runner.stream import Stream
 
 if TYPE_CHECKING:
@@ -29,15 +31,29 @@ class TunableBlock:
     """A block of a unit as it stands, on its calibration rows.
 
     inputs   rows that enter it;  targets  what is to leave it for them
+    schemes  module path → how its inputs are quantized as the model runs, those of experts aside;
+             rounding them passes gradients on as if it were not there
     The last token of a row counts for nothing, as in AutoRound: no later one sees it.
     """
 
     def __init__(
-        self, block: Block, unit: Unit, *, inputs: Stream, targets: Stream, execution: Execution
+        self,
+        block: Block,
+        unit: Unit,
+        *,
+        inputs: Stream,
+        targets: Stream,
+        execution: Execution,
+        schemes: Mapping[str, Scheme] | None = None,
     ) -> None:
         self._block, self._inputs, self._targets = block, inputs, targets
         self._execution = execution
         device, dtype = block.runner.device, block.runner.dtype
+        self._rounded = {
+            x.name: StraightInput(scheme.input, unit.input_scales.get(x.name))
+            for x in unit.layout.linears
+            if (scheme := (schemes or {}).get(x.name)) and scheme.input and x.expert is None
+        }
         self._tensors = {n: t.to(device, dtype) for n, t in unit.dequantized(dtype).items()}
 
     @property
@@ -98,10 +114,20 @@ class TunableBlock:
         side = {name: tensor[list(rows)] for name, tensor in self._inputs.side.items()}
         named = {weight_name(name): weight for name, weight in weights.items()}
         tensors = {**self._tensors, **named}
-        out = self._block.functional(tensors, self._inputs.hidden[index], side)
+        with quantized_inputs(self._block, self._rounded):
+            out = self._block.functional(tensors, self._inputs.hidden[index], side)
         target = self._targets.hidden[index].to(out.device)
         kept = slice(None, self._counted())
         return (out[:, kept].float() - target[:, kept].float()).square().sum()
+
+
+class StraightInput(StoredInput):
+    """A quantized input through which gradients pass."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            rounded = super().__call__(x)
+        return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 @contextmanager

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from compressor.checkpoint.source import open_source
 from compressor.errors import Interrupted
+from compressor.evaluate.perplexity import token_scores
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.runner.sweep import StreamedModel, run_blocks
 
 RECONSTRUCT = {
     "reconstruct": {"bits": 3, "group_size": 32, "preset": "fast", "batch": 4, "held_back": 4}
@@ -18,24 +22,29 @@ RECONSTRUCT = {
 SIGNROUND = {"signround": {"bits": 3, "group_size": 32, "steps": 6, "batch": 4, "rate": 0.1}}
 
 
-def run(model: Path, output: Path, entry: Any, **how: Any) -> dict[str, bytes]:
+AFTER_ROTATE = ["rotate", RECONSTRUCT]
+AFTER_AWQ = ["awq", {"gptq": {"bits": 3, "group_size": 32, "correction": 0.5}}]
+
+
+def run(model: Path, output: Path, *passes: Any, **how: Any) -> dict[str, bytes]:
     data = {
         "model": str(model),
         "output": str(output),
         "calibration": {"data": "bundled/prose", "samples": 8, "length": 32},
-        "passes": [entry],
+        "passes": list(passes),
+        "untie": "rotate" in passes,
     }
     compile_checkpoint(prepare(make_recipe(data), device=choose_device("cpu")), **how)
     return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("entry", [SIGNROUND, RECONSTRUCT], ids=lambda entry: next(iter(entry)))
+@pytest.mark.parametrize("passes", [[SIGNROUND], [RECONSTRUCT], AFTER_ROTATE])
 def test_a_stopped_run_continues_to_the_same_bytes(
-    entry: Any, tiny_model: Callable[..., Path], tmp_path: Path
+    passes: list[Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=3)
     told: list[tuple[str, int, int, float]] = []
-    whole = run(model, tmp_path / "whole", entry, on_fit=lambda *found: told.append(found))
+    whole = run(model, tmp_path / "whole", *passes, on_fit=lambda *found: told.append(found))
     blocks = [f"model.layers.{i}" for i in range(3)]
     assert list(dict.fromkeys(name for name, *_ in told)) == blocks
     assert all(done < total and loss > 0 for _, done, total, loss in told)
@@ -44,12 +53,32 @@ def test_a_stopped_run_continues_to_the_same_bytes(
         run(
             model,
             tmp_path / "stopped",
-            entry,
+            *passes,
             on_fit=lambda name, *_: fits.append(name),
             stopping=lambda: blocks[1] in fits,
         )
     fits.clear()
-    assert (
-        run(model, tmp_path / "stopped", entry, on_fit=lambda name, *_: fits.append(name)) == whole
-    )
+    again = run(model, tmp_path / "stopped", *passes, on_fit=lambda name, *_: fits.append(name))
+    assert again == whole
     assert blocks[0] not in fits and blocks[1] in fits
+
+
+@pytest.mark.parametrize("passes", [AFTER_ROTATE, AFTER_AWQ, ["awq", RECONSTRUCT]])
+def test_the_original_runs_in_the_basis_and_scales_of_what_is_rounded(
+    passes: list[Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A correction towards another model's activations would destroy the weights."""
+    model = tiny_model("llama", num_hidden_layers=3)
+    ((name, given),) = passes[-1].items()
+    errors = []
+    for strength in (0.0, 0.5):
+        out = tmp_path / f"{strength}"
+        run(model, out, *passes[:-1], {name: {**given, "correction": strength}})
+        ids = torch.randint(2, 250, (8, 32), generator=torch.Generator().manual_seed(3))
+        models = [StreamedModel(open_source(folder)) for folder in (model, out)]
+        how = {"device": torch.device("cpu"), "dtype": torch.float32, "batch": 8}
+        states = run_blocks(models, ids, **how)
+        counted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+        _, _, kl, _ = token_scores([states[1], states[0]], ids, counted)
+        errors.append(float(kl.mean()))
+    assert errors[1] < 1.1 * errors[0]

@@ -7,6 +7,7 @@ import torch
 
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.signround import SignRounding
+from compressor.numerics.learned_floats import learned_elements, learned_scales
 from compressor.numerics.learned_grid import (
     as_qtensor,
     grouped,
@@ -97,3 +98,29 @@ def test_steps_are_those_of_autoround(case):
     assert losses[0] == pytest.approx(given["losses"][0].item(), rel=1e-4)
     # Later ones may differ by the signs of gradients near zero.
     assert min(losses) <= 1.02 * given["losses"].min()
+
+
+@pytest.mark.parametrize(("kind", "size"), [("nv_fp4", 16), ("mx_fp4", 32)])
+def test_float_grids_and_gradients_are_those_of_autoround(kind, size):
+    given = vectors("rounding/fp4")
+    groups = given["weight"].view(6, -1, size)
+    offsets = given["value"].view(groups.shape).clone().requires_grad_()
+    share = given[f"max_scale.g{size}"].clone().requires_grad_()
+    divisor = given["nv.global_scale"].view(1, 1) if kind == "nv_fp4" else None
+    scales = learned_scales(groups.abs().amax(-1), share, divisor)
+    elements = learned_elements(groups, offsets, scales, divisor)
+    made = elements * (scales if divisor is None else scales / divisor)[..., None]
+    (made.flatten(1) * given["upstream"]).sum().backward()
+    # Equal but for the order in which two scales are multiplied. A block of zeros has the least
+    # scale here; with AutoRound's its offsets become weights.
+    filled = [row for row in range(6) if row != 2]
+    wanted = given[f"{kind}.wq"][filled]
+    assert torch.allclose(made.flatten(1)[filled], wanted, rtol=3e-7, atol=0)
+    usable = (scales > 2.0**-126)[..., None].expand(groups.shape).flatten(1)
+    theirs = given[f"{kind}.grad_value"]
+    assert torch.allclose(offsets.grad.flatten(1)[usable], theirs[usable], rtol=1e-5, atol=0)
+    theirs = given[f"{kind}.grad_max"]
+    known = theirs.isfinite()
+    assert (share.grad[~known] == 0).all()
+    bound = 1e-4 * theirs[known].abs().max()
+    assert ((share.grad - theirs)[known].abs() <= 1e-3 * theirs[known].abs() + bound).all()

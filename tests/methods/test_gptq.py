@@ -149,7 +149,7 @@ def test_parameters_are_those_of_the_grid():
     assert Gptq(activations="static").needs().stats.absmax and not Gptq().needs().stats.absmax
     for wrong, message in (
         ({"grid": "nvfp4", "bits": 3}, "bits says nothing"),
-        ({"grid": "nvfp4", "scales": "search", "refits": 1}, "scales and refits says nothing"),
+        ({"grid": "nvfp4", "scales": "search", "refits": 1}, "refits says nothing"),
         ({"rule": "mae"}, "rule says nothing"),
         ({"activations": "calibrated"}, "null, token, tensor, static"),
         ({"grid": "nvfp4", "activations": "token"}, "null, calibrated, dynamic"),

@@ -50,6 +50,35 @@ def test_refining_brings_the_block_closer_than_gptq_does(model_type, symmetric, 
         assert symmetric or torch.equal(q.zeros, before.zeros)
 
 
+FLOATS = {k: v for k, v in FAST.items() if k not in GRID} | {"damping": 0.1, "min_tokens": 16}
+
+
+@pytest.mark.parametrize("grid", ["nvfp4", "mxfp4"])
+def test_floats_are_refined_from_searched_scales(grid, bench):
+    b = bench("llama")
+    plain = b.run(Gptq(grid=grid, damping=0.1, min_tokens=16))
+    start = b.run(Gptq(grid=grid, damping=0.1, min_tokens=16, scales="search"))
+    ours = b.run(Reconstruct(**FLOATS, grid=grid))
+    assert ours.rows[0]["loss"] <= ours.rows[0]["loss_of_start"]
+    assert b.error(ours) < b.error(plain) and b.error(ours) <= b.error(start) * 1.001
+    for name, q in ours.unit.quantized.items():
+        assert q.spec == start.unit.quantized[name].spec
+        assert q.second is None or torch.equal(q.second, start.unit.quantized[name].second)
+
+
+@pytest.mark.parametrize("mode", ["token", "static"])
+def test_inputs_are_quantized_in_the_forward_pass(mode, bench):
+    b = bench("llama")
+    step = Reconstruct(**{**FAST, "bits": 4}, activations=mode)
+    ours, scheme = b.run(step), step.effects().scheme
+    exact = (b.output(ours.unit, scheme) - b.output(b.unit))[:, :-1].square().mean().item()
+    assert ours.rows[0]["loss"] == pytest.approx(exact, rel=0.5)
+    assert ours.rows[0]["loss"] != pytest.approx(
+        b.run(Reconstruct(**{**FAST, "bits": 4})).rows[0]["loss"]
+    )
+    assert (set(ours.unit.input_scales) == set(ours.unit.quantized)) == (mode == "static")
+
+
 def test_codes_move_where_they_may(bench):
     b = bench("llama")
     step = Reconstruct(**FAST, reach=1.0)

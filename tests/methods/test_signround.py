@@ -44,6 +44,21 @@ def test_channels_and_bits(bench):
             assert q.scales.shape == (q.shape[0], 1) and int(q.codes.max()) < 2**bits
 
 
+@pytest.mark.parametrize("grid", ["nvfp4", "mxfp4"])
+def test_floats_are_learned(grid, bench):
+    b = bench("llama")
+    fast = {"grid": grid, "steps": 30, "batch": 4, "rate": 0.03}
+    plain = b.run(Signround(**{**fast, "steps": 1, "rate": 1e-9}))
+    ours = b.run(Signround(**fast))
+    assert ours.rows[0]["loss"] < ours.rows[0]["loss_of_nearest"]
+    assert b.error(ours) < 0.9 * b.error(plain)
+    seconds = {x.fused: ours.unit.quantized[x.name].second for x in b.layout.linears if x.fused}
+    for x in b.layout.linears:
+        second = ours.unit.quantized[x.name].second
+        assert (second is None) == (grid == "mxfp4")
+        assert second is None or not x.fused or torch.equal(second, seconds[x.fused])
+
+
 def test_a_run_repeats_itself(bench):
     b = bench("mixtral")
     first, second = (b.run(Signround(bits=3, **FAST)).unit.quantized for _ in range(2))

@@ -62,6 +62,7 @@ class BlockBench:
         quantizer = then if then is not None and step.effects().scheme is None else step
         scheme = (quantizer.effects().scheme if spec is None else Scheme(weight=spec)) or Scheme()
         picked = step.selection.pick(self.layout.linears)
+        schemes = dict.fromkeys((x.name for x in picked), scheme)
         with self.runner.loaded(self.layout, unit.dequantized()) as block:
             seen = self._observed(block, step)
             stats = dict(seen.stats.items())
@@ -69,21 +70,28 @@ class BlockBench:
                 patch(stats)
             context = PassContext(
                 stats=stats,
-                schemes={x.name: scheme for x in picked},
+                schemes=schemes,
                 selected=picked,
                 module_loss=seen.module_loss,
                 seed=0,
                 rounding={x.name: quantizer.effects().rounding for x in picked},
                 model_type=self.type,
-                tune=partial(self._tuned, block) if step.needs().block else None,
+                tune=partial(self._tuned, block, {x.name: scheme for x in picked})
+                if step.needs().block
+                else None,
             )
             return step.apply(unit, context)
 
-    def _tuned(self, block, unit):
+    def _tuned(self, block, schemes, unit):
         targets = Stream(self.output(self.unit))
         block.load(block.tensors)
         return TunableBlock(
-            block, unit, inputs=Stream(self.hidden), targets=targets, execution=Execution(4)
+            block,
+            unit,
+            inputs=Stream(self.hidden),
+            targets=targets,
+            execution=Execution(4),
+            schemes=schemes,
         )
 
     def output(self, unit, scheme=None):

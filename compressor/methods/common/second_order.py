@@ -15,6 +15,7 @@ from compressor.methods.common.rounding import quantize_all
 from compressor.numerics.gptq import InverseFactor, Rounded, gptq, inverse_factor
 from compressor.numerics.gram import output_error
 from compressor.numerics.grid_search import search_grid
+from compressor.numerics.learned_floats import searched_scales
 from compressor.numerics.target_correction import correction
 
 Start = Callable[[Unit, Sequence[Linear], SiteStats], Mapping[str, QTensor]]
@@ -163,16 +164,22 @@ def searched(
     stats: SiteStats,
 ) -> dict[str, QTensor]:
     """Linears of one site rounded to nearest on searched grids."""
+    floats = [x for x in linears if context.spec(x).element != "int"]
+    plain = linears if stats.tokens < min_tokens else floats
+    # What is fused shares a scale, so that all of it is rounded together.
+    made = quantize_all(context, plain, [unit.weight(x) for x in plain])
+    found = {x.name: q for x, q in zip(plain, made, strict=True)}
     if stats.tokens < min_tokens:
-        made = quantize_all(context, linears, [unit.weight(x) for x in linears])
-        return {x.name: q for x, q in zip(linears, made, strict=True)}
+        return found
     diagonal = stats.gram.diagonal()
-    return {
-        x.name: search_grid(
-            unit.weight(x), diagonal, context.spec(x), narrow=bool(lowest_code(context, x))
-        )
-        for x in linears
-    }
+    for x in linears:
+        weight = unit.weight(x)
+        if x.name in found:
+            found[x.name] = searched_scales(found[x.name], weight, diagonal)
+        else:
+            narrow = bool(lowest_code(context, x))
+            found[x.name] = search_grid(weight, diagonal, context.spec(x), narrow=narrow)
+    return found
 
 
 def lowest_code(context: PassContext, linear: Linear) -> int:
