@@ -63,9 +63,13 @@ METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "awq": [("awq", {})],
     "awq + gptq": [("awq", None), ("gptq", {})],
     "awq + gptq searched": [("awq", None), ("gptq", SEARCHED)],
+    "awq + gptq corrected": [("awq", None), ("gptq", CORRECTED)],
+    "awq + reconstruct fast": [("awq", None), ("reconstruct", {"preset": "fast"})],
     "rotate": [("rotate", None), ("rtn", {})],
     "rotate + gptq": [("rotate", None), ("gptq", {})],
     "rotate + gptq searched": [("rotate", None), ("gptq", SEARCHED)],
+    "rotate + gptq corrected": [("rotate", None), ("gptq", CORRECTED)],
+    "rotate + reconstruct fast": [("rotate", None), ("reconstruct", {"preset": "fast"})],
 }
 
 
