@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from compressor.arch.beside import linears_beside
+from compressor.arch.refusals import headless, way_out, wrong_experts
 from compressor.arch.schema import FoldRow, LinearRow, MapFile, Section
 from compressor.arch.sizes import ConfigReader, read_sizes
 from compressor.errors import CompressError, InputError, Problems
@@ -29,8 +30,6 @@ from compressor.ir.layout import (
     bias_name,
     weight_name,
 )
-
-CODES = {"qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax"}
 
 MAX_MISSING = 10_000
 """Tensors that are named as lacking before the search for more is given up."""
@@ -69,14 +68,20 @@ class _Layout:
         carried = tuple(
             name for name in self.headers.keys() - self.taken.keys() if self._is_carried(name)
         )
+        experts = self.read.known.get("experts")
+        problems += wrong_experts(self.arch, experts, self.headers, self.config)
         unassigned = sorted(self.headers.keys() - self.taken.keys() - set(carried))
         if unassigned:
             problems.append(
-                self._listed("the map has no place for", unassigned, hint=self._way_out(unassigned))
+                self._listed(
+                    "the map has no place for", unassigned, hint=way_out(unassigned, self.config)
+                )
             )
         if self.missing:
             problems.append(
-                self._listed("the checkpoint lacks", self.missing, hint=self._lacking(self.missing))
+                self._listed(
+                    "the checkpoint lacks", self.missing, hint=headless(self.missing, self.arch)
+                )
             )
         if self.misshapen:
             problems.append(
@@ -105,27 +110,6 @@ class _Layout:
             hidden=self.read.size("hidden"),
             vocabulary=self.read.size("vocab"),
             positions=positions if isinstance(positions, int) else None,
-        )
-
-    def _way_out(self, names: list[str]) -> str:
-        """What to do about tensors that the map has no place for."""
-        if any("lora_" in name or ".base_layer." in name for name in names):
-            return "an adapter is not merged: merge it first (peft: merge_and_unload)"
-        leaves = {name.rpartition(".")[2] for name in names}
-        if "quantization_config" in self.config or leaves & CODES:
-            return "this checkpoint is already quantized: start from the original"
-        return (
-            "if the model does without them, as transformers does, save it once more without: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
-
-    def _lacking(self, names: list[str]) -> str | None:
-        """What to do about a head that is not there."""
-        if weight_name(self.arch.head.linear) not in names:
-            return None
-        return (
-            "if the head shares the embedding, config.json has to say tie_word_embeddings: true; "
-            "a model that was saved without its head cannot be made into a causal model"
         )
 
     def _listed(self, what: str, names: list[str], *, hint: str | None = None) -> InputError:

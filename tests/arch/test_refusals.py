@@ -1,0 +1,91 @@
+"""Configs that contradict the files: what is wrong is named, in every way to keep experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor.arch.load import find_map
+from compressor.checkpoint.reader import open_checkpoint
+from compressor.errors import InputError
+
+TinyModel = Callable[..., Path]
+Headers = dict[str, tuple[int, ...]]
+
+
+def lay(folder: Path, change: Callable[[Headers], Headers] | None = None, **said: Any) -> Any:
+    checkpoint = open_checkpoint(folder)
+    config = {**checkpoint.config, **said}
+    headers = checkpoint.shapes if change is None else change(checkpoint.shapes)
+    return find_map(config, headers).layout(config, headers)
+
+
+def without(part: str) -> Callable[[Headers], Headers]:
+    return lambda headers: {n: s for n, s in headers.items() if part not in n}
+
+
+def stacks(shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[[Headers], Headers]:
+    return lambda headers: {
+        n: shape(s) if len(s) == 3 and "conv" not in n else s for n, s in headers.items()
+    }
+
+
+ONE_BY_ONE = [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")]
+STACKED = [("gpt_oss", "num_local_experts"), ("granitemoe", "num_local_experts")]
+
+
+@pytest.mark.parametrize(("family", "key"), ONE_BY_ONE)
+def test_experts_one_by_one(family: str, key: str, tiny_model: TinyModel) -> None:
+    folder = tiny_model(family)
+    assert lay(folder)
+    with pytest.raises(InputError, match=rf"says {key} 5, numbered from 0; model\.layers\.0 has 4"):
+        lay(folder, **{key: 5})
+    with pytest.raises(InputError, match=rf"says {key} 3.* has expert 3 beside them and 1 more"):
+        lay(folder, **{key: 3})
+    with pytest.raises(InputError, match=r"layers.0 lacks expert 2 and 1 more blocks"):
+        lay(folder, without("experts.2."))
+    with pytest.raises(InputError, match=r"lacks 1 tensor: model.layers.1.*experts.2.(w2|down)"):
+        lay(
+            folder,
+            without("layers.1.block_sparse_moe.experts.2.w2.")
+            if family == "mixtral"
+            else without("layers.1.mlp.experts.2.down_proj."),
+        )
+
+
+@pytest.mark.parametrize(("family", "key"), STACKED)
+def test_experts_in_one_tensor(family: str, key: str, tiny_model: TinyModel) -> None:
+    folder = tiny_model(family)
+    assert lay(folder)
+    for count in (3, 5):
+        with pytest.raises(InputError, match=rf"disagree on the shape .*\[4, .*not \[{count}, "):
+            lay(folder, **{key: count})
+    turned = stacks(lambda s: (s[0], s[2], s[1]))
+    odd = stacks(lambda s: (s[0], s[1] - 1, s[2]))
+    for change in (turned, odd, stacks(lambda s: (3, *s[1:]))):
+        with pytest.raises(InputError, match="disagree on the shape of"):
+            lay(folder, change)
+    stack = "experts.down_proj" if family == "gpt_oss" else "output_linear"
+    with pytest.raises(InputError, match=r"the checkpoint lacks .*experts\.0\."):
+        lay(folder, without(stack))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("chosen", [0, 5, -1, 2.5, "2"])
+def test_a_choice_of_experts_is_one(family: str, chosen: Any, tiny_model: TinyModel) -> None:
+    with pytest.raises(InputError, match=r"num_experts_per_tok is .*, which is no choice of 4"):
+        lay(tiny_model(family), num_experts_per_tok=chosen)
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen3_next"])
+def test_fused_linears(family: str, tiny_model: TinyModel) -> None:
+    folder = tiny_model(family)
+    with pytest.raises(InputError, match="disagree on the shape of"):
+        lay(folder, num_attention_heads=8)
+    with pytest.raises(InputError, match=r"the checkpoint lacks .*layers\.2\."):
+        lay(folder, num_hidden_layers=3)
+    with pytest.raises(InputError, match=r"no place for .*layers\.1\."):
+        lay(folder, num_hidden_layers=1)
