@@ -150,6 +150,24 @@ def test_a_killed_distillation_continues(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_another_emulator_of_a_model_reads_what_the_first_one_ran(
+    llama: Path, tmp_path: Path
+) -> None:
+    """With the activation store the whole model runs once, and outputs are the same to the byte."""
+    kept = {"activation_store": {"dir": str(tmp_path / "kept")}}
+    emulator = {"pads": [1, 1], "keep": 2, "distill": {**DISTILL, "steps": 2}}
+    run(llama, tmp_path / "plain", emulator)
+    run(llama, tmp_path / "first", {**emulator, "keep": 1}, **kept)
+    recipe = {"model": str(llama), "output": str(tmp_path / "second"), "format": "dense"}
+    recipe |= {"passes": [{"emulator": emulator}], "calibration": {"samples": 8, "length": 32}}
+    prepared = prepare(make_recipe({**recipe, **kept}), device=CPU)
+    compile_checkpoint(prepared)
+    assert prepared.activations is not None
+    assert prepared.activations.read >= 5 * 8  # rows through the five blocks up to the border
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "second"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_middle_is_quantized_by_any_recipe(llama: Path, tmp_path: Path) -> None:
     """Its pads stay as they are, and codes stand for what was distilled."""
     emulator = {"pads": [1, 1], "keep": 2, "distill": DISTILL}

@@ -8,6 +8,7 @@ again in every step, at first with dropout on; here they are evaluated, so a rec
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from compressor_calibration.store import ActivationStore
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from compressor.checkpoint.durable import make_way, own_folder
 from compressor.checkpoint.records import Records
+from compressor.runner.activations import after, embedded, even, nowhere
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import stored_rows
 from compressor.runner.sweep import Execution, Progress, Step, walk
@@ -66,8 +68,10 @@ def record_borders(
         store.create()
     hashes: dict[str, str] = {}
     execution = Execution(batch, stopping=stopping, progress=progress)
+    made_of: str | None = None
     for step in walk([model], execution=execution, units=range(blocks - top + 1)):
         if step.layout.kind == "embedding":
+            made_of = embedded(model, model.floats(step.source), ids, {})
             with inputs.writing() as writer:
                 for start, _, hidden in step.embedded(ids):
                     writer.put(start, hidden)
@@ -75,21 +79,37 @@ def record_borders(
             continue
         inside = step.layout.index >= bottom
         entering = outputs if step.layout.index > bottom else inputs
-        hashes["outputs" if inside else "inputs"] = _advance(
-            step, entering, outputs if inside else inputs
-        )
+        leaving = outputs if inside else inputs
+        digest, made_of = _advance(step, entering, leaving, made_of)
+        hashes["outputs" if inside else "inputs"] = digest
     scratch.put(DONE, hashes)
     return Borders(inputs, outputs)
 
 
-def _advance(step: Step, entering: ActivationStore, leaving: ActivationStore) -> str:
-    """Run stored rows through a block; the hash of what left it. Rows may be replaced in place:
-    a batch is written after the next one was read."""
-    with stored_rows(entering) as rows, step.loaded(), leaving.writing() as writer:
-        for start, _, out in step.outputs(rows):
+def _advance(
+    step: Step, entering: ActivationStore, leaving: ActivationStore, made_of: str | None
+) -> tuple[str, str | None]:
+    """Run stored rows through a block, or take from the activation store what is known to leave it:
+    the hash of the rows, and what they were made of. Rows may be replaced in place: a batch is
+    written after the next one was read."""
+    model, batches = step.model, even(entering.rows, step.execution.batch)
+    name = after(model, made_of, step.index, model.floats(step.source), batches)
+    kept = model.activations
+    known = None if kept is None else kept.rows(name)
+    if known is not None:
+        with leaving.writing() as writer:
+            for start in range(0, leaving.rows, step.execution.batch):
+                writer.put(start, known[start : start + step.execution.batch])
+        return writer.content_hash(), name
+    ran: list[int] = []
+    keeping = nullcontext(nowhere) if kept is None else kept.keeping(name, batches)
+    with stored_rows(entering) as rows, step.loaded(), leaving.writing() as writer, keeping as keep:
+        for start, stop, out in step.outputs(rows):
             step.execution.check_stop()
+            keep(out)
+            ran.append(stop - start)
             writer.put(start, out)
-    return writer.content_hash()
+    return writer.content_hash(), name if ran == batches else None
 
 
 def _hash(store: ActivationStore) -> str | None:

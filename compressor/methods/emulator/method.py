@@ -209,7 +209,9 @@ class Emulator(ModelPass[Middle]):
         if self.distill is None:
             return LearnResult(Middle(), files=files)
         settings = Settings(**self.distill.model_dump())
-        teacher = SourceModel(whole, device=model.device, dtype=model.dtype)
+        teacher = SourceModel(
+            whole, device=model.device, dtype=model.dtype, activations=model.activations
+        )
         found = distill(teacher, model, context, pads=self.pads, units=units, settings=settings)
         row: Mapping[str, Any] = {
             "linear": "middle",
