@@ -1,9 +1,9 @@
-"""Round-to-nearest: integer weights without calibration, and int8 inputs where asked."""
+"""Round-to-nearest: integer weights without calibration, and int8 or FP8 inputs where asked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field, model_validator
@@ -31,9 +31,10 @@ class Rtn(Pass):
         "of 8 bits beside int8 inputs",
     )
     symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
-    activations: Literal["token", "tensor", "static"] | None = Field(
+    activations: integers.Inputs | None = Field(
         None,
-        description="int8 inputs: with a dynamic scale per token or tensor, or a calibrated one",
+        description="int8 inputs: with a dynamic scale per token or tensor, or a calibrated one; "
+        "fp8: FP8 inputs with a dynamic scale per token",
     )
 
     _by_channel = model_validator(mode="before")(integers.by_channel_beside_inputs)

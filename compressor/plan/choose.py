@@ -47,6 +47,11 @@ _SEARCHED = {"scales": "search", "damping": 0.1}
 _SMOOTH = {"smoothquant": {"alpha": "search", "fold_up": True}}
 _W8A8: Passes = [_SMOOTH, {"gptq": {"bits": 8, "group_size": None, "activations": "token"}}]
 _W4A8: Passes = [_SMOOTH, {"gptq": {"bits": 4, "activations": "token", **_SEARCHED}}]
+_W4AFP8: Passes = [{"gptq": {"bits": 4, "activations": "fp8", "group_size": 128, **_SEARCHED}}]
+_NVFP4_FP8: Passes = [
+    {"fp8": {"targets": ["attn.*"]}},
+    {"nvfp4": {"rule": "mse", "ignore": ["lm_head", "attn.*"]}},
+]
 _MXFP4: Passes = [{"awq": {}}, {"mxfp4": {"rule": "mse"}}]
 
 
@@ -84,6 +89,13 @@ WAYS: dict[str, Way] = {
         best=_W4A8,
         grouped=True,
     ),
+    "w4afp8": Way(
+        "4-bit integers in groups of 128, FP8 inputs by token",
+        fast=_rounded("rtn", bits=4, activations="fp8", group_size=128),
+        good=_W4AFP8,
+        best=_W4AFP8,
+    ),
+    "nvfp4-fp8": _only("4-bit floats in MLPs and experts, FP8 in attention", _NVFP4_FP8),
     "fp8": _only("FP8 by channel, FP8 inputs by token", _rounded("fp8", scales="dynamic")),
     "fp8-block": _only(
         "FP8 in blocks of 128 x 128, FP8 inputs in groups", _rounded("fp8", scales="block")

@@ -30,6 +30,10 @@ LAYOUT = ModelLayout(
 
 INT8, FP8 = ActivationSpec("int8", "token"), ActivationSpec("fp8_e4m3", "token")
 
+FP8_BLOCKS = Scheme(
+    QuantSpec("fp8_e4m3", 8, "block", block=(128, 128)), ActivationSpec("fp8_e4m3", "group", 128)
+)
+
 
 def _int(bits: int, group: int | None = 128, *, zeros: bool = False) -> QuantSpec:
     zero, by = ("subtract" if zeros else "none"), ("group" if group else "channel")
@@ -59,10 +63,7 @@ SCHEMES: tuple[tuple[str, str, Scheme], ...] = (
     (
         "FP8 in blocks of 128 x 128, inputs by 128",
         "compressed-tensors",
-        Scheme(
-            QuantSpec("fp8_e4m3", 8, "block", block=(128, 128)),
-            ActivationSpec("fp8_e4m3", "group", 128),
-        ),
+        FP8_BLOCKS,
     ),
     (
         "FP8 per channel, weights alone",
@@ -91,6 +92,11 @@ SCHEMES: tuple[tuple[str, str, Scheme], ...] = (
     ("int4 groups of 128, zero points", "gptq", Scheme(_int(4, zeros=True))),
     ("int3 groups of 128", "gptq", Scheme(_int(3))),
     ("int4 groups of 128", "gptq-v2", Scheme(_int(4))),
+    (
+        "FP8 in blocks of 128 x 128, inputs by 128",
+        "fp8",
+        FP8_BLOCKS,
+    ),
     (
         "FP8 per tensor, static inputs",
         "modelopt-fp8",

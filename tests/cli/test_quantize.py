@@ -102,6 +102,22 @@ def test_a_scheme_that_a_runtime_does_not_load_names_those_it_does(ask: Ask) -> 
     assert "fp8 " in last.hint and "w4a16" in last.hint and "fp8-block" not in last.hint
 
 
+def test_every_scheme_can_be_made_for_a_gpu_that_has_its_kernels(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    model = str(tiny_model("llama", hidden_size=128, intermediate_size=256, num_key_value_heads=4))
+    for scheme in SCHEMES:
+        words = ["quantize", model, "-o", str(tmp_path / scheme), "--scheme", scheme, "--json"]
+        words += ["--recipe-only", "--for", "vllm, gpu: h100", "--device", "cpu"]
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code == 0, (scheme, result.exception)
+
+
+def test_attention_in_fp8_beside_nvfp4(ask: Ask) -> None:
+    (attention, rest) = passes(ask, "--scheme", "nvfp4-fp8")
+    assert attention["fp8"]["targets"] == ["attn.*"] and "attn.*" in rest["nvfp4"]["ignore"]
+
+
 def test_an_edited_recipe_is_not_written_over(ask: Ask, tmp_path: Path) -> None:
     words = ("--scheme", "fp8", "--recipe-only")
     assert ask(*words).exit_code == 0

@@ -118,7 +118,7 @@ def test_the_config_leads_back_to_the_schemes(name):
         }
         assert fmt.schemes(config, entries) == schemes
         seen.add(json.dumps(config))
-    assert len(seen) > 1 or name == "modelopt-fp8"
+    assert len(seen) > 1 or name in ("modelopt-fp8", "fp8")
     assert fmt.config(ModelSchemes({"a": Scheme()})) == {}
     assert fmt.files(ModelSchemes({"a": Scheme()})) == {}
 
@@ -255,6 +255,13 @@ def test_a_static_input_needs_a_positive_scale(input):
         ("modelopt-nvfp4", Scheme(fp8("tensor")), (4, 32), "E2M1"),
         ("modelopt-fp8", Scheme(fp8("channel", dtype=F32), FP8_STATIC), (4, 32), "per tensor"),
         ("modelopt-fp8", Scheme(fp8("tensor", dtype=F32)), (4, 32), "static"),
+        ("fp8", Scheme(fp8("block", block=(128, 128), dtype=F32)), (128, 128), "E4M3 inputs"),
+        (
+            "fp8",
+            Scheme(fp8("block", block=(128, 128), dtype=F32), FP8_GROUP),
+            (128, 200),
+            "groups of 128",
+        ),
         ("qserve", Scheme(progressive("offset")), (32, 32), "int8"),
         ("qserve", Scheme(progressive("offset"), TOKEN8), (40, 32), "40 outputs"),
         ("qserve", Scheme(progressive("offset", 64), TOKEN8), (32, 96), "groups of 64"),
@@ -314,3 +321,22 @@ def test_modelopt_has_one_way_of_quantizing(name):
         fmt.schemes(config, {"a": plain, "lm_head": plain})
     wild = {**config, "ignore": ["lm_*", "b*"]}
     assert fmt.schemes(wild, {"a": coded, "b.q": plain}).linears["b.q"] == Scheme()
+
+
+def test_fp8_blocks_lists_what_is_left_alone():
+    fmt = get_format("fp8")
+    spec, input, shape = cases("fp8")[0]
+    schemes = ModelSchemes({"a": Scheme(spec, input), "lm_head": Scheme()})
+    config = fmt.config(schemes)
+    assert config["modules_to_not_convert"] == ["lm_head"]
+    assert config["weight_block_size"] == [128, 128]
+    with pytest.raises(InputError, match="KV cache"):
+        fmt.config(replace(schemes, kv=KVSpec("fp8_e4m3")))
+    coded = fmt.layout(spec, shape, model_dtype=BF16, input=input)
+    plain = {"weight": TensorShape(BF16, (4, 4))}
+    for entries in ({"a": plain, "lm_head": plain}, {"a": coded, "lm_head": coded}):
+        with pytest.raises(InputError, match="says otherwise"):
+            fmt.schemes(config, entries)
+    with pytest.raises(InputError, match="weight_block_size"):
+        fmt.schemes({**config, "weight_block_size": [64, 64]}, {"a": coded})
+    assert not fmt.recognises({k: v for k, v in config.items() if k != "producer"})

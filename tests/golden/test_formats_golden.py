@@ -116,3 +116,41 @@ def test_integers_beside_int8_inputs_are_packed(bits, zeros):
     assert config["format"] == "pack-quantized"
     shapes = {n: TensorShape(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
     assert fmt.schemes(config, {"m": shapes}).linears["m"] == Scheme(spec, inputs)
+
+
+def test_w4afp8_is_packed_int4_beside_fp8_inputs():
+    golden, fmt = vectors("formats/w4afp8"), get_format("compressed-tensors")
+    spec = QuantSpec("int", 4, "group", 128, scale_dtype=torch.bfloat16)
+    input = ActivationSpec("fp8_e4m3", "token")
+    codes = (golden["ct_int.weight"].to(torch.int16) + 8).to(torch.uint8)
+    q = QTensor(spec=spec, codes=codes, scales=golden["ct_int.weight_scale"])
+    tensors = fmt.encode(q, model_dtype=torch.bfloat16, input=input)
+    theirs = {k.partition(".")[2]: v for k, v in golden.items() if k.startswith("ct_pack.")}
+    assert tensors.keys() == theirs.keys()
+    assert all(torch.equal(tensors[name], theirs[name]) for name in theirs)
+    assert torch.equal(fmt.decode(theirs, spec).dequantize(torch.bfloat16), golden["dequant"])
+    (group,) = fmt.config(ModelSchemes({"a": Scheme(spec, input)}))["config_groups"].values()
+    assert group["format"] == "pack-quantized"
+    entry = group["input_activations"]
+    assert (entry["num_bits"], entry["type"], entry["strategy"]) == (8, "float", "token")
+
+
+def test_fp8_blocks_of_transformers():
+    """Their scales are rounded otherwise in the last bit; given those the codes are theirs."""
+    golden, fmt = vectors("formats/fp8_block_tf_float"), get_format("fp8")
+    size = golden["weight_u8"].shape[0] // golden["weight_scale_inv"].shape[0]
+    assert size == 128
+    tensors = {
+        "weight": golden["weight_u8"].view(torch.float8_e4m3fn),
+        "weight_scale_inv": golden["weight_scale_inv"],
+    }
+    spec = QuantSpec("fp8_e4m3", 8, "block", block=(128, 128), scale_dtype=torch.float32)
+    q = fmt.decode(tensors, spec)
+    assert torch.equal(q.dequantize(torch.float32).bfloat16(), golden["dequant_bf16"])
+    again = fmt.encode(
+        q, model_dtype=torch.bfloat16, input=ActivationSpec("fp8_e4m3", "group", 128)
+    )
+    assert all(
+        torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8))
+        for name in tensors
+    )

@@ -32,6 +32,7 @@ CASES: dict[str, list[Any]] = {
     "smoothquant-rtn": [{"smoothquant": {"alpha": "search", "fold_up": True}}, {"rtn": W8A8}],
     "w8a8-asymmetric": [{"rtn": {**W8A8, "symmetric": False}}],
     "w4a8-groups": [{"rtn": {"bits": 4, "group_size": 32, "activations": "token"}}],
+    "w4afp8": [{"rtn": {"bits": 4, "activations": "fp8"}}],
     "w8": [{"rtn": {"bits": 8, "group_size": 32}}],
     "w3": [{"rtn": {"bits": 3, "group_size": 32}}],
     "fp8-dynamic": ["fp8"],
@@ -48,6 +49,7 @@ CASES: dict[str, list[Any]] = {
     "mxfp4-w4a4": [{"mxfp4": {"rule": "nearest", "activations": "dynamic"}}],
     "mxfp8": [{"mxfp8": {"rule": "ceil"}}],
     "mxfp8-w8a8": [{"mxfp8": {"activations": "dynamic"}}],
+    "nvfp4-fp8": [{"fp8": {"targets": ["attn.*"]}}, {"nvfp4": {"targets": ["mlp.*"]}}],
     "mixed": [
         {"fp8": {"targets": ["mlp.down"]}},
         {"nvfp4": {"targets": ["mlp.gate", "mlp.up"]}},
@@ -195,3 +197,38 @@ def test_modelopt_files_of_a_run_mean_the_same_as_compressed_tensors(
     theirs = their_logits(tmp_path / "ct", bfloat16="nvfp4" in fmt)
     difference = float((theirs - ours).square().mean().sqrt())
     assert difference < 0.05 * error
+
+
+def test_fp8_blocks_are_one_checkpoint_in_two_formats(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `quant_method: fp8` transformers makes floats on a CPU; converted, the codes are those of
+    compressed-tensors."""
+    from transformers import AutoModelForCausalLM
+
+    passes = [{"fp8": {"scales": "block"}}]
+    output = run(source, tmp_path / "out", passes, format="fp8")
+    loaded, found = AutoModelForCausalLM.from_pretrained(
+        output, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(found.values()), found
+    written = open_source(output)
+    assert written.low_precision == "fp8"
+    for unit in written.layout.units:
+        for name, ours in written.read_unit(unit).dequantized(torch.float32).items():
+            assert torch.equal(loaded.get_parameter(name), ours), name
+    monkeypatch.setattr("compressor.runner.simulate.fake_quantize_activation", lambda x, *_: x)
+    with torch.no_grad():
+        theirs = loaded(input_ids=IDS).logits
+    torch.testing.assert_close(theirs, our_logits(output), rtol=1e-4, atol=1e-4)
+    convert(
+        locate(str(output), fetch=True),
+        tmp_path / "ct",
+        format="compressed-tensors",
+        allow_rounding=True,
+    )
+    moved = open_source(tmp_path / "ct")
+    for old, new in zip(written.layout.units, moved.layout.units, strict=True):
+        before, after = written.read_unit(old).quantized, moved.read_unit(new).quantized
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name].codes, after[name].codes) for name in before)

@@ -129,6 +129,7 @@ SCHEMES = {
         Scheme(integer("group", group=128, zero="subtract"), STATIC),
         "weight_only",
     ),
+    "w4afp8": (Scheme(integer("group", bits=4, group=128), FP8_TOKEN), "weight_only"),
     "int8 beside fp8": (Scheme(integer("channel"), FP8_TOKEN), "weight_only"),
     "fp8 alone": (Scheme(fp8("channel")), "weight_only"),
     "fp8 alone, tensor": (Scheme(fp8("tensor")), "weight_only"),

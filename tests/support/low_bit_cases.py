@@ -72,6 +72,10 @@ CASES = [
     ),
     *(("modelopt-fp8", fp8("tensor", dtype=F32), FP8_STATIC, s) for s in ((7, 70), (128, 128))),
     *(
+        ("fp8", fp8("block", block=(128, 128), dtype=F32), FP8_GROUP, shape)
+        for shape in ((7, 128), (130, 256))
+    ),
+    *(
         ("qserve", spec, TOKEN8, shape)
         for spec in (
             progressive("offset"),
@@ -82,7 +86,7 @@ CASES = [
         for shape in ((32, 64), (96, 128))
     ),
 ]
-FORMATS = ("compressed-tensors", "modelopt-nvfp4", "modelopt-fp8", "qserve")
+FORMATS = ("compressed-tensors", "modelopt-nvfp4", "modelopt-fp8", "fp8", "qserve")
 
 
 def cases(name):

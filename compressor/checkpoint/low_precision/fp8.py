@@ -21,6 +21,7 @@ from torch import Tensor
 from compressor.checkpoint.low_precision.base import Stored
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
+from compressor.formats.fp8.codec import FORMAT
 from compressor.ir.layout import weight_name
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -41,7 +42,10 @@ class FP8Weights:
     )
 
     def claims(self, declared: Mapping[str, Any] | None, checkpoint: Checkpoint) -> bool:
-        """Any FP8 tensor, where the declaration is fp8's or there is none."""
+        """Any FP8 tensor, where the declaration is fp8's or there is none; what is written here
+        is read as codes."""
+        if declared is not None and FORMAT.recognises(declared):
+            return False
         method = None if declared is None else declared.get("quant_method")
         known = declared is None or method in METHODS
         return known and any(e.spec.dtype in FP8 for e in checkpoint.entries.values())

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from compressor.checkpoint.source import Source
     from compressor.plan.choose import Choice, Quality, Wish
 
-SCHEMES = ("w4a16", "w8a8", "fp8", "fp8-block", "nvfp4", "mxfp4", "mxfp8", "w8a16", "w4a8")
+SCHEMES = (
+    *("w4a16", "w8a8", "fp8", "fp8-block", "nvfp4", "nvfp4-fp8", "mxfp4", "mxfp8"),
+    *("w8a16", "w4a8", "w4afp8"),
+)
 
 
 def quality_option(function: Command) -> Command:

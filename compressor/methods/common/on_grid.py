@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,7 @@ from compressor.numerics import mx, nvfp4
 Grid = Literal["int", "nvfp4", "mxfp4"]
 
 INPUTS: dict[str, dict[str | None, ActivationSpec | None]] = {
-    "int": {None: None, **{m: integers.input_spec(m) for m in ("token", "tensor", "static")}},
+    "int": {None: None, **{m: integers.input_spec(m) for m in get_args(integers.Inputs)}},
     "nvfp4": {
         None: None,
         "calibrated": ActivationSpec("fp4_e2m1", "local", nvfp4.BLOCK),
@@ -50,10 +50,11 @@ class OnGrid(Pass):
     )
     symmetric: bool = Field(True, description="grids centred on zero; false stores zero points")
     rule: nvfp4.Rule = Field("mse", description="how NVFP4 chooses a block's scale, as in nvfp4")
-    activations: Literal["token", "tensor", "static", "calibrated", "dynamic"] | None = Field(
+    activations: integers.Inputs | Literal["calibrated", "dynamic"] | None = Field(
         None,
-        description="quantized inputs: int8 with a scale per token, tensor or a static one; beside "
-        "nvfp4 NVFP4 inputs with a calibrated or dynamic global scale; beside mxfp4 dynamic ones",
+        description="quantized inputs: int8 with a scale per token, tensor or a static one; fp8: "
+        "FP8 with one per token; beside nvfp4 NVFP4 inputs with a calibrated or dynamic global "
+        "scale; beside mxfp4 dynamic ones",
     )
 
     _by_channel = model_validator(mode="before")(integers.by_channel_beside_inputs)
