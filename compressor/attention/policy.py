@@ -149,8 +149,14 @@ class AttentionPolicy(Value):
         return {**data, "layers": [layer.to_json() for layer in self.layers], "made_by": made_by}
 
 
-def combine(first: AttentionPolicy | None, second: AttentionPolicy) -> AttentionPolicy:
-    """One policy of two that different passes made. Raises InputError where they overlap."""
+def combine(
+    first: AttentionPolicy | None, second: AttentionPolicy, *, certain: bool = True
+) -> AttentionPolicy:
+    """One policy of two that different passes made. Raises InputError where they overlap, or where
+    one of them leaves no head to the other.
+
+    certain  false: the heads are the most that may come of what is still to be learned
+    """
     if first is None:
         return second
     shape = (first.heads, first.kv_heads, len(first.layers))
@@ -163,8 +169,8 @@ def combine(first: AttentionPolicy | None, second: AttentionPolicy) -> Attention
             hint="reorder: false, or learn from a checkpoint without a policy",
         )
     layers = []
+    hint = "keep one of: " + ", ".join([*first.made_by, *second.made_by])
     for number, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
-        hint = "keep one of: " + ", ".join([*first.made_by, *second.made_by])
         for part in [rule.decides for rule in a.rules]:
             if part in [rule.decides for rule in b.rules]:
                 raise InputError(f"two passes both decide `{part}` of layer {number}", hint=hint)
@@ -174,14 +180,38 @@ def combine(first: AttentionPolicy | None, second: AttentionPolicy) -> Attention
             raise InputError(f"layer {number}: {messages(error)[0]}", hint=hint) from error
         layers.append(merged)
     positions = "slot" if "slot" in (first.positions, second.positions) else "text"
-    return first.model_copy(
-        update={
-            "positions": positions,
-            "reordered": first.reordered or second.reordered,
-            "layers": tuple(layers),
-            "made_by": {**first.made_by, **second.made_by},
-        }
-    )
+    try:
+        both = AttentionPolicy(
+            heads=first.heads,
+            kv_heads=first.kv_heads,
+            positions=positions,
+            reordered=first.reordered or second.reordered,
+            layers=tuple(layers),
+            made_by={**first.made_by, **second.made_by},
+        )
+    except ValidationError as error:
+        raise InputError(messages(error)[0], hint=hint) from error
+    if certain or positions == "slot":
+        _all_act(both, hint)
+    return both
+
+
+def _all_act(policy: AttentionPolicy, hint: str) -> None:
+    """Raises InputError where heads that others name leave none to a rule for the rest."""
+    acting = {
+        rule.kind
+        for layer in policy.layers
+        for group in layer.groups(policy.kv_heads)
+        for rule in group.rules
+    }
+    for layer in policy.layers:
+        for rule in layer.rules:
+            if rule.kind not in acting:
+                raise InputError(
+                    f"{rule.kind} would decide nothing: every KV head attends by "
+                    f"{' and '.join(sorted(acting))}",
+                    hint=hint,
+                )
 
 
 def make_policy(data: Mapping[str, Any], *, where: str = POLICY_NAME) -> AttentionPolicy:

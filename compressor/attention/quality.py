@@ -58,13 +58,14 @@ def watch_attention(
 
 
 def measurable(policy: AttentionPolicy) -> bool:
-    """Whether masks of keys say what a policy is worth: positions stay, nothing is read ahead."""
+    """Whether masks of keys say what a policy is worth for the model that it was made from:
+    positions stay, nothing is read ahead, and heads stay where they were."""
     ahead = (
         rule.ahead_tensor(number)
         for number, layer in enumerate(policy.layers)
         for rule in layer.rules
     )
-    return policy.positions == "text" and not any(ahead)
+    return policy.positions == "text" and not policy.reordered and not any(ahead)
 
 
 def measure_policies(

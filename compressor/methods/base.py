@@ -213,11 +213,14 @@ class ModelPass(Method, Generic[L]):
     """A method that learns a value of type `L` from the whole frozen source, before any block
     changes. Blocks change only where its effects say so."""
 
-    records_quality: ClassVar[bool] = False
-    """Whether what its policy lets queries see is measured on held-out text and recorded."""
-
     def effects(self) -> Effects:
         return Effects(works_on="none")
+
+    @property
+    def records_quality(self) -> bool:
+        """Whether what its policy lets queries see is measured on held-out text and recorded: where
+        a text decided on it."""
+        return self.needs().tokens
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[L]:
         """Learn; by default nothing. What is costly is kept in `context.scratch`, so that a killed

@@ -60,7 +60,6 @@ class Blasst(ModelPass[Fits]):
     """Skip tiles of keys whose softmax weights are negligible; changes no weight."""
 
     version: ClassVar[int] = 1
-    records_quality: ClassVar[bool] = True
 
     prefill: float | None = Field(
         0.5, ge=0.1, le=0.9, description="share of tiles to skip in prompts; null: none"

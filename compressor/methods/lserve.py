@@ -39,7 +39,6 @@ class LServe(ModelPass[Budget]):
     """Let decoding read pages of keys by bounds of smaller ones; changes no weight."""
 
     version: ClassVar[int] = 1
-    records_quality: ClassVar[bool] = True
 
     page: int = Field(64, ge=1, description="keys of a physical page, which is read whole")
     logical: int = Field(16, ge=1, description="keys of a logical page, which is scored")

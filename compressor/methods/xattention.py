@@ -43,7 +43,6 @@ class XAttention(ModelPass[Thresholds]):
     """Let prompts attend to the tiles that an estimate finds worth it; changes no weight."""
 
     version: ClassVar[int] = 1
-    records_quality: ClassVar[bool] = True
 
     coverage: float = Field(
         0.9, gt=0, lt=1, description="share of true attention that thresholds are to keep"
@@ -60,6 +59,10 @@ class XAttention(ModelPass[Thresholds]):
 
     def needs(self) -> Needs:
         return Needs(tokens=self.threshold is None)
+
+    @property
+    def records_quality(self) -> bool:
+        return True
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
         yield from missing_layers(self.dense_layers, context.layout)

@@ -223,13 +223,16 @@ def _policy_problems(passes: Sequence[PassPlan], source: Source) -> Iterator[Com
             check_policy(policy, layout)
     except InputError as error:
         yield error
+    certain = True
     for plan in passes:
         if isinstance(plan.step.params, ModelPass):
             try:
                 found = plan.step.params.policy(layout, None)
                 if found is not None:
                     check_policy(found, layout)
-                    policy = combine(policy, found)
+                    named = any(rule.heads for layer in found.layers for rule in layer.rules)
+                    certain = certain and not (named and plan.step.params.needs().tokens)
+                    policy = combine(policy, found, certain=certain)
             except InputError as error:
                 yield _of_pass(plan.step, error)
 

@@ -168,7 +168,9 @@ def policy_of(
     entries = {name: value for rule in rules for name, value in rule.config().items()}
     if not entries.keys() <= config.keys():
         files["config.json"] = json_bytes({**entries, **config})
-    passes = [plan.passes[number].step.params for number in learned]
+    passes = [
+        plan.passes[n].step.params for n, found in learned.items() if found.policy is not None
+    ]
     recorded = any(isinstance(one, ModelPass) and one.records_quality for one in passes)
     if recorded and measurable(policy):
         device = settings.device

@@ -75,9 +75,54 @@ def test_weights_gates_and_cache_are_one_run(composed: Path, tmp_path: Path) -> 
     assert any(
         c.name == "attention policy" and "2 of 4 KV heads" in c.detail for c in report.checks
     )
+    assert any(
+        c.name == "attention thresholds" and "as recorded" in c.detail for c in report.checks
+    )
     # Evaluation applies all three: each alone gives something else.
     both, without = nll(composed), nll(composed, attention=lambda unit: None)
     assert abs(both - without) > 1e-4
+
+
+PAGES = {"lserve": {"page": 8, "logical": 2, "budget": 24, "reuse": 2}}
+
+
+def test_pages_weights_and_cache_are_one_run(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """LServe's pages beside streaming heads, AWQ and an int8 cache, as its recipe has them."""
+    passes = [DUO, PAGES, {"awq": {"bits": 4, "group_size": 32}}, {"kv_cache": {"element": "int8"}}]
+    output = run(tiny_model("llama"), tmp_path / "out", passes)
+    source, policy = open_source(output), read_policy(output)
+    assert policy is not None and set(policy.made_by) == {"duo_attention", "lserve"}
+    assert source.quantized and source.schemes.kv is not None
+    report = verify(output, device=CPU)
+    assert report.ok, report.damage
+    said = {check.name: check.detail for check in report.checks}
+    assert "2 of 4 KV heads" in said["attention policy"] and "by lserve" in said["attention policy"]
+    assert "as recorded" in said["attention thresholds"]
+    assert abs(nll(output) - nll(output, attention=lambda unit: None)) > 1e-4
+
+
+def test_rules_that_leave_each_other_no_head_are_refused_before_a_run(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    slots, text = ({"streaming": {"window": 16, "sinks": 2, **more}}
+                   for more in ({}, {"positions": "text"}))  # fmt: skip
+    memory = {"infllm_memory": {"local": 32, "piece": 8, "init": 4, "block": 8, "top_k": 2}}
+    tiles = {"xattention": {"block_size": 16, "stride": 4, "threshold": 0.9}}
+    drafts = {"sparse_spec": {"min_budget": 8, "stride": 2}}
+    for passes, message in (
+        ([slots, PAGES], "lserve would decide nothing: every KV head attends by streaming"),
+        ([text, tiles], "xattention would decide nothing"),
+        ([text, PAGES], "lserve would decide nothing"),
+        ([memory, drafts], "slot positions need every head streaming"),
+        ([memory, PAGES], "lserve and infllm_memory are for the same heads"),
+        ([tiles, {"moba": {}}], "not trained with MoBA"),
+    ):
+        with pytest.raises(Problems, match=message):
+            run(model, tmp_path / "out", passes, format="dense")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_report_shows_heads_and_pictures(composed: Path) -> None:

@@ -48,6 +48,11 @@ class SparseSpec(ModelPass[Learned]):
     def needs(self) -> Needs:
         return Needs(tokens=True)
 
+    @property
+    def records_quality(self) -> bool:
+        """What drafts read changes how many are kept, and nothing that is generated."""
+        return False
+
     def check(self, context: PlanContext) -> Iterator[InputError]:
         half = context.length // 2
         if half <= self.min_budget or half < 2 * (self.stride + 1):

@@ -138,7 +138,7 @@ def variants(bench: Bench) -> Iterator[Variant]:
 
     def searched(family: Family) -> AttentionPolicy:
         low, high = 0.0, 1.0
-        for _ in range(9):
+        for _ in range(7):
             middle = (low + high) / 2
             low, high = (middle, high) if density(family(middle)) < wanted else (low, middle)
         return family(high)
