@@ -179,7 +179,7 @@ def combine(
         except ValidationError as error:
             raise InputError(f"layer {number}: {messages(error)[0]}", hint=hint) from error
         layers.append(merged)
-    positions = "slot" if "slot" in (first.positions, second.positions) else "text"
+    positions = first.positions if first.positions == "slot" else second.positions
     try:
         both = AttentionPolicy(
             heads=first.heads,
