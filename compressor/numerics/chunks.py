@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 DECODERS = 4
+CODED_AHEAD = 16
+"""The same where a GPU makes the floats, and the processor is asked for codes alone."""
 AHEAD_ELEMENTS = 2**27
 """Layers decoded at once, and the most weights of them in float64 beside the one that is checked:
 one gigabyte."""

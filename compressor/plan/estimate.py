@@ -17,7 +17,7 @@ import torch
 from compressor.attention.masked import PIECE_ELEMENTS
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import UnitLayout
-from compressor.numerics.chunks import layers_ahead
+from compressor.numerics.chunks import CODED_AHEAD, layers_ahead
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
 
@@ -156,21 +156,22 @@ def _verifying_bytes(plan: Plan, device: torch.device) -> int:
     for unit in plan.units:
         schemes = plan.schemes.linears
         shapes = [x.shape for x in unit.layout.linears if schemes[x.name].weight is not None]
-        # Both checkpoints' unit is compared in float32.
         compared = sum(_source_bytes(plan, unit.layout, carried=False))
-        compared += 8 * _parameters(plan, unit.layout) if device.type == "cpu" else 0
+        written = sum(spec.nbytes for spec in unit.outputs.values())
+        largest = max(map(math.prod, shapes), default=0)
+        if device.type != "cpu":
+            # Both checkpoints' next unit is read meanwhile, and layers are there as codes.
+            ahead = layers_ahead((1, largest), CODED_AHEAD, width=1) + 1 if shapes else 0
+            most = max(most, 2 * (written + compared) + ahead * largest)
+            continue
+        # Both checkpoints' unit is compared in float32.
+        compared += 8 * _parameters(plan, unit.layout)
         checked = 0
         if shapes:
-            largest = max(shapes, key=math.prod)
-            layers = layers_ahead(largest) + 1
-            compared += sum(map(math.prod, shapes))
-            if device.type == "cpu":
-                # Both readers' weights are there. Linears that read one input are rescaled, and a
-                # difference is as large as its layer.
-                layers += 1
-                compared += 16 * math.prod(largest)
-            checked = 8 * layers * math.prod(largest)
-        written = sum(spec.nbytes for spec in unit.outputs.values())
+            # Both readers' weights are there. Linears that read one input are rescaled, and a
+            # difference is as large as its layer.
+            compared += sum(map(math.prod, shapes)) + 16 * largest
+            checked = 8 * (layers_ahead((1, largest)) + 2) * largest
         most = max(most, written + max(checked, compared))
     return most
 

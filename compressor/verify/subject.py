@@ -32,7 +32,7 @@ from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import Scheme
 from compressor.numerics.bitdelta import SCALES, SIGNS
-from compressor.numerics.chunks import DECODERS, layers_ahead, row_chunks
+from compressor.numerics.chunks import CODED_AHEAD, DECODERS, layers_ahead, row_chunks
 from compressor.verify.dense_weight import dense
 from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
 from compressor.verify.kernels.check import kernel_for
@@ -153,7 +153,7 @@ class Subject:
             return found
 
         # What a GPU is given is codes, a byte each; on a CPU each layer is there in float64.
-        most, width = (4 * DECODERS, 1) if self.on_gpu else (DECODERS, 8)
+        most, width = (CODED_AHEAD, 1) if self.on_gpu else (DECODERS, 8)
         workers = min(most, os.cpu_count() or 1)
         ahead: deque[tuple[Linear, Future[Decoded | str]]] = deque()
         with ThreadPoolExecutor(workers) as pool:
