@@ -119,15 +119,18 @@ class Source:
         device  where quantized weights are decoded, and stay
         """
         tensors = self.checkpoint.read(self.names(unit, carried=carried), pin=pin)
+        return self.assemble(unit, tensors, device=device)
+
+    def assemble(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, device: torch.device | None = None
+    ) -> Unit:
+        """The unit that tensors read under `names(unit)` stand for; `device` as in `read_unit`."""
+        tensors = dict(tensors)
         for linear in unit.linears if device is not None else ():
             if self.schemes.linears[linear.name].weight is not None:
                 names = [f"{linear.name}.{leaf}" for leaf in self.stored(linear)]
                 coded = {n: tensors[n] for n in names if n in tensors}  # or it is carried over
                 tensors |= {n: t.to(device, non_blocking=True) for n, t in coded.items()}
-        return self.assemble(unit, tensors)
-
-    def assemble(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
-        """The unit that tensors read under `names(unit)` stand for."""
         return assembled(unit, tensors, self.format, self.schemes, self.stored)
 
 

@@ -3,6 +3,7 @@ that is allowed, and a dense target holds what the codes stand for.
 
 The source is read twice. The first time everything that has no form in the target is found, before
 a byte is written; the second time it is written, and a conversion that was interrupted continues.
+What was written can then be verified against the source, as a run verifies against the original.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,19 @@ from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.run.environment import versions
 from compressor.run.mx_to_nvfp4 import as_nvfp4_where_held
+from compressor.verify.findings import VerifyReport
+from compressor.verify.verify import verify
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
     """A finished conversion.
 
-    rounded  what was rounded, by tensor;  notes  what the target has no place for and goes
-    already  the same conversion was finished before
+    rounded   what was rounded, by tensor;  notes  what the target has no place for and goes
+    already   the same conversion was finished before
+    verified  the verdict on the files, held against the source, where it was asked for
     """
 
     output: Path
@@ -52,6 +60,12 @@ class Converted:
     rounded: tuple[RoundingReport, ...]
     notes: tuple[str, ...]
     already: bool = False
+    verified: VerifyReport | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Nothing that was checked failed."""
+        return self.verified is None or self.verified.ok
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -70,6 +84,7 @@ class Converted:
             ],
             "notes": list(self.notes),
             "already_done": self.already,
+            "verify": None if self.verified is None else self.verified.to_json(),
         }
 
 
@@ -80,10 +95,14 @@ def convert(
     format: str,
     allow_rounding: bool = False,
     max_shard_size: int = 5 * 10**9,
+    device: torch.device = CPU,
+    verifying: bool = False,
     progress: Progress = lambda name, done, total: None,
 ) -> Converted:
     """Write a checkpoint's weights in `format` into `output`, a new folder.
 
+    device     where codes are unpacked and packed
+    verifying  reopen what was written and hold it against the source, as a run does
     Raises InputError or Problems that name every tensor without a form in the target, before
     anything is written; a folder that this conversion does not own is refused.
     """
@@ -99,8 +118,9 @@ def convert(
             + "; a conversion chooses no codes",
             hint="quantize it with a recipe: compress recipes",
         )
-    job = _Conversion(source, target, allow_rounding=allow_rounding)
-    made = job.study(Safetensors(max_shard_size), progress)
+    job = _Conversion(source, target, allow_rounding=allow_rounding, device=device)
+    steps = (3 if verifying else 2) * len(source.layout.units)
+    made = job.study(Safetensors(max_shard_size), partial(_show, progress, 0, steps))
     units = len(source.layout.units)
     folder = source.checkpoint.folder
     recipe = folder / RECIPE_NAME
@@ -117,8 +137,16 @@ def convert(
         ),
         beside=folder,
         recipe=recipe.read_bytes() if recipe.is_file() else None,
-        progress=lambda name, done, total: progress(name, units + done, 2 * units),
+        progress=partial(_show, progress, units, steps),
     )
+    report = None
+    if verifying:
+        report = verify(
+            output,
+            against=job.remaining(),
+            device=device,
+            progress=partial(_show, progress, 2 * units, steps),
+        )
     return Converted(
         output=output,
         source_format=source.format.name,
@@ -127,7 +155,13 @@ def convert(
         rounded=tuple(job.rounded),
         notes=(*job.notes, *located.beside.notes),
         already=written.finished,
+        verified=report,
     )
+
+
+def _show(progress: Progress, before: int, steps: int, name: str, done: int, total: int) -> None:
+    """One more unit of several rounds over them."""
+    progress(name, before + done, steps)
 
 
 def _about(
@@ -167,10 +201,13 @@ class _Conversion:
     source: Source
     format: Format
     allow_rounding: bool
+    device: torch.device
     symmetric: bool = False
     rounded: list[RoundingReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     content: dict[str, str] = field(default_factory=dict)
+    coming: dict[str, Future[tuple[dict[str, Tensor], str]]] = field(default_factory=dict)
+    reading: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
 
     @property
     def dense(self) -> bool:
@@ -227,7 +264,7 @@ class _Conversion:
                 if report is not None:
                     self.rounded.append(report)
                 linears[linear.name] = Scheme(moved.spec, self._input(linear))
-            progress(layout.name, done, 2 * len(units))
+            progress(layout.name, done, len(units))
         if problems:
             raise Problems(problems)
         if centred:
@@ -254,12 +291,33 @@ class _Conversion:
 
     def read(self, unit: UnitLayout) -> Unit:
         """A unit of the source. Raises InputError where it is not what it was the first time."""
-        raw = self.source.checkpoint.read(self.source.names(unit))
-        digest = content_hash(raw)
+        raw, digest = self._raw(unit)
         if self.content.setdefault(unit.name, digest) != digest:
             raise InputError(f"{unit.name} of the source changed while it was converted")
-        found = self.source.assemble(unit, raw)
+        found = self.source.assemble(unit, raw, device=self.device)
         return found if self.dense else as_nvfp4_where_held(found, self.format, self._input)
+
+    def _raw(self, unit: UnitLayout) -> tuple[dict[str, Tensor], str]:
+        """A unit's tensors as they are stored, and their hash. A GPU works while the unit after it
+        is read."""
+        pin = self.device.type == "cuda"
+
+        def read(layout: UnitLayout) -> tuple[dict[str, Tensor], str]:
+            raw = self.source.checkpoint.read(self.source.names(layout), pin=pin)
+            return raw, content_hash(raw)
+
+        known = self.coming.pop(unit.name, None)
+        units = self.source.layout.units
+        after = units[units.index(unit) + 1 :][:1] if pin else ()
+        self.coming = {x.name: self.reading.submit(read, x) for x in after}
+        return read(unit) if known is None else known.result()
+
+    def remaining(self) -> Source:
+        """The source without what the target has no place for, which the result is held against."""
+        if not self.dense:
+            return self.source
+        linears = {n: replace(s, input=None) for n, s in self.source.schemes.linears.items()}
+        return replace(self.source, schemes=ModelSchemes(linears=linears, kv=None))
 
     def converted(self, unit: UnitLayout) -> Unit:
         """A unit with the specs and scale dtypes that the target stores."""

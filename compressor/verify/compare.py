@@ -52,7 +52,8 @@ class Difference:
 
     error     ‖written − original‖ / ‖original‖ (Frobenius)
     expected  the same for the original rounded to nearest in the written form
-    gain      median over rows of ⟨written, original⟩ / ‖original‖², less that of rounding
+    gain      median over rows of ⟨written, original⟩ / ‖original‖², less that of the original, or
+              of rounding where that is nearer
     offset    median over rows of |mean of the error| / its root mean square
     rows      rows that are further off than rounding explains
     """
@@ -196,13 +197,17 @@ class _Sums:
         off, size = new - old, old.square().sum(1)
         error = off.square().sum(1)
         ratio = 1 / size.clamp(min=1e-30)
+        # Codes that were converted lie on grids that rounding to nearest would not choose: there
+        # rounding gains, and what was written does not.
+        gains = torch.stack([((new - x) * old).sum(1) * ratio for x in (near, old)])
+        gain = gains.gather(0, gains.abs().argmin(0, keepdim=True))[0]
         self.parts.append(
             torch.stack(
                 [
                     size,
                     error,
                     (near - old).square().sum(1),
-                    ((new - near) * old).sum(1) * ratio,
+                    gain,
                     off.mean(1).abs() / (error / off.shape[1]).sqrt().clamp(min=1e-30),
                 ]
             )

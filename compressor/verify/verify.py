@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.offsite import OffsiteRecord, read_offsite_record
+from compressor.checkpoint.read_ahead import read_ahead
 from compressor.checkpoint.reader import INDEX_NAME
 from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError, Problems
@@ -36,7 +37,6 @@ from compressor.verify.checks.original import Original
 from compressor.verify.checks.stream_policy import StreamPolicy
 from compressor.verify.findings import Findings, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
-from compressor.verify.read_ahead import read_ahead
 from compressor.verify.subject import Subject, kind_of
 
 Progress = Callable[[str, int, int], None]

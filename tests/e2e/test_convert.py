@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.safetensors import read_header
 from compressor.checkpoint.source import open_source
+from compressor.checkpoint.target import ModelTarget
 from compressor.cli.main import cli
 from compressor.errors import InputError, Problems
 from compressor.ir.qtensor import QTensor
+from compressor.ir.unit import Unit
 from compressor.plan.recipe import make_recipe
 from compressor.run.convert import Converted, convert
 from compressor.run.session import choose_device, compile_checkpoint, prepare
@@ -358,6 +360,43 @@ def test_the_command_says_what_it_did(packed: Callable[[str, bool], Path], tmp_p
     assert json.loads(done.stdout)["rounded"] == []
     text = runner.invoke(cli, arguments)
     assert "left as it is" in text.stdout and "nothing was rounded" in text.stdout
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "dense"])
+def test_what_was_written_is_held_against_the_source(
+    target: str,
+    packed: Callable[[str, bool], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    origin = packed("gptq-v2", False)
+    good = to(origin, tmp_path / "good", target, verifying=True)
+    assert good.ok and good.verified is not None
+    assert {"error to the original", "outputs to the original"} <= {
+        check.name for check in good.verified.checks
+    }
+    encode = ModelTarget.encode
+
+    def wrong(self: ModelTarget, unit: Unit) -> dict[str, torch.Tensor]:
+        made = encode(self, unit)
+        name = next((n for n in made if "up_proj." in n and "scale" not in n), None)
+        return made if name is None else {**made, name: made[name].flip(0).contiguous()}
+
+    monkeypatch.setattr(ModelTarget, "encode", wrong)
+    bad = to(origin, tmp_path / "bad", target, verifying=True)
+    assert not bad.ok and bad.verified is not None
+    assert any("up_proj" in problem for problem in bad.verified.damage)
+
+
+def test_a_dense_model_is_held_against_a_source_without_quantized_inputs(
+    model: Path, tmp_path: Path
+) -> None:
+    passes = [{"rtn": {"bits": 8, "group_size": None, "activations": "token"}}]
+    recipe = {"model": str(model), "output": str(tmp_path / "w8a8"), "passes": passes}
+    compile_checkpoint(prepare(make_recipe(recipe), device=CPU))
+    assert to(
+        tmp_path / "w8a8", tmp_path / "dense", "dense", allow_rounding=True, verifying=True
+    ).ok
 
 
 @pytest.mark.interop

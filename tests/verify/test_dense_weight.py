@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from compressor.checkpoint.read_ahead import read_ahead
 from compressor.formats.second_reader.grids import CodedWeight
 from compressor.verify.dense_weight import computed, dense
-from compressor.verify.read_ahead import read_ahead
 
 CPU = torch.device("cpu")
 

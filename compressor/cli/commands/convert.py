@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
+from compressor.cli.commands.verify import lines
 from compressor.cli.display import size
 from compressor.cli.echo import echo
-from compressor.cli.junit import Case
+from compressor.cli.junit import Case, verify_cases
 from compressor.cli.options import (
     MODEL,
     Told,
     add_cases,
+    device_option,
     folder_argument,
     shard_option,
     telling_options,
@@ -38,6 +40,10 @@ SHOWN = 5
     help="Write the nearest value where none is exact; say so.",
 )
 @shard_option
+@click.option(
+    "--verify/--no-verify", "verifying", default=True, help="Reopen the files and prove them (on)."
+)
+@device_option
 @telling_options
 def command(
     source: str,
@@ -46,13 +52,17 @@ def command(
     unpickle: bool,
     allow_rounding: bool,
     max_shard_size: int,
+    verifying: bool,
+    device: str,
     told: Told,
 ) -> None:
     """Write a checkpoint in another format without choosing its codes again.
 
     SOURCE is a checkpoint folder, a GGUF file or a Hub id; OUTPUT a new folder. Codes never
     change; a value without an exact form in the target is refused by name, or rounded and reported
-    with --allow-rounding. `--format dense` writes the weights that the codes stand for.
+    with --allow-rounding. `--format dense` writes the weights that the codes stand for. The files
+    are then verified against the source, as `compress verify --against SOURCE` does; exit code 1:
+    they are damaged.
 
     \b
     compress convert out/llama2-awq out/llama2-autoawq --format autoawq
@@ -61,6 +71,7 @@ def command(
     """
     from compressor.checkpoint.find import locate
     from compressor.run.convert import convert
+    from compressor.run.session import choose_device
 
     display = told.display()
     if unpickle:
@@ -78,21 +89,26 @@ def command(
         return
     if target is None:
         raise click.UsageError("--format names what to write")
+    where = choose_device(device)
     located = locate(source, fetch=True)
-    with display.stage("convert", 2 * len(located.source.layout.units)):
+    with display.stage("convert", (3 if verifying else 2) * len(located.source.layout.units)):
         done = convert(
             located,
             output.expanduser(),
             format=target,
             allow_rounding=allow_rounding,
             max_shard_size=max_shard_size,
+            device=where,
+            verifying=verifying,
             progress=lambda name, count, total: display.unit(name, count, total),
         )
     rounded = "\n".join(f"rounded {report}" for report in done.rounded)
     add_cases([Case("convert", f"{done.source_format} to {done.target_format}", output=rounded)])
+    if done.verified is not None:
+        add_cases(verify_cases(done.verified))
     if told.as_json:
-        echo(json.dumps({"ok": True, **done.to_json()}, indent=2))
-        return
+        echo(json.dumps({"ok": done.ok, **done.to_json()}, indent=2))
+        click.get_current_context().exit(0 if done.ok else 1)
     echo(f"{done.output}: {done.source_format} to {done.target_format}, {size(done.nbytes)}")
     if done.already:
         echo("  it was finished before and is left as it is")
@@ -104,3 +120,7 @@ def command(
         echo(f"  rounded {report}")
     if len(done.rounded) > SHOWN:
         echo(f"  and {len(done.rounded) - SHOWN} more tensors, rounded by less")
+    if done.verified is not None:
+        for line in lines(done.verified):
+            echo(line)
+    click.get_current_context().exit(0 if done.ok else 1)

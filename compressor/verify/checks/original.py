@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.offsite import read_offsite_record
+from compressor.checkpoint.read_ahead import read_ahead
 from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, UnitLayout, weight_name
@@ -34,7 +35,6 @@ from compressor.verify.compare_config import config_problems, file_problems
 from compressor.verify.compare_outputs import OutputError, Outputs
 from compressor.verify.compare_policy import policy_problems
 from compressor.verify.findings import LayerVerdict, NothingMore
-from compressor.verify.read_ahead import read_ahead
 
 UNRELATED = 0.5
 """Median error of an embedding's rows, best rotated, from which it is another model's."""
