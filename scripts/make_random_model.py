@@ -52,22 +52,7 @@ def shapes_of(size: dict[str, int], layers: int) -> dict[str, tuple[int, ...]]:
 def write(folder: Path, *, shape: str, layers: int, device: str, seed: int = 0) -> None:
     """Write config, tokenizer, index and shards."""
     size = SHAPES[shape]
-    folder.mkdir(parents=True)
-    tensors = {
-        name: TensorShape(torch.bfloat16, dims) for name, dims in shapes_of(size, layers).items()
-    }
-    plan = Safetensors().lay_out([{name: spec} for name, spec in tensors.items()])
-    generator = torch.Generator(device).manual_seed(seed)
-    for shard in plan.shards:
-        with (folder / shard.file).open("wb") as handle:
-            handle.write(shard.fixed[0])
-            for spec in shard.tensors.values():
-                noise = torch.randn(spec.shape, generator=generator, device=device)
-                scale = 0.02 if len(spec.shape) > 1 else 0.1
-                offset = 0.0 if len(spec.shape) > 1 else 1.0
-                handle.write(tensor_bytes((noise * scale + offset).to(torch.bfloat16)))
-    for name, content in plan.index.items():
-        (folder / name).write_bytes(content)
+    write_tensors(folder, shapes_of(size, layers), device=device, seed=seed)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -89,6 +74,31 @@ def write(folder: Path, *, shape: str, layers: int, device: str, seed: int = 0) 
         "dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_tokenizer(folder)
+
+
+def write_tensors(
+    folder: Path, shapes: dict[str, tuple[int, ...]], *, device: str, seed: int
+) -> None:
+    """A new folder with index and shards of random bfloat16 tensors."""
+    folder.mkdir(parents=True)
+    tensors = {name: TensorShape(torch.bfloat16, dims) for name, dims in shapes.items()}
+    plan = Safetensors().lay_out([{name: spec} for name, spec in tensors.items()])
+    generator = torch.Generator(device).manual_seed(seed)
+    for shard in plan.shards:
+        with (folder / shard.file).open("wb") as handle:
+            handle.write(shard.fixed[0])
+            for spec in shard.tensors.values():
+                noise = torch.randn(spec.shape, generator=generator, device=device)
+                scale = 0.02 if len(spec.shape) > 1 else 0.1
+                offset = 0.0 if len(spec.shape) > 1 else 1.0
+                handle.write(tensor_bytes((noise * scale + offset).to(torch.bfloat16)))
+    for name, content in plan.index.items():
+        (folder / name).write_bytes(content)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 256 tokens and two special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from compressor.arch.load import find_map
 from tests.support.scripts import load
 
 
@@ -48,3 +49,36 @@ def test_a_table_says_what_is_missed(bench: ModuleType) -> None:
         "| toy | fast | 4 | 10.0 µs | 1,000 GB/s | 50% | 2.00x cuBLAS (20.0 µs) | "
         "MISSED: cuBLAS 2.5 |"
     )
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_blocks_of_large_models_have_the_names_and_shapes_of_their_families(tiny: bool) -> None:
+    """Those of the released models, and their sizes in tensors of 16 bits."""
+    blocks = load("scripts/bench/blocks.py")
+    found = {}
+    for name, (_, config) in blocks.MODELS.items():
+        config = blocks.smaller(config) if tiny else config
+        shapes = blocks.block(config)
+        layer = {f"model.layers.0.{k}.weight": shape for k, shape in shapes.items()}
+        outer = (blocks.VOCABULARY, config["hidden_size"])
+        headers = {
+            "model.embed_tokens.weight": outer,
+            "lm_head.weight": outer,
+            "model.norm.weight": outer[1:],
+            **layer,
+        }
+        if name == "deepseek-v3":
+            bias = "model.layers.0.mlp.gate.e_score_correction_bias"
+            headers[bias] = shapes["mlp.gate"][:1]
+        whole = {**blocks.COMMON, **config, "num_hidden_layers": 1}
+        layout = find_map(whole, headers, chosen=None).layout(whole, headers)
+        assert len(layout.blocks) == 1
+        found[name] = round(sum(torch.Size(s).numel() for s in shapes.values()) * 2 / 1e9, 1)
+    if not tiny:
+        assert found == {
+            "llama-3-70b": 1.7,
+            "llama-3-405b": 6.4,
+            "mixtral-8x22b": 5.0,
+            "qwen3-235b-a22b": 5.0,
+            "deepseek-v3": 23.0,
+        }
