@@ -169,6 +169,13 @@ def mixed(sets: Sequence[TokenSet], *, seed: int | None) -> TokenSet:
     return _token_set(ids, source, "; ".join(dict.fromkeys(t.sampling for t in sets)), met)
 
 
+def token_set(ids: Tensor, *, like: TokenSet, sampling: str) -> TokenSet:
+    """Rows that were taken out of another set's."""
+    met = BadRows(count=like.skipped)
+    met.first = like.first_skipped
+    return _token_set(ids, like.source, sampling, met)
+
+
 def _token_set(ids: Tensor, source: str, sampling: str, met: BadRows) -> TokenSet:
     ids = ids.to(torch.int64).contiguous()
     digest = hashlib.sha256(f"{list(ids.shape)}".encode())

@@ -45,7 +45,7 @@ from compressor.ir.unit import Unit
 
 STATED_NAME = "finishing.json"
 
-FOUND = ("source.content", "environment")
+FOUND = ("source.content", "environment", "selected")
 """What a manifest may say that is only known after the run."""
 
 

@@ -14,9 +14,14 @@ from torch import Tensor
 
 
 def hoyer_square(gates: Tensor) -> Tensor:
-    """(Σ|g|)² / Σg², the effective number of active gates: N where all are equal, 1 for one."""
+    """(Σ|g|)² / Σg², the effective number of active gates: N where all are equal, 1 for one. Of
+    gates that are all zero it is 1, where the reference has NaN."""
     sizes = gates.abs()
-    return sizes.sum().square() / sizes.square().sum().clamp(min=1e-8)
+    if not bool(sizes.any()):
+        return sizes.sum() + 1
+    # Scaled first, so that squares of small gates are not lost.
+    scaled = sizes / sizes.detach().max()
+    return scaled.sum().square() / scaled.square().sum()
 
 
 def hoyer_threshold(gates: Tensor) -> float:

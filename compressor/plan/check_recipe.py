@@ -77,6 +77,9 @@ def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
     lengths = {}
     if learned and any(step.params.needs().stats != StatNeeds() for step in recipe.passes):
         lengths["calibration.length"] = recipe.calibration.length
+    if recipe.calibration.select is not None:
+        longest = recipe.calibration.looked_at[1]
+        lengths["calibration.select.sufficiency.reference_length"] = longest
     if recipe.evaluate is not None:
         lengths["evaluate.length"] = recipe.evaluate.length
         if recipe.evaluate.passkey is not None:

@@ -21,11 +21,11 @@ from pydantic.json_schema import GenerateJsonSchema
 from compressor.errors import InputError, Problems, nearest
 from compressor.evaluate.gate import Gate
 from compressor.evaluate.settings import Evaluation
-from compressor.evaluate.text import Mixture
 from compressor.foreign.bounded_yaml import MAX_BYTES, load_yaml
 from compressor.foreign.untrusted import read_stream
 from compressor.ir.frozen import Strict
 from compressor.methods.base import Method, get_pass, pass_names
+from compressor.plan.calibration import Calibration
 from compressor.report.settings import CardSection, Publish
 from compressor.runtimes.contract import Runtime, parse_runtime
 
@@ -71,21 +71,6 @@ class Step(BaseModel):
         fields = type(self.params).model_fields
         data = self.params.model_dump(mode="json")
         return {k: v for k, v in data.items() if v is not None or fields[k].default is not None}
-
-
-class Calibration(Mixture):
-    """The tokens that statistics are taken over."""
-
-    samples: int = Field(128, ge=1, description="rows of tokens")
-    length: int = Field(512, ge=8, description="tokens per row")
-    sampling: Literal["random", "consecutive"] = Field(
-        "random", description="windows drawn with the seed, or the first rows one after the other"
-    )
-    all_experts: bool = Field(
-        False,
-        description="statistics of every expert over all tokens; the router still decides what "
-        "flows on",
-    )
 
 
 class ActivationStore(Strict):

@@ -21,7 +21,7 @@ from compressor.checkpoint.find import locate, name_folder
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.plan.recipe import Calibration
+from compressor.plan.calibration import Calibration
 from compressor.run.tokens import calibration_tokens
 from compressor.runner.representation import Representation, of_decoder, of_encoder
 from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer

@@ -98,7 +98,8 @@ def _learned(compiled: Compiled) -> tuple[dict[str, Any], ...]:
         before = read_report(compiled.output)
         return () if before is None else before.learned
     found = compiled.learned.values()
-    return tuple({"pass": one.name, **row} for one in found for row in one.result.rows)
+    rows = [{"pass": one.name, **row} for one in found for row in one.result.rows]
+    return (*([] if compiled.selected is None else [dict(compiled.selected)]), *rows)
 
 
 def host_peak(compiled: Compiled) -> int:

@@ -16,7 +16,7 @@ from compressor.checkpoint.delta.base import Base, locate_base, survey
 from compressor.checkpoint.durable import make_folder, write_atomically
 from compressor.checkpoint.find import Located, locate, name_folder
 from compressor.checkpoint.manifest import hash_file
-from compressor.checkpoint.records import stated_hash
+from compressor.checkpoint.records import Records, stated_hash
 from compressor.checkpoint.transaction import writing
 from compressor.errors import InputError, Problems
 from compressor.foreign.calls import foreign
@@ -29,6 +29,7 @@ from compressor.run.activation_store import open_activations
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
 from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
+from compressor.run.selection import select_rows
 from compressor.run.settings import FitProgress, JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
@@ -53,7 +54,8 @@ class Prepared:
     """A run of which everything that can be known beforehand is known and right.
 
     base                     what a pass names as its base
-    calibration, evaluation  token sets;  haystack  text that the passkey probe hides its key in
+    calibration, evaluation  token sets, of calibration the windows that there is a choice of;
+                             haystack  text that the passkey probe hides its key in
     batch                    rows of calibration tokens in one forward pass
     activations              where hidden states are kept
     """
@@ -76,12 +78,14 @@ class Compiled:
     """A finished checkpoint. `units` and `learned` are empty where it was finished before.
 
     learned  what model passes found, by the index of the pass
+    selected  what the report says of the windows that were taken, where there was a choice
     """
 
     output: Path
     units: tuple[UnitDone, ...]
     already: bool
     learned: Mapping[int, Outcome] = field(default_factory=dict)
+    selected: Mapping[str, Any] | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -178,7 +182,8 @@ def _token_sets(
     calibration = evaluation = None
     haystack = ""
     if plan.calibrated:
-        calibration = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
+        wanted = recipe.calibration
+        calibration = calibration_tokens(tokenizer, wanted, seed=recipe.seed, candidates=True)
     if recipe.evaluate is not None:
         evaluation = evaluation_tokens(tokenizer, recipe.evaluate, calibration=calibration)
         haystack = passkey_text(tokenizer, recipe.evaluate)
@@ -311,14 +316,17 @@ def compile_checkpoint(
             stopping=stopping,
         )
         owner, content = stated_hash(about), SourceContent(plan)
-        learned = learn(
-            plan, prepared.calibration, under_way.work, settings, owner=owner, content=content
-        )
+        tokens, selected = prepared.calibration, None
+        if tokens is not None:
+            kept = Records(under_way.work / "selection", owner)
+            selected = select_rows(plan, tokens, kept, settings)
+            tokens = tokens if selected is None else selected.tokens
+        learned = learn(plan, tokens, under_way.work, settings, owner=owner, content=content)
         # Passes that contradict each other are refused before any block is worked on.
         files = policy_of(plan, learned, settings)
         result = run_units(
             plan,
-            prepared.calibration,
+            tokens,
             under_way.work,
             settings,
             owner=stated_hash([owner, learned_hash(learned)]),
@@ -339,7 +347,14 @@ def compile_checkpoint(
             about={
                 **about,
                 "source": {**about["source"], "content": result.source_hash},
+                **({} if selected is None else {"selected": selected.tokens.sha256}),
                 "environment": [e for i, e in enumerate(used) if e not in used[:i]],
             },
         )
-    return Compiled(output=output, units=result.units, already=False, learned=learned)
+    return Compiled(
+        output=output,
+        units=result.units,
+        already=False,
+        learned=learned,
+        selected=None if selected is None else selected.row,
+    )

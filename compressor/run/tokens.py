@@ -25,8 +25,8 @@ from compressor.errors import CompressError, InputError, MachineError
 from compressor.evaluate.passkey import haystack_characters, make_rows
 from compressor.evaluate.settings import Evaluation
 from compressor.evaluate.text import Data, Mixture, Weighted
+from compressor.plan.calibration import Calibration
 from compressor.plan.plan import Plan
-from compressor.plan.recipe import Calibration
 from compressor.runner.tokenizer import load_tokenizer
 
 KEYS: Mapping[Part, str] = {"calibration": "calibration.data", "held_out": "evaluate.data"}
@@ -35,14 +35,20 @@ LOOKED_AT = 1_000_000
 ROWS_LOOKED_AT = 16
 
 
-def calibration_tokens(tokenizer: Any, wanted: Calibration, *, seed: int) -> TokenSet:
-    """Rows of calibration tokens. Raises InputError where the data does not give them."""
+def calibration_tokens(
+    tokenizer: Any, wanted: Calibration, *, seed: int, candidates: bool = False
+) -> TokenSet:
+    """Rows of calibration tokens. Raises InputError where the data does not give them.
+
+    candidates  the windows that the rows are to be selected from, where there is a choice
+    """
+    samples, length = wanted.looked_at if candidates else (wanted.samples, wanted.length)
     return _tokens(
         tokenizer,
         wanted,
         part="calibration",
-        samples=wanted.samples,
-        length=wanted.length,
+        samples=samples,
+        length=length,
         sampling=wanted.sampling,
         seed=seed,
     )
@@ -166,7 +172,7 @@ def check_data(plan: Plan) -> tuple[list[CompressError], list[str]]:
     looks: list[tuple[Part, Mixture, int, int, Sampling]] = []
     if plan.calibrated:
         rows = recipe.calibration
-        looks.append(("calibration", rows, rows.samples, rows.length, rows.sampling))
+        looks.append(("calibration", rows, *rows.looked_at, rows.sampling))
     if recipe.evaluate is not None:
         held_out = recipe.evaluate
         looks.append(("held_out", held_out, held_out.windows, held_out.length, "consecutive"))

@@ -294,7 +294,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 READING = """
 import json, sys
 from compressor_calibration.documents import BadRows, DataError, Unreachable
-from compressor.plan.recipe import Calibration
+from compressor.plan.calibration import Calibration
 
 found = []
 for section in json.load(sys.stdin):

@@ -11,8 +11,9 @@ from compressor_calibration.documents import Unreachable
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.evaluate.settings import Evaluation
+from compressor.plan.calibration import Calibration
 from compressor.plan.plan import make_plan
-from compressor.plan.recipe import Calibration, make_recipe
+from compressor.plan.recipe import make_recipe
 from compressor.run.tokens import (
     calibration_tokens,
     check_data,

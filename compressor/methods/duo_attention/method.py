@@ -205,6 +205,7 @@ class DuoAttention(ModelPass[Gates]):
             "threshold": threshold,
             "gap": gap_at(found.gates, threshold),
             "active_gates": float(hoyer_square(found.gates)),
+            "bimodality": gap_at(found.gates, hoyer_threshold(found.gates)),
         }
 
     def _result(self, gates: Tensor, losses: Tensor) -> LearnResult[Gates]:
@@ -218,6 +219,7 @@ class DuoAttention(ModelPass[Gates]):
                 "name": f"layer {number}",
                 "full_heads": [int(i) for i in row_full.nonzero()[:, 0]],
                 "gates": [round(float(gate), 4) for gate in row],
+                "active_gates": round(float(hoyer_square(row)), 4),
             }
             for number, (row, row_full) in enumerate(
                 zip(found.gates, self._full(found), strict=True)

@@ -37,7 +37,7 @@ from compressor.methods.sparda.choice_record import held_out, record_choices, sc
 from compressor.methods.sparda.method import SparDA
 from compressor.methods.sparda.teacher import Teacher
 from compressor.methods.sparda.training import Trainer
-from compressor.plan.recipe import Calibration
+from compressor.plan.calibration import Calibration
 from compressor.run.tokens import calibration_tokens
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.source_model import SourceModel
