@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from compressor_kernels.search.column_rounding import round_columns
 from torch import Tensor
 
 from compressor.ir.qtensor import QTensor, decode_elements
@@ -46,6 +47,32 @@ class Columns:
         else:
             values = (values - zeros) * scales
         return codes, values if self.second is None else values * self.second
+
+    @property
+    def fused(self) -> bool:
+        """Whether one kernel rounds many inputs after each other: on a GPU, on integers and E2M1."""
+        spec = self.spec
+        plain = spec.element == "int" and self.second is None and spec.zero != "offset"
+        return self.scales.is_cuda and (plain or spec.element == "fp4_e2m1")
+
+    def round_together(
+        self, left: Tensor, matrix: Tensor, places: Tensor, *, now: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [n, O] and errors [n, O] of some inputs, as `round_columns` has them.
+
+        places  [n] which inputs these are
+        """
+        return round_columns(
+            left,
+            matrix,
+            (places // self.size).int(),
+            self.scales if self.second is None else self.scales * self.second,
+            self.zeros,
+            kind="int" if self.spec.element == "int" else "e2m1",
+            bits=self.spec.bits,
+            lowest=self.lowest,
+            now=now,
+        )
 
 
 def _stacked(grids: Sequence[QTensor], values: Sequence[Tensor]) -> Tensor:

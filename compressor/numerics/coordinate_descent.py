@@ -39,7 +39,12 @@ def descend(
             local = gradient[start:stop].div_(diagonal[start:stop, None])
             pull = hessian[start:stop, start:stop] / diagonal[start:stop, None]
             moved = torch.empty_like(local)
-            for j in range(stop - start):
+            if columns.fused:
+                places = torch.arange(start, stop, device=local.device)
+                now = left[start:stop]
+                made[start:stop], moved = columns.round_together(local, -pull.t(), places, now=now)
+                now += moved
+            for j in range(0 if columns.fused else stop - start):
                 place = start + j
                 code, rounded = columns.round(left[place] - local[j], place)
                 torch.sub(rounded, left[place], out=moved[j])

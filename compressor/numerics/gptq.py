@@ -216,7 +216,11 @@ def _solve(
         local = factor[start:stop, start:stop]
         # A division by R_jj, taken out of the loop.
         local = local / local.diagonal()[:, None]
-        for j in range(stop - start):
+        if columns.fused:
+            codes[start:stop], errors = columns.round_together(
+                left[start:stop], local, order[start:stop]
+            )
+        for j in range(0 if columns.fused else stop - start):
             value = left[start + j]
             code, rounded = columns.round(value, places[start + j])
             codes[start + j] = code
