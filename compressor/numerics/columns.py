@@ -50,7 +50,7 @@ class Columns:
 
     @property
     def fused(self) -> bool:
-        """Whether one kernel rounds many inputs after each other: on a GPU, on integers and E2M1."""
+        """Whether one kernel rounds many inputs in turn: on a GPU, on integers and E2M1."""
         spec = self.spec
         plain = spec.element == "int" and self.second is None and spec.zero != "offset"
         return self.scales.is_cuda and (plain or spec.element == "fp4_e2m1")
