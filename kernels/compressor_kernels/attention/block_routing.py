@@ -27,10 +27,10 @@ TALLIED = 2048
 class RouteTiles:
     """`rows` of the queries of a block meet its keys together, `span` of them in one program."""
 
-    rows: int = 128
+    rows: int = 64
     span: int = 1024
-    num_warps: int = 8
-    num_stages: int = 2
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ def routed_attention(
             GROUP=heads // groups,
             K=chosen,
             BLOCK=block_size,
-            BLOCK_N=min(128, block_size & -block_size),
+            BLOCK_N=min(128 if dim <= 128 else 64, block_size & -block_size),
             ROWS=tiles.rows,
             SPAN=tiles.span,
             D=dim,

@@ -20,7 +20,7 @@ from compressor_kernels.triton.launch import LOG2_E, copyable, dense, pow2, scor
 class TileShape:
     """Keys of a tile that are read together, and how many of these are on their way."""
 
-    block_n: int = 64
+    block_n: int = 128
     num_stages: int = 3
 
 
@@ -61,7 +61,7 @@ def tile_attention(
         BLOCKS_POW2=pow2(blocks),
         num_warps=1 if blocks <= 1024 else 4,
     )
-    tiles = tiles or TileShape()
+    tiles = tiles or TileShape(128 if dim <= 128 else 64)
     block_n, block_d = min(tiles.block_n, block_size), max(16, pow2(dim))
     jit.tile_prefill_kernel[(batch * heads, rows)](
         q,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from compressor_kernels.triton.launch import LOG2_E, dense, pow2, ranges, score_scale
 
-PART = 2048
-"""Keys whose shares one program goes through."""
+PART, SHARED = 4096, 1024
+"""Keys whose shares one program goes through, and of which it makes shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +89,8 @@ def key_shares(done: Verified) -> Tensor:
 
     batch, groups, rows, tokens = done.scores.shape
     out = torch.empty((batch, groups, tokens), dtype=torch.float32, device=done.out.device)
-    jit.share_kernel[(-(-tokens // 256), batch * groups)](
-        done.scores,
-        done.sums.contiguous(),
-        out,
-        tokens,
-        rows,
-        ROWS=max(16, pow2(rows)),
-        BLOCK_N=256,
-        num_warps=8,
+    jit.share_kernel[(-(-tokens // SHARED), batch * groups)](
+        done.scores, done.sums.contiguous(), out, tokens, ROWS=rows, BLOCK_N=SHARED, num_warps=4
     )
     return out
 
@@ -132,9 +125,9 @@ def critical_keys(shares: Tensor, *, length: int, recent: int, budget: int) -> T
     bounds = (old, capacity, best)
     for digit in range(3):
         jit.digit_kernel[(parts, lanes)](
-            shares, tallies, lanes, *bounds, DIGIT=digit, PART=PART, num_warps=4
+            shares, tallies, lanes, *bounds, DIGIT=digit, PART=PART, num_warps=8
         )
-    jit.found_kernel[(parts, lanes)](shares, tallies, found, lanes, *bounds, PART=PART, num_warps=4)
+    jit.found_kernel[(parts, lanes)](shares, tallies, found, lanes, *bounds, PART=PART, num_warps=8)
     jit.take_kernel[(parts, lanes)](
         shares,
         tallies,
@@ -146,7 +139,7 @@ def critical_keys(shares: Tensor, *, length: int, recent: int, budget: int) -> T
         PART=PART,
         PARTS_POW2=pow2(parts),
         RECENT_POW2=pow2(length - old),
-        num_warps=4,
+        num_warps=8,
     )
     return out
 

@@ -81,23 +81,23 @@ def verify_kernel(
 
 @triton.jit
 def share_kernel(
-    score_ptr,  # [B, G, rows, T] fp16
-    sum_ptr,  # [B, G, rows] fp32
+    score_ptr,  # [B, G, ROWS, T] fp16
+    sum_ptr,  # [B, G, ROWS] fp32
     out_ptr,  # [B, G, T] fp32
     k_len,
-    rows,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Shares of BLOCK_N keys. Rows are unrolled, so that many loads are on their way at once."""
     lane = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, ROWS)
     key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (row < rows)[:, None] & (key < k_len)[None, :]
-    at = score_ptr + (lane * rows + row)[:, None] * k_len + key[None, :]
-    scores = tl.load(at, mask=inside, other=-60000.0).to(tl.float32)
-    total = tl.load(sum_ptr + lane * rows + row, mask=row < rows, other=0.0)
-    shares = tl.where(inside, tl.math.exp2(scores - total[:, None]), 0.0)
-    tl.store(out_ptr + lane * k_len + key, tl.sum(shares, 0) / rows, mask=key < k_len)
+    live = key < k_len
+    shares = tl.zeros([BLOCK_N], tl.float32)
+    for row in tl.static_range(ROWS):
+        at = score_ptr + (lane * ROWS + row) * k_len + key
+        scores = tl.load(at, mask=live, other=-60000.0).to(tl.float32)
+        shares += tl.math.exp2(scores - tl.load(sum_ptr + lane * ROWS + row))
+    tl.store(out_ptr + lane * k_len + key, shares / ROWS, mask=live)
 
 
 @triton.jit
@@ -153,8 +153,9 @@ def digit_kernel(
     lane = tl.program_id(1).to(tl.int64)
     bits, _ = _share_bits(share_ptr, lane, keys, row, PART)
     _, equal, _ = _against(bits, tally_ptr, lane, lanes, best, DIGIT)
-    at = tally_ptr + (DIGIT * lanes + lane) * BINS + _digit(bits, DIGIT)
-    tl.atomic_add(at, 1, mask=equal, sem="relaxed")
+    count = tl.histogram(_digit(bits, DIGIT), BINS, mask=equal)
+    at = tally_ptr + (DIGIT * lanes + lane) * BINS + tl.arange(0, BINS)
+    tl.atomic_add(at, count, mask=count > 0, sem="relaxed")
 
 
 @triton.jit
