@@ -17,7 +17,7 @@ HOMES = {
 }
 LEVELS = {
     **dict.fromkeys(("compressor_kernels", "compressor_calibration", "errors"), 0),
-    **dict.fromkeys(("ir", "foreign"), 1),
+    **dict.fromkeys(("ir", "foreign", "ranks"), 1),
     **dict.fromkeys(("arch", "numerics", "formats"), 2),
     **dict.fromkeys(("checkpoint", "runtimes"), 3),
     "runner": 4,

@@ -6,12 +6,11 @@ one, and there is never a second copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 # Rows cast to fp32 at a time where a product cannot take the input's own dtype.
@@ -54,14 +53,24 @@ class SiteStats:
 
     A vector with a NaN or an infinity would spoil every sum: it is left out of all statistics and
     counted in `bad_tokens`.
+
+    bands  of the Gram matrix that are summed here, by number, where others sum the rest: whoever
+           has all of them adds up `partial` before anything is read
     """
 
-    def __init__(self, channels: int, needs: StatNeeds, *, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        channels: int,
+        needs: StatNeeds,
+        *,
+        device: torch.device | str,
+        bands: Collection[int] | None = None,
+    ) -> None:
         self.channels = channels
         self.needs = needs
         self.device = torch.device(device)
-        self._seen = 0
-        self._bad = self._zeros((), torch.int64)
+        self._bands = bands
+        self._counts = self._zeros((2,), torch.int64)  # vectors that are finite, and that are not
         self._abssum = self._zeros((channels,)) if needs.absmean else None
         self._absmax = self._zeros((channels,)) if needs.absmax else None
         self._gram = self._zeros((channels, channels)) if needs.gram else None
@@ -73,55 +82,93 @@ class SiteStats:
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    @torch.no_grad()
     def update(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add activations [..., channels] of any float dtype. `x` is not changed.
 
         original  what the original model has in place of x, where `cross` is wanted
         Raises ValueError where the last dimension is not `channels`.
         """
+        self.add(self.look(x, original))
+
+    @property
+    def parts(self) -> int:
+        """How many tensors `look` makes of activations alone."""
+        needs = self.needs
+        vectors = needs.gram or needs.cross or needs.keep_inputs > 0
+        return 1 + needs.absmean + needs.absmax + vectors
+
+    @torch.no_grad()
+    def look(self, x: Tensor, original: Tensor | None = None) -> list[Tensor]:
+        """What `add` is to be given for some activations, as in `update`: sums over them, of one
+        dimension, and where a product or they themselves are wanted, the vectors."""
         if x.ndim == 0 or x.shape[-1] != self.channels:
             raise ValueError(f"expected [..., {self.channels}], got {list(x.shape)}")
         x = x.detach().to(self.device).reshape(-1, self.channels)
-        self._seen += x.shape[0]
         if x.shape[0] == 0:
-            return
+            return []
         # A vector is finite where its largest magnitude is; NaN counts as the largest. Zeroed
         # vectors add nothing to any sum, and masking costs no wait for the device.
         magnitude = x.abs()
         good = torch.isfinite(magnitude.amax(dim=1, keepdim=True))
-        self._bad += (~good).sum()
+        found = [torch.cat([good, ~good], dim=1).sum(dim=0)]
         zero = torch.zeros((), dtype=x.dtype, device=x.device)
         if self._abssum is not None or self._absmax is not None:
             magnitude = torch.where(good, magnitude, zero)
             if self._abssum is not None:
-                self._abssum += magnitude.sum(dim=0, dtype=torch.float32)
+                found.append(magnitude.sum(dim=0, dtype=torch.float32))
             if self._absmax is not None:
-                torch.maximum(self._absmax, magnitude.amax(dim=0).float(), out=self._absmax)
+                found.append(magnitude.amax(dim=0).float())
         del magnitude
-        x = torch.where(good, x, zero)
+        if self.needs.gram or self.needs.cross or self.needs.keep_inputs:
+            x = torch.where(good, x, zero)
+            found.append(x)
+            if self.needs.cross and original is not None:
+                theirs = original.detach().to(self.device).reshape(x.shape).float()
+                found.append(torch.where(good, theirs, 0.0).nan_to_num_() - x.float())
+        return found
+
+    @torch.no_grad()
+    def add(self, seen: Sequence[Tensor]) -> None:
+        """Add what `look` gave, here or elsewhere: the same sums in the same order have the same
+        bits."""
+        if not seen:
+            return
+        parts = iter(seen)
+        self._counts += next(parts)
+        if self._abssum is not None:
+            self._abssum += next(parts)
+        if self._absmax is not None:
+            torch.maximum(self._absmax, next(parts), out=self._absmax)
+        x = next(parts, None)
+        if x is None:
+            return
         if self._gram is not None:
-            _add_gram(self._gram, x)
+            _add_gram(self._gram, x, self._bands)
             self._one_sided = True
-        if self.needs.cross and original is not None:
+        off = next(parts, None)
+        if off is not None:
             if self._cross is None:
                 self._cross = self._zeros((self.channels, self.channels))
-            theirs = original.detach().to(self.device).reshape(x.shape).float()
-            _add_product(self._cross, torch.where(good, theirs, 0.0).nan_to_num_() - x.float(), x)
+            _add_product(self._cross, off, x)
         missing = self.needs.keep_inputs - self._kept_rows
         if missing > 0:
             self._kept.append(x[:missing].clone())
             self._kept_rows += self._kept[-1].shape[0]
 
     @property
+    def partial(self) -> list[Tensor]:
+        """Sums of which only this instance's bands are here, the others zero."""
+        return [] if self._gram is None or self._bands is None else [self._gram]
+
+    @property
     def bad_tokens(self) -> int:
         """Input vectors left out because they were not finite."""
-        return int(self._bad.item())
+        return int(self._counts[1])
 
     @property
     def tokens(self) -> int:
         """Input vectors the statistics stand for."""
-        return self._seen - self.bad_tokens
+        return int(self._counts[0])
 
     @property
     def absmean(self) -> Tensor:
@@ -170,8 +217,7 @@ class SiteStats:
         """Add another accumulator of the same site. Raises ValueError for different sites."""
         if (self.channels, self.needs) != (other.channels, other.needs):
             raise ValueError("statistics of different sites cannot be merged")
-        self._seen += other._seen
-        self._bad += other._bad.to(self.device)
+        self._counts += other._counts.to(self.device)
         if self._abssum is not None:
             self._abssum += other._wanted(other._abssum, "absmean").to(self.device)
         if self._absmax is not None:
@@ -186,29 +232,6 @@ class SiteStats:
         if missing > 0 and other._kept_rows:
             self._kept.append(other.inputs[:missing].to(self.device, copy=True))
             self._kept_rows += self._kept[-1].shape[0]
-
-    def all_reduce(self) -> None:
-        """Make every rank's statistics those of all ranks; does nothing outside a process group.
-
-        Kept inputs become those of rank 0, so that every rank decides alike.
-        """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        seen = torch.tensor(self._seen, dtype=torch.int64, device=self.device)
-        dist.all_reduce(seen)
-        self._seen = int(seen.item())
-        dist.all_reduce(self._bad)
-        if self._abssum is not None:
-            dist.all_reduce(self._abssum)
-        if self._absmax is not None:
-            dist.all_reduce(self._absmax, op=dist.ReduceOp.MAX)
-        if self._gram is not None:
-            dist.all_reduce(self.gram)
-        if self._cross is not None:
-            dist.all_reduce(self._cross)
-        if self.needs.keep_inputs:
-            self._kept = [_broadcast(self.inputs)]
-            self._kept_rows = self._kept[0].shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +253,8 @@ class KVStats:
     and of its queries, [heads, head_dim]; and what is kept of its attention.
 
     keys, values, queries  zero where nothing was seen
-    calls                  attention to run again, as whoever watches it keeps it
+    calls                  attention of the first `wanted` tokens to run again, as whoever watches
+                           it keeps it, each with how many rows came before it
     """
 
     def __init__(
@@ -245,8 +269,8 @@ class KVStats:
         self.keys = torch.zeros(kv_heads, head_dim, device=device)
         self.values = torch.zeros(kv_heads, head_dim, device=device)
         self.queries = torch.zeros(heads or kv_heads, head_dim, device=device)
-        self.calls: list[Any] = []
-        self.missing = 0 if needs is None else needs.tokens
+        self.calls: list[tuple[int, Any]] = []
+        self.wanted = 0 if needs is None else needs.tokens
 
     @torch.no_grad()
     def update(self, keys: Tensor, values: Tensor, queries: Tensor | None = None) -> None:
@@ -261,25 +285,21 @@ class KVStats:
             seen = torch.where(good, magnitude, 0.0).amax(dim=(0, 2)).float()
             torch.maximum(most, seen.to(most.device), out=most)
 
-    def all_reduce(self) -> None:
-        """Make every rank's statistics those of all ranks; nothing outside a process group."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for most in (self.keys, self.values, self.queries):
-                dist.all_reduce(most, op=dist.ReduceOp.MAX)
 
-    def over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of every rank's values, so that all decide alike; the values themselves outside a
-        process group."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(values)
-        return values
+def bands(channels: int, device: torch.device) -> list[float]:
+    """How much work each band of a Gram matrix is."""
+    edges = _edges(channels, device.type)
+    return [float((min(last, channels) - first) * (channels - first)) for first, last in edges]
 
 
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += xᵀ x in place, accumulated in fp32; below the diagonal only in part."""
+def _add_gram(gram: Tensor, x: Tensor, mine: Collection[int] | None) -> None:
+    """gram += xᵀ x in place, accumulated in fp32; below the diagonal only in part.
+
+    mine  numbers of the bands that are added to, if not all
+    """
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         try:
-            for part, left, right in _bands(gram, x):
+            for part, left, right in _bands(gram, x, mine):
                 torch.addmm(part, left.T, right, out_dtype=torch.float32, out=part)
             return
         except torch.OutOfMemoryError:
@@ -288,7 +308,7 @@ def _add_gram(gram: Tensor, x: Tensor) -> None:
             # This build has no half-precision product with an fp32 result: cast instead.
             pass
     for start in range(0, x.shape[0], CAST_ROWS):
-        for part, left, right in _bands(gram, x[start : start + CAST_ROWS].float()):
+        for part, left, right in _bands(gram, x[start : start + CAST_ROWS].float(), mine):
             part.addmm_(left.T, right)
 
 
@@ -299,32 +319,23 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left[rows].float().T, right[rows].float())
 
 
-def _bands(gram: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _bands(
+    gram: Tensor, x: Tensor, mine: Collection[int] | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows of a Gram matrix from the diagonal on, and the columns of x whose products they hold."""
-    for first, last in _edges(gram):
-        yield gram[first:last, first:], x[:, first:last], x[:, first:]
+    for number, (first, last) in enumerate(_edges(gram.shape[0], gram.device.type)):
+        if mine is None or number in mine:
+            yield gram[first:last, first:], x[:, first:last], x[:, first:]
 
 
-def _edges(gram: Tensor) -> Iterator[tuple[int, int]]:
+def _edges(channels: int, device: str) -> Iterator[tuple[int, int]]:
     """First and last row of each band."""
-    band = GPU_BAND if gram.is_cuda else BAND
-    for first in range(0, gram.shape[0], band):
+    band = GPU_BAND if device == "cuda" else BAND
+    for first in range(0, channels, band):
         yield first, first + band
 
 
 def _mirror(gram: Tensor) -> None:
     """Fill in what `_add_gram` leaves out."""
-    for first, last in _edges(gram):
+    for first, last in _edges(gram.shape[0], gram.device.type):
         gram[last:, first:last] = gram[first:last, last:].T
-
-
-def _broadcast(inputs: Tensor) -> Tensor:
-    """Rank 0's kept inputs on every rank."""
-    about: list[Any] = [inputs.shape[0], inputs.dtype]
-    dist.broadcast_object_list(about, src=0, device=inputs.device)
-    rows, dtype = about
-    ours = inputs.contiguous()
-    if dist.get_rank() != 0:
-        ours = torch.empty((rows, inputs.shape[1]), dtype=dtype, device=inputs.device)
-    dist.broadcast(ours, src=0)
-    return ours

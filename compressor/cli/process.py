@@ -35,6 +35,7 @@ def program() -> NoReturn:
     try:
         catch_signals()
         open_streams()
+        silence_ranks()
         from compressor.cli.echo import escape_libraries
         from compressor.cli.main import main
 
@@ -75,6 +76,15 @@ def open_streams() -> None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     sys.stdout = _stream(1, sys.stdout)
     sys.stderr = _stream(2, sys.stderr)
+
+
+def silence_ranks() -> None:
+    """Of several processes that torchrun started the first alone speaks, for all of them."""
+    if os.environ.get("RANK", "0") == "0" or "COMPRESS_DEBUG" in os.environ:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _stream(descriptor: int, before: Any) -> io.TextIOWrapper:

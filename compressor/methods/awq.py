@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.layout import Fold, Linear
-from compressor.ir.qtensor import QuantSpec
+from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
@@ -38,6 +38,7 @@ from compressor.numerics.awq_search import (
 from compressor.numerics.folding import consumer_scale, fold, source_scale
 from compressor.numerics.gram import output_error, relative_error
 from compressor.numerics.migration import search_scales_with_inputs
+from compressor.ranks.ranks import ALONE, Ranks
 
 
 class Awq(Pass):
@@ -111,32 +112,57 @@ class Awq(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         folds = {site_fold.site: site_fold for site_fold in unit.layout.folds}
-        expert_tokens: dict[int | None, int] = {}
-        rows = {}
-        result = unit
+
+        def search(site: str, ranks: Ranks) -> ScaleResult | None:
+            if site not in folds or not self._scalable(folds[site], unit, context):
+                return None
+            return self._search(folds[site], unit, context, ranks)
+
+        def folded(current: Unit, site: str, found: ScaleResult) -> Unit:
+            scales = source_scale(folds[site], found.scales)
+            return current.with_tensors(fold(current.tensors, folds[site], unit.layout, scales))
+
+        def work_on_output(linear: Linear) -> tuple[int, ScaleResult | None, _Finished]:
+            """What an expert's output comes to, whose statistics are there only meanwhile."""
+            stats, found = context.stats[linear.site], search(linear.site, ALONE)
+            current = unit if found is None else folded(unit, linear.site, found)
+            site = _Site(stats, found)
+            return stats.tokens, found, self._finish(current, linear, context, site, stats.tokens)
+
+        outputs = [x for x in context.coded if x.role == "expert.down"]
+        made = context.ranks.each(outputs, work_on_output, _weights)
+        of_output = {x.site: done for x, done in zip(outputs, made, strict=True)}
+        of_expert = {x.expert: of_output[x.site][0] for x in outputs}
+        sites: dict[str, _Site] = {}
+        result, rows, waiting = unit, {}, list[Linear]()
+
+        def finish(linear: Linear) -> _Finished:
+            site = sites[linear.site]
+            tokens = of_expert.get(linear.expert, site.stats.tokens)
+            return self._finish(result, linear, context, site, tokens)
+
         # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
         # and how many tokens an expert saw is known from its output.
         for name in reversed(unit.layout.sites):
             linears = [x for x in context.coded if x.site == name]
             if not linears:
                 continue
-            site = _Site(context.stats[name])
-            if name in folds and self._scalable(folds[name], unit, context):
-                found = self._search(folds[name], unit, context)
-                changed = fold(
-                    result.tensors,
-                    folds[name],
-                    unit.layout,
-                    source_scale(folds[name], found.scales),
-                )
-                result, site = result.with_tensors(changed), _Site(site.stats, found)
-            for linear in linears:
-                if linear.role == "expert.down":
-                    expert_tokens[linear.expert] = site.stats.tokens
-                tokens = expert_tokens.get(linear.expert, site.stats.tokens)
-                result, rows[linear.name] = self._finish(
-                    result, linear, context, site, tokens=tokens
-                )
+            output = of_output.get(name)
+            found = search(name, context.ranks) if output is None else output[1]
+            if found is not None:
+                result = folded(result, name, found)
+            if output is not None:
+                result = output[2].put(result, linears[0])
+                rows[linears[0].name] = output[2].row
+                continue
+            sites[name] = _Site(context.stats[name], found)
+            waiting += linears
+            if len(waiting) < context.ranks.world and name != unit.layout.sites[0]:
+                continue  # until every rank has something to do
+            done = context.ranks.each(waiting, finish, _weights)
+            for linear, finished in zip(waiting, done, strict=True):
+                result, rows[linear.name] = finished.put(result, linear), finished.row
+            waiting = []
         return PassResult(result, [rows[x.name] for x in context.selected if x.name in rows])
 
     def _scalable(self, site_fold: Fold, unit: Unit, context: PassContext) -> bool:
@@ -149,8 +175,13 @@ class Awq(Pass):
             and context.stats[site_fold.site].tokens >= self.min_tokens
         )
 
-    def _search(self, site_fold: Fold, unit: Unit, context: PassContext) -> ScaleResult:
-        """The scales of a site, judged on weights as they were before anything was folded."""
+    def _search(
+        self, site_fold: Fold, unit: Unit, context: PassContext, ranks: Ranks
+    ) -> ScaleResult:
+        """The scales of a site, judged on weights as they were before anything was folded.
+
+        ranks  that search them together
+        """
         readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
         weights = [unit.weight(x) for x in readers]
         spec = context.spec(readers[0])
@@ -182,29 +213,27 @@ class Awq(Pass):
         # Of a single linear both searches have the same loss, and the Gram matrix has all tokens.
         if self.search == "reference" and len(readers) > 1:
             return search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
-        return search_scales_gram(weights, stats.gram, stats.absmean, spec, **options)
+        return search_scales_gram(weights, stats.gram, stats.absmean, spec, ranks=ranks, **options)
 
     def _finish(
-        self, unit: Unit, linear: Linear, context: PassContext, site: _Site, *, tokens: int
-    ) -> tuple[Unit, Mapping[str, Any]]:
+        self, unit: Unit, linear: Linear, context: PassContext, site: _Site, tokens: int
+    ) -> _Finished:
         """Clip and, if this pass does, round one linear; its report row."""
         spec = context.spec(linear)
         weight = unit.weight(linear)
         informed = tokens >= self.min_tokens
         scales = None if site.found is None else site.found.scales
         options = {}
+        made: QTensor | Tensor | None
         if self.clip and informed and is_plain_int(spec):
             gram = site.stats.gram
             options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
         if self.bits is None:
             values = fake_quantize(weight, spec, **options, **context.rounding.get(linear.name, {}))
-            if options:
-                clipped = _clamped(weight, options["clip_max"])
-                unit = unit.with_weight(linear, clipped)
+            made = _clamped(weight, options["clip_max"]) if options else None
         else:
-            q = quantize(weight, spec, **options)
-            values = q.dequantize()
-            unit = unit.with_quantized(linear, q)
+            made = quantize(weight, spec, **options)
+            values = made.dequantize()
         if scales is not None:
             weight, values = weight / scales, values.div_(scales)
         row: dict[str, Any] = {
@@ -216,7 +245,7 @@ class Awq(Pass):
         }
         if not informed:
             row |= {"note": "calibration tokens came here: rounded without data", "noted": tokens}
-        return unit, row
+        return _Finished(made, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +254,26 @@ class _Site:
 
     stats: SiteStats
     found: ScaleResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What becomes of a linear: its codes, its clipped weight, or None where it stays as it is;
+    and its report row."""
+
+    made: QTensor | Tensor | None
+    row: Mapping[str, Any]
+
+    def put(self, unit: Unit, linear: Linear) -> Unit:
+        """The unit with it."""
+        if isinstance(self.made, QTensor):
+            return unit.with_quantized(linear, self.made)
+        return unit if self.made is None else unit.with_weight(linear, self.made)
+
+
+def _weights(linear: Linear) -> float:
+    """How much work a linear is: the products of its errors with a Gram matrix."""
+    return float(linear.out_features * linear.in_features**2)
 
 
 def _clamped(weight: Tensor, bounds: Tensor) -> Tensor:

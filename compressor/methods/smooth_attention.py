@@ -27,6 +27,7 @@ from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.numerics.activations import fake_quantize_kv, static_kv_scale
 from compressor.numerics.smooth_attention import attention_candidates, smooth_attention_scales
+from compressor.ranks.ranks import Ranks
 from compressor.runner.attention_call import AttentionCall
 
 
@@ -104,7 +105,9 @@ class SmoothAttention(Pass):
             output = next(x for x in layout.linears if x.role == "attn.o")
             tried = attention_candidates(self.grid)
             behind = unit.dequantized()[output.weight_name]
-            errors = _errors(observed, tried, context.cache, behind, shared=bool(norms))
+            errors = _errors(
+                observed, tried, context.cache, behind, shared=bool(norms), ranks=context.ranks
+            )
             best = int(errors.argmin())
             alpha, beta = tried[best]
             row |= {"attention_error": float(errors[best]), "unsmoothed_error": float(errors[0])}
@@ -150,6 +153,7 @@ def _errors(
     output: Tensor,
     *,
     shared: bool,
+    ranks: Ranks,
 ) -> Tensor:
     """float64, for each (α, β): the squared change of the attention's output, behind its output
     projection [hidden, heads·head_dim], from rounding keys that were divided by their scales;
@@ -158,9 +162,10 @@ def _errors(
     The queries take λ and the rounded keys were divided by it: round(K/λ)·λ beside the queries as
     they are gives the same scores.
     """
-    found = torch.zeros(len(candidates) + 1, dtype=torch.float64, device=output.device)
+    parts = []
     scales = [_scales(kv, alpha, beta, shared=shared) for alpha, beta in candidates]
-    for call in kv.calls:
+    for place, call in kv.calls:
+        found = torch.zeros(len(candidates) + 1, dtype=torch.float64, device=output.device)
 
         def behind(key: Tensor, call: AttentionCall = call) -> Tensor:
             heads = call.plain(call.query, key, call.value).float()
@@ -174,7 +179,11 @@ def _errors(
             rounded = fake_quantize_kv(call.key.float() / spread, cache, static) * spread
             change = behind(rounded.to(call.key.dtype)) - wanted
             found[i] += change.square().sum(dtype=torch.float64)
-    found = kv.over_ranks(found)
+        parts.append((place, found.tolist()))
+    every = sorted(part for some in ranks.gather(parts) for part in some)
+    found = torch.zeros(len(candidates) + 1, dtype=torch.float64)
+    for _, part in every:
+        found += torch.tensor(part, dtype=torch.float64)
     errors = found[:-1] / found[-1].clamp(min=1e-30)
     return torch.where(errors.isfinite(), errors, torch.inf)
 

@@ -22,6 +22,7 @@ from compressor.numerics import fake_quantize
 from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
 from compressor.numerics.int_affine import fake_quantize_int, group_range
 from compressor.numerics.migration import Quantizer
+from compressor.ranks.ranks import ALONE, Ranks
 
 SCALE_FLOOR = 1e-4
 """Smallest value of a channel's scale before it is normalised, as in the published code."""
@@ -117,6 +118,7 @@ def search_scales_gram(
     duo: bool = False,
     tie: Callable[[Tensor], Tensor] | None = None,
     quantizer: Quantizer | None = None,
+    ranks: Ranks = ALONE,
 ) -> ScaleResult:
     """Scales with the least Σ_i tr(Δ_i G Δ_iᵀ), Δ_i = Q(W_i·s)/s − W_i.
 
@@ -124,14 +126,17 @@ def search_scales_gram(
     gram     [C, C] of that input, any positive multiple
     grid     ratios i/grid tried, both ends included; no scaling is always one of the candidates
     tie, quantizer  as in `search_scales_reference`
+    ranks    share the candidates; all of them search together
     Raises InputError where no candidate has a finite loss.
     """
     ratios = [i / grid for i in range(0 if duo else 1, grid + 1)]
     candidates = _candidates(weights, x_absmean, ratios, spec, duo=duo, tie=tie)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
     losses = torch.zeros(candidates.shape[0], dtype=torch.float32, device=gram.device)
+    mine = ranks.own(candidates.shape[0])
     if quantizer is not None:
-        for i, scales in enumerate(candidates):
+        for i in mine:
+            scales = candidates[i]
             for old, new in zip(
                 weights, quantizer([w.float() * scales for w in weights]), strict=True
             ):
@@ -139,12 +144,12 @@ def search_scales_gram(
     for rows in _row_blocks(weights) if quantizer is None else ():
         height = sum(block.shape[0] for block in rows)
         delta = torch.empty(height, gram.shape[0], dtype=work_dtype(gram), device=gram.device)
-        for i, scales in enumerate(candidates):
+        for i in mine:
             parts = torch.split(delta, [block.shape[0] for block in rows])
             for block, part in zip(rows, parts, strict=True):
-                _write_delta(block, scales, spec, part)
+                _write_delta(block, candidates[i], spec, part)
             losses[i] += gram_error(delta, gram)
-    found = losses.tolist()
+    found = ranks.sum(losses).tolist()
     best = _first_minimum(found)
     return ScaleResult(candidates[best], [0.0, *ratios][best], tuple(found))
 

@@ -18,6 +18,7 @@ from compressor.methods.common.learned import Learned
 from compressor.plan.order import rounding_of
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.observe import Observation
 from compressor.runner.tunable_block import TunableBlock
 
@@ -48,6 +49,7 @@ def apply_passes(
     progress: BlockProgress = lambda done, total, loss: None,
     learned: Mapping[int, Learned],
     base: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Unit, list[dict[str, Any]]]:
     """The unit after its passes, and their report rows.
 
@@ -55,6 +57,7 @@ def apply_passes(
     current  the unit before them, in float32
     learned  what model passes found, by the index of the pass
     base     weights of the base model that a pass names
+    ranks    that work on the unit
     """
     rows: list[dict[str, Any]] = []
     rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
@@ -86,6 +89,7 @@ def apply_passes(
             observe=site,
             tune=tune if wanted.block else None,
             progress=progress,
+            ranks=ranks,
         )
         if isinstance(params, ModelPass):
             result = params.apply(current, context, learned[number])

@@ -9,7 +9,7 @@ same batches, and so arrives at the same inputs bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_calibration.stats import SiteStats, StatNeeds
 from compressor_calibration.tokens import TokenSet
 from torch import Tensor
 
@@ -29,21 +28,21 @@ from compressor.checkpoint.transaction import disk_errors
 from compressor.errors import Interrupted, MachineError
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
-from compressor.plan.unit_plan import Observable, UnitPlan
+from compressor.plan.unit_plan import UnitPlan
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
-from compressor.run.original import in_dtype, not_observed, start_of, turned, values_of
+from compressor.run.observers import observer, observer_beside, observer_of_head
+from compressor.run.original import not_observed, start_of, turned, values_of
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import Block
-from compressor.runner.observe import Observation, observe
 from compressor.runner.process_memory import peak_rss
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import Stream
 from compressor.runner.sweep import Execution, Step, walk
 from compressor.runner.tunable_block import TunableBlock
-from compressor.runner.two_streams import observe_beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +79,7 @@ def run_units(
     writer = ShardWriter(plan.shards, work, owner=owner)
     try:
         with disk_errors(f"writing {work}"):
-            for name in writer.open(settings.check_stop):
-                settings.on_note(
-                    f"units/{name} or what it tells of is damaged: the unit is done again"
-                )
+            records = settings.ranks.led(lambda: _take_up(writer, plan, settings))
             loop = _Loop(
                 plan=plan,
                 tokens=tokens,
@@ -91,6 +87,7 @@ def run_units(
                 settings=settings,
                 learned=learned or {},
                 content=content or SourceContent(plan),
+                records=records,
             )
             return loop.run()
     except torch.OutOfMemoryError as error:
@@ -98,6 +95,16 @@ def run_units(
             "the device ran out of memory with one row at a time",
             hint="use a shorter calibration.length, or a larger device; the same command continues",
         ) from error
+
+
+def _take_up(
+    writer: ShardWriter, plan: Plan, settings: JobSettings
+) -> dict[int, Mapping[str, Any]]:
+    """What an interrupted run recorded of the units that it committed."""
+    for name in writer.open(settings.check_stop):
+        settings.on_note(f"units/{name} or what it tells of is damaged: the unit is done again")
+    found = {index: writer.record(index) for index in range(len(plan.units))}
+    return {index: record for index, record in found.items() if record is not None}
 
 
 @dataclass(slots=True)
@@ -108,40 +115,44 @@ class _Loop:
     settings: JobSettings
     learned: Mapping[int, Outcome]
     content: SourceContent
+    records: dict[int, Mapping[str, Any]]  # of committed units, on every rank
     originals: Stream | None = None
     targets: tuple[Stream, list[int]] | None = None  # the originals after a block that is tuned
     done: list[UnitDone] = field(default_factory=list)
-    committed: set[int] = field(default_factory=set)
 
     def run(self) -> JobResult:
-        plan, settings = self.plan, self.settings
+        plan, settings, ranks = self.plan, self.settings, self.settings.ranks
         here = environment(settings.device)
         self._check_sources()
         dtype = plan.compute_dtype(settings.device)
-        model = SourceModel(
-            plan.source, device=settings.device, dtype=dtype, activations=settings.activations
+        ranks_of_rows = self.sharing
+        # What one rank found in the store and another ran would leave them apart.
+        kept = settings.activations if ranks_of_rows.world == 1 else None
+        model = SourceModel(plan.source, device=settings.device, dtype=dtype, activations=kept)
+        execution = Execution(
+            settings.batch, offload=False, stopping=settings.stopping, ranks=ranks_of_rows
         )
-        execution = Execution(settings.batch, offload=False, stopping=settings.stopping)
         with ThreadPoolExecutor(1) as writes, ThreadPoolExecutor(1) as syncs:
             output = CommitQueue(self.writer, writes, syncs, settings.device)
             started = time.perf_counter()
             try:
                 for step in walk([model], execution=execution, read=self._read):
-                    committed = step.index in self.committed
-                    record = self.writer.record(step.index) if committed else None
+                    record = self.records.get(step.index)
                     if record is not None:
                         self._replay(step, record)
                         rows = record["rows"]
                     else:
                         source = step.take()
                         outputs, rows, originals = self._work(step, source)
+                        outputs, rows = ranks.share((outputs, rows))
                         made = {
                             "source": self.content.hashes[step.index],
                             "rows": rows,
                             **self._next_inputs(step, outputs, originals),
                             "environment": here,
                         }
-                        output.put(step.index, outputs, made)
+                        if ranks.leads:
+                            output.put(step.index, outputs, made)
                         # The next unit is not to be worked on beside what is left of this one.
                         del source, outputs, originals
                     self._finished(step.index, rows, started, resumed=record is not None)
@@ -150,19 +161,25 @@ class _Loop:
                 output.drain()
                 raise
             output.drain()
-        records = [self.writer.record(index) or {} for index in range(len(plan.units))]
         return JobResult(
             writer=self.writer,
             source_hash=self.content.whole,
             units=tuple(self.done),
-            environments=tuple(record["environment"] for record in records),
+            environments=tuple(
+                self.records[index]["environment"] if index in self.records else here
+                for index in range(len(plan.units))
+            ),
         )
+
+    @property
+    def sharing(self) -> Ranks:
+        """The ranks that share the rows out. Where a block is run with gradients each has them
+        all, and all compute the same."""
+        return ALONE if any(unit.tuned for unit in self.plan.units) else self.settings.ranks
 
     def _check_sources(self) -> None:
         """Read what the committed units were made from, also where nothing else reads it again."""
-        records = {i: self.writer.record(i) for i in range(len(self.plan.units))}
-        before = {i: record["source"] for i, record in records.items() if record is not None}
-        self.committed = set(before)
+        before = {i: record["source"] for i, record in self.records.items()}
         self.content.look(before, self.settings)
         self.content.require(before)
 
@@ -170,7 +187,7 @@ class _Loop:
         """A unit of the source; None where nothing needs it."""
         unit = self.plan.units[index]
         read_again = self._from_source(unit) or self._beside(unit)
-        if index in self.committed and not (self._feeds(index) and read_again):
+        if index in self.records and not (self._feeds(index) and read_again):
             return None
         return self.content.read(index, pin=self.settings.device.type == "cuda")
 
@@ -187,7 +204,7 @@ class _Loop:
     def _feeds(self, index: int) -> bool:
         """Whether a later unit that is still to be done needs the activations that leave this."""
         later = range(index + 1, len(self.plan.units))
-        return any(self.plan.units[i].calibrated and i not in self.committed for i in later)
+        return any(self.plan.units[i].calibrated and i not in self.records for i in later)
 
     def _replay(self, step: Step, record: Mapping[str, Any]) -> None:
         """Make the inputs of the next unit from a committed one, exactly as it was done then."""
@@ -197,18 +214,26 @@ class _Loop:
         if source is not None and self._from_source(unit):
             tensors = source.dequantized()
         else:
-            tensors = self._as_written(unit, self.writer.read(unit.outputs))
+            written = self.settings.ranks.led(lambda: self.writer.read(unit.outputs))
+            tensors = self._as_written(unit, written)
         if unit.layout.kind == "embedding":
             self._embed(step, tensors)
             return
         # In the batches of then: others may round otherwise.
-        step.run(tensors=tensors, batches=record["batches"])
+        step.run(tensors=tensors, batches=self._own(record["batches"], step.stream))
         if self._beside(unit):
             assert source is not None and self.originals is not None
             dtype, device = self.plan.compute_dtype(self.settings.device), self.settings.device
             moved = {n: t.to(device) for n, t in source.dequantized(dtype).items()}
             originals = self._turned(step.index, source, moved)
-            step.run(self.originals, tensors=originals, batches=record["original_batches"])
+            batches = self._own(record["original_batches"], self.originals)
+            step.run(self.originals, tensors=originals, batches=batches)
+
+    def _own(self, batches: Sequence[int], stream: Stream) -> list[int] | None:
+        """This rank's part of the batches that a unit was run in, dealt out as rows are; None where
+        memory had halved some and other ranks had other rows."""
+        mine = list(batches[self.sharing.rank :: self.sharing.world])
+        return mine if sum(mine) == stream.rows else None
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
@@ -226,15 +251,21 @@ class _Loop:
         if unit.layout.kind == "embedding":
             self._embed(step, seen)
             return {"batches": []}
-        batches = {"batches": step.run(tensors=seen)}
+        batches = {"batches": self._dealt(step.run(tensors=seen))}
         if self._beside(unit):
             assert self.originals is not None
             if self.targets is None:
-                batches["original_batches"] = step.run(self.originals, tensors=originals)
+                ran = step.run(self.originals, tensors=originals)
+                batches["original_batches"] = self._dealt(ran)
             else:
                 self.originals, batches["original_batches"] = self.targets
                 self.targets = None
         return batches
+
+    def _dealt(self, batches: list[int]) -> list[int]:
+        """The batches of all ranks in the order of their rows."""
+        every = self.sharing.gather(batches)
+        return [some[i] for i in range(max(map(len, every))) for some in every if i < len(some)]
 
     def _work(
         self, step: Step, source: Unit
@@ -263,6 +294,7 @@ class _Loop:
                 progress=partial(self.settings.on_fit, layout.name),
                 learned=values_of(self.learned),
                 base=self.plan.target.base_weights(layout),
+                ranks=self.settings.ranks,
             )
         kept = dict(original) if self._from_source(unit) or self._beside(unit) else {}
         return self.plan.target.encode(current), rows, kept
@@ -292,47 +324,16 @@ class _Loop:
         self.targets = None
         if not unit.calibrated:
             return not_observed, None, None
-        stream, runner = step.stream, step.model.runner
         if unit.layout.kind == "head":
-
-            def observe_head(current: Unit, changed: bool, wanted: Observable) -> Observation:
-                (site,) = wanted.sites
-                known = current.dequantized() if changed else tensors
-                stats = runner.head_stats(known, stream.hidden, needs=wanted.sites[site])
-                return Observation(stats={site: stats}, module_loss=_no_module_loss)
-
-            return observe_head, None, None
+            return observer_of_head(step, tensors), None, None
         block = stack.enter_context(step.loaded(tensors))
-
-        def look(current: Unit, changed: bool, wanted: Observable) -> Observation:
-            if changed:
-                block.tensors = current.dequantized()
-                block.load(block.tensors)
-            return step.execution.halving(
-                lambda batch: observe(
-                    block,
-                    stream,
-                    needs=wanted.sites,
-                    batch=batch,
-                    kv=wanted.kv,
-                    all_experts=self.plan.recipe.calibration.all_experts,
-                )
-            )
-
+        every = self.plan.recipe.calibration.all_experts
+        look = observer(step, block, all_experts=every)
         tune = self._tuner(step, block, turned) if unit.tuned else None
         if not self._beside(unit):
             return look, None, tune
-
-        def look_beside(exact: Unit, current: Unit, site: str, needs: StatNeeds) -> SiteStats:
-            assert self.originals is not None
-            dtype = self.plan.compute_dtype(self.settings.device)
-            weights = [in_dtype(x.dequantized(dtype), dtype) for x in (exact, current)]
-            sides = list(zip(weights, (self.originals, stream), strict=True))
-            return step.execution.halving(
-                lambda batch: observe_beside(block, sides, site=site, needs=needs, batch=batch)
-            )
-
-        return look, look_beside, tune
+        assert self.originals is not None
+        return look, observer_beside(step, block, self.originals), tune
 
     def _tuner(self, step: Step, block: Block, turned: Mapping[str, Tensor]) -> Tune:
         """What runs a block with gradients towards what its original weights make."""
@@ -357,7 +358,11 @@ class _Loop:
 
     def _embed(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         assert self.tokens is not None
-        step.embed(self.tokens.ids, tensors=tensors)
+        ids = self.tokens.ids
+        mine = self.sharing.rows(ids.shape[0], step.execution.batch)
+        step.embed(ids[mine or [0]], tensors=tensors)
+        if not mine:  # more ranks than batches: this one only searches and rounds
+            step.stream.hidden = step.stream.hidden[:0]
         if self.plan.two_streams:
             self.originals = step.stream.copy()
 
@@ -382,7 +387,3 @@ class _Loop:
         )
         self.done.append(done)
         self.settings.on_unit(done)
-
-
-def _no_module_loss(site: str, weights: Mapping[str, Tensor]) -> float:
-    raise AssertionError(f"{site} was not observed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -25,11 +25,13 @@ from compressor.plan.plan import Plan, make_plan
 from compressor.plan.preflight import preflight
 from compressor.plan.recipe import AFTERWARDS, Recipe
 from compressor.plan.unit_plan import DTYPES
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.activation_store import open_activations
+from compressor.run.alike import require_alike
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
 from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
-from compressor.run.selection import select_rows
+from compressor.run.selection import Selection, select_rows
 from compressor.run.settings import FitProgress, JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
@@ -279,6 +281,17 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+class _Beforehand(NamedTuple):
+    """What is known before the first unit: rows and why they were selected, what was learned, files
+    of it, and the hashes of what of the source was read for that."""
+
+    tokens: TokenSet | None
+    selected: Selection | None
+    learned: dict[int, Outcome]
+    files: dict[str, bytes]
+    hashes: dict[int, str]
+
+
 def compile_checkpoint(
     prepared: Prepared,
     *,
@@ -287,12 +300,14 @@ def compile_checkpoint(
     on_note: Callable[[str], None] = lambda text: None,
     on_fit: FitProgress = lambda name, done, total, loss: None,
     stopping: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Compiled:
     """Write the checkpoint into the recipe's output folder, continuing an interrupted run.
 
     on_step  called after each step of learning, and of reading a source again
     on_note  told what an interrupted run left damaged, which is done again
     on_fit   told how far a unit is on which a method works long
+    ranks    the processes that do it, each with the same recipe and the same source
     A finished output of the same run is left as it is; one of another run is refused.
     """
     recipe, plan = prepared.recipe, prepared.plan
@@ -300,9 +315,11 @@ def compile_checkpoint(
         prepared.activations.on_note = on_note
     output = Path(recipe.output).expanduser()
     about = fingerprint(prepared)
-    with writing(
+    require_alike(ranks, about, plan)
+    claiming = writing(
         plan.target, output, about=about, shards=plan.shards, judged_later=recipe.verify
-    ) as under_way:
+    )
+    with ranks.leading(claiming) as under_way:
         if under_way.finished:
             return Compiled(output=output, units=(), already=True)
         settings = JobSettings(
@@ -314,16 +331,22 @@ def compile_checkpoint(
             on_note=on_note,
             on_fit=on_fit,
             stopping=stopping,
+            ranks=ranks,
         )
         owner, content = stated_hash(about), SourceContent(plan)
-        tokens, selected = prepared.calibration, None
-        if tokens is not None:
-            kept = Records(under_way.work / "selection", owner)
-            selected = select_rows(plan, tokens, kept, settings)
-            tokens = tokens if selected is None else selected.tokens
-        learned = learn(plan, tokens, under_way.work, settings, owner=owner, content=content)
-        # Passes that contradict each other are refused before any block is worked on.
-        files = policy_of(plan, learned, settings)
+
+        def learning() -> _Beforehand:
+            rows, selected = prepared.calibration, None
+            if rows is not None:
+                kept = Records(under_way.work / "selection", owner)
+                selected = select_rows(plan, rows, kept, settings)
+                rows = rows if selected is None else selected.tokens
+            found = learn(plan, rows, under_way.work, settings, owner=owner, content=content)
+            # Passes that contradict each other are refused before any block is worked on.
+            files = policy_of(plan, found, settings)
+            return _Beforehand(rows, selected, found, files, content.hashes)
+
+        tokens, selected, learned, files, content.hashes = ranks.led(learning)
         result = run_units(
             plan,
             tokens,
@@ -333,24 +356,26 @@ def compile_checkpoint(
             content=content,
             learned=learned,
         )
-        for found in learned.values():
-            for name, data in found.result.plots.items():
-                make_folder(output / "plots")
-                write_atomically(output / "plots" / name, data)
-        used = [e for found in learned.values() for e in found.environments]
-        used += result.environments
-        under_way.finish(
-            result.writer,
-            beside=prepared.located.source.checkpoint.folder,
-            recipe=yaml.safe_dump(portable(recipe), sort_keys=False).encode(),
-            files=files,
-            about={
-                **about,
-                "source": {**about["source"], "content": result.source_hash},
-                **({} if selected is None else {"selected": selected.tokens.sha256}),
-                "environment": [e for i, e in enumerate(used) if e not in used[:i]],
-            },
-        )
+        if ranks.leads:
+            for found in learned.values():
+                for name, data in found.result.plots.items():
+                    make_folder(output / "plots")
+                    write_atomically(output / "plots" / name, data)
+            used = [e for found in learned.values() for e in found.environments]
+            used += result.environments
+            under_way.finish(
+                result.writer,
+                beside=prepared.located.source.checkpoint.folder,
+                recipe=yaml.safe_dump(portable(recipe), sort_keys=False).encode(),
+                files=files,
+                about={
+                    **about,
+                    "source": {**about["source"], "content": result.source_hash},
+                    **({} if selected is None else {"selected": selected.tokens.sha256}),
+                    "environment": [e for i, e in enumerate(used) if e not in used[:i]],
+                },
+            )
+        ranks.led(lambda: None)
     return Compiled(
         output=output,
         units=result.units,

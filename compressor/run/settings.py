@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compressor.errors import Interrupted
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.activations import Activations
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +48,7 @@ class JobSettings:
     on_fit    told how far a unit is on which a method works long: its name, steps done, how many
               there are, the loss
     stopping  asked between units, and between such steps, whether to stop
+    ranks     the processes that work on the job
     """
 
     device: torch.device
@@ -57,6 +59,7 @@ class JobSettings:
     on_note: Callable[[str], None] = lambda text: None
     on_fit: FitProgress = lambda name, done, total, loss: None
     stopping: Callable[[], bool] = lambda: False
+    ranks: Ranks = ALONE
 
     def check_stop(self) -> None:
         """Raises Interrupted when asked to stop."""

@@ -19,8 +19,10 @@ from torch.func import functional_call
 from compressor.arch.load import RuntimeNames
 from compressor.foreign.calls import foreign
 from compressor.ir.layout import Linear, UnitLayout, bias_name
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
 from compressor.runner.model import build_config, build_model
+from compressor.runner.rounds import rounds
 
 
 class _Stop(Exception):
@@ -179,14 +181,30 @@ class BlockRunner:
 
     @torch.no_grad()
     def head_stats(
-        self, tensors: Mapping[str, Tensor], hidden: Tensor, *, needs: StatNeeds
+        self,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor,
+        *,
+        needs: StatNeeds,
+        batch: int = 1,
+        ranks: Ranks = ALONE,
     ) -> SiteStats:
-        """Statistics of what enters lm_head, row by row, for the last block's outputs."""
+        """Statistics of what enters lm_head, row by row, for the last block's outputs.
+
+        batch  rows of a chunk;  ranks  as in `observe.observe`
+        """
         norm = self.model.get_submodule(self.names.norm)
         self._assign(self._final_norm(tensors))
         stats = SiteStats(hidden.shape[-1], needs, device=self.device)
-        for row in hidden:
-            stats.update(norm(row.to(self.device, self.dtype)))
+
+        def forward(start: int, stop: int) -> list[Tensor]:
+            rows = [norm(row.to(self.device, self.dtype)) for row in hidden[start:stop]]
+            return [torch.cat(rows)]
+
+        for chunks in rounds(ranks, hidden.shape[0], batch, forward):
+            for (entering,) in chunks:
+                for row in entering.view(-1, *hidden.shape[1:]):
+                    stats.update(row)
         norm.to("meta")
         return stats
 

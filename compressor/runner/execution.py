@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 
 from compressor.errors import Interrupted
+from compressor.ranks.ranks import ALONE, Ranks
+from compressor.runner.rounds import AgreedShortage
 
 T = TypeVar("T")
 
@@ -29,16 +31,18 @@ class Execution:
               the device as they were computed
     stopping  asked before each unit; the walk then raises Interrupted
     progress  called after each unit
+    ranks     that run rows of their own each; batches and ends are the same on all
     """
 
     batch: int
     offload: bool = True
     stopping: Callable[[], bool] = lambda: False
     progress: Progress = lambda name, done, total: None
+    ranks: Ranks = ALONE
 
     def check_stop(self) -> None:
         """Raises Interrupted when asked to stop."""
-        if self.stopping():
+        if self.ranks.any(self.stopping()):
             raise Interrupted
 
     def halving(self, attempt: Callable[[int], T]) -> T:
@@ -46,7 +50,9 @@ class Execution:
         while True:
             try:
                 return attempt(self.batch)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                if self.ranks.world > 1 and not isinstance(error, AgreedShortage):
+                    raise  # the others know nothing of it
                 self._halve()
 
     def batches(
@@ -70,6 +76,7 @@ class Execution:
                 continue
             yield start, stop, made
             start, number = stop, number + 1
+        self.batch = min(batch for (batch,) in self.ranks.numbers(self.batch))
 
     def _halve(self) -> None:
         """Called while the error is handled, which is raised again where there is but one row."""

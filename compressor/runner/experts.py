@@ -52,6 +52,14 @@ class Experts:
     def __len__(self) -> int:
         return int(getattr(self.module, self.first).shape[0])
 
+    parts = 3
+    """Tensors that `call` gives."""
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The arguments of a call that decide what each expert gets: tensors of two dimensions,
+        the first of which grows with the tokens. They are arguments for the methods below."""
+        return list(_routing(args, kwargs))
+
     def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Expert → the tokens [n, hidden] that a call of the module sends to it."""
         hidden, chosen, _ = _routing(args, kwargs)
@@ -122,6 +130,11 @@ class Experts:
 class _WholeExperts(Experts):
     """Experts of a module that takes as many tokens for each of them, zeros where they are not for
     it (Llama 4): [experts * tokens, hidden]."""
+
+    parts = 1
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        return [self._apart(args, kwargs).flatten(0, 1)]
 
     def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         tokens = [part[part.any(dim=1)] for part in self._apart(args, kwargs)]

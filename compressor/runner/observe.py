@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds
+from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds, bands
 from torch import Tensor, nn
 
 from compressor.ir.layout import Linear, weight_name
+from compressor.ranks.divide import owners
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.block_runner import Block
 from compressor.runner.experts import Experts, experts_of
+from compressor.runner.rounds import rounds
 from compressor.runner.stream import Stream
 
 
@@ -32,7 +35,7 @@ class Observation:
 
     stats        site → statistics; those of what leaves an expert are computed when asked for
     module_loss  mean squared change of the output of a site's module over the kept inputs, where
-                 the weights [out, in] of the named linears are replaced
+                 the weights [out, in] of the named linears are replaced; all ranks ask together
     kv           statistics of keys and values, where they were asked for
     routed       expert → tokens that the router sent there; empty where none was watched
     """
@@ -51,9 +54,12 @@ def observe(
     batch: int,
     kv: KVNeeds | None = None,
     all_experts: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Observation:
     """Statistics of the named sites over all rows that enter a block, and with `kv` of keys and
     values. Those of experts stay computable while the block is in memory.
+
+    ranks  each of which has some of the rows, and then the statistics of all, with the same bits
 
     all_experts  an expert's statistics are of all tokens, not only of those routed to it
     """
@@ -62,17 +68,25 @@ def observe(
     if kv is not None and shape is not None:
         sides = (shape.kv_heads, shape.head_dim)
         seen = KVStats(*sides, heads=shape.heads, needs=kv, device=block.runner.device)
-    with Observer(block, needs=needs, all_experts=all_experts) as observer:
+    with Observer(block, needs=needs, all_experts=all_experts, ranks=ranks) as observer:
         hook = None if seen is None else observer.watch_kv(seen)
+
+        def forward(start: int, stop: int) -> list[Tensor]:
+            # In the order of chunks, all of whose predecessors are as long.
+            before = start * ranks.world + ranks.rank * batch
+            observer.begin(before=before, rows=stop - start)
+            with suppress(Seen):
+                block.forward(stream.read(start, stop), stream.beside(start, stop))
+            return observer.held()
+
         with block.runner.attention(hook):
-            for start in range(0, stream.rows, batch):
-                observer.begin()
-                with suppress(Seen):
-                    stop = start + batch
-                    block.forward(stream.read(start, stop), stream.beside(start, stop))
+            for chunks in rounds(ranks, stream.rows, batch, forward):
+                for chunk in chunks:
+                    observer.add(chunk)
     stats = observer.finish()
     if seen is not None:
-        seen.all_reduce()
+        for most in (seen.keys, seen.values, seen.queries):
+            ranks.maximum(most)
     return Observation(
         stats=stats, module_loss=observer.module_loss, kv=seen, routed=observer.routed()
     )
@@ -82,44 +96,83 @@ class Observer:
     """Hooks on one block for the length of a `with`. A forward pass ends with the last of them."""
 
     def __init__(
-        self, block: Block, *, needs: Mapping[str, StatNeeds], all_experts: bool = False
+        self,
+        block: Block,
+        *,
+        needs: Mapping[str, StatNeeds],
+        all_experts: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.block = block
         self.needs = needs
         self.all_experts = all_experts
+        self.ranks = ranks
         self.stats: dict[str, SiteStats] = {}
         self.experts: _ExpertTokens | None = None
         self.calls: dict[str, _Calls] = {}
         self._hooks = ExitStack()
         self._watched = 0
         self._left: set[int] = set()
+        self._fed: list[_Watch] = []
+        self._held: dict[_Watch, list[Tensor]] = {}
+        self._chunk = (0, 0)
 
     def __enter__(self) -> Observer:
         unit = self.block.unit
-        for site, needs in self.needs.items():
+        plain: dict[str, Linear] = {}
+        for site in self.needs:
             linears = unit.site_linears(site)
-            plain = [linear for linear in linears if linear.expert is None]
-            first = plain[0] if plain else linears[0]
+            first = next((linear for linear in linears if linear.expert is None), linears[0])
             if first.role == "expert.down":
                 self._watch_experts(first)
-                continue
-            self.stats[site] = SiteStats(first.in_features, needs, device=self.block.runner.device)
+            else:
+                plain[site] = first
+        mine = self._bands(plain)
+        for site, first in plain.items():
+            needs, device = self.needs[site], self.block.runner.device
+            self.stats[site] = SiteStats(first.in_features, needs, device=device, bands=mine[site])
             self._hook(self.block.module(first), _Feed(self.stats[site]))
             if needs.keep_inputs:
-                self._watch_calls(site, linears, needs.keep_inputs)
+                self._watch_calls(site, unit.site_linears(site), needs.keep_inputs)
         return self
+
+    def _bands(self, sites: Mapping[str, Linear]) -> dict[str, set[int] | None]:
+        """Which bands of each Gram matrix this rank sums: as much as any other, of all sites."""
+        if self.ranks.world == 1:
+            return dict.fromkeys(sites)
+        device = self.block.runner.device
+        wanted = {site: x.in_features for site, x in sites.items() if self.needs[site].gram}
+        costs = {(s, i): c for s, d in wanted.items() for i, c in enumerate(bands(d, device))}
+        owned = dict(zip(costs, owners(list(costs.values()), self.ranks.world), strict=True))
+        return {
+            s: {i for (t, i), r in owned.items() if (s, r) == (t, self.ranks.rank)} for s in sites
+        }
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def begin(self) -> None:
-        """A forward pass begins."""
+    def begin(self, *, before: int, rows: int) -> None:
+        """A forward pass of so many rows begins, and so many rows came before it."""
         self._left = set(range(self._watched))
+        self._chunk = before, rows
+        self._held = {}
+
+    def held(self) -> list[Tensor]:
+        """What a forward pass gave, where it has not been added yet."""
+        return [tensor for watch in self._fed for tensor in self._held.get(watch, ())]
+
+    def add(self, chunk: Sequence[Tensor]) -> None:
+        """Add what a forward pass gave, here or on another rank."""
+        place = 0
+        for watch in self._fed if chunk else ():
+            watch.add(chunk[place : place + watch.parts])
+            place += watch.parts
 
     def finish(self) -> Mapping[str, SiteStats]:
         """Statistics by site."""
         for stats in self.stats.values():
-            stats.all_reduce()
+            for tensor in stats.partial:
+                self.ranks.sum(tensor)
         return _LazyStats(self.block, ready=self.stats, experts=self.experts, needs=self.needs)
 
     def routed(self) -> dict[int, int]:
@@ -140,11 +193,12 @@ class Observer:
             changed = calls.run()
         finally:
             block.load(block.tensors)
-        total = sum(
-            (a.float() - b.float()).square().sum(dtype=torch.float64)
-            for a, b in zip(calls.original, changed, strict=True)
-        )
-        return float(total) / sum(a.numel() for a in calls.original)
+        errors = [
+            (place, float((a.float() - b.float()).square().sum(dtype=torch.float64)), a.numel())
+            for place, a, b in zip(calls.places, calls.original, changed, strict=True)
+        ]
+        every = sorted(error for found in self.ranks.gather(errors) for error in found)
+        return sum(error for _, error, _ in every) / sum(size for _, _, size in every)
 
     def watch_kv(self, stats: KVStats) -> AttentionHook:
         """An attention hook that adds the block's keys, values and queries to `stats`, keeps of its
@@ -153,12 +207,13 @@ class Observer:
 
         def attend(call: AttentionCall) -> Tensor:
             stats.update(call.key, call.value, call.query)
-            if stats.missing > 0:
-                rows = -(-stats.missing // call.key.shape[2])
+            before, length = self._chunk[0], call.key.shape[2]
+            rows = -(-stats.wanted // length) - before
+            if rows > 0:
                 few = (x[:rows].detach().clone() for x in (call.query, call.key, call.value))
                 query, key, value = few
-                stats.calls.append(replace(call, query=query, key=key, value=value, hidden=None))
-                stats.missing -= key.shape[0] * key.shape[2]
+                kept = replace(call, query=query, key=key, value=value, hidden=None)
+                stats.calls.append((before, kept))
             seen()
             return call.plain(call.query, call.key, call.value)
 
@@ -179,9 +234,15 @@ class Observer:
 
     def _hook(self, module: nn.Module, hook: _Watch) -> None:
         seen = self._mark()
+        if hook.parts:
+            self._fed.append(hook)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hook(args, kwargs)
+            found = hook.look(args, kwargs, self._chunk)
+            if self.ranks.world == 1:
+                hook.add(found)  # at once: what was looked at need not stay in memory
+            else:
+                self._held[hook] = found
             seen()
 
         handle = module.register_forward_pre_hook(before, with_kwargs=True)
@@ -210,34 +271,63 @@ class Observer:
         self._hook(module, self.calls[site])
 
 
-_Watch = Callable[[tuple[Any, ...], dict[str, Any]], None]
-"""Is shown the arguments of a module's call."""
+class _Watch(Protocol):
+    """Looks at a module's calls.
+
+    parts  how many tensors it makes of a call, as `Ranks.gather_rows` takes them
+    """
+
+    parts: int
+
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        """What is to be added of a call; `chunk` is how many rows came before, and its own."""
+
+    def add(self, seen: Sequence[Tensor]) -> None:
+        """Add it, here or on another rank."""
 
 
 class _Feed:
     """Adds a module's input to statistics."""
 
     def __init__(self, stats: SiteStats) -> None:
-        self.stats = stats
+        self.stats, self.parts = stats, stats.parts
+        self.add = stats.add
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.stats.update(args[0] if args else next(iter(kwargs.values())))
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        return self.stats.look(args[0] if args else next(iter(kwargs.values())))
 
 
 class _Calls:
-    """Keeps a module's calls until enough tokens are kept, and repeats them."""
+    """Keeps a module's calls of the first tokens of all rows, and repeats them.
+
+    places  how many rows came before each call that is kept here
+    """
+
+    parts = 0
 
     def __init__(self, module: nn.Module, tokens: int) -> None:
         self.module = module
-        self.missing = tokens
+        self.wanted = tokens
+        self.places: list[int] = []
         self.kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.original: list[Tensor] | None = None
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.missing > 0:
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        before, rows = chunk
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if before * (hidden.numel() // hidden.shape[-1] // rows) < self.wanted:
             self.kept.append((args, dict(kwargs)))
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self.missing -= hidden.numel() // hidden.shape[-1]
+            self.places.append(before)
+        return []
+
+    def add(self, seen: Sequence[Tensor]) -> None:
+        pass
 
     def run(self) -> list[Tensor]:
         out = [self.module(*args, **kwargs) for args, kwargs in self.kept]
@@ -252,13 +342,19 @@ class _ExpertTokens:
 
     def __init__(self, experts: Experts, *, every: bool) -> None:
         self.experts = experts
+        self.parts = experts.parts
         self.tokens_of = experts.unrouted if every else experts.routed
         self.calls: list[Callable[[int], Tensor]] = []
         self.counts: list[Tensor] = []
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append(self.tokens_of(args, kwargs))
-        self.counts.append(self.experts.counts(args, kwargs))
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        return self.experts.call(args, kwargs)
+
+    def add(self, seen: Sequence[Tensor]) -> None:
+        self.calls.append(self.tokens_of(seen, {}))
+        self.counts.append(self.experts.counts(seen, {}))
 
     def counted(self) -> dict[int, int]:
         """Expert → tokens routed to it."""
@@ -305,7 +401,6 @@ class _LazyStats(Mapping[str, SiteStats]):
         stats = SiteStats(down.in_features, self._needs[site], device=device)
         for inputs in experts.entering_down(down.expert):
             stats.update(inputs)
-        stats.all_reduce()
         return stats
 
     def __iter__(self) -> Iterator[str]:

@@ -10,8 +10,10 @@ import torch
 from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor, nn
 
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.block_runner import Block
 from compressor.runner.observe import Seen
+from compressor.runner.rounds import rounds
 from compressor.runner.stream import Stream
 
 Side = tuple[Mapping[str, Tensor], Stream]
@@ -20,29 +22,39 @@ Side = tuple[Mapping[str, Tensor], Stream]
 
 @torch.no_grad()
 def observe_beside(
-    block: Block, sides: Sequence[Side], *, site: str, needs: StatNeeds, batch: int
+    block: Block,
+    sides: Sequence[Side],
+    *,
+    site: str,
+    needs: StatNeeds,
+    batch: int,
+    ranks: Ranks = ALONE,
 ) -> SiteStats:
     """Statistics of one site of plain linears, and of the original model's inputs beside them.
 
     sides  the original, and ours of the same tokens
+    ranks  as in `observe.observe`
     The block has its own weights afterwards.
     """
     linear = block.unit.site_linears(site)[0]
     stats = SiteStats(linear.in_features, needs, device=block.runner.device)
     try:
         with _Caught(block.module(linear)) as caught:
-            for start in range(0, sides[0][1].rows, batch):
+
+            def forward(start: int, stop: int) -> list[Tensor]:
                 seen = []
                 for weights, stream in sides:
                     block.load(weights)
                     with suppress(Seen):
-                        stop = start + batch
                         block.forward(stream.read(start, stop), stream.beside(start, stop))
                     seen.append(caught.take())
-                stats.update(seen[1], seen[0])
+                return stats.look(seen[1], seen[0])
+
+            for chunks in rounds(ranks, sides[0][1].rows, batch, forward):
+                for chunk in chunks:
+                    stats.add(chunk)
     finally:
         block.load(block.tensors)
-    stats.all_reduce()
     return stats
 
 

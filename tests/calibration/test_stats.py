@@ -1,11 +1,7 @@
 """Statistics of an input site, against float64."""
 
-import multiprocessing
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from compressor_calibration import stats as stats_module
 from compressor_calibration.stats import SiteStats, StatNeeds
 
@@ -134,40 +130,25 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(a.gram, b.gram) and torch.equal(a.absmean, b.absmean)
 
 
-def _rank(rank, port, x, queue):
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    # Unequal shares, so that a mean of means would show.
-    stats = collect([torch.from_numpy(x[:3] if rank == 0 else x[3:])])
-    stats.all_reduce()
-    found = (stats.absmean, stats.absmax, stats.gram, stats.inputs)
-    queue.put((rank, stats.tokens, stats.bad_tokens, [t.numpy() for t in found]))
-    dist.destroy_process_group()
-
-
-def test_ranks_agree_on_the_statistics_of_all():
-    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(4))
+@pytest.mark.parametrize("owned", [[{0, 2}, {1}], [{0}, {1, 2}, set()]])
+def test_bands_that_are_summed_apart_have_the_bits_of_one_sum(owned):
+    x = torch.randn(40, 500, generator=torch.Generator().manual_seed(4))
     x[9, 1] = float("inf")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, port, x.numpy(), queue)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    results = sorted((queue.get(timeout=60) for _ in ranks), key=lambda result: result[0])
-    for process in ranks:
-        process.join(timeout=60)
-    whole = collect([x])
-    expected = [whole.absmean, whole.absmax, whole.gram, whole.inputs[:3]]
-    for _, tokens, bad, values in results:
-        assert (tokens, bad) == (19, 1)
-        for value, reference in zip(values, expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(value), reference)
-    for ours, theirs in zip(results[0][3], results[1][3], strict=True):
-        assert (ours == theirs).all()
+    pieces = [x[:11], x[11:13], x[13:]]
+    whole = collect(pieces)
+    assert len(stats_module.bands(500, whole.device)) == 3
+    parts = [SiteStats(500, ALL, device="cpu", bands=mine) for mine in owned]
+    for piece, looks in zip(pieces, (0, 1, 0), strict=True):
+        seen = parts[looks].look(piece)  # who has the rows looks at them
+        assert len(seen) == parts[0].parts
+        for part in parts:
+            part.add(seen)
+    total = sum(part.partial[0] for part in parts)
+    for part in parts:
+        part.partial[0].copy_(total)
+        assert (part.tokens, part.bad_tokens) == (39, 1)
+        for name in ("absmean", "absmax", "gram", "inputs"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)), name
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,10 +25,14 @@ from compressor.cli.options import (
     recipe_options,
     telling_options,
 )
+from compressor.ranks.place import place_of
 from compressor.report.notes import kept_rows, row_notes
 
 if TYPE_CHECKING:
+    import torch
+
     from compressor.plan.recipe import Recipe
+    from compressor.ranks.ranks import Ranks
     from compressor.report.publish import Pushed
     from compressor.run.judge import Verdict
     from compressor.run.release import Released
@@ -41,12 +46,19 @@ WORST = 3
 @click.command()
 @recipe_options
 @device_options
+@click.option(
+    "--gpus",
+    metavar="N",
+    help="Run on N GPUs of this machine, a process each; auto takes all. With --device cpu, "
+    "N processes on the CPU.",
+)
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; like compress plan.")
 @telling_options
 def command(
     asked: Asked,
     device: str,
     device_memory: int | None,
+    gpus: str | None,
     dry_run: bool,
     told: Told,
 ) -> None:
@@ -67,6 +79,11 @@ def command(
 
         show_plan(asked, device=device, device_memory=device_memory, as_json=told.as_json)
         return
+    if gpus is not None and place_of() is None:
+        from compressor.ranks.launch import gpus_here, launch
+
+        if (world := gpus_here(gpus)) > 1:
+            click.get_current_context().exit(launch(world, sys.argv[1:]))
     with uncollected():
         loaded = asked.recipe()
     run_recipe(loaded, device=device, device_memory=device_memory, told=told)
@@ -75,7 +92,17 @@ def command(
 def run_recipe(recipe: Recipe, *, device: str, device_memory: int | None, told: Told) -> None:
     """Run it, say what came of it, and end with the exit code that stands for that."""
     display = told.display()
-    run = execute(recipe, device=device, device_memory=device_memory, display=display)
+    from compressor.ranks.join import joined, local_device
+    from compressor.run.session import choose_device
+
+    chosen = choose_device(local_device(device, place_of()))
+    with joined(chosen) as ranks:
+        run = execute(
+            recipe, device=chosen, device_memory=device_memory, display=display, ranks=ranks
+        )
+        code = ranks.share(130 if run is None else 0 if run.ok else 1)
+    if not ranks.leads:
+        click.get_current_context().exit(code)
     if run is None:
         if told.as_json:
             again = {"message": "interrupted", "hint": "the same command continues"}
@@ -85,7 +112,7 @@ def run_recipe(recipe: Recipe, *, device: str, device_memory: int | None, told: 
         echo(json.dumps(summary(run), indent=2))
     else:
         report(run)
-    click.get_current_context().exit(0 if run.ok else 1)
+    click.get_current_context().exit(code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +132,20 @@ class Run:
 
 
 def execute(
-    recipe: Recipe, *, device: str, device_memory: int | None, display: Display
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    device_memory: int | None,
+    display: Display,
+    ranks: Ranks,
 ) -> Run | None:
-    """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it."""
+    """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it, and on ranks that do not
+    lead."""
     started = time.perf_counter()
     with uncollected():
         from compressor.cli.main import interruptible
         from compressor.errors import Interrupted
-        from compressor.run.session import choose_device, compile_checkpoint, prepare
+        from compressor.run.session import compile_checkpoint, prepare
         from compressor.run.tokens import skipped_notes
         from compressor.runner.process_memory import rss
 
@@ -123,7 +156,7 @@ def execute(
             check_token()
         prepared = prepare(
             recipe,
-            device=choose_device(device),
+            device=device,
             device_memory=device_memory,
             resident=resident,
         )
@@ -140,12 +173,15 @@ def execute(
                 on_note=lambda text: display.event("note", text=text),
                 on_fit=display.within,
                 stopping=stopping,
+                ranks=ranks,
             )
-            if stopping():
+            if ranks.any(stopping()):
                 raise Interrupted
     except Interrupted:
         display.event("interrupted", hint="the same command continues after the last unit")
         add_cases([Case("compress", ENDED, error="interrupted")])
+        return None
+    if not ranks.leads:
         return None
     seconds = time.perf_counter() - started
     add_cases([Case("compress", "checkpoint written", seconds=seconds)])

@@ -17,6 +17,7 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.common.learned import Learned
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.tunable_block import TunableBlock
 
 L_co = TypeVar("L_co", bound=Learned, covariant=True)
@@ -66,6 +67,8 @@ class PassContext:
     tune         unit → its block, to be run with gradients towards the original's outputs; None
                  where the needs do not say `block`, or outside blocks
     progress     told now and then how far a long unit is: steps done, of how many, and the loss
+    ranks        the processes that work on the unit, all with the same statistics: what takes long
+                 is divided among them (`Ranks.each`), and the rest every one does
     """
 
     stats: Mapping[str, SiteStats]
@@ -81,6 +84,7 @@ class PassContext:
     observe: Callable[[Unit, str], SiteStats] | None = None
     tune: Callable[[Unit], TunableBlock] | None = None
     progress: Callable[[int, int, float], None] = lambda done, total, loss: None
+    ranks: Ranks = ALONE
 
     @property
     def coded(self) -> list[Linear]:

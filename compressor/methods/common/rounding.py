@@ -96,14 +96,21 @@ def with_input_scales(
     """
     found: dict[str, Tensor] = {}
     missing: list[Linear] = []
-    for linear in linears:
-        spec = context.schemes[linear.name].input
-        if spec is None or spec.mode not in ("static", "local"):
-            continue
+    scaled = [
+        (linear, spec)
+        for linear in linears
+        if (spec := context.schemes[linear.name].input) and spec.mode in ("static", "local")
+    ]
+
+    def scale_of(of: tuple[Linear, ActivationSpec]) -> Tensor:
+        linear, spec = of
         absmax = context.stats[linear.site].absmax
         if divided is not None and linear.site in divided:
             absmax = absmax / divided[linear.site]
-        scale = stored_scale(absmax, spec)
+        return stored_scale(absmax, spec)
+
+    scales = context.ranks.each(scaled, scale_of)
+    for (linear, _), scale in zip(scaled, scales, strict=True):
         if bool(scale > 0) and bool(scale.isfinite()):
             found[linear.name] = scale
         else:
@@ -133,15 +140,19 @@ def round_to_nearest(
     linears = context.coded
     unit = with_input_scales(unit, linears, context, divided=divided)
     weights = [unit.weight(linear) for linear in linears]
-    rows = []
-    for linear, weight, q in zip(
-        linears, weights, quantize_all(context, linears, weights), strict=True
-    ):
+    options = options_of(context, linears, weights)
+
+    def rounded(number: int) -> tuple[QTensor, Mapping[str, Any]]:
+        linear, weight = linears[number], weights[number]
+        q = quantize(weight, context.spec(linear), **options[number])
         stale = divided is not None and linear.site in divided
         stats = None if stale else context.stats.get(linear.site)
-        rows.append({**weight_row(linear, weight, q, stats=stats), **about(weight, q)})
+        return q, {**weight_row(linear, weight, q, stats=stats), **about(weight, q)}
+
+    made = context.ranks.each(range(len(linears)), rounded, lambda i: weights[i].numel())
+    for linear, (q, _) in zip(linears, made, strict=True):
         unit = unit.with_quantized(linear, q)
-    return PassResult(unit, rows)
+    return PassResult(unit, [row for _, row in made])
 
 
 def weight_row(

@@ -53,28 +53,29 @@ def round_unit(
            kept; where None, as the plan says
     Where targets are corrected, a site is observed after those before it have been rounded.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    expert_tokens: dict[int | None, int] = {}
-    # Outputs before inputs: how many tokens an expert saw is known from its output.
     corrects = options.correction > 0 and context.observe is not None
+    coded: dict[str, list[Linear]] = {}
     for site in _order(unit, forwards=corrects):
-        linears = [x for x in context.coded if x.site == site]
-        if not linears:
-            continue
-        aim, stats = unit, context.stats[site]
+        if linears := [x for x in context.coded if x.site == site]:
+            coded[site] = linears
+    # Outputs before inputs: how many tokens an expert saw is known from its output.
+    outputs = [s for s, linears in coded.items() if linears[0].role == "expert.down"]
+    of_expert: dict[int | None, int] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    current = unit
+
+    def work(site: str) -> _Site:
+        linears = coded[site]
+        aim, stats = current, context.stats[site]
         if corrects and context.observe is not None and not _routed(linears):
-            stats = context.observe(unit, site)
-            aim = _corrected(unit, linears, stats, options)
-        tokens: dict[str, int] = {}
-        for linear in linears:
-            if linear.role == "expert.down":
-                expert_tokens[linear.expert] = stats.tokens
-            tokens[linear.name] = expert_tokens.get(linear.expert, stats.tokens)
+            stats = context.observe(current, site)
+            aim = _corrected(current, linears, stats, options)
         if start is not None:
             starts = start(aim, linears, stats)
         else:
             made = quantize_all(context, linears, [aim.weight(x) for x in linears])
             starts = {x.name: q for x, q in zip(linears, made, strict=True)}
+        tokens = {x.name: of_expert.get(x.expert, stats.tokens) for x in linears}
         informed = [x for x in linears if tokens[x.name] >= options.min_tokens]
         inverse = None
         if informed:
@@ -82,20 +83,51 @@ def round_unit(
                 stats.gram, damping=options.damping, act_order=options.act_order
             )
         found = _solve(aim, context, informed, starts, inverse, options)
+        done = _Site(stats.tokens, {})
         for linear in linears:
             rounded = found.get(linear.name)
             q = starts[linear.name] if rounded is None else rounded.q
             row = _row(linear, q, rounded, inverse)
             if rounded is None:
-                row["error"] = output_error(unit.weight(linear), q.dequantize(), None)
+                row["error"] = output_error(current.weight(linear), q.dequantize(), None)
                 if linear in informed:
                     row["note"] = "its Gram matrix is not finite: rounded to nearest"
                 else:
                     row["note"] = "calibration tokens came here: rounded to nearest"
                     row["noted"] = tokens[linear.name]
-            rows[linear.name] = row
-            unit = unit.with_quantized(linear, q)
-    return unit, [rows[x.name] for x in context.selected if x.name in rows]
+            done.linears[linear.name] = q, row
+        return done
+
+    inputs = [site for site in coded if site not in outputs]
+    waves = [outputs, inputs]
+    if corrects:
+        plain = [site for site in inputs if not _routed(coded[site])]
+        waves = [*([site] for site in plain), outputs, [s for s in inputs if s not in plain]]
+    for wave in waves:
+        if corrects and wave and not _routed(coded[wave[0]]):
+            made = [work(site) for site in wave]  # which all ranks observe together
+        else:
+            made = context.ranks.each(wave, work, lambda site: _work(coded[site]))
+        for site, done in zip(wave, made, strict=True):
+            for linear in coded[site]:
+                if linear.role == "expert.down":
+                    of_expert[linear.expert] = done.tokens
+                q, rows[linear.name] = done.linears[linear.name]
+                current = current.with_quantized(linear, q)
+    return current, [rows[x.name] for x in context.selected if x.name in rows]
+
+
+class _Site(NamedTuple):
+    """What became of a site: the tokens that it saw, and each linear's codes and report row."""
+
+    tokens: int
+    linears: dict[str, tuple[QTensor, dict[str, Any]]]
+
+
+def _work(linears: Sequence[Linear]) -> float:
+    """How much work a site is: a factorization, and a product for each of its linears."""
+    size = linears[0].in_features
+    return float(size**3 + size**2 * sum(x.out_features for x in linears))
 
 
 def _order(unit: Unit, *, forwards: bool) -> list[str]:

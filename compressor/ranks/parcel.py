@@ -1,0 +1,93 @@
+"""A value as bytes, with its tensors beside them, to be sent to another process of the same run."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNED = 64
+"""Bytes at whose multiples tensors begin, so that every dtype may be viewed there."""
+
+
+class Part(NamedTuple):
+    """Where a tensor lies in the buffer of its kind of device."""
+
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+class Parcel(NamedTuple):
+    """A packed value.
+
+    data   the value but for its tensors;  parts  those
+    sizes  bytes of the buffer of each kind of device
+    """
+
+    data: bytes
+    parts: list[Part]
+    sizes: dict[str, int]
+
+
+def pack(value: Any) -> tuple[Parcel, dict[str, Tensor]]:
+    """A value, and for each kind of device (cpu, cuda) the bytes of its tensors in one buffer."""
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    pickler.dump(value)
+    parts: list[Part] = []
+    sizes: dict[str, int] = {}
+    for tensor in pickler.found:
+        kind, begin = tensor.device.type, sizes.get(tensor.device.type, 0)
+        nbytes = tensor.numel() * tensor.element_size()
+        parts.append(Part(kind, tensor.dtype, tuple(tensor.shape), begin, nbytes))
+        sizes[kind] = -(-(begin + nbytes) // ALIGNED) * ALIGNED
+    buffers = {}
+    for tensor, part in zip(pickler.found, parts, strict=True):
+        if part.device not in buffers:
+            size = sizes[part.device]
+            buffers[part.device] = torch.empty(size, dtype=torch.uint8, device=tensor.device)
+        if part.nbytes:
+            place = buffers[part.device][part.begin : part.begin + part.nbytes]
+            place.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+    return Parcel(stream.getvalue(), parts, sizes), buffers
+
+
+def unpack(parcel: Parcel, buffers: dict[str, Tensor]) -> Any:
+    """The value; its tensors are parts of the buffers."""
+    found = []
+    for part in parcel.parts:
+        if part.nbytes:
+            data = buffers[part.device][part.begin : part.begin + part.nbytes]
+            found.append(data.view(part.dtype).view(part.shape))
+        else:
+            device = buffers[part.device].device if part.device in buffers else part.device
+            found.append(torch.empty(part.shape, dtype=part.dtype, device=device))
+    return _Unpickler(io.BytesIO(parcel.data), found).load()
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self.found: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.found.append(value)
+        return len(self.found) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(stream)
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]

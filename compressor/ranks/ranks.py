@@ -1,0 +1,131 @@
+"""The processes that work on one run: who computes what, and how all of them come to know it.
+
+Rows of tokens are divided in chunks of one forward pass each, dealt out in turn. What a chunk adds
+to a sum is added in the chunks' order, whoever ran them, so that every sum has the bits that one
+process gives it. Searches and roundings are divided whole, by linear, expert or candidate.
+
+`Ranks` itself is one process alone, where all of it is nothing; `group.Group` are several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+I = TypeVar("I")
+T = TypeVar("T")
+
+
+class Form(NamedTuple):
+    """A tensor but for how many rows it is of: [per_row · rows, *shape], or [*shape] of all of
+    them where `per_row` is 0."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    per_row: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, rows: int) -> Form:
+        """That of a tensor of so many rows; one with a single dimension is of all of them."""
+        if tensor.dim() < 2:
+            return cls(tensor.dtype, tuple(tensor.shape), 0)
+        return cls(tensor.dtype, tuple(tensor.shape[1:]), tensor.shape[0] // rows)
+
+    def space(self, rows: int, device: torch.device) -> Tensor:
+        """Room for it."""
+        first = (self.per_row * rows,) if self.per_row else ()
+        return torch.empty((*first, *self.shape), dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of a run.
+
+    rank   its number;  world  how many there are
+    Methods that move something are called by all ranks alike, in the same order.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes, and speaks."""
+        return self.rank == 0
+
+    def rows(self, count: int, batch: int) -> list[int]:
+        """This rank's rows of `count`, in chunks of `batch` that are dealt out in turn."""
+        starts = range(self.rank * batch, count, self.world * batch)
+        return [row for start in starts for row in range(start, min(start + batch, count))]
+
+    def own(self, count: int) -> range:
+        """This rank's share of `count` equal pieces of work."""
+        return range(self.rank, count, self.world)
+
+    def each(
+        self,
+        items: Sequence[I],
+        work: Callable[[I], T],
+        cost: Callable[[I], float] = lambda item: 1.0,
+    ) -> list[T]:
+        """What `work` makes of each item, in their order; each is computed by one rank.
+
+        cost  of an item, in any unit, by which they are divided: the same on every rank
+        """
+        return [work(item) for item in items]
+
+    def led(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the rank that leads; an error there is one everywhere."""
+        return work()
+
+    def share(self, value: T) -> T:
+        """The leading rank's value, which may hold tensors."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
+        return [value]
+
+    def gather_rows(
+        self, tensors: Sequence[Tensor], rows: Sequence[int], forms: list[Form]
+    ) -> Callable[[], list[list[Tensor]]]:
+        """A function that gives the tensors of every rank that has rows, in the order of ranks,
+        once they are needed: they are on their way meanwhile.
+
+        tensors  alike on all ranks but for the first dimension, which grows with a rank's rows,
+                 unless it is the only one
+        rows     of every rank; the leading one has some
+        forms    of the tensors; empty at first, and then the same list while they stay the same
+        """
+        return lambda: [list(tensors)]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds every rank's values, in place; exact where only one rank's are not zero."""
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest of every rank's values, in place."""
+        return tensor
+
+    def numbers(self, *values: int) -> list[tuple[int, ...]]:
+        """A few small numbers of every rank, in the order of ranks; quick."""
+        return [values]
+
+    def any(self, flag: bool) -> bool:
+        """Whether some rank says so."""
+        return flag
+
+    def leading(self, context: AbstractContextManager[T]) -> AbstractContextManager[T]:
+        """A context that only the leading rank enters; all get what it gives."""
+        return context
+
+    def barrier(self) -> None:
+        """Wait for all."""
+
+
+ALONE = Ranks()

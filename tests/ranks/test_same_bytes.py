@@ -1,0 +1,75 @@
+"""The same recipe writes the same bytes with one process and with several."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDE = {"hidden_size": 128, "intermediate_size": 256}
+WORLDS = (1, 2, 3, 4)
+INT4 = {"bits": 4, "group_size": 32}
+STATIC = {"smoothquant": {"alpha": "search", "bits": 8, "activations": "static"}}
+QOQ = {"qoq": { "attention_alpha": "search"}}
+BESIDE = {"gptq": {**INT4, "correction": 0.5, "scales": "search"}}
+REFERENCE = {"awq": {**INT4, "search": "reference", "search_tokens": 100}}
+LLAMA: dict[str, list[dict[str, Any]]] = {
+    "rtn": [{"rtn": INT4}],
+    "awq": [{"awq": INT4}],
+    "awq by running tokens": [REFERENCE],
+    "gptq": [{"gptq": {**INT4, "ignore": []}}],
+    "gptq beside the original": [BESIDE],
+    "smoothquant": [STATIC],
+    "nvfp4": [{"nvfp4": {"activations": "calibrated"}}],
+    "qoq": [QOQ],
+    "signround": [{"signround": {**INT4, "steps": 2, "batch": 4}}],
+}
+MIXTRAL: dict[str, list[dict[str, Any]]] = {
+    "moe awq": [{"awq": {**INT4, "min_tokens": 8}}],
+    "moe gptq": [{"gptq": {**INT4, "min_tokens": 8}}],
+    "moe nvfp4": [{"nvfp4": {"activations": "calibrated"}}],
+}
+
+
+@pytest.fixture(scope="module")
+def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each number of ranks, with a checkpoint for each recipe."""
+    folder = tmp_path_factory.mktemp("ranks")
+    text = folder / "text.txt"
+    text.write_text(
+        "\n\n".join(f"Line {i} of {i % 7} by the river, and {i * i}." for i in range(900))
+    )
+    models = {"llama": LLAMA, "mixtral": MIXTRAL}
+    recipes = {
+        name: {
+            "model": str(tiny_model(model, **(WIDE if name == "qoq" else {}))),
+            # Seven rows in batches of two: the last is smaller, and three ranks have unequal shares.
+            "calibration": {"data": str(text), "samples": 7, "length": 64},
+            "passes": passes,
+            "format": "qserve" if name == "qoq" else "compressed-tensors",
+            "verify": False,
+            "max_shard_size": "200KB",
+        }
+        for model, every in models.items()
+        for name, passes in every.items()
+    }
+    jobs = {"folder": str(folder), "worlds": WORLDS, "batch": 2, "recipes": recipes}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.support.rank_jobs", str(folder / "jobs.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL])
+def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -> None:
+    manifests = [(written / str(n) / recipe / "manifest.json").read_bytes() for n in WORLDS]
+    assert len(set(manifests)) == 1
+    assert not [path for path in written.rglob(".compress-work")]
