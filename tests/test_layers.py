@@ -105,6 +105,7 @@ PRINTERS = {
     "compressor.cli.display._line",
     "compressor.cli.main.ask",  # in a signal's handler, and no word of anybody else
     "compressor.foreign.calls.panics_unheard",
+    "compressor.ranks.watch._end",  # just before the process ends, from a thread
 }
 """All that write to a terminal; each makes escapes of control characters."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from compressor.errors import CompressError, Interrupted
+from compressor.errors import CompressError, Interrupted, printable
 from compressor.ranks.launch import LAUNCHER
 from compressor.ranks.place import Place
 
@@ -119,7 +119,7 @@ class Watch:
             return
         if self.place.rank == 0 or code == LOST:
             hint = "\n  hint: the same command continues" if code == LOST else ""
-            os.write(2, f"error: {why}{hint}\n".encode())
+            os.write(2, printable(f"error: {why}{hint}\n").encode())
         os._exit(code)
 
 
