@@ -1,6 +1,6 @@
-"""Write a Llama checkpoint of random weights, for measuring speed and memory at real shapes.
+"""Write a checkpoint of random weights (Llama, or Qwen3-MoE where the shape has experts), for measuring speed and memory at real shapes.
 
-    python scripts/make_random_model.py FOLDER [--layers 32] [--shape 7b|tiny] [--device cuda]
+    python scripts/make_random_model.py FOLDER [--layers 32] [--shape 7b|30b-a3b] [--device cuda]
         [--seed 0]
 
 The weights are drawn one tensor at a time and mean nothing: only time and memory may be measured
@@ -21,7 +21,15 @@ from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.ir.tensor import TensorShape
 
-SHAPES = {
+SHAPES: dict[str, dict[str, int]] = {
+    "30b-a3b": {
+        **{"hidden": 2048, "ff": 768, "heads": 32, "kv_heads": 4, "head": 128, "vocab": 32000},
+        **{"experts": 128, "chosen": 8},
+    },
+    "tiny-moe": {
+        **{"hidden": 128, "ff": 128, "heads": 4, "kv_heads": 2, "head": 32, "vocab": 512},
+        **{"experts": 8, "chosen": 2},
+    },
     "7b": {"hidden": 4096, "ff": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},
     "8b": {"hidden": 4096, "ff": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "wide": {"hidden": 768, "ff": 2048, "heads": 12, "kv_heads": 6, "vocab": 4096},
@@ -33,17 +41,26 @@ SHAPES = {
 def shapes_of(size: dict[str, int], layers: int) -> dict[str, tuple[int, ...]]:
     """Tensor name → shape, in the order of the file."""
     hidden, ff = size["hidden"], size["ff"]
-    kv = hidden // size["heads"] * size["kv_heads"]
+    head = size.get("head", hidden // size["heads"])
+    q, kv = head * size["heads"], head * size["kv_heads"]
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size["vocab"], hidden)}
     for i in range(layers):
         block = f"model.layers.{i}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"{block}.{name}.weight"] = (hidden,)
-        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
             found[f"{block}.self_attn.{name}_proj.weight"] = (rows, hidden)
-        found[f"{block}.mlp.gate_proj.weight"] = (ff, hidden)
-        found[f"{block}.mlp.up_proj.weight"] = (ff, hidden)
-        found[f"{block}.mlp.down_proj.weight"] = (hidden, ff)
+        found[f"{block}.self_attn.o_proj.weight"] = (hidden, q)
+        parts = [f"{block}.mlp"]
+        if "experts" in size:
+            found[f"{block}.self_attn.q_norm.weight"] = (head,)
+            found[f"{block}.self_attn.k_norm.weight"] = (head,)
+            found[f"{block}.mlp.gate.weight"] = (size["experts"], hidden)
+            parts = [f"{block}.mlp.experts.{e}" for e in range(size["experts"])]
+        for part in parts:
+            found[f"{part}.gate_proj.weight"] = (ff, hidden)
+            found[f"{part}.up_proj.weight"] = (ff, hidden)
+            found[f"{part}.down_proj.weight"] = (hidden, ff)
     found["model.norm.weight"] = (hidden,)
     found["lm_head.weight"] = (size["vocab"], hidden)
     return found
@@ -73,6 +90,16 @@ def write(folder: Path, *, shape: str, layers: int, device: str, seed: int = 0) 
         "eos_token_id": 1,
         "dtype": "bfloat16",
     }
+    if "experts" in size:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": size["head"],
+            "num_experts": size["experts"],
+            "num_experts_per_tok": size["chosen"],
+            "moe_intermediate_size": size["ff"],
+            "norm_topk_prob": True,
+        }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_tokenizer(folder)
 

@@ -1,0 +1,141 @@
+"""One GPU against several: the same recipes, the same bytes, how much sooner.
+
+    python scripts/bench/ranks.py --gpus 2 [--case NAME ...] [--scratch FOLDER]
+    python scripts/bench/ranks.py --gpus 2 --device cpu --tiny          # whether it works
+
+Random weights of a 7B Llama's shape and of Qwen3-30B-A3B's, some blocks of each. The first block is
+left out: it waits for kernels to be compiled. One Markdown table, and a line of JSON for each run:
+seconds from the end of the first block to the end of the last, the same for one block, how many
+times as fast as one GPU and its share of the GPUs, whether the manifests are equal, and the largest
+memory that tensors took on the leading GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parents[1]
+AWQ = {"awq": {"bits": 4, "group_size": 128, "symmetric": False}}
+GPTQ = {"gptq": {"bits": 4, "group_size": 128}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of `make_random_model.py`, how many blocks of it, what is done to it."""
+
+    shape: str
+    layers: int
+    step: dict[str, Any]
+    samples: int
+    length: int
+
+
+CASES = {
+    "awq": Case("7b", 9, AWQ, 128, 512),
+    "awq-long": Case("7b", 5, AWQ, 512, 2048),
+    "gptq-long": Case("7b", 5, GPTQ, 512, 2048),
+    "moe-awq": Case("30b-a3b", 4, AWQ, 128, 512),
+}
+
+
+def write_text(path: Path) -> None:
+    """Words drawn at random, as many bytes as the largest case has tokens and more."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(2000)]
+    lines = (" ".join(draw.choices(words, k=400)) for _ in range(900))
+    path.write_text("\n\n".join(lines))
+
+
+def model_of(case: Case, options: argparse.Namespace, scratch: Path) -> Path:
+    """Its random weights, written once."""
+    shape = {"7b": "tiny", "30b-a3b": "tiny-moe"}[case.shape] if options.tiny else case.shape
+    layers = 3 if options.tiny else case.layers
+    folder = scratch / f"{shape}-{layers}"
+    if not folder.exists():
+        command = [sys.executable, str(HERE / "make_random_model.py"), str(folder)]
+        command += ["--shape", shape, "--layers", str(layers), "--device", options.device]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder
+
+
+def timed(name: str, case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> Any:
+    """One run in processes of its own; its manifest is left in `scratch`."""
+    output, recipe = scratch / f"{name}-{gpus}", scratch / "recipe.yaml"
+    samples, length = (12, 64) if options.tiny else (case.samples, case.length)
+    data = {"data": str(scratch / "text.txt"), "samples": samples, "length": length}
+    recipe.write_text(
+        json.dumps(
+            {
+                "model": str(model_of(case, options, scratch)),
+                "output": str(output),
+                "calibration": data,
+                "passes": [case.step],
+                "verify": False,
+            }
+        )
+    )
+    command = [sys.executable, "-m", "compressor", "run", str(recipe), "--json"]
+    command += ["--log-format", "json", "--device", options.device, "--gpus", str(gpus)]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    if done.returncode:
+        raise SystemExit(f"{name} on {gpus}: {done.stdout}\n{done.stderr[-4000:]}")
+    events = [json.loads(line) for line in done.stderr.splitlines() if line[:1] == "{"]
+    units = [event["time"] for event in events if event["event"] == "unit"]
+    # The embedding comes first and the head last.
+    blocks = units[1:-1]
+    return {
+        "case": name,
+        "gpus": gpus,
+        "whole_s": round(time.perf_counter() - began, 1),
+        "blocks_s": round(blocks[-1] - blocks[0], 3),
+        "block_s": round((blocks[-1] - blocks[0]) / (len(blocks) - 1), 3),
+        "peak_gb": round(json.loads(done.stdout)["peak_device_bytes"] / 1e9, 2),
+        "manifest": (output / "manifest.json").read_text("utf-8"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try it")
+    parser.add_argument("--scratch", type=Path, help="folder for models; default: temporary")
+    options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    table = ["| case | GPUs | seconds | a block | times | efficiency | same bytes | peak |"]
+    table.append("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        scratch = Path(folder)
+        write_text(scratch / "text.txt")
+        for name in options.case or CASES:
+            one: dict[str, Any] = {}
+            for gpus in (1, options.gpus):
+                found = timed(name, CASES[name], gpus, options, scratch)
+                one = one or dict(found)
+                times = one["blocks_s"] / max(found["blocks_s"], 1e-9)
+                same = "yes" if found.pop("manifest") == one["manifest"] else "no"
+                print(json.dumps(found), flush=True)
+                table.append(
+                    f"| {name} | {gpus} | {found['blocks_s']} | {found['block_s']} | {times:.2f} "
+                    f"| {times / gpus:.0%} | {same} | {found['peak_gb']} GB |"
+                )
+                print(table[-1], file=sys.stderr, flush=True)
+    print("\n".join(["", *table]))
+
+
+if __name__ == "__main__":
+    main()
