@@ -1,4 +1,5 @@
-"""Write a checkpoint of random weights (Llama, or Qwen3-MoE where the shape has experts), for measuring speed and memory at real shapes.
+"""Write a checkpoint of random weights, for measuring speed and memory at real shapes: Llama, or
+Qwen3-MoE where the shape has experts.
 
     python scripts/make_random_model.py FOLDER [--layers 32] [--shape 7b|30b-a3b] [--device cuda]
         [--seed 0]
