@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds, bands
@@ -20,9 +20,10 @@ from compressor.ranks.divide import owners
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.block_runner import Block
-from compressor.runner.experts import Experts, experts_of
+from compressor.runner.experts import experts_of
 from compressor.runner.rounds import rounds
 from compressor.runner.stream import Stream
+from compressor.runner.watches import Calls, ExpertTokens, Feed, Watch
 
 
 class Seen(Exception):
@@ -108,13 +109,13 @@ class Observer:
         self.all_experts = all_experts
         self.ranks = ranks
         self.stats: dict[str, SiteStats] = {}
-        self.experts: _ExpertTokens | None = None
-        self.calls: dict[str, _Calls] = {}
+        self.experts: ExpertTokens | None = None
+        self.calls: dict[str, Calls] = {}
         self._hooks = ExitStack()
         self._watched = 0
         self._left: set[int] = set()
-        self._fed: list[_Watch] = []
-        self._held: dict[_Watch, list[Tensor]] = {}
+        self._fed: list[Watch] = []
+        self._held: dict[Watch, list[Tensor]] = {}
         self._chunk = (0, 0)
 
     def __enter__(self) -> Observer:
@@ -131,7 +132,7 @@ class Observer:
         for site, first in plain.items():
             needs, device = self.needs[site], self.block.runner.device
             self.stats[site] = SiteStats(first.in_features, needs, device=device, bands=mine[site])
-            self._hook(self.block.module(first), _Feed(self.stats[site]))
+            self._hook(self.block.module(first), Feed(self.stats[site]))
             if needs.keep_inputs:
                 self._watch_calls(site, unit.site_linears(site), needs.keep_inputs)
         return self
@@ -232,7 +233,7 @@ class Observer:
 
         return seen
 
-    def _hook(self, module: nn.Module, hook: _Watch) -> None:
+    def _hook(self, module: nn.Module, hook: Watch) -> None:
         seen = self._mark()
         if hook.parts:
             self._fed.append(hook)
@@ -251,7 +252,7 @@ class Observer:
     def _watch_experts(self, linear: Linear) -> None:
         if self.experts is None:
             module = self.block.module(linear)
-            self.experts = _ExpertTokens(experts_of(module), every=self.all_experts)
+            self.experts = ExpertTokens(experts_of(module), every=self.all_experts)
             self._hook(module, self.experts)
 
     def _watch_calls(self, site: str, linears: Sequence[Linear], tokens: int) -> None:
@@ -267,103 +268,8 @@ class Observer:
                     break
                 common.append(parts[0])
             module = self.block.layer.get_submodule(".".join(common))
-        self.calls[site] = _Calls(module, tokens)
+        self.calls[site] = Calls(module, tokens)
         self._hook(module, self.calls[site])
-
-
-class _Watch(Protocol):
-    """Looks at a module's calls.
-
-    parts  how many tensors it makes of a call, as `Ranks.gather_rows` takes them
-    """
-
-    parts: int
-
-    def look(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
-    ) -> list[Tensor]:
-        """What is to be added of a call; `chunk` is how many rows came before, and its own."""
-
-    def add(self, seen: Sequence[Tensor]) -> None:
-        """Add it, here or on another rank."""
-
-
-class _Feed:
-    """Adds a module's input to statistics."""
-
-    def __init__(self, stats: SiteStats) -> None:
-        self.stats, self.parts = stats, stats.parts
-        self.add = stats.add
-
-    def look(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
-    ) -> list[Tensor]:
-        return self.stats.look(args[0] if args else next(iter(kwargs.values())))
-
-
-class _Calls:
-    """Keeps a module's calls of the first tokens of all rows, and repeats them.
-
-    places  how many rows came before each call that is kept here
-    """
-
-    parts = 0
-
-    def __init__(self, module: nn.Module, tokens: int) -> None:
-        self.module = module
-        self.wanted = tokens
-        self.places: list[int] = []
-        self.kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.original: list[Tensor] | None = None
-
-    def look(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
-    ) -> list[Tensor]:
-        before, rows = chunk
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if before * (hidden.numel() // hidden.shape[-1] // rows) < self.wanted:
-            self.kept.append((args, dict(kwargs)))
-            self.places.append(before)
-        return []
-
-    def add(self, seen: Sequence[Tensor]) -> None:
-        pass
-
-    def run(self) -> list[Tensor]:
-        out = [self.module(*args, **kwargs) for args, kwargs in self.kept]
-        return [o[0] if isinstance(o, tuple) else o for o in out]
-
-
-class _ExpertTokens:
-    """Notes which tokens went to which expert.
-
-    every  statistics are of all tokens nevertheless
-    """
-
-    def __init__(self, experts: Experts, *, every: bool) -> None:
-        self.experts = experts
-        self.parts = experts.parts
-        self.tokens_of = experts.unrouted if every else experts.routed
-        self.calls: list[Callable[[int], Tensor]] = []
-        self.counts: list[Tensor] = []
-
-    def look(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
-    ) -> list[Tensor]:
-        return self.experts.call(args, kwargs)
-
-    def add(self, seen: Sequence[Tensor]) -> None:
-        self.calls.append(self.tokens_of(seen, {}))
-        self.counts.append(self.experts.counts(seen, {}))
-
-    def counted(self) -> dict[int, int]:
-        """Expert → tokens routed to it."""
-        return dict(enumerate(torch.stack(self.counts).sum(dim=0).tolist())) if self.counts else {}
-
-    def entering_down(self, expert: int) -> Iterator[Tensor]:
-        """What enters an expert's down projection, batch by batch."""
-        for tokens_of in self.calls:
-            yield self.experts.entering_down(expert, tokens_of(expert))
 
 
 class _LazyStats(Mapping[str, SiteStats]):
@@ -374,7 +280,7 @@ class _LazyStats(Mapping[str, SiteStats]):
         block: Block,
         *,
         ready: Mapping[str, SiteStats],
-        experts: _ExpertTokens | None,
+        experts: ExpertTokens | None,
         needs: Mapping[str, StatNeeds],
     ) -> None:
         self._block = block
@@ -394,7 +300,7 @@ class _LazyStats(Mapping[str, SiteStats]):
             self._last = (site, self._compute(site, self._experts))
         return self._last[1]
 
-    def _compute(self, site: str, experts: _ExpertTokens) -> SiteStats:
+    def _compute(self, site: str, experts: ExpertTokens) -> SiteStats:
         down = self._block.unit.site_linears(site)[0]
         assert down.expert is not None
         device = self._block.runner.device

@@ -58,7 +58,7 @@ def write_text(path: Path) -> None:
 
 def model_of(case: Case, options: argparse.Namespace, scratch: Path) -> Path:
     """Its random weights, written once."""
-    shape = {"7b": "tiny", "30b-a3b": "tiny-moe"}[case.shape] if options.tiny else case.shape
+    shape = {"7b": "wide", "30b-a3b": "tiny-moe"}[case.shape] if options.tiny else case.shape
     layers = 3 if options.tiny else case.layers
     folder = scratch / f"{shape}-{layers}"
     if not folder.exists():

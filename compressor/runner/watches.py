@@ -1,0 +1,107 @@
+"""What looks at the calls of a block's modules: for statistics, to repeat them, for routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from compressor_calibration.stats import SiteStats
+from torch import Tensor, nn
+
+from compressor.runner.experts import Experts
+
+
+class Watch(Protocol):
+    """Looks at a module's calls.
+
+    parts  how many tensors it makes of a call, as `Ranks.gather_rows` takes them
+    """
+
+    parts: int
+
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        """What is to be added of a call; `chunk` is how many rows came before, and its own."""
+
+    def add(self, seen: Sequence[Tensor]) -> None:
+        """Add it, here or on another rank."""
+
+
+class Feed:
+    """Adds a module's input to statistics."""
+
+    def __init__(self, stats: SiteStats) -> None:
+        self.stats, self.parts = stats, stats.parts
+        self.add = stats.add
+
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        return self.stats.look(args[0] if args else next(iter(kwargs.values())))
+
+
+class Calls:
+    """Keeps a module's calls of the first tokens of all rows, and repeats them.
+
+    places  how many rows came before each call that is kept here
+    """
+
+    parts = 0
+
+    def __init__(self, module: nn.Module, tokens: int) -> None:
+        self.module = module
+        self.wanted = tokens
+        self.places: list[int] = []
+        self.kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.original: list[Tensor] | None = None
+
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        before, rows = chunk
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if before * (hidden.numel() // hidden.shape[-1] // rows) < self.wanted:
+            self.kept.append((args, dict(kwargs)))
+            self.places.append(before)
+        return []
+
+    def add(self, seen: Sequence[Tensor]) -> None:
+        pass
+
+    def run(self) -> list[Tensor]:
+        out = [self.module(*args, **kwargs) for args, kwargs in self.kept]
+        return [o[0] if isinstance(o, tuple) else o for o in out]
+
+
+class ExpertTokens:
+    """Notes which tokens went to which expert.
+
+    every  statistics are of all tokens nevertheless
+    """
+
+    def __init__(self, experts: Experts, *, every: bool) -> None:
+        self.experts = experts
+        self.parts = experts.parts
+        self.tokens_of = experts.unrouted if every else experts.routed
+        self.calls: list[Callable[[int], Tensor]] = []
+        self.counts: list[Tensor] = []
+
+    def look(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
+    ) -> list[Tensor]:
+        return self.experts.call(args, kwargs)
+
+    def add(self, seen: Sequence[Tensor]) -> None:
+        self.calls.append(self.tokens_of(seen, {}))
+        self.counts.append(self.experts.counts(seen, {}))
+
+    def counted(self) -> dict[int, int]:
+        """Expert → tokens routed to it."""
+        return dict(enumerate(torch.stack(self.counts).sum(dim=0).tolist())) if self.counts else {}
+
+    def entering_down(self, expert: int) -> Iterator[Tensor]:
+        """What enters an expert's down projection, batch by batch."""
+        for tokens_of in self.calls:
+            yield self.experts.entering_down(expert, tokens_of(expert))
