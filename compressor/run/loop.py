@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,16 @@ class _Loop:
     def run(self) -> JobResult:
         plan, settings, ranks = self.plan, self.settings, self.settings.ranks
         here = environment(settings.device)
-        self._check_sources()
+        # Asked by all ranks at once, so that all of them stop.
+        agreed = replace(settings, stopping=lambda: ranks.any(settings.stopping()))
+        self._check_sources(agreed)
         dtype = plan.compute_dtype(settings.device)
         ranks_of_rows = self.sharing
         # What one rank found in the store and another ran would leave them apart.
         kept = settings.activations if ranks_of_rows.world == 1 else None
         model = SourceModel(plan.source, device=settings.device, dtype=dtype, activations=kept)
         execution = Execution(
-            settings.batch, offload=False, stopping=settings.stopping, ranks=ranks_of_rows
+            settings.batch, offload=False, stopping=agreed.stopping, ranks=ranks_of_rows
         )
         with ThreadPoolExecutor(1) as writes, ThreadPoolExecutor(1) as syncs:
             output = CommitQueue(self.writer, writes, syncs, settings.device)
@@ -177,10 +179,10 @@ class _Loop:
         all, and all compute the same."""
         return ALONE if any(unit.tuned for unit in self.plan.units) else self.settings.ranks
 
-    def _check_sources(self) -> None:
+    def _check_sources(self, settings: JobSettings) -> None:
         """Read what the committed units were made from, also where nothing else reads it again."""
         before = {i: record["source"] for i, record in self.records.items()}
-        self.content.look(before, self.settings)
+        self.content.look(before, settings)
         self.content.require(before)
 
     def _read(self, index: int) -> Unit | None:

@@ -29,7 +29,7 @@ class Execution:
     batch     rows in one forward pass; halved for good where the device's memory does not do
     offload   keep hidden states in main memory, in float32, between blocks; otherwise they stay on
               the device as they were computed
-    stopping  asked before each unit; the walk then raises Interrupted
+    stopping  asked before each unit; the walk then raises Interrupted, on all ranks or on none
     progress  called after each unit
     ranks     that run rows of their own each; batches and ends are the same on all
     """
@@ -42,7 +42,7 @@ class Execution:
 
     def check_stop(self) -> None:
         """Raises Interrupted when asked to stop."""
-        if self.ranks.any(self.stopping()):
+        if self.stopping():
             raise Interrupted
 
     def halving(self, attempt: Callable[[int], T]) -> T:
