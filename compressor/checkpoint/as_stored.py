@@ -54,10 +54,14 @@ def _shard(path: Path, entries: Mapping[str, Entry]) -> Shard:
 
 @dataclass(frozen=True)
 class StoredTarget:
-    """A folder's checkpoint as it is stored; a unit is some of its tensors."""
+    """A folder's checkpoint, or a part of it, as it is stored; a unit is some of its tensors.
+
+    files_as  how its files are laid out: as they are, if None
+    """
 
     folder: Path
     entries: Mapping[str, Entry]
+    files_as: Container | None = None
 
     @property
     def units(self) -> Sequence[UnitLayout]:
@@ -78,8 +82,8 @@ class StoredTarget:
 
     @property
     def container(self) -> Container:
-        """The same files."""
-        return SameFiles(self.folder, self.entries)
+        """The same files, or others."""
+        return self.files_as or SameFiles(self.folder, self.entries)
 
     def shapes(self, unit: UnitLayout) -> dict[str, TensorShape]:
         """As they are."""

@@ -80,6 +80,7 @@ def test_every_command_prints_json_and_what_ends_in_a_verdict_junit() -> None:
                 "compare",
                 "convert",
                 "eval",
+                "fold",
                 "plan",
                 "plug",
                 "push",

@@ -4,10 +4,11 @@ the tuned blocks plugged in, and of the full model that was tuned itself.
 
     python scripts/measure/run.py offsite SMOLLM2 --keep 10 --distill 600 --steps 240
 
-The emulator is distilled on --calibration. What is tuned on is the calibration part of --style, and
-the step with the lowest loss on its last rows is taken: for the emulator by its own loss, since
-whoever tunes it has nothing else. It does its work where the plugged model beats the full one
-before tuning; what it keeps back is by how much the plugged model beats the tuned emulator.
+The emulator is distilled on --calibration, text of another style. What is tuned on is the
+calibration part of --style, and the step with the lowest loss on its last rows is taken: for the
+emulator by its own loss, since whoever tunes it has nothing else. It does its work where the
+plugged model beats the full one before tuning; what it keeps back is by how much the plugged model
+beats the tuned emulator.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=240, help="of tuning, 8 rows each")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--full-lr", type=float, default=2e-5, help="where all blocks are tuned")
-    text_options(parser, calibration="bundled", samples=256, windows=24)
+    text_options(parser, samples=256, windows=24)
 
 
 def variants(bench: Bench) -> Iterator[Variant]:
