@@ -1,0 +1,110 @@
+"""Kills random ranks of a run at random moments, until it has finished, and counts.
+
+    python scripts/kill_ranks.py RECIPE --kills 50 [--ranks 3] [--seed 0] [--signal KILL]
+
+Each run is `compress run RECIPE --gpus N --device cpu` with another number of ranks than the last;
+a rank is killed (or stopped, with --signal STOP, until the others notice) after a random time. Then
+the launcher and every rank have to end within a minute, the launcher with 3, or 0 where the run was
+done before. A run that finishes has its manifest compared with that of one process, and is begun
+again. Nothing hangs, or this says so and ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+MINUTE = 60.0
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Processes whose parent it is."""
+    tasks = Path(f"/proc/{launcher}/task/{launcher}/children")
+    return [int(one) for one in tasks.read_text().split()] if tasks.exists() else []
+
+
+def alive(process: int) -> bool:
+    """Whether it runs still, and is no more than an entry."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def attempt(command: list[str], draw: random.Random, number: int, longest: float) -> str:
+    """One run that loses a rank; how it ended."""
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait = draw.uniform(0, longest)
+    began = time.monotonic()
+    while time.monotonic() - began < wait and launcher.poll() is None:
+        time.sleep(0.02)
+    ranks = ranks_of(launcher.pid)
+    chosen = draw.choice(ranks) if ranks else None
+    if chosen is not None:
+        os.kill(chosen, number)
+    lost = time.monotonic()
+    try:
+        _, errors = launcher.communicate(timeout=MINUTE if chosen is not None else 10 * MINUTE)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        return "HANGS: the launcher is there after a minute"
+    took = time.monotonic() - lost
+    if left := [rank for rank in ranks if alive(rank)]:
+        for rank in left:
+            os.kill(rank, signal.SIGKILL)
+        return f"HANGS: {len(left)} ranks are there after the launcher"
+    if launcher.returncode == 0:
+        return "finished"
+    if launcher.returncode != 3:
+        return f"WRONG: exit code {launcher.returncode}: {errors.decode()[-300:]}"
+    return f"ended with 3, {'at once' if took < 20 else 'within a minute'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=3, help="at most so many, at least 2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
+    options = parser.parse_args()
+    draw, counts = random.Random(options.seed), Counter[str]()
+    compress = [sys.executable, "-m", "compressor", "run", str(options.recipe), "--device", "cpu"]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        subprocess.run([*compress, "-o", f"{folder}/one"], check=True, capture_output=True)
+        longest = 2.5 * (time.monotonic() - began)
+        wanted = Path(folder, "one", "manifest.json").read_bytes()
+        output = Path(folder, "several")
+        for kill in range(options.kills):
+            world = draw.randint(2, options.ranks)
+            command = [*compress, "-o", str(output), "--gpus", str(world)]
+            number = getattr(signal, f"SIG{options.signal}")
+            found = attempt(command, draw, number, longest)
+            if found == "finished":
+                same = (output / "manifest.json").read_bytes() == wanted
+                found = "finished, same bytes" if same else "WRONG: other bytes"
+                shutil.rmtree(output)
+            counts[found] += 1
+            print(f"{kill + 1}: {world} ranks: {found}", flush=True)
+        done = subprocess.run([*compress, "-o", str(output), "--gpus", "2"], capture_output=True)
+        same = not done.returncode and (output / "manifest.json").read_bytes() == wanted
+        counts["the last run continued to the same bytes" if same else "WRONG: the last run"] += 1
+    for name, count in counts.most_common():
+        print(f"{count:4d}  {name}")
+    sys.exit(any(name.startswith(("HANGS", "WRONG")) for name in counts))
+
+
+if __name__ == "__main__":
+    main()
