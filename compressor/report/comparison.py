@@ -13,7 +13,7 @@ from typing import Any
 from compressor.checkpoint.durable import write_atomically
 from compressor.report.elements import breakable, section, table
 from compressor.report.html import TEMPLATE
-from compressor.report.svg import Point, lines
+from compressor.report.svg import Point, dots, lines
 from compressor.report.text import MISSING, number, share_with_error, size, with_error
 
 WORST = 12
@@ -24,7 +24,8 @@ Side = Mapping[str, Any]
 
 def write_page(path: Path, sides: Sequence[Side], *, text: str) -> None:
     """Write the page, and the folders above it; `text` says on what was measured."""
-    parts = [_header(sides), _figures(sides, text), _layers(sides), _kernels(sides), _notes(sides)]
+    parts = [_header(sides), _figures(sides, text), _pareto(sides), _layers(sides)]
+    parts += [_kernels(sides), _notes(sides)]
     body = "\n".join(part for part in parts if part)
     title = escape("Comparison: " + ", ".join(side["name"] for side in sides))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +84,42 @@ def _figures(sides: Sequence[Side], text: str) -> str:
     ) + section("Schemes", table(["", "linears", "stored as"], schemes, numbers=(1,), texts=(2,)))
 
 
+def _pareto(sides: Sequence[Side]) -> str:
+    """What each costs in quality for its size."""
+    measured = [side for side in sides if (side["evaluation"] or {}).get("kl")]
+    if len(measured) < 2:
+        return ""
+    series = {
+        side["name"]: [
+            Point(
+                round(side["bits_per_weight"], 2),
+                side["evaluation"]["kl"]["value"],
+                f"{side['name']}: {side['bits_per_weight']:.2f} bits, "
+                f"KL {with_error(side['evaluation']['kl'])} nats",
+            )
+        ]
+        for side in measured
+    }
+    plot = dots(
+        series,
+        x_title="bits of a parameter, scales included",
+        y_title="KL from the reference, in nats; lower left is better",
+        show=number,
+    )
+    return section("Quality by size", plot)
+
+
 def _layers(sides: Sequence[Side]) -> str:
     compared = [side for side in sides if side["layers"]]
     if not compared:
         return ""
     plots = ""
     for title, by_block in (
-        ("relative error of what a block adds to the stream", whole_blocks),
-        ("relative error of a block\u2019s weights, mean over its linears", _mean_weights),
+        ("error of what a block adds to the stream, relative (no unit)", whole_blocks),
+        (
+            "error of a block\u2019s weights, mean of its linears, relative (no unit)",
+            _mean_weights,
+        ),
     ):
         series = {
             side["name"]: [
@@ -100,7 +129,7 @@ def _layers(sides: Sequence[Side]) -> str:
             for side in compared
         }
         if any(len(points) > 1 for points in series.values()):
-            plots += lines(series, x_title="block", y_title=title, show=number, log=True)
+            plots += lines(series, x_title="block, by number", y_title=title, show=number, log=True)
     names = list(dict.fromkeys(name for side in compared for name in side["layers"]))
     names.sort(key=lambda name: -max(side["layers"].get(name, 0.0) for side in compared))
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -45,6 +46,7 @@ def render(data: Data, *, attention: str = "") -> str:
         _passkey(data),
         _choices(data),
         section("Attention", attention) if attention else "",
+        _nearest(data),
         _layers(data),
         _experts(data),
         _verify(data),
@@ -171,9 +173,9 @@ def _evaluation(data: Data) -> str:
             for i, block in enumerate(blocks)
         ]
         body += "<h3>How the difference grows</h3>" + lines(
-            {"": points},
-            x_title="block",
-            y_title="squared difference of the hidden states to the original's, relative",
+            {"this checkpoint": points},
+            x_title="block, by number",
+            y_title="squared difference of the hidden states to the original's, relative (no unit)",
             show=number,
             log=True,
         )
@@ -203,6 +205,41 @@ def _choices(data: Data) -> str:
     return section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
 
 
+def _nearest(data: Data) -> str:
+    """What the blocks compute, beside the original rounded to nearest at the same bits."""
+    blocks = (data["verify"] or {}).get("blocks") or []
+    if not blocks:
+        return ""
+    ratios = [row["error"] / row["nearest"] for row in blocks if row["nearest"]]
+    better = sum(ratio < 1 for ratio in ratios)
+    says = (
+        f"<p>A block of this checkpoint is {number(statistics.median(ratios))} times as far from "
+        f"the original's output as rounding to nearest leaves it (median; {better} of "
+        f"{len(ratios)} blocks are nearer).</p>"
+        if ratios
+        else ""
+    )
+    series = {
+        title: [
+            Point(i, row[key], f"{row['block']}: {number(row[key])}")
+            for i, row in enumerate(blocks)
+        ]
+        for key, title in (("error", "this checkpoint"), ("nearest", "rounding to nearest"))
+    }
+    plot = lines(
+        series,
+        x_title="block, by number",
+        y_title="error of what a block adds to the original's own states on held-out text, "
+        "relative (no unit)",
+        show=number,
+    )
+    about = (
+        "Both have the same bits, scales and exact rescalings or rotations; only which values were "
+        "chosen differs."
+    )
+    return section("Beside rounding to nearest", f'{says}{plot}<p class="quiet">{about}</p>')
+
+
 def _layers(data: Data) -> str:
     errors = _linear_errors(data)
     if not errors:
@@ -218,7 +255,8 @@ def _layers(data: Data) -> str:
     }
     kinds = {kind for _, kind in errors.values()}
     title = "relative squared error of the " + " or ".join(sorted(kinds or {"output"}))
-    body = dots(series, x_title="block", y_title=title, show=number) if series else ""
+    title += " (no unit)"
+    body = dots(series, x_title="block, by number", y_title=title, show=number) if series else ""
     worst = sorted(errors.items(), key=lambda entry: -entry[1][0])[:WORST]
     top = worst[0][1][0] or 1.0
     rows = [[breakable(name), number(error), meter(error / top)] for name, (error, _) in worst]
@@ -354,9 +392,10 @@ def _units(data: Data) -> str:
     memory = {"main memory": host}
     if any(point.y for point in device):
         memory["device"] = device
-    title = "highest memory up to each unit"
-    body = columns(times, x_title="unit", y_title="time of each unit", show=duration)
-    body += lines(memory, x_title="unit", y_title=title, show=size)
+    title = "highest memory up to each unit, in bytes"
+    each = {"this run": times}
+    body = columns(each, x_title="unit, by number", y_title="time of each unit", show=duration)
+    body += lines(memory, x_title="unit, by number", y_title=title, show=size)
     return section("Time and memory by unit", body)
 
 

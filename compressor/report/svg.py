@@ -12,6 +12,8 @@ COLOURS = 8
 NARROW, WIDE = 340, 980
 HEIGHT = 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
+APART = 34
+"""From the middle of a label to that of the next."""
 
 Format = Callable[[float], str]
 
@@ -69,11 +71,11 @@ def lines(
     return _figure(series, draw, x_title=x_title, y_title=y_title, show=show, log=log)
 
 
-def columns(points: Sequence[Point], *, x_title: str, y_title: str, show: Format) -> str:
-    """One column for each point, from zero up."""
+def columns(series: Series, *, x_title: str, y_title: str, show: Format) -> str:
+    """One column for each point of the one series, from zero up."""
 
     def draw(axes: _Axes, series: Series) -> str:
-        points = series[""]
+        (points,) = series.values()
         step = (axes.width - LEFT - RIGHT) / max(len(points), 1)
         width = max(1.0, min(step * 0.72, 48))
         return "".join(
@@ -83,9 +85,7 @@ def columns(points: Sequence[Point], *, x_title: str, y_title: str, show: Format
             for p in points
         )
 
-    return _figure(
-        {"": points}, draw, x_title=x_title, y_title=y_title, show=show, log=False, margin=0.5
-    )
+    return _figure(series, draw, x_title=x_title, y_title=y_title, show=show, log=False, margin=0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,6 @@ def _figure(
 
 
 def _legend(series: Series) -> str:
-    if len(series) < 2:
-        return ""
     entries = (
         f'<span><i class="b{i % COLOURS}"></i>{escape(name)}</span>'
         for i, name in enumerate(series)
@@ -167,10 +165,14 @@ def _x_labels(axes: _Axes, points: Sequence[Point]) -> str:
     values = sorted({p.x for p in points})
     room = max(2, (axes.width - LEFT - RIGHT) // 44)
     step = max(1, math.ceil(len(values) / room))
+    shown: list[float] = []
+    for value in values[::step]:  # those that are not evenly spaced may still be close
+        if not shown or axes.x(value) - axes.x(shown[-1]) >= APART:
+            shown.append(value)
     return "".join(
         f'<text class="axis" x="{axes.x(v):.1f}" y="{HEIGHT - BOTTOM + 16}" '
         f'text-anchor="middle">{v:g}</text>'
-        for v in values[::step]
+        for v in shown
     )
 
 

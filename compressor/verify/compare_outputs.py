@@ -55,6 +55,9 @@ differ and a few channels are large."""
 MIXED = {"attn.o": "attention", "linear.out": "linear attention"}
 """What the last linear of a mixer puts out; a block may have none, one, or two of them."""
 
+WHOLE = "the block"
+"""What all that a block adds to the stream is called."""
+
 FLOOR = 2e-5
 """Error that float32 arithmetic in another order leaves."""
 
@@ -187,7 +190,7 @@ def _run(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 keep = partial(_keep, made, MIXED[linear.role])
                 stack.callback(block.module(linear).register_forward_hook(keep).remove)
         after = block.forward(hidden)
-    return after, {**made, "the block": after - hidden}
+    return after, {**made, WHOLE: after - hidden}
 
 
 def _keep(

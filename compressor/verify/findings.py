@@ -39,13 +39,29 @@ class LayerVerdict:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockVerdict:
+    """What a block computes from the original's own states on held-out text.
+
+    error    median over tokens of ‖written − original‖ / ‖original‖ of what it adds to them
+    nearest  the same for the original rounded to nearest in the written form, after the exact
+             rescalings and rotations that the written weights have
+    """
+
+    block: str
+    error: float
+    nearest: float
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """The verdict. `damage` is every complaint, each with the name of the tensor or file."""
+    """The verdict. `damage` is every complaint, each with the name of the tensor or file; `blocks`
+    is empty where there was no original."""
 
     folder: str
     checks: tuple[CheckResult, ...]
     layers: tuple[LayerVerdict, ...]
     damage: tuple[str, ...]
+    blocks: tuple[BlockVerdict, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -72,6 +88,7 @@ class VerifyReport:
             "checks": [asdict(check) for check in self.checks],
             "layers": [asdict(layer) for layer in self.layers],
             "damage": list(self.damage),
+            "blocks": [asdict(block) for block in self.blocks],
         }
 
 
@@ -84,6 +101,7 @@ class Findings:
     checks: list[CheckResult] = field(default_factory=list)
     layers: dict[str, LayerVerdict] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
+    blocks: list[BlockVerdict] = field(default_factory=list)
 
     def add(self, name: str, problems: Sequence[str], detail: str) -> None:
         """One check: its problems, or what it found where there are none."""
@@ -107,4 +125,5 @@ class Findings:
             checks=tuple(self.checks),
             layers=tuple(self.layers.values()),
             damage=tuple(self.damage),
+            blocks=tuple(self.blocks),
         )

@@ -91,7 +91,8 @@ def test_a_table_and_a_page_name_all(three: tuple[Path, Path, Path], tmp_path: P
     assert first.startswith(f"{three[0].name} (reference)")
     assert "int4 by groups of 32, symmetric" in result.stdout
     text = page.read_text("utf-8")
-    assert text.count("<svg") == 4, "two plots, for narrow screens and wide ones"
+    assert text.count("<svg") == 6, "three plots, for narrow screens and wide ones"
+    assert "<h2>Quality by size</h2>" in text
     assert all(f"</i>{path.name}</span>" in text for path in three[1:])
     assert re.search(r"\d ± \d", text)
 

@@ -225,7 +225,7 @@ def test_plots_survive_any_numbers() -> None:
             dots({"a": points, "b": points}, x_title="x", y_title="y", show=number),
             lines({"a": points}, x_title="x", y_title="y", show=number, log=True),
             lines({"a": points}, x_title="x", y_title="y", show=size),
-            columns(points, x_title="x", y_title="y", show=duration),
+            columns({"a": points}, x_title="x", y_title="y", show=duration),
         ):
             Page(drawn)
             assert "nan" not in drawn and "inf" not in drawn
@@ -268,3 +268,27 @@ def test_points_lie_where_their_values_say() -> None:
 )
 def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_a_run_is_shown_beside_rounding_to_nearest() -> None:
+    blocks = [
+        {"block": f"model.layers.{i}", "error": error, "nearest": nearest}
+        for i, (error, nearest) in enumerate([(0.05, 0.1), (0.09, 0.1), (0.12, 0.1)])
+    ]
+    data = report().to_json()
+    data["verify"] = {**data["verify"], "blocks": blocks}
+    page = render(data)
+    assert "is 0.9 times as far" in page and "2 of 3 blocks are nearer" in page
+    assert "</i>rounding to nearest</span>" in page
+    data["verify"]["blocks"] = []
+    assert "rounding to nearest</span>" not in render(data)
+
+
+def test_every_plot_has_a_legend_and_units_and_labels_apart() -> None:
+    page = render(report().to_json())
+    assert page.count("<figure>") == page.count('<div class="legend">') > 0
+    for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page):
+        assert re.search(r"no unit|bytes|time|nats", caption), caption
+    points = [Point(x, 1.0 + x, "") for x in (4.0, 4.01, 4.02, 9.0)]
+    drawn = lines({"a": points}, x_title="bits", y_title="KL, nats", show=number)
+    assert ">4<" in drawn and ">4.01<" not in drawn and ">9<" in drawn

@@ -32,9 +32,9 @@ from compressor.verify.compare import (
     float_floor,
 )
 from compressor.verify.compare_config import config_problems, file_problems
-from compressor.verify.compare_outputs import OutputError, Outputs
+from compressor.verify.compare_outputs import WHOLE, OutputError, Outputs
 from compressor.verify.compare_policy import policy_problems
-from compressor.verify.findings import LayerVerdict, NothingMore
+from compressor.verify.findings import BlockVerdict, LayerVerdict, NothingMore
 
 UNRELATED = 0.5
 """Median error of an embedding's rows, best rotated, from which it is another model's."""
@@ -245,6 +245,11 @@ class Original(Check):
                 self.found.layers[name] = replace(known, error=row.error)
         problems = self.problems + [p for row in self.differences if (p := row.problem)]
         self.found.add("error to the original", problems, self._weights_detail())
+        self.found.blocks += [
+            BlockVerdict(row.block, row.error, row.expected)
+            for row in self.blocks
+            if row.what == WHOLE
+        ]
         if self.outputs is not None:
             wrong = [p for row in self.blocks if (p := row.problem)]
             self.found.add("outputs to the original", wrong, self._outputs_detail())
