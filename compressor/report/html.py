@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 
 from compressor.report.choices import choices
 from compressor.report.elements import breakable, mark, meter, section, table
+from compressor.report.nearest import beside_nearest
 from compressor.report.svg import Point, columns, dots, lines
 from compressor.report.text import (
     counted,
@@ -46,7 +46,7 @@ def render(data: Data, *, attention: str = "") -> str:
         _passkey(data),
         _choices(data),
         section("Attention", attention) if attention else "",
-        _nearest(data),
+        beside_nearest(data["verify"]),
         _layers(data),
         _experts(data),
         _verify(data),
@@ -203,41 +203,6 @@ def _passkey(data: Data) -> str:
 
 def _choices(data: Data) -> str:
     return section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
-
-
-def _nearest(data: Data) -> str:
-    """What the blocks compute, beside the original rounded to nearest at the same bits."""
-    blocks = (data["verify"] or {}).get("blocks") or []
-    if not blocks:
-        return ""
-    ratios = [row["error"] / row["nearest"] for row in blocks if row["nearest"]]
-    better = sum(ratio < 1 for ratio in ratios)
-    says = (
-        f"<p>A block of this checkpoint is {number(statistics.median(ratios))} times as far from "
-        f"the original's output as rounding to nearest leaves it (median; {better} of "
-        f"{len(ratios)} blocks are nearer).</p>"
-        if ratios
-        else ""
-    )
-    series = {
-        title: [
-            Point(i, row[key], f"{row['block']}: {number(row[key])}")
-            for i, row in enumerate(blocks)
-        ]
-        for key, title in (("error", "this checkpoint"), ("nearest", "rounding to nearest"))
-    }
-    plot = lines(
-        series,
-        x_title="block, by number",
-        y_title="error of what a block adds to the original's own states on held-out text, "
-        "relative (no unit)",
-        show=number,
-    )
-    about = (
-        "Both have the same bits, scales and exact rescalings or rotations; only which values were "
-        "chosen differs."
-    )
-    return section("Beside rounding to nearest", f'{says}{plot}<p class="quiet">{about}</p>')
 
 
 def _layers(data: Data) -> str:
