@@ -1,12 +1,12 @@
-"""Mixed precision from measured sensitivities: how many bits each group of linears gets, and the
-recipe that says so. Pure: it reads no model."""
+"""Mixed precision from measured sensitivities: in which form each group of linears is stored, and
+the recipe that says so. Pure: it reads no model."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -14,18 +14,33 @@ from compressor.errors import InputError
 from compressor.ir.frozen import Strict
 from compressor.methods.base import get_pass
 
+FORMS: dict[str, dict[str, Any]] = {
+    "fp8": {"fp8": {"scales": "weights"}},
+    "nvfp4": {"nvfp4": {}},
+    "mxfp4": {"mxfp4": {}},
+    "mxfp8": {"mxfp8": {}},
+}
+"""Forms beside integers, as passes that round to nearest; inputs stay in float."""
+
 
 class Option(Strict):
     """One way to store a group of linears.
 
-    bits             of a code; null leaves the linears as they are
+    bits             of an integer; null in another form, or where linears stay as they are
+    form             of `FORMS`
     bits_per_weight  with scales and zero points
     error            what it costs, on one scale for all groups of the file
     """
 
     bits: int | None
+    form: str | None = None
     bits_per_weight: float = Field(gt=0)
     error: float = Field(ge=0)
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.form or ("in float" if self.bits is None else f"{self.bits} bits")
 
 
 class Group(Strict):
@@ -68,6 +83,41 @@ def parse_sensitivity(text: str | bytes, *, where: str) -> Sensitivity:
             f"{where} holds no measured sensitivities: {place}: {first['msg']}",
             hint="compress measure writes such a file",
         ) from error
+
+
+def error_of(sensitivity: Sensitivity, choice: Sequence[int]) -> float:
+    """The sum of all groups' errors."""
+    return sum(g.options[i].error for g, i in zip(sensitivity.groups, choice, strict=True))
+
+
+def frontier(sensitivity: Sensitivity, points: int = 24) -> list[tuple[float, float]]:
+    """(bits for each weight, sum of errors) of the best choices, from the smallest to the largest:
+    all of them from one measuring."""
+    sizes = [
+        [f(o.bits_per_weight for o in g.options) for g in sensitivity.groups] for f in (min, max)
+    ]
+    weights = [group.weights for group in sensitivity.groups]
+    low, high = (
+        sum(b * n for b, n in zip(size, weights, strict=True)) / sum(weights) for size in sizes
+    )
+    found = []
+    for i in range(points):
+        budget = low * (high / low) ** (i / max(points - 1, 1))
+        choice = allocate(sensitivity, max(budget, low))
+        found.append((sensitivity.bits_per_weight(choice), error_of(sensitivity, choice)))
+    return sorted(set(found))
+
+
+def uniform(sensitivity: Sensitivity) -> dict[str, tuple[float, float]]:
+    """What (bits for each weight, sum of errors) is where all groups have the same form."""
+    labels = dict.fromkeys(o.label for g in sensitivity.groups for o in g.options)
+    found = {}
+    for label in labels:
+        places = [[o.label for o in g.options] for g in sensitivity.groups]
+        if all(label in names for names in places):
+            choice = [names.index(label) for names in places]
+            found[label] = (sensitivity.bits_per_weight(choice), error_of(sensitivity, choice))
+    return found
 
 
 def allocate(sensitivity: Sensitivity, bits_per_weight: float) -> list[int]:
@@ -185,6 +235,37 @@ def split_bits(passes: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, A
     return before, quantizers[0]
 
 
+def form_entry(form: str, quantizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The pass that rounds to a form in place of a recipe's quantizer, on the same targets: the
+    quantizer itself, where that knows the form as a grid."""
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}", hint=f"one of: {', '.join(FORMS)}")
+    ((name, params),) = quantizer.items()
+    fields = get_pass(name).model_fields
+    targets = {key: params[key] for key in ("targets", "ignore") if key in params}
+    if "grid" in fields and form in get_args(fields["grid"].annotation):
+        integers = ("bits", "group_size", "symmetric", "refits", "activations")
+        kept = {key: value for key, value in params.items() if key not in integers}
+        return {name: {**kept, "grid": form}}
+    ((own, given),) = FORMS[form].items()
+    return {own: {**given, **targets}}
+
+
+def with_quantizer(sensitivity: Sensitivity, name: str) -> Sensitivity:
+    """The same measured recipe with another method for its quantizer, on the same grids: one that
+    takes longer than to measure with it would be worth."""
+    before, quantizer = split_bits(sensitivity.recipe["passes"])
+    ((old, params),) = quantizer.items()
+    fields = get_pass(name).model_fields
+    shared = ("bits", "group_size", "symmetric", "activations", "targets", "ignore")
+    defaults = get_pass(old).model_validate(params)
+    if "bits" not in fields:
+        raise InputError(f"{name} has no `bits`", hint="rtn, gptq, reconstruct or signround")
+    kept = {k: getattr(defaults, k) for k in shared if k in fields and hasattr(defaults, k)}
+    recipe = {**sensitivity.recipe, "passes": [*before, {name: kept}]}
+    return sensitivity.model_copy(update={"recipe": recipe})
+
+
 def mixed_recipe(sensitivity: Sensitivity, choice: Sequence[int]) -> dict[str, Any]:
     """The measured recipe with the chosen bits: its transforms, then its quantizer once for each
     number of bits. The most usual one keeps the recipe's targets and ignores the other linears,
@@ -192,24 +273,40 @@ def mixed_recipe(sensitivity: Sensitivity, choice: Sequence[int]) -> dict[str, A
     recipe = copy.deepcopy(sensitivity.recipe)
     before, quantizer = split_bits(recipe["passes"])
     ((name, params),) = quantizer.items()
-    chosen: dict[int | None, list[str]] = {}
+    chosen: dict[int | str | None, list[str]] = {}
     for group, option in zip(sensitivity.groups, choice, strict=True):
-        chosen.setdefault(group.options[option].bits, []).extend(group.linears)
+        found = group.options[option]
+        chosen.setdefault(found.form or found.bits, []).extend(group.linears)
     alone = chosen.pop(None, [])
     if not chosen:
         raise InputError("nothing would be quantized", hint="allow fewer bits per weight")
-    usual = max(chosen, key=lambda bits: len(chosen[bits]))
-    others = {bits: names for bits, names in chosen.items() if bits != usual}
+    ways = {way: names for way, names in chosen.items() if way is not None}
+    usual = max(ways, key=lambda way: len(ways[way]))
+    others = {way: names for way, names in ways.items() if way != usual}
     for entry in before:
         ((_, given),) = entry.items()
         if alone:
             given["ignore"] = [*given.get("ignore", ["lm_head"]), *alone]
     apart = [*alone, *(linear for names in others.values() for linear in names)]
-    kept = {key: value for key, value in params.items() if key not in ("targets", "ignore", "bits")}
-    main = {**params, "bits": usual, "ignore": [*params.get("ignore", ["lm_head"]), *apart]}
+    ignore = [*params.get("ignore", ["lm_head"]), *apart]
     recipe["passes"] = [
         *before,
-        {name: main},
-        *({name: {"bits": bits, **kept, "targets": names}} for bits, names in others.items()),
+        _entry(usual, {name: {**params, "ignore": ignore}}),
+        *(_entry(way, _only(quantizer, names)) for way, names in others.items()),
     ]
     return recipe
+
+
+def _entry(way: int | str, quantizer: dict[str, Any]) -> dict[str, Any]:
+    """The quantizer at a number of bits, or what rounds to a form in its place."""
+    if isinstance(way, str):
+        return form_entry(way, quantizer)
+    ((name, params),) = quantizer.items()
+    return {name: {**params, "bits": way}}
+
+
+def _only(quantizer: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The quantizer on linears of these exact names."""
+    ((name, params),) = quantizer.items()
+    kept = {key: value for key, value in params.items() if key not in ("targets", "ignore")}
+    return {name: {**kept, "targets": list(names)}}

@@ -1,9 +1,11 @@
 """Measures how much each group of linears costs at each number of bits, block by block.
 
 A group is what must have one scheme: q/k/v, gate and up, all experts of a block, or one linear.
-Its error is the relative squared change of the hidden states after its block, averaged over
-calibration tokens, where this group alone is quantized. The recipe's transforms come first, as in a
-run; inputs are those of the unquantized model, so that groups are measured independently.
+Its error is what this group alone costs where it is quantized: the KL divergence of the model's
+predictions that the change of the hidden states after its block makes in second order, or the
+relative squared change itself, averaged over calibration tokens. The recipe's transforms come
+first, as in a run; inputs are those of the unquantized model, so that groups are measured
+independently.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from compressor.methods.base import ModelPass
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.plan.unit_plan import Observable, UnitPlan
-from compressor.run.allocate import Group, Option, Sensitivity, split_bits
+from compressor.run.allocate import Group, Option, Sensitivity, form_entry, split_bits
 from compressor.run.apply import apply_passes
 from compressor.runner.activations import Activations
 from compressor.runner.block_runner import Block
+from compressor.runner.end_gradients import end_gradients
 from compressor.runner.observe import Observation, observe
 from compressor.runner.simulate import StoredInput, quantized_inputs
 from compressor.runner.source_model import SourceModel
@@ -34,33 +37,42 @@ from compressor.runner.stream import Stream
 from compressor.runner.sweep import Execution, Step, sweep
 
 MEASURE = "relative squared change of the hidden states after the block, mean over tokens"
+KL = "KL divergence of the predictions in second order, nats for each token"
+
+Way = int | str
+"""A number of bits, or the name of another form."""
 
 
 def plans_of_bits(
-    recipe: Mapping[str, Any], source: Source, bits: Sequence[int]
-) -> dict[int, Plan]:
-    """The recipe planned with its quantizer at each number of bits, in ascending order.
+    recipe: Mapping[str, Any], source: Source, bits: Sequence[int], forms: Sequence[str] = ()
+) -> dict[Way, Plan]:
+    """The recipe planned with its quantizer at each number of bits, in ascending order, and with
+    other forms in its place.
 
     Raises Problems or InputError where a plan fails or there is no one quantizer with `bits`.
     """
     before, quantizer = split_bits(recipe["passes"])
     ((name, params),) = quantizer.items()
-    plans = {}
-    for number in sorted(set(bits)):
-        passes = [*before, {name: {**params, "bits": number}}]
-        plans[number] = make_plan(make_recipe({**recipe, "passes": passes}), source)
-        for step in plans[number].passes:
+    entries: dict[Way, dict[str, Any]] = {
+        number: {name: {**params, "bits": number}} for number in sorted(set(bits))
+    }
+    entries |= {form: form_entry(form, quantizer) for form in dict.fromkeys(forms)}
+    plans: dict[Way, Plan] = {}
+    for way, entry in entries.items():
+        plan = make_plan(make_recipe({**recipe, "passes": [*before, entry]}), source)
+        for step in plan.passes:
             if isinstance(step.step.params, ModelPass) and step.effects.works_on != "none":
                 raise InputError(
                     f"{step.step.name} changes weights by what it learns from the whole model, "
                     "which is not done here",
                     hint="leave it out of the recipe that is measured",
                 )
-        heads = [n for n in plans[number].passes[-1].names if n in _head(source)]
+        heads = [n for n in plan.passes[-1].names if n in _head(source)]
         if heads:
             raise InputError(
                 f"{heads[0]} has no block to be measured in", hint="leave it in `ignore`"
             )
+        plans[way] = plan
     return plans
 
 
@@ -72,32 +84,41 @@ def measure_sensitivity(
     *,
     device: torch.device,
     batch: int,
+    forms: Sequence[str] = (),
+    weighted: bool = False,
     activations: Activations | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Sensitivity:
-    """Every group's error at each number of bits, and unquantized.
+    """Every group's error at each number of bits, in other forms, and unquantized.
 
     recipe    as plain data, with exactly one quantizer that has `bits`
+    forms     of `FORMS`
+    weighted  errors are KL divergences, for which the whole model is in memory once
     ids       calibration tokens [rows, length]
     activations  where hidden states of the source are kept
     progress  called with a unit's name, how many are done, and how many there are
     """
-    plans = plans_of_bits(recipe, source, bits)
+    plans = plans_of_bits(recipe, source, bits, forms)
     plan = next(iter(plans.values()))
     model = SourceModel(
         source, device=device, dtype=plan.compute_dtype(device), activations=activations
     )
     execution = Execution(batch, offload=False)
     groups: list[Group] = []
+    gradients = end_gradients(model, ids, seed=plan.recipe.seed) if weighted else None
     for step in sweep(model, ids, execution=execution):
-        groups += _measure_block(plans, step)
+        own = None if gradients is None else gradients[step.layout.index]
+        groups += _measure_block(plans, step, own)
         progress(step.layout.name, step.index, len(source.layout.blocks))
     return Sensitivity(
-        recipe=dict(recipe), measure=MEASURE, tokens=ids.numel(), groups=tuple(groups)
+        recipe=dict(recipe),
+        measure=KL if weighted else MEASURE,
+        tokens=ids.numel(),
+        groups=tuple(groups),
     )
 
 
-def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
+def _measure_block(plans: Mapping[Way, Plan], step: Step, gradients: Tensor | None) -> list[Group]:
     """The groups of one block, which has run afterwards."""
     any_plan = next(iter(plans.values()))
     entering, left = step.stream, step.stream.like()
@@ -127,7 +148,7 @@ def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
                 )
             )
 
-        for bits, plan in plans.items():
+        for way, plan in plans.items():
             unit = plan.units[index]
             if not wanted:
                 break
@@ -137,9 +158,15 @@ def _measure_block(plans: Mapping[int, Plan], step: Step) -> list[Group]:
             floats, _ = apply_passes(plan, index, first, start, observe=look, learned={})
             rounded, _ = apply_passes(plan, index, second, floats, observe=look, learned={})
             for number, linears in enumerate(wanted):
-                error = _error(step, block, plan, linears, floats, rounded, left)
-                size = bits_per_weight(unit, linears)
-                options[number].append(Option(bits=bits, bits_per_weight=size, error=error))
+                error = _error(step, block, plan, linears, floats, rounded, left, gradients)
+                options[number].append(
+                    Option(
+                        bits=way if isinstance(way, int) else None,
+                        form=None if isinstance(way, int) else way,
+                        bits_per_weight=bits_per_weight(unit, linears),
+                        error=error,
+                    )
+                )
     stored = any_plan.target.dtype.itemsize * 8
     groups = [
         Group(
@@ -185,8 +212,9 @@ def _error(
     floats: Unit,
     rounded: Unit,
     left: Stream,
+    gradients: Tensor | None,
 ) -> float:
-    """Relative squared change of a block's outputs `left` where only some linears are quantized."""
+    """What the change of a block's outputs `left` costs where only some linears are quantized."""
     names = {linear.name for linear in linears}
     own = {weight_name(n): q.dequantize() for n, q in rounded.quantized.items() if n in names}
     block.load({**floats.dequantized(), **own})
@@ -200,8 +228,13 @@ def _error(
         for start, stop, out in step.outputs(step.stream):
             wanted = left.read(start, stop).float()
             off = out.float() - wanted
-            size = wanted.square().sum(-1).clamp(min=1e-30)
-            total += float((off.square().sum(-1) / size).sum(dtype=torch.float64))
+            if gradients is None:
+                size = wanted.square().sum(-1).clamp(min=1e-30)
+                cost = off.square().sum(-1) / size
+            else:
+                weigh = gradients[start:stop].to(off.device).float()
+                cost = (off * weigh).sum(-1).square() / 2
+            total += float(cost.sum(dtype=torch.float64))
     return total / (left.hidden.shape[0] * left.hidden.shape[1])
 
 

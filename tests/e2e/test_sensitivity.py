@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,21 @@ from click.testing import CliRunner
 from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
 from compressor.errors import InputError, Problems
+from compressor.evaluate.perplexity import token_scores
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
-from compressor.run.allocate import parse_sensitivity
+from compressor.run.allocate import mixed_recipe, parse_sensitivity, with_quantizer
 from compressor.run.sensitivity import measure_sensitivity
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.runner.sweep import StreamedModel, run_blocks
 
 CPU = choose_device("cpu")
 IDS = torch.randint(2, 256, (4, 32), generator=torch.Generator().manual_seed(3))
 
 
-def measure(model: Path, passes: list[object], bits: tuple[int, ...] = (3, 8)):
+def measure(model: Path, passes: list[object], bits: tuple[int, ...] = (3, 8), **more: Any):
     recipe = {"model": str(model), "output": "out", "passes": passes}
-    return measure_sensitivity(recipe, open_source(model), bits, IDS, device=CPU, batch=2)
+    return measure_sensitivity(recipe, open_source(model), bits, IDS, device=CPU, batch=2, **more)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,56 @@ def test_from_a_model_to_a_mixed_recipe(tiny_model: Callable[..., Path], tmp_pat
     plan = make_plan(make_recipe(yaml.safe_load(recipe.read_text())), open_source(model))
     bits = [s.weight.bits for s in plan.schemes.linears.values() if s.weight is not None]
     assert set(bits) == {3, 8}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_the_kl_of_a_group_is_foretold(
+    model_type: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model(model_type)
+    source = open_source(model)
+    found = measure(model, [{"rtn": {"group_size": 32}}], bits=(4,), weighted=True)
+    assert "KL" in found.measure
+    told, seen = [], []
+    for number in (0, len(found.groups) - 1):
+        group = found.groups[number]
+        out = tmp_path / f"{number}"
+        passes = [{"rtn": {"bits": 4, "group_size": 32, "targets": list(group.linears)}}]
+        recipe = {"model": str(model), "output": str(out), "passes": passes}
+        compile_checkpoint(prepare(make_recipe(recipe), device=CPU))
+        models = [StreamedModel(source), StreamedModel(open_source(out))]
+        states = run_blocks(models, IDS, device=CPU, dtype=torch.float32, batch=4)
+        counted = torch.ones_like(IDS[:, 1:], dtype=torch.bool)
+        seen.append(float(token_scores([states[1], states[0]], IDS, counted)[2].mean()))
+        told.append(group.options[0].error)
+    assert all(0.4 < a / b < 2.5 for a, b in zip(told, seen, strict=True)), (told, seen)
+
+
+def test_forms_stand_beside_integers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    forms = ("nvfp4", "mxfp4", "fp8")
+    found = measure(model, [{"gptq": {"group_size": 32}}], bits=(3,), forms=forms)
+    labels = ["3 bits", *forms, "in float"]
+    assert all([o.label for o in group.options] == labels for group in found.groups)
+    assert [o.bits_per_weight for o in found.groups[-1].options][1:3] == pytest.approx(
+        [4.5, 4.25], abs=0.02
+    )
+    recipe = {**found.recipe, "output": str(tmp_path / "out"), "format": "compressed-tensors"}
+    both = found.model_copy(update={"recipe": recipe})
+    choice = [i % 4 for i in range(len(found.groups))]
+    for mixed in (both, with_quantizer(both, "reconstruct")):
+        plan = make_plan(make_recipe(mixed_recipe(mixed, choice)), open_source(model))
+        for group, i in zip(found.groups, choice, strict=True):
+            spec = plan.schemes.linears[group.linears[0]].weight
+            assert spec is not None and spec.element == ("int", *["fp4_e2m1"] * 2, "fp8_e4m3")[i]
+    names = [
+        step.step.name
+        for step in make_plan(
+            make_recipe(mixed_recipe(with_quantizer(both, "reconstruct"), choice)),
+            open_source(model),
+        ).passes
+    ]
+    assert sorted(names) == ["fp8", "reconstruct", "reconstruct", "reconstruct"]
 
 
 def test_what_cannot_be_measured(tiny_model: Callable[..., Path]) -> None:

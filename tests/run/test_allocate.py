@@ -15,10 +15,14 @@ from compressor.run.allocate import (
     Option,
     Sensitivity,
     allocate,
+    error_of,
+    frontier,
     mixed_recipe,
     parse_sensitivity,
     split_bits,
+    uniform,
 )
+from compressor.run.roofline import Gpu, gpu_of, seconds, timed
 
 RECIPE = {
     "model": "m",
@@ -134,6 +138,31 @@ def test_which_pass_has_bits_to_choose():
         split_bits([{"smoothquant": {}}])
     with pytest.raises(InputError, match="2 quantizers"):
         split_bits([{"rtn": {"targets": "mlp.*"}}, {"rtn": {"targets": "attn.*"}}])
+
+
+def test_a_budget_of_time_spends_no_bits_on_what_multiplying_hides():
+    shapes = [(3.0, 0.9), (4.0, 0.2), (8.0, 0.001)]
+    found = sensitivity([group(i, 10, shapes) for i in range(2)])
+    chip = Gpu(bandwidth=1.0, operations=16.0)
+    assert timed(found, chip, 1) == found
+    slow = timed(found, chip, 4)  # reading four bits takes as long as multiplying
+    assert [o.bits_per_weight for o in slow.groups[0].options] == [4, 4, 8]
+    assert allocate(slow, 4) == [1, 1]
+    assert seconds(3.0, 20, chip, 4) == seconds(4.0, 20, chip, 4) == 10.0
+    with pytest.raises(InputError, match="no figures"):
+        gpu_of("abacus")
+
+
+def test_the_frontier_falls_and_lies_under_what_is_uniform():
+    hard, easy = [(3.0, 0.9), (4.0, 0.2), (8.0, 0.01)], [(3.0, 0.01), (4.0, 0.005), (8.0, 0.001)]
+    found = sensitivity([group(i, 10, hard if i % 2 else easy) for i in range(6)])
+    points = frontier(found)
+    assert points == sorted(points) and [e for _, e in points] == sorted(
+        (e for _, e in points), reverse=True
+    )
+    bits, error = uniform(found)["4 bits"]
+    assert min(e for b, e in points if b <= bits) <= error
+    assert error_of(found, [0] * 6) == uniform(found)["3 bits"][1]
 
 
 def test_files():

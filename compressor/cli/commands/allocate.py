@@ -16,46 +16,121 @@ from compressor.cli.options import TEXT_FILE, json_option
 @click.argument("file", type=TEXT_FILE)
 @click.option(
     "--bits-per-weight",
-    required=True,
     type=click.FloatRange(min=0, min_open=True),
     help="Mean over all measured weights, scales and zero points included.",
 )
+@click.option(
+    "--megabytes", type=click.FloatRange(min=0, min_open=True), help="Of all measured weights."
+)
+@click.option(
+    "--microseconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="For a step of --tokens through all measured weights on --gpu, at its best.",
+)
+@click.option("--gpu", help="Whose bandwidth and 16-bit operations count: h200, l4, rtx4090, ...")
+@click.option("--tokens", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--quantizer", help="Rounds in the recipe in place of the measured one: reconstruct.")
 @click.option("--output", "-o", type=TEXT_FILE, help="Write the recipe here; printed if not given.")
+@click.option(
+    "--picture", type=TEXT_FILE, help="Write a PNG of what every number of bits would cost."
+)
 @json_option
-def command(file: Path, bits_per_weight: float, output: Path | None, as_json: bool) -> None:
+def command(
+    file: Path,
+    bits_per_weight: float | None,
+    megabytes: float | None,
+    microseconds: float | None,
+    gpu: str | None,
+    tokens: int,
+    quantizer: str | None,
+    output: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
     """Make a mixed-precision recipe from what `compress measure` wrote.
 
-    Reads no model. Bits go where they lower the summed error most.
+    Reads no model. Each group of linears gets the form in which the summed error is least within
+    one budget: bits, bytes, or the time that a GPU takes at least.
 
     \b
     compress allocate sensitivity.json --bits-per-weight 4.5
-    compress allocate sensitivity.json --bits-per-weight 4.5 -o mixed.yaml
-    compress allocate sensitivity.json --bits-per-weight 3.5 --json
+    compress allocate sensitivity.json --megabytes 60 -o mixed.yaml --picture frontier.png
+    compress allocate sensitivity.json --microseconds 20 --gpu h200 --quantizer reconstruct
     """
     import yaml
 
     from compressor.checkpoint.durable import write_atomically
+    from compressor.errors import InputError
     from compressor.foreign.calls import foreign
     from compressor.foreign.untrusted import read_file
+    from compressor.methods.common.head_plots import curves
     from compressor.plan.recipe import make_recipe
-    from compressor.run.allocate import allocate, mixed_recipe, parse_sensitivity
+    from compressor.run.allocate import (
+        allocate,
+        error_of,
+        frontier,
+        mixed_recipe,
+        parse_sensitivity,
+        uniform,
+        with_quantizer,
+    )
+    from compressor.run.roofline import GPUS, gpu_of, seconds, timed
 
+    given = [x for x in (bits_per_weight, megabytes, microseconds) if x is not None]
+    if len(given) != 1:
+        raise InputError(
+            "one budget is wanted", hint="--bits-per-weight, --megabytes or --microseconds"
+        )
+    if (microseconds is None) != (gpu is None):
+        raise InputError(
+            "--microseconds and --gpu go together", hint=f"--gpu one of: {', '.join(GPUS)}"
+        )
     found = parse_sensitivity(read_file(file, what="sensitivities"), where=str(file))
-    choice = allocate(found, bits_per_weight)
+    weights = sum(group.weights for group in found.groups)
+    priced, budget = found, bits_per_weight or 0.0
+    if megabytes is not None:
+        budget = 8e6 * megabytes / weights
+    if microseconds is not None and gpu is not None:
+        chip = gpu_of(gpu)
+        priced = timed(found, chip, tokens)
+        budget = 8e-6 * microseconds * chip.bandwidth / weights
+    choice = allocate(priced, budget)
+    measured = found if quantizer is None else with_quantizer(found, quantizer)
     with foreign(f"{file} is not what compress measure writes"):
-        recipe = mixed_recipe(found, choice)
+        recipe = mixed_recipe(measured, choice)
     make_recipe(recipe)
     text = yaml.safe_dump(recipe, sort_keys=False, width=100)
     spent = found.bits_per_weight(choice)
     chosen = [group.options[i] for group, i in zip(found.groups, choice, strict=True)]
-    counts = Counter("as it is" if o.bits is None else f"{o.bits} bits" for o in chosen)
+    counts = Counter("as it is" if o.label == "in float" else o.label for o in chosen)
+    error = error_of(found, choice)
+    if picture is not None:
+        points = {"mixed": frontier(found), **{k: [v] for k, v in uniform(found).items()}}
+        drawn = curves(points, title=found.measure, x="bits of a weight", y="error", log=True)
+        if drawn is not None:
+            write_atomically(picture, drawn)
     if output is not None:
         write_atomically(output, text.encode())
     if as_json:
-        about = {"bits_per_weight": spent, "groups": dict(counts), "recipe": recipe}
+        about = {
+            "bits_per_weight": spent,
+            "megabytes": spent * weights / 8e6,
+            "error": error,
+            "groups": dict(counts),
+            "frontier": frontier(found),
+            "uniform": uniform(found),
+            "recipe": recipe,
+        }
         echo(json.dumps({"ok": True, **about}, indent=2))
         return
     if output is None:
         echo(text, nl=False)
     shares = ", ".join(f"{count} groups {what}" for what, count in sorted(counts.items()))
-    echo(f"{spent:.3f} bits per weight: {shares}", err=True)
+    time = "" if gpu is None else f", {1e6 * seconds(spent, weights, gpu_of(gpu), tokens):.1f} µs"
+    echo(f"{spent:.3f} bits per weight{time}: {shares}", err=True)
+    beside = [
+        f"{label} {error / least[1]:.2f} of it at {least[0]:.2f} bits"
+        for label, least in uniform(found).items()
+        if least[1] > 0
+    ]
+    echo(f"summed error {error:.3g}: {', '.join(beside)} if all were alike", err=True)

@@ -30,6 +30,22 @@ if TYPE_CHECKING:
     show_default=True,
     help="Bits to try; repeat the option.",
 )
+@click.option(
+    "--form",
+    "forms",
+    multiple=True,
+    type=click.Choice(["fp8", "nvfp4", "mxfp4", "mxfp8"]),
+    help="Other forms to try beside integers; repeat the option.",
+)
+@click.option(
+    "--error",
+    "kind",
+    type=click.Choice(["change", "kl"]),
+    default="change",
+    show_default=True,
+    help="change: of the hidden states after the block; kl: what that change costs the model's "
+    "predictions, by a backward pass with the whole model in memory.",
+)
 @click.option("--group-size", type=click.IntRange(1), help="Of a MODEL's round-to-nearest.")
 @click.option("--samples", type=click.IntRange(1), help="Rows of calibration tokens.")
 @click.option("--length", type=click.IntRange(8), help="Tokens of each row.")
@@ -62,6 +78,8 @@ if TYPE_CHECKING:
 def command(
     subject: str,
     bits: tuple[int, ...],
+    forms: tuple[str, ...],
+    kind: str,
     group_size: int | None,
     samples: int | None,
     length: int | None,
@@ -76,12 +94,14 @@ def command(
     """Measure how much each layer costs at each number of bits; write it as a file.
 
     Of a RECIPE (a .yaml file) the quantizer is tried with each number of bits, after its
-    transforms; of a MODEL, rounding to nearest. Nothing is compressed. `compress allocate` makes a
+    transforms; of a MODEL, rounding to nearest; with --form so are floats in its place. Nothing is
+    compressed. `compress allocate` makes a
     recipe of the file.
 
     \b
     compress measure recipes/smollm2-awq.yaml --bits 3 --bits 4 --bits 8
     compress measure ./my-model --group-size 64 -o sensitivity.json
+    compress measure ./my-model --bits 3 --bits 4 --form nvfp4 --form fp8 --error kl
     compress allocate sensitivity.json --bits-per-weight 4.5 > mixed.yaml
     compress measure MODEL --attention moba --length 4096 -o moba.json
     """
@@ -115,7 +135,7 @@ def command(
         return
     if not subject.endswith((".yaml", ".yml")):
         data["passes"] = [{"rtn": {"group_size": group_size or _group_size(source.layout.linears)}}]
-    plans_of_bits(data, source, bits)
+    plans_of_bits(data, source, bits, forms)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     tokens = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
     display = Display(log_format=log_format)
@@ -134,10 +154,10 @@ def command(
     if as_json:
         echo(json.dumps({"ok": True, "file": str(out), "groups": len(found.groups)}))
         return
-    tried = sorted(set(bits))
+    tried = [str(b) for b in sorted(set(bits))] + list(dict.fromkeys(forms))
     echo(f"{'error at bits':>12} " + " ".join(f"{b:>9}" for b in tried) + "  the costliest")
     for group in sorted(found.groups, key=lambda g: -g.options[0].error)[:10]:
-        row = " ".join(f"{option.error:9.2e}" for option in group.options if option.bits)
+        row = " ".join(f"{option.error:9.2e}" for option in group.options[:-1])
         echo(f"{'':>13} {row}  {group.linears[0]}{_more(len(group.linears) - 1)}")
     echo(f"written to {out}: {len(found.groups)} groups")
 
