@@ -111,9 +111,16 @@ class KeyBlocks(Rule):
     def describe(
         cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
     ) -> list[str]:
+        when = {"prefill": " in prompts", "decode": " in steps of decoding"}
+        of = "".join(text for phase, text in when.items() if cls.phases & when.keys() == {phase})
+        whom = {
+            "query_head": "each query head",
+            "kv_head": "the query heads of each KV head together",
+        }
         return [
-            f"{rules.count(rule)} of {layers} layers choose {rule.top_k} blocks of "
-            f"{rule.block_size} keys by {rule.kind}, one choice for each {rule.per}"
+            f"{rules.count(rule)} of {layers} layers read {rule.top_k} blocks of "
+            f"{rule.block_size} keys{of}, chosen for {whom[rule.per]} by {cls.title}"
+            + (f", in texts of {rule.dense_below} keys and more" if rule.dense_below else "")
             for rule in dict.fromkeys(rules)
         ]
 

@@ -9,6 +9,7 @@ from typing import Any
 from compressor.arch.beside import kind_of, part_of
 from compressor.attention.policy import describe as describe_policy
 from compressor.attention.policy import read_policy
+from compressor.attention.token_classes import read_sizes
 from compressor.checkpoint.find import Located
 from compressor.checkpoint.manifest import read_manifest
 from compressor.checkpoint.source import Source
@@ -54,7 +55,7 @@ class CheckpointInfo:
     nbytes      of all tensors;  quantized_bytes  of packed linears;  quantized  their weights
     added       tensors beside the architecture's own
     beside      parts beside the text model: towers, projectors, layers for several tokens
-    policy      what its attention policy says, a line each
+    policy      what its attention policy says, and that of video streams, a line each
     notes       what is left out or read otherwise than the files say
     about       what the manifest says of how it was made, or None
     """
@@ -125,6 +126,9 @@ def inspect(located: Located) -> CheckpointInfo:
     floats = sum(_count(e.spec.shape) for n, e in checkpoint.entries.items() if n in own)
     manifest = read_manifest(checkpoint.folder) if located.local else None
     policy = read_policy(checkpoint.folder) if located.local else None
+    stream = read_sizes(checkpoint.folder) if located.local else None
+    said = [] if policy is None else describe_policy(policy)
+    said += [] if stream is None else [f"of a video stream stay {stream.describe()}"]
     codes = {linear.weight_name for linear in coded}
     # A format that keeps codes under the name of the weight was counted with the floats.
     doubled = sum(
@@ -149,7 +153,7 @@ def inspect(located: Located) -> CheckpointInfo:
         added=tuple(sorted(name for names in source.added.values() for name in names)),
         layers=layers,
         about=None if manifest is None else manifest.about,
-        policy=() if policy is None else tuple(describe_policy(policy)),
+        policy=tuple(said),
         notes=checkpoint.notes,
         beside=tuple(_beside(source)),
     )

@@ -24,7 +24,7 @@ from compressor.attention.policy import (
     read_policy,
     read_policy_tensors,
 )
-from compressor.attention.rule import Phase
+from compressor.attention.rule import Phase, make_rule
 from compressor.attention.rules.forecast import ForecastBlocks
 from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.attention.rules.quest import QuestPages
@@ -346,3 +346,26 @@ def test_a_phase_has_its_own_rule() -> None:
     (_, alone) = LayerPolicy(rules=(both,)).groups(2)
     kept = alone.kept(torch.arange(9), 9)
     assert kept is not None and kept.tolist() == [0, 6, 7, 8]
+
+
+def test_every_rule_is_said_in_plain_words() -> None:
+    """No name of a field, of a phase or of a value."""
+    phase = {"a": 1.0, "b": 1.0, "sparsity": 0.5, "lengths": [64, 128]}
+    entries: dict[str, dict[str, Any]] = {
+        "streaming": {"heads": [0], "sinks": 2, "window": 5},
+        "infllm_memory": {"local": 64, "piece": 8},
+        "xattention": {"threshold": [0.5, 0.7]},
+        "blasst": {"prefill": phase, "decode": phase},
+        "pillar": {},
+    }
+    for scorer in ("infllm", "quest", "lserve", "moba", "forecast"):
+        for per in ("query_head", "kv_head"):
+            if scorer != "moba" or per == "query_head":
+                entries[f"{scorer} {per}"] = {"scorer": scorer, "per": per}
+    said = {}
+    for name, values in entries.items():
+        rule = make_rule("blocks" if "scorer" in values else name, values)
+        (said[name],) = type(rule).describe([rule], layers=4, kv_heads=2, positions="text")
+        assert not {*said[name]} & {*"_[]{}="} and any(n in said[name] for n in "124"), said[name]
+    assert said["moba query_head"].startswith("1 of 4 layers read 96 blocks of 64 keys in prompts")
+    assert "the query heads of each KV head together" in said["lserve kv_head"]

@@ -98,7 +98,10 @@ def test_pages_weights_and_cache_are_one_run(
     report = verify(output, device=CPU)
     assert report.ok, report.damage
     said = {check.name: check.detail for check in report.checks}
-    assert "2 of 4 KV heads" in said["attention policy"] and "by lserve" in said["attention policy"]
+    assert (
+        "2 of 4 KV heads" in said["attention policy"]
+        and "by LServe's bounds of 2 keys" in said["attention policy"]
+    )
     assert "as recorded" in said["attention thresholds"]
     assert abs(nll(output) - nll(output, attention=lambda unit: None)) > 1e-4
 
@@ -242,6 +245,14 @@ def test_the_command_line_shows_and_exports(composed: Path, tmp_path: Path) -> N
     assert "2 of 4 KV heads streaming (2 sinks + 8 recent; positions by text)" in shown.output
     inspected = runner.invoke(cli, ["inspect", str(composed)])
     assert "attention   2 of 4 KV heads streaming" in inspected.output
+    (tmp_path / "video").mkdir()
+    for file in composed.iterdir():
+        if file.is_file():
+            (tmp_path / "video" / file.name).symlink_to(file)
+    sizes = {"sink": 4, "window": 8, "text_rounds": 2, "vision_rounds": 3}
+    (tmp_path / "video" / "stream_policy.json").write_text(json.dumps(sizes))
+    inspected = runner.invoke(cli, ["inspect", str(tmp_path / "video")])
+    assert "of a video stream stay 4 first and 8 last tokens" in inspected.output
     data = json.loads(runner.invoke(cli, ["policy", "show", str(composed), "--json"]).output)
     assert data["ok"] and data["version"] == 1
     out = tmp_path / "duo"

@@ -38,7 +38,7 @@ class LServePages(KeyBlocks):
     list for the one being written, also where the list is older; here that one is read beside it.
     """
 
-    title: ClassVar[str] = "LServe's pages"
+    title: ClassVar[str] = "LServe's bounds"
     phases: ClassVar[frozenset[Phase]] = frozenset(("decode",))
 
     logical: int = Field(16, ge=1)
@@ -92,7 +92,7 @@ class LServePages(KeyBlocks):
     ) -> list[str]:
         lines = super().describe(rules, layers=layers, kv_heads=kv_heads, positions=positions)
         return [
-            f"{line}, by bounds of {rule.logical} keys, anew every {rule.reuse} steps"
+            f"{line} of {rule.logical} keys, anew every {rule.reuse} steps"
             for line, rule in zip(lines, dict.fromkeys(rules), strict=True)
         ]
 
