@@ -3,7 +3,8 @@
 Of each rule the budget or threshold is searched at which queries see the wanted share of keys on
 calibration text; then passkeys and windows of held-out text are scored as evaluations do.
 XAttention is there with one threshold for all heads and with calibrated ones, scaled alike.
-BLASST's share is of the tokens in kept tiles, as masks count it.
+BLASST's share is of the tokens in kept tiles, as masks count it; tiles are of one query by 16 keys,
+because on small models no threshold skips much of larger ones in prompts.
 
     python scripts/measure/run.py sparse_attention MODEL --density 0.25 --length 1024
     python scripts/measure/run.py sparse_attention SMOLLM2 --density 0.2 --length 4096 --device cuda
@@ -21,7 +22,7 @@ from ways import token_rows, whole_model
 
 from compressor.attention.evaluation import policy_attention
 from compressor.attention.policy import AttentionPolicy, LayerPolicy, attention_shape, rule_policy
-from compressor.attention.quality import measure_policies, watch_attention
+from compressor.attention.quality import Quality, measure_policies, watch_attention
 from compressor.attention.rule import Rule
 from compressor.attention.rules.blasst import Blasst, SkipPhase
 from compressor.attention.rules.infllm import InfLLMBlocks
@@ -111,12 +112,12 @@ def families(model: SourceModel, calibration: Tensor, bench: Bench) -> dict[str,
         ),
         "XAttention, one threshold": lambda x: tiles(torch.full_like(tau, x)),
         "XAttention, calibrated": lambda x: tiles(tau * x),
-        "BLASST": lambda x: all_layers(
+        "BLASST, tiles of one query": lambda x: all_layers(
             Blasst(
                 prefill=SkipPhase(
                     a=length * max(1e-6, 1 - x) ** 2, b=0.0, sparsity=0.5, lengths=(length, length)
                 ),
-                rows=16,
+                rows=1,
                 keys=16,
             )
         ),
@@ -132,19 +133,22 @@ def variants(bench: Bench) -> Iterator[Variant]:
     task = Passkey(lengths=(length,), rows=bench.options.rows)
     source = model.source
 
-    def density(policy: AttentionPolicy) -> float:
-        (found,) = measure_policies(model, [policy], calibration[:1])
-        return float(found.seen.mean())
+    def found() -> Iterator[tuple[str, AttentionPolicy, Quality]]:
+        """Policies at the wanted density, all searched side by side, and their worth elsewhere."""
+        kinds = families(model, calibration, bench)
+        low, high = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 1.0)
+        for _ in range(8):
+            middle = {name: (low[name] + high[name]) / 2 for name in kinds}
+            policies = [kinds[name](middle[name]) for name in kinds]
+            for name, one in zip(
+                kinds, measure_policies(model, policies, calibration[:1]), strict=True
+            ):
+                (low if float(one.seen.mean()) < wanted else high)[name] = middle[name]
+        policies = [kinds[name](high[name]) for name in kinds]
+        worth = measure_policies(model, policies, held_out[:1])
+        yield from zip(kinds, policies, worth, strict=True)
 
-    def searched(family: Family) -> AttentionPolicy:
-        low, high = 0.0, 1.0
-        for _ in range(7):
-            middle = (low + high) / 2
-            low, high = (middle, high) if density(family(middle)) < wanted else (low, middle)
-        return family(high)
-
-    def measure(family: Family | None) -> Figures:
-        policy = None if family is None else searched(family)
+    def measure(policy: AttentionPolicy | None, worth: Quality | None) -> Figures:
         attention = None if policy is None else policy_attention(policy)
         dtype = model.dtype
         (stream,) = run_blocks(
@@ -169,12 +173,16 @@ def variants(bench: Bench) -> Iterator[Variant]:
             "passkey": keys.accuracy.value,
             "passkey error": keys.accuracy.error,
         }
-        if policy is not None:
-            (found,) = measure_policies(model, [policy], held_out[:1])
-            figures |= {"seen": float(found.seen.mean()), "mass": float(found.mass.mean())}
+        if worth is not None:
+            figures |= {"seen": float(worth.seen.mean()), "mass": float(worth.mass.mean())}
         return figures
 
     settings = vars(bench.options)
-    yield Variant("full attention", lambda: measure(None), settings)
-    for name, family in families(model, calibration, bench).items():
-        yield Variant(name, lambda family=family: measure(family), settings, "full attention")
+    yield Variant("full attention", lambda: measure(None, None), settings)
+    for name, policy, worth in found():
+        yield Variant(
+            name,
+            lambda policy=policy, worth=worth: measure(policy, worth),
+            settings,
+            "full attention",
+        )
