@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,4 +18,4 @@ class TensorShape:
     @property
     def nbytes(self) -> int:
         """Size of the tensor's data in bytes."""
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+        return self.dtype.itemsize * math.prod(self.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,8 +114,13 @@ def loads(runtime: Runtime, written: Written) -> list[InputError]:
         ]
     found: dict[tuple[str, str], list[str]] = {}
     holes = _holes(runtime, written)
+    known: dict[Hashable, list[tuple[str, str]]] = {}  # experts are many, and all alike
     for linear, scheme, form in written.quantized:
-        for reason in _linear(runtime, written, linear, scheme, form, holes=holes):
+        alike = (linear.role, linear.shape, linear.expert is None, linear.fused, linear.transposed)
+        kind = (scheme, form, alike)
+        if kind not in known:
+            known[kind] = _linear(runtime, written, linear, scheme, form, holes=holes)
+        for reason in known[kind]:
             found.setdefault(reason, []).append(linear.name)
     errors = [
         InputError(f"{title} {why} ({_some(names)})", hint=hint or None)

@@ -49,22 +49,23 @@ def command(asked: Asked, device: str, device_memory: int | None, as_json: bool)
     compress plan recipes/llama2-awq.yaml --model ./my-model --set passes.awq.group_size=64
     compress plan recipes/llama2-awq.yaml --for 'vllm@0.24, tp: 2, gpu: h100' --json
     """
-    show_plan(asked, device=device, device_memory=device_memory, as_json=as_json)
+    # What is made of tens of thousands of experts' headers stays until the end.
+    with uncollected():
+        show_plan(asked, device=device, device_memory=device_memory, as_json=as_json)
 
 
 def show_plan(asked: Asked, *, device: str, device_memory: int | None, as_json: bool) -> None:
     """Make it, and say all of it. Raises Problems with everything that is wrong."""
-    with uncollected():
-        import torch
+    import torch
 
-        from compressor.checkpoint.find import locate
-        from compressor.errors import Problems
-        from compressor.plan.estimate import estimate
-        from compressor.plan.plan import make_plan
-        from compressor.plan.preflight import preflight
-        from compressor.plan.unit_plan import DTYPES
-        from compressor.run.tokens import check_data
-        from compressor.runner.process_memory import rss
+    from compressor.checkpoint.find import locate
+    from compressor.errors import Problems
+    from compressor.plan.estimate import estimate
+    from compressor.plan.plan import make_plan
+    from compressor.plan.preflight import preflight
+    from compressor.plan.unit_plan import DTYPES
+    from compressor.run.tokens import check_data
+    from compressor.runner.process_memory import rss
 
     resident = rss()
     loaded = asked.recipe()
@@ -87,8 +88,7 @@ def show_plan(asked: Asked, *, device: str, device_memory: int | None, as_json: 
         plan, device=torch.device(device), resident=resident, device_memory=device_memory
     )
     problems, notes = check_data(plan)
-    with uncollected():
-        problems += preflight(plan)[1]
+    problems += preflight(plan)[1]
     if problems:
         raise Problems(problems)
     plan = replace(plan, notes=(*plan.notes, *notes))

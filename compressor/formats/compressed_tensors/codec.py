@@ -98,14 +98,17 @@ class CompressedTensors(Format):
         """One group for each distinct scheme; empty where nothing is quantized."""
         groups: dict[str, dict[str, Any]] = {}
         targets: dict[str, list[str]] = {}
+        keys: dict[Scheme, str] = {}  # tens of thousands of experts share one scheme
         for module, scheme in schemes.linears.items():
             if scheme.weight is None:
                 continue
-            layout = holder(scheme)
-            group = {**layout.group(scheme), "output_activations": None, "format": layout.format}
-            key = json.dumps(group, sort_keys=True)
-            groups[key] = group
-            targets.setdefault(key, []).append(module)
+            if scheme not in keys:
+                layout = holder(scheme)
+                group = {**layout.group(scheme), "output_activations": None}
+                group["format"] = layout.format
+                keys[scheme] = json.dumps(group, sort_keys=True)
+                groups[keys[scheme]] = group
+            targets.setdefault(keys[scheme], []).append(module)
         if not groups and schemes.kv is None:
             return {}
         formats = {group["format"] for group in groups.values()}

@@ -1,0 +1,64 @@
+"""Headers of a mixture of hundreds of experts, without a weight behind them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.checkpoint.container import Safetensors
+from compressor.checkpoint.find import locate
+from compressor.ir.tensor import TensorShape
+from compressor.plan.plan import make_plan
+from compressor.plan.recipe import make_recipe
+from compressor.runtimes import loads
+from tests.support.scripts import load
+
+EXPERTS = 128
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose shards are holes."""
+    folder = tmp_path_factory.mktemp("experts")
+    blocks = load("scripts/bench/blocks.py")
+    config = blocks.smaller(blocks.MODELS["qwen3-235b-a22b"][1]) | {"num_experts": EXPERTS}
+    outer = (blocks.VOCABULARY, config["hidden_size"])
+    shapes = {"model.embed_tokens.weight": outer, "lm_head.weight": outer}
+    shapes["model.norm.weight"] = outer[1:]
+    for layer in range(2):
+        for name, shape in blocks.block(config).items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    groups = [{name: TensorShape(torch.bfloat16, shape)} for name, shape in shapes.items()]
+    for shard in (laid := Safetensors().lay_out(groups)).shards:
+        with (folder / shard.file).open("wb") as file:
+            file.write(shard.fixed[0])
+            file.truncate(shard.size)
+    for name, content in laid.index.items():
+        (folder / name).write_bytes(content)
+    whole = {**blocks.COMMON, **config, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+def test_what_experts_have_in_common_is_asked_once(
+    headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    linear = loads._linear
+
+    def counted(runtime: Any, written: Any, one: Any, *rest: Any, **more: Any) -> Any:
+        asked.append(one.name)
+        return linear(runtime, written, one, *rest, **more)
+
+    monkeypatch.setattr(loads, "_linear", counted)
+    passes = [{"rtn": {"bits": 4, "group_size": 32, "symmetric": True}}]
+    recipe = {"model": str(headers), "output": str(tmp_path / "out"), "passes": passes}
+    source = locate(str(headers), fetch=False, to_plan=True).source
+    plan = make_plan(make_recipe(recipe), source, output=tmp_path / "out")
+    assert len(plan.passes[0].names) == 2 * (4 + 3 * EXPERTS)
+    roles = {x.role for x in plan.layout.linears}
+    assert 0 < len(asked) <= 2 * len(roles)
