@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compressor.attention.masked import both_masks, in_pieces
 from compressor.attention.policy import AttentionPolicy, Group, check_policy, read_policy
-from compressor.attention.rule import Rule, RuleCall, Seen
+from compressor.attention.rule import Rule, RuleCall, Seen, warn_past_fit
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
@@ -141,6 +141,7 @@ def _seen(group: Group, call: AttentionCall, unit: Unit, ahead: Ahead) -> Seen |
     rule = group.acting("decode") or group.acting("prefill")
     if rule is None or not rule.acts(call.key.shape[2]):
         return None
+    warn_past_fit(rule, call.key.shape[2])
     said = _said(rule, call, unit, ahead)
     return rule.seen(rule_call(call, group.heads, said))
 

@@ -111,6 +111,9 @@ class AttentionPolicy(Value):
             most = max((rule.heads[-1] for rule in layer.rules if rule.heads), default=0)
             if most >= self.kv_heads:
                 raise ValueError(f"layer {number} has {self.kv_heads} KV heads, no {most}")
+            for rule in layer.rules:
+                if (problem := rule.misfit(self.heads, self.kv_heads)) is not None:
+                    raise ValueError(f"layer {number}: {problem}")
         if self.positions == "slot":
             kinds = {group.rules for layer in self.layers for group in layer.groups(self.kv_heads)}
             if len(kinds) > 1 or not all(len(k) == 1 and k[0].by_slot for k in kinds):

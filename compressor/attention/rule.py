@@ -7,6 +7,7 @@ definition: evaluations and running models attend under it, unless the rule brin
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,15 @@ class Rule(Value):
 
     # What is checked, said and written.
 
+    @property
+    def fitted(self) -> int | None:
+        """Keys of the longest text that its numbers were calibrated on; None: they are for any."""
+        return None
+
+    def misfit(self, heads: int, kv_heads: int) -> str | None:
+        """What is wrong with it in a layer of so many heads, or None."""
+        return None
+
     def check(self, unit: UnitLayout) -> None:
         """Raises InputError where it is not for this block."""
 
@@ -216,6 +226,17 @@ class Rule(Value):
     def to_json(self) -> dict[str, Any]:
         """Plain data; what is None is left out."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def warn_past_fit(rule: Rule, length: int) -> None:
+    """Say, once for all layers and steps, that a text of `length` keys is longer than those that a
+    rule was calibrated on."""
+    if rule.fitted is not None and length > rule.fitted:
+        warnings.warn(
+            f"{rule.kind}: this text is longer than the {rule.fitted} tokens that its thresholds "
+            "were calibrated on; nothing is promised beyond",
+            stacklevel=2,
+        )
 
 
 def rule_names() -> list[str]:

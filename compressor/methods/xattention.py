@@ -34,9 +34,11 @@ from compressor.runner.source_model import SourceModel
 
 
 class Thresholds(Learned):
-    """A threshold for each query head, fp32 [layers, heads]."""
+    """A threshold for each query head, fp32 [layers, heads], and the tokens of the rows that they
+    were calibrated on."""
 
     threshold: Tensor
+    calibrated: int | None = None
 
 
 class XAttention(ModelPass[Thresholds]):
@@ -104,7 +106,7 @@ class XAttention(ModelPass[Thresholds]):
             for layer, line in enumerate(found)
         ]
         return LearnResult(
-            Thresholds(threshold=found),
+            Thresholds(threshold=found, calibrated=context.ids.shape[1]),
             rows=rows,
             plots={} if plot is None else {"xattention.png": plot},
         )
@@ -112,28 +114,36 @@ class XAttention(ModelPass[Thresholds]):
     def policy(self, layout: ModelLayout, learned: Thresholds | None) -> AttentionPolicy:
         shape = attention_shape(layout)
         # Before calibration: a threshold that stands for any.
-        values = torch.ones(len(layout.blocks), shape.heads)
+        values, calibrated = torch.ones(len(layout.blocks), shape.heads), None
         if learned is not None:
-            values = learned.threshold
+            values, calibrated = learned.threshold, learned.calibrated
         layers = [
-            LayerPolicy(rules=() if number in self.dense_layers else (self._rule(line),))
+            LayerPolicy(
+                rules=() if number in self.dense_layers else (self._rule(line, calibrated),)
+            )
             for number, line in enumerate(values)
         ]
         policy = AttentionPolicy(
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             layers=tuple(layers),
-            made_by={"xattention": self.model_dump(mode="json", exclude={"targets", "ignore"})},
+            made_by={
+                "xattention": {
+                    **self.model_dump(mode="json", exclude={"targets", "ignore"}),
+                    **({} if calibrated is None else {"calibrated": calibrated}),
+                }
+            },
         )
         check_policy(policy, layout)
         return policy
 
-    def _rule(self, threshold: Tensor) -> Tiles:
+    def _rule(self, threshold: Tensor, calibrated: int | None) -> Tiles:
         return Tiles(
             threshold=tuple(min(1.0, float(x)) for x in threshold),
             block_size=self.block_size,
             stride=self.stride,
             as_released=self.as_released,
+            calibrated=calibrated,
         )
 
     @model_validator(mode="after")

@@ -130,8 +130,26 @@ def test_a_policy_is_stored_described_and_checked(folder: Path) -> None:
         assert stored == policy(rule)
         check_policy(stored, layout)
     assert "tiles of 16" in describe(policy(RULES["xattention"]))[0]
-    short = RULES["xattention"].model_copy(update={"threshold": (0.5,)})
-    with pytest.raises(InputError, match="1 thresholds for 4 query heads"):
-        check_policy(policy(short), layout)
+    data = policy(RULES["xattention"]).to_json()
+    data["layers"][1]["xattention"]["threshold"] = [0.5]
+    with pytest.raises(InputError, match="layer 1: xattention has 1 thresholds for 4 query heads"):
+        make_policy(data)
+    with pytest.raises(ValueError, match="not a shortest and a longest"):
+        SkipPhase(a=1.0, b=1.0, sparsity=0.5, lengths=(128, 64))
     with pytest.raises(ValueError, match="stride 3"):
         XAttention(threshold=(0.5,), stride=3)
+
+
+@torch.no_grad()
+def test_texts_past_the_calibrated_length_are_named(folder: Path, recwarn: Any) -> None:
+    """Once, however many layers and steps; not for texts within it."""
+    past = RULES["xattention"].model_copy(update={"calibrated": 50})
+    model = load(folder)
+    for rule, message in ((past, "xattention: .* 50 tokens"), (RULES["blasst"], "128 tokens")):
+        runtime = attach(model, policy(rule))
+        recwarn.clear()
+        model(ids(48), use_cache=False)
+        assert not [one for one in recwarn if "calibrated" in str(one.message)]
+        with pytest.warns(UserWarning, match=message):
+            model(ids(130), use_cache=False)
+        runtime.detach()

@@ -38,6 +38,12 @@ class SkipPhase(Value):
     sparsity: float = Field(gt=0, lt=1)
     lengths: tuple[int, int] = Field(strict=False)
 
+    @model_validator(mode="after")
+    def _lengths_ascend(self) -> Self:
+        if not 1 <= self.lengths[0] <= self.lengths[1]:
+            raise ValueError(f"lengths {list(self.lengths)} are not a shortest and a longest text")
+        return self
+
     def threshold(self, length: int) -> float:
         """Of a text of `length` keys; 1 and more: every tile but the first would go."""
         return self.a * math.exp(self.b * self.sparsity) / length
@@ -63,6 +69,10 @@ class Blasst(Rule):
         if self.prefill is None and self.decode is None:
             raise ValueError("there is a threshold neither for prompts nor for steps")
         return self
+
+    @property
+    def fitted(self) -> int | None:
+        return max(phase.lengths[1] for phase in (self.prefill, self.decode) if phase is not None)
 
     def _threshold(self, call: RuleCall) -> float:
         phase = self.decode if call.query.shape[2] == 1 else self.prefill

@@ -21,8 +21,6 @@ from torch import Tensor
 from compressor.attention.key_blocks import by_kernel
 from compressor.attention.masked import OwnAttention
 from compressor.attention.rule import Phase, Rule, RuleCall, Seen
-from compressor.errors import InputError
-from compressor.ir.layout import UnitLayout
 
 
 class XAttention(Rule):
@@ -32,6 +30,7 @@ class XAttention(Rule):
     block_size  queries and keys of a block;  stride  of the estimate
     as_released  whether the first chunk's blocks are chosen as the released code does it, which
                 takes about one block more than the share needs
+    calibrated  tokens of the rows that thresholds were calibrated on; None: they were given
     Chunks of a prompt that are whole blocks give what one pass does.
     """
 
@@ -42,6 +41,7 @@ class XAttention(Rule):
     block_size: int = Field(128, ge=16, le=128)
     stride: int = Field(8, ge=1)
     as_released: bool = False
+    calibrated: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -94,17 +94,15 @@ class XAttention(Rule):
         )
         return out
 
-    def check(self, unit: UnitLayout) -> None:
-        shape = unit.attention
-        if shape is None:
-            return
-        kv_heads = len(self.heads) if self.heads else shape.kv_heads
-        heads = kv_heads * (shape.heads // shape.kv_heads)
-        if len(self.threshold) != heads:
-            raise InputError(
-                f"{unit.name}: xattention has {len(self.threshold)} thresholds for {heads} query "
-                "heads"
-            )
+    @property
+    def fitted(self) -> int | None:
+        return self.calibrated
+
+    def misfit(self, heads: int, kv_heads: int) -> str | None:
+        own = (len(self.heads) if self.heads else kv_heads) * (heads // kv_heads)
+        if len(self.threshold) == own:
+            return None
+        return f"xattention has {len(self.threshold)} thresholds for {own} query heads"
 
     @classmethod
     def describe(

@@ -19,7 +19,7 @@ from compressor.attention.evaluation import query_heads
 from compressor.attention.masked import OwnAttention, full
 from compressor.attention.policy import AttentionPolicy, Group, read_policy
 from compressor.attention.rope import Rotary
-from compressor.attention.rule import Held, Rule, RuleCall
+from compressor.attention.rule import Held, Rule, RuleCall, warn_past_fit
 from compressor.attention.serve.ahead import Ahead, stored_tensors
 from compressor.attention.serve.cache import HeadLayer, PolicyCache, split
 from compressor.errors import InputError
@@ -194,6 +194,7 @@ class Runtime:
         acting = self._acting(group, query)
         if acting is None or not acting.acts(step.keys.shape[2]):
             return full(query, step.keys, step.values, own)
+        warn_past_fit(acting, int(step.on_device()[-1]) + 1)
         said = told.get(acting.kind)
         call = RuleCall(query, step.keys, step.on_device(), own.scaling, said, step.memory)
         if self.policy.positions == "slot":
