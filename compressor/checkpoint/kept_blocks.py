@@ -65,6 +65,10 @@ def kept_source(source: Source, kept: Sequence[int], config: Mapping[str, Any]) 
     moved = renumbering(source.arch, kept, count=len(source.layout.blocks))
     names = {ours: name for name in stored.entries if (ours := moved(name)) is not None}
     plain = {f.name: getattr(stored, f.name) for f in fields(Checkpoint)}
+    said = (
+        f"{len(kept)} of {len(source.layout.blocks)} blocks are kept: {', '.join(map(str, kept))}"
+    )
+    plain["notes"] = (*stored.notes, said)
     plain |= {"config": config, "entries": {n: stored.entries[o] for n, o in names.items()}}
     found = as_source(KeptCheckpoint(**plain, original=stored, names=names), arch=source.arch)
     for number, block in enumerate(kept):

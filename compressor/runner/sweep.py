@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.offsite import read_offsite_record
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
@@ -301,8 +302,15 @@ def run_blocks(
 
     batch        rows at a time; halved where the device's memory does not do
     after_block  called with a block and every model's hidden states [rows, length, hidden] after it
-    Raises InputError for rows that a model cannot take, or models of different depth.
+    Raises InputError for rows that a model cannot take, or models of different depth; an emulator
+    and its full model run one after the other, without `after_block`.
     """
+    if len(models) == 2 and _is_part(models[0].source, models[1].source):
+        apart = [
+            run_blocks([m], ids, device=device, dtype=dtype, batch=batch, progress=progress)
+            for m in models
+        ]
+        return [states for (states,) in apart]
     _check(models, ids)
     running = [
         SourceModel(
@@ -328,6 +336,13 @@ def run_blocks(
             after_block(step.layout, [stream.hidden for stream in streams])
     pairs = zip(running, streams, strict=True)
     return [FinalStates(model, stream.hidden) for model, stream in pairs]
+
+
+def _is_part(part: Source, whole: Source) -> bool:
+    """Whether a checkpoint says that it has some of the other's blocks."""
+    record = read_offsite_record(part.checkpoint.folder)
+    blocks = len(whole.layout.blocks)
+    return record is not None and record.blocks == blocks > len(part.layout.blocks)
 
 
 def _check(models: Sequence[StreamedModel], ids: Tensor) -> None:

@@ -16,11 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compressor.checkpoint import as_stored
+from compressor.checkpoint.adapter import open_adapter
+from compressor.checkpoint.find import locate
 from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.offsite import OFFSITE_NAME
+from compressor.checkpoint.shards import ShardWriter
 from compressor.cli.main import cli
 from compressor.errors import CompressError, Problems
 from compressor.plan.recipe import make_recipe
+from compressor.run.plug import plug
 from compressor.run.session import compile_checkpoint, prepare
 from tests.support.golden_files import vectors, vectors_and_notes
 
@@ -159,6 +164,36 @@ def test_an_adapter_taken_from_a_tuned_emulator_is_the_same_adapter(
     again = load_file(tmp_path / "a" / "adapter.safetensors")
     assert all(torch.equal(again[name], found[name]) for name in found)
     assert compress("plug", base, tmp_path / "a", tmp_path / "three").exit_code == 0
+
+
+def test_an_interrupted_plug_continues(
+    base: Path, emulator: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written before is not written again, and nothing looks finished meanwhile."""
+    monkeypatch.setattr(as_stored, "PART", 100_000)
+    located = locate(str(base), fetch=False)
+    adapter = open_adapter(tuned, located.source, emulator=emulator)
+    whole = plug(located, adapter, tmp_path / "whole")
+    seen: list[str] = []
+
+    def ends_early(name: str, done: int, total: int) -> None:
+        if name == "part 3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plug(located, adapter, tmp_path / "out", progress=ends_early)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    wrote = ShardWriter.write
+
+    def counted(writer: ShardWriter, tensors: Any) -> Any:
+        seen.extend(tensors)
+        return wrote(writer, tensors)
+
+    monkeypatch.setattr(ShardWriter, "write", counted)
+    again = plug(located, adapter, tmp_path / "out")
+    assert again.nbytes == whole.nbytes and 0 < len(set(seen)) < len(tensors_of(base))
+    one, two = (hash_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert one == two
 
 
 def edit(name: str, value: float) -> Callable[[dict[str, Tensor]], None]:

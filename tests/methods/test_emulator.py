@@ -17,7 +17,9 @@ from compressor.arch.load import load_map
 from compressor.checkpoint.offsite import read_offsite_record
 from compressor.checkpoint.source import open_source
 from compressor.errors import CheckError, InputError, Interrupted, Problems
+from compressor.evaluate.perplexity import evaluate
 from compressor.plan.recipe import make_recipe
+from compressor.run.judge import judge
 from compressor.run.session import Compiled, compile_checkpoint, prepare
 from compressor.verify.verify import verify
 
@@ -209,6 +211,31 @@ def test_what_makes_no_emulator_is_refused(
     shown = "\n".join(f"{p.message} {p.hint}" for p in caught.value.problems)
     assert said in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_an_emulator_is_measured_against_the_full_model(llama: Path, tmp_path: Path) -> None:
+    """By a run and by eval; what has other blocks by chance is still refused."""
+    recipe = {
+        "model": str(llama),
+        "output": str(tmp_path / "out"),
+        "passes": [{"emulator": {"pads": [1, 1], "keep": 1}}],
+        "format": "dense",
+        "evaluate": {"windows": 2, "length": 32},
+    }
+    prepared = prepare(make_recipe(recipe), device=CPU)
+    done = compile_checkpoint(prepared)
+    verdict = judge(prepared, done)
+    assert verdict.ok and verdict.evaluation is not None
+    assert verdict.evaluation.kl is not None and verdict.evaluation.kl.value > 0.01
+    assert prepared.evaluation is not None
+    ids = prepared.evaluation.ids
+    whole = evaluate(open_source(llama), ids, device=CPU, dtype=torch.float32)
+    assert verdict.evaluation.original_perplexity is not None
+    assert verdict.evaluation.original_perplexity.value == pytest.approx(whole.perplexity.value)
+    (tmp_path / "out" / "offsite.json").unlink()
+    source = open_source(tmp_path / "out")
+    with pytest.raises(InputError, match="not the same"):
+        evaluate(source, ids, device=CPU, dtype=torch.float32, against=open_source(llama))
 
 
 def test_a_diverging_distillation_says_so(llama: Path, tmp_path: Path) -> None:
