@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import click
 
 from compressor.errors import CheckError, CompressError, MachineError, Problems
+from compressor.ranks.place import place_of
 
 if TYPE_CHECKING:
     from compressor.evaluate.gate import GateResult
@@ -143,7 +144,9 @@ def gate_cases(gate: GateResult | None) -> list[Case]:
 
 
 def write_cases(path: Path, cases: Sequence[Case], command: str) -> None:
-    """Write a test report, and the folders above it."""
+    """Write a test report, and the folders above it; of several ranks the first does."""
+    if (place := place_of()) is not None and place.rank > 0:
+        return
     suite = ElementTree.Element(
         "testsuite",
         name=f"compress {command}",

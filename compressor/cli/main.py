@@ -25,6 +25,7 @@ from compressor.cli.echo import echo
 from compressor.cli.junit import error_cases, write_cases
 from compressor.cli.options import CASES
 from compressor.errors import CompressError, InputError, MachineError, Problems
+from compressor.ranks.place import place_of
 
 COMMANDS = Path(__file__).parent / "commands"
 MISNAMED = (
@@ -32,6 +33,9 @@ MISNAMED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL),
 )
 """What is wrong with a path that was named, and not with the machine."""
+
+SHARED = ("run", "quantize")
+"""Commands that several ranks do together."""
 
 LONGEST = 4000
 """Characters of a message that are printed."""
@@ -57,7 +61,8 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="compress")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Compile LLM checkpoints: a recipe in, a packed and verified checkpoint out.
 
     \b
@@ -70,6 +75,12 @@ def cli() -> None:
     Exit codes: 0 done; 1 a check or gate failed; 2 bad input or usage; 3 the machine failed and
     the same command resumes; 130 interrupted, likewise.
     """
+    command = context.invoked_subcommand
+    if command not in SHARED and place_of() is not None:
+        raise InputError(
+            f"compress {command} is one process, and torchrun started several",
+            hint=f"several share {' and '.join(f'compress {name}' for name in SHARED)}",
+        )
 
 
 def main() -> None:

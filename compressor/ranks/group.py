@@ -200,7 +200,7 @@ def lost() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        first = (str(error).splitlines() or [""])[0]
+        first = (str(error).splitlines() or [""])[0].partition(". This is typically")[0]
         raise MachineError(
             f"the connection to another rank broke: {first}",
             hint="a rank was killed, ran out of memory or lost its network; the same command "

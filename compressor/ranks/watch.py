@@ -63,11 +63,10 @@ class Watch:
         self._threads[0].join(2 * BEAT)
         # Whoever served it may be gone, and with it all that could be told.
         with suppress(RuntimeError):
-            self._connect().set(f"{what}/{self.place.rank}", json.dumps(about))
+            self._connect(2 * BEAT).set(f"{what}/{self.place.rank}", json.dumps(about))
 
-    def _connect(self) -> Store:
-        place = self.place
-        wait = timedelta(seconds=SILENCE / 2)
+    def _connect(self, seconds: float = SILENCE / 2) -> Store:
+        place, wait = self.place, timedelta(seconds=seconds)
         store = TCPStore(place.host, place.port, place.world, False, wait)
         return PrefixStore(f"watch/{place.attempt}", store)
 

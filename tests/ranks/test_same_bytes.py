@@ -24,7 +24,6 @@ LLAMA: dict[str, list[dict[str, Any]]] = {
     "gptq beside the original": [BESIDE],
     "smoothquant": [STATIC],
     "qoq": [QOQ],
-    "signround": [{"signround": {**INT4, "steps": 2, "batch": 4}}],
 }
 MIXTRAL: dict[str, list[dict[str, Any]]] = {
     "nvfp4": [{"nvfp4": {"activations": "calibrated"}}],
@@ -56,11 +55,13 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         for name, passes in every.items()
     }
     jobs = {"folder": str(folder), "worlds": WORLDS, "batch": 2, "recipes": recipes}
+    jobs |= {"faulty": recipes["awq by running tokens"], "output": str(folder / "faulty")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.support.rank_jobs", str(folder / "jobs.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "faults.json").write_text(done.stdout.splitlines()[-1])
     return folder
 
 
@@ -68,4 +69,20 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -> None:
     manifests = [(written / str(n) / recipe / "manifest.json").read_bytes() for n in WORLDS]
     assert len(set(manifests)) == 1
+
+
+def test_a_rank_that_dies_ends_all_and_another_number_continues(written: Path) -> None:
+    faults = json.loads((written / "faults.json").read_text())
+    codes = [code for code, _ in faults["kill_one"]]
+    assert codes == [3, 3, -9] and faults["seconds"] < 60
+    assert [code for code, _ in faults["continued"]] == [0, 0]
+    whole = written / "1" / "awq by running tokens" / "manifest.json"
+    assert (written / "faulty" / "manifest.json").read_bytes() == whole.read_bytes()
     assert not list(written.rglob(".compress-work"))
+
+
+def test_ranks_that_differ_are_refused_by_name(written: Path) -> None:
+    faults = json.loads((written / "faults.json").read_text())
+    for code, text in faults["differ"]:
+        assert code == 2 and "ranks differ in recipe.passes" in text
+    assert not (written / "faulty-differ").exists()

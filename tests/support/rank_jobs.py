@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 
+from compressor.errors import CompressError
 from compressor.plan.recipe import make_recipe
 from compressor.ranks.join import joined
 from compressor.ranks.ranks import Ranks
 from compressor.run.session import compile_checkpoint, prepare
+from compressor.run.settings import UnitDone
 
 CPU = torch.device("cpu")
 
@@ -30,11 +33,19 @@ def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
     compile_checkpoint(replace(prepared, batch=batch), ranks=ranks)
 
 
+def place_of_rank(number: int, world: int, port: int) -> dict[str, str]:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": str(number), "WORLD_SIZE": str(world), **meeting}
+
+
+def finish(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        run(jobs["faulty"], Path(jobs["output"]), jobs["batch"], ranks)
+
+
 def rank(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
     folder = Path(jobs["folder"]) / str(world)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    place = {"RANK": str(number), "WORLD_SIZE": str(world), **meeting}
-    with joined(CPU, place) as ranks:
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
         for name, recipe in jobs["recipes"].items():
             started = time.perf_counter()
             run(recipe, folder / name, jobs["batch"], ranks)
@@ -42,27 +53,70 @@ def rank(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
                 print(f"{world} {name} {time.perf_counter() - started:.2f} s", flush=True)
 
 
+def kill_one(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The last rank dies after the first block."""
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        prepared = prepare(make_recipe({**jobs["faulty"], "output": jobs["output"]}), device=CPU)
+
+        def done(unit: UnitDone) -> None:
+            if unit.index == 1 and number == world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        compile_checkpoint(replace(prepared, batch=jobs["batch"]), ranks=ranks, on_unit=done)
+
+
+def differ(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The last rank has another recipe."""
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        recipe = {**jobs["faulty"], "output": jobs["output"] + "-differ"}
+        if number == world - 1:
+            recipe["passes"] = [{"rtn": {"bits": 8, "group_size": 32}}]
+        run(recipe, Path(recipe["output"]), jobs["batch"], ranks)
+
+
+def start(work: Any, jobs: dict[str, Any], world: int) -> list[tuple[int, str]]:
+    """How each rank ended: its exit code, and the error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for number in range(world):
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            code, text = 0, ""
+            try:
+                work(jobs, number, world, port)
+            except CompressError as error:
+                code, text = error.exit_code, str(error)
+            except BaseException:
+                code, text = 70, traceback.format_exc()
+            os.write(writing, text.encode())
+            os._exit(code)
+        os.close(writing)
+        children.append((child, reading))
+    ended = []
+    for child, reading in children:
+        with os.fdopen(reading) as pipe:
+            text = pipe.read()
+        ended.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text))
+    return ended
+
+
 def main() -> None:
     os.fsync = lambda handle: None
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     for world in jobs["worlds"]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for number in range(world):
-            if (child := os.fork()) == 0:
-                try:
-                    rank(jobs, number, world, port)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
-        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(ended):
+        ended = start(rank, jobs, world)
+        if any(code for code, _ in ended):
             sys.exit(f"{world} ranks ended with {ended}")
+    if "faulty" in jobs:
+        began = time.monotonic()
+        found = {work.__name__: start(work, jobs, 3) for work in (kill_one, differ)}
+        took = time.monotonic() - began
+        # Another number of ranks continues.
+        continued = start(finish, jobs, 2)
+        print(json.dumps({**found, "seconds": took, "continued": continued}))
 
 
 if __name__ == "__main__":
