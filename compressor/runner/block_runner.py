@@ -65,6 +65,11 @@ class BlockRunner:
         self._beside: list[dict[str, Any]] | None = None
         self.first_row = 0  # of the rows that run, for hooks that carry something between blocks
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Dtype of a layer's tensor: float32 of routers and their corrections, by the family."""
+        wide = tuple(f".{part}" for part in self.model._keep_in_fp32_modules_strict or ())
+        return torch.float32 if f".{name}".endswith(wide) else self.dtype
+
     def _rebuild_buffers(self) -> None:
         """Rotary tables and Gemma's embedding scale are buffers that no checkpoint holds; on the
         meta device they are lost."""
@@ -214,7 +219,7 @@ class BlockRunner:
         for unit, tensors in units:
             if unit.kind == "block":
                 state = self.names.block_state(unit, tensors)
-                ready = {k: v.to(self.device, self.dtype) for k, v in state.items()}
+                ready = {k: v.to(self.device, self.dtype_of(k)) for k, v in state.items()}
                 self.layers[unit.index].load_state_dict(ready, strict=True, assign=True)
             else:
                 self._assign(self.names.outer_state(tensors))
@@ -345,8 +350,8 @@ class Block:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the layer other weights: checkpoint name → tensor, at least those of the unit."""
         state = self.runner.names.block_state(self.unit, tensors)
-        device, dtype = self.runner.device, self.runner.dtype
-        ready = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+        at, of = self.runner.device, self.runner.dtype_of
+        ready = {n: t.to(at, of(n)) for n, t in state.items()}
         self.layer.load_state_dict(ready, strict=True, assign=True)
 
     @torch.no_grad()

@@ -85,7 +85,11 @@ class SourceModel:
 
     def on_device(self, unit: Unit) -> dict[str, Tensor]:
         """`tensors` of a unit that has been read."""
-        return {n: t.to(self.device, self.dtype) for n, t in self.floats(unit).items()}
+        others = set(unit.layout.others)  # correction biases, for one, which stay in float32
+        return {
+            n: t.to(self.device) if n in others else t.to(self.device, self.dtype)
+            for n, t in self.floats(unit).items()
+        }
 
     def hook(self, unit: Unit, attention: Attending | None = None) -> AttentionHook | None:
         """What attends in a block; `attention` in place of the model's own way."""
