@@ -150,7 +150,7 @@ def unplug(
     emulator  folder with the record of a tuned emulator that has none beside it
     Raises InputError, or Problems, before anything is written.
     """
-    source = _floats(located.source)
+    source = located.source
     folder = source.checkpoint.folder
     record = read_offsite_record(emulator or folder)
     if record is not None and len(record.kept) < record.blocks:
@@ -168,7 +168,7 @@ def unplug(
                 hint="--pads 2,2 says how many of the first and last; an emulator's folder with "
                 "offsite.json says so itself",
             )
-        blocks = len(source.layout.blocks)
+        blocks = len(_floats(source).layout.blocks)
         try:
             check_pads(blocks, pads)
         except ValueError as error:

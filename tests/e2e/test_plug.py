@@ -166,6 +166,27 @@ def test_an_adapter_taken_from_a_tuned_emulator_is_the_same_adapter(
     assert compress("plug", base, tmp_path / "a", tmp_path / "three").exit_code == 0
 
 
+def test_the_adapter_of_an_emulator_with_a_packed_middle(base: Path, tmp_path: Path) -> None:
+    """Its ends are floats, and go both ways as those of any other."""
+    rtn = {"rtn": {"bits": 4, "group_size": 32, "targets": ["re:model.layers.[12]..*"]}}
+    recipe = {
+        "model": str(base),
+        "output": str(tmp_path / "emulator"),
+        "passes": [{"emulator": {"pads": PADS, "keep": 2}}, rtn],
+        "format": "compressed-tensors",
+    }
+    compile_checkpoint(prepare(make_recipe(recipe), device=torch.device("cpu")))
+    assert compress("unplug", tmp_path / "emulator", tmp_path / "adapter").exit_code == 0
+    found, whole = load_file(tmp_path / "adapter" / "adapter.safetensors"), tensors_of(base)
+    assert {name.split(".")[2] for name in found} == {"0", "5"}
+    assert all(torch.equal(found[name], whole[name]) for name in found)
+    done = compress("plug", base, tmp_path / "emulator", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert hash_file(tmp_path / "out" / "model.safetensors") == hash_file(
+        base / "model.safetensors"
+    )
+
+
 def test_an_interrupted_plug_continues(
     base: Path, emulator: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
