@@ -1,0 +1,178 @@
+"""Writes docs/quality.md, what rounding costs by method and bits, from docs/quality.json.
+
+    python scripts/quality_page.py                     write the page
+    python scripts/quality_page.py --check             exit code 1 if it is out of date
+    python scripts/quality_page.py --add ROWS.json     take rows from what scripts/measure/run.py
+                                                       rounding, or allocation, wrote with --json
+
+Rows are kept with a figure for each window of held-out text, so that differences have paired
+standard errors. A row that is measured again replaces the old one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+WRITTEN = "<!-- Written by scripts/quality_page.py from quality.json; change those instead. -->"
+KINDS = {
+    "moby": "Moby-Dick",
+    "pydoc": "Python's reference",
+    "prose": "speeches",
+    "technical": "technical",
+    "code": "code",
+    "dialogue": "dialogue",
+    "spanish": "Spanish",
+}
+BASELINES = ("rtn", "signround")
+"""What other rows of a grid are held against."""
+Row = Mapping[str, Any]
+
+
+def add(data: dict[str, Any], path: Path) -> None:
+    """Take the rows of one measurement."""
+    found = json.loads(path.read_text("utf-8"))
+    source = str(found["settings"]["calibration"])
+    calibration = "mixture" if source == "bundled" else "speeches"
+    rows = {(r["grid"], r["method"], r["calibration"]): r for r in data["rows"]}
+    for name, entry in found["rows"].items():
+        figures = entry["figures"]
+        if "failed" in figures:
+            continue
+        grid, _, method = name.rpartition(": ")
+        kept: dict[str, Any] = {
+            "grid": grid,
+            "method": method,
+            "calibration": "" if method in ("original", "rtn") else calibration,
+            "top1": round(figures["top1"], 4),
+        }
+        for key in ("MB", "seconds"):
+            if key in figures:
+                kept[key] = round(figures[key], 1)
+        for kind in KINDS:
+            for what in ("nll", "kl"):
+                values = figures.get(f"{what} {kind}")
+                if values is not None:
+                    kept[f"{what} {kind}"] = [round(v, 5) for v in values]
+        rows[grid, method, kept["calibration"]] = kept
+    data["rows"] = [rows[key] for key in sorted(rows)]
+
+
+def estimate(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(spread / len(values))
+
+
+def gap(row: Row, other: Row, kind: str) -> tuple[float, float] | None:
+    """By how much nats a row is worse than another on the same windows."""
+    a, b = row.get(f"nll {kind}"), other.get(f"nll {kind}")
+    if not a or not b or len(a) != len(b):
+        return None
+    return estimate([x - y for x, y in zip(a, b, strict=True)])
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The page."""
+    rows: list[Row] = data["rows"]
+    parts = [WRITTEN, "", "# What rounding costs", "", *data["about"], ""]
+    grids = [g for g in data["grids"] if any(r["grid"] == g for r in rows)]
+    originals = [r for r in rows if r["method"] == "original"]
+    for grid in grids:
+        own = [r for r in rows if r["grid"] == grid]
+        own.sort(key=lambda r: (r["calibration"], -r["top1"]))
+        parts += [f"## {data['grids'][grid]}", "", *table([*originals, *own], data, grid), ""]
+        parts += [*claims(own), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def table(rows: Sequence[Row], data: Mapping[str, Any], grid: str) -> Iterator[str]:
+    """Perplexities, the mean KL over kinds, agreement, bytes and time."""
+    yield f"| | calibrated on | {' | '.join(KINDS.values())} | KL | top-1 | MB | seconds |"
+    yield "|---" * (len(KINDS) + 6) + "|"
+    for row in rows:
+        cells = [_perplexity(row, kind) for kind in KINDS]
+        divergences = [estimate(row[f"kl {kind}"])[0] for kind in KINDS if f"kl {kind}" in row]
+        kl = f"{sum(divergences) / len(divergences):.4f}" if divergences else ""
+        about = [kl, f"{row['top1']:.3f}", f"{row.get('MB', '')}", f"{row.get('seconds', '')}"]
+        yield f"| {_name(row)} | {row['calibration']} | {' | '.join([*cells, *about])} |"
+    for other in data["elsewhere"]:
+        if other["grid"] == grid:
+            cells = [f"{other['perplexity'].get(kind, '')}" for kind in KINDS]
+            tail = ["", "", "", f"{other['seconds']}"]
+            yield f"| {other['method']} | speeches | {' | '.join([*cells, *tail])} |"
+
+
+def claims(rows: Sequence[Row]) -> Iterator[str]:
+    """Each method against what came before it, kind by kind, where a difference is more than two
+    paired standard errors."""
+    for baseline in BASELINES:
+        for row in rows:
+            bases = [
+                r
+                for r in rows
+                if r["method"] == baseline and r["calibration"] in ("", row["calibration"])
+            ]
+            if not bases or row["method"] in BASELINES[: BASELINES.index(baseline) + 1]:
+                continue
+            found: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
+            for kind, label in KINDS.items():
+                difference = gap(row, bases[0], kind)
+                if difference is not None:
+                    mean, error = difference
+                    level = not abs(mean) >= 2 * error
+                    verdict = "level" if level else "better" if mean < 0 else "worse"
+                    found[verdict].append(f"{label} {mean:+.3f} ± {error:.3f}")
+            says = "; ".join(f"{k} on {', '.join(v)}" for k, v in found.items() if v)
+            if says:
+                trained = f", calibrated on the {row['calibration']}" if row["calibration"] else ""
+                yield f"- {_name(row)}{trained}, against `{baseline}` (nats): {says}."
+
+
+def _name(row: Row) -> str:
+    return "original" if row["method"] == "original" else f"`{row['method']}`"
+
+
+def _perplexity(row: Row, kind: str) -> str:
+    values = row.get(f"nll {kind}")
+    if not values:
+        return ""
+    value = math.exp(estimate(values)[0])
+    return f"{value:.2f}" if value < 10_000 else f"{value:.2g}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--add", nargs="*", type=Path, default=[])
+    options = parser.parse_args()
+    store, written = DOCS / "quality.json", DOCS / "quality.md"
+    data = json.loads(store.read_text("utf-8"))
+    for path in options.add:
+        add(data, path)
+    if options.add:
+        head = {k: v for k, v in data.items() if k != "rows"}
+        lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in data["rows"])
+        text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+        store.write_text(f'{text},\n "rows": [\n{lines}\n ]\n}}\n', "utf-8")
+    made = page(data)
+    if options.check:
+        return int(written.read_text("utf-8") != made)
+    written.write_text(made, "utf-8")
+    print(f"written: {written.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
