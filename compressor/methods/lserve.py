@@ -25,6 +25,7 @@ from compressor.methods.base import Cost, ModelPass, Needs
 from compressor.methods.common.chosen_blocks import reads
 from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.dense_layers import Layers, missing_layers
+from compressor.methods.common.head_plots import heat_map
 from compressor.methods.common.learned import Learned
 from compressor.runner.source_model import SourceModel
 
@@ -112,13 +113,24 @@ class LServe(ModelPass[Budget]):
         ]
         found = measure_policies(model, policies, context.ids, progress=context.progress)
         kept = {case: float(one.mass.mean()) for case, one in zip(cases, found, strict=True)}
+        least = {case: float(one.mass.min()) for case, one in zip(cases, found, strict=True)}
         own = f"with a choice for {self.reuse} steps"
         enough = [b for b in budgets if self.mass is not None and kept[b, own] >= self.mass]
         rows = [
-            {"name": name, "budget": budget, "attention kept": kept[budget, name]}
+            {
+                "name": name,
+                "budget": budget,
+                "attention kept": kept[budget, name],
+                "by the worst head": least[budget, name],
+            }
             for budget, name in cases
         ]
-        return LearnResult(Budget(budget=enough[0] if enough else self.budget), rows=rows)
+        budget = enough[0] if enough else self.budget
+        chosen = found[cases.index((budget, own))]
+        plot = heat_map(chosen.mass, title="Attention kept by LServe's pages", across="query head")
+        return LearnResult(
+            Budget(budget=budget), rows=rows, plots={} if plot is None else {"lserve.png": plot}
+        )
 
     def policy(self, layout: ModelLayout, learned: Budget | None) -> AttentionPolicy:
         budget = self.budget if learned is None else learned.budget

@@ -115,6 +115,8 @@ def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) ->
     for budget in own:
         hierarchical = kept["physical and logical pages", budget]
         assert hierarchical >= kept["flat pages of 8", budget] - 0.005
+    assert all(row["by the worst head"] <= row["attention kept"] for row in found.rows)
+    assert set(found.plots) == {"lserve.png"}
     policy = method.policy(model.layout, found.value)
     layers = [
         LayerPolicy(rules=(*layer.rules, StreamingHeads(heads=(0,), sinks=1, window=9)))
