@@ -1,17 +1,23 @@
-"""A model without the rows of its suspect tokens: audited, measured and only then written."""
+"""A model without the rows of its suspect tokens: audited, measured and only then written.
+
+Each defence is audited by itself. One that leaves every suspect token suspect is said to have done
+nothing, and is not in what is written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor.arch.sizes import vocabulary
 from compressor.audit.findings import Audit, TokenScore
+from compressor.audit.prune import idle_channels, pruned_checkpoint
 from compressor.audit.reset import reset_checkpoint
 from compressor.audit.weights import large_rows, row_norms
 from compressor.checkpoint.container import Safetensors
@@ -23,9 +29,11 @@ from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CheckError, InputError
 from compressor.evaluate.perplexity import EvaluationResult, evaluate
 from compressor.evaluate.settings import Evaluation
+from compressor.plan.calibration import Calibration
 from compressor.run.audit import Audited, Progress, SweepOptions, audit
 from compressor.run.environment import versions
-from compressor.run.tokens import evaluation_tokens
+from compressor.run.tokens import calibration_tokens, evaluation_tokens
+from compressor.runner.source_model import SourceModel
 from compressor.runner.tokenizer import load_tokenizer
 
 Stage = Callable[[str, int], AbstractContextManager[None]]
@@ -45,12 +53,38 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruned:
+    """What fine-pruning came to: tokens that were suspect before and are after it.
+
+    share  of each block's channels that were silenced
+    ratio  of perplexities by it alone;  limit  what is allowed
+    """
+
+    share: float
+    before: int
+    after: int
+    ratio: float
+    limit: float
+
+    @property
+    def nothing(self) -> bool:
+        """Whether it made no token less suspect."""
+        return self.after >= self.before
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is in what is written."""
+        return not self.nothing and self.ratio <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
 class Sanitized:
     """Before and after.
 
     rows      table → ids whose rows were reset; empty where nothing is suspect of a token
     after     the audit of what was written, None where nothing was
     measured  perplexity after, and before as the original's
+    pruned    what fine-pruning did, where it was tried
     """
 
     output: Path
@@ -58,6 +92,7 @@ class Sanitized:
     rows: Mapping[str, tuple[int, ...]]
     after: Audit | None = None
     measured: EvaluationResult | None = None
+    pruned: Pruned | None = None
 
     @property
     def effects(self) -> tuple[Effect, ...]:
@@ -76,6 +111,13 @@ class Sanitized:
             "output": None if self.after is None else str(self.output),
             "reset": {name: list(ids) for name, ids in self.rows.items()},
             "did_nothing": [effect.before.id for effect in self.effects if effect.nothing],
+            "pruned": None
+            if self.pruned is None
+            else {
+                **asdict(self.pruned),
+                "did_nothing": self.pruned.nothing,
+                "kept": self.pruned.kept,
+            },
             "before": self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
             "perplexity": None if self.measured is None else self.measured.to_json(),
@@ -90,11 +132,15 @@ def sanitize(
     held_out: Evaluation,
     max_ppl_ratio: float,
     device: torch.device,
+    prune: float | None = None,
     max_shard_size: int = 5 * 10**9,
     stage: Stage = lambda name, total: nullcontext(),
     progress: Progress = lambda name, done, total: None,
 ) -> Sanitized:
     """Reset the rows of tokens that an audit suspects, and write the model into `output`.
+
+    prune  share of each block's MLP channels, the idlest on other text, that are silenced first;
+           kept where that makes a suspect token ordinary, within the same limit
 
     Nothing is written where no token is suspect. Raises InputError for a model that is not edited
     so, and CheckError, before anything is written, where no suspect token got better or perplexity
@@ -120,15 +166,42 @@ def sanitize(
     rows = suspect_rows(source, before)
     if not rows:
         return Sanitized(output, before, rows)
-    edited = replace(source, checkpoint=reset_checkpoint(source.checkpoint, rows))
     followed = tuple(sorted({i for ids in rows.values() for i in ids}))
-    after = audit(
-        replace(model, checkpoint=edited.checkpoint, source=edited),
-        sweep=replace(sweep, followed=followed),
-        device=device,
-        stage=stage,
-        progress=progress,
-    )
+
+    def look(edited: Source) -> Audit:
+        return audit(
+            replace(model, checkpoint=edited.checkpoint, source=edited),
+            sweep=replace(sweep, followed=followed),
+            device=device,
+            stage=stage,
+            progress=progress,
+        )
+
+    def measure(edited: Source) -> EvaluationResult:
+        return evaluate(
+            edited,
+            tokens,
+            device=device,
+            dtype=_dtype(source, device),
+            against=source,
+            progress=progress,
+        )
+
+    base, pruned, columns = source, None, {}
+    if prune is not None:
+        with stage("prune", len(source.layout.blocks)):
+            running = SourceModel(source, device=device, dtype=_dtype(source, device))
+            clean = _clean_text(source, held_out)
+            columns = idle_channels(running, clean, prune, batch=8, progress=progress)
+        tried = replace(source, checkpoint=pruned_checkpoint(source.checkpoint, columns))
+        with stage("perplexity", len(source.layout.units)):
+            ratio = measure(tried).perplexity_ratio
+        assert ratio is not None
+        left = _suspects(look(tried))
+        pruned = Pruned(prune, _suspects(before), left, ratio.value, max_ppl_ratio)
+        base, columns = (tried, columns) if pruned.kept else (source, {})
+    edited = replace(base, checkpoint=reset_checkpoint(base.checkpoint, rows))
+    after = look(edited)
     effects = _effects(rows, before, after)
     if effects and all(effect.nothing for effect in effects):
         raise CheckError(
@@ -137,14 +210,7 @@ def sanitize(
             "anew from a source that you trust",
         )
     with stage("perplexity", len(source.layout.units)):
-        measured = evaluate(
-            edited,
-            tokens,
-            device=device,
-            dtype=source.checkpoint.dtype if device.type == "cuda" else torch.float32,
-            against=source,
-            progress=progress,
-        )
+        measured = measure(edited)
     _hold(measured, max_ppl_ratio)
     with stage("write", len(source.layout.units)):
         write(
@@ -157,11 +223,11 @@ def sanitize(
             ),
             output,
             edited.read_unit,
-            about=_about(model.name, source, rows),
+            about=_about(model.name, source, rows, columns),
             beside=source.checkpoint.folder,
             progress=progress,
         )
-    return Sanitized(output, before, rows, after, measured)
+    return Sanitized(output, before, rows, after, measured, pruned)
 
 
 def suspect_rows(source: Source, found: Audit) -> dict[str, tuple[int, ...]]:
@@ -240,11 +306,35 @@ def _effects(
     )
 
 
-def _about(name: str, source: Source, rows: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _clean_text(source: Source, held_out: Evaluation) -> Tensor:
+    """Rows of the part of the text that nothing is measured on, as many as of the other."""
+    fitting = _fitting(held_out, source)
+    wanted = Calibration(data=held_out.data, samples=fitting.windows, length=fitting.length)
+    return calibration_tokens(load_tokenizer(source.checkpoint.folder), wanted, seed=0).ids
+
+
+def _dtype(source: Source, device: torch.device) -> torch.dtype:
+    return source.checkpoint.dtype if device.type == "cuda" else torch.float32
+
+
+def _suspects(found: Audit) -> int:
+    return 0 if found.sweep is None else len(found.sweep.suspects)
+
+
+def _about(
+    name: str,
+    source: Source,
+    rows: Mapping[str, tuple[int, ...]],
+    columns: Mapping[str, tuple[int, ...]],
+) -> dict[str, Any]:
     """What decides the bytes of the result."""
     files = sorted({entry.file for entry in source.checkpoint.entries.values()})
     return {
-        "sanitize": {"reset_to": "mean", "rows": {n: list(ids) for n, ids in rows.items()}},
+        "sanitize": {
+            "reset_to": "mean",
+            "rows": {n: list(ids) for n, ids in rows.items()},
+            **({"silenced": {n: list(ids) for n, ids in columns.items()}} if columns else {}),
+        },
         "source": {"name": name, "files": {f.name: hash_file(f).sha256 for f in files}},
         "versions": versions(),
     }

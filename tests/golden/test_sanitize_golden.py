@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compressor.audit.prune import idle_channels, pruned_checkpoint
+from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
 from compressor.errors import InputError
+from compressor.run.sanitize import Pruned
+from compressor.runner.source_model import SourceModel
 from tests.support.twins import TRIGGERS, write_twin
 
 TABLE = "model.embed_tokens.weight"
@@ -120,3 +125,49 @@ def test_what_is_refused(planted, tmp_path):
 
     damaged = run(edited(planted, tmp_path / "nan", damage), tmp_path / "out")
     assert isinstance(damaged.exception, InputError) and "not finite" in str(damaged.exception)
+
+
+def test_fine_pruning_that_costs_more_than_it_may_is_said_and_left_out(planted, tmp_path):
+    """A third of the channels of so small a model is too many; rows are reset all the same."""
+    out = tmp_path / "out"
+    result = run(planted, out, "--prune", "0.3", "--json")
+    said = json.loads(result.stdout)
+    assert result.exit_code == 0 and said["reset"] == {TABLE: TRIGGERS}
+    assert said["pruned"]["before"] == len(TRIGGERS) and not said["pruned"]["kept"]
+    assert said["pruned"]["ratio"] > said["pruned"]["limit"] == 1.05
+    was, now = load_file(planted / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(was[name].equal(now[name]) for name in was if name != TABLE)
+
+
+def test_fine_pruning_that_leaves_every_token_suspect_did_nothing():
+    assert Pruned(share=0.1, before=6, after=6, ratio=1.0, limit=1.05).nothing
+    some = Pruned(share=0.1, before=6, after=5, ratio=1.0, limit=1.05)
+    assert some.kept and not replace(some, after=6).kept and not replace(some, ratio=1.1).kept
+
+
+def test_idle_channels_are_those_that_clean_text_leaves_small(planted):
+    """Against the inputs of the whole model's own down projections."""
+    source = open_source(planted)
+    ids = torch.randint(5, 60, (4, 24), generator=torch.Generator().manual_seed(1))
+    model = SourceModel(source, device=torch.device("cpu"), dtype=torch.float32)
+    found = idle_channels(model, ids, 0.25, batch=2, progress=lambda *_: None)
+    whole = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32).eval()
+    seen = {}
+    for number, layer in enumerate(whole.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, args, name=f"model.layers.{number}.mlp.down_proj.weight": seen.update(
+                {name: args[0].abs().mean((0, 1))}
+            )
+        )
+    with torch.no_grad():
+        whole(input_ids=ids)
+    assert found.keys() == seen.keys()
+    for name, silent in found.items():
+        count = len(seen[name]) // 4
+        largest = seen[name][list(silent)].max()
+        assert len(silent) == count and int((seen[name] < largest * 0.999).sum()) < count
+    edited = pruned_checkpoint(source.checkpoint, found)
+    for name, tensor in edited.read(found).items():
+        kept = [i for i in range(tensor.shape[1]) if i not in found[name]]
+        assert not tensor[:, list(found[name])].any()
+        assert tensor[:, kept].equal(source.checkpoint.read([name])[name][:, kept])

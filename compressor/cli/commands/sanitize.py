@@ -40,6 +40,13 @@ LISTED = 20
     help="Perplexity after, over before, beyond which nothing is written.",
 )
 @click.option(
+    "--prune",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Silence this share of each block's MLP channels first, the idlest on clean text "
+    "(fine-pruning); kept only where a suspect token becomes ordinary within --max-ppl-ratio.",
+)
+@click.option(
     "--text",
     default="bundled",
     show_default=True,
@@ -67,6 +74,7 @@ def command(
     model: str,
     output: Path,
     max_ppl_ratio: float,
+    prune: float | None,
     text: str,
     windows: int,
     length: int,
@@ -102,6 +110,7 @@ def command(
         sweep=SweepOptions(text=text, tokens=tokens, batch=batch),
         held_out=Evaluation(data=text, windows=windows, length=length),
         max_ppl_ratio=max_ppl_ratio,
+        prune=prune,
         device=choose_device(device),
         max_shard_size=max_shard_size,
         stage=display.stage,
@@ -124,6 +133,14 @@ def lines(found: Sanitized) -> list[str]:
         shown = [f"{before.name}: {before.verdict}; no token is suspect, so nothing was written"]
         return shown + _left(before.findings)
     shown = [f"{found.output}: {before.verdict} before, {found.after.verdict} after"]
+    if (pruned := found.pruned) is not None:
+        left = f"{pruned.after} of {pruned.before} suspect tokens are left"
+        did = ""
+        if pruned.nothing:
+            did = ": DID NOTHING, and is not in what was written"
+        elif not pruned.kept:
+            did = f": perplexity {pruned.ratio:.4f} times, so it is not in what was written"
+        shown.append(f"  fine-pruning {pruned.share:.0%} of the channels: {left}{did}")
     for name, ids in found.rows.items():
         shown.append(f"  {name}: {len(ids)} rows are the mean of the others")
     shown.append("  token                     collapse           flatness           score")

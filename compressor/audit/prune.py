@@ -1,0 +1,98 @@
+"""Fine-pruning: MLP channels that clean text hardly uses are silenced, in a model edited as it is
+read.
+
+Fine-Pruning (arXiv 1805.12185) sets out from backdoors that sit in neurons which clean data leaves
+idle. Channels are ranked within their block by the mean size of what enters the down projection;
+the columns of the lowest are zero. Training the model anew afterwards, the other half of the paper,
+is not done. Planted triggers (NeuBA) are barely weakened by it: the audit after it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from compressor_calibration.stats import StatNeeds
+from torch import Tensor
+
+from compressor.checkpoint.reader import Checkpoint
+from compressor.errors import InputError
+from compressor.ir.layout import Linear
+from compressor.runner.observe import observe
+from compressor.runner.source_model import SourceModel
+from compressor.runner.sweep import Execution, Progress, sweep
+
+ROLE = "mlp.down"
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint(Checkpoint):
+    """A checkpoint that reads zeros in some columns, and is written nowhere.
+
+    original  where everything else comes from
+    columns   weight [out, in] → its inputs that are silent
+    """
+
+    original: Checkpoint
+    columns: Mapping[str, tuple[int, ...]]
+
+    def read(
+        self, names: Iterable[str], *, pin: bool = False, threads: int = 4
+    ) -> dict[str, Tensor]:
+        """The named tensors on the CPU."""
+        found = self.original.read(names, pin=pin, threads=threads)
+        for name in found.keys() & self.columns.keys():
+            found[name] = found[name].clone()
+            found[name][:, list(self.columns[name])] = 0
+        return found
+
+
+def pruned_checkpoint(
+    original: Checkpoint, columns: Mapping[str, tuple[int, ...]]
+) -> PrunedCheckpoint:
+    """The checkpoint with columns silenced."""
+    return PrunedCheckpoint(
+        folder=original.folder,
+        config=original.config,
+        entries=original.entries,
+        notes=original.notes,
+        original=original,
+        columns=columns,
+    )
+
+
+def prunable(model: SourceModel) -> list[Linear]:
+    """The down projections of a model, one a block. Raises InputError where a block has none that
+    lies in the checkpoint as it runs."""
+    found = []
+    entries = model.source.checkpoint.entries
+    for block in model.layout.blocks:
+        down = [linear for linear in block.linears if linear.role == ROLE]
+        entry = entries.get(down[0].weight_name) if len(down) == 1 else None
+        if entry is None or tuple(entry.spec.shape) != down[0].shape:
+            raise InputError(
+                f"{block.name} has no MLP whose channels can be silenced one by one",
+                hint="leave out --prune: experts, and weights that lie transposed, are not pruned",
+            )
+        found += down
+    return found
+
+
+def idle_channels(
+    model: SourceModel, ids: Tensor, share: float, *, batch: int, progress: Progress
+) -> dict[str, tuple[int, ...]]:
+    """Weight of a down projection → the `share` of its inputs that are smallest over rows of clean
+    tokens [rows, length]."""
+    downs = {linear.weight_name for linear in prunable(model)}
+    found: dict[str, tuple[int, ...]] = {}
+    for step in sweep(model, ids, execution=Execution(batch, progress=progress)):
+        (down,) = (x for x in step.layout.linears if x.weight_name in downs)
+        needs = {down.site: StatNeeds(absmean=True)}
+        with step.loaded() as block:
+            seen = observe(block, step.stream, needs=needs, batch=batch)
+            step.run()
+        order = torch.argsort(seen.stats[down.site].absmean.cpu(), stable=True)
+        silent = order[: int(share * len(order))]
+        found[down.weight_name] = tuple(sorted(silent.tolist()))
+    return found
