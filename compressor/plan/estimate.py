@@ -162,7 +162,7 @@ def _verifying_bytes(plan: Plan, device: torch.device) -> int:
         if device.type != "cpu":
             # Both checkpoints' next unit is read meanwhile, and layers are there as codes.
             ahead = layers_ahead((1, largest), CODED_AHEAD, width=1) + 1 if shapes else 0
-            most = max(most, 2 * (written + compared) + ahead * largest)
+            most = max(most, 2 * (written + compared + ahead * largest))
             continue
         # Both checkpoints' unit is compared in float32.
         compared += 8 * _parameters(plan, unit.layout)

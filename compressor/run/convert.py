@@ -370,6 +370,7 @@ class _Conversion:
 
     def _float(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Note or refuse what a float tensor loses in the target's dtype."""
+        tensor = tensor.to(self.device)
         moved = tensor.to(dtype)
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{name} holds NaN or infinity", hint="the source is damaged")

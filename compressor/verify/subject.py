@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -60,6 +60,7 @@ class Subject:
     original: Source | None
     device: torch.device
     seed: int
+    begun: dict[str, _Decoding] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, base: str | Source | None, **asked: Any) -> Self:
@@ -100,6 +101,13 @@ class Subject:
         """Tensors of the folder's own files that belong to a unit."""
         return self.source.checkpoint.in_files(self.source.names(unit), pin=self.on_gpu)
 
+    def ahead(self, unit: UnitLayout) -> dict[str, Tensor]:
+        """`stored` of the unit that is next: beside a GPU the second reader begins with it."""
+        stored = self.stored(unit)
+        if self.on_gpu:
+            self.begun[unit.name] = self._decoding(unit, self.read(unit, stored))
+        return stored
+
     def read(self, unit: UnitLayout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """All of a unit's tensors."""
         return self.source.checkpoint.view(self.source.names(unit), stored)
@@ -119,7 +127,7 @@ class Subject:
 
         here  the same tensors on the device
         """
-        for linear, decoded in self._decode(self.packed(unit), tensors):
+        for linear, decoded in self.begun.pop(unit.name, None) or self._decoding(unit, tensors):
             if isinstance(decoded, str):
                 yield linear, decoded
             else:
@@ -136,10 +144,8 @@ class Subject:
             return f"{linear.name}: {DIFFERENT}"
         return Layer(name=linear.name, scheme=scheme, tensors=tensors, codes=q, weight=weight)
 
-    def _decode(
-        self, linears: Sequence[Linear], raw: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Linear, Decoded | str]]:
-        """Each layer by the second reader, a few ahead: its weight or what is wrong."""
+    def _decoding(self, unit: UnitLayout, raw: Mapping[str, Tensor]) -> _Decoding:
+        """The second reader begins with a unit's first layers."""
         config = self.source.checkpoint.config.get("quantization_config")
 
         def decode(linear: Linear) -> Decoded | str:
@@ -154,16 +160,40 @@ class Subject:
 
         # What a GPU is given is codes, a byte each; on a CPU each layer is there in float64.
         most, width = (CODED_AHEAD, 1) if self.on_gpu else (DECODERS, 8)
-        workers = min(most, os.cpu_count() or 1)
-        ahead: deque[tuple[Linear, Future[Decoded | str]]] = deque()
-        with ThreadPoolExecutor(workers) as pool:
-            for coming in linears:
-                ahead.append((coming, pool.submit(decode, coming)))
-                if len(ahead) > layers_ahead(coming.shape, workers, width=width):
-                    linear, decoded = ahead.popleft()
-                    yield linear, decoded.result()
-            for linear, decoded in ahead:
-                yield linear, decoded.result()
+        return _Decoding(decode, self.packed(unit), workers=most, width=width)
+
+
+class _Decoding:
+    """Each layer by the second reader, a few ahead in threads: its weight or what is wrong."""
+
+    def __init__(
+        self,
+        decode: Callable[[Linear], Decoded | str],
+        linears: Sequence[Linear],
+        *,
+        workers: int,
+        width: int,
+    ) -> None:
+        self.decode, self.linears, self.width = decode, deque(linears), width
+        self.workers = min(workers, os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(self.workers)
+        self.ahead: deque[tuple[Linear, Future[Decoded | str]]] = deque()
+        self._fill()
+
+    def __iter__(self) -> Iterator[tuple[Linear, Decoded | str]]:
+        while self.ahead:
+            linear, decoded = self.ahead.popleft()
+            yield linear, decoded.result()
+            self._fill()
+        self.pool.shutdown()
+
+    def _fill(self) -> None:
+        while self.linears:
+            shape = self.linears[0].shape
+            if len(self.ahead) > layers_ahead(shape, self.workers, width=self.width):
+                return
+            linear = self.linears.popleft()
+            self.ahead.append((linear, self.pool.submit(self.decode, linear)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +230,9 @@ class DeltaSubject(Subject):
 
     def kernel(self, linear: Linear) -> KernelCheck | None:
         return SignsOnBase()
+
+    def ahead(self, unit: UnitLayout) -> dict[str, Tensor]:
+        return self.stored(unit)
 
     def read(self, unit: UnitLayout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.source.checkpoint.read(self.source.names(unit))

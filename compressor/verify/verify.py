@@ -109,7 +109,7 @@ def _check(subject: Subject, checks: list[Check], progress: Progress | None) -> 
     for check in checks:
         check.begin()
     units = subject.source.layout.units
-    reading = read_ahead(subject.stored, units, ahead=subject.on_gpu)
+    reading = read_ahead(subject.ahead, units, ahead=subject.on_gpu)
     for done, (unit, stored) in enumerate(zip(units, reading, strict=True), 1):
         _show(unit, stored, subject, checks)
         give_back()

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint import reader
 from compressor.checkpoint.safetensors import read_header
 from compressor.cli.main import cli
 from compressor.errors import InputError
@@ -25,6 +26,7 @@ from compressor.verify import subject as verify_subject
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.findings import VerifyReport
 from compressor.verify.kernels import check as kernel_checks
+from compressor.verify.subject import Subject
 from compressor.verify.verify import verify
 
 CPU = choose_device("cpu")
@@ -293,6 +295,23 @@ def test_few_layers_are_decoded_ahead_of_the_one_that_is_checked(
     assert len(checked) == 14
     beside = [n - i for i, n in enumerate(checked)]
     assert max(beside) == most and min(beside) >= 1
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_reading_and_decoding_ahead_as_beside_a_gpu_changes_no_verdict(
+    damaged: bool, copy: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if damaged:
+        file = home(copy, f"{Q}.weight_packed")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 128
+        file.write_bytes(data)
+    expected = verify(copy, against=model, device=CPU)
+    read = reader.read_tensor
+    monkeypatch.setattr(Subject, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(reader, "read_tensor", lambda entry, pin=False: read(entry))
+    assert verify(copy, against=model, device=CPU) == expected
+    assert expected.ok is not damaged and expected.layers
 
 
 def test_nothing_to_read_is_an_input_error(tmp_path: Path) -> None:
