@@ -135,7 +135,9 @@ class _Layout:
             if value is not None and value != needed:
                 yield InputError(
                     f"{self.arch.model_type} with {row.key} {value!r} is not supported",
-                    hint=f"only {row.key} {needed!r} is",
+                    hint=f"{row.why}; map: none rounds its weights"
+                    if row.why
+                    else f"only {row.key} {needed!r} is",
                 )
 
     def _module(

@@ -39,11 +39,13 @@ class _Row(BaseModel):
 
 
 class Requirement(_Row):
-    """A config key that, where it is given, must have this value (or be this size)."""
+    """A config key that, where it is given, must have this value (or be this size); `why` says
+    what there is no map of otherwise."""
 
     key: str
     value: Value = None
     size: Size | None = None
+    why: str = ""
 
 
 class NormRow(_Row):

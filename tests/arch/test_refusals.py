@@ -10,7 +10,7 @@ import pytest
 
 from compressor.arch.load import find_map
 from compressor.checkpoint.reader import open_checkpoint
-from compressor.errors import InputError
+from compressor.errors import InputError, Problems
 
 TinyModel = Callable[..., Path]
 Headers = dict[str, tuple[int, ...]]
@@ -89,3 +89,11 @@ def test_fused_linears(family: str, tiny_model: TinyModel) -> None:
         lay(folder, num_hidden_layers=3)
     with pytest.raises(InputError, match=r"no place for .*layers\.1\."):
         lay(folder, num_hidden_layers=1)
+
+
+def test_what_needs_more_than_hidden_states_is_refused_with_the_reason(
+    tiny_model: TinyModel,
+) -> None:
+    with pytest.raises(Problems, match="num_kv_shared_layers 1 is not supported") as error:
+        lay(tiny_model("gemma4_text"), num_kv_shared_layers=1)
+    assert "read keys and values of earlier ones" in str(error.value.problems[0].hint)
