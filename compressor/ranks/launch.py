@@ -20,7 +20,7 @@ from compressor.errors import InputError, MachineError
 LAUNCHER = "COMPRESS_LAUNCHER"
 """The launcher's process id: a rank whose parent is another has lost it."""
 MOMENT = 0.1
-PATIENCE = 15.0
+PATIENCE = 10.0
 """Seconds in which ranks may end by themselves once one has failed."""
 
 

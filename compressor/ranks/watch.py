@@ -24,7 +24,7 @@ from compressor.ranks.place import Place
 
 BEAT = 1.0
 """Seconds between two signs of life."""
-SILENCE = 40.0
+SILENCE = 30.0
 """Seconds without one after which a rank is given up."""
 GRACE = 5.0
 """Seconds in which a rank may report an error of its own, once another has failed."""
