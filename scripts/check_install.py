@@ -1,0 +1,118 @@
+"""Prove that the built wheel installs and runs, and that dependencies resolve.
+
+    python scripts/check_install.py [--uv uv] [--run 3.11:highest 3.11:lowest-direct 3.12:highest]
+        [--resolve 3.11 3.12 3.13 3.14] [--folder FOLDER]
+
+For each Python of --resolve the newest and the oldest supported dependencies are resolved by uv,
+without installing them. For each PYTHON:RESOLUTION of --run an empty environment gets the wheel
+with its dependencies (several gigabytes), quantizes a small model of random weights, verifies it,
+and runs again from the source tree with the wheel uninstalled. Exit code 1: something did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLD = ("torch", "transformers", "huggingface-hub", "tokenizers", "numpy", "click", "triton")
+RESOLUTIONS = ("highest", "lowest-direct")
+
+
+def run(*command: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> str:
+    """stdout of a command. Raises RuntimeError with the end of its stderr where it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {(done.stderr or done.stdout)[-1500:]}")
+    return done.stdout
+
+
+def versions(lines: str) -> str:
+    """The telling ones of a resolution or a freeze."""
+    found = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lines, re.M))
+    return ", ".join(f"{name} {found[name]}" for name in TOLD if name in found)
+
+
+def resolve(uv: str, python: str, resolution: str) -> str:
+    """What the dependencies would be."""
+    options = ("--python-version", python, "--resolution", resolution, "--no-header", "-q")
+    return versions(run(uv, "pip", "compile", "pyproject.toml", *options))
+
+
+def install_and_run(uv: str, wheel: Path, python: str, resolution: str, folder: Path) -> str:
+    """Install into an empty environment, and do what a user does first."""
+    home = folder / f"{python}-{resolution}"
+    run(uv, "venv", "-q", "--python", python, home)
+    pins = folder / f"{home.name}.txt"
+    options = ("--python-version", python, "--resolution", resolution, "--no-header", "-q")
+    pins.write_text(run(uv, "pip", "compile", "pyproject.toml", *options))
+    run(uv, "pip", "install", "-q", "--python", home, "-c", pins, wheel, cwd=folder)
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    kept |= {"HF_HUB_OFFLINE": "1", "PATH": f"{home / 'bin'}{os.pathsep}{kept['PATH']}"}
+    compress, interpreter = home / "bin" / "compress", home / "bin" / "python"
+    model, output = folder / f"model-{home.name}", folder / f"out-{home.name}"
+    said = run(compress, "--version", cwd=folder, environment=kept)
+    stored = run(
+        interpreter,
+        "-c",
+        "from importlib.metadata import version; print(version('compressor'))",
+        cwd=folder,
+        environment=kept,
+    )
+    if stored.strip() not in said:
+        raise RuntimeError(f"the metadata say {stored.strip()}, the program {said.strip()}")
+    script = ROOT / "scripts" / "make_random_model.py"
+    shape = ("--shape", "tiny", "--layers", "2")
+    run(interpreter, script, model, *shape, cwd=folder, environment=kept)
+    small = ("--set", "calibration.samples=4", "--set", "evaluate.windows=2", "--device", "cpu")
+    made = (compress, "quantize", model, "-o", output, "--scheme", "w4a16", *small)
+    run(*made, cwd=folder, environment=kept)
+    module = (interpreter, "-m", "compressor")
+    run(*module, "verify", output, "--against", model, cwd=folder, environment=kept)
+    run(*module, "recipes", cwd=folder, environment=kept)
+    found = versions(run(uv, "pip", "freeze", "--python", home))
+    run(uv, "pip", "uninstall", "-q", "--python", home, "compressor")
+    run(*module, "recipes", "smollm2-awq", environment=kept)
+    run(*module, "eval", output, "--windows", "2", environment=kept)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--uv", default="uv")
+    parser.add_argument("--resolve", nargs="*", default=["3.11", "3.12", "3.13", "3.14"])
+    parser.add_argument("--run", nargs="*", default=["3.11:highest", "3.11:lowest-direct"])
+    parser.add_argument("--folder", type=Path, help="for environments; temporary if not given")
+    args = parser.parse_args(arguments)
+    failed = False
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = [(f"resolve {p}, {r}", resolve, (p, r)) for p in args.resolve for r in RESOLUTIONS]
+        if args.run:
+            run(args.uv, "build", "-q", "--wheel", "--out-dir", folder / "wheel")
+            (wheel,) = (folder / "wheel").glob("*.whl")
+            for entry in args.run:
+                python, _, resolution = entry.partition(":")
+                more = (wheel, python, resolution or "highest", folder)
+                jobs.append((f"run {entry}", install_and_run, more))
+        for what, job, given in jobs:
+            try:
+                print(f"{what}: {job(args.uv, *given)}", flush=True)
+            except RuntimeError as error:
+                print(f"{what}: FAILED\n{error}", flush=True)
+                failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
