@@ -203,27 +203,43 @@ class Original(Check):
 
     def _carried(self, unit: Unit) -> None:
         """What is no part of the text model is written as it was; one tensor is read at a time."""
-        read = self.original.checkpoint
+        read, theirs = self.original.checkpoint, self._packed_beside(unit.layout.name)
         coded = [x for x in unit.layout.linears if x.beside and x.name in unit.quantized]
         if coded:
-            self._rounded_beside(unit, coded)
-        carried = {*self.written.layout.carried, *self.original.layout.carried}
+            self._rounded_beside(unit, coded, theirs)
+        carried = {*self.written.layout.carried, *self.original.layout.carried, *theirs}
         for name in sorted(carried - {linear.weight_name for linear in coded}):
-            if name not in unit.extra or name not in read.entries:
+            ours = unit.extra.get(name)
+            if ours is None or not (name in theirs or name in read.entries):
                 self.problems.append(f"{name} is in one of the two alone")
-            elif not torch.equal(unit.extra[name], read.read([name])[name]):
+                continue
+            held = theirs[name].to(ours.dtype) if name in theirs else read.read([name])[name]
+            if not torch.equal(ours.cpu(), held):
                 self.problems.append(f"{name} is not the original's")
 
-    def _rounded_beside(self, unit: Unit, linears: list[Linear]) -> None:
+    def _packed_beside(self, name: str) -> dict[str, Tensor]:
+        """Weights of towers and the like that the original has packed, by their names as floats."""
+        layout, schemes = self.layouts[name], self.original.schemes.linears
+        packed = [x for x in layout.linears if x.beside and schemes[x.name].weight]
+        if not packed:
+            return {}
+        stored = self.original.checkpoint.read(self.original.names(layout))
+        codes = self.original.assemble(layout, stored).quantized
+        return {x.weight_name: codes[x.name].dequantize() for x in packed}
+
+    def _rounded_beside(
+        self, unit: Unit, linears: list[Linear], theirs: Mapping[str, Tensor]
+    ) -> None:
         """Linears of towers and the like, where they are packed."""
 
         def floats(read: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: t.to(self.device, torch.float32) for name, t in read.items()}
 
+        plain = [x.weight_name for x in linears if x.weight_name not in theirs]
         comparison = UnitComparison(
             unit=replace(unit.layout, linears=tuple(linears)),
             written=floats({x.weight_name: unit.quantized[x.name].dequantize() for x in linears}),
-            original=floats(self.original.checkpoint.read([x.weight_name for x in linears])),
+            original=floats({**self.original.checkpoint.read(plain), **theirs}),
             specs={x.name: unit.quantized[x.name].spec for x in linears},
             dtype=self.written.checkpoint.dtype,
         )
