@@ -9,13 +9,14 @@ is not done. Planted triggers (NeuBA) are barely weakened by it: the audit after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from compressor_calibration.stats import StatNeeds
 from torch import Tensor
 
+from compressor.audit.edited import EditedCheckpoint, edited_checkpoint
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
 from compressor.ir.layout import Linear
@@ -26,40 +27,19 @@ from compressor.runner.sweep import Execution, Progress, sweep
 ROLE = "mlp.down"
 
 
-@dataclass(frozen=True)
-class PrunedCheckpoint(Checkpoint):
-    """A checkpoint that reads zeros in some columns, and is written nowhere.
-
-    original  where everything else comes from
-    columns   weight [out, in] → its inputs that are silent
-    """
-
-    original: Checkpoint
-    columns: Mapping[str, tuple[int, ...]]
-
-    def read(
-        self, names: Iterable[str], *, pin: bool = False, threads: int = 4
-    ) -> dict[str, Tensor]:
-        """The named tensors on the CPU."""
-        found = self.original.read(names, pin=pin, threads=threads)
-        for name in found.keys() & self.columns.keys():
-            found[name] = found[name].clone()
-            found[name][:, list(self.columns[name])] = 0
-        return found
-
-
 def pruned_checkpoint(
     original: Checkpoint, columns: Mapping[str, tuple[int, ...]]
-) -> PrunedCheckpoint:
-    """The checkpoint with columns silenced."""
-    return PrunedCheckpoint(
-        folder=original.folder,
-        config=original.config,
-        entries=original.entries,
-        notes=original.notes,
-        original=original,
-        columns=columns,
+) -> EditedCheckpoint:
+    """The checkpoint with zeros in columns: weight [out, in] → its inputs that are silent."""
+    return edited_checkpoint(
+        original, {name: partial(_silenced, inputs=inputs) for name, inputs in columns.items()}
     )
+
+
+def _silenced(weight: Tensor, *, inputs: Sequence[int]) -> Tensor:
+    made = weight.clone()
+    made[:, list(inputs)] = 0
+    return made
 
 
 def prunable(model: SourceModel) -> list[Linear]:

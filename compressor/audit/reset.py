@@ -6,48 +6,22 @@ the row, for good and for bad: the mean row is what a token has that the model k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from compressor.audit.edited import EditedCheckpoint, edited_checkpoint
 from compressor.audit.weights import CHUNK, row_norms
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
 
 
-@dataclass(frozen=True)
-class ResetCheckpoint(Checkpoint):
-    """A checkpoint that reads otherwise in some rows, and is written nowhere.
-
-    original  where everything else comes from
-    rows      table → rows of it that are reset
-    """
-
-    original: Checkpoint
-    rows: Mapping[str, tuple[int, ...]]
-
-    def read(
-        self, names: Iterable[str], *, pin: bool = False, threads: int = 4
-    ) -> dict[str, Tensor]:
-        """The named tensors on the CPU."""
-        found = self.original.read(names, pin=pin, threads=threads)
-        return {
-            name: reset_rows(tensor, self.rows[name]) if name in self.rows else tensor
-            for name, tensor in found.items()
-        }
-
-
-def reset_checkpoint(original: Checkpoint, rows: Mapping[str, tuple[int, ...]]) -> ResetCheckpoint:
-    """The checkpoint with rows reset."""
-    return ResetCheckpoint(
-        folder=original.folder,
-        config=original.config,
-        entries=original.entries,
-        notes=original.notes,
-        original=original,
-        rows=rows,
+def reset_checkpoint(original: Checkpoint, rows: Mapping[str, tuple[int, ...]]) -> EditedCheckpoint:
+    """The checkpoint with rows reset: table → rows of it."""
+    return edited_checkpoint(
+        original, {name: partial(reset_rows, rows=reset) for name, reset in rows.items()}
     )
 
 
