@@ -223,8 +223,9 @@ class Original(Check):
         packed = [x for x in layout.linears if x.beside and schemes[x.name].weight]
         if not packed:
             return {}
-        stored = self.original.checkpoint.read(self.original.names(layout))
-        codes = self.original.assemble(layout, stored).quantized
+        few = replace(layout, linears=tuple(packed), tensors=tuple(x.weight_name for x in packed))
+        stored = self.original.checkpoint.read(self.original.names(few, carried=False))
+        codes = self.original.assemble(few, stored).quantized
         return {x.weight_name: codes[x.name].dequantize() for x in packed}
 
     def _rounded_beside(
