@@ -19,6 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent / "measure"))
+from windows import estimate
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WRITTEN = "<!-- Written by scripts/quality_page.py from quality.json; change those instead. -->"
 KINDS = {
@@ -62,15 +65,6 @@ def add(data: dict[str, Any], path: Path) -> None:
                     kept[f"{what} {kind}"] = [round(v, 5) for v in values]
         rows[grid, method, kept["calibration"]] = kept
     data["rows"] = [rows[key] for key in sorted(rows)]
-
-
-def estimate(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
 
 
 def gap(row: Row, other: Row, kind: str) -> tuple[float, float] | None:

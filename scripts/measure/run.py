@@ -28,6 +28,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from variant import Bench, Figures, Variant
+from windows import estimate
 
 from compressor.errors import CompressError, Problems
 from compressor.run.session import choose_device
@@ -35,15 +36,6 @@ from compressor.run.session import choose_device
 NAMES = sorted(path.stem for path in (Path(__file__).parent / "kinds").glob("[!_]*.py"))
 RUNNER = ("json", "only", "seconds", "batch", "device")
 """Options that no figure follows from."""
-
-
-def estimate(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
 
 
 def differences(row: Figures, other: Figures) -> dict[str, tuple[float, float]]:

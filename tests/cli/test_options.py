@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -16,19 +15,7 @@ from click.testing import CliRunner
 
 from compressor.cli.commands.completion import VARIABLE
 from compressor.cli.main import cli
-
-
-def leaves(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Every command below a group with the words that call it."""
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        assert command is not None
-        if isinstance(command, click.Group):
-            yield from leaves(command, *path, name)
-        else:
-            yield (*path, name), command
-
+from tests.support.commands import leaves
 
 COMMANDS = dict(leaves(cli))
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
 from compressor.cli.main import cli
+from tests.support.commands import leaves
 
 RECIPE: dict[str, Any] = {
     "calibration": {"samples": 4, "length": 32},
@@ -50,18 +50,6 @@ def made(
     recipe.write_text(yaml.safe_dump(data))
     assert compress("run", recipe, "--device", "cpu").exit_code == 1
     return recipe, model, folder / "out"
-
-
-def leaves(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Every command below a group with the words that call it."""
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        assert command is not None
-        if isinstance(command, click.Group):
-            yield from leaves(command, *path, name)
-        else:
-            yield (*path, name), command
 
 
 def test_every_command_prints_json_and_what_ends_in_a_verdict_junit() -> None:

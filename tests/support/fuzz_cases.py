@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import random
 import shutil
 import struct
@@ -23,7 +22,7 @@ from compressor.errors import Interrupted
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from tests.support import delta_pairs, gguf_files, tiny_models
-from tests.support.fuzzing import JUNK, changed, spoiled, typed
+from tests.support.fuzzing import JUNK, changed, spoil, spoiled, typed
 
 CPU = choose_device("cpu")
 QUICK = {"calibration": {"samples": 2, "length": 16, "data": "rows.jsonl"}}
@@ -110,63 +109,6 @@ def _compile(build: Path, *, output: str, stopping: Any = None, **keys: Any) -> 
     recipe = make_recipe({**top, "calibration": calibration})
     more = {"stopping": stopping} if stopping else {}
     compile_checkpoint(prepare(recipe, device=CPU), **more)
-
-
-# What may be done to a file.
-
-
-def spoil(path: Path, rng: random.Random) -> str:
-    """Break a file; what was done."""
-    how = rng.random()
-    if how < 0.12:
-        return _replace(path, rng)
-    data = path.read_bytes()
-    if path.suffix == ".json" and how < 0.75:
-        value = json.loads(data)
-        for _ in range(rng.choice((1, 1, 1, 2, 4))):
-            value = changed(value, rng) if value else value
-        path.write_text(json.dumps(value))
-        return f"{path.name} changed"
-    if path.suffix == ".safetensors" and how < 0.7:
-        (length,) = struct.unpack("<Q", data[:8])
-        header = json.dumps(changed(json.loads(data[8 : 8 + length]), rng)).encode()
-        path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
-        return f"{path.name} with another header"
-    if path.suffix == ".gguf" and how < 0.8:
-        # Where the counts are, and metadata.
-        broken = bytearray(data)
-        for _ in range(rng.randrange(1, 4)):
-            at = rng.choice((rng.randrange(24), rng.randrange(min(4000, len(broken)))))
-            broken[at : at + 8] = rng.choice((rng.randbytes(8), b"\xff" * 8, bytes(8)))
-        path.write_bytes(broken)
-        return f"{path.name} with other counts"
-    path.write_bytes(spoiled(data, rng))
-    return f"{path.name} spoiled"
-
-
-def _replace(path: Path, rng: random.Random) -> str:
-    """Something else in the place of a file."""
-    path.unlink()
-    kind = rng.choice(("pipe", "folder", "device", "empty", "loop", "deep", "wide", "list", "evil"))
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "loop":
-        path.symlink_to(path.name)
-    else:
-        path.write_bytes(
-            {
-                "empty": b"",
-                "deep": b"[" * 100_000,
-                "wide": b"[" + b"1," * 3_000_000 + b"1]",
-                "list": b"[]",
-                "evil": json.dumps({"\x1b[2J\n::error::": ["\x07"] * 3}).encode(),
-            }[kind]
-        )
-    return f"{kind} for {path.name}"
 
 
 def _recipe(case: Case, **keys: Any) -> None:

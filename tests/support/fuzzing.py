@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from compressor.cli.main import main
@@ -118,3 +121,57 @@ def typed(errors: Callable[[], str]) -> tuple[int, str]:
     if len(said) > 40_000:
         return code, f"{len(said)} characters of errors"
     return code, ""
+
+
+def spoil(path: Path, rng: random.Random) -> str:
+    """Break a file; what was done."""
+    how = rng.random()
+    if how < 0.12:
+        return _replace(path, rng)
+    data = path.read_bytes()
+    if path.suffix == ".json" and how < 0.75:
+        value = json.loads(data)
+        for _ in range(rng.choice((1, 1, 1, 2, 4))):
+            value = changed(value, rng) if value else value
+        path.write_text(json.dumps(value))
+        return f"{path.name} changed"
+    if path.suffix == ".safetensors" and how < 0.7:
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.dumps(changed(json.loads(data[8 : 8 + length]), rng)).encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+        return f"{path.name} with another header"
+    if path.suffix == ".gguf" and how < 0.8:
+        # Where the counts are, and metadata.
+        broken = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.choice((rng.randrange(24), rng.randrange(min(4000, len(broken)))))
+            broken[at : at + 8] = rng.choice((rng.randbytes(8), b"\xff" * 8, bytes(8)))
+        path.write_bytes(broken)
+        return f"{path.name} with other counts"
+    path.write_bytes(spoiled(data, rng))
+    return f"{path.name} spoiled"
+
+
+def _replace(path: Path, rng: random.Random) -> str:
+    """Something else in the place of a file."""
+    path.unlink()
+    kind = rng.choice(("pipe", "folder", "device", "empty", "loop", "deep", "wide", "list", "evil"))
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    else:
+        path.write_bytes(
+            {
+                "empty": b"",
+                "deep": b"[" * 100_000,
+                "wide": b"[" + b"1," * 3_000_000 + b"1]",
+                "list": b"[]",
+                "evil": json.dumps({"\x1b[2J\n::error::": ["\x07"] * 3}).encode(),
+            }[kind]
+        )
+    return f"{kind} for {path.name}"
