@@ -21,7 +21,7 @@ from compressor.foreign.calls import foreign
 from compressor.ir.layout import Linear, UnitLayout, bias_name
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
-from compressor.runner.model import build_config, build_model
+from compressor.runner.model import build_config, build_model, layers_of
 from compressor.runner.rounds import rounds
 
 
@@ -59,7 +59,7 @@ class BlockRunner:
             self.model = build_model(self.config, dtype)
             self._attention = self.model.config._attn_implementation
             self._rebuild_buffers()
-        self.layers: list[nn.Module] = list(self.model.get_submodule(names.layers).children())
+        self.layers = layers_of(self.model, names)
         self._whole_rows: dict[int, list[dict[str, Any]]] = {}
         self._by_row: tuple[str, ...] = ()
         self._beside: list[dict[str, Any]] | None = None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
+from compressor.arch.load import RuntimeNames
+from compressor.errors import InputError
 from compressor.foreign.calls import foreign
 
 
@@ -92,3 +96,17 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
     with foreign("transformers does not accept this config.json"):
         found: dict[str, Any] = build_config(config).to_dict()
     return found
+
+
+def layers_of(model: nn.Module, names: RuntimeNames) -> list[nn.Module]:
+    """The decoder layers. Raises InputError where the model has no module by a name of its map."""
+    known = {path for path, _ in model.named_modules()}
+    for key in ("layers", "embedding", "norm", "lm_head"):
+        path = getattr(names, key)
+        if path not in known:
+            near = difflib.get_close_matches(path, known, 1)
+            raise InputError(
+                f"the map says runtime.{key}: {path}, {type(model).__name__} has no such module",
+                hint=f"perhaps {near[0]}" if near else "compress map draft writes a first map",
+            )
+    return list(model.get_submodule(names.layers).children())

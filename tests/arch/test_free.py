@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from compressor.arch import load as arch
 from compressor.arch.free import lay_free
 from compressor.checkpoint.source import open_source
-from compressor.errors import InputError
+from compressor.errors import InputError, Problems
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
@@ -92,6 +93,21 @@ def test_a_map_of_the_user_s_own_is_a_file(novel: Path, tmp_path: Path) -> None:
     }
     own.write_text("same_as: no_such\n")
     with pytest.raises(InputError, match=r"my\.yaml is not a map: there is no map of 'no_such'"):
+        prepare(recipe, device=CPU)
+
+
+@pytest.mark.parametrize("key", ["layers", "embedding", "norm", "lm_head"])
+def test_a_map_names_modules_that_the_model_has(
+    key: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = yaml.safe_load((arch.MAPS / "llama.yaml").read_text())
+    data["runtime"][key] += "x"
+    own = tmp_path / "my.yaml"
+    own.write_text(yaml.safe_dump(data))
+    step = {"awq": {"bits": 4, "group_size": 32}}
+    few = {"calibration": {"samples": 4, "length": 16}}
+    recipe = recipe_for(tiny_model("llama"), tmp_path / "out", step, map=str(own), **few)
+    with pytest.raises((InputError, Problems), match=rf"runtime\.{key}: .*x, Llama"):
         prepare(recipe, device=CPU)
 
 
