@@ -47,7 +47,8 @@ def _bound(text: str) -> None:
     if sum(map(text.count, SEPARATORS)) < MAX_NODES:
         return
     events = yaml.parse(text, Loader=LOADER)
-    if any(number > 2 * MAX_NODES for number, _ in enumerate(events)):
+    nodes = (event for event in events if isinstance(event, yaml.NodeEvent))
+    if any(number > MAX_NODES for number, _ in enumerate(nodes, 1)):
         raise ValueError(f"it holds more than {MAX_NODES} values")
 
 
