@@ -101,9 +101,8 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         + ". Text models are seen inside the models that hold them; Kimi K2 and K2.5 run "
         "through DeepSeek-V3's class; MiniCPM is rounded without running.",
         "Not mapped, and refused: Gemma 4 E2B and E4B, whose blocks add an "
-        "embedding of their own tokens and read keys of earlier blocks; blocks of GLM-5 that take "
-        "over the choice of keys of the block before. A walk passes hidden states alone from "
-        "block to block. Without a map (`map: none`) their weights are rounded.",
+        "embedding of their own tokens and read keys of earlier blocks. Without a map "
+        "(`map: none`) their weights are rounded.",
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -138,7 +138,9 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
         if isinstance(data, dict) and isinstance(data.get("runtime"), dict):
             twin = data.get("twin")
             within = data.get("config") if twin is not None else None
-            data["runtime"] = {**data["runtime"], "twin": twin, "within": within}
+            handed = data.get("handed", {})
+            own = {"twin": twin, "within": within, "handed": handed}
+            data["runtime"] = {**data["runtime"], **own}
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))
     except ValidationError as error:

@@ -133,6 +133,7 @@ class RuntimeNames:
     stacks   experts that are one tensor in memory
     twin     the model_type whose class runs it, where transformers has none of its own
     within   the part of the config that this class takes, where that is not all of it
+    handed   what a layer hands to the next beside hidden states: argument → place in its outputs
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -146,6 +147,7 @@ class RuntimeNames:
     stacks: tuple[Stack, ...] = ()
     twin: str | None = None
     within: str | None = None
+    handed: Mapping[str, int] = field(default_factory=dict)
 
     def stacked(self, unit: UnitLayout) -> dict[str, tuple[Linear, ...]]:
         """Tensors in which files of floats have linears of a unit otherwise than one [out, in] →

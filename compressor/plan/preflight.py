@@ -104,16 +104,26 @@ def check_model(source: Source, observed: Collection[str] = ()) -> None:
         raise Problems(problems)
     arguments = _arguments(source, runner)
     hidden = torch.empty(1, LENGTH, _size(source), dtype=DTYPE, device="meta")
+    handed: dict[str, Any] = {}
     with torch.no_grad(), foreign(REFUSED):
         for unit in kinds.values():
-            _forward(runner.layers[unit.index], hidden, arguments[unit.index])
+            if runner.names.handed and unit.index and not handed:
+                continue  # no block before it ran to its end
+            given = {**arguments[unit.index], **handed}
+            out = _forward(runner.layers[unit.index], hidden, given)
+            if out is not None:
+                handed = {name: out[place] for name, place in runner.names.handed.items()}
         _forward(runner.model.get_submodule(runner.names.norm), hidden, {})
 
 
 def _kind(source: Source, unit: UnitLayout) -> Any:
-    """What is alike in blocks that one check does for: tensors, and their type in config.json."""
-    types = source.arch.value(source.checkpoint.config, "layer_types")
-    named = types[unit.index] if isinstance(types, list) and unit.index < len(types) else None
+    """What is alike in blocks that one check does for: tensors, and what config.json says of each
+    block."""
+    config, count = source.checkpoint.config, len(source.layout.blocks)
+    inner = config.get(source.arch.config or "")
+    said = {**config, **(inner if isinstance(inner, dict) else {})}
+    lists = {k: v for k, v in said.items() if isinstance(v, list) and len(v) == count}
+    named = [(key, lists[key][unit.index]) for key in sorted(lists)]
     shapes = [
         (name.removeprefix(unit.name), tuple(_stand_in(source, unit, name).shape))
         for name in unit.tensors
@@ -177,13 +187,15 @@ def _size(source: Source) -> int:
     return source.layout.sizes.hidden
 
 
-def _forward(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Run a module without data, as far as it goes: experts are chosen by values."""
+def _forward(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Any:
+    """Run a module without data, as far as it goes: experts are chosen by values. Its output, or
+    None where it did not go to its end."""
     try:
-        module(hidden, **{name: _on_meta(value) for name, value in arguments.items()})
+        return module(hidden, **{name: _on_meta(value) for name, value in arguments.items()})
     except (RuntimeError, NotImplementedError) as error:
         if not any(word in str(error).lower() for word in NO_DATA):
             raise
+    return None
 
 
 def _on_meta(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,23 +21,9 @@ from compressor.foreign.calls import foreign
 from compressor.ir.layout import Linear, UnitLayout, bias_name
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
+from compressor.runner.layer_inputs import layer_inputs
 from compressor.runner.model import build_config, build_model, layers_of
 from compressor.runner.rounds import rounds
-
-
-class _Stop(Exception):
-    """Ends a forward pass once the last decoder layer has been reached."""
-
-
-class _Passed(Tensor):
-    """Hidden states that a layer stands in for: some models take them for the layer's output, some
-    for the first item of it."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self, None))
 
 
 class BlockRunner:
@@ -120,7 +106,7 @@ class BlockRunner:
 
         @torch.no_grad()
         def embed(ids: Tensor, side: Mapping[str, Tensor] | None = None) -> Tensor:
-            inputs = {"input_ids": ids.to(self.device), **self._here(side or {})}
+            inputs = {"input_ids": ids.to(self.device), **self.here(side or {})}
             several: dict[int, dict[str, Any]] = {}
             hidden = self.capture(inputs, several)
             if not side and ids.shape[1] not in self._whole_rows:
@@ -139,34 +125,10 @@ class BlockRunner:
     def capture(self, inputs: Mapping[str, Tensor], arguments: dict[int, dict[str, Any]]) -> Tensor:
         """What enters the first block for inputs of the model; `arguments` gets what each layer is
         passed beside it."""
-        found: list[Tensor] = []
-
-        def stand_in(index: int) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-                if index == 0:
-                    found.append(hidden_states)
-                arguments[index] = {
-                    k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")
-                }
-                if index == len(self.layers) - 1:
-                    raise _Stop
-                return hidden_states.as_subclass(_Passed)
-
-            return forward
-
         # Hidden states are known to the text model alone; one around it asks for the tokens too.
         root = self.names.layers.rpartition(".")[0]
         model = self.model if "input_ids" in inputs else self.model.get_submodule(root)
-        for index, layer in enumerate(self.layers):
-            layer.forward = stand_in(index)
-        try:
-            model(**inputs, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            for layer in self.layers:
-                del layer.forward
-        return found[0]
+        return layer_inputs(model, self.layers, inputs, arguments)
 
     @contextmanager
     def loaded(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Iterator[Block]:
@@ -257,7 +219,7 @@ class BlockRunner:
         config._attn_implementation = self._attention  # masks are of its form
         try:
             with torch.no_grad(), self._positions():
-                self.capture({"inputs_embeds": hidden, **self._here(side)}, found)
+                self.capture({"inputs_embeds": hidden, **self.here(side)}, found)
         finally:
             config._attn_implementation = hooked
         return [found[i] for i in range(len(self.layers))]
@@ -281,7 +243,8 @@ class BlockRunner:
             for module in lacking:
                 module.to("meta")
 
-    def _here(self, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def here(self, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors on the runner's device."""
         return {name: tensor.to(self.device) for name, tensor in side.items()}
 
     def attention(self, hook: AttentionHook | None) -> AbstractContextManager[None]:
@@ -346,6 +309,8 @@ class Block:
     unit: UnitLayout
     layer: nn.Module
     tensors: Mapping[str, Tensor]
+    handed: dict[str, Tensor] = field(default_factory=dict)
+    """What it handed on for the rows that ran last, as in `Stream`."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the layer other weights: checkpoint name → tensor, at least those of the unit."""
@@ -357,7 +322,7 @@ class Block:
     @torch.no_grad()
     def forward(self, hidden: Tensor, side: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output for hidden states [rows, length, hidden], and what the rows have
-        beside them (`Stream.side`)."""
+        beside them (`Stream.beside`)."""
         return self._run({}, hidden, side)
 
     def functional(
@@ -375,10 +340,16 @@ class Block:
         self, state: dict[str, Tensor], hidden: Tensor, side: Mapping[str, Tensor] | None
     ) -> Tensor:
         rows, length = hidden.shape[:2]
-        arguments = self.runner.arguments(self.unit.index, length, side, rows=rows)
+        names = self.runner.names.handed
+        own = {name: tensor for name, tensor in (side or {}).items() if name not in names}
+        arguments = self.runner.arguments(self.unit.index, length, own, rows=rows)
+        if side and len(own) < len(side):
+            given = {name: tensor for name, tensor in side.items() if name in names}
+            arguments = arguments | self.runner.here(given)
         hidden = hidden.to(self.runner.device, self.runner.dtype)
         out = functional_call(self.layer, state, (hidden,), arguments)
         # Decoder layers return a tensor in new transformers and a tuple in old ones.
+        self.handed = {name: out[place] for name, place in names.items()}
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

@@ -36,11 +36,14 @@ class Stream:
             (attention_mask, position_ids) → tensor [rows, ...]. Where it is empty, rows are whole:
             no padding, positions from 0
     made_of what they were made from, as `activations` names it; None where nobody knows
+    handed  what the block before hands to the next beside them: name of the argument → tensor
+            [rows, ...]
     """
 
     hidden: Tensor
     side: Mapping[str, Tensor] = field(default_factory=dict)
     made_of: str | None = None
+    handed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -57,15 +60,16 @@ class Stream:
 
     def beside(self, start: int, stop: int) -> dict[str, Tensor]:
         """What those rows have beside them."""
-        return {name: tensor[start:stop] for name, tensor in self.side.items()}
+        return {n: tensor[start:stop] for n, tensor in (*self.side.items(), *self.handed.items())}
 
     def copy(self) -> Stream:
         """The same rows once more."""
-        return Stream(self.hidden.clone(), self.side, self.made_of)
+        return Stream(self.hidden.clone(), self.side, self.made_of, self.handed)
 
     def take(self, other: Stream) -> None:
         """Be what another stream is."""
         self.hidden, self.side, self.made_of = other.hidden, other.side, other.made_of
+        self.handed = other.handed
 
     def like(self) -> Stream:
         """A stream for as many rows, whose hidden states are not set."""

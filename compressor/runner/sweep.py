@@ -169,7 +169,8 @@ class Step:
         kept, made_of = self.model.activations, None
         sizes = even(stream.rows, self.execution.batch) if batches is None else list(batches)
         attends = hook or self.attention or self.model.attention
-        if kept is not None and attends is None:
+        handing = self.model.runner.names.handed
+        if kept is not None and attends is None and not handing:
             weights = self._block.tensors if self._block else tensors
             weights = self.model.floats(self.source) if weights is None else weights
             made_of = after(self.model, stream.made_of, self.index, weights, sizes)
@@ -181,12 +182,18 @@ class Step:
             hook = self.model.hook(self.unit, self.attention)
         load = nullcontext() if self._block else self.loaded(tensors)
         ran, into.made_of = [], None
+        handed: dict[str, list[Tensor]] = {name: [] for name in handing}
         keeping = nullcontext(nowhere) if kept is None else kept.keeping(made_of, sizes)
-        with load, keeping as keep:
+        with load as own, keeping as keep:
+            block = self._block or own
+            assert block is not None
             for start, stop, out in self.outputs(stream, hook=hook, batches=batches):
                 keep(out)
                 into.write(start, out)
+                for name, parts in handed.items():
+                    parts.append(block.handed[name].to(into.hidden.device))
                 ran.append(stop - start)
+        into.handed = {name: torch.cat(parts) for name, parts in handed.items()}
         into.made_of = made_of if ran == sizes else None
         return ran
 

@@ -111,7 +111,8 @@ class TunableBlock:
     def _error(self, weights: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
         """Sum of squared errors of these rows, in float32."""
         index = torch.tensor(rows, device=self._inputs.hidden.device)
-        side = {name: tensor[list(rows)] for name, tensor in self._inputs.side.items()}
+        beside = self._inputs.beside(0, self.rows)
+        side = {name: tensor[list(rows)] for name, tensor in beside.items()}
         named = {weight_name(name): weight for name, weight in weights.items()}
         tensors = {**self._tensors, **named}
         with quantized_inputs(self._block, self._rounded):

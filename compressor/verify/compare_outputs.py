@@ -33,6 +33,7 @@ from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.block_runner import Block
 from compressor.runner.simulate import StoredInput, quantized_inputs, quantized_kv, stored_inputs
 from compressor.runner.source_model import SourceModel
+from compressor.runner.stream import Stream
 from compressor.runner.sweep import Execution, Step
 from compressor.runner.tokenizer import load_tokenizer
 from compressor.verify.alignment import Matrix
@@ -97,12 +98,12 @@ class Outputs:
             SourceModel(source, device=device, dtype=torch.float32)
             for source in (original, written)
         ]
-        self.hidden: Tensor | None = None
+        self.stream: Stream | None = None
 
     def embed(self, original: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
         """Run the embeddings; float tensors by their full names. Raises InputError where a config
         is none that a model can be made from."""
-        self.hidden = self.models[0].runner.embed(original, self.ids)
+        self.stream = Stream(self.models[0].runner.embed(original, self.ids))
         self.models[1].runner.embed(written, self.ids)  # for the rotary tables of its own config
 
     def step(self, number: int, layout: UnitLayout) -> Step:
@@ -124,15 +125,16 @@ class Outputs:
 
         unit  the written block, whose stored scales are used;  layout  the original's block
         """
-        assert self.hidden is not None
-        entering = self.hidden
+        assert self.stream is not None
+        entering = self.stream.copy()
         with (
             self.step(0, layout).loaded(original) as block,
             quantized_inputs(block, stored_inputs(self.original, layout)),
         ):
-            self.hidden, made = _run(block, entering)
+            after, made = _run(block, entering)
+            self.stream = Stream(after, handed=block.handed)
         if rotation is not None:
-            entering = rotation.right(entering)
+            entering.hidden = rotation.right(entering.hidden)
             made = {what: rotation.right(part) for what, part in made.items()}
         found = BlockOutputs(self, unit, entering, made)
         kv = self.written.schemes.kv
@@ -145,7 +147,7 @@ class BlockOutputs:
     """What one written block made of the original's hidden states."""
 
     def __init__(
-        self, outputs: Outputs, unit: Unit, entering: Tensor, wanted: Mapping[str, Tensor]
+        self, outputs: Outputs, unit: Unit, entering: Stream, wanted: Mapping[str, Tensor]
     ) -> None:
         self.outputs, self.unit = outputs, unit
         self.entering, self.wanted = entering, wanted
@@ -181,7 +183,7 @@ class BlockOutputs:
         return [OutputError(name, what, self.errors[what], expected[what]) for what in self.wanted]
 
 
-def _run(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(block: Block, rows: Stream) -> tuple[Tensor, dict[str, Tensor]]:
     """A block's output, and what its mixers and the whole of it add to the stream, for all rows."""
     made: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -189,8 +191,8 @@ def _run(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             if linear.role in MIXED:
                 keep = partial(_keep, made, MIXED[linear.role])
                 stack.callback(block.module(linear).register_forward_hook(keep).remove)
-        after = block.forward(hidden)
-    return after, {**made, WHOLE: after - hidden}
+        after = block.forward(rows.hidden, rows.handed)
+    return after, {**made, WHOLE: after - rows.hidden}
 
 
 def _keep(

@@ -156,6 +156,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "index_head_dim": 16,
         "index_topk": 16,
     },
+    "glm_moe_dsa shared": {
+        **MLA,
+        **GROUPED,
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "indexer_types": ["full", "shared", "full"],
+        "index_n_heads": 4,
+        "index_head_dim": 16,
+        "index_topk": 16,
+    },
     "deepseek_v32": {
         **MLA,
         **GROUPED,

@@ -85,12 +85,13 @@ def every_linear_is_one(source: Source, stream: FinalStates) -> None:
 
 def no_fold_changes_what_a_block_computes(source: Source, stream: FinalStates) -> None:
     runner = stream.model.runner
-    hidden = runner.embed(stream.model.tensors(0), IDS)
+    hidden, handed = runner.embed(stream.model.tensors(0), IDS), {}
     generator = torch.Generator().manual_seed(3)
     for unit in source.layout.blocks:
         tensors = stream.model.floats(source.read_unit(unit))
         with runner.loaded(unit, tensors) as block:
-            expected = block.forward(hidden)
+            expected = block.forward(hidden, handed)
+            after = block.handed
         assert unit.folds
         for how in unit.folds:
             source_weight = tensors[f"{how.source}.weight"]
@@ -98,10 +99,10 @@ def no_fold_changes_what_a_block_computes(source: Source, stream: FinalStates) -
             scale = torch.rand(channels, generator=generator) * 1.5 + 0.5
             changed = fold(tensors, how, unit, scale, dtype=torch.float64)
             with runner.loaded(unit, {**tensors, **changed}) as block:
-                found = block.forward(hidden)
+                found = block.forward(hidden, handed)
             where = f"{unit.name}: {how.source} into {how.site}"
             assert (found - expected).abs().max() < 2e-5 * expected.abs().max(), where
-        hidden = expected
+        hidden, handed = expected, after
 
 
 def compiled_and_loaded(source: Source, before: Tensor, folder: Path, step: dict[str, Any]) -> None:
