@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -106,23 +107,51 @@ def write(folder: Path, *, shape: str, layers: int, device: str, seed: int = 0) 
 
 
 def write_tensors(
-    folder: Path, shapes: dict[str, tuple[int, ...]], *, device: str, seed: int
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    device: str,
+    seed: int,
+    repeated: int | None = None,
 ) -> None:
-    """A new folder with index and shards of random bfloat16 tensors."""
+    """A new folder with index and shards of random bfloat16 tensors.
+
+    repeated  so many values are drawn, and tensors are pieces of these one after the other, from
+              the beginning again at the end: as fast as the disk
+    """
     folder.mkdir(parents=True)
     tensors = {name: TensorShape(torch.bfloat16, dims) for name, dims in shapes.items()}
     plan = Safetensors().lay_out([{name: spec} for name, spec in tensors.items()])
     generator = torch.Generator(device).manual_seed(seed)
-    for shard in plan.shards:
-        with (folder / shard.file).open("wb") as handle:
+
+    def drawn(dims: tuple[int, ...]) -> memoryview:
+        noise = torch.randn(dims, generator=generator, device=device)
+        scale = 0.02 if len(dims) > 1 else 0.1
+        offset = 0.0 if len(dims) > 1 else 1.0
+        return tensor_bytes((noise * scale + offset).to(torch.bfloat16))
+
+    stock = None if repeated is None else drawn((repeated, 1))
+    for number, shard in enumerate(plan.shards):
+        place = 2 * 1009 * number
+        with (folder / shard.file).open("wb", buffering=0) as handle:
             handle.write(shard.fixed[0])
             for spec in shard.tensors.values():
-                noise = torch.randn(spec.shape, generator=generator, device=device)
-                scale = 0.02 if len(spec.shape) > 1 else 0.1
-                offset = 0.0 if len(spec.shape) > 1 else 1.0
-                handle.write(tensor_bytes((noise * scale + offset).to(torch.bfloat16)))
+                if stock is None or len(spec.shape) == 1:
+                    _write(handle, drawn(spec.shape))
+                    continue
+                left = spec.nbytes
+                while left:
+                    piece = stock[place : place + left]
+                    _write(handle, piece)
+                    left -= len(piece)
+                    place = (place + len(piece)) % len(stock)
     for name, content in plan.index.items():
         (folder / name).write_bytes(content)
+
+
+def _write(handle: RawIOBase, data: memoryview) -> None:
+    while len(data):
+        data = data[handle.write(data) :]
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -12,11 +12,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from compressor.checkpoint.background import CommitQueue
 from compressor.checkpoint.container import ShardLayout, lay_out
 from compressor.checkpoint.durable import (
     is_file,
@@ -48,6 +52,8 @@ STATED_NAME = "finishing.json"
 FOUND = ("source.content", "environment", "selected")
 """What a manifest may say that is only known after the run."""
 
+
+CPU = torch.device("cpu")
 
 Read = Callable[[UnitLayout], Unit]
 Progress = Callable[[str, int, int], None]
@@ -136,13 +142,16 @@ def write(
     *,
     about: Mapping[str, Any],
     beside: Path | None,
+    device: torch.device = CPU,
     recipe: bytes | None = None,
     files: Mapping[str, bytes] | None = None,
     progress: Progress = lambda name, done, total: None,
 ) -> Transaction:
     """Write units one after the other as `read` gives them; the same call continues.
 
-    files  in place of the target's, or beside them
+    The last one is hashed and written while the next one is read.
+    device  where `read` puts what is coded
+    files   in place of the target's, or beside them
     Raises what `writing` does, InputError where the disk has no room or a value no form, and
     MachineError where the disk fails.
     """
@@ -155,10 +164,14 @@ def write(
         writer = ShardWriter(under_way.shards, under_way.work, owner=stated_hash(about))
         with disk_errors(f"writing {under_way.work}"):
             writer.open()
-            for index, unit in enumerate(target.units):
-                if writer.record(index) is None:
-                    writer.commit(index, writer.write(target.encode(read(unit))), {})
-                progress(unit.name, index + 1, len(target.units))
+            # What is being written when this ends with an error is committed all the same.
+            with ThreadPoolExecutor(1) as syncs, ThreadPoolExecutor(1) as writes:
+                queue = CommitQueue(writer, writes, syncs, device)
+                for index, unit in enumerate(target.units):
+                    if writer.record(index) is None:
+                        queue.put(index, target.encode(read(unit)), {})
+                    progress(unit.name, index + 1, len(target.units))
+                queue.drain()
         under_way.finish(writer, beside=beside, recipe=recipe, files=files)
     return under_way
 

@@ -38,6 +38,7 @@ from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.run.environment import versions
 from compressor.run.mx_to_nvfp4 import as_nvfp4_where_held
+from compressor.run.warm_up import compile_verdict, import_model
 from compressor.verify.findings import VerifyReport
 from compressor.verify.verify import verify
 
@@ -120,7 +121,10 @@ def convert(
         )
     job = _Conversion(source, target, allow_rounding=allow_rounding, device=device)
     steps = (3 if verifying else 2) * len(source.layout.units)
+    model = import_model(source, device) if verifying else None
     made = job.study(Safetensors(max_shard_size), partial(_show, progress, 0, steps))
+    if verifying:
+        compile_verdict(made, device)
     units = len(source.layout.units)
     folder = source.checkpoint.folder
     recipe = folder / RECIPE_NAME
@@ -136,11 +140,14 @@ def convert(
             max_shard_size=max_shard_size,
         ),
         beside=folder,
+        device=device,
         recipe=recipe.read_bytes() if recipe.is_file() else None,
         progress=partial(_show, progress, units, steps),
     )
     report = None
     if verifying:
+        if model is not None:
+            model.join()
         report = verify(
             output,
             against=job.remaining(),
@@ -295,6 +302,8 @@ class _Conversion:
         if self.content.setdefault(unit.name, digest) != digest:
             raise InputError(f"{unit.name} of the source changed while it was converted")
         found = self.source.assemble(unit, raw, device=self.device)
+        here = {name: t.to(self.device, non_blocking=True) for name, t in found.tensors.items()}
+        found = replace(found, tensors=here)
         return found if self.dense else as_nvfp4_where_held(found, self.format, self._input)
 
     def _raw(self, unit: UnitLayout) -> tuple[dict[str, Tensor], str]:
@@ -370,7 +379,7 @@ class _Conversion:
 
     def _float(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Note or refuse what a float tensor loses in the target's dtype."""
-        tensor = tensor.to(self.device)
+        tensor = tensor.to(self.device)  # what a unit has beside its own tensors
         moved = tensor.to(dtype)
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{name} holds NaN or infinity", hint="the source is damaged")

@@ -35,7 +35,7 @@ from compressor.run.selection import Selection, select_rows
 from compressor.run.settings import FitProgress, JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
-from compressor.run.warm_up import warm_up
+from compressor.run.warm_up import compile_verdict, warm_up
 from compressor.runner.activations import Activations
 from compressor.runner.heap import share_heap
 from compressor.runner.process_memory import rss
@@ -322,11 +322,17 @@ def compile_checkpoint(
     with ranks.leading(claiming) as under_way:
         if under_way.finished:
             return Compiled(output=output, units=(), already=True)
+
+        def unit_done(done: UnitDone) -> None:
+            if done.index == 1 and ranks.leads and recipe.verify:
+                compile_verdict(plan.target, prepared.device)
+            on_unit(done)
+
         settings = JobSettings(
             device=prepared.device,
             batch=prepared.batch,
             activations=prepared.activations,
-            on_unit=on_unit,
+            on_unit=unit_done,
             on_step=on_step,
             on_note=on_note,
             on_fit=on_fit,

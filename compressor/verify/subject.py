@@ -34,6 +34,7 @@ from compressor.ir.scheme import Scheme
 from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.numerics.chunks import CODED_AHEAD, DECODERS, layers_ahead, row_chunks
 from compressor.verify.dense_weight import dense
+from compressor.verify.kernels.ahead import CompiledAhead
 from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
 from compressor.verify.kernels.check import kernel_for
 from compressor.verify.kernels.layer import KernelCheck, Layer
@@ -96,6 +97,16 @@ class Subject:
     def kernel(self, linear: Linear) -> KernelCheck | None:
         """The kernel that multiplies by a packed linear, or None."""
         return kernel_for(self.source.schemes.linears[linear.name], linear.shape)
+
+    def compile_kernels(self) -> CompiledAhead:
+        """A GPU's kernels for the packed linears, on their way."""
+        source = self.source
+        return CompiledAhead(
+            [(source.schemes.linears[x.name], x.shape) for x in source.layout.linears],
+            format=source.format,
+            dtype=source.checkpoint.dtype,
+            device=self.device,
+        )
 
     def stored(self, unit: UnitLayout) -> dict[str, Tensor]:
         """Tensors of the folder's own files that belong to a unit."""
@@ -230,6 +241,11 @@ class DeltaSubject(Subject):
 
     def kernel(self, linear: Linear) -> KernelCheck | None:
         return SignsOnBase()
+
+    def compile_kernels(self) -> CompiledAhead:
+        return CompiledAhead(
+            [], format=self.source.format, dtype=self.source.checkpoint.dtype, device=self.device
+        )
 
     def ahead(self, unit: UnitLayout) -> dict[str, Tensor]:
         return self.stored(unit)

@@ -3,11 +3,12 @@
     python scripts/bench/blocks.py SCRATCH [--shapes llama-3-70b deepseek-v3] [--device-memory 8GB]
     python scripts/bench/blocks.py SCRATCH --tiny --device cpu
 
-Weights are random, drawn on the device and written to SCRATCH as a checkpoint with two blocks of
-the shape (one where a block is above 16 GB, so that kernels are compiled in its time too) and 512
-tokens of vocabulary. 128 × 512 tokens, W4 asymmetric, groups of 128, scales and clipping searched;
-each run is a process of its own, forked after the imports. The whole model is its blocks times the
-last one's seconds: no embedding, no head, no start. A line of JSON each, then a Markdown table.
+Weights are random, drawn once and repeated, and written to SCRATCH as a checkpoint with two blocks
+of the shape (one where a block is above 16 GB, so that kernels are compiled in its time too) and
+512 tokens of vocabulary. 128 × 512 tokens, W4 asymmetric, groups of 128, scales and clipping
+searched; each run is a process of its own, forked after the imports. The whole model is its blocks
+times the last one's seconds: no embedding, no head, no start. A line of JSON each, then a Markdown
+table.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from compressor.run.session import choose_device, compile_checkpoint, prepare
 
 VOCABULARY = 512
 LARGE = 16e9
+STOCK = 2**26 + 1
+"""Random weights that are drawn; all tensors are pieces of them, one after the other."""
 COMMON = {
     "vocab_size": VOCABULARY,
     "rms_norm_eps": 1e-5,
@@ -200,7 +203,7 @@ def make(folder: Path, config: dict[str, Any], blocks: int, device: str) -> None
             bias = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
             shapes[bias] = (config["n_routed_experts"],)
     shapes |= {"model.norm.weight": (width,), "lm_head.weight": (VOCABULARY, width)}
-    write_tensors(folder, shapes, device=device, seed=0)
+    write_tensors(folder, shapes, device=device, seed=0, repeated=STOCK)
     whole = {**COMMON, **config, "num_hidden_layers": blocks}
     (folder / "config.json").write_text(json.dumps(whole, indent=2))
     save_tokenizer(folder)

@@ -7,17 +7,24 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from compressor.checkpoint.source import open_source
+from compressor.formats.base import get_format
 from compressor.ir.qtensor import QuantSpec
+from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.methods.awq import Awq
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.warm_up import warm_up
+from compressor.verify.kernels.ahead import CompiledAhead
+from compressor.verify.kernels.layer import EVERYTHING
+
+PACKED = get_format("compressed-tensors")
 
 SPEC = QuantSpec(
     element="int",
@@ -80,3 +87,28 @@ def test_kernels_compiled_beforehand_serve_every_shape(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)},
         check=True,
     )
+
+
+def test_what_is_compiled_for_a_verdict_is_a_layer_of_every_scheme() -> None:
+    """On a CPU nothing is compiled; what would be runs through the plain reference there."""
+    ahead = CompiledAhead([], format=PACKED, dtype=torch.bfloat16, device=torch.device("cpu"))
+    int8 = QuantSpec(element="int", bits=8, strategy="channel", scale_dtype=torch.bfloat16)
+    inputs = ActivationSpec(element="int8", mode="token")
+    for scheme, name in ((Scheme(SPEC), "w4a16"), (Scheme(int8, inputs), "w8a8")):
+        check, layer = ahead.stand_in(scheme, (64, 96))
+        assert check.name == name
+        made = check.reference(
+            replace(layer, weight=layer.weight.double()), torch.ones(1, 96), EVERYTHING
+        )
+        assert made.found.shape == (1, 64) and not made.found.any()
+
+
+def test_a_layer_without_a_kernel_is_left_out() -> None:
+    ahead = CompiledAhead(
+        [(Scheme(SPEC), (64, 96)), (Scheme(), (64, 96))],
+        format=PACKED,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    ahead.wait()
+    assert not ahead.coming

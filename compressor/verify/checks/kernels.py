@@ -17,6 +17,7 @@ class Kernels(Check):
     """The products are those of float64 with the weight that the second reader sees."""
 
     def begin(self) -> None:
+        self.compiling = self.subject.compile_kernels()
         self.without_kernel = 0
         self.caches: list[KernelResult | None] = []
 
@@ -27,6 +28,7 @@ class Kernels(Check):
         if check is None:
             self.without_kernel += 1
             return
+        self.compiling.wait()
         result = check_kernel(check, layer, device=self.subject.device, seed=self.subject.seed)
         if result.problem:
             self.problems.append(f"{linear.name}: {result.problem}")
