@@ -5,11 +5,12 @@ where a recipe names their role."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
-from compressor.arch.free import EMBEDDING, linear_of
-from compressor.ir.layout import Linear, bias_name, is_weight
+from compressor.arch.free import EMBEDDING, in_parts, linear_of
+from compressor.ir.layout import Linear, UnitLayout, bias_name, is_weight
 
 KINDS = {
     "mtp": r"(^|\.)mtp|^model\.layers\.",
@@ -32,13 +33,32 @@ def part_of(name: str) -> str:
     return ".".join(path[: max(1, min(until, 2))])
 
 
-def linears_beside(
+def units_beside(
+    carried: Iterable[str], headers: Mapping[str, Sequence[int] | None]
+) -> Iterator[UnitLayout]:
+    """Units of bounded size for tensors that are carried over, one part of the model after another.
+    One is called as its part is; more of a part are numbered."""
+    by_part = sorted(carried, key=lambda name: (part_of(name), name))
+    for part, names in groupby(by_part, part_of):
+        pieces = in_parts(list(names), headers)
+        for number, piece in enumerate(pieces):
+            yield UnitLayout(
+                name=part if len(pieces) == 1 else f"{part}[{number}]",
+                kind="beside",
+                index=number,
+                tensors=(),
+                linears=_linears_beside(piece, headers),
+                carried=tuple(piece),
+            )
+
+
+def _linears_beside(
     carried: Iterable[str], headers: Mapping[str, Sequence[int] | None]
 ) -> tuple[Linear, ...]:
     """The linears among tensors that are carried over; embeddings, convolutions, routers and
     matrices of few rows are none, nor is what torch's MultiheadAttention multiplies with itself."""
     found = []
-    for name in sorted(carried):
+    for name in carried:
         path, shape = name.rpartition(".")[0], headers[name]
         if f"{path.rpartition('.')[0]}.in_proj_weight" in headers:
             continue

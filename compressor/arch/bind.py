@@ -7,11 +7,10 @@ come from strangers, so each size is checked before anything is built from it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from compressor.arch.beside import linears_beside
+from compressor.arch.beside import units_beside
 from compressor.arch.refusals import headless, way_out, wrong_experts
 from compressor.arch.schema import FoldRow, LinearRow, MapFile, Section
 from compressor.arch.sizes import ConfigReader, read_sizes
@@ -63,8 +62,8 @@ class _Layout:
         problems: list[CompressError] = list(self._broken_requirements())
         if problems:
             raise Problems(problems)
-        embedding, blocks = self._embedding(), range(self.read.size("layers"))
-        units = (embedding, *(self._block(i) for i in blocks), self._head())
+        blocks = range(self.read.size("layers"))
+        units = (self._embedding(), *(self._block(i) for i in blocks), self._head())
         carried = tuple(
             name for name in self.headers.keys() - self.taken.keys() if self._is_carried(name)
         )
@@ -90,14 +89,12 @@ class _Layout:
         if problems:
             raise Problems(problems)
         token = weight_name(self.arch.embedding.token)
-        first = replace(embedding, linears=linears_beside(carried, self.headers))
         return ModelLayout(
             model_type=self.arch.model_type,
-            units=(first, *units[1:]),
+            units=(*units, *units_beside(carried, self.headers)),
             sizes=self._model_sizes(),
             tied=token if self._tied else None,
             unannounced=tuple(self.unannounced),
-            carried=tuple(sorted(carried)),
         )
 
     def _is_carried(self, name: str) -> bool:

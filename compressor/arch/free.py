@@ -98,7 +98,7 @@ def lay_free(model_type: str, *, config: Mapping[str, Any], headers: Headers) ->
     head = [name for name, linear in linears.items() if linear.role == "lm_head"][-1:]
     last = [n for n in names if n in head or (head and n == bias_name(linears[head[0]].name))]
     ends = {*first, *last}
-    parts = _parts([n for n in names if n not in ends], headers)
+    parts = in_parts([n for n in names if n not in ends], headers)
     units = [
         _unit("embedding", 0, first, {}),
         *(_unit(f"part.{i}", i, part, linears) for i, part in enumerate(parts)),
@@ -137,7 +137,7 @@ def linear_of(path: str, shape: tuple[int, int], bias: bool) -> Linear | None:
     )
 
 
-def _parts(names: Sequence[str], headers: Headers) -> list[list[str]]:
+def in_parts(names: Sequence[str], headers: Headers) -> list[list[str]]:
     """Names in runs of about `UNIT` elements; what runtimes fuse stays together."""
     found: list[list[str]] = []
     size, module = 0, None

@@ -54,8 +54,7 @@ def is_cache_scale(name: str) -> bool:
 class Source:
     """A checkpoint with its meaning: what its tensors are, and how its linears are quantized.
 
-    added  names of tensors that a pass added, by the unit they belong to; with the embedding go
-           those that are carried over
+    added  names of tensors that a pass added, or that are carried over, by the unit they belong to
     """
 
     checkpoint: Checkpoint
@@ -318,10 +317,8 @@ def _complete(schemes: ModelSchemes, layout: ModelLayout) -> ModelSchemes:
 
 
 def _by_unit(names: list[str], layout: ModelLayout) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    if layout.carried:
-        found[layout.embedding.name] = layout.carried
-    for unit in layout.units:
+    found = {unit.name: unit.carried for unit in layout.units if unit.carried}
+    for unit in (unit for unit in layout.units if unit.kind != "beside"):
         ours = tuple(sorted(n for n in names if n.startswith(f"{unit.name}.")))
         if ours:
             found[unit.name] = ours

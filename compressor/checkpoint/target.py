@@ -264,7 +264,7 @@ class ModelTarget:
         source, entries = self.source, self.source.checkpoint.entries
         coded = {name for name, scheme in self.schemes.linears.items() if scheme.weight}
         matrices = {n for n, entry in entries.items() if len(entry.spec.shape) == 2}
-        matrices |= {linear.weight_name for linear in source.layout.embedding.linears}
+        matrices |= {linear.weight_name for linear in source.layout.linears if linear.beside}
         carried = [
             path
             for name in source.layout.carried

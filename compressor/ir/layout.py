@@ -244,18 +244,21 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class UnitLayout:
-    """One unit: the embedding, a block, or the head (final norm and lm_head).
+    """One unit: the embedding, a block, the head (final norm and lm_head), or a part beside the
+    text model.
 
-    name     "embedding", "head", or the block's module path in the checkpoint
+    name     "embedding", "head", or the module path in the checkpoint of a block or a part
     tensors  every tensor that belongs to the unit, in a fixed order; what lies in a stack goes by
              the name of its linear
     linears  its linears, routers included, in the order of `tensors`
     others   those of `tensors` that are of no linear and no norm: sinks, correction bias, A_log,
              conv1d …; they are written as they are
+    carried  tensors of a part beside the text model, which nothing runs: written as they are, but
+             for linears that a recipe names by their role
     """
 
     name: str
-    kind: Literal["embedding", "block", "head"]
+    kind: Literal["embedding", "block", "head", "beside"]
     index: int
     tensors: tuple[str, ...]
     linears: tuple[Linear, ...] = ()
@@ -263,6 +266,7 @@ class UnitLayout:
     mixers: tuple[Mixer, ...] = ()
     norms: tuple[Norm, ...] = ()
     others: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
     @property
     def attention(self) -> AttentionShape | None:
@@ -302,13 +306,11 @@ class UnitLayout:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """All units of a model in execution order.
+    """All units of a model in execution order; those beside the text model (a vision tower, heads
+    for several tokens at once) come after the head.
 
     tied         the name whose data the head shares
     unannounced  biases that the files hold and the config does not know of: loaders skip them
-    carried      tensors that are no part of the text model (a vision tower, heads for several
-                 tokens at once): written as they are, but for linears that a recipe names by
-                 their role; those are the linears of the embedding's unit
     """
 
     model_type: str
@@ -316,7 +318,11 @@ class ModelLayout:
     sizes: Sizes
     tied: str | None = None
     unannounced: tuple[str, ...] = ()
-    carried: tuple[str, ...] = ()
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The tensors of all parts beside the text model."""
+        return tuple(name for unit in self.units for name in unit.carried)
 
     @property
     def embedding(self) -> UnitLayout:
@@ -326,12 +332,12 @@ class ModelLayout:
     @property
     def blocks(self) -> tuple[UnitLayout, ...]:
         """The blocks in order; `blocks[i].index` is i."""
-        return self.units[1:-1]
+        return tuple(unit for unit in self.units if unit.kind == "block")
 
     @property
     def head(self) -> UnitLayout:
         """The final norm and lm_head."""
-        return self.units[-1]
+        return next(unit for unit in reversed(self.units) if unit.kind == "head")
 
     def unit(self, index: int) -> UnitLayout:
         """The unit at a place in execution order: 0 is the embedding."""

@@ -73,7 +73,8 @@ def check_model(source: Source, observed: Collection[str] = ()) -> None:
         device=torch.device("cpu"),
         dtype=DTYPE,
     )
-    embedding, *blocks, head = source.layout.units
+    layout = source.layout
+    embedding, blocks, head = layout.embedding, layout.blocks, layout.head
     if len(runner.layers) != len(blocks):
         raise InputError(
             f"config.json describes {len(runner.layers)} blocks, the checkpoint has {len(blocks)}"

@@ -99,7 +99,9 @@ def plan_unit(unit: UnitLayout, passes: Sequence[PassPlan], target: Target) -> U
     """What `passes` do in a unit of a target."""
     names = {linear.name for linear in unit.linears}
     steps = tuple(
-        i for i, plan in enumerate(passes) if plan.names & names or plan.effects.works_on == "all"
+        i
+        for i, plan in enumerate(passes)
+        if plan.names & names or (plan.effects.works_on == "all" and unit.kind != "beside")
     )
     seen = _observables(unit, [passes[i] for i in steps])
     needs: dict[str, StatNeeds] = {}

@@ -141,7 +141,7 @@ def inspect(located: Located) -> CheckpointInfo:
         model_type=layout.model_type,
         format=source.low_precision or source.format.name,
         dtype=str(checkpoint.dtype).removeprefix("torch."),
-        blocks=len(layout.units) - 2,
+        blocks=len(layout.blocks),
         parameters=floats - doubled + weights,
         quantized=weights,
         quantized_bytes=sum(layer.nbytes for layer in layers if layer.name in names),
@@ -161,7 +161,7 @@ def inspect(located: Located) -> CheckpointInfo:
 
 def _beside(source: Source) -> Iterator[Part]:
     """The parts beside the text model, in order of their names."""
-    linears = {linear.weight_name: linear for linear in source.layout.embedding.linears}
+    linears = {linear.weight_name: linear for linear in source.layout.linears}
     parts: dict[tuple[str, str], list[str]] = {}
     for name in source.layout.carried:
         parts.setdefault((kind_of(name), part_of(name)), []).append(name)

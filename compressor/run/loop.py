@@ -289,7 +289,7 @@ class _Loop:
                 self.plan,
                 step.index,
                 unit,
-                start_of(self.plan, step.index, source, moved, self.learned),
+                start_of(self.plan, step.index, source, moved, self.learned, device=device),
                 observe=look,
                 observe_site=look_beside,
                 tune=tune,
@@ -308,8 +308,9 @@ class _Loop:
         unit = self.plan.units[index]
         if not self._beside(unit):
             return moved
-        start = start_of(self.plan, index, source, moved, self.learned)
-        dtype = self.plan.compute_dtype(self.settings.device)
+        device = self.settings.device
+        start = start_of(self.plan, index, source, moved, self.learned, device=device)
+        dtype = self.plan.compute_dtype(device)
         return turned(self.plan, index, start, self.learned, dtype=dtype) or moved
 
     def _observers(

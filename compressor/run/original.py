@@ -24,6 +24,8 @@ def start_of(
     source: Unit,
     moved: Mapping[str, Tensor],
     learned: Mapping[int, Outcome],
+    *,
+    device: torch.device,
 ) -> Unit:
     """A unit in float32, as passes work on it, with what model passes add to it.
 
@@ -39,7 +41,6 @@ def start_of(
     tensors = {name: tensor.float() for name, tensor in moved.items()}
     extra = {**source.extra, **added}
     picked = {name for number in unit.steps for name in plan.passes[number].names}
-    device = next(iter(moved.values())).device
     for linear in source.layout.linears:
         if linear.beside and linear.name in picked:
             weight = extra.pop(linear.weight_name, None)

@@ -367,7 +367,7 @@ def _check(models: Sequence[StreamedModel], ids: Tensor) -> None:
                 f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}",
                 hint="is this the tokenizer of this model?",
             )
-        same = [u.name for u in layout.units] == [u.name for u in first.layout.units]
+        same = [u.name for u in layout.blocks] == [u.name for u in first.layout.blocks]
         if not same or vocabulary != first.layout.sizes.vocabulary:
             raise InputError(
                 f"{model.source.checkpoint.folder} and {first.checkpoint.folder} are not the same "

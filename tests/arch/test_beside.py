@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from compressor.arch import free
 from compressor.arch.beside import kind_of
 from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
@@ -63,8 +66,8 @@ def test_a_tower_is_rounded_where_a_recipe_names_it(
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
     loaded(input_ids=torch.zeros(1, 4, dtype=torch.long))  # decompresses
     state = loaded.state_dict()
-    unit = written.layout.embedding
-    ours = written.read_unit(unit).quantized
+    units = [unit for unit in written.layout.units if unit.kind == "beside"]
+    ours = {n: q for unit in units for n, q in written.read_unit(unit).quantized.items()}
     assert ours.keys() == {x.name for x in beside}
     inner = source.arch.prefixes
     for linear in beside:
@@ -96,6 +99,39 @@ def test_what_torch_multiplies_with_itself_stays_and_what_transformers_fails_on_
     assert "SigLIP" in reason.message
     with pytest.raises(AttributeError, match="weight"):
         logits_of_transformers(written.checkpoint.folder)
+
+
+def test_layers_for_several_tokens_are_units_of_their_own(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as a block, they are worked on some modules at a time, and written whole."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("glm4_moe"), model)
+    tensors = load_file(model / "model.safetensors")
+    last = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.")}
+    mtp = {n.replace(".1.", ".2.", 1): t + 1 for n, t in last.items()}
+    mtp |= {"model.layers.2.eh_proj.weight": torch.randn(64, 128)}
+    save_file(tensors | mtp, model / "model.safetensors", metadata={"format": "pt"})
+    whole = [u for u in open_source(model).layout.units if u.kind == "beside"]
+    assert [u.name for u in whole] == ["model.layers"]
+    monkeypatch.setattr(free, "UNIT", 2**13)
+    source = open_source(model)
+    assert [u.kind for u in source.layout.units][:4] == ["embedding", "block", "block", "head"]
+    parts = source.layout.units[4:]
+    assert len(parts) > 2 and set(source.layout.carried) == mtp.keys()
+    modules = [{n.rpartition(".")[0].rpartition(".")[0] for n in u.carried} for u in parts]
+    assert all(not one & other for one, other in pairwise(modules)), "what is fused is together"
+    step = {"rtn": {**STEP, "targets": ["linear", "mtp.linear"]}}
+    written = compiled(model, tmp_path / "out", [step])
+    assert len(written.layout.units) == len(source.layout.units)
+    packed = {x.name for x in written.layout.linears if x.role == "mtp.linear"}
+    assert "model.layers.2.eh_proj" in packed
+    assert all(written.schemes.linears[name].weight is not None for name in packed)
+    run = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--against", str(model)])
+    assert run.exit_code == 0, run.output
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    run = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--against", str(model)])
+    assert run.exit_code == 1 and "is in one of the two alone" in run.output
 
 
 @pytest.mark.parametrize(

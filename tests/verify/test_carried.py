@@ -33,8 +33,10 @@ def test_a_tower_is_held_against_the_original(tiny_model: TinyModel, tmp_path: P
     source = open_source(model)
     carried = source.layout.carried
     assert carried
-    read = SourceModel(source, device=CPU, dtype=torch.float32).read_unit(0)
-    assert not set(read.extra) & set(carried), "no forward pass uses it"
+    model_of = SourceModel(source, device=CPU, dtype=torch.float32)
+    for index, unit in enumerate(source.layout.units):
+        assert not model_of.read_unit(index).extra, "no forward pass uses it"
+        assert bool(unit.carried) == (unit.kind == "beside")
     made = make_recipe(recipe(model, tmp_path / "out"))
     output = compile_checkpoint(prepare(made, device=CPU)).output
     assert verify(output, against=source, device=CPU).ok

@@ -139,7 +139,7 @@ def command(
     tokenizer = load_tokenizer(source.checkpoint.folder)
     tokens = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
     display = Display(log_format=log_format)
-    with display.stage("measure", len(source.layout.units) - 2):
+    with display.stage("measure", len(source.layout.blocks)):
         found = measure_sensitivity(
             data,
             source,

@@ -126,7 +126,7 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
     recipe, source = plan.recipe, plan.source
     parameters = sum(elements(entry.spec.shape) for entry in source.checkpoint.entries.values())
     echo(
-        f"{recipe.model}: {plan.layout.model_type}, {len(plan.units) - 2} blocks, "
+        f"{recipe.model}: {plan.layout.model_type}, {len(plan.layout.blocks)} blocks, "
         f"{parameters / 1e6:.1f} M parameters, {source.checkpoint.dtype}".replace("torch.", "")
     )
     for number, entry in enumerate(plan.passes, 1):

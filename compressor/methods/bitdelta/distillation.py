@@ -160,7 +160,7 @@ class Student:
                 self.norms |= {name: nn.Parameter(tensors[name].float()) for name in names}
                 layer = self._layers[unit.index]  # type: ignore[index]
                 self._layers[unit.index] = _Merging(self, unit, layer, tensors, parts)  # type: ignore[index,operator]
-            else:
+            elif unit.kind == "head":
                 self.head = parts
         scales = torch.stack(initial) if initial else torch.zeros(0, bits)
         self.scales = nn.Parameter(scales.to(self.device, torch.float32))

@@ -59,7 +59,7 @@ class TwoStream:
                     block.layer.requires_grad_(False)
                     self.layers.append(block.layer)
             # The norm lies in the model for as long as the head does; its weight is not asked.
-            tensors = model.tensors(len(units) - 1)
+            tensors = model.tensors(len(model.layout.blocks) + 1)
             stack.enter_context(model.runner.head(tensors, torch.empty(0)))
             self._norm = model.runner.model.get_submodule(model.runner.names.norm)
             try:

@@ -75,11 +75,13 @@ class Original(Check):
             self._unrelated(
                 f"{original.folder.name} has other blocks or sizes: it is another model"
             )
+        alone = {*self.written.layout.carried} ^ {*self.original.layout.carried}
+        self.problems += [f"{name} is in one of the two alone" for name in sorted(alone)]
         self.layouts = {unit.name: unit for unit in self.original.layout.units}
         record = read_offsite_record(self.folder)
         trained = () if record is None else record.trained
         self.trained = {self.original.layout.blocks[i].name for i in trained}
-        units = [self.layouts[unit.name] for unit in self.written.layout.units]
+        units = [self.layouts.get(unit.name, unit) for unit in self.written.layout.units]
         self.reading = read_ahead(self._stored, units, ahead=self.subject.on_gpu)
 
     def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
@@ -93,10 +95,15 @@ class Original(Check):
 
     def _stored(self, layout: UnitLayout) -> dict[str, Tensor]:
         """The original's tensors of a unit, but those that are carried over."""
+        if layout.kind == "beside":
+            return {}
         names = self.original.names(layout, carried=False)
         return self.original.checkpoint.read(names, pin=self.subject.on_gpu)
 
     def _compare(self, unit: Unit, stored: Mapping[str, Tensor]) -> None:
+        if unit.layout.kind == "beside":
+            self._carried(unit)
+            return
         layout = self.layouts[unit.layout.name]
         after = self._floats(unit)
         here = {name: t.to(self.device, non_blocking=True) for name, t in stored.items()}
@@ -111,7 +118,6 @@ class Original(Check):
             return
         if unit.layout.kind == "embedding" and not self.original.arch.free:
             self._embedding(unit.layout, after, before)
-            self._carried(unit)
             return
         made = None
         if unit.layout.kind == "block" and self.outputs is not None:
@@ -149,8 +155,7 @@ class Original(Check):
     def _floats(self, unit: Unit) -> dict[str, Tensor]:
         """A unit's weights in float32 on the device, one after the other."""
         floats = {name: t.to(self.device, torch.float32) for name, t in unit.tensors.items()}
-        beside = {linear.name for linear in unit.layout.linears if linear.beside}
-        for name, q in ((n, q) for n, q in unit.quantized.items() if n not in beside):
+        for name, q in unit.quantized.items():
             floats[weight_name(name)] = q.to(self.device).dequantize(torch.float32)
         return floats
 
@@ -203,24 +208,24 @@ class Original(Check):
 
     def _carried(self, unit: Unit) -> None:
         """What is no part of the text model is written as it was; one tensor is read at a time."""
-        read, theirs = self.original.checkpoint, self._packed_beside(unit.layout.name)
-        coded = [x for x in unit.layout.linears if x.beside and x.name in unit.quantized]
+        read, both = self.original.checkpoint, set(self.original.layout.carried)
+        theirs = self._packed_beside(unit.layout)
+        linears = {x.weight_name: x for x in unit.layout.linears if x.name in unit.quantized}
+        coded = [x for name, x in linears.items() if name in both]
         if coded:
             self._rounded_beside(unit, coded, theirs)
-        carried = {*self.written.layout.carried, *self.original.layout.carried, *theirs}
-        for name in sorted(carried - {linear.weight_name for linear in coded}):
-            ours = unit.extra.get(name)
-            if ours is None or not (name in theirs or name in read.entries):
-                self.problems.append(f"{name} is in one of the two alone")
-                continue
+        for name in (n for n in unit.layout.carried if n in both and n not in linears):
+            ours = unit.extra[name]
             held = theirs[name].to(ours.dtype) if name in theirs else read.read([name])[name]
             if not torch.equal(ours.cpu(), held):
                 self.problems.append(f"{name} is not the original's")
 
-    def _packed_beside(self, name: str) -> dict[str, Tensor]:
-        """Weights of towers and the like that the original has packed, by their names as floats."""
-        layout, schemes = self.layouts[name], self.original.schemes.linears
-        packed = [x for x in layout.linears if x.beside and schemes[x.name].weight]
+    def _packed_beside(self, layout: UnitLayout) -> dict[str, Tensor]:
+        """Weights of a part beside the text model that the original has packed, by their names as
+        floats."""
+        original, schemes = self.original.layout, self.original.schemes.linears
+        every = [x for x in original.linears if x.weight_name in layout.carried]
+        packed = [x for x in every if schemes[x.name].weight]
         if not packed:
             return {}
         few = replace(layout, linears=tuple(packed), tensors=tuple(x.weight_name for x in packed))
@@ -306,6 +311,7 @@ def same_units(written: Source, original: Source) -> bool:
         [
             (u.name, sorted((x.name, x.shape) for x in u.linears), u.attention)
             for u in s.layout.units
+            if u.kind != "beside"
         ]
         for s in (written, original)
     )
