@@ -9,6 +9,7 @@ from compressor_kernels.attention.verify_attention import (
     critical_keys_ref,
     key_shares,
     key_shares_ref,
+    verified_keys,
     verify_attention,
 )
 
@@ -36,6 +37,9 @@ def test_shares(q_len, tokens):
     q, k, v = randn(2, 4, q_len, 24), randn(2, 2, tokens, 24), randn(2, 2, tokens, 24)
     shares = check(q, k, v, 4e-3)
     torch.testing.assert_close(shares.sum(-1), torch.ones(2, 2, device=DEVICE), atol=1e-3, rtol=0)
+    where = {"length": tokens, "recent": q_len + 1, "budget": tokens // 3}
+    keys = verified_keys(verify_attention(q, k, v), **where)
+    assert torch.equal(keys, critical_keys_ref(shares, **where))
 
 
 def test_a_draft_step_reads_the_critical_keys():

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from compressor_kernels.attention.block_selection import positions
-from compressor_kernels.triton.launch import LOG2_E, dense, pow2, ranges, score_scale
+from compressor_kernels.triton.launch import (
+    LOG2_E,
+    dense,
+    launch_early,
+    overlaps,
+    pow2,
+    ranges,
+    score_scale,
+)
 
 TILE_TOKENS = 64
 """Most tokens of a tile of a prompt: each has a bit of an int64."""
@@ -75,6 +83,7 @@ def block_attention(
         _attend_tiles(q, k, v, blocks, out, **where, scale=scale, tiles=tiles)
         return out
     part = lse = None
+    early = splits > 1 and overlaps(q)
     if splits > 1:
         part = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
@@ -105,6 +114,7 @@ def block_attention(
         BLOCK_N=max(16, min(tiles.block_n, pow2(chosen * block_size))),
         BLOCK_D=max(16, pow2(dim)),
         K_POW2=pow2(chosen),
+        EARLY=early,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -121,7 +131,9 @@ def block_attention(
             SPLITS=splits,
             BLOCK_S=pow2(splits),
             BLOCK_D=pow2(dim),
+            EARLY=early,
             num_warps=4,
+            **launch_early(early),
         )
     return out
 

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from compressor_kernels.attention.head_attention_jit import HIDDEN, _online_softmax
 from compressor_kernels.triton.lengths_jit import text_length
@@ -41,8 +42,12 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     K_POW2: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One token's query heads of one set over one range of its chosen blocks."""
+    """One token's query heads of one set over one range of its chosen blocks. EARLY: the kernel
+    that combines ranges may start, and waits."""
+    if EARLY:
+        gdc_launch_dependents()
     lane = tl.program_id(1).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     token = tl.program_id(0) // SPLITS
@@ -54,8 +59,10 @@ def attend_kernel(
 
     row = (lane * q_len + token) * K
     slot = tl.arange(0, K_POW2)
-    ids = tl.load(block_ptr + row + slot, mask=slot < K, other=-1)
-    count = tl.sum((ids >= 0).to(tl.int32), 0)
+    count = K
+    if tl.load(block_ptr + row + K - 1) < 0:
+        ids = tl.load(block_ptr + row + slot, mask=slot < K, other=-1)
+        count = tl.sum((ids >= 0).to(tl.int32), 0)
     # A split is a range of tokens of the chosen blocks put one behind another, in whole tiles.
     chunk = tl.cdiv(tl.cdiv(count * BLOCK, SPLITS), BLOCK_N) * BLOCK_N
     start = split * chunk

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from compressor_kernels.attention.listed_jit import listed_tokens, token_at
 from compressor_kernels.triton.lengths_jit import text_length
@@ -339,8 +340,11 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
-    """One program: the splits of one full query head."""
+    """One program: the splits of one full query head. EARLY: the kernel before may still run."""
+    if EARLY:
+        gdc_wait()
     pid = tl.program_id(0)
     lane = pid // GROUP
     g = lane % full_rows

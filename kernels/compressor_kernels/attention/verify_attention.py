@@ -1,6 +1,6 @@
 """What self-speculative decoding verifies with: a few tokens over a whole cache, and how much each
 key was attended to, which SparseSpec's PillarAttn (arXiv 2512.01278) chooses the next drafts' keys
-by. Attention leaves its scores behind, so that keys are not read a second time.
+by. Attention leaves its weights behind, so that keys are not read a second time.
 
 Layouts: q [B, H, Tq, D], the last Tq of the text, k and v [B, G, T, D]. Shares [B, G, T] are means
 over the queries and the query heads of a KV head of what each key got in the softmax. Draft steps
@@ -8,25 +8,46 @@ over the chosen keys are `block_attention` with blocks of one key.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from compressor_kernels.triton.launch import LOG2_E, dense, pow2, ranges, score_scale
+from compressor_kernels.triton.launch import (
+    LOG2_E,
+    dense,
+    launch_early,
+    overlaps,
+    pow2,
+    ranges,
+    score_scale,
+)
 
-PART, SHARED = 4096, 1024
-"""Keys whose shares one program goes through, and of which it makes shares."""
+PART = 4096
+"""Keys whose shares one program goes through."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShareTiles:
+    """Tiles of keys of which a program makes shares."""
+
+    tiles: int = 16
+    num_warps: int = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Attention [B, H, Tq, D], what is left of its scores fp16 [B, G, H / G * Tq, T] (base 2,
-    before the softmax), and logarithms in base 2 of the softmax's sums, fp32 [B, H, Tq]."""
+    """Attention [B, H, Tq, D]; what is left of its weights, fp16 `kept` [B, G, H / G * Tq, T] and
+    fp32 `tops` [B, G, T / tile, H / G * Tq]: of a key in a tile kept * 2 ** top; and logarithms in
+    base 2 of their sums, fp32 [B, H, Tq]."""
 
     out: Tensor
-    scores: Tensor
+    kept: Tensor
+    tops: Tensor
     sums: Tensor
+    tile: int
 
 
 def verify_attention(
@@ -45,14 +66,16 @@ def verify_attention(
         )
     splits = ranges(k, lanes=batch * groups, most=tokens // (4 * block_n), programs_per_sm=4)
     out = torch.empty_like(q)
-    scores = torch.empty((batch, groups, rows, tokens), dtype=torch.float16, device=q.device)
+    kept = torch.empty((batch, groups, rows, tokens), dtype=torch.float16, device=q.device)
+    tops = torch.empty((batch, groups, -(-tokens // block_n), rows), device=q.device)
     part = torch.empty((batch * heads * q_len, splits, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty(part.shape[:2], dtype=torch.float32, device=q.device)
     jit.verify_kernel[(batch * groups, splits)](
         q,
         k,
         v,
-        scores,
+        kept,
+        tops,
         part,
         lse,
         tokens,
@@ -80,17 +103,33 @@ def verify_attention(
         num_warps=4,
     )
     sums = torch.logsumexp(lse * math.log(2), -1) / math.log(2)
-    return Verified(out, scores, sums.view(batch, heads, q_len))
+    return Verified(out, kept, tops, sums.view(batch, heads, q_len), block_n)
 
 
-def key_shares(done: Verified) -> Tensor:
+def key_shares(done: Verified, *, tiles: ShareTiles | None = None) -> Tensor:
     """Shares of every key, fp32 [B, G, T]."""
+    return _make_shares(done, None, 0, tiles or ShareTiles())
+
+
+def _make_shares(done: Verified, tallies: Tensor | None, keys: int, tiles: ShareTiles) -> Tensor:
+    """Shares of every key; of the first `keys` of them the first digits are counted."""
     from compressor_kernels.attention import verify_attention_jit as jit
 
-    batch, groups, rows, tokens = done.scores.shape
+    batch, groups, rows, tokens = done.kept.shape
     out = torch.empty((batch, groups, tokens), dtype=torch.float32, device=done.out.device)
-    jit.share_kernel[(-(-tokens // SHARED), batch * groups)](
-        done.scores, done.sums.contiguous(), out, tokens, ROWS=rows, BLOCK_N=SHARED, num_warps=4
+    jit.share_kernel[(-(-done.tops.shape[2] // tiles.tiles), batch * groups)](
+        done.kept,
+        done.tops,
+        done.sums.contiguous(),
+        out,
+        tallies,
+        tokens,
+        keys,
+        ROWS=rows,
+        TILE=done.tile,
+        TILES=tiles.tiles,
+        EARLY=overlaps(out),
+        num_warps=tiles.num_warps,
     )
     return out
 
@@ -107,41 +146,80 @@ def key_shares_ref(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tenso
 
 
 def critical_keys(shares: Tensor, *, length: int, recent: int, budget: int) -> Tensor:
-    """`critical_keys_ref` of shares of 0 and more in fp32, without a sort; of equal shares the
-    lower key wins."""
-    from compressor_kernels.attention import verify_attention_jit as jit
-
+    """`critical_keys_ref` of shares from 0 to 1 in fp32, without a sort; of equal shares the lower
+    key wins."""
     shares = shares.contiguous()
-    batch, groups, capacity = shares.shape
-    old = max(0, length - recent)
-    best = min(old, max(0, min(budget, length) - recent))
-    total = best + length - old
-    out = torch.empty((batch, groups, total), dtype=torch.int32, device=shares.device)
-    if out.numel() == 0:
-        return out
-    lanes, parts = batch * groups, max(1, -(-old // PART))
-    tallies = torch.zeros((3, lanes, jit.BINS.value), dtype=torch.int32, device=shares.device)
-    found = torch.empty((2, lanes, parts), dtype=torch.int32, device=shares.device)
-    bounds = (old, capacity, best)
-    for digit in range(3):
-        jit.digit_kernel[(parts, lanes)](
-            shares, tallies, lanes, *bounds, DIGIT=digit, PART=PART, num_warps=8
+    where = Choice.of(shares.shape[:2], length=length, recent=recent, budget=budget)
+    return where.take(shares, where.tallies(shares.device), passes=(0, 1, 2, 3))
+
+
+def verified_keys(
+    done: Verified, *, length: int, recent: int, budget: int, tiles: ShareTiles | None = None
+) -> Tensor:
+    """`critical_keys` of a verification: shares are counted where they are made."""
+    where = Choice.of(done.kept.shape[:2], length=length, recent=recent, budget=budget)
+    tallies = where.tallies(done.out.device)
+    shares = _make_shares(done, tallies, where.old, tiles or ShareTiles())
+    return where.take(shares, tallies, passes=(1, 2, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Critical keys of `lanes` KV heads [batch, groups]: of the first `old` keys the `best`, and
+    all others up to `length`. Programs go through `part` keys, `parts` of them through all."""
+
+    lanes: tuple[int, int]
+    length: int
+    old: int
+    best: int
+    part: int
+    parts: int
+
+    @classmethod
+    def of(cls, lanes: Sequence[int], *, length: int, recent: int, budget: int) -> Self:
+        old = max(0, length - recent)
+        best = min(old, max(0, min(budget, length) - recent))
+        part = min(16384, max(PART, pow2(old // 64)))
+        return cls((lanes[0], lanes[1]), length, old, best, part, max(1, -(-old // part)))
+
+    def tallies(self, device: torch.device) -> Tensor:
+        """Counts of digits, of three by lane and of the last by part, too."""
+        from compressor_kernels.attention import verify_attention_jit as jit
+
+        rows = (3 + self.parts) * math.prod(self.lanes)
+        return torch.zeros((rows, jit.BINS.value), dtype=torch.int32, device=device)
+
+    def take(self, shares: Tensor, tallies: Tensor, *, passes: Sequence[int]) -> Tensor:
+        """The keys, int32 [batch, groups, n] ascending; `passes` count digits that are not yet."""
+        from compressor_kernels.attention import verify_attention_jit as jit
+
+        lanes, device = math.prod(self.lanes), shares.device
+        total = self.best + self.length - self.old
+        out = torch.empty((*self.lanes, total), dtype=torch.int32, device=device)
+        if out.numel() == 0:
+            return out
+        cuts = torch.empty((3, lanes, 2), dtype=torch.int32, device=device)
+        above = torch.empty((lanes, self.parts), dtype=torch.int32, device=device)
+        found = (shares, tallies, cuts, above)
+        bounds = (lanes, self.old, shares.shape[-1], self.best)
+        early = overlaps(shares)
+        how: dict[str, Any] = {"PART": self.part, "EARLY": early, "num_warps": 8}
+        grid = (self.parts, lanes)
+        for digit in passes:
+            # What the first of them waits for may be no kernel of ours.
+            own = launch_early(early and digit > 0)
+            jit.count_kernel[grid](*found, *bounds, PASS=digit, **how, **own)
+        jit.take_kernel[grid](
+            *found,
+            out,
+            *bounds,
+            self.length,
+            PARTS_POW2=pow2(self.parts),
+            RECENT_POW2=pow2(self.length - self.old),
+            **how,
+            **launch_early(early),
         )
-    jit.found_kernel[(parts, lanes)](shares, tallies, found, lanes, *bounds, PART=PART, num_warps=8)
-    jit.take_kernel[(parts, lanes)](
-        shares,
-        tallies,
-        found,
-        out,
-        lanes,
-        *bounds,
-        length,
-        PART=PART,
-        PARTS_POW2=pow2(parts),
-        RECENT_POW2=pow2(length - old),
-        num_warps=8,
-    )
-    return out
+        return out
 
 
 def critical_keys_ref(shares: Tensor, *, length: int, recent: int, budget: int) -> Tensor:

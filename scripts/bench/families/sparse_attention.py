@@ -17,7 +17,11 @@ from compressor_kernels.attention.antidiagonal import (
     covering_blocks,
     covering_blocks_ref,
 )
-from compressor_kernels.attention.block_attention import block_attention, block_attention_ref
+from compressor_kernels.attention.block_attention import (
+    BlockTiles,
+    block_attention,
+    block_attention_ref,
+)
 from compressor_kernels.attention.block_pages import page_bounds, page_scores
 from compressor_kernels.attention.block_selection import BlockRule, top_blocks
 from compressor_kernels.attention.head_attention import (
@@ -61,6 +65,13 @@ ROUTES = [
     block_routing.RouteTiles(rows, 1024, warps, stages)
     for rows, warps in ((128, 8), (64, 4))
     for stages in (1, 2, 3)
+]
+SHARES = [verify_attention.ShareTiles(*x) for x in ((8, 2), (8, 4), (16, 2), (32, 4), (32, 8))]
+GATHERS = [
+    BlockTiles(block_n, warps, stages, per_sm)
+    for block_n, warps in ((16, 1), (32, 2), (32, 4), (64, 4), (128, 8))
+    for stages in (3, 4)
+    for per_sm in (4, 8)
 ]
 
 
@@ -386,14 +397,13 @@ def drafts(setup: Setup) -> Iterator[Case]:
     none = torch.zeros(groups, dtype=torch.bool, device=setup.device)
     done = verify_attention.verify_attention(q, k, v)
 
-    where = {"length": tokens - 1, "recent": stride + 2, "budget": budget}
+    # The token that is drafted, too, which is the last and newer than the choice.
+    where = {"length": tokens, "recent": stride + 3, "budget": budget + 1}
 
-    def choose() -> Tensor:
-        keys = verify_attention.critical_keys(verify_attention.key_shares(done), **where)
-        own = torch.full_like(keys[..., :1], tokens - 1)
-        return torch.cat([keys, own], -1)[:, :, None].contiguous()
+    def choose(tiles: verify_attention.ShareTiles | None = None) -> Tensor:
+        return verify_attention.verified_keys(done, **where, tiles=tiles)[:, :, None]
 
-    chosen = choose()
+    chosen, shares = choose(), verify_attention.key_shares(done)
 
     def round_of_drafts(i: int) -> Tensor:
         keys = choose()
@@ -420,12 +430,22 @@ def drafts(setup: Setup) -> Iterator[Case]:
     yield Case(
         "SparseSpec's choice alone, shares of keys included",
         shape,
-        lambda i: choose(),
-        lambda: chosen,
+        lambda i, tiles=None: choose(tiles),
+        lambda: verify_attention.critical_keys_ref(shares, **where)[:, :, None],
         limit=0.0,
         error=lambda out, want: different([out], [want]),
+        tiles=SHARES if not setup.tiny else (),
     )
-    shares = verify_attention.key_shares(done)
+    yield Case(
+        "SparseSpec's shares alone",
+        shape,
+        lambda i, tiles=None: verify_attention.key_shares(done, tiles=tiles),
+        lambda: verify_attention.key_shares_ref(q[:1], k[:1]),
+        limit=1e-2,
+        error=first_rows,
+        moved=nbytes(done.kept, done.tops, shares),
+        tiles=SHARES if not setup.tiny else (),
+    )
     yield Case(
         "SparseSpec's best keys alone",
         shape,
@@ -438,11 +458,12 @@ def drafts(setup: Setup) -> Iterator[Case]:
     yield Case(
         "SparseSpec, a draft step alone",
         shape,
-        lambda i: block_attention(one, k, v, chosen, block_size=1),
+        lambda i, tiles=None: block_attention(one, k, v, chosen, block_size=1, tiles=tiles),
         want,
         limit=6e-3,
         error=first_rows,
         peers={"our full decode": Peer(lambda i: full_decode(one, k, v))},
+        tiles=GATHERS if not setup.tiny else (),
     )
     yield Case(
         f"SparseSpec, verification of {stride + 1} tokens",
