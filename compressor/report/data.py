@@ -48,6 +48,32 @@ class Costs(Strict):
     seconds: float
 
 
+class Peer(Strict):
+    """Another checkpoint of the same model, measured on the same tokens.
+
+    bits  of a parameter, all that is stored included
+    kl    {"value", "error"}, from the original, in nats
+    """
+
+    name: str
+    bits: float
+    kl: dict[str, float]
+
+
+class Mixes(Strict):
+    """What mixed precision would cost by number of bits, each point (bits of a weight that is
+    quantized, scales included; summed error).
+
+    measure  what is summed;  best  mixes, the smallest first;  alike  every group in one form
+    this     the mix of this checkpoint, None where that was not measured
+    """
+
+    measure: str
+    best: tuple[tuple[float, float], ...]
+    alike: dict[str, tuple[float, float]]
+    this: tuple[float, float] | None = None
+
+
 class ReportData(Strict):
     """Everything a report says. Fields are added to a schema version, never changed in one.
 
@@ -64,6 +90,8 @@ class ReportData(Strict):
     learned     rows of what passes learned from the whole model, each with its `pass`
     choices     which key blocks scorers choose, by layer (forecast_recall.json)
     tasks       task of the harness → {"value", "error"}
+    peers       other checkpoints of the model, beside which it stands by size and quality
+    mixes       what other mixes of bits would cost, where sensitivities were measured
     hashes      what identifies the artefact: name → SHA-256
     machine     what it ran on: name → value
     environment what decided the last bits, as the manifest names it; several where a run went on
@@ -90,6 +118,8 @@ class ReportData(Strict):
     choices: dict[str, Any] | None = None
     tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
     gate: dict[str, Any] | None = None
+    peers: tuple[Peer, ...] = ()
+    mixes: Mixes | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     hashes: dict[str, str] = Field(default_factory=dict)

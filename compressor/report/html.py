@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from compressor.report.by_size import by_size
 from compressor.report.choices import choices
 from compressor.report.elements import breakable, mark, meter, section, table
 from compressor.report.nearest import beside_nearest
@@ -46,6 +47,7 @@ def render(data: Data, *, attention: str = "") -> str:
         _passkey(data),
         _choices(data),
         section("Attention", attention) if attention else "",
+        by_size(data),
         beside_nearest(data["verify"]),
         _layers(data),
         _experts(data),

@@ -21,6 +21,7 @@ from compressor.methods.sparda.choice_record import read_record
 from compressor.report.card import CardData, source_metadata, write_card
 from compressor.report.data import Costs, ReportData, UnitReport, read_report, write_report
 from compressor.report.notes import row_notes
+from compressor.run.by_size import find_mixes, find_peers
 from compressor.run.environment import versions
 from compressor.run.judge import Unwatched, Verdict, Watch, judge
 from compressor.run.session import Compiled, Prepared, portable
@@ -124,6 +125,7 @@ def report_data(
     manifest = read_manifest(compiled.output)
     about = manifest.about if manifest else {}
     choices = read_record(compiled.output)
+    source = dict(about.get("source", prepared.located.identity))
     notes = [*plan.notes, *skipped_notes(prepared.calibration, prepared.evaluation)]
     if any(unit.resumed for unit in units):
         notes.append("the run was interrupted and continued: times of resumed units are of that")
@@ -136,7 +138,7 @@ def report_data(
     return ReportData(
         title=compiled.output.resolve().name,
         recipe=portable(prepared.recipe),
-        source=dict(about.get("source", prepared.located.identity)),
+        source=source,
         format=plan.target.format.name,
         parameters=parameters(prepared),
         units=units,
@@ -156,6 +158,8 @@ def report_data(
         choices=None if choices is None else choices.to_json(),
         tasks=verdict.tasks_json(),
         gate=None if verdict.gate is None else verdict.gate.to_json(),
+        peers=find_peers(compiled.output, source, verdict.evaluation),
+        mixes=find_mixes(compiled.output, plan.layout.linears, plan.schemes.linears),
         warnings=tuple(notes),
         versions=dict(about.get("versions", versions())),
         hashes=_hashes(compiled.output, about),

@@ -52,9 +52,9 @@ class BlockRunner:
         self.first_row = 0  # of the rows that run, for hooks that carry something between blocks
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Dtype of a layer's tensor: float32 of routers and their corrections, by the family."""
-        wide = tuple(f".{part}" for part in self.model._keep_in_fp32_modules_strict or ())
-        return torch.float32 if f".{name}".endswith(wide) else self.dtype
+        """Dtype of a layer's tensor: float32 of routers and corrections, as the family says."""
+        wide = self.model._keep_in_fp32_modules_strict or ()
+        return torch.float32 if any(f".{x}." in f".{name}." for x in wide) else self.dtype
 
     def _rebuild_buffers(self) -> None:
         """Rotary tables and Gemma's embedding scale are buffers that no checkpoint holds; on the

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from compressor.evaluate.gate import Gate
 from compressor.evaluate.perplexity import BlockError, Estimate, EvaluationResult
-from compressor.report.data import Costs, ReportData, UnitReport, write_report
+from compressor.report.data import Costs, Mixes, Peer, ReportData, UnitReport, write_report
 from compressor.report.html import render
 from compressor.report.svg import Point, columns, dots, lines
 from compressor.report.text import MISSING, TIMES, counted, duration, factor, number, share, size
@@ -284,8 +284,33 @@ def test_a_run_is_shown_beside_rounding_to_nearest() -> None:
     assert "rounding to nearest</span>" not in render(data)
 
 
+def peer(name: str, bits: float, kl: float) -> Peer:
+    return Peer(name=name, bits=bits, kl={"value": kl, "error": 0.002})
+
+
+MIXES = Mixes(
+    measure="the squared change",
+    best=((2.5, 16.0), (4.5, 2.0)),
+    alike={"4 bits": (4.5, 2.25)},
+    this=(3.5, 5.0),
+)
+
+
+def test_a_run_is_shown_by_size_beside_what_else_was_measured() -> None:
+    others = (peer("w3", 3.5, 0.0512), peer("w4<b>", 4.25, 0.01))
+    page = render(report(peers=others, mixes=MIXES).to_json())
+    Page(page)
+    assert "2 other checkpoints of this model" in page
+    assert "nearer to the original: w3." in page, "the run has 4 bits and KL 0.0912"
+    assert "w3: 3.50 bits, KL 0.0512 ± 0.0020 nats" in page and "w4<b>" not in page
+    assert "best mix: 2.50 bits, error 16" in page and "this checkpoint: 3.50 bits" in page
+    best = render(report(peers=(peer("w3", 3.5, 0.3), peer("w8", 8.1, 0.001))).to_json())
+    assert "none of them is as small and nearer" in best
+    assert "Quality by size" not in render(report().to_json())
+
+
 def test_every_plot_has_a_legend_and_units_and_labels_apart() -> None:
-    page = render(report().to_json())
+    page = render(report(peers=(peer("w3", 3.5, 0.3),), mixes=MIXES).to_json())
     assert page.count("<figure>") == page.count('<div class="legend">') > 0
     for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page):
         assert re.search(r"no unit|bytes|time|nats", caption), caption

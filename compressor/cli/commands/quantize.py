@@ -162,6 +162,7 @@ def mixed(
 ) -> Choice:
     """Measure what each layer costs, and choose each one's bits."""
     from compressor.checkpoint.find import locate
+    from compressor.run.by_size import sensitivity_file
     from compressor.run.mixed import prepare_mixed
     from compressor.run.session import choose_device
 
@@ -170,7 +171,7 @@ def mixed(
     with display.stage("measure", len(source.layout.blocks)):
         found = prepared.sensitivity(
             locate(wish.model, fetch=True).source,
-            target.with_name(f"{target.name}.sensitivity.json"),
+            sensitivity_file(target),
             device=choose_device(device),
             progress=display.unit,
         )

@@ -1,0 +1,74 @@
+"""Its part on quality by size: this checkpoint beside others of its model, and other mixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from compressor.report.elements import section
+from compressor.report.svg import COLOURS, Point, dots, lines
+from compressor.report.text import counted, number, with_error
+
+THIS = "this checkpoint"
+
+
+def by_size(data: Mapping[str, Any]) -> str:
+    """A section of a report's plain data; empty where nothing beside the run was measured."""
+    body = _peers(data) + _mixes(data.get("mixes"))
+    return section("Quality by size", body) if body else ""
+
+
+def _peers(data: Mapping[str, Any]) -> str:
+    """Checkpoints of the same model in the plane of bits and divergence."""
+    kl = (data["evaluation"] or {}).get("kl")
+    others = data.get("peers") or ()
+    if not others or not data["parameters"] or kl is None or kl["value"] is None:
+        return ""
+    bits = 8 * data["spent"]["output_bytes"] / data["parameters"]
+    near = sorted(others, key=lambda peer: abs(peer["bits"] - bits))[: COLOURS - 1]
+    shown = [(THIS, bits, kl), *((peer["name"], peer["bits"], peer["kl"]) for peer in near)]
+    series = {
+        name: [Point(round(x, 2), y["value"], f"{name}: {x:.2f} bits, KL {with_error(y)} nats")]
+        for name, x, y in shown
+    }
+    plot = dots(
+        series,
+        x_title="bits of a parameter, all that is stored included",
+        y_title="KL from the original, in nats; lower left is better",
+        show=number,
+    )
+    better = [
+        peer["name"]
+        for peer in others
+        if peer["bits"] <= bits and peer["kl"]["value"] < kl["value"]
+    ]
+    says = (
+        f"smaller, or as small, and nearer to the original: {', '.join(better)}"
+        if better
+        else "none of them is as small and nearer to the original"
+    )
+    count = counted(len(others), "other checkpoint")
+    return f"<p>{count} of this model, measured on the same tokens; {escape(says)}.</p>{plot}"
+
+
+def _mixes(mixes: Mapping[str, Any] | None) -> str:
+    """What each number of bits would cost, as far as it was measured before the run."""
+    if mixes is None:
+        return ""
+    points = {"best mix": mixes["best"], **{k: [v] for k, v in mixes["alike"].items()}}
+    if mixes["this"] is not None:
+        points = {THIS: [mixes["this"]], **points}
+    series = {
+        name: [Point(round(x, 2), y, f"{name}: {x:.2f} bits, error {number(y)}") for x, y in each]
+        for name, each in points.items()
+    }
+    plot = lines(
+        series,
+        x_title="bits of a quantized weight, scales included",
+        y_title="summed error of all groups of linears, as it was measured (no unit)",
+        show=number,
+        log=True,
+    )
+    about = f"What was measured before the run: {mixes['measure']}."
+    return f'<h3>Other mixes of bits</h3>{plot}<p class="quiet">{escape(about)}</p>'
