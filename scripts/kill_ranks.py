@@ -1,10 +1,11 @@
 """Kills random ranks of a run at random moments, until it has finished, and counts.
 
-    python scripts/kill_ranks.py RECIPE --kills 50 [--ranks 3] [--seed 0] [--signal KILL]
+    python scripts/kill_ranks.py RECIPE [--kills 50] [--ranks 3] [--signal KILL] [--torchrun]
 
-Each run is `compress run RECIPE --gpus N --device cpu` with another number of ranks than the last;
-a rank is killed (or stopped, with --signal STOP, until the others notice) after a random time. Then
-the launcher and every rank have to end within a minute, the launcher with 3, or 0 where the run was
+Each run is `compress run RECIPE --gpus N --device cpu`, or torchrun around it, with a number of
+ranks of its own. After a random time a rank is killed (KILL), or stopped until the others notice
+(STOP), or the launcher is asked to stop (TERM). Then the launcher and every rank have to end within
+a minute, the launcher with 3, or 130 for TERM, torchrun always with 1; with 0 where the run was
 done before. A run that finishes has its manifest compared with that of one process, and is begun
 again. Nothing hangs, or this says so and ends with 1.
 """
@@ -40,8 +41,13 @@ def alive(process: int) -> bool:
         return False
 
 
-def attempt(command: list[str], draw: random.Random, number: int, longest: float) -> str:
-    """One run that loses a rank; how it ended."""
+def attempt(
+    command: list[str], draw: random.Random, number: int, longest: float, *, expected: int
+) -> str:
+    """One run that loses a rank, or whose launcher gets SIGTERM; how it ended.
+
+    expected  exit code of the launcher then
+    """
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait = draw.uniform(0, longest)
     began = time.monotonic()
@@ -49,6 +55,8 @@ def attempt(command: list[str], draw: random.Random, number: int, longest: float
         time.sleep(0.02)
     ranks = ranks_of(launcher.pid)
     chosen = draw.choice(ranks) if ranks else None
+    if number == signal.SIGTERM and launcher.poll() is None:
+        chosen = launcher.pid
     if chosen is not None:
         os.kill(chosen, number)
     lost = time.monotonic()
@@ -64,9 +72,9 @@ def attempt(command: list[str], draw: random.Random, number: int, longest: float
         return f"HANGS: {len(left)} ranks are there after the launcher"
     if launcher.returncode == 0:
         return "finished"
-    if launcher.returncode != 3:
+    if launcher.returncode != expected:
         return f"WRONG: exit code {launcher.returncode}: {errors.decode()[-300:]}"
-    return f"ended with 3, {'at once' if took < 20 else 'within a minute'}"
+    return f"ended with {expected}, {'at once' if took < 20 else 'within a minute'}"
 
 
 def main() -> None:
@@ -77,10 +85,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=3, help="at most so many, at least 2")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
+    parser.add_argument("--signal", choices=("KILL", "STOP", "TERM"), default="KILL")
+    parser.add_argument("--torchrun", action="store_true", help="around the command")
     options = parser.parse_args()
     draw, counts = random.Random(options.seed), Counter[str]()
-    compress = [sys.executable, "-m", "compressor", "run", str(options.recipe), "--device", "cpu"]
+    program = ["-m", "compressor", "run", str(options.recipe), "--device", "cpu"]
+    compress = [sys.executable, *program]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    number = getattr(signal, f"SIG{options.signal}")
+    expected = 1 if options.torchrun else 130 if options.signal == "TERM" else 3
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         subprocess.run([*compress, "-o", f"{folder}/one"], check=True, capture_output=True)
@@ -90,8 +103,9 @@ def main() -> None:
         for kill in range(options.kills):
             world = draw.randint(2, options.ranks)
             command = [*compress, "-o", str(output), "--gpus", str(world)]
-            number = getattr(signal, f"SIG{options.signal}")
-            found = attempt(command, draw, number, longest)
+            if options.torchrun:
+                command = [*torchrun, f"--nproc-per-node={world}", *program, "-o", str(output)]
+            found = attempt(command, draw, number, longest, expected=expected)
             if found == "finished":
                 same = (output / "manifest.json").read_bytes() == wanted
                 found = "finished, same bytes" if same else "WRONG: other bytes"

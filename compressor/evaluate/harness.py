@@ -22,6 +22,7 @@ from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import TaskScore
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.source_model import Attending
 from compressor.runner.sweep import Progress, run_blocks
 
@@ -55,8 +56,11 @@ class StreamedLM(LM):  # type: ignore[misc]
         length: int | None = None,
         attention: Attending | None = None,
         progress: Progress | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """ranks  that share the rows of what each of them is asked: all are asked the same."""
         super().__init__()
+        self.ranks = ranks
         self.source = source
         self.attention = attention
         self.tokenizer = tokenizer
@@ -142,12 +146,17 @@ class StreamedLM(LM):  # type: ignore[misc]
                 dtype=self.dtype,
                 batch=self.batch,
                 progress=self.progress,
+                ranks=self.ranks,
             )
+            scores = torch.zeros(len(stream.rows), 2, dtype=torch.float64)
             with stream.logits() as logits:
-                for i, row in enumerate(part):
-                    end = len(row.ids)
-                    hidden = stream.hidden[i, end - row.scored - 1 : end - 1]
-                    results[row.index] = _likelihood(logits(hidden), row.ids[-row.scored :])
+                for place, i in enumerate(stream.rows):
+                    ids_of, scored = part[i].ids, part[i].scored
+                    hidden = stream.hidden[place, len(ids_of) - scored - 1 : len(ids_of) - 1]
+                    scores[place] = torch.tensor(_likelihood(logits(hidden), ids_of[-scored:]))
+            every = self.ranks.join_rows(scores, self.batch).tolist()
+            for row, (value, best) in zip(part, every, strict=True):
+                results[row.index] = value, bool(best)
         return results
 
     def _parts(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
@@ -161,11 +170,12 @@ class StreamedLM(LM):  # type: ignore[misc]
             start += room
 
 
-def _likelihood(logits: Tensor, wanted: Sequence[int]) -> tuple[float, bool]:
+def _likelihood(logits: Tensor, wanted: Sequence[int]) -> tuple[float, float]:
+    """Log-probability of the wanted ids, and 1 where each is the most likely one."""
     logs = torch.log_softmax(logits, -1)
     ids = torch.tensor(wanted, device=logs.device)
     total = logs.gather(1, ids[:, None]).double().sum()
-    return float(total), bool((logs.argmax(-1) == ids).all())
+    return float(total), float((logs.argmax(-1) == ids).all())
 
 
 def run_tasks(

@@ -29,6 +29,7 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import Estimate
 from compressor.ir.frozen import Strict
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.activations import Activations
 from compressor.runner.source_model import Attending
 from compressor.runner.sweep import FinalStates, Progress, run_blocks
@@ -131,9 +132,11 @@ def passkey(
     activations: Activations | None = None,
     batch: int = 4,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> PasskeyResult:
     """Score retrieval from `haystack` by the written checkpoint, and by the original.
 
+    ranks  among which rows are divided: all of them get the same result
     Raises InputError where the haystack is too short for a row, or a row for its question.
     """
     # Per length: depths of the rows, then one (accuracy, exact) table [rows, 2] for each model.
@@ -143,9 +146,16 @@ def passkey(
         originals = [as_stored(against, activations=activations)] if against else []
         models = [as_stored(source, attention), *originals]
         streams = run_blocks(
-            models, rows.ids, device=device, dtype=dtype, batch=batch, progress=progress
+            models,
+            rows.ids,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            progress=progress,
+            ranks=ranks,
         )
-        found.append((rows, [_scores(stream, rows) for stream in streams]))
+        scores = [ranks.join_rows(_scores(stream, rows), batch) for stream in streams]
+        found.append((rows, scores))
     cells = [
         _cell(length, depth, rows, scores)
         for length, (rows, scores) in zip(task.lengths, found, strict=True)
@@ -196,13 +206,15 @@ def make_rows(tokenizer: Encoder, haystack: str, *, task: Passkey, length: int) 
 
 
 def _scores(stream: FinalStates, rows: PasskeyRows) -> Tensor:
-    """Share of answer tokens that are the most likely ones, and whether all are: [rows, 2]."""
-    scores = torch.zeros(len(rows.answers), 2, dtype=torch.float64)
+    """Share of answer tokens that are the most likely ones, and whether all are, for each of the
+    stream's rows: [rows, 2]."""
+    scores = torch.zeros(len(stream.rows), 2, dtype=torch.float64)
     with stream.logits() as logits:
-        for row, count in enumerate(rows.answers):
-            best = logits(stream.hidden[row, -count - 1 : -1]).argmax(-1).cpu()
+        for place, row in enumerate(stream.rows):
+            count = rows.answers[row]
+            best = logits(stream.hidden[place, -count - 1 : -1]).argmax(-1).cpu()
             right = best == rows.ids[row, -count:]
-            scores[row] = torch.tensor([right.double().mean(), right.all().double()])
+            scores[place] = torch.tensor([right.double().mean(), right.all().double()])
     return scores
 
 

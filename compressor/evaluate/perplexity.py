@@ -20,6 +20,7 @@ from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.activations import Activations
 from compressor.runner.source_model import Attending
 from compressor.runner.sweep import FinalStates, Progress, run_blocks
@@ -96,6 +97,7 @@ def evaluate(
     activations: Activations | None = None,
     batch: int = 8,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> EvaluationResult:
     """Measure a checkpoint as it is stored, with its quantized inputs and KV cache applied.
 
@@ -103,6 +105,7 @@ def evaluate(
     against    the original
     scored     bool [windows, length − 1]: which targets count (all); `strided` makes one
     attention  what attends in its blocks; the policy that the checkpoint carries, if None
+    ranks      among which windows are divided: all of them get the same result
     Raises InputError for tokens that the models cannot take.
     """
     start = time.perf_counter()
@@ -113,11 +116,11 @@ def evaluate(
         raise InputError("`scored` does not mark targets of these windows")
     originals = [as_stored(against, activations=activations)] if against else []
     models = [as_stored(source, attention), *originals]
-    blocks: list[BlockError] = []
+    differences: dict[str, Tensor] = {}
 
     def after_block(unit: UnitLayout, hidden: Sequence[Tensor]) -> None:
         if len(hidden) == 2:
-            blocks.append(BlockError(unit.name, _relative_error(hidden[0], hidden[1])))
+            differences[unit.name] = _squares(hidden[0], hidden[1])
 
     streams = run_blocks(
         models,
@@ -127,8 +130,14 @@ def evaluate(
         batch=batch,
         progress=progress,
         after_block=after_block,
+        ranks=ranks,
     )
-    ours, original, kl, same = token_scores(streams, tokens, counted)
+    ours, original, kl, same = (
+        None if score is None else ranks.join_rows(score, batch)
+        for score in token_scores(streams, tokens, counted)
+    )
+    assert ours is not None and kl is not None and same is not None
+    every = {name: ranks.join_rows(part, batch) for name, part in differences.items()}
     nll = _mean(ours, counted)
     result: dict[str, Any] = {}
     if original is not None:
@@ -140,7 +149,7 @@ def evaluate(
             "perplexity_ratio": _exp(difference),
             "kl": _mean(kl, counted),
             "top1": _mean(same, counted),
-            "blocks": tuple(blocks),
+            "blocks": tuple(BlockError(n, _relative_error(part)) for n, part in every.items()),
         }
     return EvaluationResult(
         windows=tokens.shape[0],
@@ -180,20 +189,27 @@ def strided(ids: Tensor, *, length: int, stride: int) -> tuple[Tensor, Tensor]:
 def token_scores(
     streams: Sequence[FinalStates], tokens: Tensor, counted: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """For every counted target [windows, length − 1] (zero elsewhere), in float64: our negative
+    """For every counted target [rows, length − 1] (zero elsewhere), in float64: our negative
     log-likelihood, the original's, KL(original ‖ ours), and whether the best token is the same.
 
-    streams  of `run_blocks` over `tokens`: ours, and the original's if there are two
+    streams  of `run_blocks` over `tokens` [windows, length]: ours, and the original's if there are
+             two; scores are of their rows
     """
-    targets = tokens[:, 1:]
+    rows, batch = list(streams[0].rows), streams[0].batch
+    targets, counted = tokens[rows, 1:], counted[rows]
     nlls = [torch.zeros(targets.shape, dtype=torch.float64) for _ in streams]
     kl, same = torch.zeros_like(nlls[0]), torch.zeros_like(nlls[0])
-    places = counted.nonzero()
     with ExitStack() as stack:
         heads = [stack.enter_context(stream.logits()) for stream in streams]
         vocabulary = streams[0].model.layout.sizes.vocabulary
         room = LOGIT_ELEMENTS.get(streams[0].model.device.type, LOGIT_ELEMENTS["cpu"])
-        for part in torch.split(places, max(1, room // vocabulary)):
+        at_once = max(1, room // vocabulary)
+        # Chunk by chunk, since a product's bits may depend on how many rows it has.
+        chunks = (
+            counted[i : i + batch].nonzero() + torch.tensor([i, 0])
+            for i in range(0, len(rows), batch)
+        )
+        for part in (part for places in chunks for part in torch.split(places, at_once)):
             row, column = part[:, 0], part[:, 1]
             logs = [
                 _log_probabilities(head, stream.hidden[row, column])
@@ -215,14 +231,21 @@ def _log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tens
     return torch.log_softmax(head(hidden), dim=-1)
 
 
-def _relative_error(ours: Tensor, original: Tensor) -> float:
-    """Squared difference over squared size, row by row so that no copy of all states is made."""
-    difference = size = torch.zeros((), dtype=torch.float64, device=ours.device)
-    for a, b in zip(ours, original, strict=True):
+def _squares(ours: Tensor, original: Tensor) -> Tensor:
+    """Squared difference and squared size of each row, float64 [rows, 2] on the CPU; row by row, so
+    that no copy of all states is made."""
+    found = torch.zeros(len(ours), 2, dtype=torch.float64, device=ours.device)
+    for row, a, b in zip(found, ours, original, strict=True):
         a, b = a.float(), b.float()
-        difference = difference + (a - b).square().sum(dtype=torch.float64)
-        size = size + b.square().sum(dtype=torch.float64)
-    return float(difference / size.clamp(min=1e-30))
+        row[0] = (a - b).square().sum(dtype=torch.float64)
+        row[1] = b.square().sum(dtype=torch.float64)
+    return found.cpu()
+
+
+def _relative_error(squares: Tensor) -> float:
+    """Squared difference over squared size, of all rows [rows, 2]."""
+    difference, size = squares.sum(0).tolist()
+    return float(difference / max(size, 1e-30))
 
 
 def _mean(values: Tensor, counted: Tensor) -> Estimate:

@@ -7,9 +7,10 @@ time-out would have to outlast the longest solve.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -103,6 +104,36 @@ class Group(Ranks):
     def gather(self, value: T) -> list[T]:
         return [self._from(rank, value) for rank in range(self.world)]
 
+    def send(self, value: Any, to: int) -> Callable[[], None]:
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        parts = [torch.tensor([data.numel()]), data]  # held until they have arrived
+        with lost():
+            works = [dist.isend(part, to) for part in parts]
+
+        def arrived() -> None:
+            with lost():
+                for work, _ in zip(works, parts, strict=True):
+                    assert work is not None
+                    work.wait()
+
+        return arrived
+
+    def receive(self, source: int) -> Any:
+        size = torch.zeros(1, dtype=torch.int64)
+        with lost():
+            dist.recv(size, source)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(data, source)
+        return pickle.loads(data.numpy().tobytes())
+
+    def agree(self, value: int, what: str) -> None:
+        every = [said for (said,) in self.numbers(value)]
+        if len(set(every)) > 1:
+            raise MachineError(
+                f"ranks do not agree on {what}",
+                hint="do all hosts see the same files? One process can do it alone",
+            )
+
     def gather_rows(
         self, tensors: Sequence[Tensor], rows: Sequence[int], forms: list[Form]
     ) -> Callable[[], list[list[Tensor]]]:
@@ -127,6 +158,16 @@ class Group(Ranks):
             return [row for row, count in zip(found, rows, strict=True) if count]
 
         return arrived
+
+    def join_rows(self, tensor: Tensor, batch: int) -> Tensor:
+        every = self.gather(tensor)
+        found = torch.cat(every)
+        order = [
+            row
+            for rank in range(self.world)
+            for row in replace(self, rank=rank).rows(found.shape[0], batch)
+        ]
+        return found[torch.tensor(order).argsort()]
 
     def sum(self, tensor: Tensor) -> Tensor:
         with lost():

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,6 +91,19 @@ class Ranks:
         """Every rank's value, in the order of ranks."""
         return [value]
 
+    def send(self, value: Any, to: int) -> Callable[[], None]:
+        """Give one other rank a value of which all tensors are on the CPU; the function that this
+        returns waits until it has arrived."""
+        raise NotImplementedError("there is no other rank")
+
+    def receive(self, source: int) -> Any:
+        """What another rank sends."""
+        raise NotImplementedError("there is no other rank")
+
+    def agree(self, value: int, what: str) -> None:
+        """Raises MachineError where ranks have different values: they would wait for each other
+        for ever."""
+
     def gather_rows(
         self, tensors: Sequence[Tensor], rows: Sequence[int], forms: list[Form]
     ) -> Callable[[], list[list[Tensor]]]:
@@ -103,6 +116,11 @@ class Ranks:
         forms    of the tensors; empty at first, and then the same list while they stay the same
         """
         return lambda: [list(tensors)]
+
+    def join_rows(self, tensor: Tensor, batch: int) -> Tensor:
+        """All rows [count, ...] in their order, of which each rank has those that `rows` gave it
+        for the same `batch`; on the CPU."""
+        return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds every rank's values, in place; exact where only one rank's are not zero."""

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from compressor.checkpoint.delta.source import open_model
+from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
 from compressor.checkpoint.source import Source
 from compressor.errors import CompressError
 from compressor.evaluate.gate import GateResult, Passes
@@ -25,7 +27,9 @@ from compressor.evaluate.perplexity import (
 )
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.session import Compiled, Prepared, portable
+from compressor.runner.activations import Activations
 from compressor.runner.heap import give_back_page_locked
 from compressor.runner.tokenizer import load_tokenizer
 from compressor.verify.findings import VerifyReport
@@ -99,13 +103,26 @@ def judge(
     *,
     rows: Sequence[Mapping[str, Any]] = (),
     watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Verdict:
     """Check and measure the written files as the recipe says, and hold them to its gate.
 
-    rows  report rows of the passes, which say where the errors are
+    rows   report rows of the passes, which say where the errors are; the leading rank's count
+    ranks  that share the work, where all of them see the files; else the leading one does it
     Files that do not verify are not measured.
     """
-    return _Judge(prepared, compiled, watch or Unwatched()).run(rows)
+
+    def run(ranks: Ranks) -> Verdict:
+        return _Judge(prepared, compiled, watch or Unwatched(), ranks).run(rows)
+
+    seen = ranks.gather(_stated(compiled.output))
+    return run(ranks) if len(set(seen)) == 1 else ranks.led(lambda: run(ALONE))
+
+
+def _stated(folder: Path) -> str | None:
+    """Which checkpoint is in a folder, as far as this host sees it."""
+    manifest = folder / MANIFEST_NAME
+    return hash_file(manifest).sha256 if manifest.is_file() else None
 
 
 @dataclass(slots=True)
@@ -113,6 +130,7 @@ class _Judge:
     prepared: Prepared
     compiled: Compiled
     watch: Watch
+    ranks: Ranks
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, rows: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -127,7 +145,7 @@ class _Judge:
         found = self._passkey()
         tasks = self._tasks()
         gate = None
-        if recipe.gate is not None:
+        if recipe.gate is not None and self.ranks.leads:
             gate = recipe.gate.check(
                 evaluation,
                 rows,
@@ -174,6 +192,11 @@ class _Judge:
         return max(1, self.prepared.batch * self.prepared.recipe.calibration.length // length)
 
     @property
+    def _activations(self) -> Activations | None:
+        """Where hidden states are kept: by one process alone."""
+        return self.prepared.activations if self.ranks.world == 1 else None
+
+    @property
     def _base(self) -> Source | None:
         base = self.prepared.base
         return None if base is None else base.source
@@ -191,6 +214,7 @@ class _Judge:
                 device=self.prepared.device,
                 seed=self.prepared.recipe.seed,
                 progress=self.watch.unit,
+                ranks=self.ranks,
             )
 
     def _evaluate(self) -> EvaluationResult | None:
@@ -207,10 +231,11 @@ class _Judge:
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
                 against=self.prepared.located.source if wanted.against_original else None,
-                activations=self.prepared.activations,
+                activations=self._activations,
                 scored=scored,
                 batch=self._rows(wanted.length),
                 progress=self.watch.unit,
+                ranks=self.ranks,
             )
         if any(step.effects.rotates_residual for step in self.prepared.plan.passes):
             # Hidden states in two bases: their difference says nothing.
@@ -230,9 +255,10 @@ class _Judge:
                 device=self.prepared.device,
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
                 against=self.prepared.located.source if wanted.against_original else None,
-                activations=self.prepared.activations,
+                activations=self._activations,
                 batch=self._rows(max(wanted.passkey.lengths)),
                 progress=self.watch.unit,
+                ranks=self.ranks,
             )
 
     def _tasks(self) -> dict[str, TaskScore]:
@@ -250,6 +276,7 @@ class _Judge:
                 dtype=self.prepared.plan.compute_dtype(self.prepared.device),
                 batch=self.prepared.batch,
                 progress=self.watch.unit,
+                ranks=self.ranks,
             )
             return run_tasks(
                 model, wanted.tasks, limit=wanted.task_limit, seed=self.prepared.recipe.seed

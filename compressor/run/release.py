@@ -18,6 +18,7 @@ import torch
 
 from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file, read_manifest
 from compressor.methods.sparda.choice_record import read_record
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.report.card import CardData, source_metadata, write_card
 from compressor.report.data import Costs, ReportData, UnitReport, read_report, write_report
 from compressor.report.notes import row_notes
@@ -47,11 +48,17 @@ class Released:
 
 
 def conclude(
-    prepared: Prepared, compiled: Compiled, *, seconds: float, watch: Watch | None = None
+    prepared: Prepared,
+    compiled: Compiled,
+    *,
+    seconds: float,
+    watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Released:
     """Judge a compiled checkpoint as its recipe says, and write its report and card.
 
     seconds  wall time of the run so far
+    ranks    that judge it together: this is the leading one, the others call `judge`
     Raises MachineError where a file cannot be written.
     """
     watch = watch or Unwatched()
@@ -62,7 +69,7 @@ def conclude(
         # Written before the verdict too, since only this process knows what the passes found.
         write_report(compiled.output, unjudged)
     rows = [row for unit in units for row in unit.rows]
-    verdict = judge(prepared, compiled, rows=rows, watch=watch)
+    verdict = judge(prepared, compiled, rows=rows, watch=watch, ranks=ranks)
     host = host_peak(compiled)
     if not prepared.recipe.report:
         return Released(verdict=verdict, units=units, host_bytes=host, report=None)

@@ -239,6 +239,16 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _judged(prepared: Prepared) -> dict[str, Any]:
+    """What decides the verdict, and no byte of the artefact."""
+    recipe = portable(prepared.recipe)
+    return {
+        "judged": {key: recipe[key] for key in AFTERWARDS if key in recipe},
+        "evaluation": prepared.evaluation.sha256 if prepared.evaluation else None,
+        "haystack": stated_hash(prepared.haystack),
+    }
+
+
 def _tokenizer(folder: Path) -> dict[str, str]:
     """Hashes of what turns text into tokens, which passes also do by themselves."""
     files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
@@ -315,7 +325,7 @@ def compile_checkpoint(
         prepared.activations.on_note = on_note
     output = Path(recipe.output).expanduser()
     about = fingerprint(prepared)
-    require_alike(ranks, about, plan)
+    require_alike(ranks, {**about, **_judged(prepared)}, plan)
     claiming = writing(
         plan.target, output, about=about, shards=plan.shards, judged_later=recipe.verify
     )

@@ -19,6 +19,7 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.activations import Activations, after, embedded, even, nowhere
 from compressor.runner.attention_call import AttentionHook
 from compressor.runner.block_runner import Block
@@ -285,10 +286,17 @@ class StreamedModel:
 
 @dataclass(frozen=True, slots=True)
 class FinalStates:
-    """What left a model's last block, [rows, length, hidden]."""
+    """What left a model's last block, [rows, length, hidden].
+
+    rows   which of the rows that were asked for these are: of several ranks each has some
+    batch  how many of them are one chunk: what is computed of them chunk by chunk has the same bits
+           for any number of ranks
+    """
 
     model: SourceModel
     hidden: Tensor
+    rows: Sequence[int]
+    batch: int
 
     def logits(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """A function from final hidden states [tokens, hidden] to logits [tokens, vocabulary]."""
@@ -304,17 +312,21 @@ def run_blocks(
     batch: int = 8,
     progress: Progress | None = None,
     after_block: Callable[[UnitLayout, Sequence[Tensor]], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[FinalStates]:
     """Run rows of token ids [rows, length] through the embedding and every block of each model.
 
     batch        rows at a time; halved where the device's memory does not do
     after_block  called with a block and every model's hidden states [rows, length, hidden] after it
+    ranks        each of which runs some of the rows, and is given what came of those
     Raises InputError for rows that a model cannot take, or models of different depth; an emulator
     and its full model run one after the other, without `after_block`.
     """
     if len(models) == 2 and _is_part(models[0].source, models[1].source):
         apart = [
-            run_blocks([m], ids, device=device, dtype=dtype, batch=batch, progress=progress)
+            run_blocks(
+                [m], ids, device=device, dtype=dtype, batch=batch, progress=progress, ranks=ranks
+            )
             for m in models
         ]
         return [states for (states,) in apart]
@@ -335,14 +347,16 @@ def run_blocks(
     execution = Execution(batch, offload=device.type == "cpu" or states > STAYING)
     if progress is not None:
         execution.progress = progress
+    rows = ranks.rows(ids.shape[0], batch)
     streams: list[Stream] = []
-    for step in sweep(running, ids, execution=execution):
+    # A rank that has no rows goes along with the first, which counts elsewhere.
+    for step in sweep(running, ids[rows or [0]], execution=execution):
         step.run()
         streams = step.streams
         if after_block is not None and step.number == len(models) - 1:
-            after_block(step.layout, [stream.hidden for stream in streams])
+            after_block(step.layout, [stream.hidden[: len(rows)] for stream in streams])
     pairs = zip(running, streams, strict=True)
-    return [FinalStates(model, stream.hidden) for model, stream in pairs]
+    return [FinalStates(m, stream.hidden[: len(rows)], rows, batch) for m, stream in pairs]
 
 
 def _is_part(part: Source, whole: Source) -> bool:

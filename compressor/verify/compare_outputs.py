@@ -29,6 +29,7 @@ from compressor.numerics.activations import (
     static_kv_scale,
     stored_scale,
 )
+from compressor.ranks.ranks import Ranks
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.block_runner import Block
 from compressor.runner.simulate import StoredInput, quantized_inputs, quantized_kv, stored_inputs
@@ -37,6 +38,7 @@ from compressor.runner.stream import Stream
 from compressor.runner.sweep import Execution, Step
 from compressor.runner.tokenizer import load_tokenizer
 from compressor.verify.alignment import Matrix
+from compressor.verify.relay import Relay
 
 ROWS, LENGTH = 4, 64
 """Rows of held-out text, and tokens of each."""
@@ -98,12 +100,15 @@ class Outputs:
             SourceModel(source, device=device, dtype=torch.float32)
             for source in (original, written)
         ]
-        self.stream: Stream | None = None
+        self.relay: Relay | None = None
 
-    def embed(self, original: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
-        """Run the embeddings; float tensors by their full names. Raises InputError where a config
-        is none that a model can be made from."""
-        self.stream = Stream(self.models[0].runner.embed(original, self.ids))
+    def embed(
+        self, original: Mapping[str, Tensor], written: Mapping[str, Tensor], ranks: Ranks
+    ) -> None:
+        """Run the embeddings; float tensors by their full names. Blocks are shared by `ranks`.
+        Raises InputError where a config is none that a model can be made from."""
+        entering = Stream(self.models[0].runner.embed(original, self.ids))
+        self.relay = Relay(ranks, len(self.original.layout.blocks), entering)
         self.models[1].runner.embed(written, self.ids)  # for the rotary tables of its own config
 
     def step(self, number: int, layout: UnitLayout) -> Step:
@@ -125,14 +130,15 @@ class Outputs:
 
         unit  the written block, whose stored scales are used;  layout  the original's block
         """
-        assert self.stream is not None
-        entering = self.stream.copy()
+        assert self.relay is not None
+        entering = self.relay.enter(layout.index + 1).copy()
         with (
             self.step(0, layout).loaded(original) as block,
             quantized_inputs(block, stored_inputs(self.original, layout)),
         ):
             after, made = _run(block, entering)
-            self.stream = Stream(after, handed=block.handed)
+            left = Stream(after, handed=block.handed)
+        self.relay.leave(layout.index + 1, left)
         if rotation is not None:
             entering.hidden = rotation.right(entering.hidden)
             made = {what: rotation.right(part) for what, part in made.items()}

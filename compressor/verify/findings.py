@@ -119,6 +119,11 @@ class Findings:
         self.checks += checks
         self.damage += damage
 
+    def gathered(self) -> dict[str, LayerVerdict]:
+        """The layers so far, which are taken out."""
+        found, self.layers = self.layers, {}
+        return found
+
     def report(self, folder: Path) -> VerifyReport:
         return VerifyReport(
             folder=os.fspath(folder),

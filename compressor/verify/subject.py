@@ -33,6 +33,7 @@ from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import Scheme
 from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.numerics.chunks import CODED_AHEAD, DECODERS, layers_ahead, row_chunks
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.verify.dense_weight import dense
 from compressor.verify.kernels.ahead import CompiledAhead
 from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
@@ -49,6 +50,7 @@ class Subject:
     source    what its files stand for
     manifest  the hashes they should have, where they were written by us
     original  what it is compared with, if anything
+    ranks     that share its units
     """
 
     opened: ClassVar[str] = "headers and tensors"
@@ -61,6 +63,7 @@ class Subject:
     original: Source | None
     device: torch.device
     seed: int
+    ranks: Ranks = ALONE
     begun: dict[str, _Decoding] = field(default_factory=dict)
 
     @classmethod
@@ -72,6 +75,14 @@ class Subject:
     def on_gpu(self) -> bool:
         """Whether layers are checked on another device than the processor."""
         return self.device.type != "cpu"
+
+    @property
+    def units(self) -> dict[int, UnitLayout]:
+        """Those that are checked here, by their index: the first, since what follows is compared by
+        what it shows, and of the others those that are dealt to this rank."""
+        rank, world = self.ranks.rank, self.ranks.world
+        every = enumerate(self.source.layout.units)
+        return {index: unit for index, unit in every if index == 0 or index % world == rank}
 
     @property
     def contents(self) -> str:

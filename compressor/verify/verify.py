@@ -7,9 +7,10 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from compressor.checkpoint.reader import INDEX_NAME
 from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError, Problems
 from compressor.ir.layout import UnitLayout
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.heap import give_back
 from compressor.runner.kept_blocks import with_blocks
 from compressor.verify.checks.attention_policy import AttentionPolicy
@@ -35,7 +37,7 @@ from compressor.verify.checks.headers import Headers
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.checks.original import Original
 from compressor.verify.checks.stream_policy import StreamPolicy
-from compressor.verify.findings import Findings, NothingMore, VerifyReport
+from compressor.verify.findings import Findings, LayerVerdict, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
 from compressor.verify.subject import Subject, kind_of
 
@@ -65,9 +67,10 @@ def verify(
     device: torch.device,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> VerifyReport:
     """Check a checkpoint folder; `against` is the original that its layers are compared with,
-    `base` a delta's, if not the recorded one.
+    `base` a delta's, if not the recorded one. All `ranks`, which share the units, get the report.
 
     Raises InputError where there is no checkpoint to read, a base is named for what is no delta,
     or `against` is none.
@@ -81,40 +84,77 @@ def verify(
     original = open_source(against) if isinstance(against, Path) else against
     original = None if original is None else _as_read(original, read_offsite_record(folder))
     found = Findings()
-    files = FileHashes(folder, found)
+    files = FileHashes(folder, found, ranks)
+    asked: dict[str, Any] = {"manifest": files.manifest, "original": original}
+    asked |= {"device": device, "seed": seed, "ranks": ranks}
+    checks: list[Check] = []
+    wrong: InputError | None = None
     try:
-        subject = kind.open(
-            folder, base, manifest=files.manifest, original=original, device=device, seed=seed
-        )
+        subject = kind.open(folder, base, **asked)
+        checks = [check(subject, found) for check in CHECKS]
     except InputError as error:
-        problems = error.problems if isinstance(error, Problems) else [error]
+        wrong = error
+    ranks.agree(2 * len(checks) + (files.manifest is None), f"what {folder} holds")
+    if wrong is not None:
+        problems = wrong.problems if isinstance(wrong, Problems) else [wrong]
         found.add(kind.opened, [p.message for p in problems], "")
         files.finish()
         return found.report(folder)
-    checks = [check(subject, found) for check in CHECKS]
     try:
-        _check(subject, checks, progress)
+        _check(subject, checks, found, progress)
     except NothingMore:
         files.finish()
         return found.report(folder)
     files.finish()
+    return ranks.led(lambda: _concluded(folder, checks, found))
+
+
+def _concluded(folder: Path, checks: list[Check], found: Findings) -> VerifyReport:
     with suppress(NothingMore):
         for check in checks:
             check.conclude()
     return found.report(folder)
 
 
-def _check(subject: Subject, checks: list[Check], progress: Progress | None) -> None:
-    """Show the checks every unit."""
-    for check in checks:
-        check.begin()
-    units = subject.source.layout.units
-    reading = read_ahead(subject.ahead, units, ahead=subject.on_gpu)
-    for done, (unit, stored) in enumerate(zip(units, reading, strict=True), 1):
-        _show(unit, stored, subject, checks)
+def _check(
+    subject: Subject, checks: list[Check], found: Findings, progress: Progress | None
+) -> None:
+    """Show the checks every unit, and put together what they found in the units' order.
+
+    Raises NothingMore, on all ranks or on none, before a second unit is read.
+    """
+    ranks, count = subject.ranks, len(subject.source.layout.units)
+    made: dict[int, tuple[dict[str, LayerVerdict], list[list[list[Any]]]]] = {}
+    with _agreed(ranks):
+        for check in checks:
+            check.begin()
+    units = subject.units
+    reading = read_ahead(subject.ahead, list(units.values()), ahead=subject.on_gpu)
+    for (index, unit), stored in zip(units.items(), reading, strict=True):
+        with nullcontext() if index else _agreed(ranks):
+            _show(unit, stored, subject, checks)
+        added = found.gathered(), [check.gathered() for check in checks]
+        if index or ranks.leads:  # all look at the first unit
+            made[index] = added
         give_back()
         if progress is not None:
-            progress(unit.name, done, len(units))
+            progress(unit.name, index + 1, count)
+    every = {index: added for some in ranks.gather(made) for index, added in some.items()}
+    for _, (layers, lists) in sorted(every.items()):
+        found.layers |= layers
+        for check, gathered in zip(checks, lists, strict=True):
+            check.put(gathered)
+
+
+@contextmanager
+def _agreed(ranks: Ranks) -> Iterator[None]:
+    """NothingMore ends all ranks or none."""
+    try:
+        yield
+    except NothingMore:
+        ranks.agree(1, "the model")
+        raise
+    ranks.agree(0, "the model")
 
 
 def _show(
@@ -140,6 +180,8 @@ def _show(
     except InputError as error:
         for check in checks:
             check.unread(f"{unit.name}: {error.message}")
+    for check in checks:
+        check.over(unit)
 
 
 def _as_read(original: Source, record: OffsiteRecord | None) -> Source:

@@ -19,6 +19,10 @@ STATIC = {"smoothquant": {"alpha": "search", "bits": 8, "activations": "static"}
 QOQ = {"qoq": {"attention_alpha": "search"}}
 BESIDE = {"gptq": {**INT4, "correction": 0.5, "scales": "search"}}
 REFERENCE = {"awq": {**INT4, "search": "reference", "search_tokens": 100}}
+PASSKEY = {
+    **{"lengths": [64], "depths": [0.1, 0.9], "rows": 2},
+    **{"needle": " Key {passkey}.", "question": " Key {passkey}"},
+}
 LLAMA: dict[str, list[dict[str, Any]]] = {
     "awq by running tokens": [REFERENCE],
     "gptq beside the original": [BESIDE],
@@ -54,6 +58,14 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         for model, every in models.items()
         for name, passes in every.items()
     }
+    recipes["judged"] = {
+        **recipes["awq by running tokens"],
+        "model": str(tiny_model("llama", num_hidden_layers=3)),
+        "passes": [{"rtn": INT4}],
+        "verify": True,
+        # Two batches: of three ranks one has no windows.
+        "evaluate": {"data": str(text), "windows": 4, "length": 32, "passkey": PASSKEY},
+    }
     jobs = {"folder": str(folder), "worlds": WORLDS, "batch": 2, "recipes": recipes}
     jobs |= {"faulty": recipes["awq by running tokens"], "output": str(folder / "faulty")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -65,10 +77,22 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL])
+@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, "judged"])
 def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -> None:
     manifests = [(written / str(n) / recipe / "manifest.json").read_bytes() for n in WORLDS]
     assert len(set(manifests)) == 1
+
+
+def test_any_number_of_ranks_comes_to_the_same_verdict(written: Path) -> None:
+    every = {n: sorted((written / str(n) / "judged").glob("verdict.*")) for n in WORLDS}
+    verdicts = {n: [path.read_text() for path in found] for n, found in every.items()}
+    assert all(len(found) == n for n, found in verdicts.items())
+    alone = json.loads(verdicts[1][0])
+    assert alone["verify"]["ok"] and len(alone["verify"]["blocks"]) == 3
+    assert len(alone["verify"]["layers"]) == 3 * 7 + 1  # and the head
+    assert len(alone["evaluate"]["blocks"]) == 3 and alone["passkey"]["cells"]
+    texts = {text.replace(f"/{n}/judged", "") for n, found in verdicts.items() for text in found}
+    assert len(texts) == 1
 
 
 def test_a_rank_that_dies_ends_all_and_another_number_continues(written: Path) -> None:

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.llama import modeling_llama  # noqa: F401  # before the forks
+from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
 from compressor.errors import CompressError
 from compressor.plan.recipe import make_recipe
 from compressor.ranks.join import joined
 from compressor.ranks.ranks import Ranks
+from compressor.run.judge import Verdict, judge
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.run.settings import UnitDone
 
@@ -30,7 +33,18 @@ CPU = torch.device("cpu")
 
 def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
     prepared = prepare(make_recipe({**recipe, "output": str(output)}), device=CPU)
-    compile_checkpoint(replace(prepared, batch=batch), ranks=ranks)
+    prepared = replace(prepared, batch=batch)
+    compiled = compile_checkpoint(prepared, ranks=ranks)
+    if recipe["verify"]:
+        verdict = judge(prepared, compiled, ranks=ranks)
+        (output / f"verdict.{ranks.rank}.json").write_text(json.dumps(_timeless(verdict)))
+
+
+def _timeless(verdict: Verdict) -> dict[str, Any]:
+    found = verdict.to_json()
+    if found["evaluate"]:
+        del found["evaluate"]["seconds"]
+    return {key: value for key, value in found.items() if key not in ("ok", "gate")}
 
 
 def place_of_rank(number: int, world: int, port: int) -> dict[str, str]:

@@ -182,6 +182,9 @@ def execute(
         add_cases([Case("compress", ENDED, error="interrupted")])
         return None
     if not ranks.leads:
+        from compressor.run.judge import judge
+
+        judge(prepared, compiled, ranks=ranks)
         return None
     seconds = time.perf_counter() - started
     add_cases([Case("compress", "checkpoint written", seconds=seconds)])
@@ -190,7 +193,7 @@ def execute(
     # Imported only here: it brings kernels, which nothing needs before.
     from compressor.run.release import conclude
 
-    released = conclude(prepared, compiled, seconds=seconds, watch=display)
+    released = conclude(prepared, compiled, seconds=seconds, watch=display, ranks=ranks)
     add_cases(verdict_cases(released.verdict))
     pushed = None
     if recipe.publish is not None and released.verdict.ok:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,10 +14,15 @@ from compressor.verify.subject import Subject
 
 
 class Check:
-    """One check of one subject. It is shown each unit once, in order, and says what it found.
+    """One check of one subject. It is shown units in order, each once, and says what it found.
 
-    A subclass has those of the methods below that it needs; complaints go to `problems`.
+    A subclass has those of the methods below that it needs; complaints go to `problems`. Ranks may
+    share units: then one check of each is shown some, and what all of them gathered is put together
+    in the units' order before `conclude`.
     """
+
+    gathers: ClassVar[tuple[str, ...]] = ("problems",)
+    """Lists that units add to."""
 
     def __init__(self, subject: Subject, found: Findings) -> None:
         self.subject, self.found = subject, found
@@ -41,5 +47,20 @@ class Check:
     def unread(self, problem: str) -> None:
         """A unit could not be read to its end; there is no `unit` of it."""
 
+    def over(self, unit: UnitLayout) -> None:
+        """A unit is done with, read or not."""
+
     def conclude(self) -> None:
         """After the last unit."""
+
+    def gathered(self) -> list[list[Any]]:
+        """What units added since this was asked last, which is taken out."""
+        found = [getattr(self, name) for name in self.gathers]
+        for name in self.gathers:
+            setattr(self, name, [])
+        return found
+
+    def put(self, gathered: list[list[Any]]) -> None:
+        """Add what `gathered` gave."""
+        for name, more in zip(self.gathers, gathered, strict=True):
+            getattr(self, name).extend(more)

@@ -19,6 +19,8 @@ from compressor.checkpoint.manifest import (
 from compressor.checkpoint.reader import INDEX_NAME, load_json
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
+from compressor.ranks.divide import owners
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.verify.checks.base import Check
 from compressor.verify.compare_config import DECIDING, deciding_files
 from compressor.verify.findings import Findings
@@ -44,23 +46,19 @@ THREADS = 4
 class TensorHashes(Check):
     """Each tensor is the one that was written, and none is lost."""
 
+    gathers = ("problems", "seen")
+
     def begin(self) -> None:
-        self.seen: set[str] = set()
+        self.seen: list[str] = []
         self.coming: dict[str, Future[str]] = {}
         self.pool = ThreadPoolExecutor(THREADS)
 
     def stored(self, tensors: Mapping[str, Tensor]) -> None:
-        self.seen |= set(tensors)
+        self.seen += tensors
         if self.subject.manifest is not None:
             self.coming = {n: self.pool.submit(stored_hash, t) for n, t in tensors.items()}
 
-    def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
-        self._judge()
-
-    def unread(self, problem: str) -> None:
-        self._judge()
-
-    def _judge(self) -> None:
+    def over(self, unit: UnitLayout) -> None:
         """What was hashed while the other checks went on."""
         known = self.subject.manifest.tensors if self.subject.manifest else {}
         for name, digest in self.coming.items():
@@ -74,7 +72,7 @@ class TensorHashes(Check):
         self.pool.shutdown()
         if self.subject.manifest is not None:
             known = self.subject.manifest.tensors
-            lost = sorted(set(known) - self.seen)
+            lost = sorted(set(known).difference(self.seen))
             self.problems += [f"{x} is in {MANIFEST_NAME}, but not in the model" for x in lost]
             self.found.add("tensor hashes", self.problems, f"{len(known)} tensors")
 
@@ -83,13 +81,13 @@ class FileHashes:
     """Every file's size and hash, the first check of a report.
 
     Files are hashed in threads while what is inside them is checked, which reads them at about the
-    same time: a disk reads them once.
+    same time: a disk reads them once. Ranks share them by size.
     """
 
     manifest: Manifest | None = None
 
-    def __init__(self, folder: Path, found: Findings) -> None:
-        self.folder, self.found = folder, found
+    def __init__(self, folder: Path, found: Findings, ranks: Ranks = ALONE) -> None:
+        self.folder, self.found, self.ranks = folder, found, ranks
         self.pool = ThreadPoolExecutor(THREADS)
         self.hashes: dict[str, Future[FileRecord]] = {}
         self.damage, self.detail = [], f"no {MANIFEST_NAME}: written by others, nothing to compare"
@@ -97,29 +95,33 @@ class FileHashes:
             self.manifest = read_manifest(folder)
         except InputError as error:
             self.damage = [error.message]
-        for name, record in self.manifest.files.items() if self.manifest else ():
+        records = self.manifest.files if self.manifest else {}
+        mine = owners([float(record.size) for record in records.values()], ranks.world)
+        for owner, (name, record) in zip(mine, records.items(), strict=True):
             path = folder / name
-            if path.is_file() and path.stat().st_size == record.size:
+            if owner == ranks.rank and path.is_file() and path.stat().st_size == record.size:
                 self.hashes[name] = self.pool.submit(hash_file, path)
 
     def finish(self) -> None:
         """Put what was found before everything else that was."""
+        mine = {name: hashed.result().sha256 for name, hashed in self.hashes.items()}
         if self.manifest is not None:
-            self.damage = self._problems(self.manifest)
+            hashes = {n: digest for found in self.ranks.gather(mine) for n, digest in found.items()}
+            self.damage = self._problems(self.manifest, hashes)
             size = sum(record.size for record in self.manifest.files.values())
             self.detail = f"{len(self.manifest.files)} files, {size} bytes"
         self.pool.shutdown()
         self.found.add_first("file hashes", self.damage, self.detail)
 
-    def _problems(self, manifest: Manifest) -> list[str]:
+    def _problems(self, manifest: Manifest, hashes: Mapping[str, str]) -> list[str]:
         """The tensors of a broken shard are named where an index can."""
         problems = []
         homes = _index_homes(self.folder)
         for name, record in manifest.files.items():
             path = self.folder / name
             inside = _some(homes.get(name, ()), "holds")
-            if name in self.hashes:
-                if self.hashes[name].result().sha256 != record.sha256:
+            if name in hashes:
+                if hashes[name] != record.sha256:
                     # Which of its tensors changed is told by their own hashes.
                     problems.append(f"{name} has another SHA-256 than when it was written")
             elif not path.is_file():

@@ -16,9 +16,11 @@ from compressor.verify.kernels.layer import Layer
 class Kernels(Check):
     """The products are those of float64 with the weight that the second reader sees."""
 
+    gathers = ("problems", "without_kernel", "caches")
+
     def begin(self) -> None:
         self.compiling = self.subject.compile_kernels()
-        self.without_kernel = 0
+        self.without_kernel: list[str] = []
         self.caches: list[KernelResult | None] = []
 
     def layer(self, linear: Linear, layer: Layer | str) -> None:
@@ -26,7 +28,7 @@ class Kernels(Check):
             return
         check = self.subject.kernel(linear)
         if check is None:
-            self.without_kernel += 1
+            self.without_kernel.append(linear.name)
             return
         self.compiling.wait()
         result = check_kernel(check, layer, device=self.subject.device, seed=self.subject.seed)
@@ -77,7 +79,7 @@ class Kernels(Check):
                 parts.append("Triton was loaded for a GPU, so no interpreter")
             parts.append(f"{len(ran)} whole layers through the plain reference")
         if self.without_kernel:
-            parts.append(f"{self.without_kernel} layers have no kernel here: decoded only")
+            parts.append(f"{len(self.without_kernel)} layers have no kernel here: decoded only")
         if any(self.caches):
             names = ", ".join(sorted({cache.kernel for cache in self.caches if cache}))
             count = sum(cache is not None for cache in self.caches)

@@ -51,6 +51,8 @@ class Original(Check):
 
     original: Source
 
+    gathers = ("problems", "differences", "blocks")
+
     def begin(self) -> None:
         """Config, tokenizer, generation ids, attention policy."""
         self.differences: list[Difference] = []
@@ -81,17 +83,24 @@ class Original(Check):
         record = read_offsite_record(self.folder)
         trained = () if record is None else record.trained
         self.trained = {self.original.layout.blocks[i].name for i in trained}
-        units = [self.layouts.get(unit.name, unit) for unit in self.written.layout.units]
-        self.reading = read_ahead(self._stored, units, ahead=self.subject.on_gpu)
+        units = [self.layouts.get(unit.name, unit) for unit in self.subject.units.values()]
+        reading = read_ahead(self._stored, units, ahead=self.subject.on_gpu)
+        self.reading = zip(units, reading, strict=True)
 
     def unit(self, unit: UnitLayout, tensors: dict[str, Tensor]) -> None:
         if self.subject.original is not None:
-            self._compare(self.written.assemble(unit, tensors), next(self.reading)())
+            # Units of which the written one could not be read are passed over.
+            stored = next(read for layout, read in self.reading if layout.name == unit.name)
+            self._compare(self.written.assemble(unit, tensors), stored())
 
-    def unread(self, problem: str) -> None:
-        """The original's unit stands beside none."""
-        if self.subject.original is not None:
-            next(self.reading)
+    def over(self, unit: UnitLayout) -> None:
+        """What the blocks compute goes on, also past one that could not be compared."""
+        if self.subject.original is None:
+            return
+        if unit.kind == "embedding":
+            self.subject.ranks.agree(self.outputs is None, "what the original computes")
+        elif unit.kind == "block" and self.outputs is not None and self.outputs.relay is not None:
+            self.outputs.relay.skip(unit.index + 1)
 
     def _stored(self, layout: UnitLayout) -> dict[str, Tensor]:
         """The original's tensors of a unit, but those that are carried over."""
@@ -201,7 +210,7 @@ class Original(Check):
         self.differences.append(Difference(layout.tensors[0], error, max(error, floor)))
         try:
             self.outputs = Outputs(self.written, self.original, device=self.device)
-            self.outputs.embed(before, after)
+            self.outputs.embed(before, after, self.subject.ranks)
         except (InputError, ValueError, RuntimeError, IndexError) as error:
             self.outputs = None
             self.problems.append(f"the blocks' outputs cannot be compared: {error}")
