@@ -217,11 +217,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             **prepared.located.identity,
             "config": stated_hash(config),
             "headers": stated_hash(shapes),
-            **(
-                {"map": hash_file(Path(chosen)).sha256}
-                if (chosen := _map_file(prepared.recipe))
-                else {}
-            ),
+            **_map_file(prepared.recipe),
             "tokenizer": stated_hash(_tokenizer(prepared.located.source.checkpoint.folder)),
         },
         **prepared.plan.target.about(),
@@ -255,9 +251,11 @@ def _tokenizer(folder: Path) -> dict[str, str]:
     return {path.name: hash_file(path).sha256 for path in sorted(files) if path.is_file()}
 
 
-def _map_file(recipe: Recipe) -> str | None:
-    """The map file that a recipe names."""
-    return None if recipe.map in (None, NO_MAP) else str(Path(str(recipe.map)).expanduser())
+def _map_file(recipe: Recipe) -> dict[str, str]:
+    """The hash of the map file that a recipe names."""
+    if recipe.map in (None, NO_MAP):
+        return {}
+    return {"map": hash_file(Path(str(recipe.map)).expanduser()).sha256}
 
 
 def portable(recipe: Recipe) -> dict[str, Any]:
