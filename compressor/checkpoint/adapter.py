@@ -29,6 +29,7 @@ from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
+from compressor.ranks.ranks import ALONE, Ranks
 
 WEIGHTS_NAME = "adapter.safetensors"
 
@@ -216,11 +217,13 @@ class AdapterTarget:
         """As they are."""
         return dict(self.specs)
 
-    def encode(self, unit: Unit) -> dict[str, Tensor]:
+    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """As they are."""
         return {name: unit.tensors[name] for name in self.specs}
 
-    def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+    def decode(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+    ) -> Unit:
         """As they are."""
         return Unit(layout=unit, tensors=tensors)
 

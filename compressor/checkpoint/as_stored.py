@@ -19,6 +19,7 @@ from compressor.checkpoint.safetensors import Entry
 from compressor.ir.layout import UnitLayout
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
+from compressor.ranks.ranks import ALONE, Ranks
 
 PART = 1 << 30
 """Bytes of tensors that are in memory at a time, at least one tensor."""
@@ -89,11 +90,13 @@ class StoredTarget:
         """As they are."""
         return {name: self.entries[name].spec for name in unit.tensors}
 
-    def encode(self, unit: Unit) -> dict[str, Tensor]:
+    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """As they are."""
         return {name: unit.tensors[name] for name in unit.layout.tensors}
 
-    def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+    def decode(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+    ) -> Unit:
         """As they are."""
         return Unit(layout=unit, tensors=tensors)
 

@@ -95,11 +95,21 @@ class Checkpoint:
 
 def content_hash(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> str:
     """SHA-256 over the names and the bytes of `tensors`, in order of name."""
+    return hash_of(digests_of(tensors, threads=threads))
+
+
+def digests_of(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes."""
     with ThreadPoolExecutor(threads) as pool:
-        digests = pool.map(
-            lambda name: hashlib.sha256(tensor_bytes(tensors[name])).hexdigest(), sorted(tensors)
+        found = pool.map(
+            lambda tensor: hashlib.sha256(tensor_bytes(tensor)).hexdigest(), tensors.values()
         )
-        lines = [f"{name} {d}" for name, d in zip(sorted(tensors), digests, strict=True)]
+        return dict(zip(tensors, found, strict=True))
+
+
+def hash_of(digests: Mapping[str, str]) -> str:
+    """The `content_hash` of tensors with these digests."""
+    lines = [f"{name} {digests[name]}" for name in sorted(digests)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from compressor.arch.beside import part_of
 from compressor.arch.free import FreeMap
 from compressor.arch.load import NO_MAP, ArchMap, find_map
 from compressor.arch.schema import MapFile
+from compressor.checkpoint.assemble import assembled
 from compressor.checkpoint.consolidated import open_any
 from compressor.checkpoint.low_precision.known import as_floats
 from compressor.checkpoint.low_precision.microscaled import as_compressed_tensors
@@ -131,45 +132,6 @@ class Source:
                 coded = {n: tensors[n] for n in names if n in tensors}  # or it is carried over
                 tensors |= {n: t.to(device, non_blocking=True) for n, t in coded.items()}
         return assembled(unit, tensors, self.format, self.schemes, self.stored)
-
-
-def assembled(
-    unit: UnitLayout,
-    tensors: Mapping[str, Tensor],
-    format: Format,
-    schemes: ModelSchemes,
-    stored: Callable[[Linear], Iterable[str]],
-) -> Unit:
-    """The unit that its tensors on disk stand for; a weight alone is floats.
-
-    stored  names, local to a coded linear, of those that hold its weight and input scale
-    Raises InputError where a format cannot read them.
-    """
-    raw = dict(tensors)
-    quantized, input_scales = {}, {}
-    for linear in unit.linears:
-        spec = schemes.linears[linear.name].weight
-        leaves = ["weight"] if spec is None else list(stored(linear))
-        if linear.beside and not any(f"{linear.name}.{leaf}" in raw for leaf in leaves):
-            continue  # what is carried over was not asked for
-        if spec is not None and leaves != ["weight"]:
-            local = {leaf: raw.pop(f"{linear.name}.{leaf}") for leaf in leaves}
-            try:
-                quantized[linear.name] = format.decode(local, spec)
-                scale = format.input_scale(local)
-            except InputError as error:
-                where = f"{linear.name}: {error.message}"
-                raise InputError(where, hint=error.hint) from error
-            if scale is not None:
-                input_scales[linear.name] = scale
-    own = {*unit.tensors, *(x.weight_name for x in unit.linears if not x.beside)}
-    return Unit(
-        layout=unit,
-        tensors={name: tensor for name, tensor in raw.items() if name in own},
-        quantized=quantized,
-        extra={name: tensor for name, tensor in raw.items() if name not in own},
-        input_scales=input_scales,
-    )
 
 
 def open_source(folder: Path) -> Source:

@@ -6,6 +6,7 @@ by a recipe or converted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,15 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.assemble import assembled
 from compressor.checkpoint.container import Container
 from compressor.checkpoint.one_reading import is_tied
-from compressor.checkpoint.source import Source, assembled, is_cache_scale
+from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.errors import InputError
 from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
+from compressor.ranks.ranks import ALONE, Ranks
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,12 +46,14 @@ class Target(Protocol):
         """The tensors of a unit on disk, under the names that they have there, in order."""
         ...
 
-    def encode(self, unit: Unit) -> dict[str, Tensor]:
-        """Those tensors. Raises InputError where a value has no form."""
+    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+        """Those tensors; ranks divide the work. Raises InputError where a value has no form."""
         ...
 
-    def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
-        """The unit that written tensors stand for."""
+    def decode(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+    ) -> Unit:
+        """The unit that written tensors stand for; ranks divide the work."""
         ...
 
     def config(self) -> dict[str, Any]:
@@ -130,22 +135,25 @@ class ModelTarget:
                 found.setdefault(name, entries[name].spec)
         return found
 
-    def encode(self, unit: Unit) -> dict[str, Tensor]:
+    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """Raises InputError where a float tensor leaves the range of its dtype on disk."""
         shapes = self.shapes(unit.layout)
         outputs: dict[str, Tensor] = {}
-        for linear in unit.layout.linears:
-            scheme = self.schemes.linears[linear.name]
-            if scheme.weight is not None:
-                q = unit.quantized[linear.name]
-                assert q.spec == scheme.weight, f"{linear.name}: not {scheme.weight}, but {q.spec}"
-                local = self.format.encode(
-                    q,
-                    model_dtype=self.dtype,
-                    input=scheme.input,
-                    input_scale=unit.input_scales.get(linear.name),
-                )
-                outputs |= {f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()}
+
+        def encoded(linear: Linear) -> dict[str, Tensor]:
+            scheme, q = self.schemes.linears[linear.name], unit.quantized[linear.name]
+            assert q.spec == scheme.weight, f"{linear.name}: not {scheme.weight}, but {q.spec}"
+            local = self.format.encode(
+                q,
+                model_dtype=self.dtype,
+                input=scheme.input,
+                input_scale=unit.input_scales.get(linear.name),
+            )
+            return {f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()}
+
+        coded = [x for x in unit.layout.linears if self.schemes.linears[x.name].weight is not None]
+        for tensors in ranks.each(coded, encoded, lambda x: math.prod(x.shape)):
+            outputs |= tensors
         for path, (keys, values) in unit.kv_scales.items():
             outputs |= self._kv_tensors(path, keys, values)
         floats = {**unit.tensors, **unit.extra}
@@ -168,7 +176,9 @@ class ModelTarget:
             )
         return {name: outputs[name] for name in shapes}
 
-    def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+    def decode(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+    ) -> Unit:
         """The inverse of `encode`."""
         refs: dict[str, TensorRef] = {}
         for stack in self._stacked(unit):
@@ -176,7 +186,7 @@ class ModelTarget:
         stacks = {ref.name for ref in refs.values()}
         single = {name: tensor for name, tensor in tensors.items() if name not in stacks}
         parts = {name: ref.read(tensors[ref.name]) for name, ref in refs.items()}
-        return assembled(unit, single | parts, self.format, self.schemes, self._leaves)
+        return assembled(unit, single | parts, self.format, self.schemes, self._leaves, ranks=ranks)
 
     def config(self) -> dict[str, Any]:
         """The source's, with what is true of the written files."""

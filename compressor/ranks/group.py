@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressor.errors import CompressError, Interrupted, MachineError
 from compressor.ranks.divide import owners
-from compressor.ranks.parcel import Parcel, pack, unpack
+from compressor.ranks.parcel import Parcel, aligned, pack, unpack
 from compressor.ranks.ranks import Form, Ranks
 
 I = TypeVar("I")
@@ -59,9 +59,7 @@ class Group(Ranks):
     ) -> list[T]:
         mine = owners([cost(item) for item in items], self.world)
         found = {i: work(item) for i, item in enumerate(items) if mine[i] == self.rank}
-        made: dict[int, T] = {}
-        for rank in sorted(set(mine)):
-            made |= self._from(rank, found)
+        made = {i: value for every in self.gather(found) for i, value in every.items()}
         return [made[i] for i in range(len(items))]
 
     def led(self, work: Callable[[], T]) -> T:
@@ -102,7 +100,41 @@ class Group(Ranks):
         return self.device if kind == "cuda" else torch.device(kind)
 
     def gather(self, value: T) -> list[T]:
-        return [self._from(rank, value) for rank in range(self.world)]
+        """In one exchange, in which all ranks send at a time."""
+        with lost():
+            parcel, buffers = pack(value)
+            about = self._blobs(pickle.dumps(parcel))
+            parcels = [parcel if r == self.rank else pickle.loads(about[r]) for r in self._all]
+            every: list[dict[str, Tensor]] = [{} for _ in self._all]
+            for kind in sorted({kind for found in parcels for kind in found.sizes}):
+                sizes = [found.sizes.get(kind, 0) for found in parcels]
+                spaces = torch.empty(
+                    (self.world, aligned(max(sizes))), dtype=torch.uint8, device=self._on(kind)
+                )
+                if kind in buffers:
+                    spaces[self.rank, : sizes[self.rank]] = buffers.pop(kind)
+                self._gathered(spaces).wait()
+                for r in self._all:
+                    every[r][kind] = spaces[r, : sizes[r]]
+            return [value if r == self.rank else unpack(parcels[r], every[r]) for r in self._all]
+
+    def _blobs(self, mine: bytes) -> list[bytes]:
+        """Some bytes of every rank."""
+        sizes = [size for (size,) in self.numbers(len(mine))]
+        spaces = torch.empty((self.world, max(sizes)), dtype=torch.uint8)
+        spaces[self.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        self._gathered(spaces).wait()
+        return [space[:size].numpy().tobytes() for space, size in zip(spaces, sizes, strict=True)]
+
+    def _gathered(self, spaces: Tensor) -> Any:
+        """Fills [world, bytes] with every rank's row; this one's is there."""
+        # `all_gather_into_tensor` under the name that PyTorch 2.13 has given it, where it has.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return gather(spaces.view(-1), spaces[self.rank], async_op=True)
+
+    @property
+    def _all(self) -> range:
+        return range(self.world)
 
     def send(self, value: Any, to: int) -> Callable[[], None]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -139,23 +171,28 @@ class Group(Ranks):
     ) -> Callable[[], list[list[Tensor]]]:
         with lost():
             if not forms:
-                forms += self.share([Form.of(t, rows[0]) for t in tensors])
-            works, found = [], [[Tensor()] * len(forms) for _ in rows]
-            for number, form in enumerate(forms):
-                spaces = [form.space(count, self.device) for count in rows]
-                if rows[self.rank]:
-                    spaces[self.rank] = tensors[number].contiguous()
-                for rank, space in enumerate(spaces):
-                    found[rank][number] = space
-                    if space.numel():
-                        works.append(dist.broadcast(_bytes(space), src=rank, async_op=True))
+                here = [Form.of(t, rows[self.rank]) for t in tensors] if rows[self.rank] else []
+                forms += here if min(rows) else self.share(here)
+            # One exchange of all tensors, in which every rank sends at a time.
+            sizes = [aligned(form.nbytes(max(rows))) for form in forms]
+            begins = [sum(sizes[:i]) for i in range(len(sizes))]
+            spaces = torch.empty((self.world, sum(sizes)), dtype=torch.uint8, device=self.device)
+            for tensor, begin in zip(tensors, begins, strict=False):
+                data = _bytes(tensor)
+                spaces[self.rank, begin : begin + data.numel()] = data
+            work = self._gathered(spaces)
 
         def arrived() -> list[list[Tensor]]:
             with lost():
-                for work in works:
-                    if work is not None:
-                        work.wait()
-            return [row for row, count in zip(found, rows, strict=True) if count]
+                work.wait()
+            return [
+                [
+                    form.within(space[begin:], count)
+                    for form, begin in zip(forms, begins, strict=True)
+                ]
+                for space, count in zip(spaces, rows, strict=True)
+                if count
+            ]
 
         return arrived
 

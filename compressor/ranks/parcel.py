@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ALIGNED = 64
-"""Bytes at whose multiples tensors begin, so that every dtype may be viewed there."""
+"""Bytes at whose multiples any dtype may be viewed."""
 
 
 class Part(NamedTuple):
@@ -41,22 +41,25 @@ def pack(value: Any) -> tuple[Parcel, dict[str, Tensor]]:
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(value)
-    parts: list[Part] = []
+    flat: dict[str, list[Tensor]] = {}
+    places: dict[int, Part] = {}
     sizes: dict[str, int] = {}
-    for tensor in pickler.found:
-        kind, begin = tensor.device.type, sizes.get(tensor.device.type, 0)
-        nbytes = tensor.numel() * tensor.element_size()
-        parts.append(Part(kind, tensor.dtype, tuple(tensor.shape), begin, nbytes))
-        sizes[kind] = -(-(begin + nbytes) // ALIGNED) * ALIGNED
-    buffers = {}
-    for tensor, part in zip(pickler.found, parts, strict=True):
-        if part.device not in buffers:
-            size = sizes[part.device]
-            buffers[part.device] = torch.empty(size, dtype=torch.uint8, device=tensor.device)
-        if part.nbytes:
-            place = buffers[part.device][part.begin : part.begin + part.nbytes]
-            place.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+    # Those of the widest elements first: each then begins at a multiple of its element's size.
+    widest = sorted(enumerate(pickler.found), key=lambda found: -found[1].element_size())
+    for number, tensor in widest:
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        kind, begin, shape = tensor.device.type, sizes.get(tensor.device.type, 0), tensor.shape
+        places[number] = Part(kind, tensor.dtype, tuple(shape), begin, data.numel())
+        sizes[kind] = begin + data.numel()
+        flat.setdefault(kind, []).append(data)
+    buffers = {kind: torch.cat(found) for kind, found in flat.items()}
+    parts = [places[number] for number in range(len(places))]
     return Parcel(stream.getvalue(), parts, sizes), buffers
+
+
+def aligned(nbytes: int) -> int:
+    """So many bytes, or a few more after which any dtype may begin."""
+    return -(-nbytes // ALIGNED) * ALIGNED
 
 
 def unpack(parcel: Parcel, buffers: dict[str, Tensor]) -> Any:

@@ -9,6 +9,7 @@ process gives it. Searches and roundings are divided whole, by linear, expert or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from compressor.ranks.divide import owners
 
 I = TypeVar("I")
 T = TypeVar("T")
@@ -36,10 +39,17 @@ class Form(NamedTuple):
             return cls(tensor.dtype, tuple(tensor.shape), 0)
         return cls(tensor.dtype, tuple(tensor.shape[1:]), tensor.shape[0] // rows)
 
-    def space(self, rows: int, device: torch.device) -> Tensor:
-        """Room for it."""
-        first = (self.per_row * rows,) if self.per_row else ()
-        return torch.empty((*first, *self.shape), dtype=self.dtype, device=device)
+    def whole(self, rows: int) -> tuple[int, ...]:
+        """Its shape."""
+        return (self.per_row * rows, *self.shape) if self.per_row else self.shape
+
+    def nbytes(self, rows: int) -> int:
+        """Its size."""
+        return math.prod(self.whole(rows)) * self.dtype.itemsize
+
+    def within(self, data: Tensor, rows: int) -> Tensor:
+        """The tensor that begins where these bytes begin."""
+        return data[: self.nbytes(rows)].view(self.dtype).view(self.whole(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,11 @@ class Ranks:
     def own(self, count: int) -> range:
         """This rank's share of `count` equal pieces of work."""
         return range(self.rank, count, self.world)
+
+    def mine(self, items: Sequence[I], cost: Callable[[I], float]) -> list[I]:
+        """The items that `each` gives to this rank."""
+        owned = owners([cost(item) for item in items], self.world)
+        return [item for item, rank in zip(items, owned, strict=True) if rank == self.rank]
 
     def each(
         self,

@@ -35,6 +35,7 @@ from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
 from compressor.run.observers import observer, observer_beside, observer_of_head
 from compressor.run.original import not_observed, start_of, turned, values_of
+from compressor.run.reading import Reader
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import Block
@@ -80,16 +81,10 @@ def run_units(
     try:
         with disk_errors(f"writing {work}"):
             records = settings.ranks.led(lambda: _take_up(writer, plan, settings))
-            loop = _Loop(
-                plan=plan,
-                tokens=tokens,
-                writer=writer,
-                settings=settings,
-                learned=learned or {},
-                content=content or SourceContent(plan),
-                records=records,
-            )
-            return loop.run()
+            content = content or SourceContent(plan)
+            reader = Reader(plan, content, settings.device, settings.ranks)
+            learned = learned or {}
+            return _Loop(plan, tokens, writer, settings, learned, content, reader, records).run()
     except torch.OutOfMemoryError as error:
         raise MachineError(
             "the device ran out of memory with one row at a time",
@@ -115,6 +110,7 @@ class _Loop:
     settings: JobSettings
     learned: Mapping[int, Outcome]
     content: SourceContent
+    reader: Reader
     records: dict[int, Mapping[str, Any]]  # of committed units, on every rank
     originals: Stream | None = None
     targets: tuple[Stream, list[int]] | None = None  # the originals after a block that is tuned
@@ -140,13 +136,14 @@ class _Loop:
             try:
                 for step in walk([model], execution=execution, read=self._read):
                     record = self.records.get(step.index)
+                    if step.unit is not None:
+                        step.unit = self.reader.whole(step.index, step.unit)
                     if record is not None:
                         self._replay(step, record)
                         rows = record["rows"]
                     else:
                         source = step.take()
                         outputs, rows, originals = self._work(step, source)
-                        outputs, rows = ranks.share((outputs, rows))
                         made = {
                             "source": self.content.hashes[step.index],
                             "rows": rows,
@@ -191,7 +188,7 @@ class _Loop:
         read_again = self._from_source(unit) or self._beside(unit)
         if index in self.records and not (self._feeds(index) and read_again):
             return None
-        return self.content.read(index, pin=self.settings.device.type == "cuda")
+        return self.reader.read(index)
 
     def _from_source(self, unit: UnitPlan) -> bool:
         """Whether the next unit's inputs come from the source's weights, not the written ones."""
@@ -240,7 +237,8 @@ class _Loop:
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
         dtype = self.plan.compute_dtype(self.settings.device)
-        return self.plan.target.decode(unit.layout, outputs).dequantized(dtype)
+        decoded = self.plan.target.decode(unit.layout, outputs, ranks=self.settings.ranks)
+        return decoded.dequantized(dtype)
 
     def _next_inputs(
         self, step: Step, outputs: Mapping[str, Tensor], originals: Mapping[str, Tensor]
@@ -299,7 +297,13 @@ class _Loop:
                 ranks=self.settings.ranks,
             )
         kept = dict(original) if self._from_source(unit) or self._beside(unit) else {}
-        return self.plan.target.encode(current), rows, kept
+        ranks = self.settings.ranks
+        outputs = self.plan.target.encode(current, ranks=ranks)
+        # What is coded is one rank's already; the leading one's decides of all else.
+        coded = current.quantized.keys()
+        other = {n: t for n, t in outputs.items() if n.rpartition(".")[0] not in coded}
+        other, rows = ranks.share((other, rows))
+        return outputs | other, rows, kept
 
     def _turned(
         self, index: int, source: Unit, moved: Mapping[str, Tensor]

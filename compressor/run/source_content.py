@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compressor.checkpoint.reader import content_hash
+from compressor.checkpoint.reader import content_hash, digests_of, hash_of
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
@@ -29,6 +29,18 @@ class SourceContent:
         raw = source.checkpoint.read(source.names(layout), pin=pin)
         self._note(index, content_hash(raw))
         return source.assemble(layout, raw)
+
+    def read_part(
+        self, index: int, names: Sequence[str], *, pin: bool = False
+    ) -> tuple[Unit, dict[str, str]]:
+        """Some tensors of a unit of floats, on the CPU, and the digest of each."""
+        raw = self.plan.source.checkpoint.read(names, pin=pin)
+        return self.plan.source.assemble(self.plan.units[index].layout, raw), digests_of(raw)
+
+    def note(self, index: int, digests: Mapping[str, str]) -> None:
+        """All tensors of a unit have been read, with these digests. Raises InputError where it is
+        not what it was."""
+        self._note(index, hash_of(digests))
 
     def look(self, units: Iterable[int], settings: JobSettings) -> dict[int, str]:
         """The hashes of some units; those that are not known yet are read for it.

@@ -2,12 +2,14 @@
 
     python scripts/bench/ranks.py --gpus 2 [--case NAME ...] [--scratch FOLDER]
     python scripts/bench/ranks.py --gpus 2 --device cpu --tiny          # whether it works
+    python scripts/bench/ranks.py --gpus 2 --phases FOLDER              # and where the time goes
 
 Random weights of a 7B Llama's shape and of Qwen3-30B-A3B's, some blocks of each. The first block is
 left out: it waits for kernels to be compiled. One Markdown table, and a line of JSON for each run:
 seconds from the end of the first block to the end of the last, the same for one block, how many
 times as fast as one GPU and its share of the GPUs, whether the manifests are equal, and the largest
-memory that tensors took on the leading GPU.
+memory that tensors took on the leading GPU. With --phases each run comes once more under the clock
+of `phases.py`, and a table says what each part of a block takes on every rank.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,8 +71,16 @@ def model_of(case: Case, options: argparse.Namespace, scratch: Path) -> Path:
     return folder
 
 
-def timed(name: str, case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> Any:
-    """One run in processes of its own; its manifest is left in `scratch`."""
+def timed(
+    name: str,
+    case: Case,
+    gpus: int,
+    options: argparse.Namespace,
+    scratch: Path,
+    phases: Path | None = None,
+) -> Any:
+    """One run in processes of its own; its manifest is left in `scratch`. With `phases` what its
+    parts take is left there."""
     output, recipe = scratch / f"{name}-{gpus}", scratch / "recipe.yaml"
     samples, length = (12, 64) if options.tiny else (case.samples, case.length)
     data = {"data": str(scratch / "text.txt"), "samples": samples, "length": length}
@@ -84,10 +95,18 @@ def timed(name: str, case: Case, gpus: int, options: argparse.Namespace, scratch
             }
         )
     )
-    command = [sys.executable, "-m", "compressor", "run", str(recipe), "--json"]
-    command += ["--log-format", "json", "--device", options.device, "--gpus", str(gpus)]
+    shutil.rmtree(output, ignore_errors=True)
+    command, environment = [sys.executable, "-m", "compressor"], dict(os.environ)
+    if phases is not None:
+        environment |= {"PHASES": str(phases), "PHASES_SYNC": "1"}
+        environment["PYTHONPATH"] = f"{HERE.parent}:{environment.get('PYTHONPATH', '')}"
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
+        command = [sys.executable, *(launcher if gpus > 1 else [])]
+        command.append(str(HERE / "bench" / "phases.py"))
+    command += ["run", str(recipe), "--json", "--log-format", "json", "--device", options.device]
+    command += ["--gpus", str(gpus)]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
     if done.returncode:
         raise SystemExit(f"{name} on {gpus}: {done.stdout}\n{done.stderr[-4000:]}")
     events = [json.loads(line) for line in done.stderr.splitlines() if line[:1] == "{"]
@@ -105,6 +124,18 @@ def timed(name: str, case: Case, gpus: int, options: argparse.Namespace, scratch
     }
 
 
+def parts(name: str, folder: Path, gpus: int) -> list[str]:
+    """A table of what each part of a block takes, in milliseconds, on one GPU and on each rank."""
+    files = [folder / f"{name}-1" / "rank-0.json"]
+    files += [folder / f"{name}-{gpus}" / f"rank-{rank}.json" for rank in range(gpus)]
+    found = [json.loads(file.read_text())["ms"] for file in files]
+    heads = [f"| {name}, ms a block | one GPU |" + "".join(f" rank {r} |" for r in range(gpus))]
+    heads.append("|---" * (gpus + 2) + "|")
+    names = sorted({part for ms in found for part in ms}, key=lambda part: -found[0].get(part, 0))
+    rows = [f"| {n} |" + "".join(f" {ms.get(n, 0):.1f} |" for ms in found) for n in names]
+    return ["", *heads, *rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -114,12 +145,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try it")
     parser.add_argument("--scratch", type=Path, help="folder for models; default: temporary")
+    parser.add_argument("--phases", type=Path, metavar="FOLDER", help="what parts of a block take")
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     table = ["| case | GPUs | seconds | a block | times | efficiency | same bytes | peak |"]
     table.append("|---|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        scratch = Path(folder)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as temporary:
+        scratch = Path(temporary)
         write_text(scratch / "text.txt")
         for name in options.case or CASES:
             one: dict[str, Any] = {}
@@ -134,6 +166,12 @@ def main() -> None:
                     f"| {times / gpus:.0%} | {same} | {found['peak_gb']} GB |"
                 )
                 print(table[-1], file=sys.stderr, flush=True)
+            if options.phases is None:
+                continue
+            for gpus in (1, options.gpus):
+                folder = options.phases / f"{name}-{gpus}"
+                timed(name, CASES[name], gpus, options, scratch, folder)
+            print("\n".join(parts(name, options.phases, options.gpus)), flush=True)
     print("\n".join(["", *table]))
 
 

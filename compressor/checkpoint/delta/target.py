@@ -15,6 +15,7 @@ from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
+from compressor.ranks.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,11 @@ class DeltaTarget(ModelTarget):
                 found[name] = spec
         return found
 
-    def decode(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Unit:
+    def decode(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+    ) -> Unit:
         """The fine-tune's unit, merged with the base."""
-        found = dict(super().decode(unit, tensors).tensors)
+        found = dict(super().decode(unit, tensors, ranks=ranks).tensors)
         weights = self.base_weights(unit)
         for name, linear in self._coded(unit).items():
             signs, scales = (tensors[f"{linear.name}.{leaf}"] for leaf in (SIGNS, SCALES))

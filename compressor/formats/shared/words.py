@@ -8,11 +8,15 @@ wrote before 0.18. For other widths the two are the same. Bits left over are zer
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
 
 WORD = 32
+IN_BYTES = (1, 2, 4, 8)
+"""Widths of which whole codes fill a byte: few operations on bytes pack them."""
+LITTLE = sys.byteorder == "little"
 
 
 def word_count(count: int, bits: int, *, crossing: bool = True) -> int:
@@ -27,6 +31,12 @@ def pack_words(codes: Tensor, bits: int, *, crossing: bool = True) -> Tensor:
     padding = -count % period
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
+    if bits in IN_BYTES and LITTLE:
+        width = bits
+        while width < 8:  # neighbours into one, until they are bytes
+            codes, width = codes[..., ::2] | codes[..., 1::2] << width, 2 * width
+        # Flat, since dimensions of one element may have any stride.
+        return codes.reshape(-1).view(torch.int32).view(*codes.shape[:-1], codes.shape[-1] // 4)
     groups = codes.reshape(*codes.shape[:-1], -1, period)
     words = torch.zeros((*groups.shape[:-1], per_group), dtype=torch.int32, device=codes.device)
     for i in range(period):
@@ -44,6 +54,14 @@ def unpack_words(words: Tensor, bits: int, count: int, *, crossing: bool = True)
     padding = -words.shape[-1] % per_group
     if padding:
         words = torch.nn.functional.pad(words, (0, padding))
+    if bits in IN_BYTES and LITTLE:
+        codes, width = words.reshape(-1).view(torch.uint8), 8
+        codes = codes.view(*words.shape[:-1], words.shape[-1] * 4)
+        while width > bits:
+            width //= 2
+            both = (codes & ((1 << width) - 1), codes >> width)
+            codes = torch.stack(both, dim=-1).flatten(-2)
+        return codes[..., :count].contiguous()
     groups = words.reshape(*words.shape[:-1], -1, per_group)
     codes = torch.empty((*groups.shape[:-1], period), dtype=torch.uint8, device=words.device)
     for i in range(period):

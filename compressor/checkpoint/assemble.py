@@ -1,0 +1,61 @@
+"""A unit from its tensors on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.unit import Unit
+from compressor.ranks.ranks import ALONE, Ranks
+
+
+def assembled(
+    unit: UnitLayout,
+    tensors: Mapping[str, Tensor],
+    format: Format,
+    schemes: ModelSchemes,
+    stored: Callable[[Linear], Iterable[str]],
+    *,
+    ranks: Ranks = ALONE,
+) -> Unit:
+    """The unit that its tensors on disk stand for; a weight alone is floats.
+
+    stored  names, local to a coded linear, of those that hold its weight and input scale
+    ranks   that have all of the tensors, and divide the decoding
+    Raises InputError where a format cannot read them.
+    """
+    raw = dict(tensors)
+    coded: list[tuple[Linear, QuantSpec, dict[str, Tensor]]] = []
+    for linear in unit.linears:
+        spec = schemes.linears[linear.name].weight
+        leaves = ["weight"] if spec is None else list(stored(linear))
+        if linear.beside and not any(f"{linear.name}.{leaf}" in raw for leaf in leaves):
+            continue  # what is carried over was not asked for
+        if spec is not None and leaves != ["weight"]:
+            local = {leaf: raw.pop(f"{linear.name}.{leaf}") for leaf in leaves}
+            coded.append((linear, spec, local))
+
+    def decoded(of: tuple[Linear, QuantSpec, dict[str, Tensor]]) -> tuple[QTensor, Tensor | None]:
+        linear, spec, local = of
+        try:
+            return format.decode(local, spec), format.input_scale(local)
+        except InputError as error:
+            where = f"{linear.name}: {error.message}"
+            raise InputError(where, hint=error.hint) from error
+
+    made = ranks.each(coded, decoded, lambda of: math.prod(of[0].shape))
+    found = {x.name: values for (x, _, _), values in zip(coded, made, strict=True)}
+    own = {*unit.tensors, *(x.weight_name for x in unit.linears if not x.beside)}
+    return Unit(
+        layout=unit,
+        tensors={name: tensor for name, tensor in raw.items() if name in own},
+        quantized={name: q for name, (q, _) in found.items()},
+        extra={name: tensor for name, tensor in raw.items() if name not in own},
+        input_scales={name: scale for name, (_, scale) in found.items() if scale is not None},
+    )

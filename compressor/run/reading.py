@@ -1,0 +1,61 @@
+"""Reads the source's units. Of several ranks each reads a part of a block, and has the rest sent by
+those that read it: a link between GPUs is faster than a disk, and than hashing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compressor.ir.unit import Unit
+from compressor.plan.plan import Plan
+from compressor.ranks.ranks import Ranks
+from compressor.run.source_content import SourceContent
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads units of a plan's source, and notes their hashes."""
+
+    plan: Plan
+    content: SourceContent
+    device: torch.device
+    ranks: Ranks
+    _digests: dict[int, dict[str, str]] = field(default_factory=dict)  # of what was read here
+
+    def read(self, index: int) -> Unit:
+        """A unit on the CPU, or this rank's part of it."""
+        pin = self.device.type == "cuda"
+        if not self._divided(index):
+            return self.content.read(index, pin=pin)
+        mine = self.ranks.mine(self._names(index), self._nbytes)
+        part, self._digests[index] = self.content.read_part(index, mine, pin=pin)
+        return part
+
+    def whole(self, index: int, part: Unit) -> Unit:
+        """The unit of which every rank has read a part, then on the device; all ask together."""
+        if not self._divided(index):
+            return part
+        tensors, digests = {**part.tensors, **part.extra}, self._digests.pop(index)
+
+        def read(name: str) -> tuple[Tensor, str]:
+            return tensors[name].to(self.device, non_blocking=True), digests[name]
+
+        names = self._names(index)
+        found = dict(zip(names, self.ranks.each(names, read, self._nbytes), strict=True))
+        self.content.note(index, {name: digest for name, (_, digest) in found.items()})
+        layout = self.plan.units[index].layout
+        return self.plan.source.assemble(layout, {name: t for name, (t, _) in found.items()})
+
+    def _divided(self, index: int) -> bool:
+        """Blocks are, where no tensor is decoded from several; what else a model carries the
+        device may have no room for."""
+        block = self.plan.units[index].layout.kind == "block"
+        return self.ranks.world > 1 and block and not self.plan.source.quantized
+
+    def _names(self, index: int) -> tuple[str, ...]:
+        return self.plan.source.names(self.plan.units[index].layout)
+
+    def _nbytes(self, name: str) -> float:
+        return float(self.plan.source.checkpoint.entry(name).spec.nbytes)
