@@ -189,6 +189,10 @@ class SiteStats:
             self._one_sided = False
         return gram
 
+    def forget_gram(self) -> None:
+        """Give back the Gram matrix's memory: nobody reads it any more."""
+        self._gram = None
+
     @property
     def cross(self) -> Tensor:
         """Sum of (x° − x) xᵀ, fp32 [channels, channels]."""

@@ -20,6 +20,7 @@ from compressor.checkpoint.one_reading import is_tied
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.errors import InputError
 from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.floats import narrow, replaced
 from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
@@ -156,19 +157,20 @@ class ModelTarget:
             outputs |= tensors
         for path, (keys, values) in unit.kv_scales.items():
             outputs |= self._kv_tensors(path, keys, values)
-        floats = {**unit.tensors, **unit.extra}
+        floats = dict(unit.extra)
         for stack in self._stacked(unit.layout):
-            made = {**unit.tensors, **outputs}
+            made = replaced(unit.tensors, outputs)
             parts, built = self.source.arch.runtime.restacked(unit.layout, stack, made)
             outputs = {name: tensor for name, tensor in outputs.items() if name not in parts}
             floats |= built
-        narrow = {}
+        halves = {}
         for name, spec in shapes.items():
             if name not in outputs:
-                outputs[name] = floats[name].to(spec.dtype)
+                made_of = floats[name] if name in floats else narrow(unit.tensors, name)
+                outputs[name] = made_of.to(spec.dtype)
                 if spec.dtype == torch.float16:
-                    narrow[name] = torch.isfinite(outputs[name]).all()
-        lost = [name for name, good in narrow.items() if not bool(good)]
+                    halves[name] = torch.isfinite(outputs[name]).all()
+        lost = [name for name, good in halves.items() if not bool(good)]
         if lost:
             raise InputError(
                 f"{lost[0]} holds values beyond the range of float16",

@@ -130,6 +130,18 @@ class QTensor:
             return weight, spread(values, self.spec, self.shape)
         return weight.view(*values.shape, -1), values[..., None]
 
+    def rows(self, some: slice) -> QTensor:
+        """Some outputs of it, where scales are of rows or of groups in them."""
+        assert self.spec.strategy in ("channel", "group")
+        apart = self.second is not None and self.second.shape[0] > 1
+        return QTensor(
+            spec=self.spec,
+            codes=self.codes[some],
+            scales=self.scales[some],
+            zeros=None if self.zeros is None else self.zeros[some],
+            second=self.second[some] if self.second is not None and apart else self.second,
+        )
+
     def to(self, device: torch.device | str) -> QTensor:
         """The same value with every tensor on `device`."""
         return QTensor(

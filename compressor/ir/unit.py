@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from compressor.ir.floats import Change, Floats, narrow, replaced
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
 
@@ -35,6 +36,10 @@ class Unit:
         """The float weight [out, in] of a linear that is not quantized yet."""
         return self.tensors[linear.weight_name]
 
+    def narrow_weight(self, linear: Linear) -> Tensor:
+        """The same values, in a narrower dtype where they are held in one."""
+        return narrow(self.tensors, linear.weight_name)
+
     def bias(self, linear: Linear) -> Tensor | None:
         """The bias [out] of a linear, or None."""
         return self.tensors.get(linear.bias_name)
@@ -47,9 +52,16 @@ class Unit:
         """This unit with a linear's float weight [out, in] replaced."""
         return self.with_tensors({linear.weight_name: weight})
 
+    def with_changes(self, changes: Mapping[str, Change]) -> Unit:
+        """This unit with something done to some float tensors, where that can wait until they are
+        read."""
+        if isinstance(self.tensors, Floats):
+            return replace(self, tensors=self.tensors.changed(changes))
+        return self.with_tensors({name: done(self.tensors[name]) for name, done in changes.items()})
+
     def with_tensors(self, changed: Mapping[str, Tensor]) -> Unit:
         """This unit with some float tensors replaced."""
-        return replace(self, tensors={**self.tensors, **changed})
+        return replace(self, tensors=replaced(self.tensors, changed))
 
     def with_extra(self, added: Mapping[str, Tensor]) -> Unit:
         """This unit with tensors added, by full name."""
@@ -57,7 +69,11 @@ class Unit:
 
     def with_quantized(self, linear: Linear, q: QTensor) -> Unit:
         """This unit with a linear's weight replaced by a QTensor."""
-        rest = {k: v for k, v in self.tensors.items() if k != linear.weight_name}
+        name, rest = linear.weight_name, self.tensors
+        if isinstance(rest, Floats):
+            rest = rest.without({name})
+        else:
+            rest = {k: v for k, v in rest.items() if k != name}
         return replace(self, tensors=rest, quantized={**self.quantized, linear.name: q})
 
     def with_input_scale(self, linear: Linear, scale: Tensor) -> Unit:
@@ -65,7 +81,7 @@ class Unit:
         scale = scale.detach().to(torch.float32).reshape(1)
         return replace(self, input_scales={**self.input_scales, linear.name: scale})
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Mapping[str, Tensor]:
         """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""
         weights = {weight_name(name): q.dequantize(dtype) for name, q in self.quantized.items()}
-        return {**self.tensors, **weights}
+        return replaced(self.tensors, weights)

@@ -35,10 +35,13 @@ from compressor.numerics.awq_search import (
     search_scales_gram,
     search_scales_reference,
 )
-from compressor.numerics.folding import consumer_scale, fold, source_scale
-from compressor.numerics.gram import output_error, relative_error
+from compressor.numerics.folding import consumer_scale, fold_changes, source_scale
+from compressor.numerics.gram import error_of_parts, relative_error
 from compressor.numerics.migration import search_scales_with_inputs
 from compressor.ranks.ranks import ALONE, Ranks
+
+TILE = 2**25
+"""Weights of a linear whose rounded values are in memory at a time."""
 
 
 class Awq(Pass):
@@ -107,7 +110,8 @@ class Awq(Pass):
             if is_plain_int(spec):
                 weight = torch.zeros(32, columns, device=device)
                 gram = torch.eye(columns, device=device)
-                search_scales_gram([weight], gram, gram.diagonal(), spec, grid=1)
+                stored = weight.to(torch.bfloat16)  # as nearly every model is
+                search_scales_gram([stored], gram, gram.diagonal(), spec, grid=1)
                 search_clip_gram(weight, gram, spec)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
@@ -120,7 +124,9 @@ class Awq(Pass):
 
         def folded(current: Unit, site: str, found: ScaleResult) -> Unit:
             scales = source_scale(folds[site], found.scales)
-            return current.with_tensors(fold(current.tensors, folds[site], unit.layout, scales))
+            return current.with_changes(
+                fold_changes(current.tensors, folds[site], unit.layout, scales)
+            )
 
         def work_on_output(linear: Linear) -> tuple[int, ScaleResult | None, _Finished]:
             """What an expert's output comes to, whose statistics are there only meanwhile."""
@@ -162,6 +168,10 @@ class Awq(Pass):
             done = context.ranks.each(waiting, finish, _weights)
             for linear, finished in zip(waiting, done, strict=True):
                 result, rows[linear.name] = finished.put(result, linear), finished.row
+            # What was observed is stale after this pass: the largest matrix goes before the next
+            # linears need as much.
+            for site in {linear.site for linear in waiting}:
+                sites[site].stats.forget_gram()
             waiting = []
         return PassResult(result, [rows[x.name] for x in context.selected if x.name in rows])
 
@@ -183,7 +193,8 @@ class Awq(Pass):
         ranks  that search them together
         """
         readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
-        weights = [unit.weight(x) for x in readers]
+        gram = self.search == "gram"
+        weights = [unit.narrow_weight(x) if gram else unit.weight(x) for x in readers]
         spec = context.spec(readers[0])
         stats = context.stats[site_fold.site]
 
@@ -225,6 +236,7 @@ class Awq(Pass):
         scales = None if site.found is None else site.found.scales
         options = {}
         made: QTensor | Tensor | None
+        values: QTensor | Tensor
         if self.clip and informed and is_plain_int(spec):
             gram = site.stats.gram
             options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
@@ -232,14 +244,12 @@ class Awq(Pass):
             values = fake_quantize(weight, spec, **options, **context.rounding.get(linear.name, {}))
             made = _clamped(weight, options["clip_max"]) if options else None
         else:
-            made = quantize(weight, spec, **options)
-            values = made.dequantize()
-        if scales is not None:
-            weight, values = weight / scales, values.div_(scales)
+            values = made = quantize(weight, spec, **options)
+        parts = _parts(weight, values, scales)
         row: dict[str, Any] = {
             "linear": linear.name,
             "bits": spec.bits,
-            "error": output_error(weight, values, site.stats.gram if informed else None),
+            "error": float(error_of_parts(parts, site.stats.gram if informed else None)),
             "error_of": "output" if informed else "weight",
             "ratio": None if site.found is None else site.found.ratio,
         }
@@ -274,6 +284,19 @@ class _Finished:
 def _weights(linear: Linear) -> float:
     """How much work a linear is: the products of its errors with a Gram matrix."""
     return float(linear.out_features * linear.in_features**2)
+
+
+def _parts(
+    weight: Tensor, values: QTensor | Tensor, scales: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a weight and of what it became, as many at a time as `TILE` says, without the scales
+    of its inputs."""
+    count = max(1, TILE // weight.shape[1])
+    for first in range(0, weight.shape[0], count):
+        rows = slice(first, first + count)
+        old = weight[rows]
+        new = values.rows(rows).dequantize() if isinstance(values, QTensor) else values[rows]
+        yield (old, new) if scales is None else (old / scales, new / scales)
 
 
 def _clamped(weight: Tensor, bounds: Tensor) -> Tensor:

@@ -57,7 +57,6 @@ class Reorder(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         rows = []
-        tensors = dict(unit.tensors)
         for linear in context.selected:
             stats = context.stats[linear.site]
             salience = stats.absmax if self.by == "absmax" else stats.absmean
@@ -65,12 +64,12 @@ class Reorder(Pass):
                 continue  # an expert that saw no token has no order to prefer
             order = _order(unit.layout, linear, salience)
             for source, part, change in _sources(unit.layout, linear, order):
-                tensors |= change_rows(tensors, source, part, change)
-            name = linear.weight_name
-            tensors[name] = tensors[name][:, _columns(unit.layout, linear, order)]
+                unit = unit.with_tensors(change_rows(unit.tensors, source, part, change))
+            columns = _columns(unit.layout, linear, order)
+            unit = unit.with_weight(linear, unit.weight(linear)[:, columns])
             moved = order != torch.arange(order.shape[-1], device=order.device)
             rows.append({"linear": linear.name, "moved": int(moved.sum())})
-        return PassResult(unit.with_tensors(tensors), rows)
+        return PassResult(unit, rows)
 
 
 def _order(layout: UnitLayout, linear: Linear, salience: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.floats import replaced
 from compressor.ir.layout import Linear, Norm, UnitLayout
 from compressor.ir.rows import change_rows, parts_of
 from compressor.ir.unit import Unit
@@ -123,10 +124,10 @@ def rotated_stream(
     for norm in layout.norms:
         readers = _readers(layout, norm)
         if readers:
-            changed |= _into_readers({**tensors, **changed}, norm, readers, turn)
+            changed |= _into_readers(replaced(tensors, changed), norm, readers, turn)
     for linear in layout.linears:
         if _adds(linear):
-            changed |= _turned_output({**tensors, **changed}, linear, turn)
+            changed |= _turned_output(replaced(tensors, changed), linear, turn)
     return changed
 
 

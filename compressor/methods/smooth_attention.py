@@ -113,21 +113,22 @@ class SmoothAttention(Pass):
             row |= {"attention_error": float(errors[best]), "unsmoothed_error": float(errors[0])}
         scales = _scales(observed, alpha, beta, shared=bool(norms))
         row |= {"alpha": alpha, "beta": beta}
-        tensors = dict(unit.tensors)
         if norms:
             for role, by in (("norm.q", scales[0]), ("norm.k", 1 / scales[0])):
                 name = norms[role].weight_name
                 offset = norms[role].offset
-                tensors[name] = (tensors[name] + offset) * by.to(tensors[name]) - offset
+                norm = unit.tensors[name]
+                unit = unit.with_tensors({name: (norm + offset) * by.to(norm) - offset})
         else:
             queries = scales.repeat_interleave(shape.heads // shape.kv_heads, 0).reshape(-1)
             for role, by in (("attn.q", queries), ("attn.k", 1 / scales.reshape(-1))):
                 for linear, part in parts_of(layout, role):
-                    tensors |= change_rows(tensors, linear, part, _times(by))
+                    changed = change_rows(unit.tensors, linear, part, _times(by))
+                    unit = unit.with_tensors(changed)
         before = observed.keys
         after = before / scales
         return PassResult(
-            unit.with_tensors(tensors),
+            unit,
             [
                 row
                 | {

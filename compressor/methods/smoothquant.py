@@ -23,7 +23,7 @@ from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult
 from compressor.methods.common.integers import input_spec, int_spec
 from compressor.methods.common.rounding import enter_of, quantizer_of, round_to_nearest
-from compressor.numerics.folding import fold
+from compressor.numerics.folding import fold_changes
 from compressor.numerics.migration import (
     ALPHAS,
     DEFAULT_ALPHA,
@@ -101,7 +101,8 @@ class Smoothquant(Pass):
             if site not in folds:
                 continue
             found = self._migrate(folds[site], unit, context)
-            unit = unit.with_tensors(fold(unit.tensors, folds[site], unit.layout, found.scales))
+            changes = fold_changes(unit.tensors, folds[site], unit.layout, found.scales)
+            unit = unit.with_changes(changes)
             divided[site], exponents[site] = found.scales, found.ratio
         rows = {x.name: self._row(x, divided, exponents) for x in context.selected}
         if self.bits is not None:

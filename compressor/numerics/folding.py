@@ -7,7 +7,8 @@ columns take the head's scale once for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,41 +35,63 @@ def fold(
     Raises ValueError for a scale of the wrong length or sign and for a tensor that is not there,
     InputError where a result is too large for the tensor's dtype.
     """
+    changes = fold_changes(tensors, fold, unit, scale, dtype=dtype)
+    return {name: change(tensors[name]) for name, change in changes.items()}
+
+
+def fold_changes(
+    names: Container[str],
+    fold: Fold,
+    unit: UnitLayout,
+    scale: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What `fold` does to each tensor that it changes, to be done when that is needed.
+
+    names  of the float tensors that there are
+    """
     if scale.dim() != 1 or not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError(f"the scale of {fold.source} is not a vector of positive finite numbers")
     scale = scale.to(dtype)
-    changed: dict[str, Tensor] = {}
+    columns = consumer_scale(fold, scale)
 
-    def put(name: str, value: Tensor) -> None:
-        changed[name] = value.to(tensors[name].dtype)
-        if tensors[name].dtype == torch.float16 and not bool(changed[name].isfinite().all()):
-            raise InputError(
-                f"rescaling by {scale.min():.3g} to {scale.max():.3g} takes {name} beyond float16",
-                hint="use the bfloat16 or float32 model, or a weaker scaling",
-            )
-
-    def get(name: str) -> Tensor:
-        if name not in tensors:
-            raise ValueError(f"folding into {fold.site} needs {name}, which is not a float tensor")
-        return tensors[name].to(dtype)
-
-    weight, bias = weight_name(fold.source), bias_name(fold.source)
-    for name in (weight, bias) if bias in tensors else (weight,):
-        value = get(name)
+    def source(name: str, tensor: Tensor) -> Tensor:
+        value = tensor.to(dtype)
         rows = fold.rows or Rows("", 0, value.shape[0])
         if scale.shape[0] != rows.total:
             raise ValueError(f"{scale.shape[0]} scales for {rows.total} channels of {name}")
         by = scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
-        offset = fold.norm_offset if name == weight else 0.0
-        put(name, rows.put(value, (rows.take(value) + offset) / by - offset))
-    columns = consumer_scale(fold, scale)
-    for linear in unit.site_linears(fold.site):
-        name = linear.weight_name
-        value = get(name)
+        offset = fold.norm_offset if name == weight_name(fold.source) else 0.0
+        made = (rows.take(value) + offset).div_(by).sub_(offset)
+        if fold.rows is not None:
+            made = rows.put(value, made)
+        return _cast(name, made, tensor.dtype, scale)
+
+    def reader(name: str, tensor: Tensor) -> Tensor:
+        value = tensor.to(dtype)
         if columns.shape[0] != value.shape[1]:
             raise ValueError(f"{columns.shape[0]} scales for {value.shape[1]} inputs of {name}")
-        put(name, value * columns.to(value.device))
-    return changed
+        return _cast(name, value * columns.to(value.device), tensor.dtype, scale)
+
+    weight, bias = weight_name(fold.source), bias_name(fold.source)
+    changes = {name: partial(source, name) for name in (weight, bias) if name in names}
+    for linear in unit.site_linears(fold.site):
+        changes[linear.weight_name] = partial(reader, linear.weight_name)
+    for name in (weight, *changes):
+        if name not in names:
+            raise ValueError(f"folding into {fold.site} needs {name}, which is not a float tensor")
+    return dict(changes)
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
+    made = value.to(dtype)
+    if dtype == torch.float16 and not bool(made.isfinite().all()):
+        raise InputError(
+            f"rescaling by {scale.min():.3g} to {scale.max():.3g} takes {name} beyond float16",
+            hint="use the bfloat16 or float32 model, or a weaker scaling",
+        )
+    return made
 
 
 def consumer_scale(fold: Fold, scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A weight that is off by Δ makes a squared output error of tr(Δ G Δᵀ), whate
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -71,17 +72,27 @@ def difference_error(quantized: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
 
 def relative_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
     """tr(Δ G Δᵀ)/tr(W G Wᵀ) of a quantized weight [O, C], as a scalar tensor; 0 for 0/0."""
-    error = torch.zeros((), dtype=torch.float32, device=gram.device)
-    power = torch.zeros_like(error)
-    for old, new in zip(torch.split(weight, ROWS), torch.split(quantized, ROWS), strict=True):
-        error += difference_error(new, old, gram)
-        power += gram_error(old.to(work_dtype(gram)), gram)
-    return error / power.clamp(min=1e-30)
+    return error_of_parts(_split(weight, quantized), gram)
 
 
 def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
     """Relative squared output error tr(ΔG Δᵀ)/tr(W G Wᵀ), or of the weights where G is None."""
-    if gram is not None:
-        return float(relative_error(weight, quantized, gram))
-    delta, weight = (quantized - weight).float(), weight.float()
-    return float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))
+    return float(error_of_parts(_split(weight, quantized), gram))
+
+
+def error_of_parts(parts: Iterable[tuple[Tensor, Tensor]], gram: Tensor | None) -> Tensor:
+    """`output_error` of a weight and what it became, some rows of both at a time, as a scalar
+    tensor."""
+    errors, powers = [], []
+    for old, new in parts:
+        if gram is None:
+            errors.append((new - old).float().square().sum())
+            powers.append(old.float().square().sum())
+        else:
+            errors.append(difference_error(new, old, gram))
+            powers.append(gram_error(old.to(work_dtype(gram)), gram))
+    return torch.stack(errors).sum() / torch.stack(powers).sum().clamp(min=1e-30)
+
+
+def _split(weight: Tensor, quantized: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(weight, ROWS), torch.split(quantized, ROWS), strict=True)

@@ -19,7 +19,7 @@ from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import UnitLayout
 from compressor.numerics.chunks import CODED_AHEAD, layers_ahead
 from compressor.plan.plan import Plan
-from compressor.plan.unit_plan import UnitPlan
+from compressor.plan.unit_plan import PassPlan, UnitPlan
 
 STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
 """What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
@@ -43,7 +43,11 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """Bytes and seconds of a run; `device_bytes` is 0 on a CPU."""
+    """Bytes and seconds of a run; `device_bytes` is 0 on a CPU.
+
+    batch    rows in one forward pass
+    offload  whether hidden states wait in main memory between blocks, since the device has no room
+    """
 
     source_bytes: int
     output_bytes: int
@@ -51,6 +55,7 @@ class Estimates:
     device_bytes: int
     batch: int
     seconds: float
+    offload: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,9 +73,11 @@ def estimate(
     device_memory  bounds the batch as in the run itself
     """
     kind = device.type
+    inputs, offload = _input_bytes(plan, device), False
     batch = batch_rows(plan, device=device, device_memory=device_memory)
     working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
-    inputs = _input_bytes(plan, device)
+    if device_memory is not None and kind == "cuda":
+        offload = inputs + working > device_memory
     raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
     streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)
     streams += max(
@@ -82,7 +89,9 @@ def estimate(
     host = resident + started + streams
     held, learning = 0, _learning_bytes(plan, device)
     if kind == "cuda":
-        held = max(inputs + working + max(raw), learning)
+        held = max(working if offload else inputs + working, learning)
+        # They wait in float32.
+        host += inputs * 4 // plan.compute_dtype(device).itemsize if offload else 0
     else:
         host += max(inputs + working, learning)
     judging = max(_verifying_bytes(plan, device), _evaluating_bytes(plan, device))
@@ -94,6 +103,7 @@ def estimate(
         device_bytes=held,
         batch=batch,
         seconds=_seconds(plan, device),
+        offload=offload,
     )
 
 
@@ -242,13 +252,28 @@ def _row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
 
 
 def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: int) -> int:
-    """What is alive while passes work on a unit: weights in float32 and as the runner has them,
-    statistics, and the largest matrix a few times over."""
+    """What is alive while passes work on a unit: weights as the runner has them, experts once more
+    in its stacks, all in float32 only where a method needs that; statistics, and the largest matrix
+    a few times over."""
     layout, count = unit.layout, _parameters(plan, unit.layout)
-    runtime = plan.compute_dtype(device).itemsize * count if plan.calibrated else 0
+    width = plan.compute_dtype(device).itemsize
+    runtime = width * count if plan.calibrated else 0
     if not unit.steps:
         return runtime + 4 * count
     grams = beside = 0
+    experts = [x for x in layout.linears if x.expert is not None]
+    if experts and unit.calibrated and device.type == "cuda" and plan.source.arch.runtime.stacks:
+        runtime += width * sum(x.out_features * x.in_features for x in experts)
+        # What went to them all, and one of them at a time.
+        beside += (
+            plan.recipe.calibration.samples
+            * plan.recipe.calibration.length
+            * (width * _hidden(plan))
+        )
+        apart = [x.in_features for x in experts if x.role == "expert.down" and x.site in unit.needs]
+        grams += 4 * max(apart, default=0) ** 2
+    if any(_wide(plan.passes[number]) for number in unit.steps):
+        beside += 4 * count
     shared = [site for site in unit.needs if not site.startswith("expert.") or site.endswith(".in")]
     for site in shared:
         if unit.needs[site].gram:
@@ -269,7 +294,14 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
             kept = min(batch, wanted.block.rows) * KEPT_ACTIVATIONS
             tuning = max(tuning, 4 * wanted.block.copies * codes + 2 * runtime)
             rows = max(rows, kept * _row_bytes(plan, layout, device))
-    return runtime + 4 * count + grams + beside + codes + max(rows, 12 * largest) + tuning
+    return runtime + grams + beside + codes + max(rows, 10 * largest) + tuning
+
+
+def _wide(step: PassPlan) -> bool:
+    """Whether a method leaves weights in float32, or factors Gram matrices, which is about as
+    much; others read one linear after the other, and code it."""
+    effects = step.effects
+    return effects.transforms or (step.needs.stats.gram and not effects.rescales)
 
 
 def _seconds(plan: Plan, device: torch.device) -> float:

@@ -128,7 +128,7 @@ class _Loop:
         kept = settings.activations if ranks_of_rows.world == 1 else None
         model = SourceModel(plan.source, device=settings.device, dtype=dtype, activations=kept)
         execution = Execution(
-            settings.batch, offload=False, stopping=agreed.stopping, ranks=ranks_of_rows
+            settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks_of_rows
         )
         with ThreadPoolExecutor(1) as writes, ThreadPoolExecutor(1) as syncs:
             output = CommitQueue(self.writer, writes, syncs, settings.device)
@@ -234,7 +234,7 @@ class _Loop:
         mine = list(batches[self.sharing.rank :: self.sharing.world])
         return mine if sum(mine) == stream.rows else None
 
-    def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included."""
         dtype = self.plan.compute_dtype(self.settings.device)
         decoded = self.plan.target.decode(unit.layout, outputs, ranks=self.settings.ranks)

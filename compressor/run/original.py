@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from compressor.ir.floats import Floats
 from compressor.ir.unit import Unit
 from compressor.methods.common.learned import Learned
 from compressor.plan.plan import Plan
@@ -38,15 +39,15 @@ def start_of(
         for name, tensor in found.result.extra.items()
         if name in unit.outputs
     }
-    tensors = {name: tensor.float() for name, tensor in moved.items()}
+    tensors = dict(moved)
     extra = {**source.extra, **added}
     picked = {name for number in unit.steps for name in plan.passes[number].names}
     for linear in source.layout.linears:
         if linear.beside and linear.name in picked:
             weight = extra.pop(linear.weight_name, None)
             if weight is not None:
-                tensors[linear.weight_name] = weight.to(device, torch.float32)
-    return Unit(layout=source.layout, tensors=tensors, extra=extra)
+                tensors[linear.weight_name] = weight.to(device)
+    return Unit(layout=source.layout, tensors=Floats(tensors), extra=extra)
 
 
 def turned(

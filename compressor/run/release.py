@@ -150,7 +150,7 @@ def report_data(
         parameters=parameters(prepared),
         units=units,
         learned=_learned(compiled),
-        estimates=Costs(**{k: v for k, v in asdict(planned).items() if k != "batch"}),
+        estimates=Costs(**{k: v for k, v in asdict(planned).items() if k in Costs.model_fields}),
         spent=Costs(
             source_bytes=planned.source_bytes,
             output_bytes=plan.shards.size,

@@ -339,6 +339,7 @@ def compile_checkpoint(
         settings = JobSettings(
             device=prepared.device,
             batch=prepared.batch,
+            offload=prepared.estimates.offload,
             activations=prepared.activations,
             on_unit=unit_done,
             on_step=on_step,

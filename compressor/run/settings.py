@@ -41,6 +41,7 @@ class JobSettings:
     """How this machine runs a job.
 
     batch     rows of calibration tokens in one forward pass, if memory allows
+    offload   whether hidden states wait in main memory between blocks
     activations  where hidden states are kept for other passes and runs
     on_unit   called after each unit
     on_step   called after each step of other work: its name, how many are done, how many there are
@@ -53,6 +54,7 @@ class JobSettings:
 
     device: torch.device
     batch: int
+    offload: bool = False
     activations: Activations | None = None
     on_unit: Callable[[UnitDone], None] = lambda done: None
     on_step: Progress = lambda name, done, total: None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from itertools import accumulate
 
 import torch
 
@@ -22,6 +23,10 @@ from compressor.verify.kernels.ahead import CompiledAhead
 UNITS_AHEAD = 3
 """Units whose weights get page-locked memory beforehand: the embedding, a block that is worked on,
 and one that is read meanwhile. Later ones find what these gave back."""
+
+LOCKED_AHEAD = 2**31
+"""Bytes of it at most: of large blocks it takes seconds, and the first of them is read before it is
+there, so that both would hold what one needs."""
 
 TURN = 5e-4
 """Seconds for which a thread that imports may keep the interpreter to itself."""
@@ -99,9 +104,12 @@ def _multiply(dtype: torch.dtype, device: torch.device) -> None:
 def _lock_pages(plan: Plan) -> None:
     """Have blocks of page-locked memory ready: PyTorch keeps those that are given back."""
     entries = plan.source.checkpoint.entries
+    units = plan.units[:UNITS_AHEAD]
+    sizes = [entries[n].spec.nbytes for unit in units for n in plan.source.names(unit.layout)]
+    before = accumulate(sizes, initial=0)
     held = [
-        torch.empty(entries[name].spec.nbytes, dtype=torch.uint8, pin_memory=True)
-        for unit in plan.units[:UNITS_AHEAD]
-        for name in plan.source.names(unit.layout)
+        torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        for size, done in zip(sizes, before, strict=False)
+        if done + size <= LOCKED_AHEAD
     ]
     del held

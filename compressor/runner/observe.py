@@ -15,6 +15,7 @@ import torch
 from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds, bands
 from torch import Tensor, nn
 
+from compressor.ir.floats import replaced
 from compressor.ir.layout import Linear, weight_name
 from compressor.ranks.divide import owners
 from compressor.ranks.ranks import ALONE, Ranks
@@ -188,8 +189,8 @@ class Observer:
         if calls.original is None:
             calls.original = calls.run()
         block = self.block
-        replaced = {weight_name(name): value for name, value in weights.items()}
-        block.load({**block.tensors, **replaced})
+        tried = {weight_name(name): value for name, value in weights.items()}
+        block.load(replaced(block.tensors, tried))
         try:
             changed = calls.run()
         finally:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from make_random_model import save_tokenizer, write_tensors
@@ -30,6 +31,7 @@ from make_random_model import save_tokenizer, write_tensors
 from compressor.errors import CompressError
 from compressor.plan.recipe import make_recipe, parse_size
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.run.settings import UnitDone
 
 VOCABULARY = 512
 LARGE = 16e9
@@ -224,8 +226,22 @@ def run(folder: Path, output: Path, options: argparse.Namespace) -> dict[str, An
     }
     device = choose_device(options.device)
     prepared = prepare(make_recipe(recipe), device=device, device_memory=options.device_memory)
-    made = compile_checkpoint(prepared)
-    last = [unit for unit in made.units if ".layers." in unit.name][-1]
+    blocks = len(prepared.plan.layout.blocks)
+    watched = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def done(unit: UnitDone) -> None:
+        if options.profile and unit.index == blocks - 1:
+            watched.start()
+        if options.profile and unit.index == blocks:
+            watched.stop()
+
+    made = compile_checkpoint(prepared, on_unit=done)
+    last = made.units[blocks]
+    if options.profile:
+        by = "self_cpu_time_total" if device.type == "cpu" else "self_cuda_time_total"
+        table = watched.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60)
+        with options.profile.open("a") as file:
+            file.write(f"{folder.name}\n{table}\n")
     planned = prepared.estimates
     return {
         "block_s": round(last.seconds, 2),
@@ -267,6 +283,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--device-memory", type=parse_size, help="as for compress run")
+    parser.add_argument(
+        "--profile", type=Path, help="add a table of the last block's kernels to it"
+    )
     parser.add_argument("--tiny", action="store_true", help="small sides, to try the script")
     options = parser.parse_args()
     import transformers.models.auto.modeling_auto  # noqa: F401  # once, for all forks

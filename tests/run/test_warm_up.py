@@ -51,7 +51,7 @@ Awq(bits=4, group_size=32, symmetric=False).compile_kernels({(SPEC, 96)}, device
 before = kernels()
 for outputs, inputs in ((96, 96), (512, 1376), (64, 4096), (192, 576), (576, 1536)):
     weight, gram = torch.randn(outputs, inputs, device=device), torch.eye(inputs, device=device)
-    search_scales_gram([weight, weight], gram, weight[0].abs(), SPEC)
+    search_scales_gram([weight.bfloat16()] * 2, gram, weight[0].abs(), SPEC)
     search_clip_gram(weight, gram, SPEC)
     relative_error(weight, 0.9 * weight, gram)
 assert before and kernels() == before, (before, kernels())
