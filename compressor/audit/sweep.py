@@ -21,7 +21,10 @@ from compressor.audit.findings import TokenScore, TokenSweep
 from compressor.audit.statistics import TokenStatistics, cosines, token_statistics
 from compressor.errors import CheckError
 
-COARSE_CONTEXTS = 2
+COARSE_CONTEXTS, COARSE_LENGTH = 2, 8
+"""Texts of the first look, and their tokens."""
+EXAMINED = 128
+"""Tokens that come to the second look, beside the ordinary ones."""
 CONTROLS = 64
 """Ordinary tokens that say what is usual in this model."""
 COLLAPSED = 0.9
@@ -48,7 +51,7 @@ def sweep_tokens(
     ids: Sequence[int],
     always: Sequence[int] = (),
     followed: Sequence[int] = (),
-    examined: int = 128,
+    examined: int = EXAMINED,
     position: int = 1,
     kind: str = "",
     text: Callable[[int], str] = lambda token: "",

@@ -60,6 +60,11 @@ def _unmapped(recipe: Recipe, source: Source) -> Iterator[InputError]:
                 "none (map: none)",
                 hint="without a map: rtn, fp8, nvfp4, mxfp4 or mxfp8 with inputs as they come",
             )
+    if recipe.audit is not None and not recipe.audit.weights_only:
+        yield InputError(
+            "audit: tokens are not tried in a model without a map (map: none)",
+            hint="audit: {weights_only: true}",
+        )
     if recipe.evaluate is not None:
         yield InputError(
             "evaluate: a model without a map (map: none) cannot be run block by block",
@@ -80,6 +85,8 @@ def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
     if recipe.calibration.select is not None:
         longest = recipe.calibration.looked_at[1]
         lengths["calibration.select.sufficiency.reference_length"] = longest
+    if recipe.audit is not None and not recipe.audit.weights_only:
+        lengths["audit.length"] = recipe.audit.length
     if recipe.evaluate is not None:
         lengths["evaluate.length"] = recipe.evaluate.length
         if recipe.evaluate.passkey is not None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from compressor.attention.masked import PIECE_ELEMENTS
+from compressor.audit.sweep import COARSE_CONTEXTS, COARSE_LENGTH, CONTROLS, EXAMINED
+from compressor.audit.weights import CHUNK
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import UnitLayout
 from compressor.numerics.chunks import CODED_AHEAD, layers_ahead
@@ -95,6 +97,9 @@ def estimate(
     else:
         host += max(inputs + working, learning)
     judging = max(_verifying_bytes(plan, device), _evaluating_bytes(plan, device))
+    audited, trying = _auditing_bytes(plan, device)
+    held = max(held, trying)
+    judging = max(judging, audited)
     host = max(host, resident + started + judging)
     return Estimates(
         source_bytes=sum(raw),
@@ -201,6 +206,34 @@ def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
     head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
     logits = 4 * LOGIT_ELEMENTS[device.type]
     return models * (states + head + 3 * logits)
+
+
+def _auditing_bytes(plan: Plan, device: torch.device) -> tuple[int, int]:
+    """Main memory and the device's: a tensor with its values in float64 as an audit looks at them,
+    then the whole model where tokens are tried in it."""
+    wanted = plan.recipe.audit
+    if wanted is None:
+        return 0, 0
+    shapes = [math.prod(e.spec.shape) for e in plan.source.checkpoint.entries.values()]
+    looking = max(e.spec.nbytes for e in plan.source.checkpoint.entries.values())
+    looking += 3 * 8 * min(CHUNK, max(shapes))
+    if wanted.weights_only:
+        return looking, 0
+    whole = sum(shapes) * (plan.source.checkpoint.dtype.itemsize if device.type == "cuda" else 4)
+    return (looking, whole) if device.type == "cuda" else (max(looking, whole), 0)
+
+
+def _audited_tokens(plan: Plan) -> int:
+    """Tokens that audits send through the model."""
+    wanted = plan.recipe.audit
+    if wanted is None or wanted.weights_only:
+        return 0
+    tried = min(wanted.tokens or plan.layout.sizes.vocabulary, plan.layout.sizes.vocabulary)
+    each = (
+        COARSE_CONTEXTS * COARSE_LENGTH * tried
+        + (EXAMINED + CONTROLS) * wanted.contexts * wanted.length
+    )
+    return each * (2 if wanted.of == "both" else 1)
 
 
 def _streamed_bytes(plan: Plan) -> int:
@@ -316,7 +349,7 @@ def _seconds(plan: Plan, device: torch.device) -> float:
             # Both models up to each of four sites, and the original through the block.
             passes += 6 if any(p.needs.stats.cross for p in plan.passes) else 1
         if unit.layout.kind == "block":
-            flops += 2.0 * passes * tokens * size
+            flops += 2.0 * (passes * tokens + _audited_tokens(plan)) * size
             for block in (seen.block for seen in unit.seen if seen.block):
                 # Forwards, and products twice as large for both gradients.
                 flops += 6.0 * block.steps * block.rows * wanted.length * size

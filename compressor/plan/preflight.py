@@ -43,7 +43,8 @@ def preflight(plan: Plan) -> tuple[GuardedTokenizer | None, list[CompressError]]
     problems: list[CompressError] = []
     for step in plan.recipe.passes:
         _try(partial(step.params.try_model, plan.source), problems)
-    if not plan.calibrated and plan.recipe.evaluate is None:
+    tried = plan.recipe.audit is not None and not plan.recipe.audit.weights_only
+    if not plan.calibrated and plan.recipe.evaluate is None and not tried:
         return None, problems
     tokenizer = _try(lambda: load_tokenizer(plan.source.checkpoint.folder), problems)
     observed = frozenset(site for unit in plan.units for site in unit.needs)

@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
+from compressor.audit.settings import AuditSettings
 from compressor.errors import InputError, Problems, nearest
 from compressor.evaluate.gate import Gate
 from compressor.evaluate.settings import Evaluation
@@ -119,6 +120,9 @@ class Recipe(Strict):
     activation_store: ActivationStore | None = Field(
         None, description="keep hidden states on disk and read what is known; {} or a folder"
     )
+    audit: AuditSettings | None = Field(
+        None, description="look for signs of a backdoor or of damage: docs/audit.md; {} will do"
+    )
     verify: bool = Field(True, description="reopen the written files and prove them")
     evaluate: Evaluation | None = Field(None, description="measure the written files; {} will do")
     gate: Gate | None = Field(None, description="limits; a run that misses one ends with exit 1")
@@ -153,7 +157,7 @@ class Recipe(Strict):
         return {key: value for key, value in data.items() if value != {}}
 
 
-AFTERWARDS = ("verify", "evaluate", "gate", "report", "card")
+AFTERWARDS = ("audit", "verify", "evaluate", "gate", "report", "card")
 """Keys that decide nothing of the artefact: a finished one can be judged by other limits."""
 
 

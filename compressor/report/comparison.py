@@ -11,8 +11,7 @@ from string import Template
 from typing import Any
 
 from compressor.checkpoint.durable import write_atomically
-from compressor.report.elements import breakable, section, table
-from compressor.report.html import TEMPLATE
+from compressor.report.elements import TEMPLATE, breakable, section, table
 from compressor.report.svg import Point, dots, lines
 from compressor.report.text import MISSING, number, share_with_error, size, with_error
 

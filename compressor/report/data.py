@@ -88,6 +88,7 @@ class ReportData(Strict):
                 and whatever else it carries
     evaluation, passkey, gate  `to_json()` of their results
     learned     rows of what passes learned from the whole model, each with its `pass`
+    audit       what was audited, "model" or "written" → its `to_json()`
     choices     which key blocks scorers choose, by layer (forecast_recall.json)
     tasks       task of the harness → {"value", "error"}
     peers       other checkpoints of the model, beside which it stands by size and quality
@@ -120,6 +121,7 @@ class ReportData(Strict):
     gate: dict[str, Any] | None = None
     peers: tuple[Peer, ...] = ()
     mixes: Mixes | None = None
+    audit: dict[str, dict[str, Any]] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     hashes: dict[str, str] = Field(default_factory=dict)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("template.html")
+"""A page: $title and $body."""
 
 
 def breakable(name: str) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from string import Template
 from typing import Any
 
 import yaml
 
+from compressor.report.audit import audit_badges, audits
 from compressor.report.by_size import by_size
 from compressor.report.choices import choices
-from compressor.report.elements import breakable, mark, meter, section, table
+from compressor.report.elements import TEMPLATE, breakable, mark, meter, section, table
 from compressor.report.nearest import beside_nearest
 from compressor.report.svg import Point, columns, dots, lines
 from compressor.report.text import (
@@ -28,7 +28,6 @@ from compressor.report.text import (
     with_error,
 )
 
-TEMPLATE = Path(__file__).with_name("template.html")
 WORST = 12
 GATE_LAYERS = 3
 
@@ -52,6 +51,7 @@ def render(data: Data, *, attention: str = "") -> str:
         _layers(data),
         _experts(data),
         _verify(data),
+        audits(data["audit"]),
         _done(data),
         _plan(data),
         _units(data),
@@ -67,6 +67,7 @@ def _header(data: Data) -> str:
         _badge("verify", data["verify"], good="files verified", bad="files damaged"),
         _badge("gate", data["gate"], good="gate passed", bad="gate failed"),
     ]
+    badges += audit_badges(data["audit"])
     if data["warnings"]:
         warnings = counted(len(data["warnings"]), "warning")
         badges.append(f'<span class="badge warn">{warnings}</span>')

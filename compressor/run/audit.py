@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressor_calibration.bundled import BUNDLED
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from compressor.arch.load import known_model_types
 from compressor.arch.sizes import vocabulary
 from compressor.audit.findings import Audit, Finding, TokenSweep
-from compressor.audit.sweep import COARSE_CONTEXTS, sweep_tokens
+from compressor.audit.pace import paced
+from compressor.audit.settings import AuditSettings
+from compressor.audit.sweep import COARSE_CONTEXTS, COARSE_LENGTH, EXAMINED, sweep_tokens
 from compressor.audit.weights import audit_weights
-from compressor.checkpoint.find import locate, name_folder
+from compressor.checkpoint.durable import write_atomically
+from compressor.checkpoint.find import Located, locate, name_folder
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint
+from compressor.checkpoint.records import Records, stated_hash
 from compressor.checkpoint.source import Source
-from compressor.errors import InputError
+from compressor.checkpoint.transaction import json_bytes
+from compressor.errors import CheckError, InputError
 from compressor.plan.calibration import Calibration
+from compressor.report.audit import write_page
+from compressor.run.settings import JobSettings
 from compressor.run.tokens import calibration_tokens
 from compressor.runner.representation import Representation, of_decoder, of_encoder
 from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer
 
 Progress = Callable[[str, int, int], None]
+RECORD = "audit.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +65,69 @@ class SweepOptions:
     text: str = BUNDLED
     contexts: int = 24
     length: int = 32
-    short: int = 8
+    short: int = COARSE_LENGTH
     position: int = 0
     tokens: int | None = None
-    examined: int = 128
+    examined: int = EXAMINED
     followed: tuple[int, ...] = ()
     batch: int = 64
+
+
+def options_of(wanted: AuditSettings) -> SweepOptions | None:
+    """How the sweep goes that a recipe asks for; None for tensors alone."""
+    if wanted.weights_only:
+        return None
+    return SweepOptions(
+        text=wanted.text,
+        contexts=wanted.contexts,
+        length=wanted.length,
+        position=wanted.position,
+        tokens=wanted.tokens,
+    )
+
+
+def audit_first(
+    model: Audited, wanted: AuditSettings | None, work: Path, owner: str, settings: JobSettings
+) -> Audit | None:
+    """The audit of a run's model, before any other work, where a recipe asks for it.
+
+    What it found is kept in the work folder for a run that goes on. Raises CheckError for a model
+    that is suspect, if the recipe does not go on then, after audit.json and audit.html were written
+    into the output folder; Interrupted when asked to stop.
+    """
+    if wanted is None or not wanted.looks_at("model"):
+        return None
+    sweep = options_of(wanted)
+    kept = Records(work / "audit", stated_hash([owner, None if sweep is None else asdict(sweep)]))
+    known = kept.get(RECORD)
+    if known is not None:
+        found = TypeAdapter(Audit).validate_python(known)
+    else:
+
+        def progress(name: str, done: int, total: int) -> None:
+            settings.check_stop()
+            told(f"audit, {name}", done, total)
+
+        told = paced(settings.on_step)
+        found = audit(model, sweep=sweep, device=settings.device, progress=progress)
+        kept.put(RECORD, asdict(found))
+    if found.suspect and wanted.fails:
+        output = work.parent
+        write_atomically(output / "audit.json", json_bytes(found.to_json()))
+        write_page(output / "audit.html", found)
+        said = "; ".join(_said(f) for f in found.findings if f.level == "suspect")
+        raise CheckError(
+            f"audit: {found.name} is suspect: {said}",
+            hint=f"nothing was compressed; {output / 'audit.html'} has the findings, compress "
+            "sanitize resets tokens, audit: {fail_on: never} goes on all the same",
+        )
+    return found
+
+
+def _said(finding: Finding) -> str:
+    where = f"{finding.tensor}: " if finding.tensor else ""
+    rows = f" ({', '.join(map(str, finding.rows))})" if finding.rows else ""
+    return f"{where}{finding.message}{rows}"
 
 
 def find_audited(model: str) -> Audited:
@@ -71,7 +137,11 @@ def find_audited(model: str) -> Audited:
         checkpoint = open_checkpoint(path)
         if checkpoint.config.get("model_type") not in known_model_types():
             return Audited(name_folder(path)["name"], checkpoint, None)
-    found = locate(model, fetch=True)
+    return audited_of(locate(model, fetch=True))
+
+
+def audited_of(found: Located) -> Audited:
+    """A model that was found."""
     return Audited(found.identity["name"], found.source.checkpoint, found.source)
 
 

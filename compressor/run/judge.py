@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from compressor.audit.findings import Audit
+from compressor.audit.pace import paced
 from compressor.checkpoint.delta.source import open_model
 from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
 from compressor.checkpoint.source import Source
@@ -28,7 +30,9 @@ from compressor.evaluate.perplexity import (
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.ranks.ranks import ALONE, Ranks
-from compressor.run.session import Compiled, Prepared, portable
+from compressor.run.audit import Audited, audit, options_of
+from compressor.run.portable import portable
+from compressor.run.session import Compiled, Prepared
 from compressor.runner.activations import Activations
 from compressor.runner.heap import give_back_page_locked
 from compressor.runner.tokenizer import load_tokenizer
@@ -60,6 +64,7 @@ class Unwatched:
 class Verdict:
     """The findings; None, or empty, for what the recipe does not ask for.
 
+    audit    signs of a backdoor or of damage;  accepted  whether they let it pass
     tasks    accuracy of the harness's tasks
     seconds  wall time of each part
     """
@@ -69,13 +74,17 @@ class Verdict:
     passkey: PasskeyResult | None = None
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
     gate: GateResult | None = None
+    audit: Audit | None = None
+    accepted: bool = True
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         """Nothing that was checked failed."""
-        return (self.verified is None or self.verified.ok) and (
-            self.gate is None or self.gate.passed
+        return (
+            (self.verified is None or self.verified.ok)
+            and (self.gate is None or self.gate.passed)
+            and self.accepted
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +150,8 @@ class _Judge:
         verified = self._verify() if recipe.verify else None
         if verified is not None and not verified.ok:
             return Verdict(verified=verified, seconds=self.seconds)
+        audited = self._audit()
+        fails = recipe.audit is not None and recipe.audit.fails
         evaluation = self._evaluate()
         found = self._passkey()
         tasks = self._tasks()
@@ -163,6 +174,8 @@ class _Judge:
             passkey=found,
             tasks=tasks,
             gate=gate,
+            audit=audited,
+            accepted=not (fails and audited is not None and audited.suspect),
             seconds=self.seconds,
         )
 
@@ -216,6 +229,16 @@ class _Judge:
                 progress=self.watch.unit,
                 ranks=self.ranks,
             )
+
+    def _audit(self) -> Audit | None:
+        wanted = self.prepared.recipe.audit
+        if wanted is None or not wanted.looks_at("written"):
+            return None
+        source, sweep = self._written(), options_of(wanted)
+        model = Audited(self.compiled.output.resolve().name, source.checkpoint, source)
+        told, device = paced(self.watch.unit), self.prepared.device
+        with self._stage("audit"):
+            return self.ranks.led(lambda: audit(model, sweep=sweep, device=device, progress=told))
 
     def _evaluate(self) -> EvaluationResult | None:
         wanted, tokens = self.prepared.recipe.evaluate, self.prepared.evaluation

@@ -25,7 +25,8 @@ from compressor.report.notes import row_notes
 from compressor.run.by_size import find_mixes, find_peers
 from compressor.run.environment import versions
 from compressor.run.judge import Unwatched, Verdict, Watch, judge
-from compressor.run.session import Compiled, Prepared, portable
+from compressor.run.portable import portable
+from compressor.run.session import Compiled, Prepared
 from compressor.run.tokens import skipped_notes
 from compressor.runner.process_memory import peak_rss
 
@@ -110,6 +111,15 @@ def _learned(compiled: Compiled) -> tuple[dict[str, Any], ...]:
     return (*([] if compiled.selected is None else [dict(compiled.selected)]), *rows)
 
 
+def audits_json(compiled: Compiled, verdict: Verdict) -> dict[str, Any]:
+    """Audits by what was looked at: the model, by this run or the earlier one; what was written."""
+    found = {"model": compiled.audit, "written": verdict.audit}
+    made = {what: audit.to_json() for what, audit in found.items() if audit is not None}
+    if compiled.already and (before := read_report(compiled.output)) is not None:
+        made = {**before.audit, **made}
+    return made
+
+
 def host_peak(compiled: Compiled) -> int:
     """Largest resident size so far in bytes; of the earlier run where this one only judges."""
     if not compiled.already:
@@ -167,6 +177,7 @@ def report_data(
         gate=None if verdict.gate is None else verdict.gate.to_json(),
         peers=find_peers(compiled.output, source, verdict.evaluation),
         mixes=find_mixes(compiled.output, plan.layout.linears, plan.schemes.linears),
+        audit=audits_json(compiled, verdict),
         warnings=tuple(notes),
         versions=dict(about.get("versions", versions())),
         hashes=_hashes(compiled.output, about),

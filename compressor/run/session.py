@@ -12,9 +12,10 @@ import yaml
 from compressor_calibration.tokens import TokenSet
 
 from compressor.arch.load import NO_MAP
+from compressor.audit.findings import Audit
 from compressor.checkpoint.delta.base import Base, locate_base, survey
 from compressor.checkpoint.durable import make_folder, write_atomically
-from compressor.checkpoint.find import Located, locate, name_folder
+from compressor.checkpoint.find import Located, locate
 from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.records import Records, stated_hash
 from compressor.checkpoint.transaction import writing
@@ -28,9 +29,11 @@ from compressor.plan.unit_plan import DTYPES
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.activation_store import open_activations
 from compressor.run.alike import require_alike
+from compressor.run.audit import audit_first, audited_of
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
 from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
+from compressor.run.portable import portable
 from compressor.run.selection import Selection, select_rows
 from compressor.run.settings import FitProgress, JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
@@ -81,6 +84,7 @@ class Compiled:
 
     learned  what model passes found, by the index of the pass
     selected  what the report says of the windows that were taken, where there was a choice
+    audit    what an audit of the model found, where the recipe asks for one
     """
 
     output: Path
@@ -88,6 +92,7 @@ class Compiled:
     already: bool
     learned: Mapping[int, Outcome] = field(default_factory=dict)
     selected: Mapping[str, Any] | None = None
+    audit: Audit | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -258,41 +263,15 @@ def _map_file(recipe: Recipe) -> dict[str, str]:
     return {"map": hash_file(Path(str(recipe.map)).expanduser()).sha256}
 
 
-def portable(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe without where it writes; local files by their last name only."""
-    data = recipe.resolved()
-    data["model"] = _portable_model(data["model"])
-    if recipe.map is not None:
-        data["map"] = _last_name(recipe.map)
-    for section in (data["calibration"], data.get("evaluate") or {}):
-        for source in (section, *section.get("mix", ())):
-            if "data" in source:
-                source["data"] = _last_name(source["data"])
-    for entry in data["passes"]:
-        for params in entry.values():
-            if "base" in params:
-                params["base"] = _portable_model(params["base"])
-    return data
-
-
-def _portable_model(value: str) -> str:
-    path = Path(value).expanduser()
-    return "@".join(name_folder(path).values()) if path.is_dir() else _last_name(value)
-
-
-def _last_name(value: str) -> str:
-    path = Path(value).expanduser()
-    return path.resolve().name if path.exists() else value
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 class _Beforehand(NamedTuple):
-    """What is known before the first unit: rows and why they were selected, what was learned, files
-    of it, and the hashes of what of the source was read for that."""
+    """What is known before the first unit: what the model's audit found, rows and why they were
+    selected, what was learned, files of it, and the hashes of what of the source was read."""
 
+    audit: Audit | None
     tokens: TokenSet | None
     selected: Selection | None
     learned: dict[int, Outcome]
@@ -351,6 +330,8 @@ def compile_checkpoint(
         owner, content = stated_hash(about), SourceContent(plan)
 
         def learning() -> _Beforehand:
+            model = audited_of(prepared.located)
+            audited = audit_first(model, recipe.audit, under_way.work, owner, settings)
             rows, selected = prepared.calibration, None
             if rows is not None:
                 kept = Records(under_way.work / "selection", owner)
@@ -359,9 +340,9 @@ def compile_checkpoint(
             found = learn(plan, rows, under_way.work, settings, owner=owner, content=content)
             # Passes that contradict each other are refused before any block is worked on.
             files = policy_of(plan, found, settings)
-            return _Beforehand(rows, selected, found, files, content.hashes)
+            return _Beforehand(audited, rows, selected, found, files, content.hashes)
 
-        tokens, selected, learned, files, content.hashes = ranks.led(learning)
+        audited, tokens, selected, learned, files, content.hashes = ranks.led(learning)
         result = run_units(
             plan,
             tokens,
@@ -397,4 +378,5 @@ def compile_checkpoint(
         already=False,
         learned=learned,
         selected=None if selected is None else selected.row,
+        audit=audited,
     )

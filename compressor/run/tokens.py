@@ -169,18 +169,23 @@ def check_data(plan: Plan) -> tuple[list[CompressError], list[str]]:
     problems: list[CompressError] = []
     notes: list[str] = []
     recipe = plan.recipe
-    looks: list[tuple[Part, Mixture, int, int, Sampling]] = []
+    looks: list[tuple[str, Part, Mixture, int, int, Sampling]] = []
     if plan.calibrated:
         rows = recipe.calibration
-        looks.append(("calibration", rows, *rows.looked_at, rows.sampling))
+        key = KEYS["calibration"]
+        looks.append((key, "calibration", rows, *rows.looked_at, rows.sampling))
     if recipe.evaluate is not None:
         held_out = recipe.evaluate
-        looks.append(("held_out", held_out, held_out.windows, held_out.length, "consecutive"))
+        key, windows = KEYS["held_out"], held_out.windows
+        looks.append((key, "held_out", held_out, windows, held_out.length, "consecutive"))
+    if (audit := recipe.audit) is not None and not audit.weights_only:
+        text = Mixture(data=audit.text)
+        looks.append(("audit.text", "calibration", text, audit.contexts, audit.length, "random"))
     folder = plan.source.checkpoint.folder
-    for part, wanted, samples, length, sampling in looks:
+    for key, part, wanted, samples, length, sampling in looks:
         for source, count in _shared(wanted, samples):
             try:
-                with _data_errors(KEYS[part]):
+                with _data_errors(key):
                     _look(source, part, tokens_needed(count, length, sampling), folder)
             except MachineError as error:
                 notes.append(error.message)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from compressor.audit.pace import paced
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
 from compressor.cli.options import MODEL, Told, add_cases, device_option, telling_options
@@ -16,8 +16,6 @@ from compressor.cli.options import MODEL, Told, add_cases, device_option, tellin
 if TYPE_CHECKING:
     from compressor.audit.findings import Audit, TokenSweep
 
-STEPS = 20
-"""Reports of progress in a stage."""
 LISTED = 10
 
 
@@ -110,29 +108,22 @@ def command(
     click.get_current_context().exit(1 if found.suspect else 0)
 
 
-def paced(unit: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    """Every so many of the units alone."""
+def cases(found: Audit, what: str = "", *, decides: bool = True) -> list[Case]:
+    """One case for each finding, and one for the verdict.
 
-    def told(name: str, done: int, total: int) -> None:
-        if done == total or done * STEPS // total > (done - 1) * STEPS // total:
-            unit(name, done, total)
-
-    return told
-
-
-def cases(found: Audit) -> list[Case]:
-    """One case for each finding, and one for the verdict."""
+    what     what was looked at;  decides  whether a suspect finding is a failure
+    """
     made = [
         Case(
             "audit",
-            f"{finding.check} {finding.tensor}".strip(),
-            failure=finding.message if finding.level == "suspect" else "",
-            output=finding.message if finding.level == "note" else "",
+            " ".join(part for part in (finding.check, finding.tensor, what) if part),
+            failure=finding.message if decides and finding.level == "suspect" else "",
+            output=finding.message,
         )
         for finding in found.findings
     ]
-    failure = found.verdict if found.suspect else ""
-    return [*made, Case("audit", "verdict", failure=failure, output=found.verdict)]
+    failure = found.verdict if decides and found.suspect else ""
+    return [*made, Case("audit", f"verdict {what}".strip(), failure=failure, output=found.verdict)]
 
 
 def lines(found: Audit) -> list[str]:

@@ -28,6 +28,7 @@ MANY = 8
 """Patterns of a pass that are listed."""
 
 if TYPE_CHECKING:
+    from compressor.audit.settings import AuditSettings
     from compressor.plan.estimate import Estimates
     from compressor.plan.plan import Plan
 
@@ -142,6 +143,8 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
             f"calibration: {wanted.samples} x {wanted.length} tokens of {wanted.name}, "
             f"{costs.batch} rows at a time"
         )
+    if recipe.audit is not None:
+        echo(f"audit: {audit_line(recipe.audit, plan.layout.sizes.vocabulary)}")
     files = len(plan.shards.shards)
     echo(
         f"output: {recipe.output}, {size(costs.output_bytes)} in {files} "
@@ -152,6 +155,15 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
     echo(f"time on {device}: about {duration(costs.seconds)}")
     for note in plan.notes:
         echo(f"note: {note}")
+
+
+def audit_line(wanted: AuditSettings, vocabulary: int) -> str:
+    """What is audited, and how much of it."""
+    what = [name for name in ("model", "written") if wanted.looks_at(name)]
+    tried = min(wanted.tokens or vocabulary, vocabulary)
+    how = "tensors alone" if wanted.weights_only else f"{tried} of {vocabulary} tokens tried"
+    ends = "exit 1 where suspect" if wanted.fails else "only reported"
+    return f"{' and '.join(what)}, {how}, {ends}"
 
 
 def patterns(what: str, counts: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compressor.cli.commands.audit import cases as audit_cases
 from compressor.cli.commands.eval import limit_lines, lines, mark, passkey_line, task_lines
 from compressor.cli.display import Display, duration, size
 from compressor.cli.echo import echo
@@ -31,6 +32,7 @@ from compressor.report.notes import kept_rows, row_notes
 if TYPE_CHECKING:
     import torch
 
+    from compressor.audit.findings import Audit
     from compressor.plan.recipe import Recipe
     from compressor.ranks.ranks import Ranks
     from compressor.report.publish import Pushed
@@ -188,6 +190,9 @@ def execute(
         return None
     seconds = time.perf_counter() - started
     add_cases([Case("compress", "checkpoint written", seconds=seconds)])
+    decides = recipe.audit is not None and recipe.audit.fails
+    if compiled.audit is not None:
+        add_cases(audit_cases(compiled.audit, "of the model", decides=decides))
     if compiled.already:
         display.event("already done", output=str(compiled.output))
     # Imported only here: it brings kernels, which nothing needs before.
@@ -195,6 +200,9 @@ def execute(
 
     released = conclude(prepared, compiled, seconds=seconds, watch=display, ranks=ranks)
     add_cases(verdict_cases(released.verdict))
+    if released.verdict.audit is not None:
+        written = audit_cases(released.verdict.audit, "of what was written", decides=decides)
+        add_cases(written)
     pushed = None
     if recipe.publish is not None and released.verdict.ok:
         from compressor.report.publish import list_upload, push
@@ -232,7 +240,7 @@ def show_unit(display: Display, prepared: Prepared, done: UnitDone) -> None:
 
 def summary(run: Run) -> dict[str, Any]:
     """What a machine wants to know of a run."""
-    from compressor.run.release import activations_json
+    from compressor.run.release import activations_json, audits_json
 
     units, planned = run.released.units, run.prepared.estimates
     return {
@@ -249,6 +257,7 @@ def summary(run: Run) -> dict[str, Any]:
         "activations": activations_json(run.prepared),
         "rows": [{"unit": unit.name, **row} for unit in units for row in unit.rows],
         **run.released.verdict.to_json(),
+        "audit": audits_json(run.compiled, run.released.verdict),
         "report": str(run.released.report) if run.released.report else None,
         "card_kept": run.released.card_kept,
         "published": None if run.pushed is None else asdict(run.pushed),
@@ -272,6 +281,9 @@ def report(run: Run) -> None:
     rows = [row for unit in units for row in unit.rows]
     for line in [*kept_rows(rows), *row_notes(rows)]:
         echo(f"  noted       {line}")
+    if run.compiled.audit is not None:
+        for line in audit_lines("of the model", run.compiled.audit):
+            echo(f"  {line}")
     show_verdict(run.released.verdict, rows)
     if run.released.report is not None:
         echo(f"  report      {run.released.report}")
@@ -281,6 +293,12 @@ def report(run: Run) -> None:
         echo(f"  published   {run.pushed.url}  commit {run.pushed.commit}")
     elif run.prepared.recipe.publish is not None:
         echo(f"  published   {mark(False)}: only what passes goes up; compress push --force")
+
+
+def audit_lines(what: str, found: Audit) -> list[str]:
+    """The verdict of an audit, and what was found."""
+    told = [f"            {f.level} {f.tensor} {f.message}" for f in found.findings]
+    return [f"audit       {found.verdict}, {what}", *told]
 
 
 def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -302,6 +320,9 @@ def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
         for check in verdict.verified.checks:
             if not check.ok:
                 echo(f"              {check.name}: {check.detail}")
+    if verdict.audit is not None:
+        for line in audit_lines("of what was written", verdict.audit):
+            echo(f"  {line}")
     if verdict.gate is None:
         return
     echo(f"  gate        {mark(verdict.gate.passed)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from compressor.cli.commands.audit import paced
+from compressor.audit.pace import paced
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
 from compressor.cli.options import (
