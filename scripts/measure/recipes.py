@@ -1,5 +1,5 @@
 """Variants that are recipes: each is run, its files are read back, and held-out text goes through
-them with quantized inputs and cache applied, in float32."""
+them with quantized inputs, cache and attention policy applied, in float32."""
 
 import argparse
 import shutil
@@ -13,12 +13,13 @@ from compressor_calibration.sources import read_documents
 from compressor_calibration.tokens import windows
 from variant import Bench, Figures, Variant
 
+from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.source import Source, open_source
 from compressor.evaluate.perplexity import token_scores
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import compile_checkpoint, prepare
-from compressor.runner.sweep import FinalStates, StreamedModel, run_blocks
+from compressor.runner.sweep import FinalStates, run_blocks
 from compressor.runner.tokenizer import load_tokenizer
 
 
@@ -65,7 +66,7 @@ class Recipes:
 
     def stream(self, source: Source) -> FinalStates:
         """The held-out tokens after all blocks of a checkpoint."""
-        models = [StreamedModel(source)]
+        models = [as_stored(source)]
         run = {"device": self.bench.device, "dtype": torch.float32, "batch": self.options.batch}
         return run_blocks(models, self.tokens, **run)[0]
 
@@ -94,9 +95,11 @@ class Recipes:
         baseline: str,
         model: Callable[[], Path] | None = None,
         opened: Callable[[Path], Source] = open_source,
+        learned: Sequence[str] = (),
         **more: Any,
     ) -> Variant:
-        """A recipe of the model (or of another); `more` are further keys of it."""
+        """A recipe of the model (or of another); `more` are further keys of it. Of what passes
+        learned the row has what is named."""
         options, output = self.options, self.bench.work / "out"
         lengths = {"samples": options.samples, "length": options.length}
         recipe = {
@@ -119,6 +122,14 @@ class Recipes:
                     errors.setdefault(f"error of {kind}", []).append(float(row["error"]))
             size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
             means = {kind: sum(values) / len(values) for kind, values in errors.items()}
-            return {**self.scores(opened(output)), "MB": size / 1e6, "seconds": seconds, **means}
+            told = {
+                " ".join((str(row["name"]), key)): row[key]
+                for found in done.learned.values()
+                for row in found.result.rows
+                for key in learned
+                if key in row and not str(row["name"]).startswith("layer ")
+            }
+            scores = self.scores(opened(output))
+            return {**scores, "MB": size / 1e6, "seconds": seconds, **means, **told}
 
         return Variant(name, measure, settings=recipe, baseline=baseline)

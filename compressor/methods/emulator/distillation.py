@@ -12,6 +12,7 @@ of the run and not always in float16, and a `kd_weight` of 0 leaves the cross en
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ from compressor.runner.sweep import Execution
 STATE = "distillation.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RECORDS = 10
-"""Records of the training's state in one run, which are as large as the optimizer's."""
-KEEP_EVERY = 20
-"""Steps between two of them, at least."""
+"""Records of the training's state in one run at most, which are as large as the optimizer's."""
+KEEP_SECONDS = 60.0
+"""Time between two of them at least: what a kill may cost."""
 HELD_OUT = 16
 """One in so many rows is measured on and not trained on."""
 
@@ -143,7 +144,7 @@ def _train(
     settings = student.settings
     optimizer = torch.optim.AdamW(student.trained.values(), lr=settings.lr, weight_decay=0.0)
     done = _resume(context.scratch, optimizer, student.trained)
-    every = max(KEEP_EVERY, math.ceil(settings.steps / RECORDS))
+    every, kept = math.ceil(settings.steps / RECORDS), time.monotonic()
     for step, batch in enumerate(settings.order(rows, context.seed)):
         if step < done:
             continue
@@ -158,8 +159,10 @@ def _train(
         nn.utils.clip_grad_norm_(student.trained.values(), settings.clip)
         optimizer.step()
         stop = context.stopping()
-        if stop or (step + 1) % every == 0:
+        late = time.monotonic() - kept >= KEEP_SECONDS
+        if stop or (late and (step + 1) % every == 0):
             _keep(context.scratch, optimizer, student.trained, step + 1)
+            kept = time.monotonic()
         context.progress(f"distill, loss {loss:.4g}", step + 1, settings.steps)
         if stop:
             raise Interrupted

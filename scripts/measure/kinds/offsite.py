@@ -2,13 +2,13 @@
 full model and of an emulator before tuning, of the emulator that was tuned, of the full model with
 the tuned blocks plugged in, and of the full model that was tuned itself.
 
-    python scripts/measure/run.py offsite SMOLLM2 --keep 10 --distill 600 --steps 240
+    python scripts/measure/run.py offsite SMOLLM2 --keep 18 --distill 600 --steps 240
 
 The emulator is distilled on --calibration, text of another style. What is tuned on is the
 calibration part of --style, and the step with the lowest loss on its last rows is taken: for the
 emulator by its own loss, since whoever tunes it has nothing else. It does its work where the
 plugged model beats the full one before tuning; what it keeps back is by how much the plugged model
-beats the tuned emulator.
+beats the tuned emulator. With several --lr each is tuned and plugged by itself.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,16 @@ VALIDATION = 16
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model")
     parser.add_argument("--pads", type=int, nargs=2, default=[2, 2])
-    parser.add_argument("--keep", type=int, default=8, help="blocks of the middle")
+    parser.add_argument(
+        "--keep", type=int, nargs="+", default=[8], help="how many blocks of the middle, or which"
+    )
     parser.add_argument("--distill", type=int, default=600, help="steps of distillation; 0: none")
     parser.add_argument("--distill-lr", type=float, default=1e-4)
+    parser.add_argument("--skip-first", type=int, default=1, help="tokens not distilled on")
     parser.add_argument("--style", default="bundled/fiction", help="what is tuned on")
     parser.add_argument("--rows", type=int, default=256, help="rows of it")
     parser.add_argument("--steps", type=int, default=240, help="of tuning, 8 rows each")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-4])
     parser.add_argument("--full-lr", type=float, default=2e-5, help="where all blocks are tuned")
     text_options(parser, samples=256, windows=24)
 
@@ -72,8 +76,12 @@ def variants(bench: Bench) -> Iterator[Variant]:
     first = "full model, zero-shot"
 
     def emulate() -> Figures:
-        distill = {"steps": options.distill, "lr": options.distill_lr} if options.distill else None
-        emulator = {"pads": options.pads, "keep": options.keep, "distill": distill}
+        distill = {"steps": options.distill, "lr": options.distill_lr}
+        emulator = {
+            "pads": options.pads,
+            "keep": options.keep if len(options.keep) > 1 else options.keep[0],
+            "distill": {**distill, "skip_first": options.skip_first} if options.distill else None,
+        }
         recipe = {
             "model": str(recipes.model),
             "output": str(folders["emulator"]),
@@ -93,16 +101,17 @@ def variants(bench: Bench) -> Iterator[Variant]:
         seconds = time.perf_counter() - started
         return {**recipes.scores(open_source(folders["emulator"])), **learned, "seconds": seconds}
 
-    def tune_emulator() -> Figures:
+    def tune_emulator(lr: float) -> Figures:
         record = read_offsite_record(folders["emulator"])
         assert record is not None
         own = [record.kept.index(block) for block in record.adapter_blocks]
-        told = tune(bench, folders["emulator"], folders["tuned"], data, own, options.lr)
+        told = tune(bench, folders["emulator"], folders["tuned"], data, own, lr)
         return {**recipes.scores(open_source(folders["tuned"])), **told}
 
     def plugged() -> Figures:
         located = locate(str(recipes.model), fetch=False)
         adapter = open_adapter(folders["tuned"], located.source, emulator=folders["emulator"])
+        shutil.rmtree(folders["plugged"], ignore_errors=True)
         plug(located, adapter, folders["plugged"])
         return recipes.scores(open_source(folders["plugged"]))
 
@@ -114,8 +123,11 @@ def variants(bench: Bench) -> Iterator[Variant]:
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "device")}
     yield recipes.itself(first)
     yield Variant("emulator, zero-shot", emulate, settings, first)
-    yield Variant("emulator, tuned", tune_emulator, settings, first)
-    yield Variant("plugged", plugged, settings, first)
+    for lr in options.lr:
+        at = "" if len(options.lr) == 1 else f" at {lr:g}"
+        follows = {**settings, "lr": lr}
+        yield Variant(f"emulator, tuned{at}", partial(tune_emulator, lr), follows, first)
+        yield Variant(f"plugged{at}", plugged, follows, first)
     yield Variant("full model, tuned", tune_whole, settings, first)
 
 
@@ -131,11 +143,17 @@ def tune(
     trained = [p for i in blocks for p in layers[i].requires_grad_(True).parameters()]
     kept = max(1, len(data) // VALIDATION)
     rows, unseen = data[:-kept], data[-kept:]
+
+    @torch.no_grad()
+    def own_loss() -> float:
+        parts = unseen.split(options.batch)
+        return sum(float(loss_of(whole, x)) * len(x) for x in parts) / len(unseen)
+
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     order: list[int] = []
-    best, best_step, warmup = math.inf, 0, max(1, options.steps // 20)
-    weights: list[Tensor] = []
+    best, best_step, warmup = own_loss(), 0, max(1, options.steps // 20)
+    weights = [p.detach().clone() for p in trained]
     started = time.perf_counter()
     for step in range(options.steps):
         while len(order) < options.batch:
@@ -148,13 +166,9 @@ def tune(
         loss_of(whole, batch).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if (step + 1) % max(1, options.steps // 12) == 0:
-            with torch.no_grad():
-                parts = unseen.split(options.batch)
-                found = sum(float(loss_of(whole, x)) * len(x) for x in parts) / len(unseen)
-            if found < best:
-                best, best_step = found, step + 1
-                weights = [p.detach().clone() for p in trained]
+        if (step + 1) % max(1, options.steps // 12) == 0 and (found := own_loss()) < best:
+            best, best_step = found, step + 1
+            weights = [p.detach().clone() for p in trained]
     seconds = time.perf_counter() - started
     with torch.no_grad():
         for parameter, weight in zip(trained, weights, strict=True):
