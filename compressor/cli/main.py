@@ -24,8 +24,8 @@ from compressor import __version__
 from compressor.cli.echo import echo
 from compressor.cli.junit import error_cases, write_cases
 from compressor.cli.options import CASES
-from compressor.errors import CompressError, InputError, MachineError, Problems
-from compressor.ranks.place import place_of
+from compressor.errors import CompressError, InputError, MachineError, Problems, printable
+from compressor.ranks.place import ERROR_FILE, place_of
 
 COMMANDS = Path(__file__).parent / "commands"
 MISNAMED = (
@@ -34,7 +34,7 @@ MISNAMED = (
 )
 """What is wrong with a path that was named, and not with the machine."""
 
-SHARED = ("run", "quantize")
+SHARED = ("run", "quantize", "verify", "eval")
 """Commands that several ranks do together."""
 
 LONGEST = 4000
@@ -79,7 +79,7 @@ def cli(context: click.Context) -> None:
     if command not in SHARED and place_of() is not None:
         raise InputError(
             f"compress {command} is one process, and torchrun started several",
-            hint=f"several share {' and '.join(f'compress {name}' for name in SHARED)}",
+            hint=f"several share compress {', '.join(SHARED)}",
         )
 
 
@@ -219,8 +219,19 @@ def _usage(error: click.ClickException) -> str:
     return error.format_message() + where
 
 
+def tell_starter(problems: Sequence[CompressError]) -> None:
+    """Leave what went wrong where torchrun, or `--gpus`, looks for it."""
+    if path := os.environ.get(ERROR_FILE):
+        text = "; ".join(printable(problem.message) for problem in problems)
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+
+
 def report(problems: Sequence[CompressError], code: int, *, as_json: bool) -> None:
-    """Say what went wrong: one object on stdout for machines, and lines on stderr."""
+    """Say what went wrong: one object on stdout for machines, and lines on stderr; a rank also says
+    it to whoever started it."""
+    if place_of() is not None:
+        tell_starter(problems)
     if as_json:
         found = [{"message": p.message, "hint": p.hint} for p in problems]
         echo(json.dumps({"ok": False, "exit_code": code, "errors": found}, indent=2))

@@ -6,16 +6,21 @@ hosts, but ends with 1 whatever a rank ended with.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from compressor.errors import InputError, MachineError
+from compressor.errors import CompressError, InputError, MachineError
+from compressor.ranks.place import ERROR_FILE
 
 LAUNCHER = "COMPRESS_LAUNCHER"
 """The launcher's process id: a rank whose parent is another has lost it."""
@@ -24,10 +29,20 @@ PATIENCE = 10.0
 """Seconds in which ranks may end by themselves once one has failed."""
 
 
-def launch(world: int, arguments: Sequence[str]) -> int:
+class RankError(CompressError):
+    """What ended a rank other than the leading one, which did not learn of it."""
+
+    def __init__(self, rank: int, message: str, code: int) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.exit_code = code
+
+
+def launch(world: int, arguments: Sequence[str], note: Callable[[str], None]) -> int:
     """Run `compress` with these arguments in `world` processes; the exit code of all of them.
 
-    Raises MachineError where a rank was killed, which ends the others.
+    note  told which ranks were killed, where the leading one has said that the run failed
+    Raises MachineError where a rank was killed, which ends the others, and what another rank than
+    the leading one failed by where that one did not come to say it.
     """
     command = [sys.executable, "-m", "compressor", *arguments]
     shared = _environment(world)
@@ -38,30 +53,44 @@ def launch(world: int, arguments: Sequence[str]) -> int:
         asked.append(time.monotonic())
         _signal(ranks, signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
+    scratch = Path(tempfile.mkdtemp())
+    errors = [scratch / f"{rank}.json" for rank in range(world)]
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(world):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(errors[rank])}
             # A session of their own: Ctrl-C reaches them once, from here.
             started = subprocess.Popen(command, env={**shared, **place}, start_new_session=True)
             ranks.append(started)
         codes = _wait(ranks)
+        said = {rank: _message(path) for rank, path in enumerate(errors) if path.is_file()}
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         _signal(ranks, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked:
         return 130
-    killed = {rank: -code for rank, code in enumerate(codes) if code < 0}
-    first = codes[0] if codes[0] > 0 else max(codes)
-    if killed and (codes[0] <= 0 or first == MachineError.exit_code):
-        names = ", ".join(f"rank {r} by {signal.Signals(n).name}" for r, n in killed.items())
+    if codes[0] is None or codes[0] == 0:
+        for rank, code in enumerate(codes):
+            if code is not None and code > 0:
+                raise RankError(rank, said.get(rank, f"ended with {code}"), code)
+    killed = {rank: -code for rank, code in enumerate(codes) if code is not None and code < 0}
+    first = codes[0] or 0
+    names = ", ".join(f"rank {r} by {signal.Signals(n).name}" for r, n in killed.items())
+    if killed and first <= 0:
         raise MachineError(
             f"killed: {names}",
             hint="the same command continues, also with another number of ranks; SIGKILL is often "
             "the kernel's, where memory ran out",
         )
+    if killed and first == MachineError.exit_code:
+        note(f"killed: {names}")
     return first
+
+
+def _message(file: Path) -> str:
+    return str(json.loads(file.read_text("utf-8"))["message"])
 
 
 def _environment(world: int) -> dict[str, str]:
@@ -76,8 +105,9 @@ def _environment(world: int) -> dict[str, str]:
     return found
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """How each rank ended; those that another's failure does not end are killed."""
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """How each rank ended; None for those that another's failure did not end, and which are
+    killed."""
     failed: float | None = None
     while any(rank.poll() is None for rank in ranks):
         if failed is None and any(rank.poll() for rank in ranks):
@@ -87,7 +117,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
             _signal(ranks, signal.SIGKILL)
             for rank in ranks:
                 rank.wait()
-            return [3 if code is None else code for code in found]
+            return found
         time.sleep(MOMENT)
     return [rank.wait() for rank in ranks]
 

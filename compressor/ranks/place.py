@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from compressor.errors import InputError
 
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Names the file in which a rank says why it failed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

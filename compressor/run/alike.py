@@ -7,22 +7,41 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
+from compressor.checkpoint.source import Source
 from compressor.errors import InputError, Problems
-from compressor.plan.plan import Plan
 from compressor.ranks.ranks import Ranks
+from compressor.run.environment import environment, versions
 
 SAMPLE = 1 << 16
 """Bytes that are read of each end of a source's file, and of its middle."""
 
 
-def require_alike(ranks: Ranks, about: Mapping[str, Any], plan: Plan) -> None:
-    """Raises Problems with what differs: recipe, source, tokens, versions, devices, threads.
+PROCESSOR = ("processor", "instructions", "matrix units", "threads")
+"""What decides the bits of a CPU, and none of a GPU."""
 
-    about  all that decides the bytes, as this rank sees it
+
+def computing(device: torch.device) -> dict[str, Any]:
+    """What ranks have in common whatever they do: packages, the kind of device, and what decides
+    last bits there."""
+    here, gpu = environment(device), device.type == "cuda"
+    return {
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "environment": {k: v for k, v in here.items() if not gpu or k not in PROCESSOR},
+    }
+
+
+def require_alike(ranks: Ranks, about: Mapping[str, Any], *sources: Source) -> None:
+    """Raises Problems with what differs: recipe, sources, tokens, versions, devices, threads.
+
+    about  all that decides the result, as this rank sees it
     """
     if ranks.world == 1:
         return
-    stated = dict(_flat({**json.loads(json.dumps(about)), "files": _files(plan)}))
+    files = {name: digest for source in sources for name, digest in _files(source).items()}
+    stated = dict(_flat({**json.loads(json.dumps(about)), "files": files}))
     every = ranks.gather(stated)
     keys = sorted({key for one in every for key in one})
     wrong = []
@@ -41,17 +60,17 @@ def require_alike(ranks: Ranks, about: Mapping[str, Any], plan: Plan) -> None:
         raise Problems([*wrong])
 
 
-def _files(plan: Plan) -> dict[str, str]:
+def _files(source: Source) -> dict[str, str]:
     """Samples of every file of the source's tensors: content differs where they do."""
     found = {}
-    for path in sorted({entry.file for entry in plan.source.checkpoint.entries.values()}):
+    for path in sorted({entry.file for entry in source.checkpoint.entries.values()}):
         size = path.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         with path.open("rb") as handle:
             for begin in (0, max(size // 2, 0), max(size - SAMPLE, 0)):
                 handle.seek(begin)
                 digest.update(handle.read(SAMPLE))
-        found[path.name] = digest.hexdigest()
+        found[f"{path.parent.name}/{path.name}"] = digest.hexdigest()
     return found
 
 

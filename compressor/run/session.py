@@ -28,7 +28,7 @@ from compressor.plan.recipe import AFTERWARDS, Recipe
 from compressor.plan.unit_plan import DTYPES
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.activation_store import open_activations
-from compressor.run.alike import require_alike
+from compressor.run.alike import computing, require_alike
 from compressor.run.audit import audit_first, audited_of
 from compressor.run.environment import environment, versions
 from compressor.run.loop import run_units
@@ -240,10 +240,11 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _judged(prepared: Prepared) -> dict[str, Any]:
-    """What decides the verdict, and no byte of the artefact."""
+def _shared(prepared: Prepared) -> dict[str, Any]:
+    """What ranks have in common beside that."""
     recipe = portable(prepared.recipe)
     return {
+        **computing(prepared.device),
         "judged": {key: recipe[key] for key in AFTERWARDS if key in recipe},
         "evaluation": prepared.evaluation.sha256 if prepared.evaluation else None,
         "haystack": stated_hash(prepared.haystack),
@@ -302,7 +303,7 @@ def compile_checkpoint(
         prepared.activations.on_note = on_note
     output = Path(recipe.output).expanduser()
     about = fingerprint(prepared)
-    require_alike(ranks, {**about, **_judged(prepared)}, plan)
+    require_alike(ranks, {**about, **_shared(prepared)}, plan.source)
     claiming = writing(
         plan.target, output, about=about, shards=plan.shards, judged_later=recipe.verify
     )

@@ -20,6 +20,7 @@ from compressor.cli.options import (
     device_option,
     telling_options,
 )
+from compressor.cli.several import gpus_option, joined_ranks, start_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from compressor.evaluate.gate import GateResult
     from compressor.evaluate.passkey import PasskeyResult
     from compressor.evaluate.perplexity import Estimate, EvaluationResult, TaskScore
+    from compressor.ranks.ranks import Ranks
 
 
 @click.command(name="eval")
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     help="Keep the original's hidden states here, and read those that are known.",
 )
 @device_option
+@gpus_option
 @telling_options
 def command(
     checkpoint: Path,
@@ -100,6 +103,7 @@ def command(
     batch: int,
     activation_store: str | None,
     device: str,
+    gpus: str | None,
     told: Told,
 ) -> None:
     """Measure a checkpoint's written files: perplexity, KL to the original, top-1 agreement.
@@ -113,6 +117,7 @@ def command(
     compress eval my-model --passkey --task arc_easy --task-limit 200
     compress eval out/smollm2-135m-awq --against ./smollm2-135m --gate ppl_ratio=1.2 --gate kl=0.2
     """
+    start_ranks(gpus)
     import torch
 
     from compressor.checkpoint.delta.source import open_model
@@ -125,7 +130,7 @@ def command(
     from compressor.evaluate.settings import Evaluation
     from compressor.plan.recipe import ActivationStore
     from compressor.run.activation_store import open_activations
-    from compressor.run.session import choose_device
+    from compressor.run.alike import computing, require_alike
     from compressor.run.tokens import evaluation_tokens, passkey_text, skipped_notes
     from compressor.runner.tokenizer import load_tokenizer
 
@@ -137,71 +142,76 @@ def command(
         passkey=passkey or bool(lengths),
         tasks=tasks,
     )
-    where = choose_device(device)
-    folder = ActivationStore(dir=activation_store) if activation_store else None
-    source = open_model(checkpoint, base=base)
-    original = locate(against, fetch=True).source if against else None
-    probed = Passkey(**({"lengths": lengths} if lengths else {}))
-    wanted = Evaluation(
-        data=text,
-        config=config,
-        split=split,
-        revision=revision,
-        text_field=text_field,
-        skip_bad_rows=skip_bad_rows,
-        windows=windows,
-        length=length,
-        passkey=probed if passkey or lengths else None,
-    )
-    tokenizer = load_tokenizer(checkpoint)
-    cut = evaluation_tokens(tokenizer, wanted, calibration=None)
-    tokens = cut.ids
-    haystack = passkey_text(tokenizer, wanted)
-    scored = None
-    if stride is not None:
-        tokens, scored = strided(tokens.reshape(-1), length=length, stride=stride)
-    display = told.display()
-    activations = open_activations(folder, where, lambda text: display.event("note", text=text))
-    for note in skipped_notes(None, cut):
-        display.event("note", text=note)
-    dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
-    with display.stage("evaluate", len(source.layout.units)):
-        result = evaluate(
-            source,
-            tokens,
-            device=where,
-            dtype=dtype,
-            against=original,
-            activations=activations,
-            scored=scored,
-            batch=batch,
-            progress=display.unit,
+    display, retrieved, answered = told.display(), None, {}
+    with joined_ranks(device) as (where, ranks):
+        folder = ActivationStore(dir=activation_store) if activation_store else None
+        source = open_model(checkpoint, base=base)
+        original = locate(against, fetch=True).source if against else None
+        probed = Passkey(**({"lengths": lengths} if lengths else {}))
+        wanted = Evaluation(
+            data=text,
+            config=config,
+            split=split,
+            revision=revision,
+            text_field=text_field,
+            skip_bad_rows=skip_bad_rows,
+            windows=windows,
+            length=length,
+            passkey=probed if passkey or lengths else None,
         )
-    found: dict[str, Any] = {"ok": True, **result.to_json()}
-    if cut.skipped:
-        found["skipped_rows"] = cut.skipped
-    shown = lines(result)
-    retrieved, answered = None, {}
-    if wanted.passkey is not None:
-        with display.stage("passkey", len(source.layout.units)):
-            retrieved = probe(
+        tokenizer = load_tokenizer(checkpoint)
+        cut = evaluation_tokens(tokenizer, wanted, calibration=None)
+        tokens = cut.ids
+        haystack = passkey_text(tokenizer, wanted)
+        scored = None
+        if stride is not None:
+            tokens, scored = strided(tokens.reshape(-1), length=length, stride=stride)
+        for note in skipped_notes(None, cut):
+            display.event("note", text=note)
+        about = {**computing(where), "tokens": cut.sha256}
+        require_alike(ranks, about, source, *([original] if original else []))
+        # Several would write at once.
+        kept = folder if ranks.world == 1 else None
+        activations = open_activations(kept, where, lambda text: display.event("note", text=text))
+        dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
+        with display.stage("evaluate", len(source.layout.units)):
+            result = evaluate(
                 source,
-                tokenizer,
-                haystack=haystack,
-                task=wanted.passkey,
+                tokens,
                 device=where,
                 dtype=dtype,
                 against=original,
                 activations=activations,
+                scored=scored,
                 batch=batch,
                 progress=display.unit,
+                ranks=ranks,
             )
-        found["passkey"] = retrieved.to_json()
-        shown.append(passkey_line(retrieved))
-    if tasks:
-        answered = answer(source, tokenizer, tasks, task_limit, where, batch, display)
-        found["tasks"] = plain_json({name: asdict(value) for name, value in answered.items()})
-        shown += task_lines(answered)
+        found: dict[str, Any] = {"ok": True, **result.to_json()}
+        if cut.skipped:
+            found["skipped_rows"] = cut.skipped
+        shown = lines(result)
+        if wanted.passkey is not None:
+            with display.stage("passkey", len(source.layout.units)):
+                retrieved = probe(
+                    source,
+                    tokenizer,
+                    haystack=haystack,
+                    task=wanted.passkey,
+                    device=where,
+                    dtype=dtype,
+                    against=original,
+                    activations=activations,
+                    batch=batch,
+                    progress=display.unit,
+                    ranks=ranks,
+                )
+            found["passkey"] = retrieved.to_json()
+            shown.append(passkey_line(retrieved))
+        if tasks:
+            answered = answer(source, tokenizer, tasks, task_limit, where, batch, display, ranks)
+            found["tasks"] = plain_json({name: asdict(value) for name, value in answered.items()})
+            shown += task_lines(answered)
     add_cases(evaluation_cases(result, retrieved, answered))
     if gate is not None:
         verdict = gate.check(result, passkey=retrieved, tasks=answered)
@@ -224,6 +234,7 @@ def answer(
     device: torch.device,
     batch: int,
     display: Display,
+    ranks: Ranks,
 ) -> dict[str, TaskScore]:
     """Accuracy in the harness's tasks, which is an extra."""
     import torch
@@ -240,7 +251,13 @@ def answer(
     dtype = source.checkpoint.dtype if device.type == "cuda" else torch.float32
     with display.stage("tasks", len(source.layout.units)):
         model = StreamedLM(
-            source, tokenizer, device=device, dtype=dtype, batch=batch, progress=display.unit
+            source,
+            tokenizer,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            progress=display.unit,
+            ranks=ranks,
         )
         return run_tasks(model, tasks, limit=limit)
 

@@ -18,6 +18,7 @@ from compressor.cli.options import (
     runtime_option,
     telling_options,
 )
+from compressor.cli.several import gpus_option, start_ranks
 
 if TYPE_CHECKING:
     from compressor.checkpoint.source import Source
@@ -63,6 +64,7 @@ def quality_option(function: Command) -> Command:
     help="Replace a key of the recipe: calibration.samples=64. Repeatable.",
 )
 @device_options
+@gpus_option
 @click.option("--recipe-only", is_flag=True, help="Stop once the recipe is printed and saved.")
 @telling_options
 def command(
@@ -75,6 +77,7 @@ def command(
     overrides: tuple[str, ...],
     device: str,
     device_memory: int | None,
+    gpus: str | None,
     recipe_only: bool,
     told: Told,
 ) -> None:
@@ -93,6 +96,8 @@ def command(
     if (scheme is None) == (bits_per_weight is None):
         raise click.UsageError("say what to make: --scheme w4a16, or --bits-per-weight 4.5")
     target = output_folder(model, output, scheme or f"{bits_per_weight:g}-bits")
+    if scheme is not None and not recipe_only:
+        start_ranks(gpus)
     with uncollected():
         from compressor.plan.choose import choose
         from compressor.plan.recipe import make_recipe
@@ -110,6 +115,8 @@ def command(
             choice = choose(wish, source)
         else:
             choice = mixed(wish, bits_per_weight, source, target, device=device, told=told)
+            if not recipe_only:
+                start_ranks(gpus)  # which read what was measured
     file = _save(choice, target)
     if not told.as_json:
         echo(choice.text(), nl=False)

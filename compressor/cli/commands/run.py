@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from compressor.cli.options import (
     recipe_options,
     telling_options,
 )
-from compressor.ranks.place import place_of
+from compressor.cli.several import gpus_option, joined_ranks, start_ranks
 from compressor.report.notes import kept_rows, row_notes
 
 if TYPE_CHECKING:
@@ -48,12 +47,7 @@ WORST = 3
 @click.command()
 @recipe_options
 @device_options
-@click.option(
-    "--gpus",
-    metavar="N",
-    help="Run on N GPUs of this machine, a process each; auto takes all. With --device cpu, "
-    "N processes on the CPU.",
-)
+@gpus_option
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; like compress plan.")
 @telling_options
 def command(
@@ -81,11 +75,7 @@ def command(
 
         show_plan(asked, device=device, device_memory=device_memory, as_json=told.as_json)
         return
-    if gpus is not None and place_of() is None:
-        from compressor.ranks.launch import gpus_here, launch
-
-        if (world := gpus_here(gpus)) > 1:
-            click.get_current_context().exit(launch(world, sys.argv[1:]))
+    start_ranks(gpus)
     with uncollected():
         loaded = asked.recipe()
     run_recipe(loaded, device=device, device_memory=device_memory, told=told)
@@ -94,11 +84,7 @@ def command(
 def run_recipe(recipe: Recipe, *, device: str, device_memory: int | None, told: Told) -> None:
     """Run it, say what came of it, and end with the exit code that stands for that."""
     display = told.display()
-    from compressor.ranks.join import joined, local_device
-    from compressor.run.session import choose_device
-
-    chosen = choose_device(local_device(device, place_of()))
-    with joined(chosen) as ranks:
+    with joined_ranks(device) as (chosen, ranks):
         run = execute(
             recipe, device=chosen, device_memory=device_memory, display=display, ranks=ranks
         )

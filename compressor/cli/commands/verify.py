@@ -17,6 +17,7 @@ from compressor.cli.options import (
     device_option,
     telling_options,
 )
+from compressor.cli.several import gpus_option, joined_ranks, start_ranks
 
 if TYPE_CHECKING:
     from compressor.verify.findings import VerifyReport
@@ -26,9 +27,16 @@ if TYPE_CHECKING:
 @checkpoint_options
 @click.option("--seed", default=0, show_default=True, help="Which tiles of the layers are sampled.")
 @device_option
+@gpus_option
 @telling_options
 def command(
-    checkpoint: Path, against: str | None, base: str | None, seed: int, device: str, told: Told
+    checkpoint: Path,
+    against: str | None,
+    base: str | None,
+    seed: int,
+    device: str,
+    gpus: str | None,
+    told: Told,
 ) -> None:
     """Reopen a checkpoint's files and prove them.
 
@@ -47,14 +55,15 @@ def command(
     compress verify out/smollm2-135m-awq --against ~/.cache/compressor/smollm2-135m
     compress verify out/vicuna-delta --base ./llama2-7b --against ./vicuna --junit verify.xml
     """
+    start_ranks(gpus)
     from compressor.checkpoint.find import locate
-    from compressor.run.session import choose_device
+    from compressor.run.alike import computing, require_alike
     from compressor.verify.verify import verify
 
-    where = choose_device(device)
     display = told.display()
-    with display.stage("verify", 0):
+    with joined_ranks(device) as (where, ranks), display.stage("verify", 0):
         original = locate(against, fetch=True).source if against else None
+        require_alike(ranks, computing(where), *([original] if original else []))
         report = verify(
             checkpoint,
             base=base,
@@ -62,6 +71,7 @@ def command(
             device=where,
             seed=seed,
             progress=display.unit,
+            ranks=ranks,
         )
     add_cases(verify_cases(report))
     if told.as_json:
