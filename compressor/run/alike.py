@@ -12,7 +12,7 @@ import torch
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError, Problems
 from compressor.ranks.ranks import Ranks
-from compressor.run.environment import environment, versions
+from compressor.run.environment import device_name, environment, versions
 
 SAMPLE = 1 << 16
 """Bytes that are read of each end of a source's file, and of its middle."""
@@ -28,7 +28,7 @@ def computing(device: torch.device) -> dict[str, Any]:
     here, gpu = environment(device), device.type == "cuda"
     return {
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "device": device_name(device),
         "environment": {k: v for k, v in here.items() if not gpu or k not in PROCESSOR},
     }
 

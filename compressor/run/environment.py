@@ -42,6 +42,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_name(device: torch.device) -> str:
+    """The kind of GPU, or the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """What this process computes with, as far as it changes bytes.
 

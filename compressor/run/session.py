@@ -30,7 +30,7 @@ from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.activation_store import open_activations
 from compressor.run.alike import computing, require_alike
 from compressor.run.audit import audit_first, audited_of
-from compressor.run.environment import environment, versions
+from compressor.run.environment import device_name, environment, versions
 from compressor.run.loop import run_units
 from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
 from compressor.run.portable import portable
@@ -231,7 +231,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             f"{i}.{p.step.name}": p.step.params.version for i, p in enumerate(prepared.plan.passes)
         },
         "compute": {
-            "device": _device_name(prepared.device),
+            "device": device_name(prepared.device),
             "dtype": str(prepared.plan.compute_dtype(prepared.device)).removeprefix("torch."),
             "batch": prepared.batch,
             **({"environment": here} if here is not None else {}),
@@ -262,10 +262,6 @@ def _map_file(recipe: Recipe) -> dict[str, str]:
     if recipe.map in (None, NO_MAP):
         return {}
     return {"map": hash_file(Path(str(recipe.map)).expanduser()).sha256}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 class _Beforehand(NamedTuple):
