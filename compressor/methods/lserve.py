@@ -1,8 +1,9 @@
 """LServe's sparse decoding (arXiv 2502.14866): physical pages chosen by the bounds of logical ones.
 
 A step reads `budget` keys in pages of 64, and the page that is being written. A page is worth what
-the best of its logical pages of 16 keys could score, so that large pages, which kernels and
-quantized caches want, choose nearly as well as small ones. A choice lasts for `reuse` steps. Heads
+its logical pages of 16 keys could score, so that large pages, which kernels and quantized caches
+want, choose nearly as well as small ones: as released, what the best of them could; here by
+default what all of them could together, which keeps more. A choice lasts for `reuse` steps. Heads
 that another method lets stream (`duo_attention`, `retrieval_heads`) keep their window; the rest
 choose pages. Nothing is trained and no weight changes; with `mass` the budget is the smallest that
 keeps so much of attention on the calibration text.
@@ -48,6 +49,9 @@ class LServe(ModelPass[Budget]):
         None, gt=0, lt=1, description="share of attention to keep: the budget that does, up to this"
     )
     reuse: int = Field(4, ge=1, description="steps from one choice to the next")
+    weigh: Literal["sum", "max"] = Field(
+        "sum", description="what a page is worth: all of its logical pages, or as released the best"
+    )
     per: Literal["query_head", "kv_head"] = Field(
         "query_head",
         description="a choice for each query head, as released, or one for those of a KV head",
@@ -64,6 +68,7 @@ class LServe(ModelPass[Budget]):
             "block_size": self.page,
             "logical": self.logical,
             "reuse": self.reuse,
+            "weigh": self.weigh,
             **changed,
         }
         return LServePages(
@@ -100,9 +105,11 @@ class LServe(ModelPass[Budget]):
             budgets.append(self.budget)
         flat = {"block_size": self.page, "logical": self.page}
         small = {"block_size": self.logical, "logical": self.logical, "reuse": 1}
-        kinds = {
+        soft = self.weigh == "sum"
+        kinds: dict[str, dict[str, Any]] = {
             "physical and logical pages": {"reuse": 1},
             f"with a choice for {self.reuse} steps": {},
+            **({"the best logical page counts": {"reuse": 1, "weigh": "max"}} if soft else {}),
             f"flat pages of {self.page}": {**flat, "reuse": 1},
             f"flat pages of {self.logical}": small,
         }

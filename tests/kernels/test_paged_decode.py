@@ -90,6 +90,13 @@ def test_a_page_is_worth_its_best_logical_page(group_max):
     logical = page_scores_ref(q, *bounds, group_max=group_max)
     torch.testing.assert_close(want[..., 0], logical[..., :4].amax(-1))
     torch.testing.assert_close(want[..., 9], logical[..., 36:].amax(-1))
+    soft = page_scores_ref(q, *bounds, **where, soft=0.1)
+    torch.testing.assert_close(soft[..., 0], (logical[..., :4] * 0.1).exp().sum(-1).log() * 10)
+    torch.testing.assert_close(
+        page_scores(q, *bounds, **where, soft=0.1), soft, atol=1e-2, rtol=1e-2
+    )
+    with pytest.raises(ValueError, match="positive"):
+        page_scores_ref(q, *bounds, **where, soft=0.0)
 
 
 @pytest.mark.gpu

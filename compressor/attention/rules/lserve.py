@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from compressor_kernels.attention.block_pages import (
@@ -34,6 +34,8 @@ class LServePages(KeyBlocks):
 
     block_size  keys of a physical page;  logical  keys of a logical one
     reuse       steps from one choice to the next: at every position that it divides
+    weigh       what a page is worth by its logical pages' bounds: `max` of them, as released, or
+                the logarithm of the `sum` of their exponentials, halved before as bounds overstate
     The last page of what came before is always read. The released kernel takes the last page of a
     list for the one being written, also where the list is older; here that one is read beside it.
     """
@@ -43,6 +45,7 @@ class LServePages(KeyBlocks):
 
     logical: int = Field(16, ge=1)
     reuse: int = Field(4, ge=1)
+    weigh: Literal["max", "sum"] = "max"
 
     @model_validator(mode="after")
     def _pages_divide(self) -> Self:
@@ -74,11 +77,12 @@ class LServePages(KeyBlocks):
         query, key, tokens = call.query, call.key, call.key.shape[2]
         group_max, size = self.per == "kv_head", self.block_size // self.logical
         step = by_kernel(key) and query.shape[2] == 1
+        soft = call.scaling / 2 if self.weigh == "sum" else None
         bounds = (page_bounds if by_kernel(key) else page_bounds_ref)(key, page_size=self.logical)
 
         def choose(part: Tensor, behind: int) -> Tensor:
             score, top = (page_scores, top_blocks) if step else (page_scores_ref, top_blocks_ref)
-            scores = score(part, *bounds, group_max=group_max, per_page=size)
+            scores = score(part, *bounds, group_max=group_max, per_page=size, soft=soft)
             # A query's own token is not yet there when it chooses.
             before = scores[..., : self.blocks.blocks(tokens - 1)]
             pages: Tensor = top(before, self.blocks, tokens=tokens - 1, behind=behind)
@@ -92,7 +96,7 @@ class LServePages(KeyBlocks):
     ) -> list[str]:
         lines = super().describe(rules, layers=layers, kv_heads=kv_heads, positions=positions)
         return [
-            f"{line} of {rule.logical} keys, anew every {rule.reuse} steps"
+            f"{line} of {rule.logical} keys{' together' if rule.weigh == 'sum' else ''}, anew every {rule.reuse} steps"
             for line, rule in zip(lines, dict.fromkeys(rules), strict=True)
         ]
 
@@ -114,8 +118,8 @@ def lserve_files(
     policy: AttentionPolicy, tensors: Mapping[str, Tensor], *, model: str
 ) -> dict[str, bytes]:
     """OmniServe's folder: DuoAttention's files for the heads that stream, and in `lserve.json` the
-    options of its server for the others' pages. Raises InputError where layers differ in these, or
-    pages are not chosen by query head."""
+    options of its server for the others' pages, which it weighs by `max` whatever the rule says.
+    Raises InputError where layers differ in these, or pages are not chosen by query head."""
     rules = {r for layer in policy.layers for r in layer.rules if isinstance(r, LServePages)}
     if len(rules) != 1 or next(iter(rules)).per != "query_head":
         raise InputError(

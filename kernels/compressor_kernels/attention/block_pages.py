@@ -7,7 +7,7 @@ for each KV head instead. The last page is always attended (`BlockRule(..., init
 local_blocks=0)`; Quest's evaluation code alone lets it drop out, `own_block=False`).
 
 LServe (arXiv 2502.14866) reads pages of 64 keys and keeps bounds for each 16 of them: a page is
-worth what the best of its logical pages is (`per_page`).
+worth what the best of its logical pages is (`per_page`). `soft` is ours: all of them count.
 
 Layouts: k [B, G, T, D], bounds [B, G, pages, D], q [B, H, 1, D], scores fp32 [B, H, 1, pages] or
 [B, G, 1, pages].
@@ -16,7 +16,7 @@ Layouts: k [B, G, T, D], bounds [B, G, pages, D], q [B, H, 1, D], scores fp32 [B
 import torch
 from torch import Tensor
 
-from compressor_kernels.triton.launch import dense, pow2
+from compressor_kernels.triton.launch import LOG2_E, dense, pow2
 
 
 def page_bounds(
@@ -68,17 +68,25 @@ def page_bounds_ref(
 
 
 def page_scores(
-    q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False, per_page: int = 1
+    q: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    group_max: bool = False,
+    per_page: int = 1,
+    soft: float | None = None,
 ) -> Tensor:
     """Upper bound of q·k over each page's keys, fp32 [B, H, 1, pages], or [B, G, 1, pages].
 
     group_max: the best score of the query heads that share a KV head, one set for each KV head.
     per_page: logical pages, which the bounds are of, of one page: a power of two.
+    soft: a page is worth log(sum(exp(soft * bound))) / soft over its logical pages, not the best.
     """
     from compressor_kernels.attention import block_pages_jit as jit
 
     q, low, high = (dense(x) for x in (q, low, high))
     _check(q, low, high)
+    _check_soft(soft)
     if q.shape[2] != 1:
         raise ValueError(f"pages are scored for one query a row, not {q.shape[2]}")
     (batch, heads, _, dim), (groups, pages) = q.shape, low.shape[1:3]
@@ -98,8 +106,10 @@ def page_scores(
             *q.stride()[:2],
             *low.stride()[:3],
             *high.stride()[:3],
+            1.0 if soft is None else soft * LOG2_E,
             GROUP=heads // groups,
             GROUP_MAX=group_max,
+            SOFT=soft is not None,
             PER_PAGE=per_page,
             D=dim,
             BLOCK_P=32,
@@ -109,23 +119,37 @@ def page_scores(
 
 
 def page_scores_ref(
-    q: Tensor, low: Tensor, high: Tensor, *, group_max: bool = False, per_page: int = 1
+    q: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    group_max: bool = False,
+    per_page: int = 1,
+    soft: float | None = None,
 ) -> Tensor:
     """`page_scores` in plain PyTorch, for any number of queries: [B, H or G, Tq, pages].
 
     The larger of q*min and q*max is q*max where q is positive and q*min elsewhere: two products.
     """
     _check(q, low, high)
+    _check_soft(soft)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     (batch, heads, q_len, dim), groups = q.shape, low.shape[1]
     query = q.to(wide).view(batch, groups, heads // groups, q_len, dim)
     low, high = (x.to(wide)[:, :, None].transpose(-1, -2) for x in (low, high))
     scores = query.clamp(min=0) @ high + query.clamp(max=0) @ low
-    if per_page > 1:
-        fill = -scores.shape[-1] % per_page
-        scores = torch.nn.functional.pad(scores, (0, fill), value=-torch.inf)
-        scores = scores.unflatten(-1, (-1, per_page)).amax(-1)
-    return scores.amax(2) if group_max else scores.flatten(1, 2)
+    scores = scores.amax(2) if group_max else scores.flatten(1, 2)
+    if per_page == 1:
+        return scores
+    fill = -scores.shape[-1] % per_page
+    scores = torch.nn.functional.pad(scores, (0, fill), value=-torch.inf)
+    scores = scores.unflatten(-1, (-1, per_page))
+    return scores.amax(-1) if soft is None else (soft * scores).logsumexp(-1) / soft
+
+
+def _check_soft(soft: float | None) -> None:
+    if soft is not None and soft <= 0:
+        raise ValueError(f"soft must be positive, not {soft}")
 
 
 def _check(q: Tensor, low: Tensor, high: Tensor) -> None:

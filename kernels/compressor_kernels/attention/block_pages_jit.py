@@ -43,6 +43,17 @@ def bound_kernel(
 
 
 @triton.jit
+def _worth(scores, soft, SOFT: tl.constexpr):
+    """Of pages, from the scores of their logical pages; none where no logical page is real."""
+    best = tl.max(scores, 1)
+    if SOFT:
+        there = tl.where(best == float("-inf"), 0.0, best)
+        total = tl.sum(tl.math.exp2(soft * (scores - there[:, None])), 1)
+        best += tl.math.log2(total) / soft
+    return best
+
+
+@triton.jit
 def page_kernel(
     q_ptr,  # [B, H, 1, D]
     low_ptr,  # [B, G, pages, D]
@@ -58,8 +69,10 @@ def page_kernel(
     high_b,
     high_g,
     high_p,
+    soft,  # holds log2(e)
     GROUP: tl.constexpr,
     GROUP_MAX: tl.constexpr,
+    SOFT: tl.constexpr,
     PER_PAGE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -87,9 +100,9 @@ def page_kernel(
         if GROUP_MAX:
             best = tl.maximum(best, scores)
         else:
-            scores = tl.max(tl.reshape(scores, [BLOCK_P // PER_PAGE, PER_PAGE]), 1)
+            scores = _worth(tl.reshape(scores, [BLOCK_P // PER_PAGE, PER_PAGE]), soft, SOFT)
             out = out_ptr + (lane * GROUP + member) * wide + physical
             tl.store(out, scores, mask=physical < wide)
     if GROUP_MAX:
-        best = tl.max(tl.reshape(best, [BLOCK_P // PER_PAGE, PER_PAGE]), 1)
+        best = _worth(tl.reshape(best, [BLOCK_P // PER_PAGE, PER_PAGE]), soft, SOFT)
         tl.store(out_ptr + lane * wide + physical, best, mask=physical < wide)

@@ -38,6 +38,9 @@ from compressor.runner.sweep import StreamedModel, run_blocks
 Family = Callable[[float], AttentionPolicy]
 """A policy from a knob between 0 and 1, which sees more the larger that is."""
 
+NEAR = 0.003
+"""Share of keys by which a searched policy may miss what is wanted."""
+
 CLAIMS = [("XAttention, calibrated", "XAttention, one threshold")]
 
 
@@ -97,19 +100,6 @@ def families(model: SourceModel, calibration: Tensor, bench: Bench) -> dict[str,
     every = tuple(range(shape.kv_heads))
     plain = {"init_blocks": 0, "local_blocks": 0, "per": "query_head"}
     return {
-        "recency": lambda x: all_layers(
-            StreamingHeads(heads=every, sinks=4, window=max(5, round(x * length)))
-        ),
-        "Quest": lambda x: all_layers(QuestPages(block_size=16, top_k=blocks(x, 16, 1), **plain)),
-        "LServe": lambda x: all_layers(
-            LServePages(block_size=block, logical=8, top_k=blocks(x, block, 1), **plain)
-        ),
-        "InfLLM-V2": lambda x: all_layers(
-            InfLLMBlocks(
-                block_size=block, kernel_size=16, stride=8, init_blocks=1, local_blocks=1,
-                top_k=blocks(x, block, 3),
-            )
-        ),
         "XAttention, one threshold": lambda x: tiles(torch.full_like(tau, x)),
         "XAttention, calibrated": lambda x: tiles(tau * x),
         "BLASST, tiles of one query": lambda x: all_layers(
@@ -120,6 +110,21 @@ def families(model: SourceModel, calibration: Tensor, bench: Bench) -> dict[str,
                 rows=1,
                 keys=16,
             )
+        ),
+        "InfLLM-V2": lambda x: all_layers(
+            InfLLMBlocks(
+                block_size=block, kernel_size=16, stride=8, init_blocks=1, local_blocks=1,
+                top_k=blocks(x, block, 3),
+            )
+        ),
+        "LServe": lambda x: all_layers(
+            LServePages(
+                block_size=block, logical=8, weigh="sum", top_k=blocks(x, block, 1), **plain
+            )
+        ),
+        "Quest": lambda x: all_layers(QuestPages(block_size=16, top_k=blocks(x, 16, 1), **plain)),
+        "recency": lambda x: all_layers(
+            StreamingHeads(heads=every, sinks=4, window=max(5, round(x * length)))
         ),
     }  # fmt: skip
 
@@ -135,17 +140,25 @@ def variants(bench: Bench) -> Iterator[Variant]:
 
     def found() -> Iterator[tuple[str, AttentionPolicy, Quality]]:
         """Policies at the wanted density, all searched side by side, and their worth elsewhere."""
-        kinds = families(model, calibration, bench)
+        only = bench.options.only
+        kinds = {
+            name: family
+            for name, family in families(model, calibration, bench).items()
+            if not only or any(part in name for part in only)
+        }
         low, high = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 1.0)
+        searched = list(kinds)
         for _ in range(8):
-            middle = {name: (low[name] + high[name]) / 2 for name in kinds}
-            policies = [kinds[name](middle[name]) for name in kinds]
-            for name, one in zip(
-                kinds, measure_policies(model, policies, calibration[:1]), strict=True
-            ):
-                (low if float(one.seen.mean()) < wanted else high)[name] = middle[name]
+            middle = {name: (low[name] + high[name]) / 2 for name in searched}
+            policies = [kinds[name](middle[name]) for name in searched]
+            worth = measure_policies(model, policies, calibration[:1]) if searched else []
+            for name, one in zip(list(searched), worth, strict=True):
+                seen = float(one.seen.mean())
+                (low if seen < wanted - NEAR else high)[name] = middle[name]
+                if abs(seen - wanted) <= NEAR:
+                    searched.remove(name)
         policies = [kinds[name](high[name]) for name in kinds]
-        worth = measure_policies(model, policies, held_out[:1])
+        worth = measure_policies(model, policies, held_out[:1]) if policies else []
         yield from zip(kinds, policies, worth, strict=True)
 
     def measure(policy: AttentionPolicy | None, worth: Quality | None) -> Figures:
