@@ -96,7 +96,8 @@ class LServePages(KeyBlocks):
     ) -> list[str]:
         lines = super().describe(rules, layers=layers, kv_heads=kv_heads, positions=positions)
         return [
-            f"{line} of {rule.logical} keys{' together' if rule.weigh == 'sum' else ''}, anew every {rule.reuse} steps"
+            f"{line} of {rule.logical} keys{' together' if rule.weigh == 'sum' else ''}, "
+            f"anew every {rule.reuse} steps"
             for line, rule in zip(lines, dict.fromkeys(rules), strict=True)
         ]
 
