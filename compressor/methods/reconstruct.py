@@ -81,7 +81,7 @@ class Reconstruct(OnGrid):
         ge=0,
         le=1,
         description="share of what earlier rounding did to a linear's inputs that its weights make "
-        "good at the start; 0 after passes that rescale inputs",
+        "good at the start; nothing with propagate: original",
     )
     min_tokens: int = Field(
         64, ge=1, description="what fewer tokens went through starts from the nearest codes"

@@ -72,7 +72,8 @@ def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[Compr
                 "what the source's make",
                 hint="propagate: quantized",
             )
-        if needs.stats.cross and recipe.propagate == "original":
+        asked = needs.stats.cross and plan.step.params.altered("correction")
+        if asked and recipe.propagate == "original":
             yield InputError(
                 f"{plan.step.name} corrects what rounding did to a block's inputs, which are "
                 "the original's here",

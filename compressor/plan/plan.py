@@ -70,8 +70,8 @@ class Plan:
     @property
     def two_streams(self) -> bool:
         """Whether the original model's activations are carried beside the quantized one's."""
-        tuned = self.recipe.propagate == "quantized"
-        return any(p.needs.stats.cross or (tuned and p.needs.block) for p in self.passes)
+        apart = self.recipe.propagate == "quantized"
+        return apart and any(p.needs.stats.cross or p.needs.block for p in self.passes)
 
     @cached_property
     def calibrated(self) -> bool:

@@ -16,7 +16,7 @@ from compressor.evaluate.perplexity import evaluate
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import Prepared, choose_device, compile_checkpoint, prepare
 
-GRID = {"bits": 3, "group_size": 32, "scales": "search", "damping": 0.1, "min_tokens": 16}
+GRID = {"bits": 3, "group_size": 32, "min_tokens": 16}
 CPU = choose_device("cpu")
 
 
@@ -40,8 +40,8 @@ def test_the_correction_keeps_blocks_closer_to_the_original(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=4)
-    plain = drift(model, tmp_path / "plain")
-    corrected = drift(model, tmp_path / "corrected", correction=0.5)
+    plain = drift(model, tmp_path / "plain", correction=0)
+    corrected = drift(model, tmp_path / "corrected")
     assert all(ours < before for ours, before in zip(corrected, plain, strict=True))
 
 
@@ -56,7 +56,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             "model": str(model),
             "output": str(output),
             "calibration": {"data": "bundled/prose", "samples": 6, "length": 48},
-            "passes": [{"gptq": {**GRID, "correction": 0.5}}],
+            "passes": [{"gptq": GRID}],
         }
         return prepare(make_recipe(data), device=CPU)
 
@@ -80,6 +80,6 @@ def test_experts_are_rounded_without_a_correction(
 ) -> None:
     """Routed tokens differ between the two models; what is not routed is corrected."""
     model = tiny_model("mixtral")
-    plain = drift(model, tmp_path / "plain")
-    corrected = drift(model, tmp_path / "corrected", correction=0.5)
+    plain = drift(model, tmp_path / "plain", correction=0)
+    corrected = drift(model, tmp_path / "corrected")
     assert corrected != plain and corrected[-1] < 1.1 * plain[-1]

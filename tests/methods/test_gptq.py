@@ -10,13 +10,15 @@ from pydantic import ValidationError
 from compressor.ir.qtensor import NVFP4, spread
 from compressor.ir.scheme import ActivationSpec
 from compressor.methods.awq import Awq
-from compressor.methods.gptq import Gptq
+from compressor.methods.gptq import PUBLISHED, Gptq
 from compressor.methods.nvfp4 import Nvfp4
 from compressor.methods.rtn import Rtn
 from compressor.methods.smoothquant import Smoothquant
 from compressor.numerics import nearest_codes, quantize
 from tests.support.block_bench import BlockBench
 from tests.support.tiny_models import TYPES
+
+AS_PUBLISHED = PUBLISHED._asdict()
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def bench(tiny_model):
 def test_gptq_beats_rounding_to_nearest(model_type, bench):
     b = bench(model_type)
     grid = {"bits": 3, "group_size": 16, "symmetric": False}
-    plain, ours = b.run(Rtn(**grid)), b.run(Gptq(**grid, min_tokens=16))
+    plain, ours = b.run(Rtn(**grid)), b.run(Gptq(**grid, **AS_PUBLISHED, min_tokens=16))
     every = [x for x in b.layout.linears if x.role != "router"]
     assert set(ours.unit.quantized) == {x.name for x in every}
     assert [row["linear"] for row in ours.rows] == [x.name for x in every]
@@ -73,7 +75,10 @@ def test_descent_works_on_the_grid_of_nvfp4(bench):
 @pytest.mark.parametrize("rule", ["static_6", "mse"])
 def test_nvfp4_keeps_its_scales(model_type, rule, bench):
     b = bench(model_type)
-    plain, ours = b.run(Nvfp4(rule=rule)), b.run(Gptq(grid="nvfp4", rule=rule, min_tokens=16))
+    plain, ours = (
+        b.run(Nvfp4(rule=rule)),
+        b.run(Gptq(grid="nvfp4", **AS_PUBLISHED, rule=rule, min_tokens=16)),
+    )
     for name, q in ours.unit.quantized.items():
         nearest = plain.unit.quantized[name]
         assert q.spec == NVFP4 and torch.equal(q.second, nearest.second)
@@ -147,6 +152,14 @@ def test_parameters_are_those_of_the_grid():
         "int8", "token"
     )
     assert Gptq(activations="static").needs().stats.absmax and not Gptq().needs().stats.absmax
+
+
+def test_defaults_are_the_published_ones_beside_quantized_inputs():
+    beside = Gptq(bits=8, activations="token")
+    assert beside.in_use == PUBLISHED and not beside.needs().stats.cross
+    assert Gptq(bits=8, activations="token", damping=0.1).in_use == ("range", 0.1, 0)
+    assert Gptq().in_use == Gptq(grid="nvfp4").in_use == ("search", 0.1, 0.5)
+    assert Gptq().needs().stats.cross and not Gptq(correction=0).needs().stats.cross
     for wrong, message in (
         ({"grid": "nvfp4", "bits": 3}, "bits says nothing"),
         ({"grid": "nvfp4", "scales": "search", "refits": 1}, "refits says nothing"),

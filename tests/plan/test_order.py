@@ -14,7 +14,7 @@ from compressor.plan.estimate import estimate
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 
-CORRECTED = {"group_size": 32, "correction": 0.5}
+CORRECTED = {"group_size": 32, "correction": 0.3}
 RTN = {"rtn": {"bits": 4, "group_size": 32}}
 W8A8 = {"rtn": {"bits": 8, "group_size": None, "activations": "token"}}
 
@@ -131,6 +131,8 @@ def test_a_correction_wants_the_quantized_models_inputs(plan):
     with pytest.raises(Problems, match="corrects what rounding did") as raised:
         plan([{"gptq": CORRECTED}], propagate="original")
     assert "correction: 0" in str(raised.value.problems[0].hint)
+    assert plan([{"gptq": {"group_size": 32}}]).two_streams
+    assert not plan([{"gptq": {"group_size": 32}}], propagate="original").two_streams
 
 
 def test_a_block_that_is_learned_wants_rows(plan):
@@ -154,7 +156,7 @@ def test_a_block_that_is_learned_wants_rows(plan):
 def test_two_streams_are_counted(plan):
     memory = [
         estimate(plan([{"gptq": options}]), device=torch.device("cpu"), resident=0).host_bytes
-        for options in ({"group_size": 32}, CORRECTED)
+        for options in ({"group_size": 32, "correction": 0.0}, CORRECTED)
     ]
     stream = 128 * 512 * 64 * 4  # rows, tokens, hidden size, float32
     assert memory[1] - memory[0] > stream

@@ -31,24 +31,27 @@ GRIDS: dict[str, dict[str, Any]] = {
     "w4-g32": {"bits": 4, "group_size": 32},
     "w4-channel": {"bits": 4, "group_size": None},
     "nvfp4": {"grid": "nvfp4"},
+    "mxfp4": {"grid": "mxfp4"},
+    "w4a8": {"bits": 4, "group_size": 64, "activations": "token"},
+    "w8a8": {"bits": 8, "group_size": None, "activations": "token"},
 }
-SEARCHED = {"scales": "search", "damping": 0.1}
-CORRECTED = {**SEARCHED, "correction": 0.5}
+PUBLISHED = {"scales": "range", "damping": 0.01, "correction": 0.0}
+UNCORRECTED = {"correction": 0.0}
 METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     # Parameters of the last pass beside the grid's; None where a pass takes no grid.
     "rtn": [("rtn", {})],
     "gptq": [("gptq", {})],
-    "gptq damping .1": [("gptq", {"damping": 0.1})],
-    "gptq searched": [("gptq", {"scales": "search"})],
-    "gptq searched, damping .1": [("gptq", SEARCHED)],
-    "gptq searched, descent": [("gptq", {**SEARCHED, "descent": 2})],
-    "gptq searched, descent, refits": [("gptq", {**SEARCHED, "descent": 2, "refits": 3})],
-    "gptq corrected": [("gptq", {"correction": 0.5})],
-    "gptq searched, corrected": [("gptq", CORRECTED)],
-    "gptq searched, corrected .25": [("gptq", {**CORRECTED, "correction": 0.25})],
-    "gptq searched, corrected .75": [("gptq", {**CORRECTED, "correction": 0.75})],
-    "gptq searched, corrected, damping .01": [("gptq", {**CORRECTED, "damping": 0.01})],
-    "gptq searched, corrected, descent": [("gptq", {**CORRECTED, "descent": 2})],
+    "gptq as published": [("gptq", PUBLISHED)],
+    "gptq as published, damping .1": [("gptq", {**PUBLISHED, "damping": 0.1})],
+    "gptq uncorrected": [("gptq", UNCORRECTED)],
+    "gptq uncorrected, descent": [("gptq", {**UNCORRECTED, "descent": 2})],
+    "gptq uncorrected, descent, refits": [("gptq", {**UNCORRECTED, "descent": 2, "refits": 3})],
+    "gptq on ranges": [("gptq", {"scales": "range"})],
+    "gptq, correction .25": [("gptq", {"correction": 0.25})],
+    "gptq, correction .75": [("gptq", {"correction": 0.75})],
+    "gptq, damping .01": [("gptq", {"damping": 0.01})],
+    "gptq, damping .3": [("gptq", {"damping": 0.3})],
+    "gptq, descent": [("gptq", {"descent": 2})],
     "signround": [("signround", {})],
     "signround 50": [("signround", {"steps": 50})],
     "signround 1000": [("signround", {"steps": 1000})],
@@ -59,16 +62,15 @@ METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "reconstruct good, reach .15": [("reconstruct", {"reach": 0.15})],
     "reconstruct good, reach .4": [("reconstruct", {"reach": 0.4})],
     "reconstruct good, uncorrected": [("reconstruct", {"correction": 0.0})],
-    "gptq damping .1, corrected": [("gptq", {"damping": 0.1, "correction": 0.5})],
     "awq": [("awq", {})],
     "awq + gptq": [("awq", None), ("gptq", {})],
-    "awq + gptq searched": [("awq", None), ("gptq", SEARCHED)],
-    "awq + gptq corrected": [("awq", None), ("gptq", CORRECTED)],
+    "awq + gptq uncorrected": [("awq", None), ("gptq", UNCORRECTED)],
+    "awq + gptq as published": [("awq", None), ("gptq", PUBLISHED)],
     "awq + reconstruct fast": [("awq", None), ("reconstruct", {"preset": "fast"})],
     "rotate": [("rotate", None), ("rtn", {})],
     "rotate + gptq": [("rotate", None), ("gptq", {})],
-    "rotate + gptq searched": [("rotate", None), ("gptq", SEARCHED)],
-    "rotate + gptq corrected": [("rotate", None), ("gptq", CORRECTED)],
+    "rotate + gptq uncorrected": [("rotate", None), ("gptq", UNCORRECTED)],
+    "rotate + gptq as published": [("rotate", None), ("gptq", PUBLISHED)],
     "rotate + reconstruct fast": [("rotate", None), ("reconstruct", {"preset": "fast"})],
 }
 
@@ -98,7 +100,7 @@ def variants(bench: Bench) -> Iterator[Variant]:
 
 
 def on_grid(name: str, more: dict[str, Any] | None, grid: dict[str, Any]) -> dict[str, Any]:
-    """A pass that rounds on a grid, or makes none; for nearest codes NVFP4 has its own."""
+    """A pass that rounds on a grid, or makes none; floats have one each for nearest."""
     if more is None:
         return {name: {}}
-    return {"nvfp4": {}} if name == "rtn" and "grid" in grid else {name: {**grid, **more}}
+    return {grid["grid"]: {}} if name == "rtn" and "grid" in grid else {name: {**grid, **more}}
