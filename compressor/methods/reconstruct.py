@@ -84,7 +84,7 @@ class Reconstruct(OnGrid):
         "good at the start; nothing with propagate: original",
     )
     min_tokens: int = Field(
-        64, ge=1, description="what fewer tokens went through starts from the nearest codes"
+        64, ge=1, description="what fewer tokens went through keeps the nearest codes"
     )
 
     @property
@@ -125,16 +125,21 @@ class Reconstruct(OnGrid):
         unit = with_input_scales(unit, context.coded, context)
         begin = partial(searched, context, self.min_tokens)
         started, rows = round_unit(unit, context, options, start=begin)
-        if context.tune is None:
+        # What too few tokens went to would learn those by heart: it keeps the nearest codes.
+        seen = {row["linear"] for row in rows if row["error_of"] == "output"}
+        learned = [x for x in context.coded if x.name in seen]
+        if context.tune is None or not learned:
             return PassResult(started, rows)
         roundings = {
             x.name: refined_rounding(
                 unit.weight(x), started.quantized[x.name], moving=self.moves > 0
             )
-            for x in context.coded
+            for x in learned
         }
         refined = self._refine(roundings, started, context)
-        for linear in context.coded:
+        if kept := len(context.coded) - len(learned):
+            refined["linears_kept_nearest"] = kept
+        for linear in learned:
             started = started.with_quantized(linear, roundings[linear.name].quantized())
         return PassResult(started, [{"block": unit.layout.name, **refined}, *rows])
 

@@ -38,7 +38,7 @@ Inputs = Literal[
     "mxfp4",
     "mxfp8",
 ]
-Modules = Literal["linears", "experts", "towers"]
+Modules = Literal["linears", "experts", "towers", "heads"]
 
 
 class Known(Strict):

@@ -82,6 +82,7 @@ def written_form(
     """
     groups = config.get("config_groups") or {}
     targets = [target for group in groups.values() for target in group.get("targets", ())]
+    names = {x.name for x in layout.linears}
     return Written(
         format=fmt.name,
         model_type=layout.model_type,
@@ -94,7 +95,7 @@ def written_form(
         attention=tuple(u.attention for u in layout.units if u.attention is not None),
         tied=tied,
         groups=len(groups),
-        classes=tuple(t for t in targets if not t.startswith("re:") and "." not in t),
+        classes=tuple(t for t in targets if not t.startswith("re:") and t not in names),
     )
 
 
@@ -161,6 +162,7 @@ def _linear(
     contract, inputs = runtime.contract, inputs_of(scheme.input)
     modules = {"experts" if linear.expert is not None else "linears"}
     modules |= {"towers"} if linear.beside else set()
+    modules |= {"heads"} if linear.role == "lm_head" else set()
 
     def unlike(line: Scope) -> list[str]:
         """What a line wants that this linear does not have."""

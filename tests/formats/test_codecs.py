@@ -219,6 +219,19 @@ APPENDIX = {  # what llm-compressor wrote for one projection of 128 outputs and 
 }
 
 
+def test_a_quantized_head_is_named():
+    """vLLM looks for it by name, or by a word of the config, and not by its class."""
+    spec = QuantSpec("int", 4, "group", 32, zero="subtract", scale_dtype=F16)
+    every = dict.fromkeys(("model.layers.0.mlp.up_proj", "lm_head"), Scheme(weight=spec))
+    apart = {**every, "lm_head": Scheme()}
+    for name, said in (("autoawq", True), ("gptq", True)):
+        config = get_format(name).config
+        assert config(ModelSchemes(linears=every)).get("lm_head") is said
+        assert not config(ModelSchemes(linears=apart)).get("lm_head")
+    groups = get_format("compressed-tensors").config(ModelSchemes(linears=every))["config_groups"]
+    assert groups["group_0"]["targets"] == ["Linear", "lm_head"]
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_same_names_and_config_as_another_writer(symmetric):
     fmt = get_format("compressed-tensors")

@@ -50,6 +50,28 @@ def test_refining_brings_the_block_closer_than_gptq_does(model_type, symmetric, 
         assert symmetric or torch.equal(q.zeros, before.zeros)
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_experts_with_few_tokens_keep_the_nearest_codes(model_type, bench):
+    """Others, and what all tokens go through, are refined without them."""
+    b = bench(model_type)
+    stats = b.observe(b.unit, Gptq(correction=0))
+    outputs = [x for x in b.layout.linears if x.role == "expert.down"]
+    of = {x.expert: stats[x.site].tokens for x in outputs}
+    few = sorted(of.values())[len(of) // 2]
+    ours = b.run(Reconstruct(**{**FAST, "min_tokens": few}))
+    start = b.run(Gptq(**{**GRID, "min_tokens": few}, correction=0.0)).unit.quantized
+    kept = 0
+    for linear in b.layout.linears:
+        if linear.role == "router":
+            continue
+        q = ours.unit.quantized[linear.name]
+        moved = not torch.equal(q.scales, start[linear.name].scales)
+        assert moved == (linear.expert is None or of[linear.expert] >= few), linear.name
+        kept += not moved
+    assert ours.rows[0]["linears_kept_nearest"] == kept > 0
+    assert ours.rows[0]["loss"] < ours.rows[0]["loss_of_start"]
+
+
 FLOATS = {k: v for k, v in FAST.items() if k not in GRID} | {"damping": 0.1, "min_tokens": 16}
 
 

@@ -188,6 +188,16 @@ def test_experts_are_named_where_a_runtime_wants_that(planned: Callable[..., Pla
     assert "model.layers.0.self_attn.q_proj" in targets("sglang") and len(targets("sglang")) > 8
 
 
+def test_a_quantized_head_loads_where_a_runtime_finds_it(planned: Callable[..., Plan]) -> None:
+    everything = {"rtn": {"group_size": 32, "ignore": []}}
+    for runtime in ("vllm", "sglang"):
+        plan = planned(runtime, everything)
+        assert plan.schemes.linears["lm_head"].weight is not None
+    blocks = {"fp8": {"scales": "block", "ignore": []}}
+    with pytest.raises(Problems, match="takes a head beside quant_method fp8 for one in float"):
+        planned("vllm@0.24", blocks, format="fp8")
+
+
 def test_without_a_runtime_a_plan_says_that_nothing_serves_the_result(
     planned: Callable[..., Plan],
 ) -> None:

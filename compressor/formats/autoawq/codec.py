@@ -115,6 +115,8 @@ class AutoAWQ(Format):
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": plain or None,
+            # vLLM takes a head for one in float unless this is said.
+            **({"lm_head": True} if "lm_head" in quantized else {}),
         }
 
     def recognises(self, config: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ some runtimes match patterns as substrings.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from compressor.ir.qtensor import MXFP4, MXFP8, QTensor, QuantSpec
 from compressor.ir.scheme import KVSpec, Scheme
 
 VERSION = "0.20.0"
+HEADS = ("lm_head", "embed_out")
+"""Last names of a model's head."""
 LAYOUTS: tuple[CTLayout, ...] = (
     MXQuantized("mxfp4-pack-quantized", MXFP4),
     MXQuantized("mxfp8-quantized", MXFP8),
@@ -114,7 +116,9 @@ class CompressedTensors(Format):
         formats = {group["format"] for group in groups.values()}
         entries = {
             f"group_{number}": {
-                "targets": ["Linear"] if len(groups) == 1 and not schemes.named else targets[key],
+                "targets": by_class(targets[key])
+                if len(groups) == 1 and not schemes.named
+                else targets[key],
                 **group,
             }
             for number, (key, group) in enumerate(groups.items())
@@ -185,6 +189,12 @@ def owner(tensors: Mapping[str, Any]) -> CTLayout:
         if layout.owns(tensors):
             return layout
     raise InputError(f"no known sub-format has the tensors {', '.join(sorted(tensors)) or 'none'}")
+
+
+def by_class(modules: Sequence[str]) -> list[str]:
+    """`Linear`, and the name of a head: vLLM's class of it is not called so, and one that is not
+    named is taken for one in float."""
+    return ["Linear", *(x for x in modules if x.rpartition(".")[2] in HEADS)]
 
 
 def describe(scheme: Scheme) -> str:
