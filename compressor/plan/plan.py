@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from compressor.arch.free import EMBEDDING
 from compressor.attention.policy import check_policy, combine, read_policy
 from compressor.checkpoint.container import Safetensors, ShardLayout, lay_out
 from compressor.checkpoint.delta.base import Base
@@ -279,7 +280,16 @@ def _select(
         return PassPlan(step, {}, {}, context)
     roles = sorted({linear.role for linear in layout.linears})
     for pattern, count in matches.items():
-        if not count:
+        if not count and EMBEDDING.search(pattern):
+            problems.append(
+                InputError(
+                    f"{step.name}: {pattern!r} is an embedding, and no format here holds its codes",
+                    hint="it is looked up, not multiplied; of the runtimes known here vLLM alone "
+                    "reads one in codes. A head can be quantized: ignore: [], and untie: true "
+                    "where it shares the embedding's weight",
+                )
+            )
+        elif not count:
             problems.append(
                 InputError(
                     f"{step.name}: target {pattern!r} matches no linear of this model",

@@ -140,6 +140,11 @@ CASES: list[Case] = [
         ["q_proj", "would get different schemes", "target or ignore them together"],
     ),
     (
+        "an embedding",
+        lambda d: ["plan", d.recipe(passes=[{"rtn": {"targets": "model.embed_tokens"}}])],
+        ["'model.embed_tokens' is an embedding, and no format here holds", "ignore: []"],
+    ),
+    (
         "a tied head",
         lambda d: [
             "plan",
