@@ -37,8 +37,10 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 PUBLISHED = {"scales": "range", "damping": 0.01, "correction": 0.0}
 UNCORRECTED = {"correction": 0.0}
-METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
-    # Parameters of the last pass beside the grid's; None where a pass takes no grid.
+GENERAL = {"scales": "search", "damping": 0.1, "correction": 0.5}
+"""The defaults for weights alone, beside quantized inputs too."""
+METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    # Parameters of each pass; the last one gets the grid as well.
     "rtn": [("rtn", {})],
     "gptq": [("gptq", {})],
     "gptq as published": [("gptq", PUBLISHED)],
@@ -46,6 +48,7 @@ METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "gptq uncorrected": [("gptq", UNCORRECTED)],
     "gptq uncorrected, descent": [("gptq", {**UNCORRECTED, "descent": 2})],
     "gptq uncorrected, descent, refits": [("gptq", {**UNCORRECTED, "descent": 2, "refits": 3})],
+    "gptq as for weights alone": [("gptq", GENERAL)],
     "gptq on ranges": [("gptq", {"scales": "range"})],
     "gptq, correction .25": [("gptq", {"correction": 0.25})],
     "gptq, correction .75": [("gptq", {"correction": 0.75})],
@@ -55,7 +58,7 @@ METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "signround": [("signround", {})],
     "signround 50": [("signround", {"steps": 50})],
     "signround 1000": [("signround", {"steps": 1000})],
-    "awq + signround": [("awq", None), ("signround", {})],
+    "awq + signround": [("awq", {}), ("signround", {})],
     "reconstruct fast": [("reconstruct", {"preset": "fast"})],
     "reconstruct good": [("reconstruct", {"preset": "good"})],
     "reconstruct best": [("reconstruct", {"preset": "best"})],
@@ -63,15 +66,18 @@ METHODS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "reconstruct good, reach .4": [("reconstruct", {"reach": 0.4})],
     "reconstruct good, uncorrected": [("reconstruct", {"correction": 0.0})],
     "awq": [("awq", {})],
-    "awq + gptq": [("awq", None), ("gptq", {})],
-    "awq + gptq uncorrected": [("awq", None), ("gptq", UNCORRECTED)],
-    "awq + gptq as published": [("awq", None), ("gptq", PUBLISHED)],
-    "awq + reconstruct fast": [("awq", None), ("reconstruct", {"preset": "fast"})],
-    "rotate": [("rotate", None), ("rtn", {})],
-    "rotate + gptq": [("rotate", None), ("gptq", {})],
-    "rotate + gptq uncorrected": [("rotate", None), ("gptq", UNCORRECTED)],
-    "rotate + gptq as published": [("rotate", None), ("gptq", PUBLISHED)],
-    "rotate + reconstruct fast": [("rotate", None), ("reconstruct", {"preset": "fast"})],
+    "awq + gptq": [("awq", {}), ("gptq", {})],
+    "awq + gptq uncorrected": [("awq", {}), ("gptq", UNCORRECTED)],
+    "awq + gptq as published": [("awq", {}), ("gptq", PUBLISHED)],
+    "awq + gptq, damping .3": [("awq", {}), ("gptq", {"damping": 0.3})],
+    "awq unclipped + gptq": [("awq", {"clip": False}), ("gptq", {})],
+    "awq unclipped + gptq, damping .3": [("awq", {"clip": False}), ("gptq", {"damping": 0.3})],
+    "awq + reconstruct fast": [("awq", {}), ("reconstruct", {"preset": "fast"})],
+    "rotate": [("rotate", {}), ("rtn", {})],
+    "rotate + gptq": [("rotate", {}), ("gptq", {})],
+    "rotate + gptq uncorrected": [("rotate", {}), ("gptq", UNCORRECTED)],
+    "rotate + gptq as published": [("rotate", {}), ("gptq", PUBLISHED)],
+    "rotate + reconstruct fast": [("rotate", {}), ("reconstruct", {"preset": "fast"})],
 }
 
 
@@ -93,14 +99,14 @@ def variants(bench: Bench) -> Iterator[Variant]:
     yield recipes.itself("original")
     for grid in options.grids:
         for method in options.methods:
-            passes = [on_grid(name, more, GRIDS[grid]) for name, more in METHODS[method]]
+            *transforms, (last, more) = METHODS[method]
+            passes = [{name: given} for name, given in transforms]
+            passes.append(on_grid(last, more, GRIDS[grid]))
             untie = method.startswith("rotate")
             baseline = f"{grid}: rtn"
             yield recipes.variant(f"{grid}: {method}", passes, baseline=baseline, untie=untie)
 
 
-def on_grid(name: str, more: dict[str, Any] | None, grid: dict[str, Any]) -> dict[str, Any]:
-    """A pass that rounds on a grid, or makes none; floats have one each for nearest."""
-    if more is None:
-        return {name: {}}
+def on_grid(name: str, more: dict[str, Any], grid: dict[str, Any]) -> dict[str, Any]:
+    """A pass that rounds on a grid; floats have one each for nearest codes."""
     return {grid["grid"]: {}} if name == "rtn" and "grid" in grid else {name: {**grid, **more}}
