@@ -18,6 +18,8 @@ CAST_ROWS = 4096
 # Rows of a Gram matrix that are added to at a time, from the diagonal on: fewer compute less twice,
 # too few make small products.
 BAND, GPU_BAND = 192, 2048
+# Rows of the cross product with the original's inputs that are computed at a time.
+CROSS_BAND = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,9 @@ class SiteStats:
     A vector with a NaN or an infinity would spoil every sum: it is left out of all statistics and
     counted in `bad_tokens`.
 
-    bands  of the Gram matrix that are summed here, by number, where others sum the rest: whoever
-           has all of them adds up `partial` before anything is read
+    bands        of the Gram matrix that are summed here, by number, where others sum the rest:
+                 whoever has all of them adds up `partial` before anything is read
+    cross_bands  the same of the cross product
     """
 
     def __init__(
@@ -65,11 +68,12 @@ class SiteStats:
         *,
         device: torch.device | str,
         bands: Collection[int] | None = None,
+        cross_bands: Collection[int] | None = None,
     ) -> None:
         self.channels = channels
         self.needs = needs
         self.device = torch.device(device)
-        self._bands = bands
+        self._bands, self._cross_bands = bands, cross_bands
         self._counts = self._zeros((2,), torch.int64)  # vectors that are finite, and that are not
         self._abssum = self._zeros((channels,)) if needs.absmean else None
         self._absmax = self._zeros((channels,)) if needs.absmax else None
@@ -123,8 +127,8 @@ class SiteStats:
             x = torch.where(good, x, zero)
             found.append(x)
             if self.needs.cross and original is not None:
-                theirs = original.detach().to(self.device).reshape(x.shape).float()
-                found.append(torch.where(good, theirs, 0.0).nan_to_num_() - x.float())
+                theirs = original.detach().to(self.device).reshape(x.shape)
+                found.append(torch.where(good, theirs, torch.zeros_like(zero, dtype=theirs.dtype)))
         return found
 
     @torch.no_grad()
@@ -145,11 +149,11 @@ class SiteStats:
         if self._gram is not None:
             _add_gram(self._gram, x, self._bands)
             self._one_sided = True
-        off = next(parts, None)
-        if off is not None:
+        theirs = next(parts, None)
+        if theirs is not None:
             if self._cross is None:
                 self._cross = self._zeros((self.channels, self.channels))
-            _add_product(self._cross, off, x)
+            _add_cross(self._cross, theirs, x, self._cross_bands)
         missing = self.needs.keep_inputs - self._kept_rows
         if missing > 0:
             self._kept.append(x[:missing].clone())
@@ -158,7 +162,9 @@ class SiteStats:
     @property
     def partial(self) -> list[Tensor]:
         """Sums of which only this instance's bands are here, the others zero."""
-        return [] if self._gram is None or self._bands is None else [self._gram]
+        found = [self._gram if self._bands is not None else None]
+        found.append(self._cross if self._cross_bands is not None else None)
+        return [total for total in found if total is not None]
 
     @property
     def bad_tokens(self) -> int:
@@ -296,6 +302,11 @@ def bands(channels: int, device: torch.device) -> list[float]:
     return [float((min(last, channels) - first) * (channels - first)) for first, last in edges]
 
 
+def cross_bands(channels: int) -> int:
+    """How many bands of equal work a cross product has."""
+    return -(-channels // CROSS_BAND)
+
+
 def _add_gram(gram: Tensor, x: Tensor, mine: Collection[int] | None) -> None:
     """gram += xᵀ x in place, accumulated in fp32; below the diagonal only in part.
 
@@ -316,11 +327,20 @@ def _add_gram(gram: Tensor, x: Tensor, mine: Collection[int] | None) -> None:
             part.addmm_(left.T, right)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right in place, in fp32."""
-    for start in range(0, left.shape[0], CAST_ROWS):
+def _add_cross(total: Tensor, theirs: Tensor, ours: Tensor, mine: Collection[int] | None) -> None:
+    """total += (theirs − ours)ᵀ ours in place, in fp32.
+
+    theirs  an infinity is the largest number
+    mine  numbers of the bands of rows that are added to, if not all
+    """
+    for start in range(0, ours.shape[0], CAST_ROWS):
         rows = slice(start, start + CAST_ROWS)
-        total.addmm_(left[rows].float().T, right[rows].float())
+        right = ours[rows].float()
+        left = theirs[rows].float().nan_to_num_() - right
+        for number, first in enumerate(range(0, total.shape[0], CROSS_BAND)):
+            if mine is None or number in mine:
+                band = slice(first, first + CROSS_BAND)
+                total[band].addmm_(left[:, band].T, right)
 
 
 def _bands(

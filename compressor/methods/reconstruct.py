@@ -22,7 +22,7 @@ from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, decode_elements
 from compressor.ir.unit import Unit
 from compressor.methods.base import BlockNeeds, Needs
-from compressor.methods.common.block_fit import Kept, draws, loss_of, steps
+from compressor.methods.common.block_fit import Division, Kept, draws, loss_of, steps
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.on_grid import OnGrid
 from compressor.methods.common.rounding import with_input_scales
@@ -130,23 +130,33 @@ class Reconstruct(OnGrid):
         learned = [x for x in context.coded if x.name in seen]
         if context.tune is None or not learned:
             return PassResult(started, rows)
+        division = Division.of(learned, context.ranks)
         roundings = {
             x.name: refined_rounding(
                 unit.weight(x), started.quantized[x.name], moving=self.moves > 0
             )
             for x in learned
+            if division.mine(x)
         }
-        refined = self._refine(roundings, started, context)
+        refined = self._refine(roundings, started, context, division)
         if kept := len(context.coded) - len(learned):
             refined["linears_kept_nearest"] = kept
+        made = division.every({name: found.quantized() for name, found in roundings.items()})
         for linear in learned:
-            started = started.with_quantized(linear, roundings[linear.name].quantized())
+            started = started.with_quantized(linear, made[linear.name])
         return PassResult(started, [{"block": unit.layout.name, **refined}, *rows])
 
     def _refine(
-        self, roundings: dict[str, RefinedRounding], unit: Unit, context: PassContext
+        self,
+        roundings: dict[str, RefinedRounding],
+        unit: Unit,
+        context: PassContext,
+        division: Division,
     ) -> dict[str, Any]:
-        """Refine a block, and say what came of it."""
+        """Refine a block, and say what came of it.
+
+        roundings  of the linears that this rank learns
+        """
         assert context.tune is not None
         block = context.tune(unit)
         order = torch.randperm(
@@ -154,10 +164,10 @@ class Reconstruct(OnGrid):
         ).tolist()
         judges, seen = order[: self.held_back], order[self.held_back :]
         count = PRESETS[self.preset].steps
-        start = least = loss_of(block, roundings, judges)
+        start = least = loss_of(block, roundings, judges, division)
         kept, best_step = Kept(roundings), 0
         logs = [r.logs for r in roundings.values() if r.logs.requires_grad]
-        groups = [{"params": logs, "lr": self.scale_rate}] if logs else []
+        groups: list[dict[str, Any]] = [{"params": logs, "lr": self.scale_rate}]
         if self.moves:
             # Rates fall linearly to zero, so that all steps together go half as far.
             moving = [r.offsets for r in roundings.values()]
@@ -171,14 +181,20 @@ class Reconstruct(OnGrid):
 
         batches = draws(seen, self.batch, torch.Generator().manual_seed(context.seed + 1))
         for step in steps(
-            block, roundings, update, count=count, batches=batches, progress=context.progress
+            block,
+            roundings,
+            update,
+            count=count,
+            batches=batches,
+            division=division,
+            progress=context.progress,
         ):
             if step.number and step.number % (count // CHECKS) == 0:
                 least, best_step = self._judged(
-                    loss_of(block, roundings, judges), step.number, least, best_step, kept
+                    loss_of(block, roundings, judges, division), step.number, least, best_step, kept
                 )
         least, best_step = self._judged(
-            loss_of(block, roundings, judges), count, least, best_step, kept
+            loss_of(block, roundings, judges, division), count, least, best_step, kept
         )
         kept.restore()
         row: dict[str, Any] = {"loss_of_start": start, "loss": least, "best_step": best_step}

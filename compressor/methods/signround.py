@@ -20,7 +20,7 @@ from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.unit import Unit
 from compressor.methods.base import BlockNeeds, Needs
-from compressor.methods.common.block_fit import Kept, draws, loss_of, steps
+from compressor.methods.common.block_fit import Division, Kept, draws, loss_of, steps
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.on_grid import OnGrid
 from compressor.methods.common.rounding import (
@@ -80,16 +80,18 @@ class Signround(OnGrid):
             return PassResult(found.unit, [{**row, **note} for row in found.rows])
         unit = with_input_scales(unit, linears, context)
         block = context.tune(unit)
+        division = Division.of(linears, context.ranks)
         options = options_of(context, linears, [unit.weight(x) for x in linears])
         roundings = {
             x.name: sign_rounding(
                 unit.weight(x), context.spec(x), ranges=self.ranges, amax=option.get("amax")
             )
             for x, option in zip(linears, options, strict=True)
+            if division.mine(x)
         }
         row: dict[str, Any] = {"block": unit.layout.name}
         every = range(block.rows)
-        row["loss_of_nearest"] = start = loss_of(block, roundings, every)
+        row["loss_of_nearest"] = start = loss_of(block, roundings, every, division)
         nearest, best = Kept(roundings), Kept(roundings)
         generator = torch.Generator().manual_seed(context.seed)
         least, rate = math.inf, self.rate or 1 / self.steps
@@ -99,6 +101,7 @@ class Signround(OnGrid):
             lambda number: _descend(roundings, rate * (1 - number / self.steps)),
             count=self.steps,
             batches=draws(every, min(self.batch, block.rows), generator),
+            division=division,
             progress=context.progress,
         ):
             if step.loss < least:
@@ -106,13 +109,14 @@ class Signround(OnGrid):
                 row["best_step"] = step.number
                 best.keep()
         best.restore()
-        row["loss"] = loss_of(block, roundings, every)
+        row["loss"] = loss_of(block, roundings, every, division)
         if not row["loss"] < start:
             nearest.restore()
             row["note"] = "the loss did not fall below that of rounding to nearest, which is kept"
         rows = [row]
+        made = division.every({name: found.quantized() for name, found in roundings.items()})
         for linear in linears:
-            q = roundings[linear.name].quantized()
+            q = made[linear.name]
             rows.append(dict(weight_row(linear, unit.weight(linear), q, stats=None)))
             unit = unit.with_quantized(linear, q)
         return PassResult(unit, rows)

@@ -8,7 +8,7 @@ time-out would have to outlast the longest solve.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -210,6 +210,48 @@ class Group(Ranks):
         with lost():
             dist.all_reduce(tensor)
         return tensor
+
+    def summed(
+        self,
+        parts: Iterable[Sequence[Tensor]],
+        count: int,
+        like: Sequence[Tensor],
+        to: Sequence[int],
+    ) -> list[Tensor]:
+        every = list(parts)
+        own = [tensor for tensor, rank in zip(like, to, strict=True) if rank == self.rank]
+        sizes = [0] * self.world
+        for tensor, rank in zip(like, to, strict=True):
+            sizes[rank] += tensor.nbytes
+        sent = [
+            _bytes(tensor)
+            for rank in self._all
+            for part in every
+            for tensor, owner in zip(part, to, strict=True)
+            if owner == rank
+        ]
+        device = like[0].device
+        empty = torch.empty(0, dtype=torch.uint8, device=device)
+        counts = [len(range(rank, count, self.world)) for rank in self._all]
+        got = [held * sizes[self.rank] for held in counts]
+        found = torch.empty(sum(got), dtype=torch.uint8, device=device)
+        with lost():
+            dist.all_to_all_single(
+                found, torch.cat([empty, *sent]), got, [len(every) * size for size in sizes]
+            )
+        del sent, every
+        totals: list[Tensor] = []
+        for number in range(count):
+            rank, place = number % self.world, number // self.world
+            begin = sum(got[:rank]) + place * sizes[self.rank]
+            for i, tensor in enumerate(own):
+                part = found[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                begin += tensor.nbytes
+                if number:
+                    totals[i] += part
+                else:
+                    totals.append(part.clone())
+        return totals
 
     def maximum(self, tensor: Tensor) -> Tensor:
         with lost():

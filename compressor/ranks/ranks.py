@@ -10,7 +10,7 @@ process gives it. Searches and roundings are divided whole, by linear, expert or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -77,10 +77,14 @@ class Ranks:
         """This rank's share of `count` equal pieces of work."""
         return range(self.rank, count, self.world)
 
+    def owners(self, items: Sequence[I], cost: Callable[[I], float]) -> list[int]:
+        """The rank to which `each` gives each of the items."""
+        return owners([cost(item) for item in items], self.world)
+
     def mine(self, items: Sequence[I], cost: Callable[[I], float]) -> list[I]:
         """The items that `each` gives to this rank."""
-        owned = owners([cost(item) for item in items], self.world)
-        return [item for item, rank in zip(items, owned, strict=True) if rank == self.rank]
+        given = zip(items, self.owners(items, cost), strict=True)
+        return [item for item, rank in given if rank == self.rank]
 
     def each(
         self,
@@ -140,6 +144,26 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds every rank's values, in place; exact where only one rank's are not zero."""
         return tensor
+
+    def summed(
+        self,
+        parts: Iterable[Sequence[Tensor]],
+        count: int,
+        like: Sequence[Tensor],
+        to: Sequence[int],
+    ) -> list[Tensor]:
+        """Sums over parts of several tensors each, in the order of the parts and in the tensors'
+        own dtype; those of the tensors that are this rank's.
+
+        parts  that this rank has, of `count` that are dealt out in turn
+        like   tensors of their dtypes and shapes;  to  the rank that each is for
+        """
+        totals: list[Tensor] = []
+        for part in parts:
+            for total, tensor in zip(totals, part, strict=False):
+                total += tensor
+            totals = totals or [tensor.clone() for tensor in part]
+        return totals
 
     def maximum(self, tensor: Tensor) -> Tensor:
         """The largest of every rank's values, in place."""

@@ -29,7 +29,6 @@ from compressor.errors import Interrupted, MachineError
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
-from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
@@ -40,6 +39,7 @@ from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import Block
 from compressor.runner.process_memory import peak_rss
+from compressor.runner.rounds import every_row
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import Stream
 from compressor.runner.sweep import Execution, Step, walk
@@ -123,12 +123,11 @@ class _Loop:
         agreed = replace(settings, stopping=lambda: ranks.any(settings.stopping()))
         self._check_sources(agreed)
         dtype = plan.compute_dtype(settings.device)
-        ranks_of_rows = self.sharing
         # What one rank found in the store and another ran would leave them apart.
-        kept = settings.activations if ranks_of_rows.world == 1 else None
+        kept = settings.activations if ranks.world == 1 else None
         model = SourceModel(plan.source, device=settings.device, dtype=dtype, activations=kept)
         execution = Execution(
-            settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks_of_rows
+            settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks
         )
         with ThreadPoolExecutor(1) as writes, ThreadPoolExecutor(1) as syncs:
             output = CommitQueue(self.writer, writes, syncs, settings.device)
@@ -169,12 +168,6 @@ class _Loop:
                 for index in range(len(plan.units))
             ),
         )
-
-    @property
-    def sharing(self) -> Ranks:
-        """The ranks that share the rows out. Where a block is run with gradients each has them
-        all, and all compute the same."""
-        return ALONE if any(unit.tuned for unit in self.plan.units) else self.settings.ranks
 
     def _check_sources(self, settings: JobSettings) -> None:
         """Read what the committed units were made from, also where nothing else reads it again."""
@@ -231,7 +224,7 @@ class _Loop:
     def _own(self, batches: Sequence[int], stream: Stream) -> list[int] | None:
         """This rank's part of the batches that a unit was run in, dealt out as rows are; None where
         memory had halved some and other ranks had other rows."""
-        mine = list(batches[self.sharing.rank :: self.sharing.world])
+        mine = list(batches[self.settings.ranks.rank :: self.settings.ranks.world])
         return mine if sum(mine) == stream.rows else None
 
     def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -264,7 +257,7 @@ class _Loop:
 
     def _dealt(self, batches: list[int]) -> list[int]:
         """The batches of all ranks in the order of their rows."""
-        every = self.sharing.gather(batches)
+        every = self.settings.ranks.gather(batches)
         return [some[i] for i in range(max(map(len, every))) for some in every if i < len(some)]
 
     def _work(
@@ -348,15 +341,17 @@ class _Loop:
         stream, execution = step.stream, step.execution
         originals = self.originals or stream
         targets = originals.like()
-        self.targets = targets, step.run(originals, into=targets)
+        self.targets = targets, self._dealt(step.run(originals, into=targets))
         block.load(block.tensors)
+        # A step draws from all rows.
+        whole = [every_row(s, execution.batch, self.settings.ranks) for s in (stream, targets)]
 
         def tune(current: Unit) -> TunableBlock:
             return TunableBlock(
                 block,
                 current,
-                inputs=stream,
-                targets=targets,
+                inputs=whole[0],
+                targets=whole[1],
                 execution=execution,
                 schemes=self.plan.schemes.linears,
             )
@@ -366,7 +361,7 @@ class _Loop:
     def _embed(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         assert self.tokens is not None
         ids = self.tokens.ids
-        mine = self.sharing.rows(ids.shape[0], step.execution.batch)
+        mine = self.settings.ranks.rows(ids.shape[0], step.execution.batch)
         step.embed(ids[mine or [0]], tensors=tensors)
         if not mine:  # more ranks than batches: this one only searches and rounds
             step.stream.hidden = step.stream.hidden[:0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compressor.ranks.ranks import Form, Ranks
+from compressor.runner.stream import Stream
 
 
 class AgreedShortage(torch.OutOfMemoryError):
@@ -47,3 +48,23 @@ def rounds(
         coming = arrived
         if coming is None:
             return
+
+
+def every_row(stream: Stream, batch: int, ranks: Ranks) -> Stream:
+    """The rows of all ranks, which were dealt out in chunks of `batch`, in their order."""
+    if ranks.world == 1:
+        return stream
+
+    def held(start: int, stop: int) -> list[Tensor]:
+        return [stream.read(start, stop), *stream.beside(start, stop).values()]
+
+    count, at = sum(rows for (rows,) in ranks.numbers(stream.rows)), 0
+    whole = [tensor.new_empty(count, *tensor.shape[1:]) for tensor in held(0, 0)]
+    for chunks in rounds(ranks, stream.rows, batch, held):
+        for chunk in chunks:
+            for tensor, rows in zip(whole, chunk, strict=True):
+                tensor[at : at + rows.shape[0]] = rows
+            at += chunk[0].shape[0]
+    names = iter(whole[1:])
+    side = {name: next(names) for name in stream.side}
+    return Stream(whole[0], side, handed={name: next(names) for name in stream.handed})

@@ -1,5 +1,8 @@
 """A block that runs with gradients, the rows that enter it, and what the original makes of its own.
 
+Rows run in pieces whose size follows from the recipe, so that ranks that share them add up what one
+process adds up.
+
 What is learned of a block by gradients needs two things of it: the error of its outputs under
 candidate weights, and the gradient of that. Names in memory, stacks of experts, the dtype in which
 blocks run and batches that fit the device stay here.
@@ -8,9 +11,9 @@ blocks run and batches that fit the device stay here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +23,20 @@ from compressor.ir.layout import weight_name
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.runner.block_runner import Block
+from compressor.runner.rounds import AgreedShortage
 from compressor.runner.simulate import StoredInput, quantized_inputs
 from compressor.runner.stream import Stream
 
 if TYPE_CHECKING:
     from compressor.runner.sweep import Execution
+
+
+T = TypeVar("T")
+
+PIECES = 4
+"""Into how many pieces rows are divided at least, where there are as many."""
+TOKENS = 1024
+"""Tokens of a piece that runs with gradients at most, or one row: more keep no GPU busier."""
 
 
 class TunableBlock:
@@ -33,6 +45,7 @@ class TunableBlock:
     inputs   rows that enter it;  targets  what is to leave it for them
     schemes  module path → how its inputs are quantized as the model runs, those of experts aside;
              rounding them passes gradients on as if it were not there
+    execution  whose ranks have all rows here, and run some pieces each
     The last token of a row counts for nothing, as in AutoRound: no later one sees it.
     """
 
@@ -57,6 +70,11 @@ class TunableBlock:
         self._tensors = {n: t.to(device, dtype) for n, t in unit.dequantized(dtype).items()}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which the block runs."""
+        return self._block.runner.dtype
+
+    @property
     def rows(self) -> int:
         """How many rows there are."""
         return self._inputs.rows
@@ -71,36 +89,76 @@ class TunableBlock:
         self._execution.check_stop()
 
         def attempt(batch: int) -> float:
-            parts = self._parts(rows, batch)
-            return sum(float(self._error(weights, part)) for part in parts)
+            pieces = _pieces(rows, batch)
+
+            def work() -> tuple[list[Tensor], None]:
+                return [self._error(weights, piece) for piece in self._mine(pieces)], None
+
+            return self._agreed(len(pieces), work)[0]
 
         return self._execution.halving(attempt) / self._size(rows)
 
     def loss_and_gradients(
-        self, weights: Mapping[str, Tensor], rows: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """`loss`, as a tensor on the device, and its gradient [out, in] for each of the weights;
-        the same on every run of one machine."""
+        self, weights: Mapping[str, Tensor], rows: Sequence[int], owners: Sequence[int]
+    ) -> tuple[float, list[Tensor]]:
+        """`loss`, and its gradient [out, in] for each of the weights that are this rank's; the same
+        on every run of one machine.
+
+        owners  the rank of each weight
+        """
         self._execution.check_stop()
         dtype, size = self._block.runner.dtype, self._size(rows)
+        most, ranks = max(1, TOKENS // self._targets.hidden.shape[1]), self._execution.ranks
 
-        def attempt(batch: int) -> tuple[Tensor, list[Tensor]]:
+        def attempt(batch: int) -> tuple[float, list[Tensor]]:
             leaves = {n: w.detach().to(dtype).requires_grad_() for n, w in weights.items()}
-            total = torch.zeros((), device=self._block.runner.device)
-            for part in self._parts(rows, batch):
-                error = self._error(leaves, part) / size
-                error.backward()  # type: ignore[no-untyped-call]
-                total += error.detach()
-            # An expert that no token went to has none.
-            zeros = (torch.zeros_like(w) if w.grad is None else w.grad for w in leaves.values())
-            return total, list(zeros)
+            like, pieces = list(leaves.values()), _pieces(rows, min(batch, most))
+            errors: list[Tensor] = []
+
+            def gradients() -> Iterator[Sequence[Tensor]]:
+                for piece in self._mine(pieces):
+                    error = self._error(leaves, piece) / size
+                    errors.append(error.detach())
+                    # An expert that no token went to has none.
+                    yield torch.autograd.grad(
+                        error, like, allow_unused=True, materialize_grads=True
+                    )
+
+            def work() -> tuple[list[Tensor], list[Sequence[Tensor]]]:
+                if ranks.world > 1:
+                    return errors, list(gradients())
+                # One piece's are in memory at a time.
+                return errors, [ranks.summed(gradients(), len(pieces), like, owners)]
+
+            loss, made = self._agreed(len(pieces), work)
+            return loss, ranks.summed(made, len(pieces), like, owners)
 
         with torch.enable_grad(), _deterministic(self._block.runner.device):
             return self._execution.halving(attempt)
 
-    def _parts(self, rows: Sequence[int], batch: int) -> Iterator[Sequence[int]]:
-        for start in range(0, len(rows), batch):
-            yield rows[start : start + batch]
+    def _mine(self, pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The pieces that this rank runs."""
+        return [pieces[i] for i in self._execution.ranks.own(len(pieces))]
+
+    def _agreed(self, count: int, work: Callable[[], tuple[list[Tensor], T]]) -> tuple[float, T]:
+        """The sum of the errors of all pieces in their order, of which this rank finds its own, and
+        what it makes beside them. Where one is short of memory all of them are."""
+        ranks = self._execution.ranks
+        found = torch.zeros(count + 1, dtype=torch.float64)
+        made: list[T] = []
+        try:
+            errors, beside = work()
+            for number, error in zip(ranks.own(count), errors, strict=True):
+                found[number] = error.double()
+            made.append(beside)
+        except torch.OutOfMemoryError:
+            if ranks.world == 1:
+                raise
+            found[count] = 1
+        *values, short = ranks.sum(found).tolist()
+        if short:
+            raise AgreedShortage
+        return sum(values), made[0]
 
     def _counted(self) -> int:
         return max(self._targets.hidden.shape[1] - 1, 1)
@@ -120,6 +178,12 @@ class TunableBlock:
         target = self._targets.hidden[index].to(out.device)
         kept = slice(None, self._counted())
         return (out[:, kept].float() - target[:, kept].float()).square().sum()
+
+
+def _pieces(rows: Sequence[int], most: int) -> list[Sequence[int]]:
+    """The rows in order, at most so many at a time, in several pieces where there are as many."""
+    size = min(most, -(-len(rows) // PIECES))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 class StraightInput(StoredInput):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from compressor_calibration.stats import SiteStats, StatNeeds
+from compressor_calibration.stats import SiteStats, StatNeeds, bands, cross_bands
 from torch import Tensor, nn
 
 from compressor.ranks.ranks import ALONE, Ranks
@@ -37,7 +37,14 @@ def observe_beside(
     The block has its own weights afterwards.
     """
     linear = block.unit.site_linears(site)[0]
-    stats = SiteStats(linear.in_features, needs, device=block.runner.device)
+    channels, device = linear.in_features, block.runner.device
+    stats = SiteStats(
+        channels,
+        needs,
+        device=device,
+        bands=None if ranks.world == 1 else _mine(bands(channels, device), ranks),
+        cross_bands=None if ranks.world == 1 else set(ranks.own(cross_bands(channels))),
+    )
     try:
         with _Caught(block.module(linear)) as caught:
 
@@ -55,7 +62,14 @@ def observe_beside(
                     stats.add(chunk)
     finally:
         block.load(block.tensors)
+    for total in stats.partial:
+        ranks.sum(total)
     return stats
+
+
+def _mine(costs: Sequence[float], ranks: Ranks) -> set[int]:
+    """The numbers of this rank's pieces of work."""
+    return set(ranks.mine(range(len(costs)), lambda number: costs[number]))
 
 
 class _Caught:

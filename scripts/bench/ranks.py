@@ -29,7 +29,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 AWQ = {"awq": {"bits": 4, "group_size": 128, "symmetric": False}}
-GPTQ = {"gptq": {"bits": 4, "group_size": 128}}
+GPTQ = {"gptq": {"bits": 4, "group_size": 128, "correction": 0.5, "scales": "search"}}
+PLAIN_GPTQ = {"gptq": {"bits": 4, "group_size": 128, "correction": 0.0, "scales": "range"}}
+LEARNED = {"reconstruct": {"bits": 4, "group_size": 128, "preset": "fast"}}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Case:
 CASES = {
     "awq": Case("7b", 9, AWQ, 128, 512),
     "awq-long": Case("7b", 5, AWQ, 512, 2048),
-    "gptq-long": Case("7b", 5, GPTQ, 512, 2048),
+    "gptq-long": Case("7b", 5, PLAIN_GPTQ, 512, 2048),
+    "gptq-beside-long": Case("7b", 4, GPTQ, 512, 2048),
+    "reconstruct-long": Case("7b", 4, LEARNED, 512, 2048),
     "moe-awq": Case("30b-a3b", 4, AWQ, 128, 512),
 }
 

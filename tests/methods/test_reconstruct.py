@@ -121,8 +121,8 @@ def test_what_is_not_better_on_rows_held_back_is_not_taken(bench, monkeypatch):
     start = b.run(Gptq(**GRID, scales="search"))
     found = TunableBlock.loss_and_gradients
 
-    def uphill(self, weights, rows):
-        loss, gradients = found(self, weights, rows)
+    def uphill(self, weights, rows, owners):
+        loss, gradients = found(self, weights, rows, owners)
         return loss, [-gradient for gradient in gradients]
 
     monkeypatch.setattr(TunableBlock, "loss_and_gradients", uphill)

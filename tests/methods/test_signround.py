@@ -72,8 +72,8 @@ def test_a_fit_that_diverges_keeps_rounding_to_nearest_and_says_so(bench, monkey
     assert one.rows[0]["best_step"] == 0 and "note" in one.rows[0]  # nothing had changed by then
     found = TunableBlock.loss_and_gradients
 
-    def broken(self, weights, rows):
-        loss, gradients = found(self, weights, rows)
+    def broken(self, weights, rows, owners):
+        loss, gradients = found(self, weights, rows, owners)
         return loss * float("nan"), gradients
 
     monkeypatch.setattr(TunableBlock, "loss_and_gradients", broken)

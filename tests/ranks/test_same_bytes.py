@@ -18,6 +18,7 @@ INT4 = {"bits": 4, "group_size": 32}
 STATIC = {"smoothquant": {"alpha": "search", "bits": 8, "activations": "static"}}
 QOQ = {"qoq": {"attention_alpha": "search"}}
 BESIDE = {"gptq": {**INT4, "correction": 0.5, "scales": "search"}}
+LEARNED = {"signround": {**INT4, "steps": 3, "batch": 4}}
 REFERENCE = {"awq": {**INT4, "search": "reference", "search_tokens": 100}}
 PASSKEY = {
     **{"lengths": [64], "depths": [0.1, 0.9], "rows": 2},
@@ -28,6 +29,7 @@ LLAMA: dict[str, list[dict[str, Any]]] = {
     "gptq beside the original": [BESIDE],
     "smoothquant": [STATIC],
     "qoq": [QOQ],
+    "learned rounding": [LEARNED],
 }
 MIXTRAL: dict[str, list[dict[str, Any]]] = {
     "nvfp4": [{"nvfp4": {"activations": "calibrated"}}],

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
+from compressor.ranks.ranks import Ranks
 from compressor.runner.tunable_block import TunableBlock
+
+T = TypeVar("T")
 
 TOLD = 20
 """Steps between two reports of progress."""
@@ -45,15 +50,52 @@ def draws(rows: Sequence[int], size: int, generator: torch.Generator) -> Iterato
             yield [rows[i] for i in order[start : start + size]]
 
 
-def weights_of(roundings: Mapping[str, Rounding]) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Which rank learns which of a block's linears. All of them run rows of the block, and so need
+    all weights.
+
+    owners  rank of each linear, by its module path
+    """
+
+    ranks: Ranks
+    owners: Mapping[str, int]
+
+    @classmethod
+    def of(cls, linears: Sequence[Linear], ranks: Ranks) -> Division:
+        """By size."""
+        owned = ranks.owners(linears, lambda x: math.prod(x.shape))
+        return cls(ranks, {x.name: rank for x, rank in zip(linears, owned, strict=True)})
+
+    def mine(self, linear: Linear) -> bool:
+        """Whether this rank learns it."""
+        return self.owners[linear.name] == self.ranks.rank
+
+    def every(self, mine: Mapping[str, T]) -> dict[str, T]:
+        """What ranks have of their linears, by module path, of all of them."""
+        gathered = self.ranks.gather(dict(mine))
+        return {name: gathered[rank][name] for name, rank in self.owners.items()}
+
+
+@torch.no_grad()
+def loss_of(
+    block: TunableBlock,
+    roundings: Mapping[str, Rounding],
+    rows: Sequence[int],
+    division: Division,
+) -> float:
+    """The block's loss on some rows."""
+    return block.loss(division.every(_in_memory(block, _weights_of(roundings))), rows)
+
+
+def _weights_of(roundings: Mapping[str, Rounding]) -> dict[str, Tensor]:
     """Module path → what its codes stand for."""
     return {name: rounding.weight() for name, rounding in roundings.items()}
 
 
-@torch.no_grad()
-def loss_of(block: TunableBlock, roundings: Mapping[str, Rounding], rows: Sequence[int]) -> float:
-    """The block's loss on some rows."""
-    return block.loss(weights_of(roundings), rows)
+def _in_memory(block: TunableBlock, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the block has them when it runs."""
+    return {name: weight.detach().to(block.dtype) for name, weight in weights.items()}
 
 
 def steps(
@@ -63,26 +105,32 @@ def steps(
     *,
     count: int,
     batches: Iterator[list[int]],
+    division: Division,
     progress: Callable[[int, int, float], None],
 ) -> Iterator[Step]:
     """Steps of a fit. It ends early where a loss is not finite.
 
-    update  changes the parameters by their gradients, given the number of the step
+    roundings  of the linears that this rank learns
+    update     changes the parameters by their gradients, given the number of the step
     """
     parameters = [p for rounding in roundings.values() for p in rounding.parameters()]
     for number in range(count):
         for parameter in parameters:
             parameter.grad = None
-        weights = weights_of(roundings)
-        found, gradients = block.loss_and_gradients(weights, next(batches))
-        loss = float(found)
+        weights = _weights_of(roundings)
+        every = division.every(_in_memory(block, weights))
+        rows, owners = next(batches), list(division.owners.values())
+        loss, gradients = block.loss_and_gradients(every, rows, owners)
+        del every
         if number % TOLD == 0:
             progress(number, count, loss)
         yield Step(number, loss)
         if not math.isfinite(loss):
             return
         made = list(weights.values())
-        torch.autograd.backward(made, [g.to(w.dtype) for g, w in zip(gradients, made, strict=True)])
+        if made:  # with more ranks than linears some learn none
+            grads = [g.to(w.dtype) for g, w in zip(gradients, made, strict=True)]
+            torch.autograd.backward(made, grads)
         with torch.no_grad():
             update(number)
 
@@ -97,9 +145,11 @@ class Kept:
     @torch.no_grad()
     def keep(self) -> None:
         """Remember them as they are."""
-        torch._foreach_copy_(self._copies, self._parameters)
+        for copy, parameter in zip(self._copies, self._parameters, strict=True):
+            copy.copy_(parameter)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set them to what was remembered."""
-        torch._foreach_copy_(self._parameters, self._copies)
+        for copy, parameter in zip(self._copies, self._parameters, strict=True):
+            parameter.copy_(copy)
