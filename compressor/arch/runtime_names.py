@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -90,6 +90,20 @@ class Stack:
             found[self.bias] = self._stacked(block, experts, tensors, bias_name)
         return found
 
+    def build_coded(
+        self, block: str, experts: int, tensors: Mapping[str, Tensor], *, leaves: Sequence[str]
+    ) -> tuple[set[str], dict[str, Tensor]]:
+        """Names of packed linears' tensors, and the stacks of each of `leaves` and of the biases
+        built from them, by name relative to the block. Each is [rows, ...] of a linear."""
+        stacks = {leaf: f"{self.on_disk}_{leaf}" for leaf in leaves}
+        stacks |= {} if self.bias is None else {"bias": self.bias}
+        paths = [f"{block}.{x.format(e=e)}" for e in range(experts) for x in self.sources]
+        built = {
+            into: self._stacked(block, experts, tensors, _named(leaf))
+            for leaf, into in stacks.items()
+        }
+        return {f"{path}.{leaf}" for path in paths for leaf in stacks}, built
+
     def takes(self, block: str, experts: int) -> Iterator[str]:
         """Names of the tensors that it is built from."""
         for e in range(experts):
@@ -121,6 +135,10 @@ class Stack:
             apart = out.view(experts, len(self.sources), -1, *out.shape[2:])
             out = apart.transpose(1, 2).reshape(out.shape)
         return out
+
+
+def _named(leaf: str) -> Callable[[str], str]:
+    return lambda path: f"{path}.{leaf}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,22 +180,36 @@ class RuntimeNames:
         return found
 
     def restacked(
-        self, unit: UnitLayout, name: str, tensors: Mapping[str, Tensor]
+        self,
+        unit: UnitLayout,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        coded: Sequence[str] = (),
     ) -> tuple[set[str], dict[str, Tensor]]:
         """Names of the tensors that a stack of the checkpoint holds, and the stack (with that of
-        its biases) built from them."""
+        its biases) built from them.
+
+        coded  what each linear has in place of its weight, where it is packed: there is a stack
+               STACK_LEAF of each, rows first
+        """
         first = self.stacked(unit)[name][0]
         if first.expert is None:
             return {first.weight_name}, {name: tensors[first.weight_name].T.contiguous()}
         stack, experts = self._stack(unit, name)
+        if coded:
+            taken, built = stack.build_coded(unit.name, experts, tensors, leaves=coded)
+            return taken, {f"{unit.name}.{local}": tensor for local, tensor in built.items()}
         turned = self._turned(stack, first)
         built = stack.build(unit.name, experts, tensors, into=stack.on_disk, transposed=turned)
         return set(stack.takes(unit.name, experts)), {
             f"{unit.name}.{local}": tensor for local, tensor in built.items()
         }
 
-    def references(self, unit: UnitLayout, name: str) -> dict[str, TensorRef]:
-        """Where such a stack has the tensors that it is built from."""
+    def references(
+        self, unit: UnitLayout, name: str, *, coded: Sequence[str] = ()
+    ) -> dict[str, TensorRef]:
+        """Where such a stack has the tensors that it is built from; `coded` as in `restacked`."""
         found: dict[str, TensorRef] = {}
         for linear in self.stacked(unit)[name]:
             expert, rows = linear.expert, linear.out_features
@@ -188,6 +220,12 @@ class RuntimeNames:
             place, turned = paths.index(linear.name), self._turned(stack, linear)
             weight = stack.reference(unit.name, expert, place, rows, transposed=turned)
             bias = stack.bias_reference(unit.name, expert, place, rows)
+            if coded:
+                part = replace(weight, transposed=False)
+                for leaf in coded:
+                    found[f"{linear.name}.{leaf}"] = replace(part, name=f"{name}_{leaf}")
+                found |= {linear.bias_name: bias} if bias else {}
+                continue
             found |= {linear.weight_name: weight} | ({linear.bias_name: bias} if bias else {})
         return found
 

@@ -34,7 +34,8 @@ class SlicedCheckpoint(Checkpoint):
     ) -> dict[str, Tensor]:
         """The named tensors on the CPU. Raises InputError for a name that is not there."""
         wanted = list(names)
-        return self.view(wanted, self.inner.read(self._homes(wanted), pin=pin, threads=threads))
+        homes = self.inner.read(self._homes(wanted), pin=pin, threads=threads)
+        return self._parts(wanted, homes)
 
     def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """The stacks that hold them."""
@@ -42,6 +43,10 @@ class SlicedCheckpoint(Checkpoint):
 
     def view(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slices of those."""
+        wanted = list(names)
+        return self._parts(wanted, self.inner.view(self._homes(wanted), stored))
+
+    def _parts(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         refs = {name: self.slices.get(name, TensorRef(name)) for name in names}
         return {
             name: stored[name] if ref.whole else ref.read(stored[ref.name])

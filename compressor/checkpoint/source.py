@@ -19,7 +19,7 @@ from compressor.arch.schema import MapFile
 from compressor.checkpoint.assemble import assembled
 from compressor.checkpoint.consolidated import open_any
 from compressor.checkpoint.low_precision.known import as_floats
-from compressor.checkpoint.low_precision.microscaled import as_compressed_tensors
+from compressor.checkpoint.low_precision.microscaled import as_one_by_one
 from compressor.checkpoint.manifest import RECIPE_NAME
 from compressor.checkpoint.one_reading import settle_biases, settle_head, settle_quantization
 from compressor.checkpoint.packed_shapes import packed_shape
@@ -36,7 +36,7 @@ from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 
-CODE_NAMES = ("weight_packed", "qweight")
+CODE_NAMES = ("weight_packed", "qweight", "blocks")
 """Names under which formats store codes in place of a linear's `weight`."""
 
 TELLING = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_global_scale")
@@ -157,7 +157,7 @@ def as_source(
         chosen = _recorded_map(checkpoint.folder) if chosen is None else chosen
         arch = find_map(checkpoint.config, checkpoint.entries, chosen=chosen)
     checkpoint = checkpoint if arch.free else canonical(checkpoint, arch)
-    checkpoint = as_compressed_tensors(settle_quantization(checkpoint))
+    checkpoint = as_one_by_one(settle_quantization(checkpoint))
     checkpoint = as_floats(checkpoint, dtype)
     checkpoint = checkpoint if arch.free else settle_head(checkpoint, arch)
     config = checkpoint.config

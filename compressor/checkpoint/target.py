@@ -113,12 +113,12 @@ class ModelTarget:
                 shape = entries[name].spec.shape if linear is None else linear.shape
                 found[name] = TensorShape(self.float_dtype(name), shape)
         for stack in self._stacked(unit):
-            # Runtimes look up packed experts one by one, and floats in a stack.
+            # Most look up packed experts one by one, and floats in a stack.
             state = {
                 name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
                 for name, spec in found.items()
             }
-            parts, built = self.source.arch.runtime.restacked(unit, stack, state)
+            parts, built = self._restacked(unit, stack, state)
             found = {name: spec for name, spec in found.items() if name not in parts}
             found |= _specs(built)
         found |= self.added.get(unit.name, {})
@@ -160,7 +160,7 @@ class ModelTarget:
         floats = dict(unit.extra)
         for stack in self._stacked(unit.layout):
             made = replaced(unit.tensors, outputs)
-            parts, built = self.source.arch.runtime.restacked(unit.layout, stack, made)
+            parts, built = self._restacked(unit.layout, stack, made)
             outputs = {name: tensor for name, tensor in outputs.items() if name not in parts}
             floats |= built
         halves = {}
@@ -184,7 +184,8 @@ class ModelTarget:
         """The inverse of `encode`."""
         refs: dict[str, TensorRef] = {}
         for stack in self._stacked(unit):
-            refs |= self.source.arch.runtime.references(unit, stack)
+            coded = self._packed_as(unit, stack)
+            refs |= self.source.arch.runtime.references(unit, stack, coded=coded)
         stacks = {ref.name for ref in refs.values()}
         single = {name: tensor for name, tensor in tensors.items() if name not in stacks}
         parts = {name: ref.read(tensors[ref.name]) for name, ref in refs.items()}
@@ -256,7 +257,22 @@ class ModelTarget:
     def _stacked(self, unit: UnitLayout) -> list[str]:
         """Stacks, of experts for one, that are written as such."""
         stacks = self.source.arch.runtime.stacked(unit)
-        return [name for name, linears in stacks.items() if all(map(self._is_float, linears))]
+        return [
+            name
+            for name, linears in stacks.items()
+            if all(map(self._is_float, linears)) or self._packed_as(unit, name)
+        ]
+
+    def _packed_as(self, unit: UnitLayout, stack: str) -> tuple[str, ...]:
+        """What linears of a stack have in place of weights, where it is written packed."""
+        linears = self.source.arch.runtime.stacked(unit)[stack]
+        return () if any(map(self._is_float, linears)) else self.format.stacked
+
+    def _restacked(
+        self, unit: UnitLayout, stack: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[set[str], dict[str, Tensor]]:
+        coded = self._packed_as(unit, stack)
+        return self.source.arch.runtime.restacked(unit, stack, tensors, coded=coded)
 
     def _is_float(self, linear: Linear) -> bool:
         """Whether a linear's weight is written as floats."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
@@ -76,6 +77,10 @@ class Format(ABC):
     stores_divisors = False
     """Whether it stores a tensor's second-level scale as its reciprocal."""
 
+    stacked: tuple[str, ...] = ()
+    """A linear's tensors, where those of experts lie in stacks of all, as floats do; else each
+    expert has its own."""
+
     kv_names: tuple[str, str] | None = None
     """Where an attention module keeps the static scales of its keys and values."""
 
@@ -90,6 +95,11 @@ class Format(ABC):
     @abstractmethod
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None where the format can hold `scheme` for a weight [out, in], else the reason."""
+
+    def refuses(self, model_type: str, schemes: Mapping[Linear, Scheme]) -> str | None:
+        """None where the format can hold a model whose linears have schemes that it accepts, else
+        the reason."""
+        return None
 
     def may_lack(self, scheme: Scheme) -> str | None:
         """None where every weight of a scheme that it accepts has a form, else what may have

@@ -228,13 +228,9 @@ class _Conversion:
         """Read everything once; what is to be written. Raises Problems with all that has no form
         in it."""
         source, units = self.source, self.source.layout.units
-        dtype = self.format.model_dtype(source.checkpoint.dtype)
+        fmt, dtype = self.format, self.format.model_dtype(source.checkpoint.dtype)
         target = ModelTarget(
-            source=source,
-            format=self.format,
-            schemes=source.schemes,
-            dtype=dtype,
-            container=container,
+            source=source, format=fmt, schemes=source.schemes, dtype=dtype, container=container
         )
         self._say_what_goes()
         linears: dict[str, Scheme] = {}
@@ -272,6 +268,9 @@ class _Conversion:
                     self.rounded.append(report)
                 linears[linear.name] = Scheme(moved.spec, self._input(linear))
             progress(layout.name, done, len(units))
+        held = {x: linears[x.name] for x in source.layout.linears if x.name in linears}
+        if reason := fmt.refuses(source.layout.model_type, held):
+            problems.append(InputError(f"{fmt.name}: {reason}"))
         if problems:
             raise Problems(problems)
         if centred:

@@ -185,6 +185,7 @@ class Hole(Scope):
 
     models         only for these model types; empty: all
     transposed     only for linears that their module keeps [in, out]
+    uneven         only for linears with a size that is no multiple of this
     tied           only where the head shares the embedding's weight
     plain_experts  only where there are experts in float, one by one
     plain_stacks   only where there are experts in float, in one tensor
@@ -192,6 +193,7 @@ class Hole(Scope):
 
     models: tuple[str, ...] = ()
     transposed: bool = False
+    uneven: int = 1
     tied: bool = False
     plain_experts: bool = False
     plain_stacks: bool = False

@@ -177,7 +177,8 @@ def _linear(
 
     reasons = []
     for hole in holes:
-        if not unlike(hole) and (linear.transposed or not hole.transposed):
+        uneven = hole.uneven == 1 or any(size % hole.uneven for size in linear.shape)
+        if not unlike(hole) and uneven and (linear.transposed or not hole.transposed):
             reasons.append((hole.says, f"{hole.instead}{_issue(hole)}"))
     if reasons:
         return reasons

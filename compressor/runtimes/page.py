@@ -217,6 +217,7 @@ def _section(contract: Contract) -> list[str]:
         only = f", {', '.join(f'`{name}`' for name in hole.models)}" if hole.models else ""
         only += f", {hole.modules} only" if hole.modules else ""
         only += ", linears that lie [in, out]" if hole.transposed else ""
+        only += f", sizes that are no multiple of {hole.uneven}" if hole.uneven > 1 else ""
         only += ", tied head" if hole.tied else ""
         only += ", experts in float one by one" if hole.plain_experts else ""
         only += ", experts in float in one tensor" if hole.plain_stacks else ""

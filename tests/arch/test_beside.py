@@ -97,6 +97,9 @@ def test_what_torch_multiplies_with_itself_stays_and_what_transformers_fails_on_
     written = compiled(tiny_model("gemma3"), tmp_path / "out", step)
     (reason,) = loads(parse_runtime("transformers"), stored_form(written))
     assert "SigLIP" in reason.message
+    found = loads(parse_runtime("vllm"), stored_form(written))
+    (mlp,) = (error for error in found if "SigLIP" in error.message)
+    assert ".fc" in mlp.message and "ignore" in str(mlp.hint)
     with pytest.raises(AttributeError, match="weight"):
         logits_of_transformers(written.checkpoint.folder)
 

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.source import open_source
-from compressor.errors import InputError
+from compressor.errors import InputError, Problems
 from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4
 from compressor.numerics import quantize
+from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.convert import convert
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.verify.verify import verify
+from tests.support.family_checks import logits, logits_of_transformers
 from tests.support.golden_files import vectors
 
 TinyModel = Callable[..., Path]
@@ -73,7 +76,7 @@ def test_experts_of_gpt_oss_are_codes(gpt_oss: Path) -> None:
         assert torch.equal(bias, golden["gate_up_proj_bias"][1, 1::2])
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "modelopt-nvfp4"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "modelopt-nvfp4", "gpt-oss"])
 def test_they_are_moved_without_a_change(format: str, gpt_oss: Path, tmp_path: Path) -> None:
     convert(locate(str(gpt_oss), fetch=True), tmp_path / "out", format=format)
     before, after = open_source(gpt_oss), open_source(tmp_path / "out")
@@ -82,8 +85,51 @@ def test_they_are_moved_without_a_change(format: str, gpt_oss: Path, tmp_path: P
         assert ours.quantized.keys() == theirs.quantized.keys()
         for name, q in theirs.quantized.items():
             assert q.spec.element == "fp4_e2m1"
-            assert q.spec == (MXFP4 if format == "compressed-tensors" else NVFP4)
+            assert q.spec == (NVFP4 if format == "modelopt-nvfp4" else MXFP4)
             assert torch.equal(q.dequantize(), ours.quantized[name].dequantize())
+
+
+def test_its_own_names_come_back_to_the_byte(gpt_oss: Path, tmp_path: Path) -> None:
+    """By way of compressed-tensors, one expert at a time, and verified there and back."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    for source, output, format in (
+        (gpt_oss, there, "compressed-tensors"),
+        (there, back, "gpt-oss"),
+    ):
+        found = locate(str(source), fetch=True)
+        made = convert(found, output, format=format, verifying=True)
+        assert made.ok, [c for c in made.verified.checks if not c.ok]
+    before, after = (load_file(folder / "model.safetensors") for folder in (gpt_oss, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((back / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "mxfp4" and "lm_head" in config["modules_to_not_convert"]
+
+
+def test_experts_rounded_here_load_in_transformers_under_their_own_names(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    sizes = {"intermediate_size": 96, "hidden_size": 64}
+    model = tiny_model("gpt_oss", dtype=torch.bfloat16, **sizes)
+    recipe = {
+        "model": str(model),
+        "output": str(tmp_path / "out"),
+        "format": "gpt-oss",
+        "calibration": {"samples": 4, "length": 32},
+        "passes": [{"mxfp4": {"targets": ["expert.*"]}}],
+    }
+    cpu = choose_device("cpu")
+    written = open_source(compile_checkpoint(prepare(make_recipe(recipe), device=cpu)).output)
+    assert written.format.name == "gpt-oss"
+    theirs = logits_of_transformers(tmp_path / "out")
+    torch.testing.assert_close(logits(written), theirs, atol=2e-4, rtol=2e-4)
+    assert verify(tmp_path / "out", against=open_source(model), device=cpu).ok
+    wrong = {**recipe, "passes": ["mxfp4"]}
+    with pytest.raises(Problems, match=r"nothing else is: .*self_attn.q_proj is quantized"):
+        make_plan(make_recipe(wrong), open_source(model))
+    llama = tiny_model("llama")
+    with pytest.raises(Problems, match=r"those of gpt_oss's experts, not of llama"):
+        make_plan(make_recipe({**wrong, "model": str(llama)}), open_source(llama))
 
 
 def test_they_are_rounded_anew_with_consent(gpt_oss: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.methods.awq import Awq
 from compressor.methods.fp8 import Fp8
 from compressor.methods.gptq import Gptq
+from compressor.methods.mxfp4 import Mxfp4
+from compressor.methods.mxfp8 import Mxfp8
 from compressor.methods.nvfp4 import Nvfp4
 from compressor.methods.progressive import Progressive
 from compressor.methods.rtn import Rtn
@@ -255,6 +257,9 @@ def written_schemes():
         for how in inputs[1:]
     ]
     asked += [(Nvfp4, {"activations": how}) for how in ("none", "calibrated", "dynamic")]
+    asked += [
+        (kind, {"activations": how}) for kind in (Mxfp4, Mxfp8) for how in ("none", "dynamic")
+    ]
     asked += [
         (Gptq, {"grid": "nvfp4", "activations": how}) for how in (None, "calibrated", "dynamic")
     ]

@@ -70,6 +70,7 @@ CASES = [
         for input in (None, INPUTS[spec.element])
         for shape in ((7, 64), (1, 32), (130, 96))
     ),
+    *(("gpt-oss", MXFP4, None, shape) for shape in ((7, 64), (1, 32), (130, 96))),
     *(("modelopt-fp8", fp8("tensor", dtype=F32), FP8_STATIC, s) for s in ((7, 70), (128, 128))),
     *(
         ("fp8", fp8("block", block=(128, 128), dtype=F32), FP8_GROUP, shape)
@@ -86,7 +87,7 @@ CASES = [
         for shape in ((32, 64), (96, 128))
     ),
 ]
-FORMATS = ("compressed-tensors", "modelopt-nvfp4", "modelopt-fp8", "fp8", "qserve")
+FORMATS = ("compressed-tensors", "modelopt-nvfp4", "modelopt-fp8", "fp8", "gpt-oss", "qserve")
 
 
 def cases(name):

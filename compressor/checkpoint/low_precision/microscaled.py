@@ -1,5 +1,6 @@
-"""MXFP4 and MXFP8 as others lay them out, seen as compressed-tensors has them: the same codes and
-scales under other names, so that they are decoded, cast and moved by what reads that format.
+"""MXFP4 and MXFP8 as others lay them out, seen as a format has them: the same codes and scales
+under other names, so that they are decoded, cast and moved by what reads that format. gpt-oss's has
+each expert by itself, the others are compressed-tensors.
 
 gpt-oss    X_blocks uint8 [experts, out, in/32, 16] and X_scales [experts, out, in/32] of stacked
            experts, X_bias; rows of gate_up_proj are gate and up by turns
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from compressor.ir.tensor import TensorShape
 
 STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<name>gate_up_proj|down_proj)_blocks")
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-LEAVES = {"blocks": "weight_packed", "scales": "weight_scale", "bias": "bias"}
+LEAVES = ("blocks", "scales", "bias")
 ALGORITHMS = {"mxfp8": MXFP8, "mxfp4": MXFP4, "w4a8_mxfp4_fp8": MXFP4}
 """ModelOpt's names, in lower case, and MiniMax's."""
 
@@ -35,7 +37,7 @@ ALGORITHMS = {"mxfp8": MXFP8, "mxfp4": MXFP4, "w4a8_mxfp4_fp8": MXFP4}
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A tensor as part of a stored one: all of it, or each `turns`-th row of an expert from `turn`
-    on, its last two dimensions as one where it lies in blocks."""
+    on."""
 
     stored: str
     expert: int | None = None
@@ -46,15 +48,14 @@ class Piece:
         """The piece of a stored tensor."""
         if self.expert is None:
             return tensor
-        rows = tensor[self.expert, self.turn :: self.turns]
-        return rows.flatten(1) if rows.dim() == 3 else rows.contiguous()
+        return tensor[self.expert, self.turn :: self.turns].contiguous()
 
     def entry(self, stored: Entry) -> Entry:
         """What the header would say of it."""
         shape = stored.spec.shape
         if self.expert is not None:
             rows, *inner = shape[1:]
-            shape = (rows // self.turns, *([inner[0] * inner[1]] if len(inner) == 2 else inner))
+            shape = (rows // self.turns, *inner)
         return replace(stored, spec=TensorShape(stored.spec.dtype, shape))
 
 
@@ -75,23 +76,36 @@ class PiecedCheckpoint(Checkpoint):
         self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
     ) -> dict[str, Tensor]:
         """The named tensors on the CPU. Raises InputError for a name that is not there."""
-        wanted = {name: self.pieces.get(name, Piece(name)) for name in names}
-        stored = dict.fromkeys(piece.stored for piece in wanted.values())
-        found = self.inner.read(stored, pin=pin, threads=threads)
-        return {name: piece.take(found[piece.stored]) for name, piece in wanted.items()}
+        wanted = list(names)
+        return self.view(wanted, self.inner.read(self._homes(wanted), pin=pin, threads=threads))
+
+    def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """The tensors that hold them."""
+        return self.inner.in_files(self._homes(names), pin=pin)
+
+    def view(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pieces of those."""
+        pieces = {name: self.pieces.get(name, Piece(name)) for name in names}
+        return {name: piece.take(stored[piece.stored]) for name, piece in pieces.items()}
+
+    def _homes(self, names: Iterable[str]) -> list[str]:
+        every = (self.pieces[name].stored if name in self.pieces else name for name in names)
+        return list(dict.fromkeys(every))
 
 
-def as_compressed_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under compressed-tensors' names and config, where it is one of these; else
+def as_one_by_one(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under the names and config of a format, where it is one of these; else
     itself. Raises InputError for parts that do not fit together."""
     declared = checkpoint.config.get("quantization_config")
     entry = declared if isinstance(declared, dict) else {}
     method = str(entry.get("quant_method", "")).lower()
     spec = ALGORITHMS.get(str(entry.get("quant_algo", method)).lower())
     if any(STACK.fullmatch(name) for name in checkpoint.entries):
-        return _seen(checkpoint, dict(_stacked(checkpoint)), MXFP4)
+        said = {**entry, "quant_method": "mxfp4"}
+        return _seen(checkpoint, dict(_stacked(checkpoint)), said)
     if spec is not None and method in ("modelopt", "mxfp8"):
-        return _seen(checkpoint, dict(_renamed(checkpoint, spec)), spec)
+        pieces = dict(_renamed(checkpoint, spec))
+        return _seen(checkpoint, pieces, _said(checkpoint, pieces, spec))
     return checkpoint
 
 
@@ -111,8 +125,8 @@ def _stacked(checkpoint: Checkpoint) -> Iterator[tuple[str, Piece]]:
                 hint="a shard or the scales are missing",
             )
         parts = PARTS[found["name"]]
-        for kind, leaf in LEAVES.items():
-            stored = f"{found['experts']}.{found['name']}_{kind}"
+        for leaf in LEAVES:
+            stored = f"{found['experts']}.{found['name']}_{leaf}"
             for expert in range(shape[0] if stored in checkpoint.entries else 0):
                 for turn, part in enumerate(parts):
                     name = f"{found['experts']}.{expert}.{part}.{leaf}"
@@ -140,8 +154,20 @@ def _renamed(checkpoint: Checkpoint, spec: QuantSpec) -> Iterator[tuple[str, Pie
         yield f"{path}.weight_scale", Piece(f"{path}.{scale}")
 
 
-def _seen(checkpoint: Checkpoint, pieces: Mapping[str, Piece], spec: QuantSpec) -> Checkpoint:
-    """The checkpoint with pieces in place of what they are taken from."""
+def _said(checkpoint: Checkpoint, pieces: Mapping[str, Piece], spec: QuantSpec) -> dict[str, Any]:
+    """What compressed-tensors says of these weights."""
+    paths = {name.removesuffix(".weight_scale") for name in pieces if name.endswith("_scale")}
+    stored = {piece.stored for piece in pieces.values()}
+    plain = {n.rpartition(".")[0] for n in checkpoint.entries if is_weight(n) and n not in stored}
+    schemes = {path: Scheme(weight=spec) for path in sorted(paths)}
+    schemes |= {path: Scheme() for path in sorted(plain - paths)}
+    return get_format("compressed-tensors").config(ModelSchemes(schemes))
+
+
+def _seen(
+    checkpoint: Checkpoint, pieces: Mapping[str, Piece], said: Mapping[str, Any]
+) -> Checkpoint:
+    """The checkpoint with pieces in place of what they are taken from, and what is said of them."""
     used = {piece.stored for piece in pieces.values()}
     paths = {name.removesuffix(".weight_scale") for name in pieces if name.endswith("_scale")}
     beside = {f"{path}.input_scale" for path in paths}  # inputs are rounded as the model runs
@@ -149,10 +175,6 @@ def _seen(checkpoint: Checkpoint, pieces: Mapping[str, Piece], spec: QuantSpec) 
     entries |= {
         name: piece.entry(checkpoint.entries[piece.stored]) for name, piece in pieces.items()
     }
-    plain = {n.rpartition(".")[0] for n in entries if is_weight(n)} - paths
-    schemes = {path: Scheme(weight=spec) for path in sorted(paths)}
-    schemes |= {path: Scheme() for path in sorted(plain)}
-    said = get_format("compressed-tensors").config(ModelSchemes(schemes))
     config = {**checkpoint.config, "quantization_config": said}
     own = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
     own |= {"entries": entries, "config": config}

@@ -63,6 +63,9 @@ def _rounded(layer: Layer, x: Tensor) -> Tensor:
 def _operands(layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
     from compressor_kernels.linear.mx import MXWeight
 
-    codes = layer.tensors["weight_packed" if layer.q.spec.bits == 4 else "weight"]
-    exponents = layer.tensors["weight_scale"].view(torch.uint8)
+    stored = layer.tensors
+    if "blocks" in stored:
+        return operands(MXWeight(stored["blocks"].flatten(1), stored["scales"]), tile, device)
+    codes = stored["weight_packed" if layer.q.spec.bits == 4 else "weight"]
+    exponents = stored["weight_scale"].view(torch.uint8)
     return operands(MXWeight(codes, exponents), tile, device)
