@@ -276,7 +276,7 @@ def device_options(function: Command) -> Command:
         "--device-memory",
         type=SIZE,
         metavar="SIZE",
-        help="Bound on device memory, such as 5GB: smaller batches.",
+        help="Bound on device memory, such as 5GB: smaller batches, then inputs in main memory.",
     )
     return device_option(memory(function))
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from compressor.arch.load import load_map
 from compressor.errors import InputError
+from compressor.ir.floats import Floats
 from compressor.ir.layout import Fold, Linear, Rows, UnitLayout
-from compressor.numerics.folding import consumer_scale, fold, source_scale
+from compressor.ir.unit import Unit
+from compressor.numerics.folding import consumer_scale, fold, fold_changes, source_scale
 from tests.support.tiny_models import TYPES
 
 # RMSNorm computes in float32 whatever the model's dtype. Only Gemma's multiplies by its weight
@@ -195,3 +197,19 @@ def test_leaving_float16_is_an_error_and_not_an_infinity():
     with pytest.raises(InputError, match=r"n\.weight beyond float16"):
         fold(tensors, how, unit, torch.full((6,), 1e-5))
     assert fold(tensors, how, unit, torch.full((6,), 1e-4))["n.weight"].isfinite().all()
+
+
+def test_a_fold_that_waits_until_tensors_are_read_gives_the_same_bits(tiny_model):
+    layout, tensors = load(tiny_model("llama"))
+    unit = layout.blocks[0]
+    held = {name: tensors[name].bfloat16() for name in unit.tensors}
+    now = Unit(layout=unit, tensors={name: tensor.float() for name, tensor in held.items()})
+    later = Unit(layout=unit, tensors=Floats(held))
+    for number, how in enumerate(unit.folds):
+        scale = random_scale(source_channels(how, held), seed=number)
+        now = now.with_tensors(fold(now.tensors, how, unit, scale))
+        later = later.with_changes(fold_changes(later.tensors, how, unit, scale))
+    assert now.tensors.keys() == set(later.tensors)
+    for name, tensor in now.tensors.items():
+        assert torch.equal(later.tensors[name], tensor), name
+    assert all(torch.equal(held[name], tensors[name].bfloat16()) for name in held)
