@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
 
@@ -12,10 +14,16 @@ def packed_shape(checkpoint: Checkpoint, path: str) -> tuple[int, int]:
     if f"{path}.weight_shape" in entries:
         rows, columns = checkpoint.read([f"{path}.weight_shape"])[f"{path}.weight_shape"].tolist()
         return int(rows), int(columns)
-    for leaf, codes in (("weight", 1), ("weight_packed", 2)):
+    for leaf in ("weight", "weight_packed"):
         entry = entries.get(f"{path}.{leaf}")
         if entry is not None and entry.spec.dtype.itemsize == 1 and len(entry.spec.shape) == 2:
+            # int8 and FP8 are codes themselves; plain bytes hold two.
+            codes = 2 if entry.spec.dtype == torch.uint8 else 1
             return entry.spec.shape[0], codes * entry.spec.shape[1]
+    blocks = entries.get(f"{path}.blocks")
+    if blocks is not None and len(blocks.spec.shape) == 3:
+        rows, groups, half = blocks.spec.shape
+        return rows, groups * half * 2
     raise InputError(
         f"{path} is packed in a form that does not tell its shape",
         hint="such a checkpoint is read with its architecture's map alone",

@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor.checkpoint.reader import READ_THREADS, Checkpoint
 from compressor.checkpoint.safetensors import Entry, read_tensor
 from compressor.errors import InputError
+from compressor.ir.layout import is_weight
 from compressor.ir.tensor import TensorShape
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -102,7 +103,8 @@ def decoded(
     parts = {part for item in stored.values() for part in item.parts.values()}
     rest = {name: entry for name, entry in checkpoint.entries.items() if name not in parts}
     paths = {name.rpartition(".")[0] for name in stored}
-    inert = [n for n in rest if _leaf(n) in layout.inert and n.rpartition(".")[0] in paths]
+    modules = {name.rpartition(".")[0] for name in rest if is_weight(name)}
+    inert = [n for n in rest if _leaf(n) in layout.inert and n.rpartition(".")[0] not in modules]
     for name in inert:
         del rest[name]
     for name, entry in rest.items():

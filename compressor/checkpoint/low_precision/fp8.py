@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.low_precision.base import Stored
+from compressor.checkpoint.low_precision.four_bit_experts import four_bit_experts
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
 from compressor.formats.fp8.codec import FORMAT
 from compressor.ir.layout import weight_name
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-METHODS = ("fp8", "fbgemm_fp8")
+METHODS = ("fp8", "fbgemm_fp8", "w4afp8")
 DEFAULT_BLOCK = (128, 128)
 SUFFIXES = ("_scale_inv", "_scale")
 
@@ -48,7 +49,9 @@ class FP8Weights:
             return False
         method = None if declared is None else declared.get("quant_method")
         known = declared is None or method in METHODS
-        return known and any(e.spec.dtype in FP8 for e in checkpoint.entries.values())
+        entries = checkpoint.entries
+        coded = any(entry.spec.dtype in FP8 for entry in entries.values())
+        return known and (coded or (declared is not None and bool(four_bit_experts(entries))))
 
     def describe(self, declared: Mapping[str, Any] | None) -> str:
         """fp8, and the size of its blocks."""
@@ -67,7 +70,7 @@ class FP8Weights:
         """
         entries = checkpoint.entries
         block = None if declared is None else _stated_block(declared)
-        found: dict[str, Stored] = {}
+        found = {} if declared is None else four_bit_experts(entries)
         bare: list[str] = []
         for name in [n for n, entry in entries.items() if entry.spec.dtype in FP8]:
             candidates = [name + suffix for suffix in SUFFIXES]
