@@ -49,8 +49,8 @@ CASES = {
     "awq": Case("7b", 9, AWQ, 128, 512),
     "awq-long": Case("7b", 5, AWQ, 512, 2048),
     "gptq-long": Case("7b", 5, PLAIN_GPTQ, 512, 2048),
-    "gptq-beside-long": Case("7b", 4, GPTQ, 512, 2048),
-    "reconstruct-long": Case("7b", 4, LEARNED, 512, 2048),
+    "gptq-beside-long": Case("7b", 3, GPTQ, 512, 2048),
+    "reconstruct-long": Case("7b", 3, LEARNED, 512, 2048),
     "moe-awq": Case("30b-a3b", 4, AWQ, 128, 512),
 }
 
