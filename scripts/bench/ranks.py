@@ -86,7 +86,7 @@ def timed(
     """One run in processes of its own; its manifest is left in `scratch`. With `phases` what its
     parts take is left there."""
     output, recipe = scratch / f"{name}-{gpus}", scratch / "recipe.yaml"
-    samples, length = (12, 64) if options.tiny else (case.samples, case.length)
+    samples, length = (24, 64) if options.tiny else (case.samples, case.length)
     data = {"data": str(scratch / "text.txt"), "samples": samples, "length": length}
     recipe.write_text(
         json.dumps(
