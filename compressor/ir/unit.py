@@ -23,6 +23,7 @@ class Unit:
     input_scales  module path of a linear → static scale of its input, float32 [1], a multiplier
     kv_scales     path of an attention module → static scales of keys after RoPE and of values,
                   float32 multipliers [1] or [kv_heads]
+    divisors      input site → what its input has been divided by since the source, [in]
     """
 
     layout: UnitLayout
@@ -31,6 +32,7 @@ class Unit:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     input_scales: Mapping[str, Tensor] = field(default_factory=dict)
     kv_scales: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    divisors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def weight(self, linear: Linear) -> Tensor:
         """The float weight [out, in] of a linear that is not quantized yet."""
@@ -80,6 +82,12 @@ class Unit:
         """This unit with the static scale of a linear's input set."""
         scale = scale.detach().to(torch.float32).reshape(1)
         return replace(self, input_scales={**self.input_scales, linear.name: scale})
+
+    def with_divisor(self, site: str, divisor: Tensor) -> Unit:
+        """This unit with the input of a site divided [in] once more."""
+        before = self.divisors.get(site)
+        made = divisor if before is None else before * divisor
+        return replace(self, divisors={**self.divisors, site: made})
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Mapping[str, Tensor]:
         """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""

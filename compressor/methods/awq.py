@@ -50,7 +50,7 @@ class Awq(Pass):
     Without `bits` it only changes weights, and searches with the quantizer that comes after it.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     bits: int | None = Field(
         None, ge=2, le=8, description="bits of one weight; null leaves rounding to a later pass"
@@ -66,7 +66,11 @@ class Awq(Pass):
         "(inputs) by the linears' output error on tokens whose inputs are quantized too",
     )
     duo: bool = Field(False, description="also divide scales by the weights' relative magnitude")
-    clip: bool = Field(True, description="search bounds at which weights of a group are clipped")
+    clip: bool = Field(
+        True,
+        description="search bounds at which weights of a group are clipped, unless the "
+        "quantizer that comes after it searches ranges itself",
+    )
     grid: int = Field(20, ge=1, le=1000, description="how many scales are tried for each input")
     search_tokens: int = Field(2048, ge=1, description="tokens that a search other than gram runs")
     min_tokens: int = Field(
@@ -124,9 +128,9 @@ class Awq(Pass):
 
         def folded(current: Unit, site: str, found: ScaleResult) -> Unit:
             scales = source_scale(folds[site], found.scales)
-            return current.with_changes(
-                fold_changes(current.tensors, folds[site], unit.layout, scales)
-            )
+            changes = fold_changes(current.tensors, folds[site], unit.layout, scales)
+            columns = consumer_scale(folds[site], scales)
+            return current.with_changes(changes).with_divisor(site, columns)
 
         def work_on_output(linear: Linear) -> tuple[int, ScaleResult | None, _Finished]:
             """What an expert's output comes to, whose statistics are there only meanwhile."""
@@ -237,7 +241,9 @@ class Awq(Pass):
         options = {}
         made: QTensor | Tensor | None
         values: QTensor | Tensor
-        if self.clip and informed and is_plain_int(spec):
+        # A quantizer that searches its ranges finds better ones towards weights that are whole.
+        clips = self.clip and linear.name not in context.fitted
+        if clips and informed and is_plain_int(spec):
             gram = site.stats.gram
             options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
         if self.bits is None:

@@ -60,6 +60,7 @@ class Effects:
     retrains_norms    whether norms of blocks come out as neither the source nor a base has them
     retrains_blocks   whether blocks come out with other weights than the source has, before any
                       rounding
+    fits_ranges       whether it chooses by itself how far ranges are clipped
     """
 
     scheme: Scheme | None = None
@@ -74,6 +75,7 @@ class Effects:
     delta_bits: int = 0
     retrains_norms: bool = False
     retrains_blocks: bool = False
+    fits_ranges: bool = False
 
     @property
     def transforms(self) -> bool:

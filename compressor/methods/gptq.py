@@ -87,6 +87,10 @@ class Gptq(OnGrid):
         given = {name: getattr(self, name) for name in Settings._fields}
         return found._replace(**{name: x for name, x in given.items() if x is not None})
 
+    @property
+    def fits_ranges(self) -> bool:
+        return self.in_use.scales == "search"
+
     def needs(self) -> Needs:
         cross = self.in_use.correction > 0
         return Needs(stats=StatNeeds(gram=True, absmax=self.reads_absmax, cross=cross))

@@ -11,6 +11,7 @@ head share its order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -69,7 +70,7 @@ class Reorder(Pass):
             unit = unit.with_weight(linear, unit.weight(linear)[:, columns])
             moved = order != torch.arange(order.shape[-1], device=order.device)
             rows.append({"linear": linear.name, "moved": int(moved.sum())})
-        return PassResult(unit, rows)
+        return PassResult(replace(unit, divisors={}), rows)
 
 
 def _order(layout: UnitLayout, linear: Linear, salience: Tensor) -> Tensor:

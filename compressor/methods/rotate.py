@@ -15,6 +15,7 @@ none, becomes (β/γ) R.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -103,7 +104,7 @@ class Rotate(Pass):
         if self.heads and layout.attention is not None and not parts_of(layout, "attn.gate"):
             small = rotation(layout.attention.head_dim, seed=self.seed)
             unit = unit.with_tensors(_turned_heads(unit, small))
-        return PassResult(unit)
+        return PassResult(replace(unit, divisors={}))
 
 
 class Turn(Protocol):

@@ -60,6 +60,10 @@ class Signround(OnGrid):
     )
     ranges: bool = Field(True, description="learn how far each group's range is clipped, too")
 
+    @property
+    def fits_ranges(self) -> bool:
+        return self.ranges
+
     def needs(self) -> Needs:
         block = BlockNeeds(steps=self.steps, rows=self.batch, copies=COPIES)
         return Needs(stats=StatNeeds(absmax=self.reads_absmax), block=block)

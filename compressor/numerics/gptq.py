@@ -27,6 +27,7 @@ from torch import Tensor
 from compressor.ir.qtensor import QTensor
 from compressor.numerics.columns import Columns
 from compressor.numerics.coordinate_descent import descend
+from compressor.numerics.gram import even_diagonal
 from compressor.numerics.scale_refit import refit_scales
 
 BLOCK = 128
@@ -78,13 +79,19 @@ class Rounded:
 
 
 def inverse_factor(
-    gram: Tensor, *, damping: float = 0.01, act_order: bool = True
+    gram: Tensor,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    divisor: Tensor | None = None,
 ) -> InverseFactor | None:
     """Factor a Gram matrix [C, C], any positive multiple; None where it is not finite or zero.
 
     damping    share of the mean of the diagonal that is added to it; doubled until the matrix can
                be factored
     act_order  round inputs in the order of the diagonal, largest first
+    divisor    [C] what the inputs have been divided by for the rounding's sake: damping is that of
+               the inputs before
     """
     diagonal = gram.diagonal().double()
     seen = diagonal > 0
@@ -99,9 +106,10 @@ def inverse_factor(
     matrix = gram.double()[backwards][:, backwards]
     mean = float(diagonal[seen].mean())
     unseen = (~seen).double() * mean
+    even = even_diagonal(gram, divisor)
     damped = max(damping, 1e-8)
     for _ in range(RETRIES):
-        added = unseen + damped * mean
+        added = unseen + damped * even
         lower, failed = torch.linalg.cholesky_ex(matrix + torch.diag(added[backwards]))
         if not bool(failed):
             break

@@ -96,3 +96,13 @@ def error_of_parts(parts: Iterable[tuple[Tensor, Tensor]], gram: Tensor | None) 
 
 def _split(weight: Tensor, quantized: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(weight, ROWS), torch.split(quantized, ROWS), strict=True)
+
+
+def even_diagonal(gram: Tensor, divisor: Tensor | None) -> Tensor:
+    """The diagonal [C] float64 of inputs that are all as large as those seen are on average, before
+    they were divided by `divisor` [C]; zero where none was seen."""
+    diagonal = gram.diagonal().double()
+    seen = diagonal > 0
+    square = torch.ones_like(diagonal) if divisor is None else divisor.to(diagonal).square()
+    mean = (diagonal * square)[seen].mean() if bool(seen.any()) else diagonal.sum()
+    return mean / square

@@ -11,22 +11,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.numerics.gram import even_diagonal
+
 RIDGE = 0.05
 """λ as a share of the Gram matrix's mean diagonal."""
 
 
-def correction(gram: Tensor, cross: Tensor, *, strength: float) -> Tensor | None:
+def correction(
+    gram: Tensor, cross: Tensor, *, strength: float, divisor: Tensor | None = None
+) -> Tensor | None:
     """α·(X° − X)ᵀX·(XᵀX + λI)⁻¹, float32 [C, C]; None where that is not finite or X is zero.
 
     gram      XᵀX, [C, C]
     cross     (X° − X)ᵀX, [C, C], of the same tokens
     strength  α
+    divisor   [C] what the inputs have been divided by for the rounding's sake: λ is that of the
+              inputs before
     """
     mean = gram.diagonal().double().mean()
     if not bool(torch.isfinite(cross).all()) or not bool(torch.isfinite(gram).all()) or mean <= 0:
         return None
     shifted = gram.double()
-    shifted.diagonal().add_(RIDGE * mean)
+    shifted.diagonal().add_(RIDGE * even_diagonal(gram, divisor))
     lower, failed = torch.linalg.cholesky_ex(shifted)
     if bool(failed):
         return None

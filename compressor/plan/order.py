@@ -92,6 +92,11 @@ def rounding_of(passes: Sequence[PassPlan], names: Sequence[str]) -> dict[str, M
     return found
 
 
+def fitted_of(passes: Sequence[PassPlan]) -> frozenset[str]:
+    """Module paths whose quantizer chooses by itself how far ranges are clipped."""
+    return frozenset(n for plan in passes if plan.effects.fits_ranges for n in plan.names)
+
+
 def _searches(plan: PassPlan, schemes: Mapping[str, Scheme]) -> Iterator[CompressError]:
     """A search by rounding error needs to know the rounding."""
     if not plan.needs.rounding:

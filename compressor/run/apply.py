@@ -15,7 +15,7 @@ from compressor.ir.unit import Unit
 from compressor.methods.base import ModelPass, Pass
 from compressor.methods.common.context import PassContext
 from compressor.methods.common.learned import Learned
-from compressor.plan.order import rounding_of
+from compressor.plan.order import fitted_of, rounding_of
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.ranks.ranks import ALONE, Ranks
@@ -61,6 +61,7 @@ def apply_passes(
     """
     rows: list[dict[str, Any]] = []
     rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
+    fitted = fitted_of(plan.passes)
     seen: Observation | None = None
     changed = False
     exact: Unit | None = None  # after the transforms, before the first rounding
@@ -82,6 +83,7 @@ def apply_passes(
             module_loss=_unseen if seen is None else seen.module_loss,
             seed=unit_seed(plan.recipe.seed, index, number),
             rounding=rounding,
+            fitted=fitted,
             model_type=plan.layout.model_type,
             kv=None if seen is None else seen.kv,
             cache=plan.schemes.kv,

@@ -12,6 +12,7 @@ from compressor.checkpoint.source import open_source
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.awq import Awq
 from compressor.methods.base import get_pass
+from compressor.methods.gptq import Gptq
 from compressor.methods.rtn import Rtn
 from compressor.numerics import quantize
 from tests.support.block_bench import BlockBench
@@ -97,6 +98,21 @@ def test_without_bits_the_clipped_weights_are_left_for_the_quantizer(bench):
     for linear in b.layout.linears:
         q = quantize(half.unit.weight(linear), spec)
         assert torch.equal(q.codes, whole.unit.quantized[linear.name].codes), linear.name
+
+
+def test_a_quantizer_that_searches_ranges_gets_whole_weights(bench):
+    b = bench("llama")
+    made = b.run(Awq(), then=Gptq(bits=3, group_size=16)).unit
+    clipped = b.run(Awq(), then=Gptq(bits=3, group_size=16, scales="range")).unit
+    assert made.divisors.keys() == {fold.site for fold in b.layout.folds}
+    makers = {fold.source for fold in b.layout.folds}
+    cut = 0
+    for x in b.layout.linears:
+        if x.name not in makers:
+            back = made.weight(x) / made.divisors[x.site]
+            assert torch.allclose(back, b.unit.weight(x), rtol=1e-4, atol=1e-7), x.name
+            cut += not torch.equal(clipped.weight(x), made.weight(x))
+    assert cut
 
 
 def test_experts_that_saw_no_tokens_are_rounded_without_data(bench):

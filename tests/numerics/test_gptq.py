@@ -8,6 +8,7 @@ import torch
 from compressor.ir.qtensor import NVFP4, QTensor, QuantSpec, spread
 from compressor.numerics import nearest_codes, quantize
 from compressor.numerics.gptq import gptq, inverse_factor, row_errors
+from compressor.numerics.target_correction import correction
 
 SPECS = {
     "int4 group": QuantSpec("int", 4, "group", 16),
@@ -103,6 +104,23 @@ def test_no_row_is_worse_than_rounding_to_nearest(name):
         for leaf in ("scales", "zeros", "second"):
             kept, made = getattr(nearest, leaf), getattr(found.q, leaf)
             assert (kept is None and made is None) or torch.equal(kept.float(), made.float()), leaf
+
+
+def test_damping_is_that_of_inputs_before_they_were_divided() -> None:
+    """Rescaling a problem rescales its solution."""
+    x = torch.randn(200, 12, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 13)
+    other = x + 0.1 * torch.randn(200, 12, generator=torch.Generator().manual_seed(2))
+    gram, cross = x.T @ x, (other - x).T @ x
+    s = torch.linspace(0.2, 5, 12)
+    by = torch.outer(s, s)
+    plain = inverse_factor(gram, damping=0.1)
+    scaled = inverse_factor(gram / by, damping=0.1, divisor=s)
+    assert plain is not None and scaled is not None
+    assert torch.allclose(scaled.damped * by, plain.damped, rtol=1e-4)
+    one = correction(gram, cross, strength=0.5)
+    two = correction(gram / by, cross / by, strength=0.5, divisor=s)
+    assert one is not None and two is not None
+    assert torch.allclose(s[:, None] * two / s, one, rtol=1e-3, atol=1e-5)
 
 
 def test_a_row_that_would_lose_keeps_its_nearest_codes():

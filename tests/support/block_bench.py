@@ -75,6 +75,7 @@ class BlockBench:
                 module_loss=seen.module_loss,
                 seed=0,
                 rounding={x.name: quantizer.effects().rounding for x in picked},
+                fitted=frozenset(schemes) if quantizer.effects().fits_ranges else frozenset(),
                 model_type=self.type,
                 tune=partial(self._tuned, block, {x.name: scheme for x in picked})
                 if step.needs().block

@@ -58,6 +58,7 @@ class PassContext:
     kv           statistics of keys and values, where its needs say so and the block has any
     cache        how the cache will hold them, or None
     rounding     module path → options of `quantize` that its quantizer rounds with
+    fitted       module paths whose quantizer chooses by itself how far ranges are clipped
     model_type   of the model's config
     base         weights of the base that the method names, by full name, for those of its targets
                  that differ from the base's
@@ -79,6 +80,7 @@ class PassContext:
     kv: KVStats | None = None
     cache: KVSpec | None = None
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fitted: frozenset[str] = frozenset()
     model_type: str = ""
     base: Mapping[str, Tensor] = field(default_factory=dict)
     observe: Callable[[Unit, str], SiteStats] | None = None

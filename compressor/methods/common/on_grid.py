@@ -75,6 +75,11 @@ class OnGrid(Pass):
         """Whether the scale of its targets' inputs is calibrated."""
         return self.activations in ("static", "calibrated")
 
+    @property
+    def fits_ranges(self) -> bool:
+        """Whether how far ranges are clipped is searched or learned."""
+        return True
+
     def effects(self) -> Effects:
         inputs = INPUTS[self.grid][self.activations]
         if self.grid == "int":
@@ -83,7 +88,11 @@ class OnGrid(Pass):
         else:
             weight = FLOATS[self.grid][0]
             rounding = {"rule": self.rule if self.grid == "nvfp4" else "mse"}
-        return Effects(scheme=Scheme(weight=weight, input=inputs), rounding=rounding)
+        return Effects(
+            scheme=Scheme(weight=weight, input=inputs),
+            rounding=rounding,
+            fits_ranges=self.fits_ranges,
+        )
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
         size = self.group_size if self.grid == "int" else FLOATS[self.grid][1]

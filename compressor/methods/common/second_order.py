@@ -69,7 +69,7 @@ def round_unit(
         aim, stats = current, context.stats[site]
         if corrects and context.observe is not None and not _routed(linears):
             stats = context.observe(current, site)
-            aim = _corrected(current, linears, stats, options)
+            aim = _corrected(current, site, linears, stats, options)
         if start is not None:
             starts = start(aim, linears, stats)
         else:
@@ -80,7 +80,10 @@ def round_unit(
         inverse = None
         if informed:
             inverse = inverse_factor(
-                stats.gram, damping=options.damping, act_order=options.act_order
+                stats.gram,
+                damping=options.damping,
+                act_order=options.act_order,
+                divisor=unit.divisors.get(site),
             )
         found = _solve(aim, context, informed, starts, inverse, options)
         done = _Site(stats.tokens, {})
@@ -146,12 +149,17 @@ def _routed(linears: Sequence[Linear]) -> bool:
 
 
 def _corrected(
-    unit: Unit, linears: Sequence[Linear], stats: SiteStats, options: GptqOptions
+    unit: Unit, site: str, linears: Sequence[Linear], stats: SiteStats, options: GptqOptions
 ) -> Unit:
     """The unit with the weights that linears of one site should have on its inputs."""
     if stats.tokens < options.min_tokens:
         return unit
-    found = correction(stats.gram, stats.cross, strength=options.correction)
+    found = correction(
+        stats.gram,
+        stats.cross,
+        strength=options.correction,
+        divisor=unit.divisors.get(site),
+    )
     if found is None:
         return unit
     for linear in linears:
