@@ -39,9 +39,14 @@ PUBLISHED = {"scales": "range", "damping": 0.01, "correction": 0.0}
 UNCORRECTED = {"correction": 0.0}
 GENERAL = {"scales": "search", "damping": 0.1, "correction": 0.5}
 """The defaults for weights alone, beside quantized inputs too."""
+HEAD = {"targets": "lm_head", "ignore": [], "group_size": 64}
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     # Parameters of each pass; the last one gets the grid as well.
     "rtn": [("rtn", {})],
+    "rtn, head in 8 bits": [("rtn", {**HEAD, "bits": 8}), ("rtn", {})],
+    "rtn, head in 4 bits": [("rtn", {**HEAD, "bits": 4}), ("rtn", {})],
+    "rtn, cache in fp8": [("kv_cache", {"element": "fp8"}), ("rtn", {})],
+    "rtn, cache in int8": [("kv_cache", {"element": "int8"}), ("rtn", {})],
     "gptq": [("gptq", {})],
     "gptq as published": [("gptq", PUBLISHED)],
     "gptq as published, damping .1": [("gptq", {**PUBLISHED, "damping": 0.1})],
@@ -102,7 +107,7 @@ def variants(bench: Bench) -> Iterator[Variant]:
             *transforms, (last, more) = METHODS[method]
             passes = [{name: given} for name, given in transforms]
             passes.append(on_grid(last, more, GRIDS[grid]))
-            untie = method.startswith("rotate")
+            untie = method.startswith("rotate") or "head" in method
             baseline = f"{grid}: rtn"
             yield recipes.variant(f"{grid}: {method}", passes, baseline=baseline, untie=untie)
 
