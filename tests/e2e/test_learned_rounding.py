@@ -38,6 +38,17 @@ def run(model: Path, output: Path, *passes: Any, **how: Any) -> dict[str, bytes]
     return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
 
 
+def divergence(model: Path, out: Path) -> float:
+    """KL of a checkpoint to its model, on tokens that were not calibrated."""
+    ids = torch.randint(2, 250, (8, 32), generator=torch.Generator().manual_seed(3))
+    models = [StreamedModel(open_source(folder)) for folder in (model, out)]
+    how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "batch": 8}
+    states = run_blocks(models, ids, **how)
+    counted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    _, _, kl, _ = token_scores([states[1], states[0]], ids, counted)
+    return float(kl.mean())
+
+
 @pytest.mark.parametrize("passes", [[SIGNROUND], [RECONSTRUCT], AFTER_ROTATE])
 def test_a_stopped_run_continues_to_the_same_bytes(
     passes: list[Any], tiny_model: Callable[..., Path], tmp_path: Path
@@ -63,6 +74,35 @@ def test_a_stopped_run_continues_to_the_same_bytes(
     assert blocks[0] not in fits and blocks[1] in fits
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_mixtures_of_experts_are_fitted_as_they_route(
+    model_type: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model(model_type)
+    ((name, given),) = RECONSTRUCT.items()
+    kl = {}
+    for step in ({name: {**given, "min_tokens": 8}}, {"rtn": {"bits": 3, "group_size": 32}}):
+        out = tmp_path / next(iter(step))
+        data = {
+            "model": str(model),
+            "output": str(out),
+            "calibration": {"data": "bundled/prose", "samples": 16, "length": 32},
+            "passes": [step],
+        }
+        done = compile_checkpoint(prepare(make_recipe(data), device=choose_device("cpu")))
+        kl[out.name] = divergence(model, out)
+        if out.name == "rtn":
+            continue
+        fits = [row for unit in done.units for row in unit.rows if "loss_of_start" in row]
+        assert len(fits) == 2 and all(row["loss"] <= row["loss_of_start"] for row in fits)
+        source, written = open_source(model), open_source(out)
+        for a, b in zip(source.layout.units, written.layout.units, strict=True):
+            one, two = source.read_unit(a).dequantized(), written.read_unit(b).dequantized()
+            routers = [x.weight_name for x in a.linears if x.role == "router"]
+            assert all(torch.equal(one[n], two[n]) for n in routers)
+    assert kl[name] < kl["rtn"]
+
+
 @pytest.mark.parametrize("passes", [AFTER_ROTATE, AFTER_AWQ, ["awq", RECONSTRUCT]])
 def test_the_original_runs_in_the_basis_and_scales_of_what_is_rounded(
     passes: list[Any], tiny_model: Callable[..., Path], tmp_path: Path
@@ -74,11 +114,5 @@ def test_the_original_runs_in_the_basis_and_scales_of_what_is_rounded(
     for strength in (0.0, 0.5):
         out = tmp_path / f"{strength}"
         run(model, out, *passes[:-1], {name: {**given, "correction": strength}})
-        ids = torch.randint(2, 250, (8, 32), generator=torch.Generator().manual_seed(3))
-        models = [StreamedModel(open_source(folder)) for folder in (model, out)]
-        how = {"device": torch.device("cpu"), "dtype": torch.float32, "batch": 8}
-        states = run_blocks(models, ids, **how)
-        counted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        _, _, kl, _ = token_scores([states[1], states[0]], ids, counted)
-        errors.append(float(kl.mean()))
+        errors.append(divergence(model, out))
     assert errors[1] < 1.1 * errors[0]
