@@ -10,7 +10,8 @@ from typing import Any
 from compressor_calibration.documents import DataError
 from compressor_calibration.sources import read_documents
 from compressor_calibration.tokens import TokenSet, make_tokens
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from compressor.attention.policy import AttentionPolicy
 from compressor.attention.quality import measure_policies
@@ -28,10 +29,12 @@ rounding differs; later passes that quantize them change what attention sees."""
 
 
 class LayerShares(Value):
-    """Of one layer, means over its query heads."""
+    """Of one layer, means over its query heads; and of each head, where a record has them."""
 
     seen: float
     mass: float
+    seen_by_head: tuple[float, ...] = Field((), strict=False)
+    mass_by_head: tuple[float, ...] = Field((), strict=False)
 
 
 class QualityRecord(Value):
@@ -91,10 +94,19 @@ def record_quality(
         length=length,
         sha256=tokens.sha256,
         layers=tuple(
-            LayerShares(seen=float(seen), mass=float(mass))
-            for seen, mass in zip(found.seen.mean(1), found.mass.mean(1), strict=True)
+            LayerShares(
+                seen=float(seen.mean()),
+                mass=float(mass.mean()),
+                seen_by_head=_by_head(seen),
+                mass_by_head=_by_head(mass),
+            )
+            for seen, mass in zip(found.seen, found.mass, strict=True)
         ),
     )
+
+
+def _by_head(shares: Tensor) -> tuple[float, ...]:
+    return tuple(round(float(share), 4) for share in shares)
 
 
 def read_record(folder: Path) -> QualityRecord | None:
@@ -122,11 +134,17 @@ def check_record(
     limit = QUANTIZED_TOLERANCE if quantized else TOLERANCE
     problems = []
     for number, (was, now) in enumerate(zip(record.layers, again.layers, strict=True)):
-        for name in ("seen", "mass"):
-            before, after = getattr(was, name), getattr(now, name)
-            if not abs(before - after) <= limit:
-                problems.append(
-                    f"layer {number}: the share of {'keys' if name == 'seen' else 'attention'} "
-                    f"that is seen was recorded as {before:.3f} and is {after:.3f}"
-                )
+        for name, what in (("seen", "keys"), ("mass", "attention")):
+            # A head is a mean of fewer choices than its layer.
+            heads = zip(
+                getattr(was, f"{name}_by_head"), getattr(now, f"{name}_by_head"), strict=False
+            )
+            pairs = [("", limit, getattr(was, name), getattr(now, name))]
+            pairs += [(f", head {n}", 2 * limit, *pair) for n, pair in enumerate(heads)]
+            problems += [
+                f"layer {number}{where}: the share of {what} that is seen was recorded as "
+                f"{before:.3f} and is {after:.3f}"
+                for where, far, before, after in pairs
+                if not abs(before - after) <= far
+            ]
     return problems

@@ -13,7 +13,7 @@ from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref
 
 from compressor.attention.policy import AttentionPolicy, LayerPolicy
 from compressor.attention.quality import measure_policies, watch_attention
-from compressor.attention.quality_record import QualityRecord, check_record
+from compressor.attention.quality_record import QualityRecord, check_record, record_quality
 from compressor.attention.rules.lserve import lserve_files
 from compressor.attention.rules.streaming import StreamingHeads
 from compressor.attention.token_classes import read_sizes
@@ -190,3 +190,11 @@ def test_a_record_is_held_against_a_policy(
     assert (
         problem == "layer 1: the share of attention that is seen was recorded as 0.900 and is 1.000"
     )
+    again = record_quality(model, policy, rows=2, length=128)
+    assert check_record(model, policy, again, quantized=False) == []
+    assert len(again.layers[0].mass_by_head) == 4 == len(again.layers[0].seen_by_head)
+    by_head = (0.9, *again.layers[0].mass_by_head[1:])
+    worse = again.layers[0].model_copy(update={"mass_by_head": by_head})
+    record = again.model_copy(update={"layers": (worse, again.layers[1])})
+    (problem,) = check_record(model, policy, record, quantized=False)
+    assert problem.startswith("layer 0, head 0: the share of attention")
