@@ -3,7 +3,8 @@ bounded size that follow the names. Nothing is known of how the model computes, 
 runs.
 
 What is no plain matrix stays as it is: norms, embeddings, convolutions, stacked experts. So do
-routers and gates of few rows, which are linears that no method rounds.
+routers, indexers and gates of few rows, which are linears that no method rounds, and what embeds
+time, text or patches and makes the output of a diffusion transformer.
 """
 
 from __future__ import annotations
@@ -34,9 +35,14 @@ FEW = 16
 """Rows of a matrix that gates others."""
 
 EMBEDDING = re.compile(r"embed|^(wte|wpe)$|position")
-ROUTER = re.compile(r"^(gate|router|wg|shared_expert_gate)$|router")
+EMBEDDER = re.compile(r"(embed[^.]*|(^|\.)norm_out)\.")
+"""A linear inside of what embeds, or scales what leaves a diffusion transformer."""
+
+ROUTER = re.compile(
+    r"(^|\.)(gate|wg|shared_expert_gate|in_proj_(a|b|ba))$|(^|\.)(indexer|[^.]*router[^.]*)(\.|$)"
+)
 CONVOLUTION = re.compile(r"conv|norm")
-HEAD = re.compile(r"^(lm_head|embed_out)$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$|^(proj_out|final_layer\.linear)$")
 FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
@@ -116,13 +122,13 @@ def lay_free(model_type: str, *, config: Mapping[str, Any], headers: Headers) ->
 def linear_of(path: str, shape: tuple[int, int], bias: bool) -> Linear | None:
     """The linear of a matrix, or None for what is none."""
     parent, _, leaf = path.rpartition(".")
-    if CONVOLUTION.search(leaf):
+    if CONVOLUTION.search(leaf) or EMBEDDER.search(path):
         return None
     fused = f"{parent}.{FUSED[leaf]}" if leaf in FUSED else ""
     role = "linear"
-    if HEAD.search(leaf):
+    if HEAD.search(path):
         role = "lm_head"
-    elif ROUTER.search(leaf) or shape[0] < FEW:
+    elif ROUTER.search(path) or shape[0] < FEW:
         role = "router"
     return Linear(
         path,

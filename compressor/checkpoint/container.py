@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from compressor.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from compressor.checkpoint.reader import STEM, index_name
 from compressor.checkpoint.safetensors import encode_header
 from compressor.errors import InputError
 from compressor.ir.tensor import TensorShape
@@ -74,9 +74,11 @@ def lay_out(container: Container, units: Iterable[Mapping[str, TensorShape]]) ->
 
 @dataclass(frozen=True, slots=True)
 class Safetensors:
-    """Shards of at most `max_bytes` of tensors, and their index, which is always written."""
+    """Shards of at most `max_bytes` of tensors, and their index, which is always written; `stem` is
+    what their names begin with."""
 
     max_bytes: int = 5 * 10**9
+    stem: str = STEM
 
     def lay_out(self, groups: Sequence[Mapping[str, TensorShape]]) -> ShardLayout:
         """Fill shards with `groups`. Raises InputError where one group alone is larger."""
@@ -97,12 +99,11 @@ class Safetensors:
         shards = []
         for number, tensors in enumerate(filled, 1):
             header, offsets = encode_header(tensors)
-            several = f"model-{number:05d}-of-{len(filled):05d}.safetensors"
-            name = several if len(filled) > 1 else SINGLE_NAME
+            several = f"{self.stem}-{number:05d}-of-{len(filled):05d}.safetensors"
+            name = several if len(filled) > 1 else f"{self.stem}.safetensors"
             shards.append(Shard(file=name, tensors=tensors, offsets=offsets, fixed={0: header}))
         weight_map = {name: shard.file for shard in shards for name in shard.tensors}
         total = sum(spec.nbytes for tensors in filled for spec in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        return ShardLayout(
-            shards=tuple(shards), index={INDEX_NAME: (json.dumps(index, indent=2) + "\n").encode()}
-        )
+        content = (json.dumps(index, indent=2) + "\n").encode()
+        return ShardLayout(shards=tuple(shards), index={index_name(self.stem): content})

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from compressor.arch.load import NO_MAP
 from compressor.checkpoint.consolidated import open_any
 from compressor.checkpoint.gguf.source import CONVERSION, convert_gguf
 from compressor.checkpoint.lfs import is_pointer, pointer_error
@@ -27,6 +28,7 @@ from compressor.checkpoint.reader import (
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
+    component_of,
     load_json,
     open_checkpoint,
 )
@@ -97,6 +99,8 @@ def locate(
     Raises InputError for what is not there or may not be read, MachineError for a failing network.
     """
     path = Path(model).expanduser()
+    if chosen == NO_MAP and not (path / "config.json").is_file():
+        path = component_of(path) or path
     if path.is_dir():
         checkpoint = open_any(path, to_plan=to_plan)
         try:

@@ -20,8 +20,11 @@ from compressor.errors import CompressError, InputError, Problems
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.layout import weight_name
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+STEM = "model"
+INDEX_NAME = f"{STEM}.safetensors.index.json"
+SINGLE_NAME = f"{STEM}.safetensors"
+DIFFUSION = "diffusion_pytorch_model"
+"""What diffusers has in place of `model`."""
 ADAPTER_NAME = "adapter_config.json"
 NO_TOKENIZER = "no_tokenizer.json"
 """In the folder of a converted model: why it has no tokenizer, {"message", "hint"}."""
@@ -49,6 +52,12 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name → shape."""
         return {name: entry.spec.shape for name, entry in self.entries.items()}
+
+    @property
+    def stem(self) -> str:
+        """What the files of its weights are called."""
+        files = {entry.file.name for entry in self.entries.values()}
+        return DIFFUSION if all(name.startswith(DIFFUSION) for name in files) else STEM
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +149,7 @@ def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json", hint=_what_it_is(folder))
     config = load_json(folder / "config.json", what="config")
-    index = folder / INDEX_NAME
+    index = folder / index_name(stem_of(folder))
     if not (to_plan and index.is_file()):
         entries = read_entries(folder)
         notes = other_weights(folder, entries, indexed=index.is_file())
@@ -163,6 +172,26 @@ def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
     )
 
 
+def stem_of(folder: Path) -> str:
+    """What the files of a folder's weights are called."""
+    plain = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+    names = (f"{DIFFUSION}.safetensors", index_name(DIFFUSION))
+    return DIFFUSION if not plain and any((folder / name).is_file() for name in names) else STEM
+
+
+def index_name(stem: str) -> str:
+    """The index of such files."""
+    return f"{stem}.safetensors.index.json"
+
+
+def component_of(folder: Path) -> Path | None:
+    """The folder of a diffusion pipeline's largest model; None where it is no pipeline."""
+    if not (folder / "model_index.json").is_file():
+        return None
+    parts = (folder / name for name in ("transformer", "unet"))
+    return next((part for part in parts if (part / "config.json").is_file()), None)
+
+
 def _what_it_is(folder: Path) -> str:
     """What to name in place of a folder that is no checkpoint."""
     if (folder / ADAPTER_NAME).is_file():
@@ -174,8 +203,8 @@ def _what_it_is(folder: Path) -> str:
         return f"it holds GGUF files: name one, {folder / files[0]}"
     if snapshots := sorted(path.parent.name for path in folder.glob("snapshots/*/config.json")):
         return f"it is an entry of the Hub's cache: name {folder / 'snapshots' / snapshots[-1]}"
-    if (folder / "model_index.json").is_file():
-        return "it holds a diffusion pipeline, which is not read"
+    if (part := component_of(folder)) is not None:
+        return f"it is a diffusion pipeline: model: {{path: {part}, map: none}} rounds weights"
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     return f"name {folder / inner[0]}" if inner else "name the folder of a Hugging Face checkpoint"
 
@@ -187,7 +216,7 @@ def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) 
     model.safetensors before an index, vLLM what an index names and without one every file; and an
     adapter beside a model is applied by one and not by the other.
     """
-    used = {entry.file.name for entry in entries.values()}
+    used, stem = {entry.file.name for entry in entries.values()}, stem_of(folder)
     others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in used)
     if indexed and (folder / SINGLE_NAME).is_file() and used - {SINGLE_NAME}:
         named = ", ".join(sorted(used - {SINGLE_NAME})[:2])
@@ -202,7 +231,7 @@ def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) 
             "applies it where peft is installed, vLLM does not",
             hint="merge it first (peft: merge_and_unload, save_pretrained), or move its files away",
         )
-    if not indexed:
+    if not indexed and stem == STEM:
         for name in others:
             twice = _names_in(folder / name) & entries.keys()
             if twice:
@@ -214,7 +243,7 @@ def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) 
     others += sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not others:
         return ()
-    read = INDEX_NAME if indexed else SINGLE_NAME
+    read = index_name(stem) if indexed else f"{stem}.safetensors"
     return (f"weights are those of {read}; left out: {_some(others)}",)
 
 
@@ -251,14 +280,16 @@ def _like(name: str, known: Mapping[str, Entry]) -> Entry | None:
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Header entries of every tensor of a folder's checkpoint."""
-    index = folder / INDEX_NAME
+    stem = stem_of(folder)
+    index = folder / index_name(stem)
     if index.is_file():
         entries, problems = _indexed_entries(folder, load_json(index, what="index"))
         if problems:
             raise Problems(problems)
         return entries
-    if (folder / SINGLE_NAME).is_file():
-        return read_header(folder / SINGLE_NAME)
+    single = folder / f"{stem}.safetensors"
+    if single.is_file():
+        return read_header(single)
     pickles = sorted(
         p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     )
@@ -268,10 +299,11 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             hint="convert them once, where you trust the source: "
             f"compress convert --unpickle {folder} NEW_FOLDER",
         )
-    shards = sorted(p.name for p in folder.glob("model-*-of-*.safetensors"))
+    kinds = (f"{each}-*-of-*.safetensors" for each in (STEM, DIFFUSION))
+    shards = sorted(p.name for kind in kinds for p in folder.glob(kind))
     if shards:
         raise InputError(
-            f"{folder} has shards but no {INDEX_NAME}",
+            f"{folder} has shards but no {index_name(shards[0].partition('-')[0])}",
             hint="download the index file too; without it a missing shard cannot be noticed",
         )
     raise InputError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}")

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compressor.checkpoint.lfs import is_pointer, pointer_error
+from compressor.checkpoint.reader import DIFFUSION, STEM, index_name
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json
 
@@ -204,9 +205,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def shard_names(read: Read) -> set[str]:
     """Files that hold the checkpoint itself, by its index."""
-    index = _json(read("model.safetensors.index.json")).get("weight_map")
-    named = set(map(str, index.values())) if isinstance(index, dict) else set()
-    return {"model.safetensors", "model.safetensors.index.json"} | named
+    found = set()
+    for stem in (STEM, DIFFUSION):
+        index = _json(read(index_name(stem))).get("weight_map")
+        found |= set(map(str, index.values())) if isinstance(index, dict) else set()
+        found |= {f"{stem}.safetensors", index_name(stem)}
+    return found
 
 
 def _code(names: Iterable[str], read: Read) -> tuple[set[str], dict[str, str]]:

@@ -195,7 +195,8 @@ class ModelTarget:
         """The source's, with what is true of the written files."""
         config = {k: v for k, v in self.source.checkpoint.config.items() if k != "torch_dtype"}
         config.pop("quantization_config", None)
-        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        if "_class_name" not in config:  # diffusers' own configs know no such key
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
         stored = self.source.layout.tied is None or self.untied
         if is_tied(config, self.source.arch) == stored:
             config["tie_word_embeddings"] = not stored

@@ -137,7 +137,7 @@ def make_plan(
         format=fmt,
         schemes=ModelSchemes(linears=schemes, kv=kv),
         dtype=dtype,
-        container=Safetensors(recipe.max_shard_size),
+        container=Safetensors(recipe.max_shard_size, source.checkpoint.stem),
         recast=recipe.dtype != "auto",
         untied=recipe.untie,
     )

@@ -122,7 +122,8 @@ def convert(
     job = _Conversion(source, target, allow_rounding=allow_rounding, device=device)
     steps = (3 if verifying else 2) * len(source.layout.units)
     model = import_model(source, device) if verifying else None
-    made = job.study(Safetensors(max_shard_size), partial(_show, progress, 0, steps))
+    container = Safetensors(max_shard_size, source.checkpoint.stem)
+    made = job.study(container, partial(_show, progress, 0, steps))
     if verifying:
         compile_verdict(made, device)
     units = len(source.layout.units)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compressor.arch import load as arch
 from compressor.arch.free import lay_free
@@ -60,6 +60,56 @@ def open_source_without_map(folder: Path) -> Any:
     from compressor.checkpoint.find import locate
 
     return locate(str(folder), fetch=False, chosen="none").source
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion pipeline as diffusers lays it out, its transformer in shards."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    part = folder / "transformer"
+    part.mkdir()
+    (part / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    sizes = {
+        "x_embedder": (64, 32),
+        "time_text_embed.timestep_embedder.linear_1": (64, 32),
+        "transformer_blocks.0.attn.to_q": (64, 64),
+        "transformer_blocks.0.ff.net.0.proj": (96, 64),
+        "transformer_blocks.0.norm1.linear": (192, 64),
+        "norm_out.linear": (128, 64),
+        "proj_out": (32, 64),
+    }
+    tensors = {f"{n}.weight": torch.randn(s, dtype=torch.bfloat16) for n, s in sizes.items()}
+    tensors |= {"transformer_blocks.0.attn.norm_q.weight": torch.ones(32, dtype=torch.bfloat16)}
+    names = sorted(tensors)
+    files = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for file, part_of in zip(files, (names[:4], names[4:]), strict=True):
+        save_file({name: tensors[name] for name in part_of}, part / file)
+    index = {name: files[name not in names[:4]] for name in names}
+    at = part / "diffusion_pytorch_model.safetensors.index.json"
+    at.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def test_a_diffusion_transformer_keeps_its_layout(pipeline: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    recipe = recipe_for(pipeline, output, {"rtn": {"bits": 8, "group_size": 32}})
+    compile_checkpoint(prepare(recipe, device=CPU))
+    source = open_source(output)
+    coded = {name for name, scheme in source.schemes.linears.items() if scheme.weight is not None}
+    block = "transformer_blocks.0"
+    assert coded == {f"{block}.attn.to_q", f"{block}.ff.net.0.proj", f"{block}.norm1.linear"}
+    single = "diffusion_pytorch_model.safetensors"
+    files = {path.name for path in output.glob("*.safetensors*")}
+    assert files == {single, f"{single}.index.json"}
+    config = json.loads((output / "config.json").read_text())
+    assert config["_class_name"] == "FluxTransformer2DModel" and "dtype" not in config
+    original = open_source_without_map(pipeline)
+    assert original.checkpoint.folder == pipeline / "transformer"
+    assert verify(output, device=CPU, against=original).ok
+    with pytest.raises(InputError, match=r"has no config\.json") as error:
+        open_source(pipeline)
+    assert "diffusion pipeline: model: {path: " in str(error.value.hint)
 
 
 def test_what_has_to_run_the_model_says_that_it_cannot(novel: Path, tmp_path: Path) -> None:

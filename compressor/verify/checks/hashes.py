@@ -16,7 +16,7 @@ from compressor.checkpoint.manifest import (
     hash_file,
     read_manifest,
 )
-from compressor.checkpoint.reader import INDEX_NAME, load_json
+from compressor.checkpoint.reader import index_name, load_json, stem_of
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
 from compressor.ranks.divide import owners
@@ -125,7 +125,8 @@ class FileHashes:
                     # Which of its tensors changed is told by their own hashes.
                     problems.append(f"{name} has another SHA-256 than when it was written")
             elif not path.is_file():
-                whose = inside if name != INDEX_NAME else _some(tuple(manifest.tensors), "places")
+                index = name.endswith(index_name(""))
+                whose = _some(tuple(manifest.tensors), "places") if index else inside
                 problems.append(f"{name} is missing{whose}")
             else:
                 size = path.stat().st_size
@@ -137,7 +138,7 @@ class FileHashes:
 def _index_homes(folder: Path) -> dict[str, tuple[str, ...]]:
     """File → tensors it should hold, as far as an index says."""
     try:
-        weight_map = load_json(folder / INDEX_NAME, what="index").get("weight_map")
+        weight_map = load_json(folder / index_name(stem_of(folder)), what="index").get("weight_map")
     except InputError:
         return {}
     homes: dict[str, tuple[str, ...]] = {}
