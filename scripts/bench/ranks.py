@@ -120,6 +120,7 @@ def timed(
     return {
         "case": name,
         "gpus": gpus,
+        "tokens": samples * length,
         "whole_s": round(time.perf_counter() - began, 1),
         "blocks_s": round(blocks[-1] - blocks[0], 3),
         "block_s": round((blocks[-1] - blocks[0]) / (len(blocks) - 1), 3),
