@@ -22,6 +22,7 @@ from compressor.checkpoint.durable import is_file, make_way, move, own_folder
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.safetensors import Entry, read_tensor, tensor_bytes
 from compressor.ir.tensor import TensorShape
+from compressor.ranks.ranks import Ranks
 
 HASH_THREADS = 2
 """Threads that hash tensors while their file is written and hashed as a whole."""
@@ -32,14 +33,19 @@ class ShardWriter:
 
     Records live in `folder/units`, shards in `folder/shards`.
     owner  what decides the bytes of every unit: records of another are not seen
+    alone  no other process writes units: files are hashed while they are written
     """
 
-    def __init__(self, layout: ShardLayout, folder: Path, *, owner: str) -> None:
+    def __init__(
+        self, layout: ShardLayout, folder: Path, *, owner: str, alone: bool = True
+    ) -> None:
         self.layout = layout
+        self.alone = alone
         self.shards = folder / "shards"
         self.records = Records(folder / "units", owner)
         self._home = layout.home
         self._hashes: dict[str, _RunningHash] = {}
+        self._whole: dict[str, str] = {}
         self._committed: dict[int, dict[str, Any]] = {}
 
     def open(self, checking: Callable[[], None] = lambda: None) -> list[str]:
@@ -86,7 +92,7 @@ class ShardWriter:
         if found != hashes:
             return False
         for name, stored in zip(names, data, strict=True):
-            self._running(self._home[name].file).add(self._offset(name), stored)
+            self._passed(self._home[name].file, self._offset(name), stored)
         return True
 
     def _offset(self, name: str) -> int:
@@ -127,7 +133,7 @@ class ShardWriter:
                         offset, done = self._home[name].offsets[name], 0
                         while done < len(data[name]):
                             done += os.pwrite(handle.fileno(), data[name][done:], offset + done)
-                        self._running(file).add(offset, data[name])
+                        self._passed(file, offset, data[name])
                 hashes.update(zip(names, digests, strict=True))
         return hashes
 
@@ -153,9 +159,22 @@ class ShardWriter:
             found[name] = read_tensor(entry)
         return found
 
+    def join(self, ranks: Ranks) -> None:
+        """Know what every rank committed, and the hash of every file, which they divide."""
+        for committed in ranks.gather(self._committed):
+            self._committed |= committed
+        sizes = {shard.file: float(shard.size) for shard in self.layout.shards}
+        files = list(sizes)
+        digests = ranks.each(files, self.file_hash, lambda file: sizes[file])
+        self._whole = dict(zip(files, digests, strict=True))
+
     def file_hash(self, file: str) -> str:
         """SHA-256 of a finished shard; bytes hashed while they were written are not read again."""
-        return self._running(file).finish()
+        return self._whole.get(file) or self._running(file).finish()
+
+    def _passed(self, file: str, offset: int, data: memoryview) -> None:
+        if self.alone:
+            self._running(file).add(offset, data)
 
     def _running(self, file: str) -> _RunningHash:
         if file not in self._hashes:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ from torch import Tensor
 from compressor.checkpoint.background import CommitQueue
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.source import require_finite
-from compressor.checkpoint.transaction import disk_errors
-from compressor.errors import Interrupted, MachineError
+from compressor.errors import Interrupted
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
@@ -59,51 +57,13 @@ class JobResult:
     environments: tuple[Mapping[str, str], ...]
 
 
-def run_units(
-    plan: Plan,
-    tokens: TokenSet | None,
-    work: Path,
-    settings: JobSettings,
-    *,
-    owner: str,
-    content: SourceContent | None = None,
-    learned: Mapping[int, Outcome] | None = None,
-) -> JobResult:
-    """Run the plan's units into `work`, continuing after what is committed there.
-
-    owner    what all that is committed has to be made from: the run and what was learned
-    content  the source, where some of it has been read already
-    learned  what model passes found, by the index of the pass
-    Raises InputError for a source that is not finite or has changed, MachineError where memory or
-    disk fail, Interrupted when asked to stop.
-    """
-    writer = ShardWriter(plan.shards, work, owner=owner)
-    try:
-        with disk_errors(f"writing {work}"):
-            records = settings.ranks.led(lambda: _take_up(writer, plan, settings))
-            content = content or SourceContent(plan)
-            reader = Reader(plan, content, settings.device, settings.ranks)
-            learned = learned or {}
-            return _Loop(plan, tokens, writer, settings, learned, content, reader, records).run()
-    except torch.OutOfMemoryError as error:
-        raise MachineError(
-            "the device ran out of memory with one row at a time",
-            hint="use a shorter calibration.length, or a larger device; the same command continues",
-        ) from error
-
-
-def _take_up(
-    writer: ShardWriter, plan: Plan, settings: JobSettings
-) -> dict[int, Mapping[str, Any]]:
-    """What an interrupted run recorded of the units that it committed."""
-    for name in writer.open(settings.check_stop):
-        settings.on_note(f"units/{name} or what it tells of is damaged: the unit is done again")
-    found = {index: writer.record(index) for index in range(len(plan.units))}
-    return {index: record for index, record in found.items() if record is not None}
-
-
 @dataclass(slots=True)
-class _Loop:
+class Loop:
+    """The walk over the units that are done in this process.
+
+    records  of committed units, on every rank;  own  the units that are done here
+    """
+
     plan: Plan
     tokens: TokenSet | None
     writer: ShardWriter
@@ -111,12 +71,14 @@ class _Loop:
     learned: Mapping[int, Outcome]
     content: SourceContent
     reader: Reader
-    records: dict[int, Mapping[str, Any]]  # of committed units, on every rank
+    records: dict[int, Mapping[str, Any]]
+    own: Sequence[int]
     originals: Stream | None = None
     targets: tuple[Stream, list[int]] | None = None  # the originals after a block that is tuned
     done: list[UnitDone] = field(default_factory=list)
 
-    def run(self) -> JobResult:
+    def run(self) -> None:
+        """Do what is not committed yet."""
         plan, settings, ranks = self.plan, self.settings, self.settings.ranks
         here = environment(settings.device)
         # Asked by all ranks at once, so that all of them stop.
@@ -133,7 +95,7 @@ class _Loop:
             output = CommitQueue(self.writer, writes, syncs, settings.device)
             started = time.perf_counter()
             try:
-                for step in walk([model], execution=execution, read=self._read):
+                for step in walk([model], execution=execution, read=self._read, units=self.own):
                     record = self.records.get(step.index)
                     if step.unit is not None:
                         step.unit = self.reader.whole(step.index, step.unit)
@@ -159,19 +121,23 @@ class _Loop:
                 output.drain()
                 raise
             output.drain()
+
+    def result(self) -> JobResult:
+        """What is left once all units are done."""
+        here = environment(self.settings.device)
         return JobResult(
             writer=self.writer,
             source_hash=self.content.whole,
             units=tuple(self.done),
             environments=tuple(
                 self.records[index]["environment"] if index in self.records else here
-                for index in range(len(plan.units))
+                for index in range(len(self.plan.units))
             ),
         )
 
     def _check_sources(self, settings: JobSettings) -> None:
         """Read what the committed units were made from, also where nothing else reads it again."""
-        before = {i: record["source"] for i, record in self.records.items()}
+        before = {i: r["source"] for i, r in self.records.items() if i in self.own}
         self.content.look(before, settings)
         self.content.require(before)
 

@@ -31,13 +31,13 @@ from compressor.run.activation_store import open_activations
 from compressor.run.alike import computing, require_alike
 from compressor.run.audit import audit_first, audited_of
 from compressor.run.environment import device_name, environment, versions
-from compressor.run.loop import run_units
 from compressor.run.model_passes import Outcome, learn, learned_hash, policy_of
 from compressor.run.portable import portable
 from compressor.run.selection import Selection, select_rows
 from compressor.run.settings import FitProgress, JobSettings, Progress, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.run.tokens import calibration_tokens, evaluation_tokens, passkey_text
+from compressor.run.units import run_units
 from compressor.run.warm_up import compile_verdict, warm_up
 from compressor.runner.activations import Activations
 from compressor.runner.heap import share_heap

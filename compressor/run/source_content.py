@@ -42,6 +42,11 @@ class SourceContent:
         not what it was."""
         self._note(index, hash_of(digests))
 
+    def add(self, hashes: Mapping[int, str]) -> None:
+        """What another process found. Raises InputError where it differs."""
+        for index, digest in hashes.items():
+            self._note(index, digest)
+
     def look(self, units: Iterable[int], settings: JobSettings) -> dict[int, str]:
         """The hashes of some units; those that are not known yet are read for it.
 

@@ -34,10 +34,10 @@ PARTS = {
     "compressor.run.loop": {
         "require_finite": "upload",
         "start_of": "upload",
-        "_Loop._observers": "load",
-        "_Loop._as_written": "decode",
-        "_Loop._next_inputs": "next inputs",
-        "_Loop._embed": "embedding",
+        "Loop._observers": "load",
+        "Loop._as_written": "decode",
+        "Loop._next_inputs": "next inputs",
+        "Loop._embed": "embedding",
         "apply_passes": "passes, rest",
         "ModelTarget.encode": "encode",
         "CommitQueue.put": "queue to write",
@@ -205,7 +205,7 @@ def main() -> None:
     for module, parts in THREADS.items():
         for path, name in parts.items():
             replace(module, path, functools.partial(clock.thread, name))
-    replace("compressor.run.loop", "_Loop._finished", clock.finished)
+    replace("compressor.run.loop", "Loop._finished", clock.finished)
     Future.result = clock.part("waiting for a thread", Future.result)  # type: ignore[method-assign]
     code: Any = 0
     try:

@@ -97,6 +97,15 @@ def test_any_number_of_ranks_comes_to_the_same_verdict(written: Path) -> None:
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_units_that_need_no_inputs_are_divided(written: Path, world: int) -> None:
+    folder = written / str(world) / "judged"
+    own = [json.loads((folder / f"units.{rank}.json").read_text()) for rank in range(world)]
+    assert all(own)
+    blocks = [f"model.layers.{i}" for i in range(3)]
+    assert sorted(name for names in own for name in names) == ["embedding", "head", *blocks]
+
+
 def test_a_rank_that_dies_ends_all_and_another_number_continues(written: Path) -> None:
     faults = json.loads((written / "faults.json").read_text())
     codes = [code for code, _ in faults["kill_one"]]

@@ -34,8 +34,12 @@ CPU = torch.device("cpu")
 def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
     prepared = prepare(make_recipe({**recipe, "output": str(output)}), device=CPU)
     prepared = replace(prepared, batch=batch)
-    compiled = compile_checkpoint(prepared, ranks=ranks)
+    units: list[str] = []
+    compiled = compile_checkpoint(
+        prepared, ranks=ranks, on_unit=lambda done: units.append(done.name)
+    )
     if recipe["verify"]:
+        (output / f"units.{ranks.rank}.json").write_text(json.dumps(units))
         verdict = judge(prepared, compiled, ranks=ranks)
         (output / f"verdict.{ranks.rank}.json").write_text(json.dumps(_timeless(verdict)))
 

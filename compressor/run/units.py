@@ -1,0 +1,114 @@
+"""Runs a plan's units: all of them with all ranks, or, where no rows run through them, each rank
+its own, which then reads, rounds, packs and writes by itself."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_calibration.tokens import TokenSet
+
+from compressor.checkpoint.durable import write_atomically
+from compressor.checkpoint.shards import ShardWriter
+from compressor.checkpoint.transaction import disk_errors
+from compressor.errors import Interrupted, MachineError
+from compressor.plan.plan import Plan
+from compressor.ranks.ranks import ALONE, Ranks
+from compressor.run.loop import JobResult, Loop
+from compressor.run.model_passes import Outcome
+from compressor.run.reading import Reader
+from compressor.run.settings import JobSettings
+from compressor.run.source_content import SourceContent
+
+MARK = "ranks"
+"""File in the work folder by which ranks find out whether they all see it."""
+
+
+def run_units(
+    plan: Plan,
+    tokens: TokenSet | None,
+    work: Path,
+    settings: JobSettings,
+    *,
+    owner: str,
+    content: SourceContent | None = None,
+    learned: Mapping[int, Outcome] | None = None,
+) -> JobResult:
+    """Run the plan's units into `work`, continuing after what is committed there.
+
+    owner    what all that is committed has to be made from: the run and what was learned
+    content  the source, where some of it has been read already
+    learned  what model passes found, by the index of the pass
+    Raises InputError for a source that is not finite or has changed, MachineError where memory or
+    disk fail, Interrupted when asked to stop.
+    """
+    ranks, content, learned = settings.ranks, content or SourceContent(plan), learned or {}
+    try:
+        with disk_errors(f"writing {work}"):
+            alone = not _apart(plan, work, ranks)
+            writer = ShardWriter(plan.shards, work, owner=owner, alone=alone)
+            records = ranks.led(lambda: _take_up(writer, plan, settings))
+            own: Sequence[int] = range(len(plan.units))
+            if not alone:
+                settings = replace(settings, ranks=ALONE)
+                own = ranks.mine(own, lambda i: _nbytes(plan, i))
+            reader = Reader(plan, content, settings.device, settings.ranks)
+            loop = Loop(plan, tokens, writer, settings, learned, content, reader, records, own)
+            if alone:
+                loop.run()
+            else:
+                _run_apart(loop, ranks)
+            return loop.result()
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "the device ran out of memory with one row at a time",
+            hint="use a shorter calibration.length, or a larger device; the same command continues",
+        ) from error
+
+
+def _take_up(
+    writer: ShardWriter, plan: Plan, settings: JobSettings
+) -> dict[int, Mapping[str, Any]]:
+    """What an interrupted run recorded of the units that it committed."""
+    for name in writer.open(settings.check_stop):
+        settings.on_note(f"units/{name} or what it tells of is damaged: the unit is done again")
+    found = {index: writer.record(index) for index in range(len(plan.units))}
+    return {index: record for index, record in found.items() if record is not None}
+
+
+def _run_apart(loop: Loop, ranks: Ranks) -> None:
+    """Run this rank's units, and learn of those of the others."""
+    stopped = False
+    try:
+        loop.run()
+    except Interrupted:
+        stopped = True
+    if ranks.any(stopped):
+        raise Interrupted
+    every = ranks.gather((loop.content.hashes, loop.done))
+    for hashes, _ in every:
+        loop.content.add(hashes)
+    loop.done = sorted((unit for _, done in every for unit in done), key=lambda unit: unit.index)
+    loop.writer.join(ranks)
+
+
+def _apart(plan: Plan, work: Path, ranks: Ranks) -> bool:
+    """Whether no rows run through the units, and all ranks write into one folder of one host: a
+    network's file system may lose bytes that two hosts write beside each other."""
+    if ranks.world == 1 or any(unit.calibrated for unit in plan.units):
+        return False
+    mark, word = work / MARK, ranks.share(secrets.token_hex())
+    ranks.led(lambda: write_atomically(mark, word.encode()))
+    seen = mark.is_file() and mark.read_text("utf-8") == word
+    hosts = ranks.gather(platform.node() if seen else None)
+    ranks.led(mark.unlink)
+    return None not in hosts and len(set(hosts)) == 1
+
+
+def _nbytes(plan: Plan, index: int) -> float:
+    return float(sum(tensor.nbytes for tensor in plan.units[index].outputs.values()))
