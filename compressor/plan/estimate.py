@@ -78,7 +78,7 @@ def estimate(
     inputs, offload = _input_bytes(plan, device), False
     batch = batch_rows(plan, device=device, device_memory=device_memory)
     working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
-    if device_memory is not None and kind == "cuda":
+    if device_memory is not None and kind == "cuda" and not any(u.tuned for u in plan.units):
         offload = inputs + working > device_memory
     raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
     streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)

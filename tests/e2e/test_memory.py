@@ -93,6 +93,32 @@ def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
     assert planned == 1000 + STARTED_BYTES["cuda"] + pool
 
 
+def test_inputs_wait_in_main_memory_where_the_device_has_no_room_for_them(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    calibration = {"samples": 64, "length": 128}
+    recipe = make_recipe(
+        {
+            "model": str(tiny_model("llama")),
+            "output": str(tmp_path / "out"),
+            "passes": [{"awq": {"bits": 4, "group_size": 32}}],
+            "calibration": calibration,
+            "verify": False,
+        }
+    )
+    plan, device = make_plan(recipe, open_source(Path(recipe.model))), torch.device("cuda")
+    free = estimate(plan, device=device, resident=0)
+    assert not free.offload and free.batch == 64
+    bound = free.device_bytes // 2
+    tight = estimate(plan, device=device, resident=0, device_memory=bound)
+    assert tight.batch < 64 and tight.device_bytes <= bound
+    least = estimate(plan, device=device, resident=0, device_memory=1)
+    assert least.offload and least.batch == 1
+    hidden = plan.layout.sizes.hidden
+    assert least.host_bytes - free.host_bytes == 4 * 64 * 128 * hidden  # in float32
+    assert least.device_bytes < tight.device_bytes
+
+
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_depth_and_is_as_planned() -> None:
     script = ROOT / "scripts" / "measure" / "run.py"
