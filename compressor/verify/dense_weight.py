@@ -6,8 +6,9 @@ makes it by the same operations in the same order: the same bits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,33 +19,48 @@ from compressor.formats.second_reader.grids import CodedWeight, Decoded
 from compressor.numerics.chunks import row_chunks
 
 
-def dense(decoded: Decoded, device: torch.device) -> Tensor:
+def dense(decoded: Decoded | PlacedWeight, device: torch.device) -> Tensor:
     """float64 [out, in]."""
     if isinstance(decoded, CodedWeight) and device.type != "cpu":
-        return computed(decoded, device)
+        decoded = PlacedWeight.of(decoded, device)
+    if isinstance(decoded, PlacedWeight):
+        return decoded.weight
     return torch.from_numpy(decoded.weight).to(device)
 
 
-def computed(coded: CodedWeight, device: torch.device) -> Tensor:
-    """`coded.weight`, to the last bit, by the device."""
-    here = partial(_here, device=device)
-    codes, across, values = here(coded.codes), here(coded.across), here(coded.values)
-    parts = (coded.zeros, coded.scales, coded.offsets)
-    zeros, scales, offsets = (here(coded.by_output(part)) for part in parts)
-    weight = torch.empty(codes.shape, dtype=torch.float64, device=device)
-    for rows in row_chunks(weight):
-        out = weight[rows]
-        if values is None:
-            out.copy_(codes[rows])
-        else:
-            out.copy_(values.take(codes[rows].long()))
-        if zeros is not None:
-            out.sub_(zeros[rows].index_select(1, across))
-        if scales is not None:
-            out.mul_(scales[rows].index_select(1, across))
-        if offsets is not None:
-            out.add_(offsets[rows].index_select(1, across))
-    return weight
+@dataclass(frozen=True, slots=True)
+class PlacedWeight:
+    """A `CodedWeight` whose parts are on a device; what is given by output has a row for each."""
+
+    codes: Tensor
+    across: Tensor
+    values: Tensor | None
+    zeros: Tensor | None
+    scales: Tensor | None
+    offsets: Tensor | None
+
+    @classmethod
+    def of(cls, coded: CodedWeight, device: torch.device) -> Self:
+        """Copies it there."""
+        here = partial(_here, device=device)
+        parts = (coded.zeros, coded.scales, coded.offsets)
+        each = [here(coded.by_output(part)) for part in parts]
+        return cls(here(coded.codes), here(coded.across), here(coded.values), *each)
+
+    @property
+    def weight(self) -> Tensor:
+        """`CodedWeight.weight`, to the last bit, by the device."""
+        weight = torch.empty(self.codes.shape, dtype=torch.float64, device=self.codes.device)
+        for rows in row_chunks(weight):
+            out, codes = weight[rows], self.codes[rows]
+            out.copy_(codes if self.values is None else self.values.take(codes.long()))
+            if self.zeros is not None:
+                out.sub_(self.zeros[rows].index_select(1, self.across))
+            if self.scales is not None:
+                out.mul_(self.scales[rows].index_select(1, self.across))
+            if self.offsets is not None:
+                out.add_(self.offsets[rows].index_select(1, self.across))
+        return weight
 
 
 def _here(array: NDArray[Any] | None, *, device: torch.device) -> Any:

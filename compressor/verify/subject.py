@@ -34,11 +34,14 @@ from compressor.ir.scheme import Scheme
 from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.numerics.chunks import CODED_AHEAD, DECODERS, layers_ahead, row_chunks
 from compressor.ranks.ranks import ALONE, Ranks
-from compressor.verify.dense_weight import dense
+from compressor.verify.dense_weight import PlacedWeight, dense
 from compressor.verify.kernels.ahead import CompiledAhead
 from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
 from compressor.verify.kernels.check import kernel_for
 from compressor.verify.kernels.layer import KernelCheck, Layer
+
+Found = Decoded | PlacedWeight | str
+"""A layer by the second reader, or what is wrong with it."""
 
 DIFFERENT = "two readers see different weights"
 
@@ -156,7 +159,7 @@ class Subject:
                 yield linear, self._layer(linear, decoded, _local(linear, here))
 
     def _layer(
-        self, linear: Linear, decoded: Decoded, tensors: Mapping[str, Tensor]
+        self, linear: Linear, decoded: Decoded | PlacedWeight, tensors: Mapping[str, Tensor]
     ) -> Layer | str:
         scheme = self.source.schemes.linears[linear.name]
         assert scheme.weight is not None
@@ -170,14 +173,18 @@ class Subject:
         """The second reader begins with a unit's first layers."""
         config = self.source.checkpoint.config.get("quantization_config")
 
-        def decode(linear: Linear) -> Decoded | str:
+        def decode(linear: Linear) -> Found:
             arrays = {leaf: _array(t) for leaf, t in _local(linear, raw).items()}
             try:
                 found = decode_linear(config, linear.name, arrays)
             except ValueError as error:
                 return f"{linear.name}.{error}"
-            if isinstance(found, CodedWeight) and not self.on_gpu:
-                return DecodedWeight(found.weight)
+            if isinstance(found, CodedWeight):
+                # In this thread: whoever checks the layer would wait for either.
+                on_gpu = self.on_gpu
+                return (
+                    PlacedWeight.of(found, self.device) if on_gpu else DecodedWeight(found.weight)
+                )
             return found
 
         # What a GPU is given is codes, a byte each; on a CPU each layer is there in float64.
@@ -190,7 +197,7 @@ class _Decoding:
 
     def __init__(
         self,
-        decode: Callable[[Linear], Decoded | str],
+        decode: Callable[[Linear], Found],
         linears: Sequence[Linear],
         *,
         workers: int,
@@ -199,10 +206,10 @@ class _Decoding:
         self.decode, self.linears, self.width = decode, deque(linears), width
         self.workers = min(workers, os.cpu_count() or 1)
         self.pool = ThreadPoolExecutor(self.workers)
-        self.ahead: deque[tuple[Linear, Future[Decoded | str]]] = deque()
+        self.ahead: deque[tuple[Linear, Future[Found]]] = deque()
         self._fill()
 
-    def __iter__(self) -> Iterator[tuple[Linear, Decoded | str]]:
+    def __iter__(self) -> Iterator[tuple[Linear, Found]]:
         while self.ahead:
             linear, decoded = self.ahead.popleft()
             yield linear, decoded.result()

@@ -8,7 +8,7 @@ import torch
 
 from compressor.checkpoint.read_ahead import read_ahead
 from compressor.formats.second_reader.grids import CodedWeight
-from compressor.verify.dense_weight import computed, dense
+from compressor.verify.dense_weight import PlacedWeight, dense
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def test_the_device_computes_what_numpy_computes(
         down=np.arange(12) // 4 if down else None,
     )
     expected = torch.from_numpy(coded.weight)
-    assert torch.equal(computed(coded, CPU), expected)
+    assert torch.equal(PlacedWeight.of(coded, CPU).weight, expected)
     assert torch.equal(dense(coded, CPU), expected)
     assert expected.unique().numel() > 100
 
@@ -39,7 +39,7 @@ def test_one_scale_serves_all_outputs() -> None:
     codes = np.arange(8, dtype=np.uint8).reshape(2, 4)
     coded = CodedWeight(codes=codes, scales=np.array([[0.5]]), across=np.zeros(4, np.int64))
     assert np.array_equal(coded.weight, codes / 2)
-    assert torch.equal(computed(coded, CPU), torch.from_numpy(codes / 2))
+    assert torch.equal(PlacedWeight.of(coded, CPU).weight, torch.from_numpy(codes / 2))
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -154,7 +154,7 @@ def check_kernel(
     check: KernelCheck, layer: Layer, *, device: torch.device, seed: int
 ) -> KernelResult:
     """Run a layer's product as far as the device lets it, and compare with float64."""
-    generator = torch.Generator().manual_seed(layer_seed(layer.name, seed))
+    generator = torch.Generator(device).manual_seed(layer_seed(layer.name, seed))
     inputs = layer.weight.shape[1]
     products: list[Product] = []
     triton = device.type == "cuda" or interpreter_runs()
@@ -168,7 +168,7 @@ def check_kernel(
     layer = check.prepared(layer)
     if device.type == "cuda":
         for tokens in GPU_TOKENS:
-            x = torch.randn(tokens, inputs, generator=generator).to(device)
+            x = torch.randn(tokens, inputs, generator=generator, device=device)
             products.append(check.kernel(layer, x, EVERYTHING))
     else:
         if triton:
