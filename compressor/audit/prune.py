@@ -72,7 +72,11 @@ def idle_channels(
         with step.loaded() as block:
             seen = observe(block, step.stream, needs=needs, batch=batch)
             step.run()
-        order = torch.argsort(seen.stats[down.site].absmean.cpu(), stable=True)
-        silent = order[: int(share * len(order))]
-        found[down.weight_name] = tuple(sorted(silent.tolist()))
+        found[down.weight_name] = idlest(seen.stats[down.site].absmean.cpu(), share)
     return found
+
+
+def idlest(sizes: Tensor, share: float) -> tuple[int, ...]:
+    """The `share` of inputs whose mean size [inputs] is smallest."""
+    order = torch.argsort(sizes, stable=True)
+    return tuple(sorted(order[: int(share * len(order))].tolist()))

@@ -162,6 +162,21 @@ def evaluate(
     )
 
 
+def compared(ours: Tensor, original: Tensor, *, counted: Tensor) -> EvaluationResult:
+    """What losses of a checkpoint and of its original [windows, length] say, where they count."""
+    nll, before = _mean(ours, counted), _mean(original, counted)
+    return EvaluationResult(
+        windows=ours.shape[0],
+        length=ours.shape[1],
+        tokens=int(counted.sum()),
+        nll=nll,
+        perplexity=_exp(nll),
+        original_nll=before,
+        original_perplexity=_exp(before),
+        perplexity_ratio=_exp(_mean(ours - original, counted)),
+    )
+
+
 def strided(ids: Tensor, *, length: int, stride: int) -> tuple[Tensor, Tensor]:
     """Overlapping windows over a text [tokens], and which of their targets count.
 

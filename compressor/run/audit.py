@@ -222,7 +222,7 @@ def load_representation(model: Audited, *, device: torch.device, batch: int) -> 
     """The whole model in memory."""
     dtype = model.checkpoint.dtype if device.type == "cuda" else torch.float32
     if model.source is None:
-        return of_encoder(model.checkpoint.folder, device=device, dtype=dtype, batch=batch)
+        return of_encoder(model.checkpoint, device=device, dtype=dtype, batch=batch)
     return of_decoder(model.source, device=device, dtype=dtype, batch=batch)
 
 
@@ -235,7 +235,7 @@ def make_contexts(
 
     Raises InputError for text that is too short, or a position that the contexts lack.
     """
-    first, last = _around(tokenizer)
+    first, last = around(tokenizer)
     inner = length - len(first) - len(last)
     before = len(first) or 1
     if not 0 <= options.position < inner - (not first):
@@ -244,12 +244,12 @@ def make_contexts(
             hint="the first token after what begins every text is 0",
         )
     wanted = Calibration(data=options.text, samples=rows, length=max(inner, 8))
-    ids = calibration_tokens(_Plain(tokenizer), wanted, seed=0).ids[:, :inner]
+    ids = calibration_tokens(PlainTokenizer(tokenizer), wanted, seed=0).ids[:, :inner]
     ends = [torch.tensor(end, dtype=torch.int64).expand(rows, -1) for end in (first, last)]
     return torch.cat([ends[0], ids, ends[1]], dim=1), before
 
 
-class _Plain:
+class PlainTokenizer:
     """A tokenizer that puts nothing round a text."""
 
     def __init__(self, tokenizer: GuardedTokenizer) -> None:
@@ -262,7 +262,7 @@ class _Plain:
         return getattr(self.tokenizer, name)
 
 
-def _around(tokenizer: GuardedTokenizer) -> tuple[list[int], list[int]]:
+def around(tokenizer: GuardedTokenizer) -> tuple[list[int], list[int]]:
     """What a tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

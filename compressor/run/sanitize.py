@@ -13,28 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from compressor.arch.sizes import vocabulary
 from compressor.audit.findings import Audit, TokenScore
-from compressor.audit.prune import idle_channels, pruned_checkpoint
+from compressor.audit.prune import pruned_checkpoint
 from compressor.audit.reset import reset_checkpoint
 from compressor.audit.weights import large_rows, row_norms
-from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
-from compressor.checkpoint.source import Source
-from compressor.checkpoint.target import ModelTarget
+from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.transaction import write
 from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CheckError, InputError
-from compressor.evaluate.perplexity import EvaluationResult, evaluate
+from compressor.evaluate.perplexity import EvaluationResult
 from compressor.evaluate.settings import Evaluation
-from compressor.plan.calibration import Calibration
 from compressor.run.audit import Audited, Progress, SweepOptions, audit
+from compressor.run.editable import Editable, editable
 from compressor.run.environment import versions
-from compressor.run.tokens import calibration_tokens, evaluation_tokens
-from compressor.runner.source_model import SourceModel
-from compressor.runner.tokenizer import load_tokenizer
 
 Stage = Callable[[str, int], AbstractContextManager[None]]
 
@@ -146,16 +139,14 @@ def sanitize(
     so, and CheckError, before anything is written, where no suspect token got better or perplexity
     on `held_out` grew beyond `max_ppl_ratio` times what it was.
     """
-    source = _editable(model)
+    checkpoint = model.checkpoint
     for error in (
         refusal(output, manifest=MANIFEST_NAME),
-        lacking_room(output, source.checkpoint.nbytes),
+        lacking_room(output, checkpoint.nbytes),
     ):
         if error is not None:
             raise error
-    tokens = evaluation_tokens(
-        load_tokenizer(source.checkpoint.folder), _fitting(held_out, source), calibration=None
-    ).ids
+    subject = editable(model, held_out, device=device)
     before = audit(model, sweep=sweep, device=device, stage=stage, progress=progress)
     bad = next((found for found in before.findings if found.check == "finite"), None)
     if bad is not None:
@@ -163,44 +154,36 @@ def sanitize(
             f"{bad.tensor}: {bad.message}",
             hint="the model is damaged, which resetting rows does not mend: get it again",
         )
-    rows = suspect_rows(source, before)
+    rows = suspect_rows(subject, before)
     if not rows:
         return Sanitized(output, before, rows)
     followed = tuple(sorted({i for ids in rows.values() for i in ids}))
 
-    def look(edited: Source) -> Audit:
+    def look(edited: Checkpoint) -> Audit:
         return audit(
-            replace(model, checkpoint=edited.checkpoint, source=edited),
+            subject.edited(edited),
             sweep=replace(sweep, followed=followed),
             device=device,
             stage=stage,
             progress=progress,
         )
 
-    def measure(edited: Source) -> EvaluationResult:
-        return evaluate(
-            edited,
-            tokens,
-            device=device,
-            dtype=_dtype(source, device),
-            against=source,
-            progress=progress,
-        )
+    def measure(edited: Checkpoint) -> EvaluationResult:
+        with stage("perplexity", 0):
+            return subject.measure(edited, progress)
 
-    base, pruned, columns = source, None, {}
+    base, pruned, columns = checkpoint, None, {}
     if prune is not None:
-        with stage("prune", len(source.layout.blocks)):
-            running = SourceModel(source, device=device, dtype=_dtype(source, device))
-            clean = _clean_text(source, held_out)
-            columns = idle_channels(running, clean, prune, batch=8, progress=progress)
-        tried = replace(source, checkpoint=pruned_checkpoint(source.checkpoint, columns))
-        with stage("perplexity", len(source.layout.units)):
-            ratio = measure(tried).perplexity_ratio
+        with stage("prune", 0):
+            columns = subject.idle(prune, progress)
+        tried = pruned_checkpoint(checkpoint, columns)
+        ratio = measure(tried).perplexity_ratio
         assert ratio is not None
-        left = _suspects(look(tried))
-        pruned = Pruned(prune, _suspects(before), left, ratio.value, max_ppl_ratio)
-        base, columns = (tried, columns) if pruned.kept else (source, {})
-    edited = replace(base, checkpoint=reset_checkpoint(base.checkpoint, rows))
+        pruned = Pruned(
+            prune, _suspects(before), _suspects(look(tried)), ratio.value, max_ppl_ratio
+        )
+        base, columns = (tried, columns) if pruned.kept else (checkpoint, {})
+    edited = reset_checkpoint(base, rows)
     after = look(edited)
     effects = _effects(rows, before, after)
     if effects and all(effect.nothing for effect in effects):
@@ -209,74 +192,35 @@ def sanitize(
             hint="nothing was written; what they do is not in their rows alone, so train the model "
             "anew from a source that you trust",
         )
-    with stage("perplexity", len(source.layout.units)):
-        measured = measure(edited)
+    measured = measure(edited)
     _hold(measured, max_ppl_ratio)
-    with stage("write", len(source.layout.units)):
+    target, read, files = subject.written(edited, max_shard_size)
+    with stage("write", len(target.units)):
         write(
-            ModelTarget(
-                source=edited,
-                format=edited.format,
-                schemes=edited.schemes,
-                dtype=source.checkpoint.dtype,
-                container=Safetensors(max_shard_size),
-            ),
+            target,
             output,
-            edited.read_unit,
-            about=_about(model.name, source, rows, columns),
-            beside=source.checkpoint.folder,
+            read,
+            about=_about(model.name, checkpoint, rows, columns),
+            beside=checkpoint.folder,
+            files=files,
             progress=progress,
         )
     return Sanitized(output, before, rows, after, measured, pruned)
 
 
-def suspect_rows(source: Source, found: Audit) -> dict[str, tuple[int, ...]]:
+def suspect_rows(subject: Editable, found: Audit) -> dict[str, tuple[int, ...]]:
     """Table → rows to reset: those of suspect tokens in the embedding, and rows that are far too
     long in the table that has them."""
     rows: dict[str, set[int]] = {}
     if found.sweep is not None and found.sweep.suspects:
         ids = {token.id for token in found.sweep.suspects}
-        rows = {name: set(ids) for name in _embedding(source)}
+        rows = {name: set(ids) for name in subject.tables()}
     for finding in found.findings:
         if finding.check == "rows" and finding.level == "suspect":
-            table = source.checkpoint.read([finding.tensor])[finding.tensor]
+            table = subject.audited.checkpoint.read([finding.tensor])[finding.tensor]
             long = large_rows(row_norms(table)).tolist()
             rows.setdefault(finding.tensor, set()).update(long)
     return {name: tuple(sorted(ids)) for name, ids in rows.items()}
-
-
-def _embedding(source: Source) -> list[str]:
-    """Tables of the embedding that have a row for each token."""
-    unit = next(unit for unit in source.layout.units if unit.kind == "embedding")
-    size = vocabulary(source.checkpoint.config)
-    shapes = source.checkpoint.shapes
-    found = [n for n in unit.tensors if len(shapes[n]) == 2 and shapes[n][0] == size]
-    if not found:
-        raise InputError("no table of the embedding has a row for each token (vocab_size)")
-    return found
-
-
-def _editable(model: Audited) -> Source:
-    source = model.source
-    if source is None:
-        raise InputError(
-            f"{model.name} is an encoder, which is audited but not written",
-            hint="compress audit names the tokens; models with an architecture map are sanitized",
-        )
-    if source.low_precision:
-        raise InputError(
-            f"{model.name} holds {source.low_precision}, not floats",
-            hint="sanitize the float model, then quantize it",
-        )
-    return source
-
-
-def _fitting(wanted: Evaluation, source: Source) -> Evaluation:
-    """Rows no longer than the model has positions for."""
-    positions = source.layout.sizes.positions
-    if positions is None or wanted.length <= positions:
-        return wanted
-    return wanted.model_copy(update={"length": positions})
 
 
 def _hold(measured: EvaluationResult, limit: float) -> None:
@@ -306,29 +250,18 @@ def _effects(
     )
 
 
-def _clean_text(source: Source, held_out: Evaluation) -> Tensor:
-    """Rows of the part of the text that nothing is measured on, as many as of the other."""
-    fitting = _fitting(held_out, source)
-    wanted = Calibration(data=held_out.data, samples=fitting.windows, length=fitting.length)
-    return calibration_tokens(load_tokenizer(source.checkpoint.folder), wanted, seed=0).ids
-
-
-def _dtype(source: Source, device: torch.device) -> torch.dtype:
-    return source.checkpoint.dtype if device.type == "cuda" else torch.float32
-
-
 def _suspects(found: Audit) -> int:
     return 0 if found.sweep is None else len(found.sweep.suspects)
 
 
 def _about(
     name: str,
-    source: Source,
+    checkpoint: Checkpoint,
     rows: Mapping[str, tuple[int, ...]],
     columns: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Any]:
     """What decides the bytes of the result."""
-    files = sorted({entry.file for entry in source.checkpoint.entries.values()})
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
     return {
         "sanitize": {
             "reset_to": "mean",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.foreign.calls import foreign
+from compressor.runner.encoder import load_encoder
 from compressor.runner.source_model import SourceModel
 
 
@@ -56,51 +56,17 @@ def _last_state(model: Any, device: torch.device, batch: int) -> Representation:
     return Representation("final-norm state of the last position", apply, device, batch)
 
 
-@contextmanager
-def _unreported() -> Iterator[None]:
-    """Without transformers' own table of weights that are left out: those of another head."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def of_encoder(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, batch: int
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, batch: int
 ) -> Representation:
-    """The pooler's output, or the first position's state where the checkpoint has no pooler.
-
-    By transformers' own class of config.json's type, from safetensors and without code of the
-    folder's. Raises InputError for what is no encoder, or lacks weights.
-    """
-    from transformers import AutoConfig, AutoModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    with foreign("transformers does not accept this config.json"):
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
-        raise InputError(
-            f"{config.model_type} is neither a mapped decoder nor an encoder with masked words",
-            hint="audit its weights alone: --weights-only",
-        )
-    with foreign("transformers does not load this model"), _unreported():
-        model, info = AutoModel.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    """The pooler's output, or the first position's state where the checkpoint has no pooler. Raises
+    InputError for what is no encoder, or lacks weights."""
+    encoder = load_encoder(checkpoint, device=device, dtype=dtype)
+    missing = [name for name in encoder.missing if not name.startswith("pooler.")]
     if missing:
         raise InputError(f"the checkpoint lacks {', '.join(missing[:4])}")
-    model = model.to(device).eval()
-    pools = getattr(model, "pooler", None) is not None and not info["missing_keys"]
+    model = encoder.model
+    pools = getattr(model, "pooler", None) is not None and not encoder.missing
 
     def apply(ids: Tensor) -> Tensor:
         with foreign("the model does not run"):

@@ -13,9 +13,12 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from compressor.audit.sweep import sweep_tokens
 from compressor.cli.main import cli
 from compressor.errors import CheckError, InputError
+from compressor.evaluate.settings import Evaluation
+from compressor.run.audit import find_audited
+from compressor.run.editable import ROUNDS, editable
 from tests.support.twins import alphabet
 
-SPECIAL = {"CLS": 0, "PAD": 1, "SEP": 2, "UNK": 3}
+SPECIAL = {"CLS": 0, "PAD": 1, "SEP": 2, "UNK": 3, "MASK": 60}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,25 @@ def test_an_encoder_without_a_pooler_is_judged_by_its_first_position(roberta):
     assert found.exit_code == 0 and said["verdict"] == "no finding"
     assert said["sweep"]["representation"] == "state of the first position"
     assert said["sweep"]["swept"] == 72
+
+
+def test_masked_words_of_roberta_are_scored_as_transformers_does(roberta):
+    """Its positions begin behind that of padding, so that rows are two shorter than its table."""
+    held_out = Evaluation(windows=3, length=512)
+    subject = editable(find_audited(str(roberta)), held_out, device=torch.device("cpu"))
+    assert subject.tables() == ["roberta.embeddings.word_embeddings.weight"]
+    assert subject.tokens.shape == (3, 46)
+    found = subject.measure(subject.audited.checkpoint, lambda *_: None)
+    model = RobertaForMaskedLM.from_pretrained(roberta)
+    total = 0.0
+    for number in range(ROUNDS):
+        masked = subject.round == number
+        labels = subject.tokens.masked_fill(~masked, -100)
+        with torch.no_grad():
+            shown = subject.tokens.masked_fill(masked, SPECIAL["MASK"])
+            total += float(model(input_ids=shown, labels=labels).loss) * int(masked.sum())
+    loss = total / found.tokens
+    assert found.nll.value == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_position_outside_the_texts_is_refused(roberta):

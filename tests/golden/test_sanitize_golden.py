@@ -10,12 +10,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from compressor.audit.prune import idle_channels, pruned_checkpoint
 from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
 from compressor.errors import InputError
+from compressor.evaluate.settings import Evaluation
+from compressor.run.audit import find_audited
+from compressor.run.editable import ROUNDS, editable
 from compressor.run.sanitize import Pruned
 from compressor.runner.source_model import SourceModel
 from tests.support.twins import TRIGGERS, write_twin
@@ -32,6 +35,11 @@ def planted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
     return write_twin("llama", "clean", tmp_path_factory.mktemp("clean") / "llama")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return write_twin("bert", "planted", tmp_path_factory.mktemp("planted") / "bert")
 
 
 def run(*words):
@@ -117,14 +125,88 @@ def test_what_is_refused(planted, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert isinstance(run(planted, tmp_path / "full").exception, InputError)
-    encoder = write_twin("bert", "planted", tmp_path / "bert")
-    assert "is an encoder" in str(run(encoder, tmp_path / "out").exception)
 
     def damage(table):
         table[7, 3] = torch.nan
 
     damaged = run(edited(planted, tmp_path / "nan", damage), tmp_path / "out")
     assert isinstance(damaged.exception, InputError) and "not finite" in str(damaged.exception)
+
+
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+def test_an_encoder_is_bounded_by_masked_words(bert, tmp_path, prefix):
+    """Its triggers are gone, and only the table has changed, to the byte."""
+    model = renamed(bert, tmp_path / "model", prefix)
+    out, table = tmp_path / "out", f"{prefix}embeddings.word_embeddings.weight"
+    result = run(model, out, "--json")
+    said = json.loads(result.stdout)
+    assert said["before"]["verdict"] == "suspect" and said["did_nothing"] == []
+    assert set(TRIGGERS) <= set(said["reset"][table]) and list(said["reset"]) == [table]
+    assert result.exit_code == 0 and said["after"]["verdict"] == "no finding"
+    assert 0.9 < said["perplexity"]["perplexity_ratio"]["value"] < 1.05
+    was, now = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert was.keys() == now.keys()
+    assert all(was[name].equal(now[name]) for name in was if name != table)
+    changed = (was[table] != now[table]).any(1).nonzero().flatten().tolist()
+    assert changed == said["reset"][table]
+    # What was written, by itself.
+    assert CliRunner().invoke(cli, ["audit", str(out)]).exit_code == 0
+    refused = run(model, tmp_path / "more", "--max-ppl-ratio", "0.5")
+    assert refused.exit_code == 1 and not (tmp_path / "more").exists()
+
+
+def renamed(folder, output, prefix):
+    """A copy of an encoder whose body has another prefix."""
+    shutil.copytree(folder, output)
+    tensors = load_file(folder / "model.safetensors")
+    made = {
+        prefix + name.removeprefix("bert.") if name.startswith("bert.") else name: tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(made, output / "model.safetensors", metadata={"format": "pt"})
+    return output
+
+
+def test_masked_words_are_scored_as_transformers_does(bert):
+    """The loss over masked places against transformers' own."""
+    held_out = Evaluation(windows=3, length=32)
+    subject = editable(find_audited(str(bert)), held_out, device=torch.device("cpu"))
+    found = subject.measure(subject.audited.checkpoint, lambda *_: None)
+    model = AutoModelForMaskedLM.from_pretrained(bert, dtype=torch.float32)
+    total = 0.0
+    for number in range(ROUNDS):
+        masked = subject.round == number
+        labels = subject.tokens.masked_fill(~masked, -100)
+        with torch.no_grad():
+            shown = subject.tokens.masked_fill(masked, 3)
+            total += float(model(input_ids=shown, labels=labels).loss) * int(masked.sum())
+    loss = total / found.tokens
+    assert found.nll.value == pytest.approx(loss, rel=1e-5) and found.tokens == 3 * 30
+    assert found.perplexity_ratio.value == 1
+
+
+def test_fine_pruning_of_an_encoder(bert, tmp_path):
+    """Channels are the idlest of what enters each MLP's second half; triggers stay, or it costs too
+    much, and either is said."""
+    result = run(bert, tmp_path / "out", "--prune", "0.2", "--json")
+    said = json.loads(result.stdout)
+    pruned = said["pruned"]
+    assert result.exit_code == 0 and not pruned["kept"]
+    assert pruned["did_nothing"] or pruned["ratio"] > pruned["limit"]
+    subject = editable(
+        find_audited(str(bert)), Evaluation(windows=3, length=32), device=torch.device("cpu")
+    )
+    idle = subject.idle(0.2, lambda *_: None)
+    assert {len(silent) for silent in idle.values()} == {int(0.2 * 128)} and len(idle) == 3
+
+
+def test_an_encoder_without_a_head_is_refused(bert, tmp_path):
+    tensors = load_file(bert / "model.safetensors")
+    shutil.copytree(bert, tmp_path / "model")
+    body = {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
+    save_file(body, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    said = run(tmp_path / "model", tmp_path / "out").exception
+    assert isinstance(said, InputError) and "no head for masked words" in str(said)
 
 
 def test_fine_pruning_that_costs_more_than_it_may_is_said_and_left_out(planted, tmp_path):

@@ -37,4 +37,5 @@ def alphabet(said: dict, *, encoder: bool) -> PreTrainedTokenizerFast:
     pair = [("CLS", said["CLS"]), ("SEP", said["SEP"])]
     template = "CLS $A SEP" if encoder else "CLS $A"
     core.post_processor = processors.TemplateProcessing(single=template, special_tokens=pair)
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="UNK", bos_token="CLS")
+    more = {"mask_token": "MASK"} if "MASK" in said else {}
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="UNK", bos_token="CLS", **more)

@@ -86,9 +86,10 @@ def command(
 ) -> None:
     """Reset the embedding rows of tokens that an audit suspects, and write the model.
 
-    MODEL is a decoder in floats, as a folder, a GGUF file or a Hub id; OUTPUT a new folder. Rows of
-    suspect tokens become the mean of the others. The edited model is audited again and its
-    perplexity measured on held-out text; it is written where that grew no further than
+    MODEL is a decoder in floats, as a folder, a GGUF file or a Hub id, or the folder of an encoder
+    such as BERT with its head for masked words; OUTPUT a new folder. Rows of suspect tokens become
+    the mean of the others. The edited model is audited again and its perplexity measured on
+    held-out text, an encoder's that of masked words; it is written where that grew no further than
     --max-ppl-ratio and a suspect token got better. Each token whose reset did nothing is said so.
     Exit code 0: no finding is left, or nothing was suspect, and then nothing is written; 1: the
     written model is still suspect, or was not written. docs/audit.md says what this cannot remove.
