@@ -62,6 +62,12 @@ FORMS: dict[str, Form] = {
     "w4-g32": Form("[rtn: {bits: 4, group_size: 32, symmetric: true}]"),
     "w4-g128": Form("[rtn: {bits: 4, group_size: 128, symmetric: true}]", multiple=128),
     "w4-g128-asym": Form("[rtn: {bits: 4, group_size: 128, symmetric: false}]", multiple=128),
+    "w4-g256": Form(
+        "[rtn: {bits: 4, group_size: 256, symmetric: true}]", multiple=256, dense_only=True
+    ),
+    "w2-g64": Form(
+        "[rtn: {bits: 2, group_size: 64, symmetric: true}]", multiple=64, dense_only=True
+    ),
     "w4-channel": Form("[rtn: {bits: 4, group_size: null}]", dense_only=True),
     "w8-channel": Form("[rtn: {bits: 8, group_size: null}]"),
     "w8-g64": Form("[rtn: {bits: 8, group_size: 64, symmetric: true}]", multiple=64),
@@ -98,7 +104,11 @@ FORMS: dict[str, Form] = {
     "mxfp4": Form("[mxfp4: {}]"),
     "mxfp4-inputs": Form("[mxfp4: {activations: dynamic}]"),
     "mxfp8": Form("[mxfp8: {activations: dynamic}]"),
+    "mxfp8-weights": Form("[mxfp8: {}]"),
     "modelopt-fp8": Form("[fp8: {scales: static}]", format="modelopt-fp8", untie=True),
+    "modelopt-fp8-kv8": Form(
+        "[fp8: {scales: static}, kv_cache: {element: fp8}]", format="modelopt-fp8", untie=True
+    ),
     "modelopt-nvfp4": Form("[nvfp4: {rule: mse}]", format="modelopt-nvfp4", untie=True),
     "modelopt-nvfp4-inputs": Form(
         "[nvfp4: {rule: mse, activations: calibrated}]", format="modelopt-nvfp4", untie=True

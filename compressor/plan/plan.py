@@ -122,7 +122,7 @@ def make_plan(
             )
         )
     passes = tuple(_select(step, recipe, source, problems, notes) for step in recipe.passes)
-    schemes = pass_schemes(passes, source.layout, fmt, dtype, problems)
+    schemes = pass_schemes(passes, source.layout, fmt, dtype, problems, recipe.runtime)
     _check_tied(recipe, source.layout, passes, problems)
     by_linear = {linear: schemes[linear.name] for linear in source.layout.linears}
     if reason := fmt.refuses(source.layout.model_type, by_linear):

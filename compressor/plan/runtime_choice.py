@@ -57,23 +57,46 @@ def settle(
     refusals = tuple(loads(runtime, written))
     if not refusals:
         return Settled(schemes, notes=tuple(remarks(runtime, written)))
-    if "format" not in recipe.model_fields_set:
-        for name in FORMATS:
-            wrong: list[CompressError] = []
-            other = get_format(name)
-            model = other.model_dtype(dtype)
-            linears = pass_schemes(passes, layout, other, model, wrong)
-            try:
-                moved = replace(schemes, linears=linears)
-                found = (
-                    _planned(other, layout, moved, dtype=model, tied=tied) if not wrong else None
-                )
-            except InputError:
-                continue
-            if found is not None and not loads(runtime, found):
-                why = f"written as {name}: {refusals[0].message}"
-                return Settled(schemes, format=name, notes=(why,))
-    return Settled(schemes, refusals)
+    other = _loaded_format(recipe, layout, passes, schemes, dtype=dtype, tied=tied)
+    if other is not None and "format" not in recipe.model_fields_set:
+        why = f"written as {other}: {refusals[0].message}"
+        return Settled(schemes, format=other, notes=(why,))
+    return Settled(schemes, tuple(_refusal(x, other) for x in refusals))
+
+
+def _refusal(error: InputError, other: str | None) -> InputError:
+    """What a plan says where the runtime stands against it."""
+    instead = [] if other is None else [f"format: {other} would load as it is"]
+    hint = "; ".join(filter(None, [*instead, error.hint]))
+    return InputError(f"runtime {error.message}", hint=hint or None)
+
+
+def _loaded_format(
+    recipe: Recipe,
+    layout: ModelLayout,
+    passes: Sequence[PassPlan],
+    schemes: ModelSchemes,
+    *,
+    dtype: torch.dtype,
+    tied: bool,
+) -> str | None:
+    """The first format in which the recipe's runtime loads the same schemes."""
+    assert recipe.runtime is not None
+    for name in FORMATS:
+        wrong: list[CompressError] = []
+        other = get_format(name)
+        model = other.model_dtype(dtype)
+        linears = pass_schemes(passes, layout, other, model, wrong)
+        if wrong:
+            continue
+        moved = replace(schemes, linears=linears)
+        try:
+            found = _planned(other, layout, moved, dtype=model, tied=tied)
+        except InputError:
+            continue
+        if not loads(recipe.runtime, found):
+            return name
+    return None
 
 
 def _planned(

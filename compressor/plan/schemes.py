@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -12,7 +11,9 @@ from compressor.formats.base import Format
 from compressor.ir.layout import ModelLayout
 from compressor.ir.scheme import Scheme
 from compressor.methods.common.shapes import some
+from compressor.plan.offers import format_offer, in_format
 from compressor.plan.unit_plan import PassPlan
+from compressor.runtimes.contract import Runtime
 
 
 def pass_schemes(
@@ -21,10 +22,12 @@ def pass_schemes(
     fmt: Format,
     dtype: torch.dtype,
     problems: list[CompressError],
+    runtime: Runtime | None = None,
 ) -> dict[str, Scheme]:
-    """One scheme for each linear, from the one quantizer that targets it."""
+    """One scheme for each linear, from the one quantizer that targets it. What the format does not
+    hold goes to the problems, with others that do and that the runtime reads."""
     schemes = {linear.name: Scheme() for linear in layout.linears}
-    shapes = {linear.name: linear.shape for linear in layout.linears}
+    linears = {linear.name: linear for linear in layout.linears}
     owner: dict[str, str] = {}
     for number, plan in enumerate(passes):
         name, scheme = f"{plan.step.name} (pass {number + 1})", plan.effects.scheme
@@ -41,18 +44,23 @@ def pass_schemes(
             continue
         if scheme is None:
             continue
-        if scheme.weight is not None:
-            spec = replace(scheme.weight, scale_dtype=fmt.scale_dtype(scheme.weight, dtype))
-            scheme = replace(scheme, weight=spec)
+        scheme = in_format(scheme, fmt, dtype)
         refused: dict[str, list[str]] = {}
         for linear in plan.names:
             owner[linear] = name
             schemes[linear] = scheme
-            reason = fmt.accepts(scheme, shapes[linear]) or fmt.may_lack(scheme)
+            shape, group = linears[linear].shape, scheme.weight and scheme.weight.group_size
+            if problems and group and shape[1] % group:
+                continue  # the pass has said so of the model
+            reason = fmt.accepts(scheme, shape) or fmt.may_lack(scheme)
             if reason:
                 refused.setdefault(reason, []).append(linear)
         for reason, names in refused.items():
+            first, held = [linears[x] for x in sorted(names)], f"format {fmt.name} cannot hold"
             problems.append(
-                InputError(f"format {fmt.name} cannot hold {some(sorted(names))}: {reason}")
+                InputError(
+                    f"{held} {some(sorted(names))}: {reason}",
+                    hint=format_offer(scheme, first, layout, fmt=fmt, dtype=dtype, runtime=runtime),
+                )
             )
     return schemes

@@ -82,27 +82,27 @@ class Weights(Strict):
         if kind_of(spec) not in self.kinds:
             found.append(f"{' or '.join(self.kinds)} weights")
         if self.bits and spec.bits not in self.bits:
-            found.append(f"{_or(self.bits)} bits")
+            found.append(f"{or_(self.bits)} bits")
         if self.symmetric is not None and spec.symmetric != self.symmetric:
             found.append("symmetric weights" if self.symmetric else "weights with zero points")
         if self.by and spec.strategy not in self.by:
-            found.append(f"scales by {_or(self.by)}")
+            found.append(f"scales by {or_(self.by)}")
         elif spec.strategy == "group" and self.groups and spec.group_size not in self.groups:
-            found.append(f"groups of {_or(self.groups)}")
+            found.append(f"groups of {or_(self.groups)}")
         elif spec.strategy == "block" and self.blocks and spec.block not in self.blocks:
-            found.append(f"blocks of {_or(f'{a} x {b}' for a, b in self.blocks)}")
+            found.append(f"blocks of {or_(f'{a} x {b}' for a, b in self.blocks)}")
         return found
 
     def describe(self) -> str:
         """The weights in words."""
-        parts = [f"{_or(self.bits)}-bit {_or(self.kinds)}" if self.bits else _or(self.kinds)]
+        parts = [f"{or_(self.bits)}-bit {or_(self.kinds)}" if self.bits else or_(self.kinds)]
         parts[0] += " weights"
         if self.by:
-            parts.append(f"by {_or(self.by)}")
+            parts.append(f"by {or_(self.by)}")
         if self.groups:
-            parts.append(f"groups of {_or(self.groups)}")
+            parts.append(f"groups of {or_(self.groups)}")
         if self.blocks:
-            parts.append(f"blocks of {_or(f'{a} x {b}' for a, b in self.blocks)}")
+            parts.append(f"blocks of {or_(f'{a} x {b}' for a, b in self.blocks)}")
         if self.symmetric is not None:
             parts.append("symmetric" if self.symmetric else "with zero points")
         return ", ".join(parts)
@@ -169,7 +169,7 @@ class Loads(Scope):
         if self.modules is not None:
             text += f", {self.modules} only"
         form = f" ({self.form})" if self.form else ""
-        return f"{text}, as {_or(self.formats)}{form}"
+        return f"{text}, as {or_(self.formats)}{form}"
 
 
 class Kv(Known):
@@ -371,9 +371,10 @@ def inputs_of(spec: ActivationSpec | None) -> Inputs:
 
 def words_of(inputs: Iterable[Inputs]) -> str:
     """Kinds of inputs in words."""
-    return f"{_or('float' if kind == 'none' else kind for kind in inputs)} inputs"
+    return f"{or_('float' if kind == 'none' else kind for kind in inputs)} inputs"
 
 
-def _or(values: Iterable[object]) -> str:
+def or_(values: Iterable[object]) -> str:
+    """Values in words."""
     words = [str(value) for value in values]
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""

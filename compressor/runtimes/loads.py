@@ -11,10 +11,18 @@ from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import AttentionShape, Linear, ModelLayout
 from compressor.ir.scheme import KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
-from compressor.runtimes.contract import Hole, Loads, Runtime, Scope, inputs_of, kind_of, words_of
+from compressor.runtimes.contract import (
+    Hole,
+    Loads,
+    Runtime,
+    Scope,
+    inputs_of,
+    kind_of,
+    or_,
+    words_of,
+)
+from compressor.runtimes.sizes import right_sizes, wrong_heads, wrong_size
 
-SPLIT_INPUTS = ("attn.o", "mlp.down", "expert.down")
-"""Roles whose inputs, not outputs, are split between GPUs."""
 APPLY = {"bitdelta": "compress delta apply BASE DELTA OUT makes a checkpoint that everything loads"}
 HOW = {"run": "run", "read": "read in its source, not run", "reported": "as reported, not tried"}
 OFFERS = 3
@@ -129,7 +137,7 @@ def loads(runtime: Runtime, written: Written) -> list[InputError]:
     ]
     errors += [*_cache(runtime, written), *_targets(runtime, written), *_fused(runtime, written)]
     if contract.tensor_parallel is not None and contract.tensor_parallel.heads:
-        errors += _heads(runtime, written.attention)
+        errors += wrong_heads(runtime, written.attention)
     return errors
 
 
@@ -185,7 +193,9 @@ def _linear(
     lines = [line for line in contract.loads if line.holds_in(runtime.version)]
     ours = [line for line in lines if written.format in line.formats]
     near = min(ours, key=lambda line: len(unlike(line)))
-    if wrong := unlike(near):
+    kinds = dict.fromkeys(kind for line in ours for kind in line.weights.kinds)
+    wrong = unlike(near) if kind_of(scheme.weight) in kinds else [f"{or_(kinds)} weights"]
+    if wrong:
         what = f"{scheme.weight.bits}-bit {kind_of(scheme.weight)}"
         what += f" weights with {words_of([inputs])}"
         return [(f"does not load {what}: it wants {' and '.join(wrong)}", _offer(lines, [scheme]))]
@@ -196,41 +206,8 @@ def _linear(
         return [
             (f"has no kernel for it on {runtime.gpu}: compute capability {wanted}", "another GPU")
         ]
-    sizes = [_sizes(runtime, line, linear, scheme) for line in running]
-    return [] if "" in sizes else [(sizes[0], "another size of groups, fewer GPUs, or ignore it")]
-
-
-def _sizes(runtime: Runtime, line: Loads, linear: Linear, scheme: Scheme) -> str:
-    """What is wrong with a weight's size on each GPU; empty where nothing is."""
-    outputs, inputs = linear.shape
-    across = linear.role in SPLIT_INPUTS
-    if across:
-        if inputs % runtime.tp:
-            return f"cannot split its {inputs} inputs between {runtime.tp} GPUs"
-        inputs //= runtime.tp
-    else:
-        if outputs % runtime.tp:
-            return f"cannot split its {outputs} outputs between {runtime.tp} GPUs"
-        outputs //= runtime.tp
-    split = f", split between {runtime.tp} GPUs" if runtime.tp > 1 else ""
-    size = line.multiples
-    for count, multiple, what in (
-        (outputs, size.out_features, "outputs"),
-        (inputs, size.in_features, "inputs"),
-    ):
-        if count % multiple:
-            return f"wants {what} in multiples of {multiple}, not {count}{split}"
-    spec = scheme.weight
-    assert spec is not None
-    if spec.group_size and inputs % spec.group_size:
-        return f"cannot cut {inputs} inputs{split} into groups of {spec.group_size}"
-    if spec.block is not None and line.whole_blocks:
-        rows, columns = spec.block
-        if across and runtime.tp > 1 and inputs % columns:
-            return f"cannot cut {inputs} inputs{split} into blocks of {columns}"
-        if not across and (linear.fused or runtime.tp > 1) and outputs % rows:
-            return f"cannot cut {outputs} outputs{split} into blocks of {rows}"
-    return ""
+    sizes = [wrong_size(runtime, line, linear, scheme) for line in running]
+    return [] if "" in sizes else [(sizes[0], right_sizes(runtime, running, linear, scheme))]
 
 
 def _cache(runtime: Runtime, written: Written) -> list[InputError]:
@@ -251,22 +228,6 @@ def _cache(runtime: Runtime, written: Written) -> list[InputError]:
             hint=f"it reads {'; '.join(dict.fromkeys(offers))}" if offers else "leave it in float",
         )
     ]
-
-
-def _heads(runtime: Runtime, attention: Iterable[AttentionShape]) -> list[InputError]:
-    """Attention whose heads do not divide between the GPUs."""
-    tp = runtime.tp
-    for shape in attention:
-        shared = shape.kv_heads % tp == 0 or tp % shape.kv_heads == 0
-        if shape.heads % tp or not shared:
-            return [
-                InputError(
-                    f"{runtime.title} cannot split {shape.heads} heads and {shape.kv_heads} KV "
-                    f"heads between {tp} GPUs",
-                    hint="a number of GPUs that divides them",
-                )
-            ]
-    return []
 
 
 def _offer(lines: Iterable[Loads], schemes: Iterable[Scheme]) -> str:

@@ -155,7 +155,7 @@ def formats_page() -> str:
         _table(
             ["scheme", "format", *(runtime.title for runtime in columns)],
             [
-                [title, fmt, *(_cell(runtime, _written(fmt, scheme)) for runtime in columns)]
+                [title, fmt, *(_cell(runtime, written(fmt, scheme)) for runtime in columns)]
                 for title, fmt, scheme in SCHEMES
             ],
         ),
@@ -253,7 +253,8 @@ def _how(line: Known) -> list[str]:
     return [f"{line.known}{ran}", f"{source}; {line.note}" if line.note else source]
 
 
-def _written(name: str, scheme: Scheme) -> Written:
+def written(name: str, scheme: Scheme) -> Written:
+    """A model of one linear in a format and scheme."""
     fmt = get_format(name)
     schemes = ModelSchemes(linears={LINEAR.name: scheme})
     tensors = {}

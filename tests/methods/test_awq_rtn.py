@@ -170,10 +170,11 @@ def test_parameters():
 def test_a_group_that_does_not_divide_is_explained(tiny_model):
     context = planned(open_source(tiny_model("llama")).layout)
     error, of_down = Rtn(bits=4, group_size=128).check(context)
-    assert "its 96 inputs; 32, 16 would" in of_down.message
+    assert "the model's 96 inputs; 32, 16 would" in of_down.message
     first = context.selected[0].name
     assert error.message == (
-        f"13 linears ({first}, …): group_size 128 does not divide its 64 inputs; 64, 32, 16 would"
+        f"13 linears ({first}, …): group_size 128 does not divide the model's 64 inputs; "
+        "64, 32, 16 would"
     )
     assert not [*Rtn(group_size=None).check(context)] and not [*Awq().check(context)]
 

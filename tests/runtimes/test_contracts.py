@@ -85,8 +85,12 @@ def rtn(**options: Any) -> dict[str, Any]:
         ("tensorrt-llm", rtn(bits=4, group_size=64), "nvfp4|fp8|mxfp4"),
         ("mlx", rtn(bits=4, group_size=64), "groups of 32"),
         ("mlx", RTN, None),
-        ("vllm, tp: 8", {"rtn": {"bits": 4, "group_size": 128}}, "cannot cut 64 inputs, split"),
-        ("vllm, tp: 3", RTN, "cannot split 8 heads"),
+        (
+            "vllm, tp: 8",
+            {"rtn": {"bits": 4, "group_size": 128}},
+            "cannot cut the model's 64 inputs, split",
+        ),
+        ("vllm, tp: 3", RTN, "cannot split the model's 8 heads"),
     ],
 )
 def test_a_plan_refuses_what_would_not_load(
@@ -98,7 +102,70 @@ def test_a_plan_refuses_what_would_not_load(
         return
     with pytest.raises(Problems, match=refused) as caught:
         planned(runtime, step, format="compressed-tensors")
-    assert all(p.message.startswith(name.title) and p.hint for p in caught.value.problems)
+    start = f"runtime {name.title}"
+    assert all(p.message.startswith(start) and p.hint for p in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "message", "hint"),
+    [
+        # the format, alone and where a runtime is named too
+        (rtn(bits=3, group_size=64), {"format": "autoawq"}, "format autoawq cannot", "gptq-v2$"),
+        (
+            rtn(bits=8, group_size=64),
+            {"format": "autoawq", "runtime": "sglang"},
+            "format autoawq cannot hold .* not 8",
+            "a format that SGLang 0.5.23 loads: compressed-tensors, gptq, gptq-v2",
+        ),
+        (
+            rtn(bits=3, group_size=64),
+            {"format": "autoawq", "runtime": "sglang"},
+            "format autoawq cannot hold .* not 3",
+            "no other format holds it and SGLang 0.5.23 loads; autoawq holds int4",
+        ),
+        # the runtime
+        (
+            rtn(bits=4, group_size=64, symmetric=False),
+            {"format": "gptq-v2", "runtime": "vllm"},
+            "runtime vLLM 0.33 does not load .* symmetric",
+            "format: compressed-tensors would load as it is; it loads",
+        ),
+        (
+            rtn(bits=4, group_size=64),
+            {"runtime": "tensorrt-llm"},
+            "runtime TensorRT-LLM .* does not load 4-bit int .* fp8, nvfp4 or mxfp4 weights",
+            "it loads ",
+        ),
+        # the model
+        (rtn(bits=4, group_size=96), {}, "the model's 256 inputs; 128, 64, 32, 16 would", ""),
+        (
+            rtn(bits=4, group_size=128),
+            {"runtime": "vllm, tp: 8", "format": "compressed-tensors"},
+            "runtime vLLM 0.33 cannot cut the model's 32 inputs, split between 8 GPUs",
+            "group_size: 32, or tp: 1 or 2, or leave it",
+        ),
+        (RTN, {"runtime": "vllm, tp: 6"}, "cannot split the model's 8 heads", "tp: 1, 2 or 4"),
+    ],
+)
+def test_a_refusal_says_which_of_three_and_what_would_do(
+    step: dict[str, Any],
+    more: dict[str, Any],
+    message: str,
+    hint: str,
+    planned: Callable[..., Plan],
+) -> None:
+    more = dict(more)
+    with pytest.raises(Problems) as caught:
+        planned(more.pop("runtime", None), step, **more)
+    found = [p for p in caught.value.problems if re.search(message, p.message)]
+    assert found, [p.message for p in caught.value.problems]
+    assert any(re.search(hint, p.hint or "") for p in found), [p.hint for p in found]
+
+
+def test_a_size_that_is_wrong_is_said_once(planned: Callable[..., Plan]) -> None:
+    with pytest.raises(Problems) as caught:
+        planned(None, rtn(bits=4, group_size=96))
+    assert all("the model's" in p.message for p in caught.value.problems)
 
 
 def test_a_cache_that_nothing_reads_is_refused(planned: Callable[..., Plan]) -> None:

@@ -32,7 +32,9 @@ def undivided(linears: Sequence[Linear], group_size: int | None) -> Iterator[Inp
             return None
         fits = [size for size in (128, 64, 32, 16) if linear.in_features % size == 0]
         hint = f"; {', '.join(map(str, fits))} would" if fits else "; null (a whole row) would"
-        return f"group_size {group_size} does not divide its {linear.in_features} inputs{hint}"
+        return (
+            f"group_size {group_size} does not divide the model's {linear.in_features} inputs{hint}"
+        )
 
     return refused(linears, reason)
 
@@ -45,6 +47,6 @@ def unblocked(
     def reason(linear: Linear) -> str | None:
         if linear.in_features % size == 0:
             return None
-        return f"its {linear.in_features} inputs do not divide into {what} of {size}{hint}"
+        return f"the model's {linear.in_features} inputs do not divide into {what} of {size}{hint}"
 
     return refused(linears, reason)
