@@ -56,11 +56,10 @@ def pass_schemes(
             if reason:
                 refused.setdefault(reason, []).append(linear)
         for reason, names in refused.items():
-            first, held = [linears[x] for x in sorted(names)], f"format {fmt.name} cannot hold"
+            these = [linears[name] for name in sorted(names)]
+            offer = format_offer(scheme, these, layout, fmt=fmt, dtype=dtype, runtime=runtime)
+            what = some(sorted(names))
             problems.append(
-                InputError(
-                    f"{held} {some(sorted(names))}: {reason}",
-                    hint=format_offer(scheme, first, layout, fmt=fmt, dtype=dtype, runtime=runtime),
-                )
+                InputError(f"format {fmt.name} cannot hold {what}: {reason}", hint=offer)
             )
     return schemes

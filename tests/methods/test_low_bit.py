@@ -301,4 +301,4 @@ def test_microscaling(model_type, activations, step, bench):
 def test_microscaling_needs_whole_groups():
     unit = UnitLayout("b", "block", 0, (), (Linear("a", "mlp.up", 8, 48, site="mlp.in"),))
     (error,) = Mxfp4().check(planned(ModelLayout("llama", (unit,), Sizes(48, 256))))
-    assert error.message == "a: its 48 inputs do not divide into groups of 32"
+    assert error.message == "a: the model's 48 inputs do not divide into groups of 32"
