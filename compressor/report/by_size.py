@@ -56,13 +56,15 @@ def _mixes(mixes: Mapping[str, Any] | None) -> str:
     """What each number of bits would cost, as far as it was measured before the run."""
     if mixes is None:
         return ""
-    points = {"best mix": mixes["best"], **{k: [v] for k, v in mixes["alike"].items()}}
-    if mixes["this"] is not None:
-        points = {THIS: [mixes["this"]], **points}
     series = {
-        name: [Point(round(x, 2), y, f"{name}: {x:.2f} bits, error {number(y)}") for x, y in each]
-        for name, each in points.items()
+        "best mix": [_mix("best mix", *point) for point in mixes["best"]],
+        "one form throughout": [
+            _mix(name, *point)
+            for name, point in sorted(mixes["alike"].items(), key=lambda entry: entry[1])
+        ],
     }
+    if mixes["this"] is not None:
+        series[THIS] = [_mix(THIS, *mixes["this"])]
     plot = lines(
         series,
         x_title="bits of a quantized weight, scales included",
@@ -72,3 +74,7 @@ def _mixes(mixes: Mapping[str, Any] | None) -> str:
     )
     about = f"What was measured before the run: {mixes['measure']}."
     return f'<h3>Other mixes of bits</h3>{plot}<p class="quiet">{escape(about)}</p>'
+
+
+def _mix(name: str, bits: float, error: float) -> Point:
+    return Point(round(bits, 2), error, f"{name}: {bits:.2f} bits, error {number(error)}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.report.elements import section
 from compressor.report.svg import Point, lines
-from compressor.report.text import number
+from compressor.report.text import number, with_error
 
 
 def beside_nearest(verify: Mapping[str, Any] | None) -> str:
@@ -19,9 +19,9 @@ def beside_nearest(verify: Mapping[str, Any] | None) -> str:
     ratios = [row["error"] / row["nearest"] for row in blocks if row["nearest"]]
     better = sum(ratio < 1 for ratio in ratios)
     says = (
-        f"<p>A block of this checkpoint is {number(statistics.median(ratios))} times as far from "
-        f"the original's output as rounding to nearest leaves it (median; {better} of "
-        f"{len(ratios)} blocks are nearer).</p>"
+        f"<p>A block of this checkpoint is {with_error(_mean(ratios))} times as far from the "
+        f"original's output as rounding to nearest leaves it (mean over blocks; {better} of "
+        f"{len(ratios)} are nearer).</p>"
         if ratios
         else ""
     )
@@ -44,3 +44,9 @@ def beside_nearest(verify: Mapping[str, Any] | None) -> str:
         "chosen differs."
     )
     return section("Beside rounding to nearest", f'{says}{plot}<p class="quiet">{about}</p>')
+
+
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    """The mean with its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"value": statistics.fmean(values), "error": error}

@@ -15,6 +15,9 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 APART = 34
 """From the middle of a label to that of the next."""
 
+FEW = 16
+"""Points that are drawn large."""
+
 Format = Callable[[float], str]
 
 
@@ -36,6 +39,8 @@ def dots(series: Series, *, x_title: str, y_title: str, show: Format) -> str:
 
     def draw(axes: _Axes, series: Series) -> str:
         radius = 3.5 if axes.width == WIDE else 2.5
+        if sum(map(len, series.values())) <= FEW:
+            radius *= 2
         return "".join(
             f'<circle class="c{i % COLOURS}" cx="{axes.x(p.x):.1f}" cy="{axes.y(p.y):.1f}" '
             f'r="{radius}"><title>{escape(p.label)}</title></circle>'
@@ -171,7 +176,7 @@ def _x_labels(axes: _Axes, points: Sequence[Point]) -> str:
             shown.append(value)
     return "".join(
         f'<text class="axis" x="{axes.x(v):.1f}" y="{HEIGHT - BOTTOM + 16}" '
-        f'text-anchor="middle">{v:g}</text>'
+        f'text-anchor="middle">{v:{".3g" if v % 1 else "g"}}</text>'
         for v in shown
     )
 

@@ -278,7 +278,7 @@ def test_a_run_is_shown_beside_rounding_to_nearest() -> None:
     data = report().to_json()
     data["verify"] = {**data["verify"], "blocks": blocks}
     page = render(data)
-    assert "is 0.9 times as far" in page and "2 of 3 blocks are nearer" in page
+    assert "is 0.87 ± 0.20 times as far" in page and "2 of 3 are nearer" in page
     assert "</i>rounding to nearest</span>" in page
     data["verify"]["blocks"] = []
     assert "rounding to nearest</span>" not in render(data)
@@ -303,7 +303,8 @@ def test_a_run_is_shown_by_size_beside_what_else_was_measured() -> None:
     assert "2 other checkpoints of this model" in page
     assert "nearer to the original: w3." in page, "the run has 4 bits and KL 0.0912"
     assert "w3: 3.50 bits, KL 0.0512 ± 0.0020 nats" in page and "w4<b>" not in page
-    assert "best mix: 2.50 bits, error 16" in page and "this checkpoint: 3.50 bits" in page
+    assert "best mix: 2.50 bits, error 16" in page and "4 bits: 4.50 bits, error 2.25" in page
+    assert "this checkpoint: 3.50 bits" in page
     best = render(report(peers=(peer("w3", 3.5, 0.3), peer("w8", 8.1, 0.001))).to_json())
     assert "none of them is as small and nearer" in best
     assert "Quality by size" not in render(report().to_json())
