@@ -51,7 +51,7 @@ def pass_schemes(
             schemes[linear] = scheme
             shape, group = linears[linear].shape, scheme.weight and scheme.weight.group_size
             if problems and group and shape[1] % group:
-                continue  # the pass has said so of the model
+                shape = (shape[0], group)  # the pass has said of the model what is wrong with it
             reason = fmt.accepts(scheme, shape) or fmt.may_lack(scheme)
             if reason:
                 refused.setdefault(reason, []).append(linear)
