@@ -16,6 +16,7 @@ from compressor.runtimes.contract import (
     Loads,
     Runtime,
     Scope,
+    gpus,
     inputs_of,
     kind_of,
     or_,
@@ -25,6 +26,8 @@ from compressor.runtimes.sizes import right_sizes, wrong_heads, wrong_size
 
 APPLY = {"bitdelta": "compress delta apply BASE DELTA OUT makes a checkpoint that everything loads"}
 HOW = {"run": "run", "read": "read in its source, not run", "reported": "as reported, not tried"}
+GPUS = 4
+"""GPUs that a hint names."""
 OFFERS = 3
 """Forms that would load which a hint names."""
 
@@ -203,9 +206,10 @@ def _linear(
     running = [line for line in fitting if line.runs_on(runtime.capability)]
     if not running:
         wanted = "; or ".join(line.gpus for line in fitting)
-        return [
-            (f"has no kernel for it on {runtime.gpu}: compute capability {wanted}", "another GPU")
-        ]
+        why = f"has no kernel for it on {runtime.gpu}: compute capability {wanted}"
+        others = [x for x, c in gpus().items() if any(line.runs_on(c) for line in fitting)]
+        there = [line for line in lines if line.runs_on(runtime.capability)]
+        return [(why, f"gpu: {or_(others[:GPUS])}; on {runtime.gpu} {_offer(there, [scheme])}")]
     sizes = [wrong_size(runtime, line, linear, scheme) for line in running]
     return [] if "" in sizes else [(sizes[0], right_sizes(runtime, running, linear, scheme))]
 

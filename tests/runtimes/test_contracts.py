@@ -136,6 +136,12 @@ def test_a_plan_refuses_what_would_not_load(
             "runtime TensorRT-LLM .* does not load 4-bit int .* fp8, nvfp4 or mxfp4 weights",
             "it loads ",
         ),
+        (
+            rtn(bits=4, activations="fp8"),
+            {"runtime": "vllm, gpu: a100"},
+            "runtime vLLM 0.33 has no kernel for it on a100",
+            "gpu: .*h100.*; on a100 it loads 4-bit int weights",
+        ),
         # the model
         (rtn(bits=4, group_size=96), {}, "the model's 256 inputs; 128, 64, 32, 16 would", ""),
         (
