@@ -4,7 +4,7 @@ of config.json."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from compressor.arch.schema import MapFile
@@ -55,6 +55,7 @@ def wrong_experts(
             found.append(
                 InputError(f"config.json: {chosen} is {count!r}, which is no choice of {experts}")
             )
+    found += _wrong_groups(arch, experts, config)
     wrong: dict[str, str] = {}
     for block, there in _numbered(arch, names).items():
         lacking = sorted(set(range(experts)) - there)
@@ -75,6 +76,28 @@ def wrong_experts(
             )
         )
     return found
+
+
+def _wrong_groups(arch: MapFile, experts: int, config: Mapping[str, Any]) -> Iterator[InputError]:
+    """Groups of experts, of which the router chooses some before it chooses experts in them."""
+    groups = arch.value(config, "n_group")
+    kept = arch.value(config, "topk_group")
+    if groups is None or arch.value(config, "topk_method") == "greedy":
+        return
+    if type(groups) is not int or groups < 1 or experts % groups:
+        said = f"{_key(arch, config)} {experts}"
+        yield InputError(f"config.json: n_group is {groups!r}, which does not divide {said}")
+        return
+    if kept is not None and (type(kept) is not int or not 1 <= kept <= groups):
+        yield InputError(f"config.json: topk_group is {kept!r}, which is no choice of {groups}")
+        return
+    chosen = arch.value(config, "num_experts_per_tok")
+    left = experts // groups * (groups if kept is None else kept)
+    if type(chosen) is int and left < chosen <= experts:
+        yield InputError(
+            f"config.json: num_experts_per_tok is {chosen}, and topk_group {kept} of n_group "
+            f"{groups} leaves {left} experts"
+        )
 
 
 def _numbered(arch: MapFile, names: Iterable[str]) -> dict[str, set[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
@@ -239,16 +240,16 @@ def _experts(data: Data) -> str:
         for row in unit["rows"]:
             if "routed" in row:
                 seen.setdefault(row["expert"], {})[unit["name"]] = row["routed"]
-    if not seen:
-        return ""
     rows = []
     for expert, found in sorted(seen.items()):
         least = min(found, key=lambda name: found[name])
         without = sum(not tokens for tokens in found.values())
-        numbers = [f"{sum(found.values()):,}", f"{found[least]:,}"]
+        counts = (sum(found.values()), statistics.median(found.values()), found[least])
+        numbers = [f"{count:,.10g}" for count in counts]
         rows.append([str(expert), *numbers, breakable(least), str(without)])
-    header = ["expert", "tokens", "fewest in a block", "which", "blocks without any"]
-    return section("Tokens seen by experts", table(header, rows, numbers=(1, 2, 4), names=(3,)))
+    header = ["expert", "tokens", "median of blocks", "fewest", "in", "blocks without any"]
+    lines = table(header, rows, numbers=(1, 2, 3, 5), names=(4,))
+    return section("Tokens seen by experts", lines) if rows else ""
 
 
 def _linear_errors(data: Data) -> dict[str, tuple[float, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 
 from compressor.arch.load import find_map
 from compressor.checkpoint.reader import open_checkpoint
+from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Problems
+from compressor.plan.preflight import check_model
 
 TinyModel = Callable[..., Path]
 Headers = dict[str, tuple[int, ...]]
@@ -78,6 +82,40 @@ def test_experts_in_one_tensor(family: str, key: str, tiny_model: TinyModel) -> 
 def test_a_choice_of_experts_is_one(family: str, chosen: Any, tiny_model: TinyModel) -> None:
     with pytest.raises(InputError, match=r"num_experts_per_tok is .*, which is no choice of 4"):
         lay(tiny_model(family), num_experts_per_tok=chosen)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "nemotron_h", "glm_moe_dsa"])
+def test_groups_of_experts_are_such(family: str, tiny_model: TinyModel) -> None:
+    folder = tiny_model(family)
+    sound = {"n_group": 2, "topk_group": 1}
+    assert lay(folder, **sound)
+    for said, message in (
+        ({"n_group": 3}, r"n_group is 3, which does not divide n_routed_experts 4"),
+        ({"n_group": 0}, r"n_group is 0, which does not divide"),
+        ({"n_group": "2"}, r"n_group is '2'"),
+        ({"topk_group": 3}, r"topk_group is 3, which is no choice of 2"),
+        ({"topk_group": 0}, r"topk_group is 0"),
+        ({"num_experts_per_tok": 3}, r"per_tok is 3, and topk_group 1 of n_group 2 leaves 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lay(folder, **{**sound, **said})
+
+
+def test_what_config_says_of_each_block_is_held_against_it(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """By the model that transformers makes of it, before a run."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("glm_moe_dsa shared"), folder)
+    at = folder / "config.json"
+    config = json.loads(at.read_text())
+    check_model(open_source(folder))
+    at.write_text(json.dumps({**config, "indexer_types": ["full", "full", "full"]}))
+    with pytest.raises(Problems, match=r"layers\.1: .* needs what the checkpoint does not have: "):
+        check_model(open_source(folder))
+    at.write_text(json.dumps({**config, "indexer_types": ["full", "shared", "shared"]}))
+    with pytest.raises(Problems, match=r"layers\.2: .* has no place for"):
+        check_model(open_source(folder))
 
 
 @pytest.mark.parametrize("family", ["phi3", "qwen3_next"])

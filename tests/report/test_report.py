@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from compressor.evaluate.gate import Gate
 from compressor.evaluate.perplexity import BlockError, Estimate, EvaluationResult
 from compressor.report.data import Costs, Mixes, Peer, ReportData, UnitReport, write_report
-from compressor.report.html import render
+from compressor.report.html import _experts, render
 from compressor.report.svg import Point, columns, dots, lines
 from compressor.report.text import MISSING, TIMES, counted, duration, factor, number, share, size
 
@@ -318,3 +318,23 @@ def test_every_plot_has_a_legend_and_units_and_labels_apart() -> None:
     points = [Point(x, 1.0 + x, "") for x in (4.0, 4.01, 4.02, 9.0)]
     drawn = lines({"a": points}, x_title="bits", y_title="KL, nats", show=number)
     assert ">4<" in drawn and ">4.01<" not in drawn and ">9<" in drawn
+
+
+def test_an_expert_has_a_line_with_median_and_fewest() -> None:
+    """Over blocks, whatever number of its linears tells of the tokens."""
+    counts = {"layers.0": (6, 0), "layers.1": (2, 5), "layers.2": (9, 1)}
+    units = [
+        {
+            "name": name,
+            "rows": [
+                {"linear": f"{name}.{expert}.{part}", "expert": expert, "routed": tokens}
+                for expert, tokens in enumerate(seen)
+                for part in ("up", "down")
+            ],
+        }
+        for name, seen in counts.items()
+    ]
+    text = re.sub(r"<wbr>", "", _experts({"units": units}))
+    joined = " ".join(re.sub(r"<[^>]+>", " ", text).split())
+    assert "expert tokens median of blocks fewest in blocks without any" in joined
+    assert "0 17 6 2 layers.1 0" in joined and "1 6 1 0 layers.0 1" in joined

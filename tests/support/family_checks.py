@@ -67,9 +67,21 @@ def every_tensor_has_one_place(source: Source, folder: Path) -> None:
     assert weights == sum(t.numel() for tensors in stored for t in tensors.values())
 
 
+KEPT = {
+    *("mlp.gate", "mlp.router", "mlp.shared_expert_gate", "router.proj", "feed_forward.gate"),
+    *("feed_forward.router", "block_sparse_moe.gate", "block_sparse_moe.router.layer"),
+    *("mixer.gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b", "linear_attn.in_proj_ba"),
+    *(f"self_attn.indexer.{name}" for name in ("wq_b", "wk", "weights_proj")),
+}
+"""Linears of blocks that no method rounds, of all families: routers, gates, indexers."""
+
+
 def every_linear_is_one(source: Source, stream: FinalStates) -> None:
     """What transformers multiplies with in a block are the linears of the map; routers may be
-    modules of their own."""
+    modules of their own. None but those that are kept by name is left alone."""
+    for unit in source.layout.blocks:
+        kept = {x.name.removeprefix(f"{unit.name}.") for x in unit.linears if x.role == "router"}
+        assert kept <= KEPT, kept - KEPT
     for unit in source.layout.blocks:
         layer = stream.model.runner.layers[unit.index]
         theirs = {n for n, m in layer.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
