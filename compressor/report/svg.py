@@ -11,7 +11,7 @@ from html import escape
 COLOURS = 8
 NARROW, WIDE = 340, 980
 HEIGHT = 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 12, 40
 APART = 34
 """From the middle of a label to that of the next."""
 
