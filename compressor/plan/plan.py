@@ -167,7 +167,11 @@ def make_plan(
         raise Problems([*problems, room] if room is not None else problems)
     try:
         target = _with_passes(target, passes)
-        units = tuple(plan_unit(unit, passes, target) for unit in source.layout.units)
+        quantized = recipe.propagate == "quantized"
+        corrected = quantized and any(p.needs.stats.cross for p in passes)
+        units = tuple(
+            plan_unit(unit, passes, target, beside=corrected) for unit in source.layout.units
+        )
         calibrated = any(unit.calibrated for unit in units)
         notes += store_notes(recipe, source.layout, dtype, calibrated=calibrated)
         plan = Plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -87,7 +87,7 @@ class UnitPlan:
     @property
     def calibrated(self) -> bool:
         """Whether any step reads statistics, or runs the block."""
-        return any(wanted.anything or wanted.block for wanted in self.seen)
+        return bool(self.needs) or any(wanted.anything or wanted.block for wanted in self.seen)
 
     @property
     def tuned(self) -> bool:
@@ -95,28 +95,49 @@ class UnitPlan:
         return any(wanted.block for wanted in self.seen)
 
 
-def plan_unit(unit: UnitLayout, passes: Sequence[PassPlan], target: Target) -> UnitPlan:
-    """What `passes` do in a unit of a target."""
+def plan_unit(
+    unit: UnitLayout, passes: Sequence[PassPlan], target: Target, *, beside: bool = False
+) -> UnitPlan:
+    """What `passes` do in a unit of a target.
+
+    beside  whether the original's activations run beside the quantized model's: a pass that reads
+            both looks at its sites one after the other, and not at all of them before
+    """
     names = {linear.name for linear in unit.linears}
     steps = tuple(
         i
         for i, plan in enumerate(passes)
         if plan.names & names or (plan.effects.works_on == "all" and unit.kind != "beside")
     )
-    seen = _observables(unit, [passes[i] for i in steps])
+    chosen = [passes[i] for i in steps]
+    seen = _observables(unit, chosen, beside=beside and unit.kind == "block")
     needs: dict[str, StatNeeds] = {}
-    for wanted in seen:
-        needs = _merged(needs, wanted.sites)
+    for plan in chosen:
+        needs = _merged(needs, _sites(unit, plan, beside=False))
     return UnitPlan(layout=unit, steps=steps, needs=needs, seen=seen, outputs=target.shapes(unit))
 
 
-def _observables(unit: UnitLayout, plans: Sequence[PassPlan]) -> tuple[Observable, ...]:
+def _sites(unit: UnitLayout, plan: PassPlan, *, beside: bool) -> dict[str, StatNeeds]:
+    """Input site → statistics of it that a pass reads; with `beside` without those that it takes
+    later, from both models."""
+    stats = plan.needs.stats
+    found = {}
+    for x in unit.linears:
+        later = beside and stats.cross and x.expert is None
+        wanted = replace(stats, gram=False, cross=False) if later else stats
+        if x.name in plan.names and wanted != StatNeeds():
+            found[x.site] = wanted
+    return found
+
+
+def _observables(
+    unit: UnitLayout, plans: Sequence[PassPlan], *, beside: bool
+) -> tuple[Observable, ...]:
     """What has to be observed before each step, if what was seen before is stale by then."""
     found: list[Observable] = []
     for plan in reversed(plans):
-        needs, names = plan.needs, plan.names
-        read = needs.stats != StatNeeds()
-        sites = {x.site: needs.stats for x in unit.linears if read and x.name in names}
+        needs = plan.needs
+        sites = _sites(unit, plan, beside=beside)
         kv = None if unit.attention is None else needs.kv
         # What changes what is seen need not look ahead: everything is observed anew after it.
         if found and not plan.effects.stale:

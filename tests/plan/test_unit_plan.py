@@ -47,17 +47,28 @@ def test_statistics_are_read_of_the_inputs_of_what_is_selected(plan: Callable[..
 
 def test_what_is_stale_is_observed_anew_and_all_else_at_once(plan: Callable[..., Plan]) -> None:
     """A transform changes what follows it sees; rounding from data does not."""
-    block = plan("awq", {"gptq": {"group_size": 32}}).units[1]
+    plain = {"group_size": 32, "correction": 0.0}
+    block = plan("awq", {"gptq": plain}).units[1]
     awq, gptq = block.seen
     assert awq.sites["attn.in"].absmean and not gptq.sites["attn.in"].absmean
     assert gptq.sites["attn.in"].gram
     both = plan(
-        {"gptq": {"group_size": 32, "targets": "attn.o"}},
-        {"gptq": {"group_size": 32, "targets": "mlp.down"}},
+        {"gptq": {**plain, "targets": "attn.o"}},
+        {"gptq": {**plain, "targets": "mlp.down"}},
     )
     first, second = both.units[1].seen
     # Seen in one run of the tokens, and again only by a run that begins in between.
     assert set(second.sites) < set(first.sites)
+
+
+def test_what_is_seen_beside_the_original_is_not_observed_before(
+    plan: Callable[..., Plan],
+) -> None:
+    gptq = {"gptq": {"group_size": 32}}
+    block, head = (plan("awq", gptq).units[i] for i in (1, 3))
+    assert not block.seen[1].sites and block.needs["attn.in"].cross and block.calibrated
+    assert plan(gptq, propagate="original").units[1].seen[0].sites["attn.in"].gram
+    assert not head.steps
 
 
 def test_keys_and_values_are_observed_where_there_is_attention(plan: Callable[..., Plan]) -> None:

@@ -66,8 +66,10 @@ def round_unit(
 
     def work(site: str) -> _Site:
         linears = coded[site]
-        aim, stats = current, context.stats[site]
-        if corrects and context.observe is not None and not _routed(linears):
+        aim = current
+        if not corrects or context.observe is None or _routed(linears):
+            stats = context.stats[site]
+        else:
             stats = context.observe(current, site)
             aim = _corrected(current, site, linears, stats, options)
         if start is not None:
