@@ -35,6 +35,8 @@ KINDS = {
 }
 BASELINES = ("rtn", "signround")
 """What other rows of a grid are held against."""
+FIRST_PARTS = ("awq", "rotate")
+"""What rows of passes that begin with them are held against."""
 Row = Mapping[str, Any]
 
 
@@ -109,14 +111,16 @@ def table(rows: Sequence[Row], data: Mapping[str, Any], grid: str) -> Iterator[s
 def claims(rows: Sequence[Row]) -> Iterator[str]:
     """Each method against what came before it, kind by kind, where a difference is more than two
     paired standard errors."""
-    for baseline in BASELINES:
+    for baseline in (*BASELINES, *FIRST_PARTS):
         for row in rows:
+            if baseline in FIRST_PARTS and not row["method"].startswith(f"{baseline} + "):
+                continue
             bases = [
                 r
                 for r in rows
                 if r["method"] == baseline and r["calibration"] in ("", row["calibration"])
             ]
-            if not bases or row["method"] in BASELINES[: BASELINES.index(baseline) + 1]:
+            if not bases or row["method"] == "rtn" or row["method"] == baseline:
                 continue
             found: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
             for kind, label in KINDS.items():

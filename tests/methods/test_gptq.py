@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from compressor.ir.qtensor import NVFP4, spread
 from compressor.ir.scheme import ActivationSpec
 from compressor.methods.awq import Awq
-from compressor.methods.gptq import PUBLISHED, Gptq
+from compressor.methods.gptq import Gptq
 from compressor.methods.nvfp4 import Nvfp4
 from compressor.methods.rtn import Rtn
 from compressor.methods.smoothquant import Smoothquant
@@ -18,7 +18,7 @@ from compressor.numerics import nearest_codes, quantize
 from tests.support.block_bench import BlockBench
 from tests.support.tiny_models import TYPES
 
-AS_PUBLISHED = PUBLISHED._asdict()
+AS_PUBLISHED = {"scales": "range", "damping": 0.01, "correction": 0.0}
 
 
 @pytest.fixture
@@ -152,13 +152,6 @@ def test_parameters_are_those_of_the_grid():
         "int8", "token"
     )
     assert Gptq(activations="static").needs().stats.absmax and not Gptq().needs().stats.absmax
-
-
-def test_defaults_are_the_published_ones_beside_quantized_inputs():
-    beside = Gptq(bits=8, activations="token")
-    assert beside.in_use == PUBLISHED and not beside.needs().stats.cross
-    assert Gptq(bits=8, activations="token", damping=0.1).in_use == ("range", 0.1, 0)
-    assert Gptq().in_use == Gptq(grid="nvfp4").in_use == ("search", 0.1, 0.5)
     assert Gptq().needs().stats.cross and not Gptq(correction=0).needs().stats.cross
     for wrong, message in (
         ({"grid": "nvfp4", "bits": 3}, "bits says nothing"),

@@ -37,8 +37,6 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 PUBLISHED = {"scales": "range", "damping": 0.01, "correction": 0.0}
 UNCORRECTED = {"correction": 0.0}
-GENERAL = {"scales": "search", "damping": 0.1, "correction": 0.5}
-"""The defaults for weights alone, beside quantized inputs too."""
 HEAD = {"targets": "lm_head", "ignore": [], "group_size": 64}
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     # Parameters of each pass; the last one gets the grid as well.
@@ -53,7 +51,6 @@ METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "gptq uncorrected": [("gptq", UNCORRECTED)],
     "gptq uncorrected, descent": [("gptq", {**UNCORRECTED, "descent": 2})],
     "gptq uncorrected, descent, refits": [("gptq", {**UNCORRECTED, "descent": 2, "refits": 3})],
-    "gptq as for weights alone": [("gptq", GENERAL)],
     "gptq on ranges": [("gptq", {"scales": "range"})],
     "gptq, correction .25": [("gptq", {"correction": 0.25})],
     "gptq, correction .75": [("gptq", {"correction": 0.75})],
@@ -74,6 +71,7 @@ METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "awq + gptq": [("awq", {}), ("gptq", {})],
     "awq + gptq uncorrected": [("awq", {}), ("gptq", UNCORRECTED)],
     "awq + gptq as published": [("awq", {}), ("gptq", PUBLISHED)],
+    "rotate + gptq, damping .3": [("rotate", {}), ("gptq", {"damping": 0.3})],
     "awq + gptq, damping .3": [("awq", {}), ("gptq", {"damping": 0.3})],
     "awq unclipped + gptq": [("awq", {"clip": False}), ("gptq", {})],
     "awq unclipped + gptq, damping .3": [("awq", {"clip": False}), ("gptq", {"damping": 0.3})],
