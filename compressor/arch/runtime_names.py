@@ -112,6 +112,33 @@ class Stack:
                 if self.bias is not None:
                     yield bias_name(f"{block}.{source.format(e=e)}")
 
+    def place(
+        self, block: str, experts: int, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Copies on a device of the weights that it is built from, laid out so that building it
+        takes no other copy; none where it has them otherwise than one after the other."""
+        if self.interleaved or self.transposed:
+            return {}
+        names = self._names(block, experts, weight_name)
+        first = [tensors[n] for n in names[0]]
+        rows = [tensor.shape[0] for tensor in first]
+        if any(tensors[n].dtype != first[0].dtype for expert in names for n in expert):
+            return {}
+        out = torch.empty(
+            experts, sum(rows), first[0].shape[1], dtype=first[0].dtype, device=device
+        )
+        found = {}
+        for e, expert in enumerate(names):
+            for n, part in zip(expert, torch.split(out[e], rows), strict=True):
+                found[n] = part.copy_(tensors[n], non_blocking=True)
+        return found
+
+    def _names(self, block: str, experts: int, name: Callable[[str], str]) -> list[list[str]]:
+        return [
+            [name(f"{block}.{source.format(e=e)}") for source in self.sources]
+            for e in range(experts)
+        ]
+
     def _stacked(
         self,
         block: str,
@@ -119,18 +146,18 @@ class Stack:
         tensors: Mapping[str, Tensor],
         name: Callable[[str], str],
     ) -> Tensor:
-        names = [
-            [name(f"{block}.{source.format(e=e)}") for source in self.sources]
-            for e in range(experts)
-        ]
+        names = self._names(block, experts, name)
         first = [tensors[n] for n in names[0]]
         rows = sum(tensor.shape[0] for tensor in first)
-        if any(tensors[n].requires_grad for expert in names for n in expert):
-            out = torch.stack([torch.cat([tensors[n] for n in expert]) for expert in names])
-        else:
-            out = first[0].new_empty(experts, rows, *first[0].shape[1:])
-            for e, expert in enumerate(names):
-                torch.cat([tensors[n] for n in expert], out=out[e])
+        if (placed := _placed(first[0], names, tensors, rows)) is not None:
+            return placed
+        out = first[0].new_empty(experts, rows, *first[0].shape[1:])
+        for e, expert in enumerate(names):
+            parts = [tensors[n] for n in expert]  # one expert at a time: they may be made for it
+            if any(part.requires_grad for part in parts):
+                out = torch.stack([torch.cat([tensors[n] for n in expert]) for expert in names])
+                break
+            torch.cat(parts, out=out[e])
         if self.interleaved:
             apart = out.view(experts, len(self.sources), -1, *out.shape[2:])
             out = apart.transpose(1, 2).reshape(out.shape)
@@ -139,6 +166,22 @@ class Stack:
 
 def _named(leaf: str) -> Callable[[str], str]:
     return lambda path: f"{path}.{leaf}"
+
+
+def _placed(
+    first: Tensor, names: list[list[str]], tensors: Mapping[str, Tensor], rows: int
+) -> Tensor | None:
+    """The stack that tensors lie in already, as `Stack.place` lays them; None where they do not."""
+    whole = first._base
+    if whole is None or whole.shape != (len(names), rows, *first.shape[1:]):
+        return None
+    place = whole.data_ptr()
+    for n in (n for expert in names for n in expert):
+        part = tensors[n]
+        if part._base is not whole or not part.is_contiguous() or part.data_ptr() != place:
+            return None
+        place += part.nbytes
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +310,19 @@ class RuntimeNames:
         if unit.kind == "block":
             return f"{self.layers}.{unit.index}.{self.linear_path(unit, linear)}"
         return self.outside.get(linear.name, linear.name)
+
+    def placed(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """A block's tensors on a device, experts as parts of the stacks of `block_state`."""
+        experts = len({linear.expert for linear in unit.linears} - {None})
+        found: dict[str, Tensor] = {}
+        for stack in self.stacks if experts else ():
+            found |= stack.place(unit.name, experts, tensors, device)
+        return {
+            n: found[n] if n in found else t.to(device, non_blocking=True)
+            for n, t in tensors.items()
+        }
 
     def block_state(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of one decoder layer, names relative to it, experts stacked.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -93,3 +93,26 @@ class Unit:
         """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""
         weights = {weight_name(name): q.dequantize(dtype) for name, q in self.quantized.items()}
         return replaced(self.tensors, weights)
+
+
+class Dequantized(Mapping[str, Tensor]):
+    """`Unit.dequantized`, each tensor of which is made when it is read."""
+
+    def __init__(self, unit: Unit, dtype: torch.dtype) -> None:
+        self._unit, self._dtype = unit, dtype
+        self._coded = {weight_name(name): name for name in unit.quantized}
+
+    def __getitem__(self, name: str) -> Tensor:
+        coded = self._coded.get(name)
+        if coded is None:
+            return self._unit.tensors[name]
+        return self._unit.quantized[coded].dequantize(self._dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._coded or name in self._unit.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._unit.tensors, *self._coded])
+
+    def __len__(self) -> int:
+        return len(self._unit.tensors) + len(self._coded)

@@ -286,8 +286,8 @@ def _row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
 
 def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: int) -> int:
     """What is alive while passes work on a unit: weights as the runner has them, experts once more
-    in its stacks, all in float32 only where a method needs that; statistics, and the largest matrix
-    a few times over."""
+    where its stacks have their rows otherwise, all in float32 only where a method needs that;
+    statistics, and the largest matrix a few times over."""
     layout, count = unit.layout, _parameters(plan, unit.layout)
     width = plan.compute_dtype(device).itemsize
     runtime = width * count if plan.calibrated else 0
@@ -295,8 +295,10 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
         return runtime + 4 * count
     grams = beside = 0
     experts = [x for x in layout.linears if x.expert is not None]
-    if experts and unit.calibrated and device.type == "cuda" and plan.source.arch.runtime.stacks:
-        runtime += width * sum(x.out_features * x.in_features for x in experts)
+    if experts and unit.calibrated:
+        stacks = plan.source.arch.runtime.stacks
+        if device.type == "cuda" and any(x.interleaved or x.transposed for x in stacks):
+            runtime += width * sum(x.out_features * x.in_features for x in experts)
         # What went to them all, and one of them at a time.
         beside += (
             plan.recipe.calibration.samples

@@ -24,7 +24,7 @@ from compressor.checkpoint.background import CommitQueue
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.source import require_finite
 from compressor.errors import Interrupted
-from compressor.ir.unit import Unit
+from compressor.ir.unit import Dequantized, Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
 from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
@@ -197,7 +197,7 @@ class Loop:
         """A unit's weights as the files say, rounding of every tensor included."""
         dtype = self.plan.compute_dtype(self.settings.device)
         decoded = self.plan.target.decode(unit.layout, outputs, ranks=self.settings.ranks)
-        return decoded.dequantized(dtype)
+        return Dequantized(decoded, dtype)
 
     def _next_inputs(
         self, step: Step, outputs: Mapping[str, Tensor], originals: Mapping[str, Tensor]
@@ -233,7 +233,11 @@ class Loop:
         unit's inputs are to come from them."""
         unit, device = self.plan.units[step.index], self.settings.device
         layout, dtype = unit.layout, self.plan.compute_dtype(device)
-        moved = {n: t.to(device, non_blocking=True) for n, t in source.dequantized(dtype).items()}
+        read, names = source.dequantized(dtype), self.plan.source.arch.runtime
+        if layout.kind == "block" and unit.calibrated and device.type == "cuda":
+            moved = names.placed(layout, read, device)
+        else:
+            moved = {name: t.to(device, non_blocking=True) for name, t in read.items()}
         require_finite(moved)
         if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
             tied = self.plan.layout.tied

@@ -341,3 +341,25 @@ def test_tokenizer_round_trips_any_text(tiny_model):
     text = "naïve — 日本語 🙂\n\ttabs"
     ids = tokenizer(text)["input_ids"]
     assert max(ids) < 256 and tokenizer.decode(ids) == text
+
+
+def test_experts_that_are_placed_as_memory_stacks_them_are_stacked_without_a_copy(tiny_model):
+    layout, tensors = layout_of(tiny_model("mixtral"))
+    unit, names = layout.units[1], load_map("mixtral").runtime
+    own = {name: tensors[name] for name in unit.tensors}
+    expected = names.block_state(unit, own)
+    placed = names.placed(unit, own, torch.device("cpu"))
+    state = names.block_state(unit, placed)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    experts = [linear for linear in unit.linears if linear.expert is not None]
+    stacks = {t.untyped_storage().data_ptr() for t in state.values() if t.dim() == 3}
+    homes = {placed[x.weight_name].untyped_storage().data_ptr() for x in experts}
+    assert homes == stacks and len(stacks) == 2
+
+    changed = {**placed, experts[0].weight_name: 2 * placed[experts[0].weight_name]}
+    anew = names.block_state(unit, changed)
+    homes = {t.untyped_storage().data_ptr() for t in anew.values() if t.dim() == 3}
+    assert len(homes & stacks) == 1  # the stack that it is not in
+    assert any(not torch.equal(anew[name], state[name]) for name in anew)
+    assert all(torch.equal(own[name], tensors[name]) for name in own)

@@ -139,17 +139,18 @@ def round_to_nearest(
     """
     linears = context.coded
     unit = with_input_scales(unit, linears, context, divided=divided)
-    weights = [unit.weight(linear) for linear in linears]
-    options = options_of(context, linears, weights)
+    narrow = [unit.narrow_weight(linear) for linear in linears]
+    options = options_of(context, linears, narrow)
 
     def rounded(number: int) -> tuple[QTensor, Mapping[str, Any]]:
-        linear, weight = linears[number], weights[number]
+        linear = linears[number]
+        weight = unit.weight(linear)
         q = quantize(weight, context.spec(linear), **options[number])
         stale = divided is not None and linear.site in divided
         stats = None if stale else context.stats.get(linear.site)
         return q, {**weight_row(linear, weight, q, stats=stats), **about(weight, q)}
 
-    made = context.ranks.each(range(len(linears)), rounded, lambda i: weights[i].numel())
+    made = context.ranks.each(range(len(linears)), rounded, lambda i: narrow[i].numel())
     for linear, (q, _) in zip(linears, made, strict=True):
         unit = unit.with_quantized(linear, q)
     return PassResult(unit, [row for _, row in made])

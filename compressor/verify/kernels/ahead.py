@@ -47,11 +47,13 @@ class CompiledAhead:
 
             triton.runtime.driver.active.get_current_device()
         pool = ThreadPoolExecutor(THREADS)
+        first: Future[None] | None = None
         for scheme, shape in dict.fromkeys((s, shape) for s, shape in layers if s.weight):
             with contextlib.suppress(Exception):  # it fails again where it is needed
                 check, layer = self.stand_in(scheme, shape)
                 for tokens in GPU_TOKENS:
-                    self.coming.append(pool.submit(self._compile, check, layer, tokens))
+                    self.coming.append(pool.submit(self._compile, first, check, layer, tokens))
+                    first = first or self.coming[0]
         pool.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -73,7 +75,11 @@ class CompiledAhead:
         here = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         return check, check.prepared(Layer("", scheme, here, codes, zeros))
 
-    def _compile(self, check: KernelCheck, layer: Layer, tokens: int) -> None:
+    def _compile(
+        self, first: Future[None] | None, check: KernelCheck, layer: Layer, tokens: int
+    ) -> None:
+        if first is not None:
+            first.exception()  # it hashes the compiler, and each thread would do so for itself
         inputs = layer.codes.shape[1] if layer.codes else 0
         with torch.no_grad(), torch.cuda.device(self.device):
             x = torch.zeros(tokens, inputs, device=self.device)
