@@ -99,7 +99,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         "Maps of types that transformers has no class for by itself, bound against names alone: "
         + ", ".join(f"`{name}`" for name in unseen)
         + ". Text models are seen inside the models that hold them; Kimi K2 and K2.5 run "
-        "through DeepSeek-V3's class; MiniCPM is rounded without running.",
+        "through DeepSeek-V3's class, MiniCPM through Granite's.",
         "Not mapped, and refused: Gemma 4 E2B and E4B, whose blocks add an "
         "embedding of their own tokens and read keys of earlier blocks. Without a map "
         "(`map: none`) their weights are rounded.",

@@ -17,6 +17,7 @@ from compressor.arch.bind import Headers, lay
 from compressor.arch.free import FreeMap, free_map
 from compressor.arch.runtime_names import RuntimeNames
 from compressor.arch.schema import MapFile
+from compressor.arch.sizes import computed
 from compressor.errors import InputError
 from compressor.foreign.bounded_yaml import load_yaml
 from compressor.foreign.untrusted import read_file
@@ -139,7 +140,13 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
             twin = data.get("twin")
             within = data.get("config") if twin is not None else None
             handed = data.get("handed", {})
-            own = {"twin": twin, "within": within, "handed": handed}
+            beside = data.get("twin_config", {}) if config else {}
+            said = {
+                **data.get("defaults", {}),
+                **{k: v for k, v in config.items() if v is not None},
+            }
+            values = {key: computed(text, said) for key, text in beside.items()}
+            own = {"twin": twin, "within": within, "twin_config": values, "handed": handed}
             data["runtime"] = {**data["runtime"], **own}
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))

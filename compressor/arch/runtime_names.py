@@ -194,6 +194,7 @@ class RuntimeNames:
     stacks   experts that are one tensor in memory
     twin     the model_type whose class runs it, where transformers has none of its own
     within   the part of the config that this class takes, where that is not all of it
+    twin_config  what it takes beside
     handed   what a layer hands to the next beside hidden states: argument → place in its outputs
     """
 
@@ -208,6 +209,7 @@ class RuntimeNames:
     stacks: tuple[Stack, ...] = ()
     twin: str | None = None
     within: str | None = None
+    twin_config: Mapping[str, float] = field(default_factory=dict)
     handed: Mapping[str, int] = field(default_factory=dict)
 
     def stacked(self, unit: UnitLayout) -> dict[str, tuple[Linear, ...]]:

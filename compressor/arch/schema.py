@@ -149,6 +149,7 @@ class MapFile(_Row):
 
     config    the part of config.json that describes the text model, where it is nested
     twin      the model_type whose class runs it, where transformers has none of its own
+    twin_config  what that class's config says beside: key → arithmetic of keys of this one
     handed    what a block hands to the next beside hidden states: argument → place in its outputs
     sizes     name → config key that holds it, or a measure; of several the first one present
               counts. A map has at least layers, hidden, vocab and heads
@@ -164,6 +165,7 @@ class MapFile(_Row):
     model_type: str
     config: str | None = None
     twin: str | None = None
+    twin_config: dict[str, str] = Field(default_factory=dict)
     handed: dict[str, int] = Field(default_factory=dict)
     sizes: dict[str, Size | tuple[Size, ...]]
     defaults: dict[str, bool | int | str] = Field(default_factory=dict)

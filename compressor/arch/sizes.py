@@ -6,6 +6,7 @@ Configs come from strangers, so each size is checked before anything is built fr
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -85,6 +86,43 @@ class ConfigReader:
                 f"config.json lacks {keys if isinstance(keys, str) else ' or '.join(keys)}"
             )
         return self.known[name]
+
+
+NUMBERS: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+"""What arithmetic for a twin's config may hold beside keys and numbers."""
+
+
+def computed(text: str, config: Mapping[str, Any]) -> float:
+    """A number from keys of config.json. Raises InputError for what is none there, ValueError for
+    text that is no arithmetic."""
+
+    def value(node: ast.expr) -> float:
+        if isinstance(node, ast.BinOp) and type(node.op) in NUMBERS:
+            return NUMBERS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return float(node.value)
+        if not isinstance(node, ast.Name):
+            raise ValueError(f"{text!r} is no arithmetic of keys")
+        found = config.get(node.id)
+        if not isinstance(found, int | float) or isinstance(found, bool):
+            raise InputError(f"config.json: {node.id} is {found!r}, not a number")
+        return float(found)
+
+    try:
+        made = value(ast.parse(text, mode="eval").body)
+    except (ArithmeticError, SyntaxError) as error:
+        raise InputError(f"config.json: {text} has no value: {error}") from error
+    if isinstance(made, complex) or not math.isfinite(made):
+        raise InputError(f"config.json: {text} is {made}")
+    return made
 
 
 def read_sizes(arch: MapFile, config: Mapping[str, Any]) -> ConfigReader:

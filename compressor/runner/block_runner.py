@@ -41,7 +41,9 @@ class BlockRunner:
         self.device = device
         self.dtype = dtype
         with foreign("transformers does not accept this config.json"):
-            self.config = build_config(config, twin=names.twin, within=names.within)
+            self.config = build_config(
+                config, twin=names.twin, within=names.within, beside=names.twin_config
+            )
             self.model = build_model(self.config, dtype)
             self._attention = self.model.config._attn_implementation
             self._rebuild_buffers()

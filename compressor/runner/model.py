@@ -57,18 +57,24 @@ def build_model(config: Any, dtype: torch.dtype) -> Any:
 
 
 def build_config(
-    config: Mapping[str, Any], *, twin: str | None = None, within: str | None = None
+    config: Mapping[str, Any],
+    *,
+    twin: str | None = None,
+    within: str | None = None,
+    beside: Mapping[str, float] | None = None,
 ) -> Any:
     """transformers' config of a config.json.
 
     twin    the type whose class stands for the model's own
     within  the part of the config that describes what it runs, where that is not all
+    beside  what that class's config says that the model's own does not
     """
     from transformers import AutoConfig
 
     part = config if within is None else config[within]
     values = {k: _numbers(v) for k, v in part.items() if k != "quantization_config"}
     model_type = values.pop("model_type")
+    values |= beside or {}
     return AutoConfig.for_model(twin or model_type, **copy.deepcopy(values))
 
 
