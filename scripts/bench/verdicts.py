@@ -4,11 +4,11 @@
     python scripts/bench/verdicts.py --gpus 2 --device cpu --tiny          # whether it works
 
 Random weights of a 7B Llama's shape, by AWQ. Prints a Markdown row for each of: torchrun around
-`compress run` and the same by one process; `compress verify --against` and `compress eval` (16
-windows of 512 tokens, beside the original) by one process and by several, with the seconds from the
-begin of the stage to the end of the process, and whether the reports are the same but for times; a
-run of which the last rank is killed after the first block, and what continues it with one process.
-Ends with 1 where something is not as it should be.
+`compress run` and the same by one process; rounding without data by one and by several; `compress
+verify --against` and `compress eval` (16 windows of 512 tokens, beside the original) by one process
+and by several, with the seconds from the begin of the stage to the end of the process, and whether
+the reports are the same but for times; a run of which the last rank is killed after the first
+block, and what continues it with one process. Ends with 1 where something is not as it should be.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,12 +132,23 @@ def main() -> None:
             path = folders[name] / "manifest.json"
             return path.read_bytes() if path.is_file() else b""
 
-        folders |= {name: scratch / name for name in ("one", "several", "killed")}
+        folders |= {name: scratch / name for name in ("one", "several", "killed", "free")}
+        plain = scratch / "plain.yaml"
+        step = {"rtn": {"bits": 4, "group_size": 128}}
+        plain.write_text(json.dumps({"model": str(model), "passes": [step], "verify": False}))
         one = ran([*compress, *run, str(folders["one"])], "compress")
         row("run", 1, one, "done", right=one.code == 0)
         several = ran([*torchrun, *run, str(folders["several"])], "compress")
         same = several.code == 0 and written("several") == written("one")
         row("torchrun", options.gpus, several, "same bytes", right=same)
+        free: list[bytes] = []
+        for gpus in (1, options.gpus):
+            asked_for = ["run", str(plain), *shared, "-o", str(folders["free"])]
+            found = ran([*compress, *asked_for, "--gpus", str(gpus)], "compress")
+            free.append(written("free"))
+            same = found.code == 0 and free[-1] == free[0]
+            row("run without data", gpus, found, "same bytes", right=same)
+            shutil.rmtree(folders["free"], ignore_errors=True)
         checkpoint = [str(folders["one"]), "--against", str(model), *shared]
         windows = ["--text", str(text), "--windows", "16", "--length", "512"]
         for stage, command in (
