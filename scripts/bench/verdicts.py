@@ -63,7 +63,7 @@ def ran(command: list[str], stage: str, *, kill_after: str | None = None) -> End
             event = json.loads(line)
             if event["event"] == stage:
                 entered = event["time"]
-            if kill_after is not None and event.get("name") == kill_after:
+            if kill_after is not None and event.get("unit") == kill_after:
                 tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
                 os.kill(int(tasks.split()[-1]), signal.SIGKILL)
                 entered, kill_after = time.time(), None

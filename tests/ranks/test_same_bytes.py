@@ -116,6 +116,18 @@ def test_a_rank_that_dies_ends_all_and_another_number_continues(written: Path) -
     assert not list(written.rglob(".compress-work"))
 
 
+def test_a_rank_out_of_memory_ends_all(written: Path) -> None:
+    ended = json.loads((written / "faults.json").read_text())["short_of_memory"]
+    assert [code for code, _ in ended] == [3, 3, 3]
+    assert "ran out of memory with one row" in ended[-1][1]
+
+
+def test_a_second_run_on_the_folder_is_refused(written: Path) -> None:
+    ended = json.loads((written / "faults.json").read_text())["second"]
+    assert [code for code, _ in ended] == [2, 2]
+    assert "another run is writing into" in ended[0][1]
+
+
 def test_ranks_that_differ_are_refused_by_name(written: Path) -> None:
     faults = json.loads((written / "faults.json").read_text())
     for code, text in faults["differ"]:

@@ -20,7 +20,10 @@ import torch
 from transformers.models.llama import modeling_llama  # noqa: F401  # before the forks
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
+from compressor.checkpoint.manifest import MANIFEST_NAME
+from compressor.checkpoint.workspace import owned
 from compressor.errors import CompressError
+from compressor.methods import awq
 from compressor.plan.recipe import make_recipe
 from compressor.ranks.join import joined
 from compressor.ranks.ranks import Ranks
@@ -83,6 +86,19 @@ def kill_one(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
         compile_checkpoint(replace(prepared, batch=jobs["batch"]), ranks=ranks, on_unit=done)
 
 
+def short_of_memory(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The last rank's memory does not do, in the middle of a block."""
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        prepared = prepare(make_recipe({**jobs["faulty"], "output": jobs["output"]}), device=CPU)
+
+        def search(*args: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError("out of memory")
+
+        if number == world - 1:
+            awq.search_scales_reference = search
+        compile_checkpoint(replace(prepared, batch=jobs["batch"]), ranks=ranks)
+
+
 def differ(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
     """The last rank has another recipe."""
     with joined(CPU, place_of_rank(number, world, port)) as ranks:
@@ -130,8 +146,10 @@ def main() -> None:
             sys.exit(f"{world} ranks ended with {ended}")
     if "faulty" in jobs:
         began = time.monotonic()
-        found = {work.__name__: start(work, jobs, 3) for work in (kill_one, differ)}
+        found = {f.__name__: start(f, jobs, 3) for f in (short_of_memory, kill_one, differ)}
         took = time.monotonic() - began
+        with owned(Path(jobs["output"]), manifest=MANIFEST_NAME):
+            found["second"] = start(finish, jobs, 2)
         # Another number of ranks continues.
         continued = start(finish, jobs, 2)
         print(json.dumps({**found, "seconds": took, "continued": continued}))
