@@ -87,7 +87,7 @@ def claims(rows: dict[str, Figures], pairs: Sequence[tuple[str, str]]) -> Iterat
     """By how much the second of two rows exceeds the first, where both were measured."""
     for better, worse in pairs:
         for key, (gap, error) in differences(rows.get(worse, {}), rows.get(better, {})).items():
-            verdict = "none" if not abs(gap) >= 2 * error else "better" if gap > 0 else "WORSE"
+            verdict = "none" if not abs(gap) > 2 * error else "better" if gap > 0 else "WORSE"
             yield f"{better} against {worse}: {key} {gap:+.4f} ± {error:.4f} {verdict}"
 
 

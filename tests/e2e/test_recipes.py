@@ -62,6 +62,10 @@ def small(path: Path, model: Path, output: Path, *, tied: bool, base: Path) -> d
                 params["distill"]["steps"] = 2
     data["calibration"] = {"samples": 16, "length": 32}
     data["evaluate"] = {"windows": 2, "length": 32}
+    if "audit" in data:
+        data["audit"] |= {"tokens": 16, "contexts": 4, "length": 12}
+    if "activation_store" in data:
+        data["activation_store"] = str(output.parent / "activations")
     for key in ("gate", "publish"):
         data.pop(key, None)
     if tied and any("rotate" in str(x) or "qoq" in str(x) for x in data["passes"]):

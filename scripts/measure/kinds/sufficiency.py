@@ -26,7 +26,7 @@ METHODS: dict[str, list[Any]] = {
     "awq w3": [{"awq": {}}, {"rtn": {"bits": 3, "group_size": 64, "symmetric": False}}],
     "gptq": [{"gptq": {"bits": 4, "group_size": 64}}],
     "gptq w3": [{"gptq": {"bits": 3, "group_size": 64}}],
-    "blasst": [{"blasst": {"rows": 1, "keys": 16}}],
+    "blasst": [{"blasst": {"rows": 1, "keys": 16, "decode": None}}],
     "gates": [
         {
             "duo_attention": {
