@@ -330,14 +330,17 @@ def _check_stored(source: Source) -> None:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors that hold NaN or an infinity, found without a copy of any."""
     # The largest magnitude is finite exactly where all values are; NaN counts as the largest.
-    flags = {
-        name: torch.isfinite(torch.stack(list(torch.aminmax(tensor))).float()).all()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and tensor.numel()
-    }
-    if not flags or bool(torch.stack(list(flags.values())).all()):
+    floats = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not floats:
         return []
-    return [name for name, good in flags.items() if not bool(good)]
+    if all(tensor.is_cuda for tensor in floats.values()):
+        largest = torch._foreach_norm(list(floats.values()), torch.inf)  # few kernels for all
+    else:
+        largest = tuple(torch.stack(torch.aminmax(t)).abs().amax() for t in floats.values())
+    good = torch.stack([value.float() for value in largest]).isfinite()
+    if bool(good.all()):
+        return []
+    return [name for name, finite in zip(floats, good.tolist(), strict=True) if not finite]
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,10 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+TURN = 0.0005
+"""Seconds that a thread keeps Python to itself. Those that read and write would otherwise hold up
+the one that starts a GPU's kernels, which gives it up with each of them."""
+
 
 class Outlet(io.FileIO):
     """A descriptor whose reader may go away.
@@ -33,6 +37,7 @@ def program() -> NoReturn:
     """
     code: Any = 130
     try:
+        sys.setswitchinterval(TURN)
         catch_signals()
         open_streams()
         silence_ranks()

@@ -7,7 +7,7 @@ scaled weights of each group are clipped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -120,9 +120,10 @@ class Awq(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         folds = {site_fold.site: site_fold for site_fold in unit.layout.folds}
+        coded = {x.name for x in context.coded}
 
         def search(site: str, ranks: Ranks) -> ScaleResult | None:
-            if site not in folds or not self._scalable(folds[site], unit, context):
+            if site not in folds or not self._scalable(folds[site], unit, context, coded):
                 return None
             return self._search(folds[site], unit, context, ranks)
 
@@ -179,11 +180,14 @@ class Awq(Pass):
             waiting = []
         return PassResult(result, [rows[x.name] for x in context.selected if x.name in rows])
 
-    def _scalable(self, site_fold: Fold, unit: Unit, context: PassContext) -> bool:
-        """Whether all that reads the site takes part, and in one grid; a router always does."""
+    def _scalable(self, site_fold: Fold, unit: Unit, context: PassContext, coded: Set[str]) -> bool:
+        """Whether all that reads the site takes part, and in one grid; a router always does.
+
+        coded  module paths of all that takes part
+        """
         readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
         return (
-            set(readers) <= set(context.coded)
+            all(x.name in coded for x in readers)
             and len({context.spec(x) for x in readers}) == 1
             and unit.has_weight(site_fold.source)
             and context.stats[site_fold.site].tokens >= self.min_tokens

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNED = 64
-"""Bytes at whose multiples any dtype may be viewed."""
+ALIGNED = 256
+"""Bytes at whose multiples tensors begin: any dtype may be viewed there, and a product chooses its
+kernel as it does for a tensor of its own."""
 
 
 class Part(NamedTuple):
@@ -42,18 +43,19 @@ def pack(value: Any) -> tuple[Parcel, dict[str, Tensor]]:
     pickler = _Pickler(stream)
     pickler.dump(value)
     flat: dict[str, list[Tensor]] = {}
-    places: dict[int, Part] = {}
+    parts: list[Part] = []
     sizes: dict[str, int] = {}
-    # Those of the widest elements first: each then begins at a multiple of its element's size.
-    widest = sorted(enumerate(pickler.found), key=lambda found: -found[1].element_size())
-    for number, tensor in widest:
+    gaps: dict[str, Tensor] = {}
+    for tensor in pickler.found:
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         kind, begin, shape = tensor.device.type, sizes.get(tensor.device.type, 0), tensor.shape
-        places[number] = Part(kind, tensor.dtype, tuple(shape), begin, data.numel())
-        sizes[kind] = begin + data.numel()
-        flat.setdefault(kind, []).append(data)
+        parts.append(Part(kind, tensor.dtype, tuple(shape), begin, data.numel()))
+        sizes[kind] = aligned(begin + data.numel())
+        if kind not in gaps:
+            gaps[kind] = torch.empty(ALIGNED, dtype=torch.uint8, device=tensor.device)
+        gap = gaps[kind][: sizes[kind] - begin - data.numel()]
+        flat.setdefault(kind, []).extend([data, gap])
     buffers = {kind: torch.cat(found) for kind, found in flat.items()}
-    parts = [places[number] for number in range(len(places))]
     return Parcel(stream.getvalue(), parts, sizes), buffers
 
 

@@ -63,7 +63,19 @@ class Experts:
     def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Expert → the tokens [n, hidden] that a call of the module sends to it."""
         hidden, chosen, _ = _routing(args, kwargs)
-        return lambda expert: hidden[(chosen == expert).any(dim=1)]
+        found: list[Tensor] = []
+
+        def tokens(expert: int) -> Tensor:
+            if not found:  # of all experts at once: each wait for the device holds it up
+                sent = torch.zeros(
+                    len(hidden), len(self) + 1, dtype=torch.bool, device=hidden.device
+                )
+                sent.scatter_(1, chosen.clamp(max=len(self)), True)
+                sent = sent[:, :-1].T
+                found.extend(torch.split(sent.nonzero()[:, 1], sent.sum(dim=1).tolist()))
+            return hidden[found[expert]]
+
+        return tokens
 
     def unrouted(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Expert → all tokens [n, hidden] of a call of the module, wherever it sends them."""

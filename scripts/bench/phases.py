@@ -16,6 +16,7 @@ import functools
 import importlib
 import json
 import os
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from compressor.cli.main import main as command
-from compressor.cli.process import silence_ranks
+from compressor.cli.process import TURN, silence_ranks
 
 PARTS = {
     "compressor.run.loop": {
@@ -209,6 +210,7 @@ def main() -> None:
     Future.result = clock.part("waiting for a thread", Future.result)  # type: ignore[method-assign]
     code: Any = 0
     try:
+        sys.setswitchinterval(TURN)
         silence_ranks()
         command()
     except SystemExit as ended:

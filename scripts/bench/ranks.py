@@ -51,6 +51,8 @@ CASES = {
     "gptq-long": Case("7b", 5, PLAIN_GPTQ, 512, 2048),
     "gptq-beside-long": Case("7b", 3, GPTQ, 512, 2048),
     "reconstruct-long": Case("7b", 3, LEARNED, 512, 2048),
+    "gptq-beside": Case("7b", 2, GPTQ, 64, 512),
+    "reconstruct": Case("7b", 2, LEARNED, 64, 512),
     "moe-awq": Case("30b-a3b", 4, AWQ, 128, 512),
 }
 
