@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
 
@@ -131,8 +132,9 @@ def write_tensors(
         return tensor_bytes((noise * scale + offset).to(torch.bfloat16))
 
     stock = None if repeated is None else drawn((repeated, 1))
-    for number, shard in enumerate(plan.shards):
-        place = 2 * 1009 * number
+
+    def write(number: int) -> None:
+        shard, place = plan.shards[number], 2 * 1009 * number
         with (folder / shard.file).open("wb", buffering=0) as handle:
             handle.write(shard.fixed[0])
             for spec in shard.tensors.values():
@@ -145,6 +147,9 @@ def write_tensors(
                     _write(handle, piece)
                     left -= len(piece)
                     place = (place + len(piece)) % len(stock)
+
+    with ThreadPoolExecutor(1 if stock is None else 4) as pool:
+        list(pool.map(write, range(len(plan.shards))))
     for name, content in plan.index.items():
         (folder / name).write_bytes(content)
 

@@ -28,7 +28,7 @@ LOCKED_AHEAD = 2**31
 """Bytes of it at most: of large blocks it takes seconds, and the first of them is read before it is
 there, so that both would hold what one needs."""
 
-TURN = 5e-4
+TURN = 5e-5
 """Seconds for which a thread that imports may keep the interpreter to itself."""
 
 

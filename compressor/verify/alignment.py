@@ -322,8 +322,15 @@ def _matching(new: Tensor, old: Tensor) -> Tensor | None:
     """order with new[i] most like old[order[i]], by angle; None where they are in order already,
     or two are most like the same."""
     new, old = (torch.nn.functional.normalize(x, dim=1) for x in (new, old))
-    order = torch.cat([(part @ old.mT).argmax(1) for part in torch.split(new, 1024)])
-    there = torch.arange(len(order), device=order.device)
+    there = torch.arange(len(new), device=new.device)
+    if new.is_cuda and bool((_most_like(new.half(), old.half()) == there).all()):
+        return None  # as nearly always, which is seen at a tenth of the cost
+    order = _most_like(new, old)
     if bool((order == there).all()) or not bool((order.sort().values == there).all()):
         return None
     return order
+
+
+def _most_like(new: Tensor, old: Tensor) -> Tensor:
+    """For each row of unit length the row of `old` at the smallest angle."""
+    return torch.cat([(part @ old.mT).argmax(1) for part in torch.split(new, 1024)])
