@@ -141,6 +141,8 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
             within = data.get("config") if twin is not None else None
             handed = data.get("handed", {})
             beside = data.get("twin_config", {}) if config else {}
+            if not isinstance(beside, dict):
+                raise ValueError("twin_config is not a mapping")
             said = {
                 **data.get("defaults", {}),
                 **{k: v for k, v in config.items() if v is not None},

@@ -98,6 +98,10 @@ NUMBERS: dict[type[ast.operator], Callable[[float, float], float]] = {
 """What arithmetic for a twin's config may hold beside keys and numbers."""
 
 
+MAX_TEXT = 200
+"""Characters of such arithmetic."""
+
+
 def computed(text: str, config: Mapping[str, Any]) -> float:
     """A number from keys of config.json. Raises InputError for what is none there, ValueError for
     text that is no arithmetic."""
@@ -116,6 +120,8 @@ def computed(text: str, config: Mapping[str, Any]) -> float:
             raise InputError(f"config.json: {node.id} is {found!r}, not a number")
         return float(found)
 
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
+        raise ValueError(f"{str(text)[:40]!r} is no arithmetic of keys")
     try:
         made = value(ast.parse(text, mode="eval").body)
     except (ArithmeticError, SyntaxError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compressor.arch.load import RuntimeNames
+from compressor.errors import InputError
 from compressor.foreign.calls import foreign
 from compressor.ir.layout import Linear, UnitLayout, bias_name
 from compressor.ranks.ranks import ALONE, Ranks
@@ -351,7 +352,14 @@ class Block:
         hidden = hidden.to(self.runner.device, self.runner.dtype)
         out = functional_call(self.layer, state, (hidden,), arguments)
         # Decoder layers return a tensor in new transformers and a tuple in old ones.
-        self.handed = {name: out[place] for name, place in names.items()}
+        made = out if isinstance(out, tuple) else (out,)
+        if any(not 0 < place < len(made) for place in names.values()):
+            raise InputError(
+                f"the map says handed: {dict(names)}, {self.unit.name} gives {len(made)} outputs",
+                hint="it names an argument of a block, and which output of the one before it is, "
+                "from 1",
+            )
+        self.handed = {name: made[place] for name, place in names.items()}
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

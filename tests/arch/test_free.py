@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from compressor.arch import load as arch
 from compressor.arch.free import lay_free
+from compressor.checkpoint.find import locate
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Problems
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.verify.verify import verify
+from tests.support.family_checks import logits
 
 CPU = choose_device("cpu")
 
@@ -159,6 +161,30 @@ def test_a_map_names_modules_that_the_model_has(
     recipe = recipe_for(tiny_model("llama"), tmp_path / "out", step, map=str(own), **few)
     with pytest.raises((InputError, Problems), match=rf"runtime\.{key}: .*x, Llama"):
         prepare(recipe, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("twin_config: [1]", "twin_config is not a mapping"),
+        ("twin_config: {a: f(hidden_size)}", "is no arithmetic of keys"),
+        ("twin_config: {a: 5}", "is no arithmetic of keys"),
+        (f"twin_config: {{a: {'1 + ' * 99}1}}", "is no arithmetic of keys"),
+        ("twin_config: {a: scale_emb}", "scale_emb is None, not a number"),
+        ("twin_config: {a: hidden_size / 0}", "has no value: float division by zero"),
+        ("twin_config: {a: (0 - hidden_size) ** 0.5}", "not a number|is .*j"),
+        ("handed: [a]", "is not a map: handed"),
+        ("handed: {a: b}", "is not a map: .*handed"),
+        ("handed: {a: 1}", "map says handed: .* model.layers.0 gives 1 outputs"),
+    ],
+)
+def test_what_a_map_says_of_its_twin_and_its_blocks_is_checked(
+    said: str, message: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = tmp_path / "my.yaml"
+    own.write_text(f"same_as: llama\n{said}\n")
+    with pytest.raises(InputError, match=message):
+        logits(locate(str(tiny_model("llama")), fetch=False, chosen=str(own)).source)
 
 
 def test_packages_bring_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
