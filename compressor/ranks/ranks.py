@@ -162,7 +162,9 @@ class Ranks:
         for part in parts:
             for total, tensor in zip(totals, part, strict=False):
                 total += tensor
-            totals = totals or [tensor.clone() for tensor in part]
+            totals = totals or [
+                tensor.clone(memory_format=torch.contiguous_format) for tensor in part
+            ]
         return totals
 
     def maximum(self, tensor: Tensor) -> Tensor:

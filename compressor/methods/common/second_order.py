@@ -110,7 +110,8 @@ def round_unit(
         waves = [*([site] for site in plain), outputs, [s for s in inputs if s not in plain]]
     for wave in waves:
         if corrects and wave and not _routed(coded[wave[0]]):
-            made = [work(site) for site in wave]  # which all ranks observe together
+            # All ranks observe together, and go on with what one of them made of it.
+            made = context.ranks.share([work(site) for site in wave])
         else:
             made = context.ranks.each(wave, work, lambda site: _work(coded[site]))
         for site, done in zip(wave, made, strict=True):
