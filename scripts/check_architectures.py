@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from compressor.arch.load import known_model_types  # noqa: E402
+from compressor.checkpoint.reader import open_checkpoint  # noqa: E402
 from compressor.checkpoint.source import open_source  # noqa: E402
 from tests.support import family_checks as checks  # noqa: E402
 from tests.support.tiny_models import MORE_TYPES, TYPES, build  # noqa: E402
@@ -65,13 +66,25 @@ def seen(family: str, folder: Path) -> dict[str, str]:
             print(f"{family}: {column}: {type(error).__name__}: {error}", file=sys.stderr)
             found[column] = "no"
     held = checks.holds_no_packed_weights(source)
-    return found | {"loads": "its floats" if held else "packed"}
+    found["loads"] = "its floats" if held else "packed"
+    return found | {"draft": drafted(folder / "model")}
+
+
+def drafted(model: Path) -> str:
+    """Whether a drafted map is the one that is used."""
+    try:
+        marks = checks.marks_of_an_equal_draft(open_checkpoint(model))
+    except Exception:  # whatever a draft that is no map meets
+        marks = None
+    if marks is None:
+        return "by hand"
+    return f"equal, {marks} marked" if marks else "equal"
 
 
 def page(rows: dict[str, dict[str, str]]) -> str:
     """docs/architectures.md."""
     unseen = sorted(set(known_model_types()) - {family.partition(" ")[0] for family in rows})
-    head = ["model type", *COLUMNS, "loaded in transformers"]
+    head = ["model type", *COLUMNS, "loaded in transformers", "draft"]
     lines = [
         "# Architectures",
         "<!-- Written by scripts/check_architectures.py from what it saw; run that instead. -->",
@@ -81,7 +94,9 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         + "\n- **loaded in transformers**: packed, or as the floats that the codes stand for, "
         "where transformers keeps those weights in what is no linear of its own (stacked experts, "
         "GPT-2's and Falcon's modules) and loads no codes into them; vLLM and SGLang look packed "
-        "experts up one by one, under the names that are written",
+        "experts up one by one, under the names that are written\n"
+        "- **draft**: `compress map draft` gives this map, up to places that it marks as unsure; "
+        "else it is by hand",
         "A name after the type is another of its layouts. In a model with a tower or with layers "
         "for several tokens at once these are carried over byte for byte; calibration is of text.",
         "\n".join(
@@ -90,7 +105,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
                 "|" + "---|" * len(head),
                 *(
                     f"| `{family}` | "
-                    + " | ".join([*(row[c] for c in COLUMNS), row["loads"]])
+                    + " | ".join([*(row[c] for c in COLUMNS), row["loads"], row["draft"]])
                     + " |"
                     for family, row in sorted(rows.items())
                 ),

@@ -54,7 +54,15 @@ class _Drafting:
     def __init__(self, config: Mapping[str, Any], headers: Mapping[str, Sequence[int]]) -> None:
         self.config, self.headers = config, headers
         self.unsure: list[str] = []
-        model = build_model(build_config(config), torch.float32)
+        built = build_config(config)
+        text = built.get_text_config()
+        if text is not built:
+            raise InputError(
+                f"{built.model_type} holds a text model, {text.model_type}, inside",
+                hint=f"its map says where: text: {{model_type: {text.model_type}, names: …}}, as "
+                "those of llava and gemma3 do (compressor/arch/maps)",
+            )
+        model = build_model(built, torch.float32)
         paths = {module: path for path, module in model.named_modules()}
         lists = [m for m in paths if isinstance(m, nn.ModuleList) and _has_linears(m)]
         ends = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from compressor.arch.load import ArchMap, load_map
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.reader import open_checkpoint
 from compressor.cli.main import cli
-from compressor.ir.layout import ModelLayout
-from compressor.runner.draft import draft
-
-
-def said(layout: ModelLayout) -> list[Any]:
-    """What a map says of a checkpoint, in no order."""
-    return [
-        (
-            unit.name,
-            {(x.name, x.role, x.site, x.shape, x.rows, x.fused, x.bias) for x in unit.linears},
-            {(x.name, x.role, x.offset, x.kind, x.bias) for x in unit.norms},
-            {(x.site, x.source, x.repeat, x.rows, x.norm_offset) for x in unit.folds},
-            set(unit.others),
-        )
-        for unit in layout.units
-    ]
+from compressor.errors import InputError
+from tests.support.family_checks import marks_of_an_equal_draft, said
 
 
 @pytest.mark.parametrize(
@@ -37,13 +20,15 @@ def said(layout: ModelLayout) -> list[Any]:
     ["llama", "gemma2", "cohere", "olmo2", "nemotron", "phi3", "qwen3_moe", "qwen2_moe"],
 )
 def test_a_draft_is_the_family_s_own_map(family: str, tiny_model: Callable[..., Path]) -> None:
-    checkpoint = open_checkpoint(tiny_model(family))
-    headers = {name: entry.spec.shape for name, entry in checkpoint.entries.items()}
-    found = draft(checkpoint.config, headers)
-    arch = ArchMap.model_validate_json(json.dumps({"model_type": family, **found.data}))
-    own = load_map(family).layout(checkpoint.config, headers)
-    assert said(arch.layout(checkpoint.config, headers)) == said(own)
-    assert len(found.unsure) == (family == "phi3")  # that its rows are q, k and v in this order
+    # Of phi3 it is marked that its rows are q, k and v in this order.
+    assert marks_of_an_equal_draft(open_checkpoint(tiny_model(family))) == (family == "phi3")
+
+
+def test_a_model_inside_another_is_said_to_be_so(tiny_model: Callable[..., Path]) -> None:
+    result = CliRunner().invoke(cli, ["map", "draft", str(tiny_model("llava"))])
+    assert isinstance(result.exception, InputError)
+    assert "llava holds a text model, llama, inside" in result.exception.message
+    assert "text: {model_type: llama" in str(result.exception.hint)
 
 
 def test_what_is_not_certain_is_marked_and_the_command_prints_a_map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,10 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from compressor.arch.load import ArchMap, find_map
+from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.source import Source, open_source
+from compressor.ir.layout import ModelLayout
 from compressor.numerics.folding import fold
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.runner.draft import draft
 from compressor.runner.sweep import FinalStates, StreamedModel, run_blocks
 
 CPU = choose_device("cpu")
@@ -148,6 +153,31 @@ def holds_no_packed_weights(source: Source) -> bool:
     experts, linears that lie [in, out], Falcon's."""
     stacked = any(unit.stacks for unit in source.layout.blocks)
     return stacked or source.arch.model_type == "falcon"
+
+
+def said(layout: ModelLayout) -> list[Any]:
+    """What a map says of a checkpoint, in no order."""
+    return [
+        (
+            unit.name,
+            {(x.name, x.role, x.site, x.shape, x.rows, x.fused, x.bias) for x in unit.linears},
+            {(x.name, x.role, x.offset, x.kind, x.bias) for x in unit.norms},
+            {(x.site, x.source, x.repeat, x.rows, x.norm_offset) for x in unit.folds},
+            set(unit.others),
+        )
+        for unit in layout.units
+    ]
+
+
+def marks_of_an_equal_draft(checkpoint: Checkpoint) -> int | None:
+    """How many places a drafted map marks that says of a checkpoint what its own map says; None
+    where it says another thing."""
+    config, headers = checkpoint.config, checkpoint.shapes
+    found = draft(config, headers)
+    data = {"model_type": config["model_type"], **found.data}
+    drafted = ArchMap.model_validate_json(json.dumps(data)).layout(config, headers)
+    own = find_map(config, headers).layout(config, headers)
+    return len(found.unsure) if said(drafted) == said(own) else None
 
 
 def packed(source: Source, name: str) -> bool:
