@@ -78,5 +78,11 @@ def test_published_shapes_on_a_device():
         randn(2, n, t, 128, dtype=torch.bfloat16) for n, t in ((32, 9), (8, 9011), (8, 9011))
     )
     shares = check(q, k, v, 2e-2)
-    where = {"length": 9010, "recent": 10, "budget": 450}
-    assert torch.equal(critical_keys(shares, **where), critical_keys_ref(shares, **where))
+    done = verify_attention(q, k, v)
+    for where in (
+        {"length": 9010, "recent": 10, "budget": 450},
+        {"length": 9011, "recent": 11, "budget": 4000},
+    ):
+        want = critical_keys_ref(shares, **where)
+        assert torch.equal(critical_keys(shares, **where), want)
+        assert torch.equal(verified_keys(done, **where), want)

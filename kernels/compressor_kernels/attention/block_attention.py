@@ -41,6 +41,10 @@ class BlockTiles:
     rows: int = 64
 
 
+SINGLE = BlockTiles(block_n=16, num_warps=1, num_stages=4, programs_per_sm=8)
+"""For blocks of one key: each row of keys has an address of its own."""
+
+
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -69,7 +73,7 @@ def block_attention(
     places = blocks if slots is None else slots.contiguous()
     tokens = k.shape[2] if tokens is None else tokens
     _check(q, k, v, blocks, places)
-    tiles = tiles or BlockTiles()
+    tiles = tiles or (SINGLE if block_size == 1 else BlockTiles())
     (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
     sets, chosen = blocks.shape[1], blocks.shape[3]
     group = heads // sets

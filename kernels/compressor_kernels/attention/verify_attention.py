@@ -33,7 +33,7 @@ PART = 4096
 class ShareTiles:
     """Tiles of keys of which a program makes shares."""
 
-    tiles: int = 16
+    tiles: int = 8
     num_warps: int = 4
 
 

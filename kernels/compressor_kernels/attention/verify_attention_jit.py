@@ -5,8 +5,8 @@ A share's bits, as those of a float that is not negative, are ordered as shares 
 into four digits: the exponent, and 7, 8 and 8 bits. A pass over shares counts, for every value of a
 digit, the keys whose digits before are those of the last share that is taken; the first pass is
 made where shares are. The last digit is counted by part of the keys, so that each part knows the
-last share to the bit and how many keys the parts before it take. The first digit has few values
-that many keys share and is counted by histograms of a warp; the others by additions in memory.
+last share to the bit and how many keys the parts before it take. Of the first two digits many keys
+have the same, which histograms of a warp count; the others are counted by additions in memory.
 
 EARLY: a kernel starts while the one before it ends, and waits for what that wrote.
 """
@@ -209,7 +209,7 @@ def count_kernel(
         tally_ptr += (PASS * lanes + lane) * BINS
     else:
         tally_ptr += (3 * lanes + lane * parts + part) * BINS
-    _tally(tally_ptr, bits >> SHIFT, counted, WIDTH, PASS == 0)
+    _tally(tally_ptr, bits >> SHIFT, counted, WIDTH, PASS < 2)
 
 
 @triton.jit
