@@ -290,7 +290,7 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
     statistics, and the largest matrix a few times over."""
     layout, count = unit.layout, _parameters(plan, unit.layout)
     width = plan.compute_dtype(device).itemsize
-    runtime = width * count if plan.calibrated else 0
+    runtime = width * count if plan.calibrated or device.type == "cuda" else 0
     if not unit.steps:
         return runtime + 4 * count
     grams = beside = 0
@@ -329,7 +329,9 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
             kept = min(batch, wanted.block.rows) * KEPT_ACTIVATIONS
             tuning = max(tuning, 4 * wanted.block.copies * codes + 2 * runtime)
             rows = max(rows, kept * _row_bytes(plan, layout, device))
-    return runtime + grams + beside + codes + max(rows, 10 * largest) + tuning
+    # A weight, what it was scaled to and its errors, some rows at a time; without data all of them.
+    linear = (10 if unit.calibrated else 16) * largest
+    return runtime + grams + beside + codes + max(rows, linear) + tuning
 
 
 def _wide(step: PassPlan) -> bool:
