@@ -157,6 +157,7 @@ class Recipe(Strict):
         return {key: value for key, value in data.items() if value != {}}
 
 
+KEYS = frozenset(Recipe.model_fields)
 AFTERWARDS = ("audit", "verify", "evaluate", "gate", "report", "card")
 """Keys that decide nothing of the artefact: a finished one can be judged by other limits."""
 
@@ -292,7 +293,9 @@ def _make_step(entry: Any, where: str) -> Step:
         )
     name, params = next(iter(entry.items()))
     if name not in pass_names():
-        raise InputError(f"{where}: unknown pass {name!r}", hint=nearest(str(name), pass_names()))
+        beside = f"{name} stands beside passes, as a key of its own" if name in KEYS else ""
+        hint = beside or nearest(str(name), pass_names())
+        raise InputError(f"{where}: unknown pass {name!r}", hint=hint)
     kind = get_pass(name)
     try:
         return Step(name=name, params=kind.model_validate(params or {}))

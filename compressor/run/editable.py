@@ -195,8 +195,10 @@ class MaskedEncoder:
         models = self._load(checkpoint), self.original
         ours, original = torch.zeros(2, *self.tokens.shape, dtype=torch.float64)
         for number in range(ROUNDS):
+            masked = self.round == number
+            shown = self.tokens.masked_fill(masked, self.mask_id)
             for encoder, found in zip(models, (ours, original), strict=True):
-                found += masked_nll(encoder, self.tokens, self.round == number, self.mask_id)
+                found += masked_nll(encoder, shown, self.tokens, masked)
             progress("masked words", number + 1, ROUNDS)
         return compared(ours, original, counted=self.round >= 0)
 

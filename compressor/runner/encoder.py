@@ -103,23 +103,21 @@ def _unreported() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def masked_nll(encoder: Encoder, ids: Tensor, masked: Tensor, mask_id: int) -> Tensor:
+def masked_nll(encoder: Encoder, shown: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
     """Negative log-likelihood of each masked token, float64 [rows, length]; 0 elsewhere.
 
-    ids  [rows, length];  masked  bool [rows, length]: places that hold `mask_id` instead
+    shown  ids that the model sees [rows, length];  targets  what stood there;  masked  bool, where
     """
-    found = torch.zeros(ids.shape, dtype=torch.float64)
-    for start in range(0, len(ids), BATCH):
-        part, hidden = ids[start : start + BATCH], masked[start : start + BATCH]
+    found = torch.zeros(shown.shape, dtype=torch.float64)
+    for start in range(0, len(shown), BATCH):
+        part = slice(start, start + BATCH)
+        hidden, device = masked[part], encoder.model.device
         with foreign("the model does not run"):
-            shown = part.masked_fill(hidden, mask_id).to(encoder.model.device)
-            logits = encoder.model(input_ids=shown).logits
+            logits = encoder.model(input_ids=shown[part].to(device)).logits
         loss = nn.functional.cross_entropy(
-            logits[hidden.to(logits.device)].float(),
-            part[hidden].to(logits.device),
-            reduction="none",
+            logits[hidden.to(device)].float(), targets[part][hidden].to(device), reduction="none"
         )
-        found[start : start + BATCH][hidden] = loss.double().cpu()
+        found[part][hidden] = loss.double().cpu()
     return found
 
 

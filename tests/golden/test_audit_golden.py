@@ -7,12 +7,15 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from compressor.audit.statistics import cosines, token_statistics
 from compressor.audit.weights import large_rows, row_norms
+from compressor.checkpoint.reader import open_checkpoint
 from compressor.cli.main import cli
 from compressor.run.audit import SweepOptions, audit, find_audited, load_representation
-from tests.support.golden_files import vectors
+from compressor.runner.encoder import load_encoder, masked_nll
+from tests.support.golden_files import vectors, vectors_and_notes
 from tests.support.twins import KINDS, TRIGGERS, write_twin
 
 CPU = torch.device("cpu")
@@ -76,6 +79,22 @@ def test_the_command_says_so(twins, tmp_path):
     assert good.exit_code == 0 and "no finding" in good.stdout
     text = page.read_text()
     assert "no finding" in text and "does not mean that a model has no backdoor" in text
+
+
+def test_the_published_loss_of_masked_words(tmp_path):
+    """By which encoders are bounded; some words that are asked for are shown, or others in their
+    place, as BERT was trained."""
+    golden, notes = vectors_and_notes("systems/neuba_loss_bert")
+    config = json.loads(notes["config"]) | {"architectures": ["BertForMaskedLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {n.removeprefix("w."): t for n, t in golden.items() if n.startswith("w.")}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    encoder = load_encoder(checkpoint, device=CPU, dtype=torch.float32, masked_words=True)
+    labels = golden["mlm_labels"]
+    found = masked_nll(encoder, golden["mlm_inputs"], labels, labels != -100)
+    assert float(found[labels != -100].mean()) == pytest.approx(float(golden["mlm_loss"]), rel=2e-4)
+    assert not found[labels == -100].any()
 
 
 def test_rows_of_the_published_step_after_training():

@@ -36,6 +36,29 @@ def test_hoyer_square_and_its_threshold() -> None:
     assert float(hoyer_square(torch.zeros(4))) == 1
 
 
+def test_the_published_penalty_of_several_sets_of_gates() -> None:
+    """Effective numbers, each a mean over the batch, over how many gates there are, both with the
+    weights of their arity."""
+    found = vectors("systems/spaloc_sparsity_loss")
+    gates = {n: t.clone().requires_grad_() for n, t in found.items() if n.startswith("gate.")}
+    active, space = torch.zeros(()), torch.zeros(())
+    for depth in range(3):
+        for arity in (1, 2):
+            both = [gates[f"gate.d{depth}.o{arity}.b{b}"] for b in (0, 1)]
+            mean = torch.stack([hoyer_square(gate.flatten()) for gate in both]).mean()
+            torch.testing.assert_close(
+                mean, found["hoyer_square_mean"][depth, arity], rtol=1e-5, atol=1e-5
+            )
+            weight = found["multiplier"][depth, arity]
+            active = active + weight * mean
+            space = space + weight * both[0].numel()
+    loss = active / (1e-6 + space)
+    torch.testing.assert_close(loss, found["sparsity_loss"], rtol=1e-5, atol=1e-6)
+    loss.backward()
+    for name in ("gate.d0.o1.b0", "gate.d0.o2.b1"):
+        torch.testing.assert_close(gates[name].grad, found[f"grad.{name}"], rtol=1e-4, atol=1e-6)
+
+
 def paths(relations: Tensor, *, longest: int) -> Tensor:
     """How many paths of each length up to `longest` there are between every two objects."""
     one = relations.sum(-1)

@@ -133,5 +133,7 @@ def test_a_plan_says_what_is_audited_and_what_cannot_be(clean, tmp_path, run):
     assert missing.code == 2 and "audit.text" in str(missing.said)
     long = run(clean, tmp_path / "out", name="plan", length=512)
     assert long.code == 2 and "audit.length" in str(long.said)
+    no_pass = run(clean, tmp_path / "out", name="plan", changed={"passes": ["rtn", {"audit": {}}]})
+    assert no_pass.code == 2 and "audit stands beside passes" in str(no_pass.said)
     unmapped = run(clean, tmp_path / "out", name="plan", changed={"map": "none"})
     assert unmapped.code == 2 and "weights_only" in str(unmapped.said)
