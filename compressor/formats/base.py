@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Format(ABC):
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None where the format can hold `scheme` for a weight [out, in], else the reason."""
 
-    def refuses(self, model_type: str, schemes: Mapping[Linear, Scheme]) -> str | None:
+    def refuses(self, model_type: str, linears: Iterable[tuple[Linear, Scheme]]) -> str | None:
         """None where the format can hold a model whose linears have schemes that it accepts, else
         the reason."""
         return None

@@ -124,7 +124,7 @@ def make_plan(
     passes = tuple(_select(step, recipe, source, problems, notes) for step in recipe.passes)
     schemes = pass_schemes(passes, source.layout, fmt, dtype, problems, recipe.runtime)
     _check_tied(recipe, source.layout, passes, problems)
-    by_linear = {linear: schemes[linear.name] for linear in source.layout.linears}
+    by_linear = ((linear, schemes[linear.name]) for linear in source.layout.linears)
     if reason := fmt.refuses(source.layout.model_type, by_linear):
         problems.append(InputError(f"format {fmt.name}: {reason}", hint="use compressed-tensors"))
     problems += order_problems(recipe, passes)

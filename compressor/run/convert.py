@@ -269,7 +269,7 @@ class _Conversion:
                     self.rounded.append(report)
                 linears[linear.name] = Scheme(moved.spec, self._input(linear))
             progress(layout.name, done, len(units))
-        held = {x: linears[x.name] for x in source.layout.linears if x.name in linears}
+        held = ((x, linears[x.name]) for x in source.layout.linears if x.name in linears)
         if reason := fmt.refuses(source.layout.model_type, held):
             problems.append(InputError(f"{fmt.name}: {reason}"))
         if problems:

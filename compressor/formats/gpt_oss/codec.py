@@ -9,7 +9,7 @@ up by turns, as in its floats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,11 +49,11 @@ class GptOss(Format):
             return f"{shape[1]} inputs do not divide into groups of {BLOCK}"
         return None
 
-    def refuses(self, model_type: str, schemes: Mapping[Linear, Scheme]) -> str | None:
+    def refuses(self, model_type: str, linears: Iterable[tuple[Linear, Scheme]]) -> str | None:
         """All experts of gpt-oss, and nothing else."""
         if model_type != "gpt_oss":
             return f"its names are those of gpt_oss's experts, not of {model_type}"
-        for linear, scheme in schemes.items():
+        for linear, scheme in linears:
             if (scheme.weight is not None) != (linear.expert is not None):
                 state = "stays float" if scheme.weight is None else "is quantized"
                 return f"all experts are MXFP4 in it and nothing else is: {linear.name} {state}"
