@@ -87,6 +87,8 @@ def main() -> None:
     """Run the command line: every error becomes one message and an exit code."""
     # Blocks of changing sizes would otherwise leave the GPU's memory in pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Without it PyTorch refuses products where kernels are to repeat themselves.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     quieten_libraries()
     if asked := os.environ.get("_COMPRESS_COMPLETE"):
         sys.exit(shell_complete(cli, {}, "compress", "_COMPRESS_COMPLETE", asked))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -60,7 +61,7 @@ class TunableBlock:
         schemes: Mapping[str, Scheme] | None = None,
     ) -> None:
         self._block, self._inputs, self._targets = block, inputs, targets
-        self._execution = execution
+        self._execution, self._strict = execution, True
         device, dtype = block.runner.device, block.runner.dtype
         self._rounded = {
             x.name: StraightInput(scheme.input, unit.input_scales.get(x.name))
@@ -117,12 +118,15 @@ class TunableBlock:
 
             def gradients() -> Iterator[Sequence[Tensor]]:
                 for piece in self._mine(pieces):
-                    error = self._error(leaves, piece) / size
-                    errors.append(error.detach())
-                    # An expert that no token went to has none.
-                    yield torch.autograd.grad(
-                        error, like, allow_unused=True, materialize_grads=True
-                    )
+                    error, found = self._repeatable(partial(of_piece, piece))
+                    errors.append(error)
+                    yield found
+
+            def of_piece(piece: Sequence[int]) -> tuple[Tensor, Sequence[Tensor]]:
+                error = self._error(leaves, piece) / size
+                # An expert that no token went to has none.
+                found = torch.autograd.grad(error, like, allow_unused=True, materialize_grads=True)
+                return error.detach(), found
 
             def work() -> tuple[list[Tensor], list[Sequence[Tensor]]]:
                 if ranks.world > 1:
@@ -133,8 +137,20 @@ class TunableBlock:
             loss, made = self._agreed(len(pieces), work)
             return loss, ranks.summed(made, len(pieces), like, owners)
 
-        with torch.enable_grad(), _deterministic(self._block.runner.device):
+        with torch.enable_grad():
             return self._execution.halving(attempt)
+
+    def _repeatable(self, work: Callable[[], T]) -> T:
+        """What kernels give whose sums have one order, as far as what runs has such kernels."""
+        try:
+            with _deterministic(self._block.runner.device, strict=self._strict):
+                return work()
+        except RuntimeError as error:
+            if not self._strict or "deterministic" not in str(error).lower():
+                raise
+        self._strict = False
+        with _deterministic(self._block.runner.device, strict=False):
+            return work()
 
     def _mine(self, pieces: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """The pieces that this rank runs."""
@@ -196,8 +212,12 @@ class StraightInput(StoredInput):
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Kernels on a GPU whose sums have one order, for the length of a `with`."""
+def _deterministic(device: torch.device, *, strict: bool) -> Iterator[None]:
+    """Kernels on a GPU whose sums have one order, for the length of a `with`.
+
+    strict  what has no such kernel raises RuntimeError; where it may run all the same, flash
+            attention takes its kernel that has none, too
+    """
     if device.type != "cuda":
         yield
         return
@@ -208,7 +228,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     )
     with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         warnings.simplefilter("ignore")  # what has no such kernel says so each time
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
             yield
