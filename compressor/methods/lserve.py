@@ -2,11 +2,11 @@
 
 A step reads `budget` keys in pages of 64, and the page that is being written. A page is worth what
 its logical pages of 16 keys could score, so that large pages, which kernels and quantized caches
-want, choose nearly as well as small ones: as released, what the best of them could; here by
-default what all of them could together, which keeps more. A choice lasts for `reuse` steps. Heads
-that another method lets stream (`duo_attention`, `retrieval_heads`) keep their window; the rest
-choose pages. Nothing is trained and no weight changes; with `mass` the budget is the smallest that
-keeps so much of attention on the calibration text.
+want, choose nearly as well as small ones: as released, what the best of them could, or what all of
+them could together, whichever keeps more of attention on the calibration text. A choice lasts for
+`reuse` steps. Heads that another method lets stream (`duo_attention`, `retrieval_heads`) keep their
+window; the rest choose pages. Nothing is trained and no weight changes; with `mass` the budget is
+the smallest that keeps so much of attention on the calibration text.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from compressor.methods.common.head_plots import heat_map
 from compressor.methods.common.learned import Learned
 from compressor.runner.source_model import SourceModel
 
+Weigh = Literal["max", "sum"]
+
 
 class Budget(Learned):
-    """Keys of a step."""
+    """Keys of a step, and what a page is worth."""
 
     budget: int
+    weigh: Weigh = "max"
 
 
 class LServe(ModelPass[Budget]):
@@ -49,8 +52,10 @@ class LServe(ModelPass[Budget]):
         None, gt=0, lt=1, description="share of attention to keep: the budget that does, up to this"
     )
     reuse: int = Field(4, ge=1, description="steps from one choice to the next")
-    weigh: Literal["sum", "max"] = Field(
-        "sum", description="what a page is worth: all of its logical pages, or as released the best"
+    weigh: Weigh | None = Field(
+        None,
+        description="what a page is worth: its best logical page, as released, or all of them; "
+        "by default what keeps more",
     )
     per: Literal["query_head", "kv_head"] = Field(
         "query_head",
@@ -68,7 +73,6 @@ class LServe(ModelPass[Budget]):
             "block_size": self.page,
             "logical": self.logical,
             "reuse": self.reuse,
-            "weigh": self.weigh,
             **changed,
         }
         return LServePages(
@@ -96,7 +100,7 @@ class LServe(ModelPass[Budget]):
         return Cost(scores=scores, notes=(reads(self._rule(self.budget)),))
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Budget]:
-        """Measure budgets, and what logical pages are worth beside flat ones."""
+        """Measure budgets, ways of weighing, and what logical pages are worth beside flat ones."""
         length = context.ids.shape[1]
         budgets = [self.budget]
         if self.mass is not None:
@@ -105,11 +109,10 @@ class LServe(ModelPass[Budget]):
             budgets.append(self.budget)
         flat = {"block_size": self.page, "logical": self.page}
         small = {"block_size": self.logical, "logical": self.logical, "reuse": 1}
-        soft = self.weigh == "sum"
+        ways: tuple[Weigh, ...] = ("max", "sum") if self.weigh is None else (self.weigh,)
         kinds: dict[str, dict[str, Any]] = {
-            "physical and logical pages": {"reuse": 1},
-            f"with a choice for {self.reuse} steps": {},
-            **({"the best logical page counts": {"reuse": 1, "weigh": "max"}} if soft else {}),
+            **{f"physical and logical pages, {way}": {"reuse": 1, "weigh": way} for way in ways},
+            **{f"{way}, with a choice for {self.reuse} steps": {"weigh": way} for way in ways},
             f"flat pages of {self.page}": {**flat, "reuse": 1},
             f"flat pages of {self.logical}": small,
         }
@@ -121,7 +124,9 @@ class LServe(ModelPass[Budget]):
         found = measure_policies(model, policies, context.ids, progress=context.progress)
         kept = {case: float(one.mass.mean()) for case, one in zip(cases, found, strict=True)}
         least = {case: float(one.mass.min()) for case, one in zip(cases, found, strict=True)}
-        own = f"with a choice for {self.reuse} steps"
+        after = f"with a choice for {self.reuse} steps"
+        weigh = max(ways, key=lambda way: kept[self.budget, f"{way}, {after}"])
+        own = f"{weigh}, {after}"
         enough = [b for b in budgets if self.mass is not None and kept[b, own] >= self.mass]
         rows = [
             {
@@ -136,16 +141,18 @@ class LServe(ModelPass[Budget]):
         chosen = found[cases.index((budget, own))]
         plot = heat_map(chosen.mass, title="Attention kept by LServe's pages", across="query head")
         return LearnResult(
-            Budget(budget=budget), rows=rows, plots={} if plot is None else {"lserve.png": plot}
+            Budget(budget=budget, weigh=weigh),
+            rows=rows,
+            plots={} if plot is None else {"lserve.png": plot},
         )
 
     def policy(self, layout: ModelLayout, learned: Budget | None) -> AttentionPolicy:
-        budget = self.budget if learned is None else learned.budget
+        chosen = learned or Budget(budget=self.budget, weigh=self.weigh or "max")
         about = self.model_dump(mode="json", exclude={"targets", "ignore"})
         return rule_policy(
             layout,
-            self._rule(budget),
-            made_by={"lserve": {**about, "budget": budget}},
+            self._rule(chosen.budget, weigh=chosen.weigh),
+            made_by={"lserve": {**about, **chosen.figures()}},
             dense=self.dense_layers,
         )
 

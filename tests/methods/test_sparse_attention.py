@@ -110,11 +110,16 @@ def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) ->
     options = {"page": 8, "logical": 2, "budget": 128, "mass": 0.7, "reuse": 2}
     method, found = learned("lserve", model, tmp_path, **options)
     kept = {(row["name"], row["budget"]): row["attention kept"] for row in found.rows}
-    own = {budget: share for (name, budget), share in kept.items() if "2 steps" in name}
+    way = found.value.weigh
+    other = "sum" if way == "max" else "max"
+    after = "with a choice for 2 steps"
+    own = {budget: share for (name, budget), share in kept.items() if name == f"{way}, {after}"}
+    assert own[128] >= kept[f"{other}, {after}", 128]
     assert found.value.budget == min(budget for budget, share in own.items() if share >= 0.7)
     for budget in own:
-        hierarchical = kept["physical and logical pages", budget]
+        hierarchical = kept[f"physical and logical pages, {way}", budget]
         assert hierarchical >= kept["flat pages of 8", budget] - 0.005
+    assert method.policy(model.layout, found.value).layers[0].rules[0].weigh == way
     assert all(row["by the worst head"] <= row["attention kept"] for row in found.rows)
     assert set(found.plots) == {"lserve.png"}
     policy = method.policy(model.layout, found.value)

@@ -118,9 +118,7 @@ def families(model: SourceModel, calibration: Tensor, bench: Bench) -> dict[str,
             )
         ),
         "LServe": lambda x: all_layers(
-            LServePages(
-                block_size=block, logical=8, weigh="sum", top_k=blocks(x, block, 1), **plain
-            )
+            LServePages(block_size=block, logical=8, top_k=blocks(x, block, 1), **plain)
         ),
         "Quest": lambda x: all_layers(QuestPages(block_size=16, top_k=blocks(x, 16, 1), **plain)),
         "recency": lambda x: all_layers(
