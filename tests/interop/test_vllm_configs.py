@@ -1,5 +1,5 @@
-"""vLLM's own config classes parse what is written and choose a scheme for it, where the contract says
-that it loads, and nowhere else; no GPU and no kernel is needed for that."""
+"""vLLM's own config classes parse what is written and choose a scheme for it where the contract
+says that it loads, and nowhere else; no GPU and no kernel is needed for that."""
 
 from __future__ import annotations
 
