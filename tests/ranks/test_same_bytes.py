@@ -97,6 +97,15 @@ def test_any_number_of_ranks_comes_to_the_same_verdict(written: Path) -> None:
     assert len(texts) == 1
 
 
+def test_any_number_of_ranks_finds_the_same_damage(written: Path) -> None:
+    found = [path.read_text() for path in sorted(written.glob("damaged.*.json"))]
+    assert len(found) == 1 + 3 and len(set(found)) == 1
+    damage = "; ".join(json.loads(found[0])["damage"])
+    # One block that cannot be compared, and one that cannot be read.
+    assert "layers.0.input_layernorm.weight as written holds NaN" in damage
+    assert "layers.1.self_attn.k_proj.weight_packed is" in damage
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_units_that_need_no_inputs_are_divided(written: Path, world: int) -> None:
     folder = written / str(world) / "judged"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.models.llama import modeling_llama  # noqa: F401  # before the forks
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
@@ -30,6 +32,7 @@ from compressor.ranks.ranks import Ranks
 from compressor.run.judge import Verdict, judge
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.run.settings import UnitDone
+from compressor.verify.verify import verify
 
 CPU = torch.device("cpu")
 
@@ -72,6 +75,27 @@ def rank(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
             run(recipe, folder / name, jobs["batch"], ranks)
             if number == 0:
                 print(f"{world} {name} {time.perf_counter() - started:.2f} s", flush=True)
+
+
+def damage(folder: Path) -> None:
+    """A norm of the first block that is no number, and a shape of the second that is wrong."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith("layers.0.input_layernorm.weight"):
+                tensor[0] = torch.nan
+            if name.endswith("layers.1.self_attn.k_proj.weight_shape"):
+                tensor[0] += 3
+        save_file(tensors, path, {"format": "pt"})
+
+
+def damaged(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """Verify what has been damaged."""
+    folder = Path(jobs["folder"])
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        model = Path(jobs["recipes"]["judged"]["model"])
+        report = verify(folder / "damaged", against=model, device=CPU, ranks=ranks)
+        (folder / f"damaged.{world}.{number}.json").write_text(json.dumps(report.to_json()))
 
 
 def kill_one(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
@@ -145,6 +169,11 @@ def main() -> None:
         if any(code for code, _ in ended):
             sys.exit(f"{world} ranks ended with {ended}")
     if "faulty" in jobs:
+        folder = Path(jobs["folder"])
+        shutil.copytree(folder / "1" / "judged", folder / "damaged")
+        damage(folder / "damaged")
+        for world in (1, 3):
+            start(damaged, jobs, world)
         began = time.monotonic()
         found = {f.__name__: start(f, jobs, 3) for f in (short_of_memory, kill_one, differ)}
         took = time.monotonic() - began
