@@ -193,6 +193,11 @@ class Method(Strict):
         """Raises InputError where transformers would not run the model that is written as the one
         that is read."""
 
+    def longest_text(self, length: int) -> int | None:
+        """Tokens of the longest text that what it calibrates on rows of `length` is for; None: any
+        text."""
+        return None
+
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         """What it takes where the model runs in `dtype`."""
         return Cost()

@@ -118,6 +118,9 @@ class Blasst(ModelPass[Fits]):
                 hint="calibration: {samples: 8}",
             )
 
+    def longest_text(self, length: int) -> int | None:
+        return self._lengths(length)[-1]
+
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         scores = 2.0 * context.rows * context.length**2
         return Cost(scores=scores, notes=(f"thresholds fitted at {self._lengths(context.length)}",))

@@ -75,6 +75,9 @@ class XAttention(ModelPass[Thresholds]):
                 hint=f"calibration: {{length: {8 * self.block_size}}}, or a smaller block_size",
             )
 
+    def longest_text(self, length: int) -> int | None:
+        return length if self.threshold is None else None
+
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         note = f"prompts in tiles of {self.block_size} by an estimate of stride {self.stride}"
         if self.threshold is not None:

@@ -15,9 +15,13 @@ from compressor.plan.recipe import Recipe
 
 
 def check_recipe(recipe: Recipe, source: Source) -> list[CompressError]:
-    """Rows longer than the model, tasks without their harness, a gate that could never be judged,
-    publishing that nothing guards."""
-    problems: list[CompressError] = [*_too_long(recipe, source), *_unmapped(recipe, source)]
+    """Rows longer than the model or than what is calibrated, tasks without their harness, a gate
+    that could never be judged, publishing that nothing guards."""
+    problems: list[CompressError] = [
+        *_too_long(recipe, source),
+        *_past_calibration(recipe),
+        *_unmapped(recipe, source),
+    ]
     wanted = recipe.evaluate
     if wanted is not None and wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         problems.append(
@@ -72,6 +76,29 @@ def _unmapped(recipe: Recipe, source: Source) -> Iterator[InputError]:
         )
 
 
+def _evaluated(recipe: Recipe) -> dict[str, int]:
+    """Tokens of the rows that evaluation reads, by key."""
+    if recipe.evaluate is None:
+        return {}
+    lengths = {"evaluate.length": recipe.evaluate.length}
+    if recipe.evaluate.passkey is not None:
+        lengths["evaluate.passkey.lengths"] = max(recipe.evaluate.passkey.lengths)
+    return lengths
+
+
+def _past_calibration(recipe: Recipe) -> Iterator[InputError]:
+    """Evaluation of texts that what a pass calibrates is not for."""
+    for step in recipe.passes:
+        longest = step.params.longest_text(recipe.calibration.length)
+        for key, length in _evaluated(recipe).items():
+            if longest is not None and length > longest:
+                yield InputError(
+                    f"{key}: rows of {length} tokens are longer than the {longest} that "
+                    f"{step.name} calibrates its thresholds on",
+                    hint=f"calibration: {{length: {length}}}, or shorter rows",
+                )
+
+
 def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
     """Rows that a model has no positions for: learned ones end, and rotary ones are not evaluated
     beyond what the model was made for."""
@@ -87,10 +114,7 @@ def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
         lengths["calibration.select.sufficiency.reference_length"] = longest
     if recipe.audit is not None and not recipe.audit.weights_only:
         lengths["audit.length"] = recipe.audit.length
-    if recipe.evaluate is not None:
-        lengths["evaluate.length"] = recipe.evaluate.length
-        if recipe.evaluate.passkey is not None:
-            lengths["evaluate.passkey.lengths"] = max(recipe.evaluate.passkey.lengths)
+    lengths |= _evaluated(recipe)
     return [
         InputError(
             f"{key}: rows of {length} tokens, but the model has {positions} "

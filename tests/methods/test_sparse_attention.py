@@ -23,6 +23,8 @@ from compressor.errors import InputError
 from compressor.methods.base import get_pass
 from compressor.methods.common.context import LearnContext, PlanContext
 from compressor.numerics.attention_thresholds import block_mass, mass_threshold
+from compressor.plan.check_recipe import check_recipe
+from compressor.plan.recipe import make_recipe
 from compressor.runner.source_model import SourceModel
 from tests.support.tiny_models import build
 
@@ -163,6 +165,29 @@ def test_what_they_refuse_in_a_plan(model: SourceModel) -> None:
         get_pass("lserve")(page=64, logical=24)
     with pytest.raises(ValueError, match="both null"):
         get_pass("blasst")(prefill=None, decode=None)
+
+
+@pytest.mark.parametrize(
+    ("step", "refused"),
+    [({"blasst": {"keys": 8}}, True), ({"xattention": {}}, True), ({"quest": {}}, False),
+     ({"xattention": {"threshold": 0.9}}, False)],
+)  # fmt: skip
+def test_texts_past_the_calibrated_length_are_refused_in_a_plan(
+    model: SourceModel, step: dict[str, Any], refused: bool
+) -> None:
+    recipe = make_recipe(
+        {
+            "model": "m",
+            "output": "o",
+            "calibration": {"length": 64},
+            "passes": [step],
+            "evaluate": {"length": 128},
+        }
+    )
+    said = [problem.message for problem in check_recipe(recipe, model.source)]
+    (name,) = step
+    expected = f"evaluate.length: rows of 128 tokens are longer than the 64 that {name}"
+    assert any(message.startswith(expected) for message in said) == refused
 
 
 def test_a_video_stream_is_declared(model: SourceModel, tmp_path: Path) -> None:
