@@ -145,7 +145,8 @@ def test_kimi_s_int4_experts_are_read_moved_and_rounded_anew(
         "tower.linear",
         "projector.linear",
     }
-    for ours, theirs in zip(source.layout.units, twin.layout.units, strict=True):
+    text = [unit for unit in source.layout.units if unit.kind != "beside"]
+    for ours, theirs in zip(text, twin.layout.units, strict=True):
         one, two = source.read_unit(ours), twin.read_unit(theirs)
         assert len(one.quantized) == len(two.quantized)
         for (name, q), (other, expected) in zip(
