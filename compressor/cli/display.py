@@ -156,24 +156,28 @@ class _Stage:
         self.fields: dict[str, Any] = {}
         self.errors: list[float] = []
         self.told = time.perf_counter()
-        self.marks = [time.perf_counter()]
+        self.began = time.perf_counter()
+        self.marks = [(self.began, 0)]
 
     @property
     def spent(self) -> float:
         """Seconds since the stage began."""
-        return time.perf_counter() - self.marks[0]
+        return time.perf_counter() - self.began
 
     @property
     def left(self) -> float:
         """Seconds that the units to come will take, if they take what the last ones took."""
         recent = self.marks[-RECENT - 1 :]
-        each = (recent[-1] - recent[0]) / max(len(recent) - 1, 1)
-        return each * (self.total - self.done)
+        (first, before), (last, done) = recent[0], recent[-1]
+        return (last - first) / max(done - before, 1) * (self.total - self.done)
 
     def finish(self, name: str, done: int, total: int, fields: Mapping[str, Any]) -> None:
+        if done < self.done:
+            # Another count begins.
+            self.marks = [(self.marks[-1][0], 0)]
         self.unit, self.done, self.total = name, done, total
         self.fields = dict(fields)
-        self.marks.append(time.perf_counter())
+        self.marks.append((time.perf_counter(), done))
         if "error" in fields:
             self.errors.append(float(fields["error"]))
 

@@ -86,7 +86,7 @@ def estimate(
         sum(spec.nbytes for spec in plan.target.base_shapes(unit.layout).values())
         for unit in plan.units
     )
-    idle = not plan.calibrated and plan.recipe.evaluate is None
+    idle = not (plan.calibrated or plan.recipe.evaluate is not None or _audited_tokens(plan))
     started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
     host = resident + started + streams
     held, learning = 0, _learning_bytes(plan, device)

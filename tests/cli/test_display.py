@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from compressor.cli.display import Display, duration, rate, size, sparkline
+from compressor.cli.display import Display, _Stage, duration, rate, size, sparkline
 from compressor.cli.junit import Case, junit
 from compressor.cli.main import main
 from compressor.errors import InputError, Problems
@@ -205,3 +205,17 @@ def test_a_stopped_run_says_so_to_machines_and_continues(
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0 and json.loads(done.stdout)["ok"]
     assert "resumed yes" in done.stderr
+
+
+def test_the_time_left_goes_by_units_and_not_by_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten units are told of at a time; then another count begins."""
+    clock = [100.0]
+    monkeypatch.setattr("compressor.cli.display.time.perf_counter", lambda: clock[0])
+    stage = _Stage("tokens", 0)
+    for done in (10, 20):
+        clock[0] += 5.0
+        stage.finish("first look", done, 100, {})
+    assert stage.left == pytest.approx(40.0)
+    clock[0] += 1.0
+    stage.finish("second look", 2, 10, {})
+    assert stage.left == pytest.approx(4.0) and stage.spent == pytest.approx(11.0)
