@@ -120,9 +120,9 @@ def share_kernel(
     shares = shares / ROWS
     tl.store(out_ptr + lane * k_len + key, shares, mask=live)
     if tally_ptr is not None:
-        first = tl.reshape(_bits(shares) >> 23, [TILES * TILE])
-        counted = tl.reshape(key < keys, [TILES * TILE])
-        _tally(tally_ptr + lane * BINS, first, counted, 7, True)
+        # Hidden before it is reshaped: a histogram's mask may lie otherwise over threads.
+        first = tl.reshape(tl.where(key < keys, _bits(shares) >> 23, 0), [TILES * TILE])
+        _tally(tally_ptr + lane * BINS, first, first >= 0, 7, True)
 
 
 @triton.jit
@@ -133,11 +133,11 @@ def _bits(shares):
 @triton.jit
 def _tally(tally_ptr, digit, counted, WIDTH: tl.constexpr, MANY: tl.constexpr):
     """Add the digits, of WIDTH bits, of the counted keys to a tally. No share is 2 or more: an
-    exponent has 7 bits."""
+    exponent has 7 bits. Of digits that are 0 more may be counted: they are above none."""
     digit = digit & ((1 << WIDTH) - 1)
     if MANY:
         value = tl.arange(0, 1 << WIDTH)
-        count = tl.histogram(digit, 1 << WIDTH, mask=counted)
+        count = tl.histogram(tl.where(counted, digit, 0), 1 << WIDTH)
         tl.atomic_add(tally_ptr + value, count, mask=count > 0, sem="relaxed")
     else:
         tl.atomic_add(tally_ptr + digit, 1, mask=counted, sem="relaxed")
