@@ -184,7 +184,7 @@ def test_the_middle_is_quantized_by_any_recipe(llama: Path, tmp_path: Path) -> N
     for block in written.layout.blocks:
         for name, tensor in written.read_unit(block).dequantized().items():
             error = float((tensor - dense[name]).norm() / dense[name].norm())
-            assert error < 0.2 if name.rpartition(".")[0] in coded else error == 0, name
+            assert error < 0.3 if name.rpartition(".")[0] in coded else error == 0, name
     assert verify(tmp_path / "out", against=llama, device=CPU).ok
 
 
