@@ -31,6 +31,16 @@ def check(q, k, v, atol):
     return shares
 
 
+def check_choice(done, shares, **where):
+    """Shares that are counted where they are made may differ from stored ones in the last bit: of
+    keys with nearly equal shares either may be the last."""
+    keys, want = verified_keys(done, **where), critical_keys_ref(shares, **where)
+    assert keys.shape == want.shape
+    assert (keys.diff(dim=-1) > 0).all()
+    found, best = (shares.gather(-1, x.long()).sort(-1).values for x in (keys, want))
+    torch.testing.assert_close(found, best, atol=0, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("q_len", "tokens"), [(5, 333), (9, 40), (1, 70)])
 def test_shares(q_len, tokens):
     torch.manual_seed(0)
@@ -38,8 +48,7 @@ def test_shares(q_len, tokens):
     shares = check(q, k, v, 4e-3)
     torch.testing.assert_close(shares.sum(-1), torch.ones(2, 2, device=DEVICE), atol=1e-3, rtol=0)
     where = {"length": tokens, "recent": q_len + 1, "budget": tokens // 3}
-    keys = verified_keys(verify_attention(q, k, v), **where)
-    assert torch.equal(keys, critical_keys_ref(shares, **where))
+    check_choice(verify_attention(q, k, v), shares, **where)
 
 
 def test_a_draft_step_reads_the_critical_keys():
@@ -83,6 +92,5 @@ def test_published_shapes_on_a_device():
         {"length": 9010, "recent": 10, "budget": 450},
         {"length": 9011, "recent": 11, "budget": 4000},
     ):
-        want = critical_keys_ref(shares, **where)
-        assert torch.equal(critical_keys(shares, **where), want)
-        assert torch.equal(verified_keys(done, **where), want)
+        assert torch.equal(critical_keys(shares, **where), critical_keys_ref(shares, **where))
+        check_choice(done, shares, **where)
