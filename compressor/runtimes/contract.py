@@ -189,6 +189,7 @@ class Hole(Scope):
     tied           only where the head shares the embedding's weight
     plain_experts  only where there are experts in float, one by one
     plain_stacks   only where there are experts in float, in one tensor
+    mixed          only where there is more than one config group
     """
 
     models: tuple[str, ...] = ()
@@ -197,6 +198,7 @@ class Hole(Scope):
     tied: bool = False
     plain_experts: bool = False
     plain_stacks: bool = False
+    mixed: bool = False
     says: str
     instead: str
 

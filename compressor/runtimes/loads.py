@@ -156,6 +156,7 @@ def _holes(runtime: Runtime, written: Written) -> list[Hole]:
         and (written.tied or not hole.tied)
         and (plain or not hole.plain_experts)
         and (stacks or not hole.plain_stacks)
+        and (written.groups > 1 or not hole.mixed)
     ]
 
 

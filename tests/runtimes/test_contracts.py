@@ -334,3 +334,14 @@ def test_experts_in_float_beside_packed_linears(planned: Callable[..., Plan]) ->
     planned("vllm", attention, kind="mixtral")
     planned("transformers", rtn(bits=8, group_size=32), kind="mixtral")
     planned("transformers", attention, kind="gpt_oss")  # whose experts stay in their stack
+
+
+def test_nvfp4_experts_beside_another_scheme_are_a_hole_of_a_version(
+    planned: Callable[..., Plan],
+) -> None:
+    fp8 = {"fp8": {"targets": ["attn.*"]}}
+    experts = {"nvfp4": {"ignore": ["lm_head", "attn.*"]}}
+    with pytest.raises(Problems, match="beside attention in another"):
+        planned("vllm@0.24", fp8, experts, kind="mixtral", format="compressed-tensors")
+    assert planned("vllm@0.24", experts, kind="mixtral")
+    assert planned("vllm@0.24", fp8, experts)
