@@ -52,14 +52,17 @@ def plans_of_bits(
     Raises Problems or InputError where a plan fails or there is no one quantizer with `bits`.
     """
     before, quantizer = split_bits(recipe["passes"])
-    ((name, params),) = quantizer.items()
+    ((name, given),) = quantizer.items()
+    # Inputs are the unquantized model's: there is nothing to correct.
+    params = {key: value for key, value in given.items() if key != "correction"}
     entries: dict[Way, dict[str, Any]] = {
         number: {name: {**params, "bits": number}} for number in sorted(set(bits))
     }
-    entries |= {form: form_entry(form, quantizer) for form in dict.fromkeys(forms)}
+    entries |= {form: form_entry(form, {name: params}) for form in dict.fromkeys(forms)}
     plans: dict[Way, Plan] = {}
     for way, entry in entries.items():
-        plan = make_plan(make_recipe({**recipe, "passes": [*before, entry]}), source)
+        data = {**recipe, "passes": [*before, entry], "propagate": "original"}
+        plan = make_plan(make_recipe(data), source)
         for step in plan.passes:
             if isinstance(step.step.params, ModelPass) and step.effects.works_on != "none":
                 raise InputError(

@@ -114,7 +114,9 @@ def test_the_kl_of_a_group_is_foretold(
 def test_forms_stand_beside_integers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("llama")
     forms = ("nvfp4", "mxfp4", "fp8")
-    found = measure(model, [{"gptq": {"group_size": 32}}], bits=(3,), forms=forms)
+    found = measure(
+        model, [{"gptq": {"group_size": 32, "correction": 0.3}}], bits=(3,), forms=forms
+    )
     labels = ["3 bits", *forms, "in float"]
     assert all([o.label for o in group.options] == labels for group in found.groups)
     assert [o.bits_per_weight for o in found.groups[-1].options][1:3] == pytest.approx(
