@@ -21,13 +21,12 @@ MATRIX_UNITS = ("amx_bf16", "amx_fp16", "amx_int8", "sme")
 compare are products in bfloat16 (`numerics.gram`)."""
 
 VARIABLES = (
-    "CUBLAS_WORKSPACE_CONFIG",
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
-    "NVIDIA_TF32_OVERRIDE",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
+GPU_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
 """Variables by which the libraries choose their kernels, and so the order of sums."""
 
 
@@ -61,7 +60,9 @@ def environment(device: torch.device) -> dict[str, str]:
         "matrix units": " ".join(name for name in MATRIX_UNITS if known.get(name)) or "none",
         "threads": str(torch.get_num_threads()),
     }
+    names = list(VARIABLES)
     if device.type == "cuda":
+        names += GPU_VARIABLES
         found["CUDA"] = str(torch.version.cuda)
         found["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return found | {name: os.environ[name] for name in names if name in os.environ}
