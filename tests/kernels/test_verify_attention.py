@@ -9,7 +9,6 @@ from compressor_kernels.attention.verify_attention import (
     critical_keys_ref,
     key_shares,
     key_shares_ref,
-    verified_keys,
     verify_attention,
 )
 
@@ -31,24 +30,12 @@ def check(q, k, v, atol):
     return shares
 
 
-def check_choice(done, shares, **where):
-    """Shares that are counted where they are made may differ from stored ones in the last bit: of
-    keys with nearly equal shares either may be the last."""
-    keys, want = verified_keys(done, **where), critical_keys_ref(shares, **where)
-    assert keys.shape == want.shape
-    assert (keys.diff(dim=-1) > 0).all()
-    found, best = (shares.gather(-1, x.long()).sort(-1).values for x in (keys, want))
-    torch.testing.assert_close(found, best, atol=0, rtol=1e-5)
-
-
 @pytest.mark.parametrize(("q_len", "tokens"), [(5, 333), (9, 40), (1, 70)])
 def test_shares(q_len, tokens):
     torch.manual_seed(0)
     q, k, v = randn(2, 4, q_len, 24), randn(2, 2, tokens, 24), randn(2, 2, tokens, 24)
     shares = check(q, k, v, 4e-3)
     torch.testing.assert_close(shares.sum(-1), torch.ones(2, 2, device=DEVICE), atol=1e-3, rtol=0)
-    where = {"length": tokens, "recent": q_len + 1, "budget": tokens // 3}
-    check_choice(verify_attention(q, k, v), shares, **where)
 
 
 def test_a_draft_step_reads_the_critical_keys():
@@ -87,10 +74,8 @@ def test_published_shapes_on_a_device():
         randn(2, n, t, 128, dtype=torch.bfloat16) for n, t in ((32, 9), (8, 9011), (8, 9011))
     )
     shares = check(q, k, v, 2e-2)
-    done = verify_attention(q, k, v)
     for where in (
         {"length": 9010, "recent": 10, "budget": 450},
         {"length": 9011, "recent": 11, "budget": 4000},
     ):
         assert torch.equal(critical_keys(shares, **where), critical_keys_ref(shares, **where))
-        check_choice(done, shares, **where)

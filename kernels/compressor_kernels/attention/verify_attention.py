@@ -108,23 +108,17 @@ def verify_attention(
 
 def key_shares(done: Verified, *, tiles: ShareTiles | None = None) -> Tensor:
     """Shares of every key, fp32 [B, G, T]."""
-    return _make_shares(done, None, 0, tiles or ShareTiles())
-
-
-def _make_shares(done: Verified, tallies: Tensor | None, keys: int, tiles: ShareTiles) -> Tensor:
-    """Shares of every key; of the first `keys` of them the first digits are counted."""
     from compressor_kernels.attention import verify_attention_jit as jit
 
     batch, groups, rows, tokens = done.kept.shape
+    tiles = tiles or ShareTiles()
     out = torch.empty((batch, groups, tokens), dtype=torch.float32, device=done.out.device)
     jit.share_kernel[(-(-done.tops.shape[2] // tiles.tiles), batch * groups)](
         done.kept,
         done.tops,
         done.sums.contiguous(),
         out,
-        tallies,
         tokens,
-        keys,
         ROWS=rows,
         TILE=done.tile,
         TILES=tiles.tiles,
@@ -150,17 +144,7 @@ def critical_keys(shares: Tensor, *, length: int, recent: int, budget: int) -> T
     key wins."""
     shares = shares.contiguous()
     where = Choice.of(shares.shape[:2], length=length, recent=recent, budget=budget)
-    return where.take(shares, where.tallies(shares.device), passes=(0, 1, 2, 3))
-
-
-def verified_keys(
-    done: Verified, *, length: int, recent: int, budget: int, tiles: ShareTiles | None = None
-) -> Tensor:
-    """`critical_keys` of a verification: shares are counted where they are made."""
-    where = Choice.of(done.kept.shape[:2], length=length, recent=recent, budget=budget)
-    tallies = where.tallies(done.out.device)
-    shares = _make_shares(done, tallies, where.old, tiles or ShareTiles())
-    return where.take(shares, tallies, passes=(1, 2, 3))
+    return where.take(shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +166,8 @@ class Choice:
         part = min(16384, max(PART, pow2(old // 64)))
         return cls((lanes[0], lanes[1]), length, old, best, part, max(1, -(-old // part)))
 
-    def tallies(self, device: torch.device) -> Tensor:
-        """Counts of digits, of three by lane and of the last by part, too."""
-        from compressor_kernels.attention import verify_attention_jit as jit
-
-        rows = (3 + self.parts) * math.prod(self.lanes)
-        return torch.zeros((rows, jit.BINS.value), dtype=torch.int32, device=device)
-
-    def take(self, shares: Tensor, tallies: Tensor, *, passes: Sequence[int]) -> Tensor:
-        """The keys, int32 [batch, groups, n] ascending; `passes` count digits that are not yet."""
+    def take(self, shares: Tensor) -> Tensor:
+        """The keys, int32 [batch, groups, n] ascending."""
         from compressor_kernels.attention import verify_attention_jit as jit
 
         lanes, device = math.prod(self.lanes), shares.device
@@ -198,6 +175,9 @@ class Choice:
         out = torch.empty((*self.lanes, total), dtype=torch.int32, device=device)
         if out.numel() == 0:
             return out
+        # Counts of digits, of three by lane and of the last by part, too.
+        rows = (3 + self.parts) * lanes
+        tallies = torch.zeros((rows, jit.BINS.value), dtype=torch.int32, device=device)
         cuts = torch.empty((3, lanes, 2), dtype=torch.int32, device=device)
         above = torch.empty((lanes, self.parts), dtype=torch.int32, device=device)
         found = (shares, tallies, cuts, above)
@@ -205,7 +185,7 @@ class Choice:
         early = overlaps(shares)
         how: dict[str, Any] = {"PART": self.part, "EARLY": early, "num_warps": 8}
         grid = (self.parts, lanes)
-        for digit in passes:
+        for digit in range(4):
             # What the first of them waits for may be no kernel of ours.
             own = launch_early(early and digit > 0)
             jit.count_kernel[grid](*found, *bounds, PASS=digit, **how, **own)

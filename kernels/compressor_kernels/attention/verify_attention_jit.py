@@ -3,10 +3,10 @@ keys with the largest shares.
 
 A share's bits, as those of a float that is not negative, are ordered as shares are. They are cut
 into four digits: the exponent, and 7, 8 and 8 bits. A pass over shares counts, for every value of a
-digit, the keys whose digits before are those of the last share that is taken; the first pass is
-made where shares are. The last digit is counted by part of the keys, so that each part knows the
-last share to the bit and how many keys the parts before it take. Of the first two digits many keys
-have the same, which histograms of a warp count; the others are counted by additions in memory.
+digit, the keys whose digits before are those of the last share that is taken. The last digit is
+counted by part of the keys, so that each part knows the last share to the bit and how many keys the
+parts before it take. Of the first two digits many keys have the same, which histograms of a warp
+count; the others are counted by additions in memory.
 
 EARLY: a kernel starts while the one before it ends, and waits for what that wrote.
 """
@@ -94,16 +94,14 @@ def share_kernel(
     top_ptr,  # [B, G, tiles, ROWS] fp32
     sum_ptr,  # [B, G, ROWS] fp32
     out_ptr,  # [B, G, T] fp32
-    tally_ptr,  # as in `count_kernel`, or None
     k_len,
-    keys,  # that are chosen from
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Shares of the keys of some tiles, and a count of their first digits. Rows are unrolled, so
-    that many loads are on their way at once."""
+    """Shares of the keys of some tiles. Rows are unrolled, so that many loads are on their way at
+    once."""
     if EARLY:
         gdc_launch_dependents()
     lane = tl.program_id(1).to(tl.int64)
@@ -119,10 +117,6 @@ def share_kernel(
         shares += kept.to(tl.float32) * weight[:, None]
     shares = shares / ROWS
     tl.store(out_ptr + lane * k_len + key, shares, mask=live)
-    if tally_ptr is not None:
-        # Hidden before it is reshaped: a histogram's mask may lie otherwise over threads.
-        first = tl.reshape(tl.where(key < keys, _bits(shares) >> 23, 0), [TILES * TILE])
-        _tally(tally_ptr + lane * BINS, first, first >= 0, 7, True)
 
 
 @triton.jit
@@ -133,11 +127,11 @@ def _bits(shares):
 @triton.jit
 def _tally(tally_ptr, digit, counted, WIDTH: tl.constexpr, MANY: tl.constexpr):
     """Add the digits, of WIDTH bits, of the counted keys to a tally. No share is 2 or more: an
-    exponent has 7 bits. Of digits that are 0 more may be counted: they are above none."""
+    exponent has 7 bits."""
     digit = digit & ((1 << WIDTH) - 1)
     if MANY:
         value = tl.arange(0, 1 << WIDTH)
-        count = tl.histogram(tl.where(counted, digit, 0), 1 << WIDTH)
+        count = tl.histogram(digit, 1 << WIDTH, mask=counted)
         tl.atomic_add(tally_ptr + value, count, mask=count > 0, sem="relaxed")
     else:
         tl.atomic_add(tally_ptr + digit, 1, mask=counted, sem="relaxed")
