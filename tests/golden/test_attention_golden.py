@@ -148,7 +148,7 @@ def test_loss_and_gradient_of_two_layers_are_duo_attentions() -> None:
     units = [UnitLayout(name=str(i), kind="block", index=i, tensors=()) for i in range(2)]
     ends = [UnitLayout(name=kind, kind=kind, index=0, tensors=()) for kind in ("embedding", "head")]
     model = SimpleNamespace(
-        layout=SimpleNamespace(units=[ends[0], *units, ends[1]]),
+        layout=SimpleNamespace(units=[ends[0], *units, ends[1]], blocks=units),
         runner=ToyRunner(given),
         tensors=lambda index: {},
         dtype=torch.float32,
