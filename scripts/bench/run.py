@@ -5,9 +5,10 @@
     python scripts/bench/run.py sparse_attention --only MoBA  # cases whose names have this in them
     python scripts/bench/run.py --tiny                  # tiny shapes on a CPU, no times
 
-A family is a file in `families/`. Times come from CUDA graphs that rotate over more memory than the
-L2 cache holds; peers and the bandwidth of a copy are measured in the same run. A kernel that is
-wrong has no figure, and the exit code is 1. The table is Markdown; --json writes all figures.
+A family is a file or a folder in `families/`. Times come from CUDA graphs that rotate over more
+memory than the L2 cache holds; peers and the bandwidth of a copy are measured in the same run. A
+kernel that is wrong has no figure, and the exit code is 1. The table is Markdown; --json writes all
+figures.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "families").glob("[!_]*.py"))
+FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "families").glob("[!_]*"))
 
 
 @dataclass

@@ -1,0 +1,119 @@
+"""SparseSpec: drafts over chosen keys, and the choice that a verification leaves."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from case import Case, Peer, Setup, different, first_rows, nbytes
+from compressor_kernels.attention import verify_attention
+from compressor_kernels.attention.block_attention import (
+    BlockTiles,
+    block_attention,
+    block_attention_ref,
+)
+from compressor_kernels.attention.head_attention import (
+    full_decode,
+    head_prefill,
+)
+from torch import Tensor
+
+SHARES = [verify_attention.ShareTiles(*x) for x in ((8, 2), (8, 4), (16, 2), (32, 4), (32, 8))]
+GATHERS = [
+    BlockTiles(block_n, warps, stages, per_sm)
+    for block_n, warps in ((16, 1), (32, 2), (32, 4), (64, 4), (128, 8))
+    for stages in (3, 4)
+    for per_sm in (4, 8)
+]
+
+
+def drafts(setup: Setup) -> Iterator[Case]:
+    """SparseSpec: eight draft steps and the choice that they need, beside eight full steps."""
+    batch, heads, groups, dim, tokens, stride = setup.pick(
+        (8, 32, 8, 128, 65536, 8), (2, 4, 2, 32, 512, 2)
+    )
+    budget = tokens // 20
+    q = setup.randn(batch, heads, stride + 1, dim)
+    k, v = (setup.randn(batch, groups, tokens, dim) for _ in range(2))
+    shape = f"{batch}x{heads}/{groups}x{tokens}"
+    one = q[:, :, :1].contiguous()
+    none = torch.zeros(groups, dtype=torch.bool, device=setup.device)
+    done = verify_attention.verify_attention(q, k, v)
+
+    # The token that is drafted, too, which is the last and newer than the choice.
+    where = {"length": tokens, "recent": stride + 3, "budget": budget + 1}
+
+    def choose(tiles: verify_attention.ShareTiles | None = None) -> Tensor:
+        shares = verify_attention.key_shares(done, tiles=tiles)
+        return verify_attention.critical_keys(shares, **where)[:, :, None]
+
+    chosen, shares = choose(), verify_attention.key_shares(done)
+
+    def round_of_drafts(i: int) -> Tensor:
+        keys = choose()
+        for _ in range(stride):
+            out = block_attention(one, k, v, keys, block_size=1)
+        return out
+
+    def full_steps(i: int) -> None:
+        for _ in range(stride):
+            full_decode(one, k, v)
+
+    want = partial(block_attention_ref, one[:1], k[:1], v[:1], chosen[:1], block_size=1)
+    yield Case(
+        f"SparseSpec, {stride} draft steps over {budget} keys and their choice",
+        shape,
+        round_of_drafts,
+        want,
+        limit=6e-3,
+        error=first_rows,
+        peers={"as many full steps": Peer(full_steps)},
+        targets={"as many full steps": 10.0},
+        note=lambda: "verification, which leaves its scores, is timed below",
+    )
+    yield Case(
+        "SparseSpec's choice alone, shares of keys included",
+        shape,
+        lambda i, tiles=None: choose(tiles),
+        lambda: verify_attention.critical_keys_ref(shares, **where)[:, :, None],
+        limit=0.0,
+        error=lambda out, want: different([out], [want]),
+        tiles=SHARES if not setup.tiny else (),
+    )
+    yield Case(
+        "SparseSpec's shares alone",
+        shape,
+        lambda i, tiles=None: verify_attention.key_shares(done, tiles=tiles),
+        lambda: verify_attention.key_shares_ref(q[:1], k[:1]),
+        limit=1e-2,
+        error=first_rows,
+        moved=nbytes(done.kept, done.tops, shares),
+        tiles=SHARES if not setup.tiny else (),
+    )
+    yield Case(
+        "SparseSpec's best keys alone",
+        shape,
+        lambda i: verify_attention.critical_keys(shares, **where),
+        lambda: verify_attention.critical_keys_ref(shares, **where),
+        limit=0.0,
+        error=lambda out, want: different([out], [want]),
+        peers={"by a sort": Peer(lambda i: verify_attention.critical_keys_ref(shares, **where))},
+    )
+    yield Case(
+        "SparseSpec, a draft step alone",
+        shape,
+        lambda i, tiles=None: block_attention(one, k, v, chosen, block_size=1, tiles=tiles),
+        want,
+        limit=6e-3,
+        error=first_rows,
+        peers={"our full decode": Peer(lambda i: full_decode(one, k, v))},
+        tiles=GATHERS if not setup.tiny else (),
+    )
+    yield Case(
+        f"SparseSpec, verification of {stride + 1} tokens",
+        shape,
+        lambda i: verify_attention.verify_attention(q, k, v).out,
+        lambda: head_prefill(q, k, v, streaming=none, sink=0, window=1),
+        limit=1e-2,
+        moved=nbytes(k, v),
+        peers={"our full decode": Peer(lambda i: full_decode(one, k, v))},
+    )
