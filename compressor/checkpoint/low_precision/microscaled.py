@@ -11,14 +11,15 @@ MiniMax    `mxfp8`: weight float8 [out, in] and weight_scale or weight_scale_inv
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.reader import READ_THREADS, Checkpoint
+from compressor.checkpoint.parts import PartsCheckpoint
+from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, get_format
@@ -39,16 +40,16 @@ class Piece:
     """A tensor as part of a stored one: all of it, or each `turns`-th row of an expert from `turn`
     on."""
 
-    stored: str
+    name: str
     expert: int | None = None
     turn: int = 0
     turns: int = 1
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """The piece of a stored tensor."""
+    def read(self, stored: Tensor) -> Tensor:
+        """The piece of it."""
         if self.expert is None:
-            return tensor
-        return tensor[self.expert, self.turn :: self.turns].contiguous()
+            return stored
+        return stored[self.expert, self.turn :: self.turns].contiguous()
 
     def entry(self, stored: Entry) -> Entry:
         """What the header would say of it."""
@@ -57,40 +58,6 @@ class Piece:
             rows, *inner = shape[1:]
             shape = (rows // self.turns, *inner)
         return replace(stored, spec=TensorShape(stored.spec.dtype, shape))
-
-
-@dataclass(frozen=True, slots=True)
-class PiecedCheckpoint(Checkpoint):
-    """`inner` with pieces of its tensors under names of their own; a tensor is read once for all of
-    its pieces that are asked for together."""
-
-    inner: Checkpoint
-    pieces: Mapping[str, Piece]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
-        return self.inner.nbytes
-
-    def read(
-        self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
-    ) -> dict[str, Tensor]:
-        """The named tensors on the CPU. Raises InputError for a name that is not there."""
-        wanted = list(names)
-        return self.view(wanted, self.inner.read(self._homes(wanted), pin=pin, threads=threads))
-
-    def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
-        """The tensors that hold them."""
-        return self.inner.in_files(self._homes(names), pin=pin)
-
-    def view(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pieces of those."""
-        pieces = {name: self.pieces.get(name, Piece(name)) for name in names}
-        return {name: piece.take(stored[piece.stored]) for name, piece in pieces.items()}
-
-    def _homes(self, names: Iterable[str]) -> list[str]:
-        every = (self.pieces[name].stored if name in self.pieces else name for name in names)
-        return list(dict.fromkeys(every))
 
 
 def as_one_by_one(checkpoint: Checkpoint) -> Checkpoint:
@@ -157,7 +124,7 @@ def _renamed(checkpoint: Checkpoint, spec: QuantSpec) -> Iterator[tuple[str, Pie
 def _said(checkpoint: Checkpoint, pieces: Mapping[str, Piece], spec: QuantSpec) -> dict[str, Any]:
     """What compressed-tensors says of these weights."""
     paths = {name.removesuffix(".weight_scale") for name in pieces if name.endswith("_scale")}
-    stored = {piece.stored for piece in pieces.values()}
+    stored = {piece.name for piece in pieces.values()}
     plain = {n.rpartition(".")[0] for n in checkpoint.entries if is_weight(n) and n not in stored}
     schemes = {path: Scheme(weight=spec) for path in sorted(paths)}
     schemes |= {path: Scheme() for path in sorted(plain - paths)}
@@ -168,14 +135,12 @@ def _seen(
     checkpoint: Checkpoint, pieces: Mapping[str, Piece], said: Mapping[str, Any]
 ) -> Checkpoint:
     """The checkpoint with pieces in place of what they are taken from, and what is said of them."""
-    used = {piece.stored for piece in pieces.values()}
+    used = {piece.name for piece in pieces.values()}
     paths = {name.removesuffix(".weight_scale") for name in pieces if name.endswith("_scale")}
     beside = {f"{path}.input_scale" for path in paths}  # inputs are rounded as the model runs
     entries = {n: e for n, e in checkpoint.entries.items() if n not in used | beside}
-    entries |= {
-        name: piece.entry(checkpoint.entries[piece.stored]) for name, piece in pieces.items()
-    }
+    entries |= {name: piece.entry(checkpoint.entries[piece.name]) for name, piece in pieces.items()}
     config = {**checkpoint.config, "quantization_config": said}
     own = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
     own |= {"entries": entries, "config": config}
-    return PiecedCheckpoint(**own, inner=checkpoint, pieces=pieces)
+    return PartsCheckpoint(**own, inner=checkpoint, parts=pieces)
