@@ -5,6 +5,7 @@ Kernels serve half precision on a GPU, their plain references everything else.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -66,10 +67,10 @@ class KeyBlocks(Rule):
         """The compression of keys."""
         return WindowRule(kernel_size=self.kernel_size, stride=self.stride)
 
+    @abstractmethod
     def choose(self, call: RuleCall) -> Tensor:
         """Blocks of each query, int32 [rows, sets, Tq, K], ascending, then -1. There is a set for
         each KV head, or for each query head with `per: query_head`."""
-        raise NotImplementedError
 
     def acts(self, length: int) -> bool:
         return length >= self.dense_below
