@@ -77,6 +77,10 @@ class Checkpoint:
                 sizes[entry.spec.dtype] = sizes.get(entry.spec.dtype, 0) + entry.spec.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.bfloat16
 
+    def running_dtype(self, device: torch.device) -> torch.dtype:
+        """Dtype in which the model runs: its own on a GPU, where it is fast; float32 on a CPU."""
+        return self.dtype if device.type == "cuda" else torch.float32
+
     def read(
         self, names: Iterable[str], *, pin: bool = False, threads: int = READ_THREADS
     ) -> dict[str, Tensor]:

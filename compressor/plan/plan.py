@@ -81,8 +81,8 @@ class Plan:
         return learning or any(unit.calibrated for unit in self.units)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """Dtype in which blocks run: the model's on a GPU, where it is fast; float32 on a CPU."""
-        return self.source.checkpoint.dtype if device.type == "cuda" else torch.float32
+        """Dtype in which blocks run."""
+        return self.source.checkpoint.running_dtype(device)
 
 
 def make_plan(

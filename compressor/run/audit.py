@@ -220,7 +220,7 @@ def _sweep(
 
 def load_representation(model: Audited, *, device: torch.device, batch: int) -> Representation:
     """The whole model in memory."""
-    dtype = model.checkpoint.dtype if device.type == "cuda" else torch.float32
+    dtype = model.checkpoint.running_dtype(device)
     if model.source is None:
         return of_encoder(model.checkpoint, device=device, dtype=dtype, batch=batch)
     return of_decoder(model.source, device=device, dtype=dtype, batch=batch)

@@ -114,7 +114,7 @@ def compare(
                 each.source,
                 tokens,
                 device=device,
-                dtype=each.source.checkpoint.dtype if device.type == "cuda" else torch.float32,
+                dtype=each.source.checkpoint.running_dtype(device),
                 against=held,
                 batch=batch,
                 progress=told,

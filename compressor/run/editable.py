@@ -82,10 +82,6 @@ def _no_floats(name: str, what: str) -> InputError:
     )
 
 
-def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    return checkpoint.dtype if device.type == "cuda" else torch.float32
-
-
 class Decoder:
     """A model with a map."""
 
@@ -93,7 +89,7 @@ class Decoder:
         self, audited: Audited, source: Source, held_out: Evaluation, device: torch.device
     ) -> None:
         self.audited, self.source, self.device = audited, source, device
-        self.dtype = _dtype(source.checkpoint, device)
+        self.dtype = source.checkpoint.running_dtype(device)
         positions = source.layout.sizes.positions
         if positions is not None and held_out.length > positions:
             held_out = held_out.model_copy(update={"length": positions})
@@ -147,7 +143,7 @@ class MaskedEncoder:
 
     def __init__(self, audited: Audited, held_out: Evaluation, device: torch.device) -> None:
         self.audited, self.device = audited, device
-        self.dtype = _dtype(audited.checkpoint, device)
+        self.dtype = audited.checkpoint.running_dtype(device)
         encoder = self.original
         heads = [name for name in encoder.missing if "." in name]
         if heads:

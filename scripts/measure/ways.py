@@ -20,7 +20,7 @@ from compressor.runner.sweep import Attending
 def whole_model(bench: Bench, name: str, *, dtype: torch.dtype | None = None) -> SourceModel:
     """A model by folder, GGUF file or Hub id; if not told otherwise, in its own dtype on a GPU."""
     source = locate(name, fetch=True).source
-    own = source.checkpoint.dtype if bench.device.type == "cuda" else torch.float32
+    own = source.checkpoint.running_dtype(bench.device)
     return SourceModel(source, device=bench.device, dtype=dtype or own)
 
 

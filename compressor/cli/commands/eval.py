@@ -118,7 +118,6 @@ def command(
     compress eval out/smollm2-135m-awq --against ./smollm2-135m --gate ppl_ratio=1.2 --gate kl=0.2
     """
     start_ranks(gpus)
-    import torch
 
     from compressor.checkpoint.delta.source import open_model
     from compressor.checkpoint.find import locate
@@ -173,7 +172,7 @@ def command(
         # Several would write at once.
         kept = folder if ranks.world == 1 else None
         activations = open_activations(kept, where, lambda text: display.event("note", text=text))
-        dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
+        dtype = source.checkpoint.running_dtype(where)
         with display.stage("evaluate", len(source.layout.units)):
             result = evaluate(
                 source,
@@ -237,7 +236,6 @@ def answer(
     ranks: Ranks,
 ) -> dict[str, TaskScore]:
     """Accuracy in the harness's tasks, which is an extra."""
-    import torch
 
     from compressor.errors import InputError
 
@@ -248,7 +246,7 @@ def answer(
             "--task needs lm-evaluation-harness, which is not installed",
             hint="pip install 'compressor[harness]'",
         ) from error
-    dtype = source.checkpoint.dtype if device.type == "cuda" else torch.float32
+    dtype = source.checkpoint.running_dtype(device)
     with display.stage("tasks", len(source.layout.units)):
         model = StreamedLM(
             source,

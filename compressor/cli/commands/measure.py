@@ -167,7 +167,6 @@ def _measure_blocks(
     log_format: LogFormat, as_json: bool,
 ) -> None:  # fmt: skip
     """What blocks by mean keys would cost, as a table, a file and a plot."""
-    import torch
 
     from compressor.attention.moba_fit import fit_blocks, to_json
     from compressor.checkpoint.durable import write_atomically
@@ -181,7 +180,7 @@ def _measure_blocks(
             f"rows of {ids.shape[1]} tokens hold no two blocks of {min(blocks)}",
             hint="--length 4096, or smaller --blocks",
         )
-    dtype = source.checkpoint.dtype if where.type == "cuda" else torch.float32
+    dtype = source.checkpoint.running_dtype(where)
     model = SourceModel(source, device=where, dtype=dtype)
     display = Display(log_format=log_format)
     with display.stage("measure", len(source.layout.blocks)):

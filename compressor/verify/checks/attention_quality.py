@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from compressor.attention.policy import read_policy
 from compressor.attention.quality_record import RECORD_NAME, check_record, read_record
 from compressor.errors import InputError
@@ -24,7 +22,7 @@ class AttentionQuality(Check):
             policy = None if record is None else read_policy(self.subject.folder)
             if record is None or policy is None:
                 return
-            dtype = source.checkpoint.dtype if device.type == "cuda" else torch.float32
+            dtype = source.checkpoint.running_dtype(device)
             model = SourceModel(source, device=device, dtype=dtype)
             problems = check_record(model, policy, record, quantized=source.quantized)
         except InputError as error:

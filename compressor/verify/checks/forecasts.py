@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from compressor.errors import InputError
 from compressor.methods.sparda.choice_record import FORECAST, RECORD_NAME, check_record, read_record
 from compressor.runner.source_model import SourceModel
@@ -21,7 +19,7 @@ class Forecasts(Check):
             record = read_record(source.checkpoint.folder)
             if record is None:
                 return
-            dtype = source.checkpoint.dtype if device.type == "cuda" else torch.float32
+            dtype = source.checkpoint.running_dtype(device)
             model = SourceModel(source, device=device, dtype=dtype)
             problems = check_record(model, record, quantized=source.quantized)
         except InputError as error:
