@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compressor.errors import CompressError, Interrupted, MachineError
-from compressor.ranks.divide import owners
 from compressor.ranks.parcel import Parcel, aligned, pack, unpack
 from compressor.ranks.ranks import Form, Ranks
 
@@ -57,7 +56,7 @@ class Group(Ranks):
         work: Callable[[I], T],
         cost: Callable[[I], float] = lambda item: 1.0,
     ) -> list[T]:
-        mine = owners([cost(item) for item in items], self.world)
+        mine = self.owners(items, cost)
         found = {i: work(item) for i, item in enumerate(items) if mine[i] == self.rank}
         made = {i: value for every in self.gather(found) for i, value in every.items()}
         return [made[i] for i in range(len(items))]

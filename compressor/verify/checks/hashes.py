@@ -19,7 +19,6 @@ from compressor.checkpoint.manifest import (
 from compressor.checkpoint.reader import index_name, load_json, stem_of
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
-from compressor.ranks.divide import owners
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.verify.checks.base import Check
 from compressor.verify.compare_config import DECIDING, deciding_files
@@ -96,7 +95,7 @@ class FileHashes:
         except InputError as error:
             self.damage = [error.message]
         records = self.manifest.files if self.manifest else {}
-        mine = owners([float(record.size) for record in records.values()], ranks.world)
+        mine = ranks.owners(list(records.values()), lambda record: float(record.size))
         for owner, (name, record) in zip(mine, records.items(), strict=True):
             path = folder / name
             if owner == ranks.rank and path.is_file() and path.stat().st_size == record.size:
