@@ -1,131 +1,230 @@
-"""Write a checkpoint of random weights, for measuring speed and memory at real shapes: Llama, or
-Qwen3-MoE where the shape has experts.
+"""Write a checkpoint of random weights, for measuring speed and memory at real shapes.
 
-    python scripts/make_random_model.py FOLDER [--layers 32] [--shape 7b|30b-a3b] [--device cuda]
-        [--seed 0]
+    python scripts/make_random_model.py FOLDER [--shape 7b] [--layers 32] [--device cuda] [--seed 0]
+    python scripts/make_random_model.py FOLDER --shape deepseek-v3 --sparse [--fp8]
 
 The weights are drawn one tensor at a time and mean nothing: only time and memory may be measured
-with them. The tokenizer is a byte-level one of 256 tokens.
+with them. The tokenizer is a byte-level one of 256 tokens. With --sparse the files are headers over
+holes, for a file system that has them: enough for `compress plan`. With --fp8 linears are in float8
+with a scale for each block of 128 x 128, as DeepSeek publishes them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compressor.checkpoint.container import Safetensors
+from compressor.checkpoint.container import Safetensors, Shard
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.ir.tensor import TensorShape
 
-SHAPES: dict[str, dict[str, int]] = {
-    "30b-a3b": {
-        **{"hidden": 2048, "ff": 768, "heads": 32, "kv_heads": 4, "head": 128, "vocab": 32000},
-        **{"experts": 128, "chosen": 8},
-    },
-    "tiny-moe": {
-        **{"hidden": 128, "ff": 128, "heads": 4, "kv_heads": 2, "head": 32, "vocab": 512},
-        **{"experts": 8, "chosen": 2},
-    },
-    "7b": {"hidden": 4096, "ff": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},
-    "8b": {"hidden": 4096, "ff": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
-    "wide": {"hidden": 768, "ff": 2048, "heads": 12, "kv_heads": 6, "vocab": 4096},
-    "small": {"hidden": 1024, "ff": 2816, "heads": 16, "kv_heads": 8, "vocab": 8192},
-    "tiny": {"hidden": 256, "ff": 704, "heads": 8, "kv_heads": 4, "vocab": 512},
+Config = dict[str, Any]
+Dims = tuple[int, ...]
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+
+COMMON: Config = {
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "dtype": "bfloat16",
 }
 
 
-def shapes_of(size: dict[str, int], layers: int) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape, in the order of the file."""
-    hidden, ff = size["hidden"], size["ff"]
-    head = size.get("head", hidden // size["heads"])
-    q, kv = head * size["heads"], head * size["kv_heads"]
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size["vocab"], hidden)}
-    for i in range(layers):
-        block = f"model.layers.{i}"
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{block}.{name}.weight"] = (hidden,)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            found[f"{block}.self_attn.{name}_proj.weight"] = (rows, hidden)
-        found[f"{block}.self_attn.o_proj.weight"] = (hidden, q)
-        parts = [f"{block}.mlp"]
-        if "experts" in size:
-            found[f"{block}.self_attn.q_norm.weight"] = (head,)
-            found[f"{block}.self_attn.k_norm.weight"] = (head,)
-            found[f"{block}.mlp.gate.weight"] = (size["experts"], hidden)
-            parts = [f"{block}.mlp.experts.{e}" for e in range(size["experts"])]
-        for part in parts:
-            found[f"{part}.gate_proj.weight"] = (ff, hidden)
-            found[f"{part}.up_proj.weight"] = (ff, hidden)
-            found[f"{part}.down_proj.weight"] = (hidden, ff)
-    found["model.norm.weight"] = (hidden,)
-    found["lm_head.weight"] = (size["vocab"], hidden)
+def family(
+    model_type: str, layers: int, hidden: int, ff: int, heads: int, kv_heads: int, **more: Any
+) -> Config:
+    """A config.json; heads are of 128 unless `more` says otherwise."""
+    return {
+        **COMMON,
+        "model_type": model_type,
+        "architectures": [CLASSES[model_type]],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ff,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        **more,
+    }
+
+
+def qwen3_moe(experts: int, chosen: int, ff: int) -> Config:
+    """What Qwen3's mixtures say beside."""
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": ff,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+SHAPES: dict[str, Config] = {
+    "tiny": family("llama", 32, 256, 704, 8, 4, head_dim=32),
+    "tiny-moe": family(
+        "qwen3_moe", 32, 128, 128, 4, 2, head_dim=32, **qwen3_moe(8, 2, 128)
+    ),
+    "small": family("llama", 32, 1024, 2816, 16, 8, head_dim=64, vocab_size=8192),
+    "wide": family("llama", 32, 768, 2048, 12, 6, head_dim=64, vocab_size=4096),
+    "7b": family("llama", 32, 4096, 11008, 32, 32, vocab_size=32000),
+    "8b": family("llama", 32, 4096, 14336, 32, 8, vocab_size=128256),
+    "30b-a3b": family(
+        "qwen3_moe", 32, 2048, 768, 32, 4, vocab_size=32000, **qwen3_moe(128, 8, 768)
+    ),
+    # Large ones, of which a block is measured, have a small vocabulary.
+    "llama-3-70b": family("llama", 80, 8192, 28672, 64, 8),
+    "llama-3-405b": family("llama", 126, 16384, 53248, 128, 8),
+    "mixtral-8x22b": family(
+        "mixtral", 56, 6144, 16384, 48, 8,
+        num_local_experts=8, num_experts_per_tok=2, sliding_window=None,
+    ),
+    "qwen3-235b-a22b": family(
+        "qwen3_moe", 94, 4096, 12288, 64, 4, **qwen3_moe(128, 8, 1536)
+    ),
+    "deepseek-v3": family(
+        "deepseek_v3", 61, 7168, 18432, 128, 128,
+        head_dim=64, moe_intermediate_size=2048, n_routed_experts=256, n_shared_experts=1,
+        num_experts_per_tok=8, n_group=8, topk_group=4, norm_topk_prob=True,
+        routed_scaling_factor=2.5, first_k_dense_replace=3, num_nextn_predict_layers=0,
+        q_lora_rank=1536, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128,
+        v_head_dim=128,
+    ),
+}  # fmt: skip
+
+
+def smaller(config: Config) -> Config:
+    """The same with sides that a CPU takes."""
+    latent = "kv_lora_rank" in config
+    sides = {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if latent else 2,
+        "head_dim": 32 if latent else 64,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    }
+    return config | {key: value for key, value in sides.items() if key in config}
+
+
+def shapes_of(config: Config, layers: int) -> dict[str, Dims]:
+    """Tensor name → shape, in the order of the files."""
+    outer = (config["vocab_size"], config["hidden_size"])
+    found = {"model.embed_tokens.weight": outer}
+    for layer in range(layers):
+        path = f"model.layers.{layer}"
+        found |= {f"{path}.{name}.weight": shape for name, shape in block(config, layer)}
+        if "n_routed_experts" in config and layer >= config["first_k_dense_replace"]:
+            bias = f"{path}.mlp.gate.e_score_correction_bias"
+            found[bias] = (config["n_routed_experts"],)
+    return {**found, "model.norm.weight": outer[1:], "lm_head.weight": outer}
+
+
+def block(config: Config, layer: int) -> Iterator[tuple[str, Dims]]:
+    """Weights of a block: names in it, and shapes."""
+    hidden, heads, dim = (config[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    queries, keys = heads * dim, config["num_key_value_heads"] * dim
+    ff, kind = config["intermediate_size"], config["model_type"]
+    yield "input_layernorm", (hidden,)
+    yield "post_attention_layernorm", (hidden,)
+    if kind == "deepseek_v3":
+        rope, nope, value = (config[f"{k}_head_dim"] for k in ("qk_rope", "qk_nope", "v"))
+        q, kv = config["q_lora_rank"], config["kv_lora_rank"]
+        yield "self_attn.q_a_proj", (q, hidden)
+        yield "self_attn.q_a_layernorm", (q,)
+        yield "self_attn.q_b_proj", (heads * (nope + rope), q)
+        yield "self_attn.kv_a_proj_with_mqa", (kv + rope, hidden)
+        yield "self_attn.kv_a_layernorm", (kv,)
+        yield "self_attn.kv_b_proj", (heads * (nope + value), kv)
+        yield "self_attn.o_proj", (hidden, heads * value)
+    else:
+        yield "self_attn.q_proj", (queries, hidden)
+        yield "self_attn.k_proj", (keys, hidden)
+        yield "self_attn.v_proj", (keys, hidden)
+        yield "self_attn.o_proj", (hidden, queries)
+        if kind == "qwen3_moe":
+            yield "self_attn.q_norm", (dim,)
+            yield "self_attn.k_norm", (dim,)
+
+    def mlp(path: str, ff: int, names: tuple[str, ...]) -> Iterator[tuple[str, Dims]]:
+        shapes = ((ff, hidden), (ff, hidden), (hidden, ff))
+        yield from ((f"{path}.{name}", shape) for name, shape in zip(names, shapes, strict=True))
+
+    plain = ("gate_proj", "up_proj", "down_proj")
+    counts = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((config[key] for key in counts if key in config), 0)
+    if not experts or layer < config.get("first_k_dense_replace", 0):
+        yield from mlp("mlp", ff, plain)
+        return
+    path, names = ("block_sparse_moe", ("w1", "w3", "w2")) if kind == "mixtral" else ("mlp", plain)
+    inner = config.get("moe_intermediate_size", ff)
+    yield f"{path}.gate", (experts, hidden)
+    for expert in range(experts):
+        yield from mlp(f"{path}.experts.{expert}", inner, names)
+    if kind == "deepseek_v3":
+        yield from mlp("mlp.shared_experts", inner * config["n_shared_experts"], plain)
+
+
+def in_float8(shapes: dict[str, Dims]) -> dict[str, TensorShape]:
+    """Linears of blocks in float8 with scales by block, routers and all else in bfloat16."""
+    found: dict[str, TensorShape] = {}
+    for name, shape in shapes.items():
+        linear = ".layers." in name and len(shape) == 2 and not name.endswith(".gate.weight")
+        found[name] = TensorShape(torch.float8_e4m3fn if linear else torch.bfloat16, shape)
+        if linear:
+            grid = tuple(-(-n // 128) for n in shape)
+            found[f"{name}_scale_inv"] = TensorShape(torch.float32, grid)
     return found
 
 
-def write(folder: Path, *, shape: str, layers: int, device: str, seed: int = 0) -> None:
-    """Write config, tokenizer, index and shards."""
-    size = SHAPES[shape]
-    write_tensors(folder, shapes_of(size, layers), device=device, seed=seed)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": size["hidden"],
-        "intermediate_size": size["ff"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": size["heads"],
-        "num_key_value_heads": size["kv_heads"],
-        "vocab_size": size["vocab"],
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "dtype": "bfloat16",
-    }
-    if "experts" in size:
-        config |= {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
-            "head_dim": size["head"],
-            "num_experts": size["experts"],
-            "num_experts_per_tok": size["chosen"],
-            "moe_intermediate_size": size["ff"],
-            "norm_topk_prob": True,
-        }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_tokenizer(folder)
-
-
-def write_tensors(
+def write(
     folder: Path,
-    shapes: dict[str, tuple[int, ...]],
+    config: Config,
     *,
+    layers: int,
     device: str,
-    seed: int,
+    seed: int = 0,
     repeated: int | None = None,
 ) -> None:
-    """A new folder with index and shards of random bfloat16 tensors.
+    """Write config, tokenizer, index and shards of random bfloat16 tensors.
 
     repeated  so many values are drawn, and tensors are pieces of these one after the other, from
               the beginning again at the end: as fast as the disk
     """
-    folder.mkdir(parents=True)
-    tensors = {name: TensorShape(torch.bfloat16, dims) for name, dims in shapes.items()}
-    plan = Safetensors().lay_out([{name: spec} for name, spec in tensors.items()])
     generator = torch.Generator(device).manual_seed(seed)
 
-    def drawn(dims: tuple[int, ...]) -> memoryview:
+    def drawn(dims: Dims) -> memoryview:
         noise = torch.randn(dims, generator=generator, device=device)
         scale = 0.02 if len(dims) > 1 else 0.1
         offset = 0.0 if len(dims) > 1 else 1.0
@@ -133,25 +232,65 @@ def write_tensors(
 
     stock = None if repeated is None else drawn((repeated, 1))
 
-    def write(number: int) -> None:
-        shard, place = plan.shards[number], 2 * 1009 * number
-        with (folder / shard.file).open("wb", buffering=0) as handle:
-            handle.write(shard.fixed[0])
-            for spec in shard.tensors.values():
-                if stock is None or len(spec.shape) == 1:
-                    _write(handle, drawn(spec.shape))
-                    continue
-                left = spec.nbytes
-                while left:
-                    piece = stock[place : place + left]
-                    _write(handle, piece)
-                    left -= len(piece)
-                    place = (place + len(piece)) % len(stock)
+    def fill(handle: RawIOBase, number: int, shard: Shard) -> None:
+        place = 2 * 1009 * number
+        for spec in shard.tensors.values():
+            if stock is None or len(spec.shape) == 1:
+                _write(handle, drawn(spec.shape))
+                continue
+            left = spec.nbytes
+            while left:
+                piece = stock[place : place + left]
+                _write(handle, piece)
+                left -= len(piece)
+                place = (place + len(piece)) % len(stock)
 
-    with ThreadPoolExecutor(1 if stock is None else 4) as pool:
-        list(pool.map(write, range(len(plan.shards))))
+    shapes = shapes_of(config, layers)
+    tensors = {name: TensorShape(torch.bfloat16, shape) for name, shape in shapes.items()}
+    write_files(folder, config, layers, tensors, fill, threads=1 if stock is None else 4)
+
+
+def write_sparse(folder: Path, config: Config, *, layers: int, fp8: bool = False) -> None:
+    """The same with holes for the data, so that headers alone take room."""
+
+    def leave_out(handle: RawIOBase, number: int, shard: Shard) -> None:
+        handle.truncate(shard.size)
+
+    shapes = shapes_of(config, layers)
+    tensors = {name: TensorShape(torch.bfloat16, shape) for name, shape in shapes.items()}
+    if fp8:
+        tensors = in_float8(shapes)
+        grid = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        config = {**config, "quantization_config": grid}
+    write_files(folder, config, layers, tensors, leave_out)
+
+
+def write_files(
+    folder: Path,
+    config: Config,
+    layers: int,
+    tensors: dict[str, TensorShape],
+    fill: Callable[[RawIOBase, int, Shard], None],
+    *,
+    threads: int = 1,
+) -> None:
+    """A new folder with config, tokenizer, index, and shards that `fill` writes behind a header."""
+    folder.mkdir(parents=True)
+    plan = Safetensors().lay_out([{name: spec} for name, spec in tensors.items()])
+
+    def shard(number: int) -> None:
+        written = plan.shards[number]
+        with (folder / written.file).open("wb", buffering=0) as handle:
+            handle.write(written.fixed[0])
+            fill(handle, number, written)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(shard, range(len(plan.shards))))
     for name, content in plan.index.items():
         (folder / name).write_bytes(content)
+    whole = {**config, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(whole, indent=2))
+    save_tokenizer(folder)
 
 
 def _write(handle: RawIOBase, data: memoryview) -> None:
@@ -176,12 +315,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
+    parser.add_argument("--layers", type=int, help="default: as many as the model has")
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--sparse", action="store_true", help="headers over holes")
+    parser.add_argument("--fp8", action="store_true", help="of sparse files: linears in float8")
     args = parser.parse_args()
-    write(args.folder, shape=args.shape, layers=args.layers, device=args.device, seed=args.seed)
+    if args.fp8 and not args.sparse:
+        parser.error("--fp8 goes with --sparse")
+    config = SHAPES[args.shape]
+    layers = args.layers or config["num_hidden_layers"]
+    if args.sparse:
+        write_sparse(args.folder, config, layers=layers, fp8=args.fp8)
+    else:
+        write(args.folder, config, layers=layers, device=args.device, seed=args.seed)
 
 
 if __name__ == "__main__":

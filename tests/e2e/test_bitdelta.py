@@ -288,23 +288,13 @@ def test_one_flipped_sign_is_found_and_named(pair: Pair, tmp_path: Path) -> None
 def test_ten_times_smaller_at_the_shapes_of_llama_2_7b() -> None:
     """Of headers alone: nothing of this size is ever allocated."""
     module = load("scripts/make_random_model.py")
-    shapes = module.shapes_of(module.SHAPES["7b"], 32)
+    config = module.SHAPES["7b"]
+    shapes = module.shapes_of(config, 32)
     entries = {
         name: Entry(
             Path("none"), TensorShape(torch.bfloat16, shape), 0, 2 * torch.Size(shape).numel()
         )
         for name, shape in shapes.items()
-    }
-    config = {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "dtype": "bfloat16",
-        "tie_word_embeddings": False,
     }
     source = as_source(Checkpoint(Path("llama-2-7b"), config, entries))
     recipe = make_recipe(

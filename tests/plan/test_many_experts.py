@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.find import locate
-from compressor.ir.tensor import TensorShape
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.runtimes import loads
@@ -23,24 +19,10 @@ EXPERTS = 128
 @pytest.fixture(scope="module")
 def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose shards are holes."""
-    folder = tmp_path_factory.mktemp("experts")
-    blocks = load("scripts/bench/blocks.py")
-    config = blocks.smaller(blocks.MODELS["qwen3-235b-a22b"][1]) | {"num_experts": EXPERTS}
-    outer = (blocks.VOCABULARY, config["hidden_size"])
-    shapes = {"model.embed_tokens.weight": outer, "lm_head.weight": outer}
-    shapes["model.norm.weight"] = outer[1:]
-    for layer in range(2):
-        for name, shape in blocks.block(config).items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    groups = [{name: TensorShape(torch.bfloat16, shape)} for name, shape in shapes.items()]
-    for shard in (laid := Safetensors().lay_out(groups)).shards:
-        with (folder / shard.file).open("wb") as file:
-            file.write(shard.fixed[0])
-            file.truncate(shard.size)
-    for name, content in laid.index.items():
-        (folder / name).write_bytes(content)
-    whole = {**blocks.COMMON, **config, "num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(whole))
+    folder = tmp_path_factory.mktemp("experts") / "model"
+    models = load("scripts/make_random_model.py")
+    config = models.smaller(models.SHAPES["qwen3-235b-a22b"]) | {"num_experts": EXPERTS}
+    models.write_sparse(folder, config, layers=2)
     return folder
 
 

@@ -54,26 +54,18 @@ def test_a_table_says_what_is_missed(bench: ModuleType) -> None:
 @pytest.mark.parametrize("tiny", [True, False])
 def test_blocks_of_large_models_have_the_names_and_shapes_of_their_families(tiny: bool) -> None:
     """Those of the released models, and their sizes in tensors of 16 bits."""
-    blocks = load("scripts/bench/blocks.py")
+    models, names = load("scripts/make_random_model.py"), load("scripts/bench/blocks.py").MODELS
     found = {}
-    for name, (_, config) in blocks.MODELS.items():
-        config = blocks.smaller(config) if tiny else config
-        shapes = blocks.block(config)
-        layer = {f"model.layers.0.{k}.weight": shape for k, shape in shapes.items()}
-        outer = (blocks.VOCABULARY, config["hidden_size"])
-        headers = {
-            "model.embed_tokens.weight": outer,
-            "lm_head.weight": outer,
-            "model.norm.weight": outer[1:],
-            **layer,
-        }
-        if name == "deepseek-v3":
-            bias = "model.layers.0.mlp.gate.e_score_correction_bias"
-            headers[bias] = shapes["mlp.gate"][:1]
-        whole = {**blocks.COMMON, **config, "num_hidden_layers": 1}
-        layout = find_map(whole, headers, chosen=None).layout(whole, headers)
-        assert len(layout.blocks) == 1
-        found[name] = round(sum(torch.Size(s).numel() for s in shapes.values()) * 2 / 1e9, 1)
+    for name in names:
+        config = models.smaller(models.SHAPES[name]) if tiny else models.SHAPES[name]
+        last = config.get("first_k_dense_replace", 0)
+        shapes = models.shapes_of(config, last + 1)
+        layout = find_map(config, shapes, chosen=None).layout(
+            {**config, "num_hidden_layers": last + 1}, shapes
+        )
+        assert len(layout.blocks) == last + 1
+        block = models.block(config, last)
+        found[name] = round(sum(torch.Size(dims).numel() for _, dims in block) * 2 / 1e9, 1)
     if not tiny:
         assert found == {
             "llama-3-70b": 1.7,
