@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.source import open_source
-from compressor.ir.layout import Rows, UnitLayout
+from compressor.ir.layout import Linear, Rows, UnitLayout
+from compressor.ir.qtensor import QuantSpec
+from compressor.numerics import quantize
 from compressor.numerics.folding import fold
 from compressor.verify.compare import Difference, UnitComparison
 
@@ -47,3 +49,27 @@ def test_what_is_no_rescaling_is_an_error(tiny_model):
     wrong = found.pop(name)
     assert wrong.error > 1 and wrong.problem is not None
     assert max(row.error for row in found.values()) < 1e-5
+
+
+def test_a_row_of_few_inputs_is_not_shifted_by_chance():
+    """Of thousands of rows of 32 inputs, some have errors that lean to one side."""
+    linear = Linear("block.kv_b_proj", "attn.kv_b", 8192, 32, site="attn.kv_a")
+    unit = UnitLayout("block", "block", 0, (linear.weight_name,), linears=(linear,))
+    spec = QuantSpec(element="int", bits=4, strategy="group", group_size=32, zero="subtract")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(linear.shape, generator=generator)
+    q = quantize(weight, spec)
+    step = q.scales.float().repeat_interleave(32, 1)
+    errors = torch.randn(linear.shape, generator=generator) * 0.5 * step
+    leaning = errors.mean(1).abs() / errors.square().mean(1).sqrt()
+    assert leaning.max() > 0.6
+
+    def found(written: Tensor) -> str | None:
+        tensors = {linear.weight_name: written}, {linear.weight_name: weight}
+        (row,) = UnitComparison(unit, *tensors, {linear.name: spec}, torch.bfloat16).differences()
+        return row.problem
+
+    assert found(weight + errors) is None
+    shifted = q.dequantize()
+    shifted[7] += step[7]
+    assert found(shifted) == "block.kv_b_proj: row 7 differs by more than rounding"
