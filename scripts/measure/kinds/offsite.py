@@ -12,7 +12,6 @@ beats the tuned emulator. With several --lr each is tuned and plugged by itself.
 """
 
 import argparse
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from compressor_calibration.sources import read_documents
 from compressor_calibration.tokens import windows
+from finetune_smollm2 import tune
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from variant import Bench, Figures, Variant
@@ -105,7 +105,7 @@ def variants(bench: Bench) -> Iterator[Variant]:
         record = read_offsite_record(folders["emulator"])
         assert record is not None
         own = [record.kept.index(block) for block in record.adapter_blocks]
-        told = tune(bench, folders["emulator"], folders["tuned"], data, own, lr)
+        told = tuned(bench, folders["emulator"], folders["tuned"], data, own, lr)
         return {**recipes.scores(open_source(folders["tuned"])), **told}
 
     def plugged() -> Figures:
@@ -117,7 +117,7 @@ def variants(bench: Bench) -> Iterator[Variant]:
 
     def tune_whole() -> Figures:
         every = range(len(recipes.source.layout.blocks))
-        told = tune(bench, recipes.model, folders["whole"], data, every, options.full_lr)
+        told = tuned(bench, recipes.model, folders["whole"], data, every, options.full_lr)
         return {**recipes.scores(open_source(folders["whole"])), **told}
 
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "device")}
@@ -131,56 +131,21 @@ def variants(bench: Bench) -> Iterator[Variant]:
     yield Variant("full model, tuned", tune_whole, settings, first)
 
 
-def tune(
+def tuned(
     bench: Bench, model: Path, output: Path, data: Tensor, blocks: Sequence[int], lr: float
 ) -> Figures:
     """Tune some blocks of a checkpoint by AdamW, and write the best step in its dtype."""
     source, options = open_source(model), bench.options
-    names = source.arch.runtime
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(bench.device)
     whole.eval().requires_grad_(False)  # no dropout
-    layers = whole.get_submodule(names.layers)
-    trained = [p for i in blocks for p in layers[i].requires_grad_(True).parameters()]
-    kept = max(1, len(data) // VALIDATION)
-    rows, unseen = data[:-kept], data[-kept:]
-
-    @torch.no_grad()
-    def own_loss() -> float:
-        parts = unseen.split(options.batch)
-        return sum(float(loss_of(whole, x)) * len(x) for x in parts) / len(unseen)
-
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    order: list[int] = []
-    best, best_step, warmup = own_loss(), 0, max(1, options.steps // 20)
-    weights = [p.detach().clone() for p in trained]
+    layers = whole.get_submodule(source.arch.runtime.layers)
+    for block in blocks:
+        layers[block].requires_grad_(True)
+    kept, every = max(1, len(data) // VALIDATION), max(1, options.steps // 12)
+    how = {"steps": options.steps, "batch": options.batch, "lr": lr, "every": every}
     started = time.perf_counter()
-    for step in range(options.steps):
-        while len(order) < options.batch:
-            order += torch.randperm(len(rows), generator=generator).tolist()
-        batch, order = rows[order[: options.batch]], order[options.batch :]
-        rise = min(1.0, (step + 1) / warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rise * (1 + math.cos(math.pi * step / options.steps)) / 2
-        optimizer.zero_grad()
-        loss_of(whole, batch).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if (step + 1) % max(1, options.steps // 12) == 0 and (found := own_loss()) < best:
-            best, best_step = found, step + 1
-            weights = [p.detach().clone() for p in trained]
+    found = tune(whole, data[:-kept], data[-kept:], **how)
     seconds = time.perf_counter() - started
-    with torch.no_grad():
-        for parameter, weight in zip(trained, weights, strict=True):
-            parameter.copy_(weight)
     shutil.rmtree(output, ignore_errors=True)
     whole.to(source.checkpoint.dtype).save_pretrained(output)
-    return {"step": best_step, "seconds": seconds}
-
-
-def loss_of(model: Any, batch: Tensor) -> Tensor:
-    """Mean loss of a token."""
-    ids = batch.to(model.device)
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-        found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return found
+    return {"step": found["step"], "seconds": seconds}
