@@ -63,6 +63,7 @@ def _help(command: click.Command, name: str) -> str:
         terminal_width=WIDTH,
         max_content_width=WIDTH,
         help_option_names=["-h", "--help"],
+        show_default=True,
     )
     return f"```text\n{command.get_help(context).rstrip()}\n```"
 

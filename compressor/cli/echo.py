@@ -4,9 +4,11 @@ terminal."""
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -22,6 +24,12 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     parts = STYLE.split(text)
     safe = (part if i % 2 else printable(part) for i, part in enumerate(parts))
     click.echo("".join(safe), err=err, nl=nl)
+
+
+def say(found: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
+    """Print what was found: one JSON object, or lines for people."""
+    for line in [json.dumps(found, indent=2)] if as_json else lines:
+        echo(line)
 
 
 def escape_libraries() -> None:

@@ -242,7 +242,6 @@ def shard_option(function: Command) -> Command:
         type=SIZE,
         metavar="SIZE",
         default="5GB",
-        show_default=True,
         help="Largest output file.",
     )(function)
 
@@ -265,7 +264,6 @@ def device_option(function: Command) -> Command:
         type=DEVICE,
         metavar="TEXT",
         default="auto",
-        show_default=True,
         help="cpu, cuda or cuda:1.",
     )(function)
 
@@ -294,7 +292,6 @@ def log_option(function: Command) -> Command:
         "--log-format",
         type=click.Choice(["auto", "plain", "json"]),
         default="auto",
-        show_default=True,
         help="Progress on stderr: live in a terminal, plain lines, or one JSON line per event.",
     )(function)
 

@@ -28,7 +28,7 @@ from compressor.cli.options import TEXT_FILE, json_option
     help="For a step of --tokens through all measured weights on --gpu, at its best.",
 )
 @click.option("--gpu", help="Whose bandwidth and 16-bit operations count: h200, l4, rtx4090, ...")
-@click.option("--tokens", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--tokens", default=1, type=click.IntRange(1))
 @click.option("--quantizer", help="Rounds in the recipe in place of the measured one: reconstruct.")
 @click.option("--output", "-o", type=TEXT_FILE, help="Write the recipe here; printed if not given.")
 @click.option(

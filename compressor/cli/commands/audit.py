@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from compressor.audit.pace import paced
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.junit import Case
 from compressor.cli.options import MODEL, Told, add_cases, device_option, telling_options
 
@@ -22,19 +21,12 @@ LISTED = 10
 @click.command()
 @click.argument("model", type=MODEL)
 @click.option("--weights-only", is_flag=True, help="Look at tensors alone, without a forward pass.")
-@click.option(
-    "--text", default="bundled", show_default=True, help="bundled, a file, a folder or a Hub id."
-)
-@click.option(
-    "--contexts", default=24, show_default=True, type=click.IntRange(4), help="Texts of the sweep."
-)
-@click.option(
-    "--length", default=32, show_default=True, type=click.IntRange(10, 512), help="Their tokens."
-)
+@click.option("--text", default="bundled", help="bundled, a file, a folder or a Hub id.")
+@click.option("--contexts", default=24, type=click.IntRange(4), help="Texts of the sweep.")
+@click.option("--length", default=32, type=click.IntRange(10, 512), help="Their tokens.")
 @click.option(
     "--position",
     default=0,
-    show_default=True,
     type=click.IntRange(0),
     help="Token that is replaced; 0 is the first after what begins every text.",
 )
@@ -43,7 +35,7 @@ LISTED = 10
     type=click.IntRange(1),
     help="Try so many tokens, drawn at random, and special ones.  [default: all]",
 )
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=64, type=click.IntRange(1))
 @click.option(
     "--html", "page", type=click.Path(path_type=Path), help="Also write the findings as a page."
 )
@@ -100,11 +92,7 @@ def command(
     add_cases(cases(found))
     if page is not None:
         write_page(page, found)
-    if told.as_json:
-        echo(json.dumps(found.to_json(), indent=2))
-    else:
-        for line in lines(found):
-            echo(line)
+    say(found.to_json(), lines(found), as_json=told.as_json)
     click.get_current_context().exit(1 if found.suspect else 0)
 
 

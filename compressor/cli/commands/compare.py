@@ -24,12 +24,10 @@ SHOWN = 8
 @click.argument("checkpoints", nargs=-1, type=MODEL, metavar="A B [C ...]")
 @click.option("--against", type=MODEL, help="The original: folder, GGUF file or Hub id.")
 @click.option("--weights-only", is_flag=True, help="Look at tensors alone, without a forward pass.")
-@click.option(
-    "--text", default="bundled", show_default=True, help="bundled, a file, a folder or a Hub id."
-)
-@click.option("--windows", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--length", default=512, show_default=True, type=click.IntRange(8))
-@click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--text", default="bundled", help="bundled, a file, a folder or a Hub id.")
+@click.option("--windows", default=16, type=click.IntRange(1))
+@click.option("--length", default=512, type=click.IntRange(8))
+@click.option("--batch", default=4, type=click.IntRange(1))
 @click.option("--html", "page", type=TEXT_FILE, help="Also write what was found as a page.")
 @device_option
 @telling_options

@@ -41,7 +41,7 @@ SHOWN = 5
 )
 @shard_option
 @click.option(
-    "--verify/--no-verify", "verifying", default=True, help="Reopen the files and prove them (on)."
+    "--verify/--no-verify", "verifying", default=True, help="Reopen the files and prove them."
 )
 @device_option
 @telling_options

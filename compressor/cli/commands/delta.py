@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from compressor.cli.display import size
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.options import (
     FOLDER,
     MODEL,
@@ -70,10 +69,9 @@ def apply(
             max_shard_size=max_shard_size,
             progress=lambda name, done, total: display.unit(name, done, total),
         )
-    if told.as_json:
-        echo(json.dumps({"ok": True, "output": str(output), "bytes": count}, indent=2))
-    else:
-        echo(f"{output}: {size(count)}, from a delta of {size(opened.checkpoint.nbytes)}")
+    line = f"{output}: {size(count)}, from a delta of {size(opened.checkpoint.nbytes)}"
+    found = {"ok": True, "output": str(output), "bytes": count}
+    say(found, [line], as_json=told.as_json)
 
 
 @command.command()
@@ -103,11 +101,7 @@ def show(delta: Path, *, base: str | None, as_json: bool) -> None:
     relative = compare(opened, find_base(opened, base)) if base else {}
     for name, value in relative.items():
         found["linears"][name]["relative"] = value
-    if as_json:
-        echo(json.dumps({"ok": True, **found}, indent=2))
-    else:
-        for line in lines(delta, found):
-            echo(line)
+    say({"ok": True, **found}, lines(delta, found), as_json=as_json)
 
 
 def lines(delta: Path, found: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.display import Display
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.junit import evaluation_cases, gate_cases
 from compressor.cli.options import (
     Told,
@@ -34,16 +33,14 @@ if TYPE_CHECKING:
 
 @click.command(name="eval")
 @checkpoint_options
-@click.option(
-    "--text", default="bundled", show_default=True, help="bundled, a file, a folder or a Hub id."
-)
+@click.option("--text", default="bundled", help="bundled, a file, a folder or a Hub id.")
 @click.option("--config", help="Configuration of a Hub data set.")
 @click.option("--split", help="Split of a Hub data set or folder.  [default: test]")
 @click.option("--revision", help="Commit, tag or branch of a Hub data set.")
 @click.option("--text-field", help="Field that holds the text; looked for if not given.")
 @click.option("--skip-bad-rows", is_flag=True, help="Pass over rows that cannot be used.")
-@click.option("--windows", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--length", default=512, show_default=True, type=click.IntRange(8))
+@click.option("--windows", default=16, type=click.IntRange(1))
+@click.option("--length", default=512, type=click.IntRange(8))
 @click.option(
     "--stride",
     type=click.IntRange(1),
@@ -73,7 +70,7 @@ if TYPE_CHECKING:
     help="A limit as under a recipe's gate: ppl, ppl_ratio, kl, top1, passkey, tasks.NAME. "
     "Repeatable.",
 )
-@click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=4, type=click.IntRange(1))
 @click.option(
     "--activation-store",
     metavar="FOLDER",
@@ -217,11 +214,7 @@ def command(
         add_cases(gate_cases(verdict))
         found |= {"ok": verdict.passed, "gate": verdict.to_json()}
         shown += [f"gate        {mark(verdict.passed)}", *limit_lines(verdict)]
-    if told.as_json:
-        echo(json.dumps(found, indent=2))
-    else:
-        for line in shown:
-            echo(line)
+    say(found, shown, as_json=told.as_json)
     click.get_current_context().exit(0 if found["ok"] else 1)
 
 

@@ -28,14 +28,14 @@ from compressor.cli.options import FOLDER, Told, folder_argument, telling_option
     multiple=True,
     help="A text to be folded whole, with a placeholder behind each subject's word. Repeatable.",
 )
-@click.option("--placeholder", default="<|image|>", show_default=True)
+@click.option("--placeholder", default="<|image|>")
 @click.option("--known", type=FOLDER, help="A folder with subjects that were folded before.")
-@click.option("--steps", default=50, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=50, type=click.IntRange(1))
 @click.option("--alpha", type=click.FloatRange(0, 1), help="Share of the steps with fused texts.")
 @click.option("--start", type=click.IntRange(0), help="Last step with the plain text.")
-@click.option("--encoder", default="image_encoder", show_default=True, help="Prefix of names.")
-@click.option("--fuse", default="postfuse_module", show_default=True, help="Prefix of names.")
-@click.option("--text-encoder", default="text_encoder", show_default=True, help="Prefix of names.")
+@click.option("--encoder", default="image_encoder", help="Prefix of names.")
+@click.option("--fuse", default="postfuse_module", help="Prefix of names.")
+@click.option("--text-encoder", default="text_encoder", help="Prefix of names.")
 @telling_options
 def command(
     model: Path,

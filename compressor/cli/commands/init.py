@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     "--scheme",
     type=click.Choice(SCHEMES),
     default="w4a16",
-    show_default=True,
     help="Weights and inputs.",
 )
 @quality_option

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.display import size
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.options import MODEL, json_option, runtime_option
 
 if TYPE_CHECKING:
@@ -57,18 +56,14 @@ def command(
     located = locate(checkpoint, fetch=False)
     info = inspect(located)
     reasons = [] if asked is None else loads(asked, stored_form(located.source))
-    if as_json:
-        found = {"ok": not reasons, **info.to_json()}
-        if asked is not None:
-            told = [{"message": error.message, "hint": error.hint} for error in reasons]
-            found["for"] = {**asked.model_dump(), "loads": not reasons, "reasons": told}
-        echo(json.dumps(found, indent=2))
-    else:
-        for line in lines(info, every=layers):
-            echo(line)
-        if asked is not None:
-            for line in verdict(asked, reasons, located):
-                echo(line)
+    found = {"ok": not reasons, **info.to_json()}
+    if asked is not None:
+        told = [{"message": error.message, "hint": error.hint} for error in reasons]
+        found["for"] = {**asked.model_dump(), "loads": not reasons, "reasons": told}
+    shown = lines(info, every=layers)
+    if asked is not None:
+        shown += verdict(asked, reasons, located)
+    say(found, shown, as_json=as_json)
     if reasons:
         context.exit(1)
 

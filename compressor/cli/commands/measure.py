@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.IntRange(2, 8),
     default=(3, 4, 8),
-    show_default=True,
     help="Bits to try; repeat the option.",
 )
 @click.option(
@@ -42,14 +41,13 @@ if TYPE_CHECKING:
     "kind",
     type=click.Choice(["change", "kl"]),
     default="change",
-    show_default=True,
     help="change: of the hidden states after the block; kl: what that change costs the model's "
     "predictions, by a backward pass with the whole model in memory.",
 )
 @click.option("--group-size", type=click.IntRange(1), help="Of a MODEL's round-to-nearest.")
 @click.option("--samples", type=click.IntRange(1), help="Rows of calibration tokens.")
 @click.option("--length", type=click.IntRange(8), help="Tokens of each row.")
-@click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=4, type=click.IntRange(1))
 @click.option(
     "--attention",
     type=click.Choice(["moba"]),
@@ -60,7 +58,6 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.IntRange(8),
     default=(32, 64, 128, 256, 512),
-    show_default=True,
     help="Block sizes to try with --attention; repeat the option.",
 )
 @device_option
@@ -70,7 +67,6 @@ if TYPE_CHECKING:
     "out",
     type=TEXT_FILE,
     default=Path("sensitivity.json"),
-    show_default=True,
     help="The file to write.",
 )
 @log_option

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from compressor.cli.display import size
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.options import (
     FOLDER,
     MODEL,
@@ -70,9 +69,6 @@ def command(
     display = told.display()
     with display.stage("plug", len(located.source.checkpoint.entries)):
         done = plug(located, found, output.expanduser(), progress=display.unit)
-    if told.as_json:
-        echo(json.dumps(done.to_json(), indent=2))
-        return
-    echo(f"{done.output}: {size(done.nbytes)}, {done.tensors} tensors from {adapter}")
-    for note in done.notes:
-        echo(f"  note: {note}")
+    line = f"{done.output}: {size(done.nbytes)}, {done.tensors} tensors from {adapter}"
+    notes = (f"  note: {note}" for note in done.notes)
+    say(done.to_json(), [line, *notes], as_json=told.as_json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from compressor.cli.echo import echo
+from compressor.cli.echo import echo, say
 from compressor.cli.options import FOLDER, folder_argument, json_option
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def show(checkpoint: Path, as_json: bool) -> None:
     "--form",
     metavar="FORM",
     default="duo-attention",
-    show_default=True,
     help="duo-attention: full_attention_heads.tsv and config.json, which LServe reads too; lserve: "
     "these and the sizes of its pages.",
 )
@@ -82,10 +81,8 @@ def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    if as_json:
-        echo(json.dumps({"ok": True, "form": form, "files": sorted(files)}))
-    else:
-        echo(f"wrote {', '.join(sorted(files))} into {folder}")
+    line = f"wrote {', '.join(sorted(files))} into {folder}"
+    say({"ok": True, "form": form, "files": sorted(files)}, [line], as_json=as_json)
 
 
 def _policy(checkpoint: Path) -> AttentionPolicy:

@@ -26,7 +26,7 @@ FIT = "fit to be published"
 @click.argument("checkpoint", type=FOLDER)
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="A repository that is created is public.")
-@click.option("--revision", default="main", show_default=True, help="Branch to commit to.")
+@click.option("--revision", default="main", help="Branch to commit to.")
 @click.option("--message", help="Message of the commit.")
 @click.option("--dry-run", is_flag=True, help="List what would change there, and send nothing.")
 @click.option(

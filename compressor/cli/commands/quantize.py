@@ -36,7 +36,6 @@ def quality_option(function: Command) -> Command:
         "--quality",
         type=click.Choice(["fast", "good", "best"]),
         default="good",
-        show_default=True,
         help="fast: rounding without data; good: calibrated; best: refined with gradients, where "
         "the scheme has that.",
     )(function)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.audit.pace import paced
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.junit import Case
 from compressor.cli.options import (
     MODEL,
@@ -35,7 +34,6 @@ LISTED = 20
 @click.option(
     "--max-ppl-ratio",
     default=1.05,
-    show_default=True,
     type=click.FloatRange(0, min_open=True),
     help="Perplexity after, over before, beyond which nothing is written.",
 )
@@ -49,15 +47,13 @@ LISTED = 20
 @click.option(
     "--text",
     default="bundled",
-    show_default=True,
     help="Text of the sweep and, its held-out part where it has one, of the measurement: bundled, "
     "a file, a folder or a Hub id.",
 )
-@click.option("--windows", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--windows", default=16, type=click.IntRange(1))
 @click.option(
     "--length",
     default=512,
-    show_default=True,
     type=click.IntRange(8),
     help="Tokens of a window; fewer where the model has fewer positions.",
 )
@@ -66,7 +62,7 @@ LISTED = 20
     type=click.IntRange(1),
     help="Try so many tokens, drawn at random, and special ones.  [default: all]",
 )
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=64, type=click.IntRange(1))
 @shard_option
 @device_option
 @telling_options
@@ -119,11 +115,7 @@ def command(
     )
     failure = "still suspect" if found.suspect else ""
     add_cases([Case("sanitize", "verdict", failure=failure, output="\n".join(lines(found)))])
-    if told.as_json:
-        echo(json.dumps(found.to_json(), indent=2))
-    else:
-        for line in lines(found):
-            echo(line)
+    say(found.to_json(), lines(found), as_json=told.as_json)
     click.get_current_context().exit(1 if found.suspect else 0)
 
 

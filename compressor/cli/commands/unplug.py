@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from compressor.cli.display import size
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.options import (
     FOLDER,
     MODEL,
@@ -57,7 +56,5 @@ def command(
         done = unplug(
             located, output.expanduser(), pads=pads, emulator=emulator, progress=display.unit
         )
-    if told.as_json:
-        echo(json.dumps(done.to_json(), indent=2))
-    else:
-        echo(f"{done.output}: {size(done.nbytes)}, {done.tensors} tensors")
+    line = f"{done.output}: {size(done.nbytes)}, {done.tensors} tensors"
+    say(done.to_json(), [line], as_json=told.as_json)

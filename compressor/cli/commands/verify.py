@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.junit import verify_cases
 from compressor.cli.options import (
     Told,
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @checkpoint_options
-@click.option("--seed", default=0, show_default=True, help="Which tiles of the layers are sampled.")
+@click.option("--seed", default=0, help="Which tiles of the layers are sampled.")
 @device_option
 @gpus_option
 @telling_options
@@ -74,11 +73,7 @@ def command(
             ranks=ranks,
         )
     add_cases(verify_cases(report))
-    if told.as_json:
-        echo(json.dumps(report.to_json(), indent=2))
-    else:
-        for line in lines(report):
-            echo(line)
+    say(report.to_json(), lines(report), as_json=told.as_json)
     click.get_current_context().exit(0 if report.ok else 1)
 
 
