@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compressor.checkpoint.durable import is_file, make_way, own_folder, write_atomically
 from compressor.checkpoint.safetensors import tensor_bytes
+from compressor.ranks.ranks import Ranks
 
 SEAL = "seal"
 MAX_JSON_BYTES = 1 << 28
@@ -35,6 +36,10 @@ class Records:
 
     folder: Path
     owner: str
+
+    def inside(self, name: str) -> Self:
+        """The records of a folder in this one, made from the same."""
+        return replace(self, folder=self.folder / name)
 
     def put(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object, durably and whole or not at all."""
@@ -87,6 +92,28 @@ class Records:
 
     def _seal(self, name: str, content: str) -> str:
         return stated_hash([self.owner, name, content])
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRecords(Records):
+    """The same for ranks that work together: one of them writes and reads, all are told."""
+
+    ranks: Ranks
+
+    def put(self, name: str, value: Mapping[str, Any]) -> None:
+        self.ranks.led(lambda: Records.put(self, name, value))
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        return self.ranks.led(lambda: Records.get(self, name))
+
+    def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.ranks.led(lambda: Records.put_tensors(self, name, tensors))
+
+    def get_tensors(self, name: str) -> dict[str, Tensor] | None:
+        return self.ranks.led(lambda: Records.get_tensors(self, name))
+
+    def drop(self, name: str) -> None:
+        self.ranks.led(lambda: Records.drop(self, name))
 
 
 def stated_hash(value: Any) -> str:

@@ -229,6 +229,14 @@ class ModelPass(Method, Generic[L]):
         a text decided on it."""
         return self.needs().tokens
 
+    def divides(self, *, one_host: bool) -> bool:
+        """Whether ranks learn it together, in which case all of them call `learn`. Otherwise the
+        leading one does.
+
+        one_host  whether all of them run there, and so see what the leading one writes
+        """
+        return False
+
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[L]:
         """Learn; by default nothing. What is costly is kept in `context.scratch`, so that a killed
         run continues."""

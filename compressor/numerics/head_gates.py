@@ -29,10 +29,16 @@ def hoyer_threshold(gates: Tensor) -> float:
     return float(gates.square().sum() / gates.abs().sum().clamp(min=1e-8))
 
 
-def distillation_loss(full: Tensor, gated: Tensor, scored: Tensor) -> Tensor:
+def distillation_loss(
+    full: Tensor, gated: Tensor, scored: Tensor, *, count: int | None = None
+) -> Tensor:
     """Mean squared difference of final hidden states [rows, length, hidden] over the scored places
-    (bool [rows, length]), in float32."""
-    return (full[scored].float() - gated[scored].float()).square().mean(-1).mean()
+    (bool [rows, length]), in float32.
+
+    count  of scored places that the mean is over, where these are only some of its rows
+    """
+    places = (full[scored].float() - gated[scored].float()).square().mean(-1)
+    return places.sum() / (places.numel() if count is None else count)
 
 
 def schedule(step: int, steps: int) -> float:

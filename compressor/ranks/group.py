@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressor.errors import CompressError, Interrupted, MachineError
 from compressor.ranks.parcel import Parcel, aligned, pack, unpack
-from compressor.ranks.ranks import Form, Ranks
+from compressor.ranks.ranks import AgreedShortage, Form, Ranks
 
 I = TypeVar("I")
 T = TypeVar("T")
@@ -217,39 +217,42 @@ class Group(Ranks):
         like: Sequence[Tensor],
         to: Sequence[int],
     ) -> list[Tensor]:
-        every = list(parts)
         own = [tensor for tensor, rank in zip(like, to, strict=True) if rank == self.rank]
         sizes = [0] * self.world
         for tensor, rank in zip(like, to, strict=True):
             sizes[rank] += tensor.nbytes
-        sent = [
-            _bytes(tensor)
-            for rank in self._all
-            for part in every
-            for tensor, owner in zip(part, to, strict=True)
-            if owner == rank
-        ]
-        device = like[0].device
-        empty = torch.empty(0, dtype=torch.uint8, device=device)
-        counts = [len(range(rank, count, self.world)) for rank in self._all]
-        got = [held * sizes[self.rank] for held in counts]
-        found = torch.empty(sum(got), dtype=torch.uint8, device=device)
-        with lost():
-            dist.all_to_all_single(
-                found, torch.cat([empty, *sent]), got, [len(every) * size for size in sizes]
-            )
-        del sent, every
+        order = sorted(range(len(to)), key=lambda i: to[i])  # as they are sent
+        device, left = like[0].device, iter(parts)
         totals: list[Tensor] = []
-        for number in range(count):
-            rank, place = number % self.world, number // self.world
-            begin = sum(got[:rank]) + place * sizes[self.rank]
-            for i, tensor in enumerate(own):
-                part = found[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                begin += tensor.nbytes
-                if number:
-                    totals[i] += part
-                else:
-                    totals.append(part.clone())
+        for first in range(0, count, self.world):
+            having = min(self.world, count - first)
+            sent, short = [torch.empty(0, dtype=torch.uint8, device=device)], False
+            try:
+                if self.rank < having:
+                    part = next(left)
+                    sent += [_bytes(part[i]) for i in order]
+                    del part
+            except torch.OutOfMemoryError:
+                short = True
+            if self.any(short):
+                raise AgreedShortage
+            got = [sizes[self.rank] if rank < having else 0 for rank in self._all]
+            found = torch.empty(sum(got), dtype=torch.uint8, device=device)
+            with lost():
+                dist.all_to_all_single(
+                    found, torch.cat(sent), got, sizes if len(sent) > 1 else [0] * self.world
+                )
+            del sent
+            begin = 0
+            for rank in range(having):
+                for i, tensor in enumerate(own):
+                    data = found[begin : begin + tensor.nbytes]
+                    part_of = data.view(tensor.dtype).view(tensor.shape)
+                    begin += tensor.nbytes
+                    if first or rank:
+                        totals[i] += part_of
+                    else:
+                        totals.append(part_of.clone())
         return totals
 
     def maximum(self, tensor: Tensor) -> Tensor:

@@ -24,6 +24,10 @@ I = TypeVar("I")
 T = TypeVar("T")
 
 
+class AgreedShortage(torch.OutOfMemoryError):
+    """Some rank's device has too little memory, as all of them know."""
+
+
 class Form(NamedTuple):
     """A tensor but for how many rows it is of: [per_row · rows, *shape], or [*shape] of all of
     them where `per_row` is 0."""
@@ -155,8 +159,10 @@ class Ranks:
         """Sums over parts of several tensors each, in the order of the parts and in the tensors'
         own dtype; those of the tensors that are this rank's.
 
-        parts  that this rank has, of `count` that are dealt out in turn
-        like   tensors of their dtypes and shapes;  to  the rank that each is for
+        parts  that this rank has, of `count` that are dealt out in turn; one of them is made, and
+               in memory, at a time
+        like   tensors of one dtype and their shapes;  to  the rank that each is for
+        Raises torch.OutOfMemoryError on all ranks where making a part does on one.
         """
         totals: list[Tensor] = []
         for part in parts:

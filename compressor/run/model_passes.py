@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ from compressor.attention.policy import (
 from compressor.attention.quality import measurable
 from compressor.checkpoint.durable import is_file, make_way, own_folder, write_atomically
 from compressor.checkpoint.manifest import hash_file
-from compressor.checkpoint.records import Records, stated_hash, tensors_hash
+from compressor.checkpoint.records import Records, SharedRecords, stated_hash, tensors_hash
 from compressor.checkpoint.transaction import json_bytes
 from compressor.errors import InputError
 from compressor.methods.base import ModelPass
 from compressor.methods.common.context import LearnContext, LearnResult
 from compressor.plan.plan import Plan
+from compressor.ranks.ranks import ALONE
 from compressor.run.apply import unit_seed
 from compressor.run.environment import environment
+from compressor.run.one_host import on_one_host
 from compressor.run.settings import JobSettings
 from compressor.run.source_content import SourceContent
 from compressor.runner.source_model import SourceModel
@@ -44,6 +47,10 @@ RECORD_NAME = "learned.json"
 PARTS = ("files", "plots")
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 2, 2048
 """Rows of held-out text that a policy is measured on, and the most tokens of each."""
+
+
+Known = tuple[LearnResult[Any], tuple[Mapping[str, str], ...]]
+"""What a pass learned, and what with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,7 @@ def learn(
     work     the run's work folder; what is there whole from an interrupted run is used
     owner    what identifies the run
     content  the source, all of which is read where there is a model pass
+    Ranks learn together what divides its rows; all else the leading one learns.
     Raises Interrupted when asked to stop, InputError where the source is not what the interrupted
     run read, and what the passes raise.
     """
@@ -84,47 +92,86 @@ def learn(
     passes = [(n, name, params) for n, name, params in steps if isinstance(params, ModelPass)]
     if not passes:
         return found
-    seal = _source_seal(Records(work, owner), plan, content, settings)
-    for name in ("learned", "learning"):
-        own_folder(work / name)
-    here = environment(settings.device)
-    model: SourceModel | None = None
-    device = settings.device
+    ranks = settings.ranks
+
+    def begin() -> tuple[str, dict[int, str]]:
+        seal = _source_seal(Records(work, owner), plan, content, settings)
+        for name in ("learned", "learning"):
+            own_folder(work / name)
+        return seal, content.hashes
+
+    seal, content.hashes = ranks.led(begin)
+    one_host = on_one_host(work, ranks)
     for number, name, params in passes:
-        place = f"{number}.{name}"
-        kept = Records(work / "learned" / place, seal)
-        known = _read(kept, params)
+        kept = Records(work / "learned" / f"{number}.{name}", seal)
+        known = ranks.led(partial(_known, kept, name, params, settings))
         if known is None:
-            if kept.folder.exists():
-                settings.on_note(f"learned/{place} is not whole: {name} learns again")
-            if model is None:
-                model = SourceModel(
-                    plan.source,
-                    device=device,
-                    dtype=plan.compute_dtype(device),
-                    activations=settings.activations,
-                )
-            scratch = Records(work / "learning" / place, seal)
-            own_folder(scratch.folder)
-            before = (scratch.get("environments.json") or {"all": []})["all"]
-            environments = [*(e for e in before if e != here), here]
-            scratch.put("environments.json", {"all": environments})
-            context = LearnContext(
-                tokens=tokens if params.needs().tokens else None,
-                seed=unit_seed(plan.recipe.seed, -1, number),
-                batch=settings.batch,
-                scratch=scratch,
-                base=lambda index: plan.target.base_weights(plan.units[index].layout),
-                progress=settings.on_step,
-                stopping=settings.stopping,
-            )
-            known = params.learn(model, context), tuple(environments)
-            own_folder(kept.folder)
-            _write(kept, *known)
-            shutil.rmtree(scratch.folder)
+            scratch = work / "learning" / kept.folder.name
+            together = params.divides(one_host=one_host)
+            who = settings if together else replace(settings, ranks=ALONE)
+            work_on = partial(_learn_one, plan, tokens, number, scratch, seal, who)
+            known = work_on() if together else ranks.led(work_on)
+            ranks.led(partial(_keep, kept, known, scratch))
         policy = params.policy(plan.layout, known[0].value)
         found[number] = Outcome(name, known[0], policy, known[1])
     return found
+
+
+def _known(kept: Records, name: str, params: ModelPass[Any], settings: JobSettings) -> Known | None:
+    """What an interrupted run learned, where all of it is there."""
+    known = _read(kept, params)
+    if known is None and kept.folder.exists():
+        settings.on_note(f"learned/{kept.folder.name} is not whole: {name} learns again")
+    return known
+
+
+def _learn_one(
+    plan: Plan,
+    tokens: TokenSet | None,
+    number: int,
+    folder: Path,
+    seal: str,
+    settings: JobSettings,
+) -> Known:
+    """What a pass learns on these ranks, and what with.
+
+    folder  of what it keeps meanwhile
+    """
+    params, ranks = plan.passes[number].step.params, settings.ranks
+    assert isinstance(params, ModelPass)
+    scratch = Records(folder, seal)
+    if ranks.world > 1:
+        scratch = SharedRecords(folder, seal, ranks)
+    ranks.led(lambda: own_folder(folder))
+    here = environment(settings.device)
+    before = (scratch.get("environments.json") or {"all": []})["all"]
+    environments = [*(e for e in before if e != here), here]
+    scratch.put("environments.json", {"all": environments})
+    model = SourceModel(
+        plan.source,
+        device=settings.device,
+        dtype=plan.compute_dtype(settings.device),
+        # What one rank found in the store and another ran would leave them apart.
+        activations=settings.activations if ranks.world == 1 else None,
+    )
+    context = LearnContext(
+        tokens=tokens if params.needs().tokens else None,
+        seed=unit_seed(plan.recipe.seed, -1, number),
+        batch=settings.batch,
+        scratch=scratch,
+        base=lambda index: plan.target.base_weights(plan.units[index].layout),
+        progress=settings.on_step,
+        stopping=settings.stopping,
+        ranks=ranks,
+    )
+    return params.learn(model, context), tuple(environments)
+
+
+def _keep(kept: Records, known: Known, scratch: Path) -> None:
+    """Put what was learned in place; what was kept meanwhile goes."""
+    own_folder(kept.folder)
+    _write(kept, *known)
+    shutil.rmtree(scratch)
 
 
 def _source_seal(
@@ -216,9 +263,7 @@ def _write(
     records.put(RECORD_NAME, {**about, **hashes})
 
 
-def _read(
-    records: Records, params: ModelPass[Any]
-) -> tuple[LearnResult[Any], tuple[Mapping[str, str], ...]] | None:
+def _read(records: Records, params: ModelPass[Any]) -> Known | None:
     """A result of which every byte is there and what it was learned with, or None."""
     about = records.get(RECORD_NAME)
     if about is None or "figures" not in about:

@@ -265,15 +265,12 @@ def _map_file(recipe: Recipe) -> dict[str, str]:
 
 
 class _Beforehand(NamedTuple):
-    """What is known before the first unit: what the model's audit found, rows and why they were
-    selected, what was learned, files of it, and the hashes of what of the source was read."""
+    """What is known before anything is learned: what the model's audit found, rows, and why they
+    were selected."""
 
     audit: Audit | None
     tokens: TokenSet | None
     selected: Selection | None
-    learned: dict[int, Outcome]
-    files: dict[str, bytes]
-    hashes: dict[int, str]
 
 
 def compile_checkpoint(
@@ -326,7 +323,7 @@ def compile_checkpoint(
         )
         owner, content = stated_hash(about), SourceContent(plan)
 
-        def learning() -> _Beforehand:
+        def beforehand() -> _Beforehand:
             model = audited_of(prepared.located)
             audited = audit_first(model, recipe.audit, under_way.work, owner, settings)
             rows, selected = prepared.calibration, None
@@ -334,12 +331,12 @@ def compile_checkpoint(
                 kept = Records(under_way.work / "selection", owner)
                 selected = select_rows(plan, rows, kept, settings)
                 rows = rows if selected is None else selected.tokens
-            found = learn(plan, rows, under_way.work, settings, owner=owner, content=content)
-            # Passes that contradict each other are refused before any block is worked on.
-            files = policy_of(plan, found, settings)
-            return _Beforehand(audited, rows, selected, found, files, content.hashes)
+            return _Beforehand(audited, rows, selected)
 
-        audited, tokens, selected, learned, files, content.hashes = ranks.led(learning)
+        audited, tokens, selected = ranks.led(beforehand)
+        learned = learn(plan, tokens, under_way.work, settings, owner=owner, content=content)
+        # Passes that contradict each other are refused before any block is worked on.
+        files = ranks.led(lambda: policy_of(plan, learned, settings))
         result = run_units(
             plan,
             tokens,

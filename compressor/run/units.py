@@ -3,8 +3,6 @@ its own, which then reads, rounds, packs and writes by itself."""
 
 from __future__ import annotations
 
-import platform
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 from compressor_calibration.tokens import TokenSet
 
-from compressor.checkpoint.durable import write_atomically
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.transaction import disk_errors
 from compressor.errors import Interrupted, MachineError
@@ -21,12 +18,10 @@ from compressor.plan.plan import Plan
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.loop import JobResult, Loop
 from compressor.run.model_passes import Outcome
+from compressor.run.one_host import on_one_host
 from compressor.run.reading import Reader
 from compressor.run.settings import JobSettings
 from compressor.run.source_content import SourceContent
-
-MARK = "ranks"
-"""File in the work folder by which ranks find out whether they all see it."""
 
 
 def run_units(
@@ -98,16 +93,10 @@ def _run_apart(loop: Loop, ranks: Ranks) -> None:
 
 
 def _apart(plan: Plan, work: Path, ranks: Ranks) -> bool:
-    """Whether no rows run through the units, and all ranks write into one folder of one host: a
-    network's file system may lose bytes that two hosts write beside each other."""
+    """Whether no rows run through the units, and all ranks write into one folder."""
     if ranks.world == 1 or any(unit.calibrated for unit in plan.units):
         return False
-    mark, word = work / MARK, ranks.share(secrets.token_hex())
-    ranks.led(lambda: write_atomically(mark, word.encode()))
-    seen = mark.is_file() and mark.read_text("utf-8") == word
-    hosts = ranks.gather(platform.node() if seen else None)
-    ranks.led(mark.unlink)
-    return None not in hosts and len(set(hosts)) == 1
+    return on_one_host(work, ranks)
 
 
 def _nbytes(plan: Plan, index: int) -> float:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from compressor.errors import Interrupted
-from compressor.ranks.ranks import ALONE, Ranks
-from compressor.runner.rounds import AgreedShortage
+from compressor.ranks.ranks import ALONE, AgreedShortage, Ranks
+from compressor.runner.rounds import rounds
 
 T = TypeVar("T")
 
@@ -77,6 +78,30 @@ class Execution:
             yield start, stop, made
             start, number = stop, number + 1
         self.batch = min(batch for (batch,) in self.ranks.numbers(self.batch))
+
+    def dealt(
+        self, rows: int, attempt: Callable[[int, int], Tensor]
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """`batches` that ranks run in turn: each gets those of all, in their order."""
+        ranks = self.ranks
+        if ranks.world == 1:
+            yield from self.batches(rows, attempt)
+            return
+        done = 0
+        while done < rows:
+            batch, first = self.batch, done + ranks.rank * self.batch
+
+            def forward(start: int, stop: int, first: int = first) -> list[Tensor]:
+                begin = first + start * ranks.world
+                return [attempt(begin, begin + stop - start)]
+
+            try:
+                for chunks in rounds(ranks, len(ranks.rows(rows - done, batch)), batch, forward):
+                    for (chunk,) in chunks:
+                        yield done, done + chunk.shape[0], chunk
+                        done += chunk.shape[0]
+            except AgreedShortage:
+                self._halve()
 
     def _halve(self) -> None:
         """Called while the error is handled, which is raised again where there is but one row."""

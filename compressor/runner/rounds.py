@@ -7,12 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from compressor.ranks.ranks import Form, Ranks
+from compressor.ranks.ranks import AgreedShortage, Form, Ranks
 from compressor.runner.stream import Stream
-
-
-class AgreedShortage(torch.OutOfMemoryError):
-    """Some rank's device has too little memory, as all of them know."""
 
 
 def rounds(

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from compressor_calibration.store import ActivationStore
+from compressor_calibration.store import ActivationStore, Writer
 from torch import Tensor
+
+from compressor.ranks.ranks import ALONE, Ranks
 
 
 class Entering(Protocol):
@@ -77,11 +79,14 @@ class Stream:
 
 
 class StoredRows:
-    """Rows that lie on disk; those after the ones that are read are read ahead."""
+    """Rows that lie on disk; those that are read next are read ahead.
 
-    def __init__(self, store: ActivationStore, pool: ThreadPoolExecutor) -> None:
+    world  of so many ranks, which read them in turn
+    """
+
+    def __init__(self, store: ActivationStore, pool: ThreadPoolExecutor, world: int) -> None:
         self.store = store
-        self._pool = pool
+        self._pool, self._world = pool, world
         self._ahead: dict[tuple[int, int], Future[Tensor]] = {}
 
     @property
@@ -93,7 +98,8 @@ class StoredRows:
         """Some rows, [n, length, hidden], on the CPU."""
         ahead = self._ahead.pop((start, stop), None)
         rows = self.store.read(range(start, stop)) if ahead is None else ahead.result()
-        after = stop, min(2 * stop - start, self.rows)
+        begin = min(start + (stop - start) * self._world, self.rows)
+        after = begin, min(begin + stop - start, self.rows)
         self._ahead = {after: self._pool.submit(self.store.read, range(*after))}
         return rows
 
@@ -103,7 +109,33 @@ class StoredRows:
 
 
 @contextmanager
-def stored_rows(store: ActivationStore) -> Iterator[StoredRows]:
+def stored_rows(store: ActivationStore, ranks: Ranks = ALONE) -> Iterator[StoredRows]:
     """The rows of a file, to be run through a block within a `with`."""
     with ThreadPoolExecutor(1) as pool:
-        yield StoredRows(store, pool)
+        yield StoredRows(store, pool, ranks.world)
+
+
+class Filling:
+    """Puts rows into a file; of several ranks that are given the same rows the leading one does."""
+
+    def __init__(self, writer: Writer | None, ranks: Ranks) -> None:
+        self._writer, self._ranks = writer, ranks
+
+    def put(self, start: int, rows: Tensor) -> None:
+        """Put rows [n, length, hidden] in place from `start` on."""
+        if self._writer is not None:
+            self._writer.put(start, rows)
+
+    def content_hash(self) -> str:
+        """The file's hash, once the `with` has ended; then it is there for all ranks."""
+        return self._ranks.share("" if self._writer is None else self._writer.content_hash())
+
+
+@contextmanager
+def filling(store: ActivationStore, ranks: Ranks = ALONE) -> Iterator[Filling]:
+    """A file that is filled within a `with`."""
+    if not ranks.leads:
+        yield Filling(None, ranks)
+        return
+    with store.writing() as writer:
+        yield Filling(writer, ranks)

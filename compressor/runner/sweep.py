@@ -132,11 +132,13 @@ class Step:
         *,
         hook: AttentionHook | None = None,
         batches: Sequence[int] | None = None,
+        dealt: bool = False,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, what the block that is loaded makes of these rows) for all rows.
 
         hook     attends in place of the model's own attention
         batches  sizes that were taken before, which are taken again: others may round otherwise
+        dealt    all ranks have the same rows, and run them together
         """
         block, runner = self._block, self.model.runner
         assert block is not None, f"{self.layout.name} is not loaded"
@@ -146,7 +148,10 @@ class Step:
             return block.forward(stream.read(start, stop), stream.beside(start, stop))
 
         with runner.attention(hook):
-            yield from self.execution.batches(stream.rows, attempt, batches)
+            if dealt:
+                yield from self.execution.dealt(stream.rows, attempt)
+            else:
+                yield from self.execution.batches(stream.rows, attempt, batches)
 
     def run(
         self,

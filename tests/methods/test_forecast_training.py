@@ -69,10 +69,10 @@ def all_at_once(model: SourceModel, training: Training) -> list[torch.Tensor]:
             runner.model(input_ids=ids()[rows], use_cache=False)
         for layer, call in enumerate(calls):
             reads = calls[max(0, layer - 1)]
-            training.teacher_at(step).add_gradient(
+            _, (gradient,) = training.teacher_at(step).gradient(
                 forecasts[layer].weight, reads.hidden, call, reads.rotary, rows=len(rows)
             )
-            forecasts[layer].step()
+            forecasts[layer].step(gradient)
     return [forecast.weight.detach() for forecast in forecasts]
 
 
@@ -182,7 +182,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_bits(model, tmp_path, after, whole_
         return asked > after
 
     with pytest.raises(Interrupted):
-        sweep(model, tmp_path / "scratch", stopping=stopping).run()
+        sweep(model, tmp_path / "scratch", stops=stopping).run()
     found = sweep(model, tmp_path / "scratch").run()
     assert torch.equal(found.current, whole_sweep.current)
     assert all(torch.equal(a, b) for a, b in zip(found.future, whole_sweep.future, strict=True))
@@ -212,11 +212,12 @@ def test_the_gradient_is_the_loss_s(model):
 
     def loss(at: torch.Tensor) -> float:
         at = at.detach().requires_grad_()
-        return TEACHER.add_gradient(at, calls[0].hidden, calls[1], calls[0].rotary, rows=2)
+        read, call = calls[:2]
+        return float(TEACHER.gradient(at, read.hidden, call, read.rotary, rows=2)[0])
 
-    TEACHER.add_gradient(weight, calls[0].hidden, calls[1], calls[0].rotary, rows=2)
+    _, (gradient,) = TEACHER.gradient(weight, calls[0].hidden, calls[1], calls[0].rotary, rows=2)
     slope = (loss(weight + 1e-2 * direction) - loss(weight - 1e-2 * direction)) / 2e-2
-    assert float((weight.grad * direction).sum()) == pytest.approx(slope, rel=0.02)
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=0.02)
 
 
 def test_training_lowers_the_loss(model, tmp_path):

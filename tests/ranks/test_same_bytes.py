@@ -20,6 +20,18 @@ QOQ = {"qoq": {"attention_alpha": "search"}}
 BESIDE = {"gptq": {**INT4, "correction": 0.5, "scales": "search"}}
 LEARNED = {"signround": {**INT4, "steps": 3, "batch": 4}}
 REFERENCE = {"awq": {**INT4, "search": "reference", "search_tokens": 100}}
+NEEDLES = {
+    **{"keys": 2, "words": 1, "min_length": 180, "max_length": 190, "lengths": 2, "prefix": ""},
+    **{"suffix": "", "separator": "", "needle": " {ordinal} key: {passkey}."},
+    **{"question": " {ordinal}? {passkey}"},
+}
+GATES = {"duo_attention": {"data": NEEDLES, "sinks": 2, "window": 8, "num_steps": 3, "batch": 3}}
+FORECASTS = {
+    **{"block_size": 4, "kernel_size": 4, "stride": 2, "local_blocks": 1, "top_k": 4},
+    **{"dense_below": 0, "steps": 3, "rows_per_step": 5, "learning_rate": 0.01},
+    **{"initial": "queries", "held_out_rows": 1},
+}
+EMULATOR = {"pads": [1, 1], "keep": 1, "distill": {"steps": 3, "batch": 5, "lr": 3e-3}}
 PASSKEY = {
     **{"lengths": [64], "depths": [0.1, 0.9], "rows": 2},
     **{"needle": " Key {passkey}.", "question": " Key {passkey}"},
@@ -36,6 +48,15 @@ MIXTRAL: dict[str, list[dict[str, Any]]] = {
     "moe awq": [{"awq": {**INT4, "min_tokens": 8}}],
     "moe gptq": [{"gptq": {**INT4, "min_tokens": 8}}],
 }
+
+
+LEARNING = {
+    "gates": [GATES],
+    "forecasts": [{"sparda": FORECASTS}],
+    "emulator": [{"emulator": EMULATOR}],
+    "distilled delta": [{"bitdelta": {"distill": "logits", "steps": 3, "batch": 3, "norms": True}}],
+}
+"""Of the whole model, before any block is worked on."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +81,15 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         for model, every in models.items()
         for name, passes in every.items()
     }
+    llama = str(tiny_model("llama", num_hidden_layers=4))
+    for name, passes in LEARNING.items():
+        recipes[name] = {
+            **recipes["awq by running tokens"],
+            **{"model": llama, "passes": passes, "format": "dense"},
+        }
+    base = str(tiny_model("llama", num_hidden_layers=4, seed=1))
+    recipes["distilled delta"]["passes"][0]["bitdelta"]["base"] = base
+    recipes["distilled delta"]["format"] = "bitdelta"
     recipes["judged"] = {
         **recipes["awq by running tokens"],
         "model": str(tiny_model("llama", num_hidden_layers=3)),
@@ -79,10 +109,21 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, "judged"])
+@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, *LEARNING, "judged"])
 def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -> None:
     manifests = [(written / str(n) / recipe / "manifest.json").read_bytes() for n in WORLDS]
     assert len(set(manifests)) == 1
+
+
+@pytest.mark.parametrize("recipe", ["learned rounding", *LEARNING])
+def test_ranks_share_the_rows_that_gradients_are_of(written: Path, recipe: str) -> None:
+    ran = {
+        n: [int((written / str(n) / recipe / f"ran.{r}").read_text()) for r in range(n)]
+        for n in WORLDS
+    }
+    assert ran[1][0] > 0
+    for n, counts in ran.items():
+        assert sum(counts) == ran[1][0] and max(counts) < 2 * ran[1][0] / n + 1
 
 
 def test_any_number_of_ranks_comes_to_the_same_verdict(written: Path) -> None:

@@ -32,6 +32,7 @@ from compressor.ranks.ranks import Ranks
 from compressor.run.judge import Verdict, judge
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.run.settings import UnitDone
+from compressor.runner.pieces import Pieces
 from compressor.verify.verify import verify
 
 CPU = torch.device("cpu")
@@ -41,9 +42,12 @@ def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
     prepared = prepare(make_recipe({**recipe, "output": str(output)}), device=CPU)
     prepared = replace(prepared, batch=batch)
     units: list[str] = []
+    ran: list[Any] = []
+    Pieces._in_order = lambda self, work: ran.append(1) or work()  # type: ignore[func-returns-value]
     compiled = compile_checkpoint(
         prepared, ranks=ranks, on_unit=lambda done: units.append(done.name)
     )
+    (output / f"ran.{ranks.rank}").write_text(str(len(ran)))
     if recipe["verify"]:
         (output / f"units.{ranks.rank}.json").write_text(json.dumps(units))
         verdict = judge(prepared, compiled, ranks=ranks)

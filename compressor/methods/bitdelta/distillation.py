@@ -28,6 +28,7 @@ from compressor.errors import Interrupted
 from compressor.ir.layout import UnitLayout, weight_name
 from compressor.methods.common.context import LearnContext
 from compressor.numerics.bitdelta import merge, sign_delta
+from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.source_model import SourceModel
 
 OWN_LR = 0.03
@@ -70,7 +71,7 @@ def distill(
     """Train the scales of every linear for which the context has a weight of the base.
 
     ids  token ids [rows, length]; step s takes the next `batch` rows, from the start again at the
-    end. A killed run continues at the last record in `context.scratch`.
+    end, which ranks share. A killed run continues at the last record in `context.scratch`.
     """
     student = Student(model, context.base, bits=bits, norms=settings.norms)
     if not student.rows:  # the base has every weight
@@ -86,23 +87,36 @@ def distill(
             groups.append({**kept, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups)
         highest = [group["lr"] for group in optimizer.param_groups]
-        with torch.no_grad():
-            first = student.loss(_rows(ids, 0, settings.batch))
-        done, before = _resume(context.scratch, optimizer, student.trained, float(first))
+        running = Pieces(context.ranks, model.device)
+
+        def pieces(step: int) -> list[Piece]:
+            return pieces_of(_rows(ids.shape[0], step, settings.batch), context.batch)
+
+        def loss(piece: Piece) -> Tensor:
+            return student.loss(ids[torch.tensor(piece)]) * (len(piece) / settings.batch)
+
+        parameters = list(student.trained.values())
+
+        def of_piece(piece: Piece) -> Part:
+            part = loss(piece)
+            return part, torch.autograd.grad(part, parameters)
+
+        (first,) = running.losses(pieces(0), loss)
+        done, before = _resume(context.scratch, optimizer, student.trained, first)
         for step in range(done, settings.steps):
             for group, most in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = most * (1 + math.cos(math.pi * step / settings.steps)) / 2
-            optimizer.zero_grad()
-            student.loss(_rows(ids, step, settings.batch)).backward()  # type: ignore[no-untyped-call]
+            _, gradients = running.gradients(pieces(step), of_piece, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
-            stop = context.stopping()
+            stop = context.stops()
             if stop or (step + 1) % KEEP_EVERY == 0:
                 _keep(context.scratch, optimizer, student.trained, step + 1, before)
             context.progress("distill", step + 1, settings.steps)
             if stop:
                 raise Interrupted
-        with torch.no_grad():
-            after = float(student.loss(_rows(ids, 0, settings.batch)))
+        (after,) = running.losses(pieces(0), loss)
         trained = {name: scales[row].detach().cpu() for name, row in student.rows.items()}
         norms = {name: norm.detach().cpu() for name, norm in student.norms.items()}
         return Trained(scales=trained, before=before, after=after, norms=norms)
@@ -110,10 +124,9 @@ def distill(
         student.close()
 
 
-def _rows(ids: Tensor, step: int, batch: int) -> Tensor:
-    """The rows of one step."""
-    at = (torch.arange(batch) + step * batch) % ids.shape[0]
-    return ids[at]
+def _rows(count: int, step: int, batch: int) -> list[int]:
+    """Which of so many rows one step takes."""
+    return [(step * batch + number) % count for number in range(batch)]
 
 
 class Student:

@@ -48,7 +48,7 @@ class Bitdelta(ModelPass[Distilled]):
     The model of the recipe is the fine-tune. What is no target, and every bias, is stored in full.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     base: str = Field(description="what was fine-tuned: folder, Hub id (id@revision) or GGUF file")
     bits: int = Field(1, ge=1, le=4, description="signs of one weight, each with its own scale")
@@ -88,6 +88,9 @@ class Bitdelta(ModelPass[Distilled]):
         # Logits of both models, their difference and its gradient, in float32.
         tokens = self.batch * context.length
         return Cost(memory=4 * 4 * tokens * context.layout.sizes.vocabulary)
+
+    def divides(self, *, one_host: bool) -> bool:
+        return self.distill == "logits"
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Distilled]:
         """Scales by module path, trained on the logits."""

@@ -131,6 +131,8 @@ class LearnContext:
     base      index of a unit → weights of its base as in PassContext, on the CPU
     progress  called with what is done, how much of it, and how much there is
     stopping  asked now and then; the method then raises Interrupted
+    ranks     the processes that learn together, for methods that say so (`ModelPass.divides`):
+              `scratch` is shared, and `stops` asked in place of `stopping`
     """
 
     tokens: TokenSet | None
@@ -140,6 +142,11 @@ class LearnContext:
     base: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
     progress: Callable[[str, int, int], None] = lambda name, done, total: None
     stopping: Callable[[], bool] = lambda: False
+    ranks: Ranks = ALONE
+
+    def stops(self) -> bool:
+        """Whether some rank was asked to stop; all ranks ask together."""
+        return self.ranks.any(self.stopping())
 
     @property
     def ids(self) -> Tensor:

@@ -15,6 +15,7 @@ from compressor.methods.common.context import LearnContext
 from compressor.methods.common.needles import Needles, make_row
 from compressor.methods.duo_attention.two_stream import TwoStream
 from compressor.numerics.head_gates import distillation_loss, hoyer_square, schedule
+from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.source_model import SourceModel
 
 STATE = "gates.safetensors"
@@ -68,7 +69,8 @@ def train_gates(
     """Train gates from `start` [layers, kv_heads].
 
     Each step draws its rows from its own seed, and the state is kept in the scratch folder, so that
-    a run that was killed goes on to the same gates. Gates are clamped before every step, and once
+    a run that was killed goes on to the same gates. Ranks hold the whole model each, and share the
+    rows of a step. Gates are clamped before every step, and once
     more at the end, where the reference leaves small negative values.
     """
     encode = model.tokenizer()
@@ -77,9 +79,10 @@ def train_gates(
     losses = torch.zeros(steps, 2)
     scratch = context.scratch
     first = _resume(scratch, gates, optimiser, losses)
+    running = Pieces(context.ranks, model.device)
     with TwoStream(model, sinks=sinks, window=window).loaded() as streams:
         for step in range(first, steps):
-            if context.stopping():
+            if context.stops():
                 _save(scratch, step, gates, optimiser, losses)
                 raise Interrupted
             with torch.no_grad():
@@ -92,15 +95,24 @@ def train_gates(
             ]
             ids = torch.stack([row.ids for row in rows])
             scored = torch.stack([row.scored for row in rows]).to(model.device)
-            pair = streams.run(ids, gates.clamp(0, 1))
-            distilled = distillation_loss(pair.full, pair.gated, scored)
+
+            def of_piece(piece: Piece, ids: Tensor = ids, scored: Tensor = scored) -> Part:
+                own = torch.tensor(piece)
+                pair = streams.run(ids[own], gates.clamp(0, 1))
+                places = scored[own.to(scored.device)]
+                loss = distillation_loss(pair.full, pair.gated, places, count=int(scored.sum()))
+                return loss, torch.autograd.grad(loss, [gates])
+
+            pieces = pieces_of(range(batch), context.batch)
+            (distilled,), (gradient,) = running.gradients(pieces, of_piece, [gates])
             pushed = penalty(gates)
-            torch.autograd.backward(distilled + pushed)
+            (gates.grad,) = torch.autograd.grad(pushed, [gates])
+            gates.grad += gradient
             for group in optimiser.param_groups:
                 group["lr"] = rate * schedule(step, steps)
             optimiser.step()
             optimiser.zero_grad()
-            losses[step] = torch.stack([distilled, pushed]).detach().cpu()
+            losses[step] = torch.tensor([distilled, float(pushed.detach())])
             if (step + 1) % SAVE_EVERY == 0:
                 _save(scratch, step + 1, gates, optimiser, losses)
             context.progress(name, step + 1, steps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -62,6 +62,8 @@ class DuoAttention(ModelPass[Gates]):
     The haystack is the calibration text; nothing of the model is trained but one gate for each
     layer and KV head. Writes an attention policy.
     """
+
+    version: ClassVar[int] = 2
 
     data: Needles = Field(Needles(), description="the synthetic passkey rows")
     sinks: int = Field(128, ge=0, description="first tokens a streaming head sees, in training")
@@ -123,6 +125,9 @@ class DuoAttention(ModelPass[Gates]):
         kept = dtype.itemsize * tokens * (2 * hidden * len(blocks) + 10 * hidden + 8 * widest)
         return Cost(memory=kept + (1 + 2 * dtype.itemsize) * self.data.max_length**2)
 
+    def divides(self, *, one_host: bool) -> bool:
+        return True
+
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Gates]:
         """Train the gates, and choose heads by them."""
         haystack = haystack_of(context.ids)
@@ -130,7 +135,9 @@ class DuoAttention(ModelPass[Gates]):
         for length in (self.data.row_lengths[0], self.data.row_lengths[-1]):
             make_row(encode, haystack, data=self.data, length=length, draw=random.Random(0))
         layers, kv_heads = len(model.layout.blocks), attention_shape(model.layout).kv_heads
-        scores = self._scores(model, context, haystack) if self.init == "retrieval" else None
+        scores = None
+        if self.init == "retrieval":
+            scores = context.ranks.led(lambda: self._scores(model, context, haystack))
         trained = train_gates(
             model,
             context,

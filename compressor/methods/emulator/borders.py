@@ -8,7 +8,7 @@ again in every step, at first with dropout on; here they are evaluated, so a rec
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 from compressor_calibration.store import ActivationStore
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from compressor.checkpoint.durable import make_way, own_folder
 from compressor.checkpoint.records import Records
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.activations import after, embedded, even, nowhere
 from compressor.runner.source_model import SourceModel
-from compressor.runner.stream import stored_rows
+from compressor.runner.stream import filling, stored_rows
 from compressor.runner.sweep import Execution, Progress, Step, walk
 
 DONE = "borders.json"
@@ -43,36 +44,43 @@ def record_borders(
     batch: int,
     scratch: Records,
     progress: Progress = lambda name, done, total: None,
-    stopping: Callable[[], bool] = lambda: False,
+    stops: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Borders:
     """Run the whole model up to the end of its middle, with one block in memory; the same call
     after it takes what is there.
 
-    ids  [rows, length].  Raises Interrupted when asked to stop.
+    ids    [rows, length], which ranks share that all see the folder
+    stops  asked by all of them together
+    Raises Interrupted when asked to stop.
     """
     blocks, (bottom, top) = len(model.layout.blocks), pads
     (rows, length), width = ids.shape, model.layout.sizes.hidden
-    own_folder(scratch.folder)
     inputs, outputs = (
         ActivationStore(scratch.folder / f"{name}.bin", rows, length, width, model.dtype)
         for name in ("inputs", "outputs")
     )
     known = scratch.get(DONE)
-    if known is not None and known == {
-        "inputs": _hash(inputs),
-        "outputs": _hash(outputs),
-    }:
+
+    def whole() -> bool:
+        found = {"inputs": _hash(inputs), "outputs": _hash(outputs)}
+        if known is not None and known == found:
+            return True
+        own_folder(scratch.folder)
+        for store in (inputs, outputs):
+            make_way(store.path)
+            store.create()
+        return False
+
+    if ranks.led(whole):
         return Borders(inputs, outputs)
-    for store in (inputs, outputs):
-        make_way(store.path)
-        store.create()
     hashes: dict[str, str] = {}
-    execution = Execution(batch, stopping=stopping, progress=progress)
+    execution = Execution(batch, stopping=stops, progress=progress, ranks=ranks)
     made_of: str | None = None
     for step in walk([model], execution=execution, units=range(blocks - top + 1)):
         if step.layout.kind == "embedding":
             made_of = embedded(model, model.floats(step.source), ids, {})
-            with inputs.writing() as writer:
+            with filling(inputs, ranks) as writer:
                 for start, _, hidden in step.embedded(ids):
                     writer.put(start, hidden)
             hashes["inputs"] = writer.content_hash()
@@ -93,18 +101,23 @@ def _advance(
     the hash of the rows, and what they were made of. Rows may be replaced in place: a batch is
     written after the next one was read."""
     model, batches = step.model, even(entering.rows, step.execution.batch)
+    ranks = step.execution.ranks
     name = after(model, made_of, step.index, model.floats(step.source), batches)
     kept = model.activations
     known = None if kept is None else kept.rows(name)
     if known is not None:
-        with leaving.writing() as writer:
+        with filling(leaving, ranks) as writer:
             for start in range(0, leaving.rows, step.execution.batch):
                 writer.put(start, known[start : start + step.execution.batch])
         return writer.content_hash(), name
     ran: list[int] = []
     keeping = nullcontext(nowhere) if kept is None else kept.keeping(name, batches)
-    with stored_rows(entering) as rows, step.loaded(), leaving.writing() as writer, keeping as keep:
-        for start, stop, out in step.outputs(rows):
+    with ExitStack() as stack:
+        rows = stack.enter_context(stored_rows(entering, ranks))
+        stack.enter_context(step.loaded())
+        writer = stack.enter_context(filling(leaving, ranks))
+        keep = stack.enter_context(keeping)
+        for start, stop, out in step.outputs(rows, dealt=True):
             step.execution.check_stop()
             keep(out)
             ran.append(stop - start)

@@ -27,6 +27,7 @@ from compressor.methods.common.context import LearnContext
 from compressor.methods.emulator.borders import Borders, record_borders
 from compressor.numerics.border_loss import border_loss, teacher_rms
 from compressor.runner.block_runner import Block
+from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.source_model import SourceModel
 from compressor.runner.sweep import Execution
 
@@ -115,14 +116,15 @@ def distill(
         ids,
         pads=pads,
         batch=context.batch,
-        scratch=Records(context.scratch.folder / "borders", context.scratch.owner),
+        scratch=context.scratch.inside("borders"),
         progress=context.progress,
-        stopping=context.stopping,
+        stops=context.stops,
+        ranks=context.ranks,
     )
     dtype = model.source.checkpoint.dtype
     with ExitStack() as stack:
         student = Student(model, units, settings, stack)
-        execution = Execution(settings.batch, stopping=context.stopping)
+        execution = Execution(settings.batch, stopping=context.stops, ranks=context.ranks)
         measured = held_out(ids.shape[0])
         before = student.measure(borders, ids, measured, execution)
         if len(model.layout.blocks) < len(teacher.layout.blocks):
@@ -158,8 +160,8 @@ def _train(
             )
         nn.utils.clip_grad_norm_(student.trained.values(), settings.clip)
         optimizer.step()
-        stop = context.stopping()
-        late = time.monotonic() - kept >= KEEP_SECONDS
+        stop = context.stops()
+        late = context.ranks.any(time.monotonic() - kept >= KEEP_SECONDS)
         if stop or (late and (step + 1) % every == 0):
             _keep(context.scratch, optimizer, student.trained, step + 1)
             kept = time.monotonic()
@@ -215,58 +217,63 @@ class Student:
         targets = ids[:, 1:].to(logits.device).flatten()
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
-    def losses(
-        self, borders: Borders, ids: Tensor, rows: Sequence[int], batch: int
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """For some of the rows at a time, their shares of the border loss and of the cross entropy:
-        over all of `rows` they add up to the means."""
+    def part(
+        self, borders: Borders, ids: Tensor, rows: Sequence[int], piece: Piece
+    ) -> tuple[Tensor, Tensor | None]:
+        """The shares of a piece of the rows in the border loss and in the cross entropy: over all
+        pieces they add up to the means."""
         self._prepare(ids)
         skip, device = self.settings.skip_first, self.model.device
         rms = teacher_rms(borders.outputs.read(rows)[:, skip:]).to(device)
+        leaving = self.middle(borders.inputs.read(piece))
+        teacher = borders.outputs.read(piece).to(device)
+        share = len(piece) / len(rows)
+        border = border_loss(leaving[:, skip:], teacher[:, skip:], rms) * share
+        if self._logits is None:
+            return border, None
         tokens = len(rows) * (ids.shape[1] - 1)
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            leaving = self.middle(borders.inputs.read(part))
-            teacher = borders.outputs.read(part).to(device)
-            share = len(part) / len(rows)
-            border = border_loss(leaving[:, skip:], teacher[:, skip:], rms) * share
-            lm = None
-            if self._logits is not None:
-                lm = self.cross_entropy(leaving, ids[list(part)]) / tokens
-            yield border, lm
+        return border, self.cross_entropy(leaving, ids[list(piece)]) / tokens
 
     def gradients(
         self, borders: Borders, ids: Tensor, rows: Sequence[int], execution: Execution
     ) -> float:
         """The loss of some rows, whose gradients are put into `trained`."""
-        settings = self.settings
+        settings, parameters = self.settings, list(self.trained.values())
 
-        def attempt(batch: int) -> float:
-            total = 0.0
-            for parameter in self.trained.values():
+        def of_piece(piece: Piece) -> Part:
+            border, lm = self.part(borders, ids, rows, piece)
+            loss = settings.kd_weight * border
+            loss = loss if lm is None else loss + settings.lm_weight * lm
+            # An expert that no token went to has none.
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            return loss, found
+
+        def attempt(batch: int) -> tuple[list[float], list[Tensor]]:
+            for parameter in parameters:
                 parameter.grad = None
-            for border, lm in self.losses(borders, ids, rows, batch):
-                loss = settings.kd_weight * border
-                loss = loss if lm is None else loss + settings.lm_weight * lm
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            return total
+            running = Pieces(execution.ranks, self.model.device)
+            return running.gradients(pieces_of(rows, batch), of_piece, parameters)
 
-        with torch.enable_grad():
-            return execution.halving(attempt)
+        (loss,), found = execution.halving(attempt)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        return loss
 
-    @torch.no_grad()
     def measure(
         self, borders: Borders, ids: Tensor, rows: Sequence[int], execution: Execution
     ) -> Losses:
         """Both losses over some rows."""
 
-        def attempt(batch: int) -> Losses:
-            parts = list(self.losses(borders, ids, rows, batch))
-            lms = [float(lm) for _, lm in parts if lm is not None]
-            return Losses(sum(float(x) for x, _ in parts), sum(lms) if lms else None)
+        def both(piece: Piece) -> Tensor:
+            found = self.part(borders, ids, rows, piece)
+            return torch.stack([loss for loss in found if loss is not None])
 
-        return execution.halving(attempt)
+        def attempt(batch: int) -> list[float]:
+            running = Pieces(execution.ranks, self.model.device)
+            return running.losses(pieces_of(rows, batch), both)
+
+        border, *lm = execution.halving(attempt)
+        return Losses(border, lm[0] if lm else None)
 
     def _prepare(self, ids: Tensor) -> None:
         """Masks and rotary tables for rows of this length, which the embedding finds out."""

@@ -76,7 +76,7 @@ class Emulator(ModelPass[Middle]):
     offsite.json records which, and by what the full model is known; `compress plug` reads it.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     pads: tuple[int, int] = Field(
         (2, 2), description="how many of the first and of the last blocks are kept to be tuned"
@@ -175,8 +175,9 @@ class Emulator(ModelPass[Middle]):
         hidden, vocabulary = context.layout.sizes.hidden, context.layout.sizes.vocabulary
         lm = self.distill.lm_weight > 0
         tokens = self.distill.batch * context.length
-        # A master in float32 with its gradient and two moments, and its copy that runs.
-        memory = (16 + 2 * dtype.itemsize) * trained
+        # A master in float32 with two moments, the gradient's sum and a piece of it, and its copy
+        # that runs.
+        memory = (20 + 2 * dtype.itemsize) * trained
         memory += (
             dtype.itemsize * (above + hidden * vocabulary) + 12 * tokens * vocabulary if lm else 0
         )
@@ -186,6 +187,9 @@ class Emulator(ModelPass[Middle]):
             scratch=2 * context.rows * context.length * hidden * dtype.itemsize + 12 * trained,
             flops=6.0 * self.distill.steps * tokens * active,
         )
+
+    def divides(self, *, one_host: bool) -> bool:
+        return one_host and self.distill is not None
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Middle]:
         """The weights between the pads, and the record of the full model."""
@@ -197,7 +201,9 @@ class Emulator(ModelPass[Middle]):
             blocks=blocks,
             pads=self.pads,
             kept=self.kept(blocks),
-            fingerprint=fingerprint(whole, self.pads, progress=context.progress),
+            fingerprint=context.ranks.led(
+                lambda: fingerprint(whole, self.pads, progress=context.progress)
+            ),
             middle=self.middle,
         )
         files = {OFFSITE_NAME: json_bytes(record.to_json())}

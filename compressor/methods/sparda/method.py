@@ -56,7 +56,7 @@ class SparDA(ChosenBlocks[Recall]):
     often (the published training sees 64,000 rows of 65,536 tokens once).
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     rule: ClassVar[type[InfLLMBlocks]] = ForecastBlocks
 
     teacher_kernel: int = Field(2, ge=1, description="keys of a compressed key of the teacher")
@@ -170,6 +170,9 @@ class SparDA(ChosenBlocks[Recall]):
                 found[unit.name] = {f"{_attention(unit)}.{name}": tensor for name in names}
         return found
 
+    def divides(self, *, one_host: bool) -> bool:
+        return one_host
+
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Recall]:
         trainer = Trainer(
             model,
@@ -179,7 +182,8 @@ class SparDA(ChosenBlocks[Recall]):
             batch=context.batch,
             scratch=context.scratch,
             progress=context.progress,
-            stopping=context.stopping,
+            stops=context.stops,
+            ranks=context.ranks,
         )
         # Recall needs blocks to choose from, not the longest rows, of which the text has few.
         length = min(context.ids.shape[1], 2 * self.top_k * self.block_size)
@@ -189,7 +193,9 @@ class SparDA(ChosenBlocks[Recall]):
         dtype = model_dtype(model)
         named = trained.named([_attention(unit) for unit in blocks])
         forecasts = {name: tensor.to(dtype) for name, tensor in named.items()}
-        record = record_choices(model, self.training.teacher, forecasts, text)
+        record = context.ranks.led(
+            lambda: record_choices(model, self.training.teacher, forecasts, text)
+        )
         means = record.to_json()["means"]
         recall = {name: round(found["recall"], 4) for name, found in means.items()}
         rows = [

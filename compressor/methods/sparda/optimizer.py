@@ -29,14 +29,14 @@ class ForecastOptimizer:
             weight_decay=training.weight_decay,
         )
 
-    def step(self) -> None:
-        """Use the gradient that has been added up, and forget it."""
+    def step(self, gradient: Tensor) -> None:
+        """Move the weight by its gradient."""
         self._step += 1
         if self._step <= self.training.warmup:
             rate = self.training.learning_rate * self._step / self.training.warmup
             self._adamw.param_groups[0]["lr"] = rate
         else:
             self._adamw.param_groups[0]["lr"] = self.training.learning_rate
+        self.weight.grad = gradient
         torch.nn.utils.clip_grad_norm_([self.weight], self.training.clip)
         self._adamw.step()
-        self._adamw.zero_grad()

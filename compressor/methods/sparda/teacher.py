@@ -40,10 +40,10 @@ class Teacher:
     fine: WindowRule
     pooling: Pooling = "max"
 
-    def add_gradient(
+    def gradient(
         self, weight: Tensor, hidden: Tensor, call: AttentionCall, rotary: Any, *, rows: int
-    ) -> float:
-        """Add these rows' part of the loss's gradient to `weight.grad`; that part of the loss.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """These rows' part of the loss, and of its gradient for `weight`.
 
         weight  [kv_heads * head_dim, hidden], float32;  hidden  what it reads, [n, length, hidden]
         call    the attention whose blocks are to be told, of the same n rows
@@ -55,7 +55,7 @@ class Teacher:
         forecast = forecast_of(hidden, weight, kv_heads=groups, rotary=rotary)
         leaf = forecast.detach().requires_grad_()
         keys = compress_keys_ref(call.key, windows)
-        total = 0.0
+        total = torch.zeros((), device=leaf.device)
         for part, behind in self.parts(call):
             at = slice(length - behind - part.shape[2], length - behind)
             where = {"tokens": length, "behind": behind}
@@ -65,9 +65,8 @@ class Teacher:
             loss = bucketed_kl(shares, student, blocks, rule, windows, **where).sum()
             loss = loss / (rows * groups * length)
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        forecast.backward(leaf.grad)  # type: ignore[no-untyped-call]
-        return total
+            total += loss.detach()
+        return total, list(torch.autograd.grad(forecast, [weight], [leaf.grad]))
 
     @torch.no_grad()
     def blocks(self, call: AttentionCall) -> Tensor:

@@ -30,11 +30,13 @@ from compressor.errors import Interrupted
 from compressor.methods.sparda.optimizer import ForecastOptimizer
 from compressor.methods.sparda.start import LeastSquares, initial_forecast, mean_queries
 from compressor.methods.sparda.teacher import Teacher, attention_call, attention_inputs, norms
+from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.activations import after, embedded, even, nowhere
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.block_runner import Block
+from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.source_model import SourceModel
-from compressor.runner.stream import stored_rows
+from compressor.runner.stream import filling, stored_rows
 from compressor.runner.sweep import Execution, Progress, Step, walk
 
 FIT_TOKENS = 65536
@@ -119,6 +121,8 @@ class Trainer:
 
     scratch  folder of the buffers and of what is trained; a training that is repeated there goes on
              from all of it that is whole
+    stops    asked now and then, by all ranks together, whether to stop
+    ranks    that share the rows of each step, and see the folder
     """
 
     model: SourceModel
@@ -128,7 +132,8 @@ class Trainer:
     batch: int
     scratch: Records
     progress: Progress = lambda name, done, total: None
-    stopping: Callable[[], bool] = lambda: False
+    stops: Callable[[], bool] = lambda: False
+    ranks: Ranks = ALONE
     _reached: int = field(default=-1, init=False)
     """The block whose inputs are whole in their buffer (and those of the one before); -1: none."""
     _hashes: list[str | None] = field(default_factory=lambda: [None, None], init=False)
@@ -144,7 +149,9 @@ class Trainer:
         losses: list[tuple[float, float]] = []
         before: dict[str, Tensor] = {}
         stores: list[ActivationStore] = []
-        execution = Execution(self.batch, stopping=self.stopping, progress=self.progress)
+        execution = Execution(
+            self.batch, stopping=self.stops, progress=self.progress, ranks=self.ranks
+        )
         for step in walk([model], execution=execution, units=range(len(blocks) + 1)):
             layer = step.layout.index
             if step.layout.kind == "embedding":
@@ -179,10 +186,14 @@ class Trainer:
             ActivationStore(self.scratch.folder / f"states.{i}.bin", rows, length, width, dtype)
             for i in range(2)
         ]
-        own_folder(self.scratch.folder)
-        for store in stores:
-            make_way(store.path)
-            store.create()
+
+        def create() -> None:
+            own_folder(self.scratch.folder)
+            for store in stores:
+                make_way(store.path)
+                store.create()
+
+        self.ranks.led(create)
         return stores
 
     def _go_on(self, stores: Sequence[ActivationStore], blocks: int) -> None:
@@ -199,7 +210,7 @@ class Trainer:
         needed = [reached % 2]
         if missing == reached > 0:
             needed.append((reached - 1) % 2)
-        if all(stores[i].content_hash() == hashes[i] for i in needed):
+        if self.ranks.led(lambda: all(stores[i].content_hash() == hashes[i] for i in needed)):
             self._reached, self._hashes = reached, hashes
             self._made_of = known.get("made_of")
 
@@ -218,7 +229,7 @@ class Trainer:
             list(step.embedded(self.ids[:1]))
             return
         self.scratch.drop(PROGRESS)
-        with store.writing() as writer:
+        with filling(store, self.ranks) as writer:
             for start, _, hidden in step.embedded(self.ids):
                 self._check_stop()
                 writer.put(start, hidden)
@@ -246,8 +257,7 @@ class Trainer:
                 queries = mean_queries(unit, attention_shape(self.model.layout), tensors)
                 initial = self._fitted(block, queries, read, inputs)
             optimizer = ForecastOptimizer(initial.to(self.model.device), self.training)
-            pairs = self._calls(block, read, inputs)
-            losses = list(self._steps(optimizer, pairs, max(0, layer - 1)))
+            losses = list(self._steps(optimizer, block, read, inputs))
         few = max(1, len(losses) // 10)
         ends = [sum(part) / few for part in (losses[:few], losses[-few:])]
         trained = {
@@ -276,43 +286,44 @@ class Trainer:
             fit.add(inputs(older), own.float() @ queries.T)
         return fit.solve()
 
-    def _calls(
-        self,
-        block: Block,
-        stores: Sequence[ActivationStore],
-        inputs: Callable[[Tensor], Tensor] | None,
-    ) -> Iterator[tuple[AttentionCall, Tensor]]:
-        """For every batch of every step: the teaching attention's call, and what the forecast
-        reads."""
-        order = self.training.order(self.ids.shape[0], seed=self.seed)
-        batches = [
-            step[start : start + self.batch]
-            for step in order
-            for start in range(0, len(step), self.batch)
-        ]
-        for _, states in read_ahead(stores, batches):
-            call, own = attention_call(block, states[0])
-            yield call, own if inputs is None else inputs(states[1])
-
     def _steps(
         self,
         optimizer: ForecastOptimizer,
-        pairs: Iterator[tuple[AttentionCall, Tensor]],
-        reader: int,
+        block: Block,
+        stores: Sequence[ActivationStore],
+        inputs: Callable[[Tensor], Tensor] | None,
     ) -> Iterator[float]:
-        """Take the steps; the loss of each."""
-        training, length = self.training, self.ids.shape[1]
-        tables = self.model.runner.rotary(reader, length)
-        for step in range(training.steps):
+        """Take the steps; the loss of each.
+
+        inputs  from hidden states to what the forecast reads of them, if not what enters the
+                attention that teaches it
+        """
+        training, model = self.training, self.model
+        tables = model.runner.rotary(max(0, block.unit.index - 1), self.ids.shape[1])
+        steps = [
+            pieces_of(rows, self.batch)
+            for rows in training.order(self.ids.shape[0], seed=self.seed)
+        ]
+        own = [step[i] for step in steps for i in self.ranks.own(len(step))]
+        states = read_ahead(stores, own)
+        coming: tuple[Piece, list[Tensor]] = [], []
+        running = Pieces(self.ranks, model.device)
+        for number, pieces in enumerate(steps):
             self._check_stop()
-            teacher, loss, seen = training.teacher_at(step), 0.0, 0
-            while seen < training.rows_per_step:
-                call, hidden = next(pairs)
-                seen += hidden.shape[0]
-                loss += teacher.add_gradient(
+            teacher = training.teacher_at(number)
+
+            def of_piece(piece: Piece, teacher: Teacher = teacher) -> Part:
+                nonlocal coming
+                if coming[0] is not piece:  # a piece may be asked for twice
+                    coming = next(states)
+                call, read = attention_call(block, coming[1][0])
+                hidden = read if inputs is None else inputs(coming[1][1])
+                return teacher.gradient(
                     optimizer.weight, hidden, call, tables, rows=training.rows_per_step
                 )
-            optimizer.step()
+
+            (loss,), (gradient,) = running.gradients(pieces, of_piece, [optimizer.weight])
+            optimizer.step(gradient)
             yield loss
 
     def _name(self, step: Step) -> str | None:
@@ -348,13 +359,16 @@ class Trainer:
         ran = batches
         known = None if kept is None else kept.rows(name)
         keeping = nullcontext(nowhere) if kept is None else kept.keeping(name, batches)
-        with target.writing() as writer:
+        with filling(target, self.ranks) as writer:
             if known is not None:
                 writer.put(0, known)
             else:
                 ran = []
-                with step.loaded(tensors), stored_rows(source) as rows, keeping as keep:
-                    for start, stop, hidden in step.outputs(rows, hook=hook):
+                with ExitStack() as stack:
+                    stack.enter_context(step.loaded(tensors))
+                    rows = stack.enter_context(stored_rows(source, self.ranks))
+                    keep = stack.enter_context(keeping)
+                    for start, stop, hidden in step.outputs(rows, hook=hook, dealt=True):
                         self._check_stop()
                         keep(hidden)
                         ran.append(stop - start)
@@ -362,7 +376,7 @@ class Trainer:
         self._reach(layer + 1, writer.content_hash(), name if ran == batches else None)
 
     def _check_stop(self) -> None:
-        if self.stopping():
+        if self.stops():
             raise Interrupted
 
 
