@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, ValidationError
 
@@ -23,24 +23,52 @@ FORMS: dict[str, dict[str, Any]] = {
 """Forms beside integers, as passes that round to nearest; inputs stay in float."""
 
 
+class Way(NamedTuple):
+    """How linears are stored: as integers, in another form of `FORMS`, or, with neither, as they
+    are. `group_size` is null where it is the recipe's."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    form: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        size = "" if self.group_size is None else f" in groups of {self.group_size}"
+        return self.form or ("in float" if self.bits is None else f"{self.bits} bits{size}")
+
+    def entry(self, quantizer: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's quantizer at this number of bits, or what rounds to the form in its place."""
+        if self.form is not None:
+            return form_entry(self.form, quantizer)
+        ((name, params),) = quantizer.items()
+        grid = {"bits": self.bits, "group_size": self.group_size}
+        return {name: {**params, **{k: v for k, v in grid.items() if v is not None}}}
+
+
 class Option(Strict):
     """One way to store a group of linears.
 
-    bits             of an integer; null in another form, or where linears stay as they are
-    form             of `FORMS`
-    bits_per_weight  with scales and zero points
-    error            what it costs, on one scale for all groups of the file
+    bits, group_size, form  as of a `Way`
+    bits_per_weight         with scales and zero points
+    error                   what it costs, on one scale for all groups of the file
     """
 
     bits: int | None
+    group_size: int | None = None
     form: str | None = None
     bits_per_weight: float = Field(gt=0)
     error: float = Field(ge=0)
 
     @property
+    def way(self) -> Way:
+        """Without what it costs."""
+        return Way(self.bits, self.group_size, self.form)
+
+    @property
     def label(self) -> str:
         """What people call it."""
-        return self.form or ("in float" if self.bits is None else f"{self.bits} bits")
+        return self.way.label
 
 
 class Group(Strict):
@@ -273,16 +301,14 @@ def mixed_recipe(sensitivity: Sensitivity, choice: Sequence[int]) -> dict[str, A
     recipe = copy.deepcopy(sensitivity.recipe)
     before, quantizer = split_bits(recipe["passes"])
     ((name, params),) = quantizer.items()
-    chosen: dict[int | str | None, list[str]] = {}
+    chosen: dict[Way, list[str]] = {}
     for group, option in zip(sensitivity.groups, choice, strict=True):
-        found = group.options[option]
-        chosen.setdefault(found.form or found.bits, []).extend(group.linears)
-    alone = chosen.pop(None, [])
+        chosen.setdefault(group.options[option].way, []).extend(group.linears)
+    alone = chosen.pop(Way(), [])
     if not chosen:
         raise InputError("nothing would be quantized", hint="allow fewer bits per weight")
-    ways = {way: names for way, names in chosen.items() if way is not None}
-    usual = max(ways, key=lambda way: len(ways[way]))
-    others = {way: names for way, names in ways.items() if way != usual}
+    usual = max(chosen, key=lambda way: len(chosen[way]))
+    others = {way: names for way, names in chosen.items() if way != usual}
     for entry in before:
         ((_, given),) = entry.items()
         if alone:
@@ -291,18 +317,10 @@ def mixed_recipe(sensitivity: Sensitivity, choice: Sequence[int]) -> dict[str, A
     ignore = [*params.get("ignore", ["lm_head"]), *apart]
     recipe["passes"] = [
         *before,
-        _entry(usual, {name: {**params, "ignore": ignore}}),
-        *(_entry(way, _only(quantizer, names)) for way, names in others.items()),
+        usual.entry({name: {**params, "ignore": ignore}}),
+        *(way.entry(_only(quantizer, names)) for way, names in others.items()),
     ]
     return recipe
-
-
-def _entry(way: int | str, quantizer: dict[str, Any]) -> dict[str, Any]:
-    """The quantizer at a number of bits, or what rounds to a form in its place."""
-    if isinstance(way, str):
-        return form_entry(way, quantizer)
-    ((name, params),) = quantizer.items()
-    return {name: {**params, "bits": way}}
 
 
 def _only(quantizer: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from compressor.methods.base import ModelPass
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.plan.unit_plan import Observable, UnitPlan
-from compressor.run.allocate import Group, Option, Sensitivity, form_entry, split_bits
+from compressor.run.allocate import Group, Option, Sensitivity, Way, split_bits
 from compressor.run.apply import apply_passes
 from compressor.runner.activations import Activations
 from compressor.runner.block_runner import Block
@@ -39,15 +39,16 @@ from compressor.runner.sweep import Execution, Step, sweep
 MEASURE = "relative squared change of the hidden states after the block, mean over tokens"
 KL = "KL divergence of the predictions in second order, nats for each token"
 
-Way = int | str
-"""A number of bits, or the name of another form."""
-
 
 def plans_of_bits(
-    recipe: Mapping[str, Any], source: Source, bits: Sequence[int], forms: Sequence[str] = ()
+    recipe: Mapping[str, Any],
+    source: Source,
+    bits: Sequence[int],
+    forms: Sequence[str] = (),
+    groups: Sequence[int] = (),
 ) -> dict[Way, Plan]:
-    """The recipe planned with its quantizer at each number of bits, in ascending order, and with
-    other forms in its place.
+    """The recipe planned with its quantizer at each number of bits, in ascending order, in groups
+    of each size, and with other forms in its place.
 
     Raises Problems or InputError where a plan fails or there is no one quantizer with `bits`.
     """
@@ -55,12 +56,12 @@ def plans_of_bits(
     ((name, given),) = quantizer.items()
     # Inputs are the unquantized model's: there is nothing to correct.
     params = {key: value for key, value in given.items() if key != "correction"}
-    entries: dict[Way, dict[str, Any]] = {
-        number: {name: {**params, "bits": number}} for number in sorted(set(bits))
-    }
-    entries |= {form: form_entry(form, {name: params}) for form in dict.fromkeys(forms)}
+    sizes: Sequence[int | None] = tuple(dict.fromkeys(groups)) or (None,)
+    ways = [Way(number, size) for number in sorted(set(bits)) for size in sizes]
+    ways += [Way(form=form) for form in dict.fromkeys(forms)]
     plans: dict[Way, Plan] = {}
-    for way, entry in entries.items():
+    for way in ways:
+        entry = way.entry({name: params})
         data = {**recipe, "passes": [*before, entry], "propagate": "original"}
         plan = make_plan(make_recipe(data), source)
         for step in plan.passes:
@@ -88,6 +89,7 @@ def measure_sensitivity(
     device: torch.device,
     batch: int,
     forms: Sequence[str] = (),
+    groups: Sequence[int] = (),
     weighted: bool = False,
     activations: Activations | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -96,28 +98,29 @@ def measure_sensitivity(
 
     recipe    as plain data, with exactly one quantizer that has `bits`
     forms     of `FORMS`
+    groups    sizes of integers' groups, in place of the recipe's
     weighted  errors are KL divergences, for which the whole model is in memory once
     ids       calibration tokens [rows, length]
     activations  where hidden states of the source are kept
     progress  called with a unit's name, how many are done, and how many there are
     """
-    plans = plans_of_bits(recipe, source, bits, forms)
+    plans = plans_of_bits(recipe, source, bits, forms, groups)
     plan = next(iter(plans.values()))
     model = SourceModel(
         source, device=device, dtype=plan.compute_dtype(device), activations=activations
     )
     execution = Execution(batch, offload=False)
-    groups: list[Group] = []
+    found: list[Group] = []
     gradients = end_gradients(model, ids, seed=plan.recipe.seed) if weighted else None
     for step in sweep(model, ids, execution=execution):
         own = None if gradients is None else gradients[step.layout.index]
-        groups += _measure_block(plans, step, own)
+        found += _measure_block(plans, step, own)
         progress(step.layout.name, step.index, len(source.layout.blocks))
     return Sensitivity(
         recipe=dict(recipe),
         measure=KL if weighted else MEASURE,
         tokens=ids.numel(),
-        groups=tuple(groups),
+        groups=tuple(found),
     )
 
 
@@ -164,8 +167,7 @@ def _measure_block(plans: Mapping[Way, Plan], step: Step, gradients: Tensor | No
                 error = _error(step, block, plan, linears, floats, rounded, left, gradients)
                 options[number].append(
                     Option(
-                        bits=way if isinstance(way, int) else None,
-                        form=None if isinstance(way, int) else way,
+                        **way._asdict(),
                         bits_per_weight=bits_per_weight(unit, linears),
                         error=error,
                     )

@@ -3,6 +3,7 @@ them with quantized inputs, cache and attention policy applied, in float32."""
 
 import argparse
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 import torch
 from compressor_calibration.sources import read_documents
 from compressor_calibration.tokens import windows
+from torch import Tensor
 from variant import Bench, Figures, Variant
 
 from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.source import Source, open_source
 from compressor.evaluate.perplexity import token_scores
+from compressor.plan.calibration import Calibration
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import compile_checkpoint, prepare
+from compressor.run.tokens import calibration_tokens
 from compressor.runner.sweep import FinalStates, run_blocks
 from compressor.runner.tokenizer import load_tokenizer
 
@@ -86,6 +90,27 @@ class Recipes:
     def itself(self, name: str) -> Variant:
         """The model."""
         return Variant(name, lambda: self.scores(self.source))
+
+    def foreign(
+        self, name: str, make: Callable[[Tensor, Path], None], *, baseline: str, settings: Any
+    ) -> Variant:
+        """What another program makes of the model and the same calibration rows, in a folder."""
+
+        def measure() -> Figures:
+            with tempfile.TemporaryDirectory(dir=self.bench.work) as folder:
+                started = time.perf_counter()
+                make(self.rows(), Path(folder))
+                seconds = time.perf_counter() - started
+                return {**self.scores(open_source(Path(folder))), "seconds": seconds}
+
+        return Variant(name, measure, settings=settings, baseline=baseline)
+
+    def rows(self) -> Tensor:
+        """Calibration tokens, as a recipe without a seed of its own gets them."""
+        options = self.options
+        lengths = {"samples": options.samples, "length": options.length}
+        calibration = Calibration.model_validate({"data": options.calibration, **lengths})
+        return calibration_tokens(load_tokenizer(self.model), calibration, seed=0).ids
 
     def variant(
         self,

@@ -19,7 +19,7 @@ from compressor.evaluate.perplexity import token_scores
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.allocate import mixed_recipe, parse_sensitivity, with_quantizer
-from compressor.run.sensitivity import measure_sensitivity
+from compressor.run.sensitivity import KL, measure_sensitivity
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.runner.sweep import StreamedModel, run_blocks
 
@@ -86,6 +86,26 @@ def test_from_a_model_to_a_mixed_recipe(tiny_model: Callable[..., Path], tmp_pat
     plan = make_plan(make_recipe(yaml.safe_load(recipe.read_text())), open_source(model))
     bits = [s.weight.bits for s in plan.schemes.linears.values() if s.weight is not None]
     assert set(bits) == {3, 8}
+
+
+def test_the_command_measures_all_that_it_is_asked(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "sensitivity.json"
+    arguments = ["measure", str(tiny_model("llama")), "--output", str(file), "--samples", "2"]
+    arguments += ["--length", "32", "--bits", "3", "--bits", "4", "--form", "nvfp4"]
+    arguments += ["--group-size", "16", "--group-size", "32", "--error", "kl"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert "3 g16" in result.output and "nvfp4" in result.output
+    found = parse_sensitivity(file.read_text(), where=str(file))
+    assert found.measure == KL
+    for group in found.groups:
+        ways = [(o.bits, o.group_size, o.form) for o in group.options]
+        assert ways[:2] == [(3, 16, None), (3, 32, None)]
+        assert ways[2:] == [(4, 16, None), (4, 32, None), (None, None, "nvfp4"), (None,) * 3]
+        sizes = [o.bits_per_weight for o in group.options[:4]]
+        assert sizes[0] > sizes[1] and sizes[2:] == [sizes[0] + 1, sizes[1] + 1]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])

@@ -129,6 +129,19 @@ def test_unusual_bits_have_names():
     assert other.params.group_size == 64
 
 
+def test_group_sizes_are_chosen_too():
+    wide, narrow = (
+        Option(bits=3, group_size=size, bits_per_weight=3 + 16 / size, error=error)
+        for size, error in ((64, 0.2), (32, 0.1))
+    )
+    more = Option(bits=4, group_size=64, bits_per_weight=4.25, error=0.02)
+    groups = [Group(linears=(n,), weights=4, options=(wide, narrow, more)) for n in "abc"]
+    passes = make_recipe(mixed_recipe(sensitivity(groups), [0, 2, 0])).passes
+    grids = [(step.params.bits, step.params.group_size) for step in passes[1:]]
+    assert grids == [(3, 64), (4, 64)] and passes[2].params.targets == ["b"]
+    assert uniform(sensitivity(groups))["3 bits in groups of 32"] == pytest.approx((3.5, 0.3))
+
+
 def test_which_pass_has_bits_to_choose():
     before, quantizer = split_bits([{"smoothquant": {"alpha": 0.5}}, {"rtn": {"bits": 8}}])
     assert before == [{"smoothquant": {"alpha": 0.5}}] and quantizer == {"rtn": {"bits": 8}}

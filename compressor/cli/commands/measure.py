@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compressor.checkpoint.source import Source
+    from compressor.run.allocate import Way
 
 
 @click.command()
@@ -44,7 +45,13 @@ if TYPE_CHECKING:
     help="change: of the hidden states after the block; kl: what that change costs the model's "
     "predictions, by a backward pass with the whole model in memory.",
 )
-@click.option("--group-size", type=click.IntRange(1), help="Of a MODEL's round-to-nearest.")
+@click.option(
+    "--group-size",
+    "groups",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Of integers, in place of the recipe's; repeat the option to try several.",
+)
 @click.option("--samples", type=click.IntRange(1), help="Rows of calibration tokens.")
 @click.option("--length", type=click.IntRange(8), help="Tokens of each row.")
 @click.option("--batch", default=4, type=click.IntRange(1))
@@ -76,7 +83,7 @@ def command(
     bits: tuple[int, ...],
     forms: tuple[str, ...],
     kind: str,
-    group_size: int | None,
+    groups: tuple[int, ...],
     samples: int | None,
     length: int | None,
     batch: int,
@@ -91,13 +98,13 @@ def command(
 
     Of a RECIPE (a .yaml file) the quantizer is tried with each number of bits, after its
     transforms; of a MODEL, rounding to nearest; with --form so are floats in its place. Nothing is
-    compressed. `compress allocate` makes a
-    recipe of the file.
+    compressed. `compress allocate` makes a recipe of the file.
 
     \b
     compress measure recipes/smollm2-awq.yaml --bits 3 --bits 4 --bits 8
     compress measure ./my-model --group-size 64 -o sensitivity.json
     compress measure ./my-model --bits 3 --bits 4 --form nvfp4 --form fp8 --error kl
+    compress measure gptq.yaml --bits 3 --bits 4 --group-size 32 --group-size 64 --error kl
     compress allocate sensitivity.json --bits-per-weight 4.5 > mixed.yaml
     compress measure MODEL --attention moba --length 4096 -o moba.json
     """
@@ -130,8 +137,8 @@ def command(
         _measure_blocks(source, tokens.ids, blocks, where, batch, out, log_format, as_json)
         return
     if not subject.endswith((".yaml", ".yml")):
-        data["passes"] = [{"rtn": {"group_size": group_size or _group_size(source.layout.linears)}}]
-    plans_of_bits(data, source, bits, forms)
+        data["passes"] = [{"rtn": {"group_size": _group_size(source.layout.linears)}}]
+    plans_of_bits(data, source, bits, forms, groups)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     tokens = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed)
     display = Display(log_format=log_format)
@@ -143,6 +150,9 @@ def command(
             tokens.ids,
             device=where,
             batch=batch,
+            forms=forms,
+            groups=groups,
+            weighted=kind == "kl",
             activations=open_activations(recipe.activation_store, where),
             progress=lambda name, done, total: display.unit(name, done, total),
         )
@@ -150,12 +160,18 @@ def command(
     if as_json:
         echo(json.dumps({"ok": True, "file": str(out), "groups": len(found.groups)}))
         return
-    tried = [str(b) for b in sorted(set(bits))] + list(dict.fromkeys(forms))
+    tried = [_short(option.way) for option in found.groups[0].options[:-1]]
     echo(f"{'error at bits':>12} " + " ".join(f"{b:>9}" for b in tried) + "  the costliest")
     for group in sorted(found.groups, key=lambda g: -g.options[0].error)[:10]:
         row = " ".join(f"{option.error:9.2e}" for option in group.options[:-1])
         echo(f"{'':>13} {row}  {group.linears[0]}{_more(len(group.linears) - 1)}")
     echo(f"written to {out}: {len(found.groups)} groups")
+
+
+def _short(way: Way) -> str:
+    """`4`, `4 g32` where several group sizes are tried, `nvfp4`."""
+    size = "" if way.group_size is None else f" g{way.group_size}"
+    return way.form or f"{way.bits}{size}"
 
 
 def _measure_blocks(

@@ -5,14 +5,17 @@
 
 Calibration: 128 rows of 512 tokens of State of the Union addresses from 1940 on. Held out: 24 rows
 of 512 of Moby-Dick and of the topics of Python's help, and 64 of each kind of the bundled held-out
-texts. Ratios are to `rtn` on the same grid.
+texts. Ratios are to `rtn` on the same grid. `autoround` is AutoRound itself on the same rows, where
+its package is installed.
 """
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from autoround import run_autoround
 from compressor_calibration.bundled import KINDS
 from variant import Bench, Variant
 
@@ -37,6 +40,8 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 PUBLISHED = {"scales": "range", "damping": 0.01, "correction": 0.0}
 UNCORRECTED = {"correction": 0.0}
+STEPS = {"autoround": 200, "autoround 50": 50, "autoround 1000": 1000}
+"""Of AutoRound itself, for each block."""
 HEAD = {"targets": "lm_head", "ignore": [], "group_size": 64}
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     # Parameters of each pass; the last one gets the grid as well.
@@ -88,7 +93,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, GGUF file or Hub id")
     parser.add_argument("texts", type=Path, help="what anchor_texts.py makes")
     parser.add_argument("--grids", nargs="*", choices=GRIDS, default=list(GRIDS)[:3])
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, *STEPS], default=list(METHODS))
     text_options(parser, calibration="", windows=64)
 
 
@@ -102,11 +107,17 @@ def variants(bench: Bench) -> Iterator[Variant]:
     yield recipes.itself("original")
     for grid in options.grids:
         for method in options.methods:
+            baseline = f"{grid}: rtn"
+            if method in STEPS:
+                settings: dict[str, Any] = {"grid": GRIDS[grid], "steps": STEPS[method]}
+                make = partial(run_autoround, recipes.model, device=bench.device, **settings)
+                name = f"{grid}: {method}"
+                yield recipes.foreign(name, make, baseline=baseline, settings=settings)
+                continue
             *transforms, (last, more) = METHODS[method]
             passes = [{name: given} for name, given in transforms]
             passes.append(on_grid(last, more, GRIDS[grid]))
             untie = method.startswith("rotate") or "head" in method
-            baseline = f"{grid}: rtn"
             yield recipes.variant(f"{grid}: {method}", passes, baseline=baseline, untie=untie)
 
 

@@ -1,0 +1,106 @@
+"""Seconds for each block of learned rounding: ours, and AutoRound's in the same process after it.
+
+    python scripts/make_random_model.py MODEL --shape 7b --layers 8
+    python scripts/bench/peer_autoround.py MODEL --preset fast
+
+Both round the same model to 4 bits, symmetric, with the same calibration rows: `reconstruct` from
+disk to disk, AutoRound (`pip install auto-round`, its 200 steps of 8 rows) in memory. A block's
+time is that from the end of the one before it to its own end, so that the first, which has
+compilation in it, has none. A line of JSON each, with the median and all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
+import itertools
+
+from autoround import run_autoround
+
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.run.tokens import calibration_tokens
+from compressor.runner.tokenizer import load_tokenizer
+
+
+class Ends(logging.Handler):
+    """When AutoRound says that a block is quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "layers in the block" in record.getMessage():
+            self.times.append(time.perf_counter())
+
+
+def say(what: str, ends: list[float], began: float) -> None:
+    blocks = [b - a for a, b in itertools.pairwise(ends)]
+    row = {
+        "what": what,
+        "block_s": round(statistics.median(blocks), 3) if blocks else None,
+        "blocks_s": [round(seconds, 3) for seconds in blocks],
+        "first_ended_s": round(ends[0] - began, 2),
+        "whole_s": round(time.perf_counter() - began, 2),
+    }
+    print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--preset", default="fast", choices=["fast", "good", "best"])
+    parser.add_argument("--steps", type=int, default=200, help="of AutoRound")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--group-size", type=int, default=128)
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    grid = {"bits": 4, "group_size": options.group_size}
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = make_recipe(
+            {
+                "model": str(options.model),
+                "output": f"{scratch}/ours",
+                "passes": [{"reconstruct": {**grid, "preset": options.preset}}],
+                "calibration": {
+                    "data": "bundled/prose",
+                    "samples": options.samples,
+                    "length": options.length,
+                },
+                "verify": False,
+                "report": False,
+            }
+        )
+        ends: list[float] = []
+        began = time.perf_counter()
+        compile_checkpoint(
+            prepare(recipe, device=device),
+            on_unit=lambda unit: ends.append(time.perf_counter()),
+        )
+        # Embedding and head are units as well.
+        say(f"reconstruct {options.preset}", ends[1:-1], began)
+        tokenizer = load_tokenizer(options.model)
+        rows = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed).ids
+        heard = Ends()
+        logging.getLogger("autoround").addHandler(heard)
+        began = time.perf_counter()
+        theirs = Path(scratch) / "theirs"
+        run_autoround(options.model, rows, theirs, grid=grid, steps=options.steps, device=device)
+        say(f"AutoRound, {options.steps} steps", heard.times, began)
+
+
+if __name__ == "__main__":
+    main()
