@@ -26,6 +26,8 @@ from compressor.ranks.ranks import ALONE, Ranks
 
 SCALE_FLOOR = 1e-4
 """Smallest value of a channel's scale before it is normalised, as in the published code."""
+CLIP_GRID, CLIP_STEPS = 20, 10
+"""Bounds are tried in steps of 1/20 of the largest magnitude, down to more than half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,42 +222,19 @@ def _row_blocks(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield block
 
 
-def search_clip_reference(
-    weight: Tensor,
-    inputs: Tensor,
-    spec: QuantSpec,
-    *,
-    grid: int = 20,
-    max_shrink: float = 0.5,
-    tokens: int = 512,
-) -> Tensor:
-    """The published clipping search: bounds [O, groups] with the least error of each group's part
-    of the output, over every (T // tokens)-th of the inputs [T, C]."""
-    chosen = inputs[:: max(1, inputs.shape[0] // tokens)].to(weight.dtype)
-    size = _clip_group_size(weight, spec)
-    x = chosen.view(chosen.shape[0], -1, size).transpose(0, 1)
-
-    def error(delta: Tensor) -> Tensor:
-        return (delta.transpose(0, 1) @ x.transpose(1, 2)).square().mean(-1).t()
-
-    return _search_clip(weight, error, spec, grid=grid, max_shrink=max_shrink)
-
-
 def search_clip_gram(
     weight: Tensor,
     gram: Tensor,
     spec: QuantSpec,
     *,
     scales: Tensor | None = None,
-    grid: int = 20,
-    max_shrink: float = 0.5,
 ) -> Tensor:
     """Bounds [O, groups] that give the least Δ_g G_gg Δ_gᵀ in each group of each row.
 
     weight  [O, C] as it will be quantized, scales included
     gram    [C, C] of the input before it was divided by `scales` [C]
     """
-    size = _clip_group_size(weight, spec)
+    size = clip_group_size(weight, spec)
     groups = weight.shape[1] // size
     blocks = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2)
     blocks = blocks.permute(2, 0, 1).to(torch.float32)
@@ -270,8 +249,8 @@ def search_clip_gram(
             bits=spec.bits,
             symmetric=spec.symmetric,
             stored=spec.scale_dtype,
-            grid=grid,
-            steps=int(max_shrink * grid),
+            grid=CLIP_GRID,
+            steps=CLIP_STEPS,
         )
 
     def error(delta: Tensor) -> Tensor:
@@ -279,30 +258,23 @@ def search_clip_gram(
         errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
         return errors.t()
 
-    return _search_clip(weight.float(), error, spec, grid=grid, max_shrink=max_shrink)
+    return search_clip(weight.float(), error, spec)
 
 
-def _search_clip(
-    weight: Tensor,
-    error_of: Callable[[Tensor], Tensor],
-    spec: QuantSpec,
-    *,
-    grid: int,
-    max_shrink: float,
-) -> Tensor:
-    """Bounds absmax·(1 − i/grid) with the least error, for i below max_shrink·grid.
+def search_clip(weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: QuantSpec) -> Tensor:
+    """Bounds absmax·(1 − i/CLIP_GRID) with the least error, for i below CLIP_STEPS.
 
     error_of  error [rows, n, g] of grouped weights → squared output error [rows, n]
     """
-    size = _clip_group_size(weight, spec)
+    size = clip_group_size(weight, spec)
     rows = max(1, (2**24 if weight.is_cuda else 2**18) // weight.shape[1])
     bounds = []
     for chunk in torch.split(weight, rows):
         absmax = chunk.view(chunk.shape[0], -1, size).abs().amax(-1)
         best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
         span = group_range(chunk, spec)
-        for i in range(int(max_shrink * grid)):
-            bound = absmax * (1 - i / grid)
+        for i in range(CLIP_STEPS):
+            bound = absmax * (1 - i / CLIP_GRID)
             delta = fake_quantize_int(chunk, spec, clip_max=bound, span=span).sub_(chunk)
             error = error_of(delta.view(chunk.shape[0], -1, size))
             better = error < least
@@ -312,7 +284,7 @@ def _search_clip(
     return torch.cat(bounds)
 
 
-def _clip_group_size(weight: Tensor, spec: QuantSpec) -> int:
+def clip_group_size(weight: Tensor, spec: QuantSpec) -> int:
     """Inputs that share one bound. Raises InputError for grids that no range decides."""
     if not is_plain_int(spec):
         raise InputError(

@@ -19,21 +19,15 @@ from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
 from compressor.checkpoint.source import Source
 from compressor.errors import CompressError
 from compressor.evaluate.gate import GateResult, Passes
-from compressor.evaluate.passkey import PasskeyResult, passkey
-from compressor.evaluate.perplexity import (
-    EvaluationResult,
-    TaskScore,
-    evaluate,
-    plain_json,
-    strided,
-)
+from compressor.evaluate.measure import Measured, measure
+from compressor.evaluate.passkey import PasskeyResult
+from compressor.evaluate.perplexity import EvaluationResult, TaskScore, plain_json
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.audit import Audited, audit, options_of
 from compressor.run.portable import portable
 from compressor.run.session import Compiled, Prepared
-from compressor.runner.activations import Activations
 from compressor.runner.heap import give_back_page_locked
 from compressor.runner.tokenizer import load_tokenizer
 from compressor.verify.findings import VerifyReport
@@ -152,9 +146,10 @@ class _Judge:
             return Verdict(verified=verified, seconds=self.seconds)
         audited = self._audit()
         fails = recipe.audit is not None and recipe.audit.fails
-        evaluation = self._evaluate()
-        found = self._passkey()
-        tasks = self._tasks()
+        measured = self._measure()
+        evaluation = None if measured is None else measured.evaluation
+        found = None if measured is None else measured.passkey
+        tasks = {} if measured is None else measured.tasks
         gate = None
         if recipe.gate is not None and self.ranks.leads:
             gate = recipe.gate.check(
@@ -205,11 +200,6 @@ class _Judge:
         return max(1, self.prepared.batch * self.prepared.recipe.calibration.length // length)
 
     @property
-    def _activations(self) -> Activations | None:
-        """Where hidden states are kept: by one process alone."""
-        return self.prepared.activations if self.ranks.world == 1 else None
-
-    @property
     def _base(self) -> Source | None:
         base = self.prepared.base
         return None if base is None else base.source
@@ -240,67 +230,28 @@ class _Judge:
         with self._stage("audit"):
             return self.ranks.led(lambda: audit(model, sweep=sweep, device=device, progress=told))
 
-    def _evaluate(self) -> EvaluationResult | None:
+    def _measure(self) -> Measured | None:
         wanted, tokens = self.prepared.recipe.evaluate, self.prepared.evaluation
         if wanted is None or tokens is None:
             return None
-        ids, scored = tokens.ids, None
-        if wanted.stride is not None:
-            ids, scored = strided(ids.reshape(-1), length=wanted.length, stride=wanted.stride)
-        with self._stage("evaluate"):
-            found = evaluate(
-                self._written(),
-                ids,
-                device=self.prepared.device,
-                dtype=self.prepared.plan.compute_dtype(self.prepared.device),
-                against=self.prepared.located.source if wanted.against_original else None,
-                activations=self._activations,
-                scored=scored,
-                batch=self._rows(wanted.length),
-                progress=self.watch.unit,
-                ranks=self.ranks,
-            )
+        found = measure(
+            self._written(),
+            load_tokenizer(self.compiled.output),
+            tokens.ids,
+            wanted,
+            haystack=self.prepared.haystack,
+            device=self.prepared.device,
+            dtype=self.prepared.plan.compute_dtype(self.prepared.device),
+            batch=self._rows,
+            stage=self._stage,
+            against=self.prepared.located.source if wanted.against_original else None,
+            # By one process alone.
+            activations=self.prepared.activations if self.ranks.world == 1 else None,
+            seed=self.prepared.recipe.seed,
+            progress=self.watch.unit,
+            ranks=self.ranks,
+        )
         if any(step.effects.rotates_residual for step in self.prepared.plan.passes):
             # Hidden states in two bases: their difference says nothing.
-            found = replace(found, blocks=())
+            found = replace(found, evaluation=replace(found.evaluation, blocks=()))
         return found
-
-    def _passkey(self) -> PasskeyResult | None:
-        wanted = self.prepared.recipe.evaluate
-        if wanted is None or wanted.passkey is None:
-            return None
-        with self._stage("passkey"):
-            return passkey(
-                self._written(),
-                load_tokenizer(self.compiled.output),
-                haystack=self.prepared.haystack,
-                task=wanted.passkey,
-                device=self.prepared.device,
-                dtype=self.prepared.plan.compute_dtype(self.prepared.device),
-                against=self.prepared.located.source if wanted.against_original else None,
-                activations=self._activations,
-                batch=self._rows(max(wanted.passkey.lengths)),
-                progress=self.watch.unit,
-                ranks=self.ranks,
-            )
-
-    def _tasks(self) -> dict[str, TaskScore]:
-        wanted = self.prepared.recipe.evaluate
-        if wanted is None or not wanted.tasks:
-            return {}
-        # The harness is an extra; check_recipe has seen to its being there.
-        from compressor.evaluate.harness import StreamedLM, run_tasks
-
-        with self._stage("tasks"):
-            model = StreamedLM(
-                self._written(),
-                load_tokenizer(self.compiled.output),
-                device=self.prepared.device,
-                dtype=self.prepared.plan.compute_dtype(self.prepared.device),
-                batch=self.prepared.batch,
-                progress=self.watch.unit,
-                ranks=self.ranks,
-            )
-            return run_tasks(
-                model, wanted.tasks, limit=wanted.task_limit, seed=self.prepared.recipe.seed
-            )

@@ -9,11 +9,11 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
     search_clip_gram,
-    search_clip_reference,
     search_scales_gram,
     search_scales_reference,
 )
 from compressor.numerics.gram import gram_error
+from tests.support.clipping import search_clip_reference
 from tests.support.golden_files import vectors, vectors_and_notes
 
 NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.formats.gpt_oss.codec import FORMAT as GPT_OSS
 from compressor.formats.shared.e2m1 import unpack_nibbles
-from compressor.formats.shared.mx import gptoss_experts, gptoss_tensors, rows_by_turns
 from compressor.ir.qtensor import E8M0, MXFP4, MXFP8, QTensor
 from compressor.numerics import quantize
 from compressor.numerics.mx import largest_exponent, nvfp4_of_mxfp4
@@ -73,23 +73,31 @@ def test_mxfp8_of_modelopt(dtype):
     assert torch.equal(q.dequantize(golden["dequant"].dtype), golden["dequant"])
 
 
+def experts_of_gptoss(blocks, scales):
+    """Each expert's weight of a stack."""
+    pairs = zip(blocks, scales, strict=True)
+    return [GPT_OSS.decode({"blocks": b, "scales": s}, MXFP4) for b, s in pairs]
+
+
 def test_experts_of_gptoss():
     golden = vectors("formats/gptoss_mxfp4")
     names = {name.rpartition(".")[2]: name for name in golden}
     parts = {}
     for projection in ("gate_up_proj", "down_proj"):
         stacked = [golden[names[f"{projection}_{part}"]] for part in ("blocks", "scales")]
-        parts[projection] = gptoss_experts(*stacked)
-        for ours, theirs in zip(gptoss_tensors(parts[projection]), stacked, strict=True):
-            assert torch.equal(ours, theirs)
+        parts[projection] = experts_of_gptoss(*stacked)
+        for q, *theirs in zip(parts[projection], *stacked, strict=True):
+            packed = GPT_OSS.encode(q, model_dtype=torch.bfloat16)
+            for leaf, stored in zip(("blocks", "scales"), theirs, strict=True):
+                assert torch.equal(packed[leaf], stored)
     values = [q.dequantize(torch.bfloat16).t() for q in parts["gate_up_proj"]]
     assert torch.equal(torch.stack(values), golden["gate_up_dequant_bf16"])
     values = [q.dequantize(torch.bfloat16).t() for q in parts["down_proj"]]
     assert torch.equal(torch.stack(values), golden["down_dequant_bf16"])
     for expert, q in enumerate(parts["gate_up_proj"]):
-        for name, half in zip(("gate", "up"), rows_by_turns(q), strict=True):
+        for first, name in enumerate(("gate", "up")):
             expected = golden[f"{name}_proj_out_in"][expert]
-            assert torch.equal(half.dequantize(expected.dtype), expected)
+            assert torch.equal(q.dequantize(expected.dtype)[first::2], expected)
 
 
 def test_every_exponent_of_gptoss():
@@ -97,10 +105,10 @@ def test_every_exponent_of_gptoss():
     golden = vectors("formats/gptoss_mxfp4_all_exponents")
     blocks, scales = (golden[n] for n in sorted(k for k in golden if k != "dequant_bf16"))
     with pytest.raises(InputError, match="NaN"):
-        gptoss_experts(blocks, scales)
+        experts_of_gptoss(blocks, scales)
     finite = (scales[0] != 255).all(-1)
     assert int(finite.sum()) == 255
-    (q,) = gptoss_experts(blocks[:, finite], scales[:, finite])
+    (q,) = experts_of_gptoss(blocks[:, finite], scales[:, finite])
     made = q.dequantize(torch.bfloat16).t()
     expected = golden["dequant_bf16"][0]
     expected = expected[:, finite] if expected.shape[1] == len(finite) else expected[finite].t()

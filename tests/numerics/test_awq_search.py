@@ -12,12 +12,12 @@ from compressor.numerics import gram as gram_module
 from compressor.numerics.awq_search import (
     candidate_scales,
     search_clip_gram,
-    search_clip_reference,
     search_scales_gram,
     search_scales_reference,
     weight_magnitude,
 )
 from compressor.numerics.gram import difference_error, gram_error, relative_error, work_dtype
+from tests.support.clipping import search_clip_reference
 
 SPEC = QuantSpec("int", 3, "group", 16, zero="subtract")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressor.cli.display import Display
 from compressor.cli.echo import say
 from compressor.cli.junit import evaluation_cases, gate_cases
 from compressor.cli.options import (
@@ -22,13 +22,9 @@ from compressor.cli.options import (
 from compressor.cli.several import gpus_option, joined_ranks, start_ranks
 
 if TYPE_CHECKING:
-    import torch
-
-    from compressor.checkpoint.source import Source
     from compressor.evaluate.gate import GateResult
     from compressor.evaluate.passkey import PasskeyResult
     from compressor.evaluate.perplexity import Estimate, EvaluationResult, TaskScore
-    from compressor.ranks.ranks import Ranks
 
 
 @click.command(name="eval")
@@ -120,9 +116,9 @@ def command(
     from compressor.checkpoint.find import locate
     from compressor.cli.limits import parse_gate
     from compressor.errors import InputError
+    from compressor.evaluate.measure import measure
     from compressor.evaluate.passkey import Passkey
-    from compressor.evaluate.passkey import passkey as probe
-    from compressor.evaluate.perplexity import evaluate, plain_json, strided
+    from compressor.evaluate.perplexity import plain_json
     from compressor.evaluate.settings import Evaluation
     from compressor.plan.recipe import ActivationStore
     from compressor.run.activation_store import open_activations
@@ -132,13 +128,18 @@ def command(
 
     if stride is not None and stride >= length:
         raise InputError("--stride is not below --length", hint=f"at most {length - 1}")
+    if tasks and find_spec("lm_eval") is None:
+        raise InputError(
+            "--task needs lm-evaluation-harness, which is not installed",
+            hint="pip install 'compressor[harness]'",
+        )
     gate = parse_gate(
         limits,
         against_original=against is not None,
         passkey=passkey or bool(lengths),
         tasks=tasks,
     )
-    display, retrieved, answered = told.display(), None, {}
+    display = told.display()
     with joined_ranks(device) as (where, ranks):
         folder = ActivationStore(dir=activation_store) if activation_store else None
         source = open_model(checkpoint, base=base)
@@ -153,61 +154,47 @@ def command(
             skip_bad_rows=skip_bad_rows,
             windows=windows,
             length=length,
+            stride=stride,
             passkey=probed if passkey or lengths else None,
+            tasks=tasks,
+            task_limit=task_limit,
         )
         tokenizer = load_tokenizer(checkpoint)
         cut = evaluation_tokens(tokenizer, wanted, calibration=None)
-        tokens = cut.ids
-        haystack = passkey_text(tokenizer, wanted)
-        scored = None
-        if stride is not None:
-            tokens, scored = strided(tokens.reshape(-1), length=length, stride=stride)
         for note in skipped_notes(None, cut):
             display.event("note", text=note)
         about = {**computing(where), "tokens": cut.sha256}
         require_alike(ranks, about, source, *([original] if original else []))
         # Several would write at once.
         kept = folder if ranks.world == 1 else None
-        activations = open_activations(kept, where, lambda text: display.event("note", text=text))
-        dtype = source.checkpoint.running_dtype(where)
-        with display.stage("evaluate", len(source.layout.units)):
-            result = evaluate(
-                source,
-                tokens,
-                device=where,
-                dtype=dtype,
-                against=original,
-                activations=activations,
-                scored=scored,
-                batch=batch,
-                progress=display.unit,
-                ranks=ranks,
-            )
-        found: dict[str, Any] = {"ok": True, **result.to_json()}
-        if cut.skipped:
-            found["skipped_rows"] = cut.skipped
-        shown = lines(result)
-        if wanted.passkey is not None:
-            with display.stage("passkey", len(source.layout.units)):
-                retrieved = probe(
-                    source,
-                    tokenizer,
-                    haystack=haystack,
-                    task=wanted.passkey,
-                    device=where,
-                    dtype=dtype,
-                    against=original,
-                    activations=activations,
-                    batch=batch,
-                    progress=display.unit,
-                    ranks=ranks,
-                )
-            found["passkey"] = retrieved.to_json()
-            shown.append(passkey_line(retrieved))
-        if tasks:
-            answered = answer(source, tokenizer, tasks, task_limit, where, batch, display, ranks)
-            found["tasks"] = plain_json({name: asdict(value) for name, value in answered.items()})
-            shown += task_lines(answered)
+        measured = measure(
+            source,
+            tokenizer,
+            cut.ids,
+            wanted,
+            haystack=passkey_text(tokenizer, wanted),
+            device=where,
+            dtype=source.checkpoint.running_dtype(where),
+            batch=lambda length: batch,
+            stage=lambda name: display.stage(name, len(source.layout.units)),
+            against=original,
+            activations=open_activations(
+                kept, where, lambda text: display.event("note", text=text)
+            ),
+            progress=display.unit,
+            ranks=ranks,
+        )
+    result, retrieved, answered = measured.evaluation, measured.passkey, measured.tasks
+    found: dict[str, Any] = {"ok": True, **result.to_json()}
+    if cut.skipped:
+        found["skipped_rows"] = cut.skipped
+    shown = lines(result)
+    if retrieved is not None:
+        found["passkey"] = retrieved.to_json()
+        shown.append(passkey_line(retrieved))
+    if tasks:
+        found["tasks"] = plain_json({name: asdict(value) for name, value in answered.items()})
+        shown += task_lines(answered)
     add_cases(evaluation_cases(result, retrieved, answered))
     if gate is not None:
         verdict = gate.check(result, passkey=retrieved, tasks=answered)
@@ -216,41 +203,6 @@ def command(
         shown += [f"gate        {mark(verdict.passed)}", *limit_lines(verdict)]
     say(found, shown, as_json=told.as_json)
     click.get_current_context().exit(0 if found["ok"] else 1)
-
-
-def answer(
-    source: Source,
-    tokenizer: Any,
-    tasks: tuple[str, ...],
-    limit: int | None,
-    device: torch.device,
-    batch: int,
-    display: Display,
-    ranks: Ranks,
-) -> dict[str, TaskScore]:
-    """Accuracy in the harness's tasks, which is an extra."""
-
-    from compressor.errors import InputError
-
-    try:
-        from compressor.evaluate.harness import StreamedLM, run_tasks
-    except ImportError as error:
-        raise InputError(
-            "--task needs lm-evaluation-harness, which is not installed",
-            hint="pip install 'compressor[harness]'",
-        ) from error
-    dtype = source.checkpoint.running_dtype(device)
-    with display.stage("tasks", len(source.layout.units)):
-        model = StreamedLM(
-            source,
-            tokenizer,
-            device=device,
-            dtype=dtype,
-            batch=batch,
-            progress=display.unit,
-            ranks=ranks,
-        )
-        return run_tasks(model, tasks, limit=limit)
 
 
 def estimate(found: Estimate) -> str:
