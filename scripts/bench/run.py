@@ -39,6 +39,7 @@ class Row:
     gbps: float = 0.0
     tops: float = 0.0
     of_copy: float = 0.0
+    of_peak: float = 0.0
     beside: dict[str, float] = field(default_factory=dict)
     peers_us: dict[str, float] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
@@ -49,10 +50,10 @@ class Runner:
     """Goes through cases; what was wrong is in `red`."""
 
     def __init__(self, setup: Any, *, tune: bool, only: str = "") -> None:
-        from timing import copy_gbps
+        from timing import copy_gbps, peak_gbps
 
         self.setup, self.tune, self.only = setup, tune, only
-        self.copy = 0.0 if setup.tiny else copy_gbps()
+        self.copy, self.peak = (0.0, 0.0) if setup.tiny else (copy_gbps(), peak_gbps())
         self.rows: list[Row] = []
         self.red: list[str] = []
         self._known: dict[int, tuple[Any, float]] = {}
@@ -123,7 +124,7 @@ class Runner:
 
         row.us = per_call_us(run, sets=case.sets)
         row.gbps, row.tops = case.moved / row.us / 1e3, case.ops / row.us / 1e6
-        row.of_copy = row.gbps / self.copy
+        row.of_copy, row.of_peak = row.gbps / self.copy, row.gbps / self.peak
         for name, peer in case.peers.items():
             if id(peer) not in self._known:  # kept alive, so that no other has its id
                 self._known[id(peer)] = (peer, per_call_us(peer.run, sets=peer.sets))
@@ -135,15 +136,16 @@ class Runner:
 
 def table(rows: list[Row]) -> Iterator[str]:
     """Markdown."""
-    yield "| family | kernel | shape | time | rate | of copy | beside | |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| family | kernel | shape | time | rate | of copy | of peak | beside | |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         rates = [f"{row.gbps:,.0f} GB/s"] if row.gbps else []
         rates += [f"{row.tops:,.0f} TOP/s"] if row.tops else []
         beside = [f"{x:.2f}x {n} ({row.peers_us[n]:.1f} µs)" for n, x in row.beside.items()]
         notes = [*row.notes, *(f"MISSED: {what}" for what in row.missed)]
         cells = [row.family, row.name, row.shape, f"{row.us:.1f} µs", ", ".join(rates)]
-        cells += [f"{row.of_copy:.0%}" if row.gbps else "", ", ".join(beside), "; ".join(notes)]
+        cells += [f"{x:.0%}" if row.gbps else "" for x in (row.of_copy, row.of_peak)]
+        cells += [", ".join(beside), "; ".join(notes)]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -171,7 +173,7 @@ def main() -> int:
     gpu = "a CPU" if options.tiny else torch.cuda.get_device_name()
     about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
     runner = Runner(Setup(options.tiny), tune=options.tune, only=options.only)
-    about["copy_gbps"] = runner.copy
+    about |= {"copy_gbps": runner.copy, "peak_gbps": runner.peak}
     print(about, flush=True)
     with torch.inference_mode():
         for name in options.families or FAMILIES:

@@ -1,4 +1,4 @@
-"""Timing by CUDA graphs, and the bandwidth that a copy reaches."""
+"""Timing by CUDA graphs, and the bandwidth that a copy reaches and memory could have."""
 
 import statistics
 from collections.abc import Callable
@@ -49,3 +49,11 @@ def copy_gbps() -> float:
     source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / median_ms(lambda: target.copy_(source), repeats=20) / 1e6
+
+
+def peak_gbps() -> float:
+    """What the device's memory could move by its clock and the width of its bus, in GB/s; NaN where
+    the driver tells neither."""
+    device = torch.cuda.get_device_properties()
+    clock = getattr(device, "memory_clock_rate", float("nan"))  # kHz, two transfers each
+    return 2 * clock * getattr(device, "memory_bus_width", 0) / 8 / 1e6

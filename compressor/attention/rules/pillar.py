@@ -49,7 +49,7 @@ class Pillar(Rule):
             return
         shares = key_shares_ref(call.query, call.key, scale=call.scaling)
         begun = call.key.shape[2] - call.query.shape[2]
-        call.memory[SHARES] = shares.half()
+        call.memory[SHARES] = shares.bfloat16()
         call.memory[BEGUN] = torch.full((call.key.shape[0],), begun)
 
     def chosen(self, call: RuleCall) -> tuple[Tensor | None, int]:
@@ -62,7 +62,7 @@ class Pillar(Rule):
             recent = length - int(memory[BEGUN][0]) + 1
             choose = critical_keys if by_kernel(call.key) else critical_keys_ref
             memory[KEYS] = choose(
-                memory.pop(SHARES).float(),
+                memory.pop(SHARES),
                 length=length,
                 recent=recent,
                 budget=self.budget(length),

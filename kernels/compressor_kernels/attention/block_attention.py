@@ -41,8 +41,9 @@ class BlockTiles:
     rows: int = 64
 
 
-SINGLE = BlockTiles(block_n=16, num_warps=1, num_stages=4, programs_per_sm=8)
-"""For blocks of one key: each row of keys has an address of its own."""
+SINGLE = BlockTiles(block_n=16, num_warps=1, num_stages=5, programs_per_sm=8)
+"""For blocks of one key: each row of keys has an address of its own. Of five stages two are keys on
+their way, of four one: the others are places of keys, which have to be there first."""
 
 
 def block_attention(
@@ -70,9 +71,9 @@ def block_attention(
 
     q, k, v = (dense(x) for x in (q, k, v))
     blocks = blocks.contiguous()
-    places = blocks if slots is None else slots.contiguous()
+    places = None if slots is None else slots.contiguous()
     tokens = k.shape[2] if tokens is None else tokens
-    _check(q, k, v, blocks, places)
+    _check(q, k, v, blocks, blocks if places is None else places)
     tiles = tiles or (SINGLE if block_size == 1 else BlockTiles())
     (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
     sets, chosen = blocks.shape[1], blocks.shape[3]
@@ -117,7 +118,6 @@ def block_attention(
         BLOCK_G=max(16, pow2(group)),
         BLOCK_N=max(16, min(tiles.block_n, pow2(chosen * block_size))),
         BLOCK_D=max(16, pow2(dim)),
-        K_POW2=pow2(chosen),
         EARLY=early,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

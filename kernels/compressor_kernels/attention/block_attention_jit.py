@@ -9,12 +9,27 @@ from compressor_kernels.triton.lengths_jit import text_length
 
 
 @triton.jit
+def _chosen(block_ptr, K: tl.constexpr):
+    """How many of K block numbers come before the first -1, by halves: all of them at once would
+    take the registers of a whole program."""
+    low = 0
+    high = K
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(block_ptr + middle) < 0:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@triton.jit
 def attend_kernel(
     q_ptr,  # [B, H, Tq, D]
     k_ptr,  # [B, G, T, D], or a cache of blocks
     v_ptr,
     block_ptr,  # [B, S, Tq, K] int32, ascending, then -1
-    place_ptr,  # [B, S, Tq, K]: where a block lies in k and v
+    place_ptr,  # [B, S, Tq, K]: where a block lies in k and v; None where it lies in order
     len_ptr,  # [B] or None
     out_ptr,  # [B, H, Tq, D], dense
     part_ptr,  # [B, H, SPLITS, D] fp32, or None where nothing is split
@@ -41,7 +56,6 @@ def attend_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    K_POW2: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One token's query heads of one set over one range of its chosen blocks. EARLY: the kernel
@@ -58,11 +72,9 @@ def attend_kernel(
     position = length - q_len + token
 
     row = (lane * q_len + token) * K
-    slot = tl.arange(0, K_POW2)
     count = K
     if tl.load(block_ptr + row + K - 1) < 0:
-        ids = tl.load(block_ptr + row + slot, mask=slot < K, other=-1)
-        count = tl.sum((ids >= 0).to(tl.int32), 0)
+        count = _chosen(block_ptr + row, K)
     # A split is a range of tokens of the chosen blocks put one behind another, in whole tiles.
     chunk = tl.cdiv(tl.cdiv(count * BLOCK, SPLITS), BLOCK_N) * BLOCK_N
     start = split * chunk
@@ -83,18 +95,22 @@ def attend_kernel(
     for base in tl.range(start, end, BLOCK_N):
         if BLOCK % BLOCK_N == 0:  # a tile lies in one block
             block = tl.load(block_ptr + row + base // BLOCK)
-            place = tl.load(place_ptr + row + base // BLOCK).to(tl.int64)
+            place = block
+            if place_ptr is not None:
+                place = tl.load(place_ptr + row + base // BLOCK)
             offset = base % BLOCK + inner
             live = block * BLOCK + offset <= position
-            at = place * BLOCK + offset
+            at = place.to(tl.int64) * BLOCK + offset
         else:
             flat = base + inner
             inside = flat < end
             block = tl.load(block_ptr + row + flat // BLOCK, mask=inside, other=0)
-            place = tl.load(place_ptr + row + flat // BLOCK, mask=inside, other=0).to(tl.int64)
+            place = block
+            if place_ptr is not None:
+                place = tl.load(place_ptr + row + flat // BLOCK, mask=inside, other=0)
             offset = flat % BLOCK
             live = inside & (block * BLOCK + offset <= position)
-            at = place * BLOCK + offset
+            at = place.to(tl.int64) * BLOCK + offset
         tile = live[:, None] & (dim < D)[None, :]
         k = tl.load(k_base + at[:, None] * k_t, mask=tile, other=0.0)
         scores = tl.where(live[None, :], tl.dot(q, tl.trans(k)), HIDDEN)

@@ -5,12 +5,15 @@ by. Attention leaves its weights behind, so that keys are not read a second time
 Layouts: q [B, H, Tq, D], the last Tq of the text, k and v [B, G, T, D]. Shares [B, G, T] are means
 over the queries and the query heads of a KV head of what each key got in the softmax. Draft steps
 over the chosen keys are `block_attention` with blocks of one key.
+
+What is handed from one kernel to the next is as small as a choice of keys allows, because nearly
+all of the time goes into moving it: weights are E4M3 where the device has it, and a mean over some
+tens of them is off by half a percent; shares are bfloat16.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +28,15 @@ from compressor_kernels.triton.launch import (
     score_scale,
 )
 
-PART = 4096
-"""Keys whose shares one program goes through."""
+
+@dataclass(frozen=True, slots=True)
+class VerifyTiles:
+    """Tiles of keys that the queries read, and how many programs share the keys."""
+
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +48,17 @@ class ShareTiles:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceTiles:
+    """Keys whose shares a program goes through when the best are chosen; more in long texts."""
+
+    part: int = 4096
+    num_warps: int = 8
+
+
+@dataclass(frozen=True, slots=True)
 class Verified:
-    """Attention [B, H, Tq, D]; what is left of its weights, fp16 `kept` [B, G, H / G * Tq, T] and
-    fp32 `tops` [B, G, T / tile, H / G * Tq]: of a key in a tile kept * 2 ** top; and logarithms in
+    """Attention [B, H, Tq, D]; what is left of its weights, `kept` [B, G, H / G * Tq, T] and fp32
+    `tops` [B, G, T / tile, H / G * Tq]: of a key in a tile kept * 2 ** top; and logarithms in
     base 2 of their sums, fp32 [B, H, Tq]."""
 
     out: Tensor
@@ -51,9 +69,16 @@ class Verified:
 
 
 def verify_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, block_n: int = 64
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    kept: torch.dtype | None = None,
+    tiles: VerifyTiles | None = None,
 ) -> Verified:
-    """Causal attention of a few queries; H / G * Tq is 128 at most. scale: 1/sqrt(D) if None."""
+    """Causal attention of a few queries; H / G * Tq is 128 at most. scale: 1/sqrt(D) if None; kept:
+    what weights are left in, E4M3 (if None, where the device has it) or fp16."""
     from compressor_kernels.attention import verify_attention_jit as jit
     from compressor_kernels.attention.quantized_cache_jit import merge_kernel
 
@@ -64,9 +89,18 @@ def verify_attention(
         raise ValueError(
             f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}, or has over 128 rows"
         )
-    splits = ranges(k, lanes=batch * groups, most=tokens // (4 * block_n), programs_per_sm=4)
+    tiles = tiles or VerifyTiles()
+    block_n = tiles.block_n
+    splits = ranges(
+        k,
+        lanes=batch * groups,
+        most=tokens // (4 * block_n),
+        programs_per_sm=tiles.programs_per_sm,
+    )
     out = torch.empty_like(q)
-    kept = torch.empty((batch, groups, rows, tokens), dtype=torch.float16, device=q.device)
+    weights = torch.empty(
+        (batch, groups, rows, tokens), dtype=kept or _weight_dtype(q.device), device=q.device
+    )
     tops = torch.empty((batch, groups, -(-tokens // block_n), rows), device=q.device)
     part = torch.empty((batch * heads * q_len, splits, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty(part.shape[:2], dtype=torch.float32, device=q.device)
@@ -74,7 +108,7 @@ def verify_attention(
         q,
         k,
         v,
-        kept,
+        weights,
         tops,
         part,
         lse,
@@ -89,8 +123,9 @@ def verify_attention(
         ROWS=max(16, pow2(rows)),
         BLOCK_N=block_n,
         BLOCK_D=max(16, pow2(dim)),
-        num_warps=4,
-        num_stages=3,
+        RAISED=15.0 if weights.dtype == torch.float16 else 8.0,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
     merge_kernel[(batch * heads * q_len,)](
         part,
@@ -103,16 +138,22 @@ def verify_attention(
         num_warps=4,
     )
     sums = torch.logsumexp(lse * math.log(2), -1) / math.log(2)
-    return Verified(out, kept, tops, sums.view(batch, heads, q_len), block_n)
+    return Verified(out, weights, tops, sums.view(batch, heads, q_len), block_n)
+
+
+def _weight_dtype(device: torch.device) -> torch.dtype:
+    """Triton converts to E4M3 from compute capability 8.9 on."""
+    small = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.float8_e4m3fn if small else torch.float16
 
 
 def key_shares(done: Verified, *, tiles: ShareTiles | None = None) -> Tensor:
-    """Shares of every key, fp32 [B, G, T]."""
+    """Shares of every key, bf16 [B, G, T]."""
     from compressor_kernels.attention import verify_attention_jit as jit
 
     batch, groups, rows, tokens = done.kept.shape
     tiles = tiles or ShareTiles()
-    out = torch.empty((batch, groups, tokens), dtype=torch.float32, device=done.out.device)
+    out = torch.empty((batch, groups, tokens), dtype=torch.bfloat16, device=done.out.device)
     jit.share_kernel[(-(-done.tops.shape[2] // tiles.tiles), batch * groups)](
         done.kept,
         done.tops,
@@ -139,74 +180,91 @@ def key_shares_ref(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tenso
     return scores.softmax(-1).mean((2, 3))
 
 
-def critical_keys(shares: Tensor, *, length: int, recent: int, budget: int) -> Tensor:
-    """`critical_keys_ref` of shares from 0 to 1 in fp32, without a sort; of equal shares the lower
-    key wins."""
-    shares = shares.contiguous()
-    where = Choice.of(shares.shape[:2], length=length, recent=recent, budget=budget)
-    return where.take(shares)
+def verified_keys(
+    done: Verified,
+    *,
+    length: int,
+    recent: int,
+    budget: int,
+    shares: ShareTiles | None = None,
+    choice: ChoiceTiles | None = None,
+) -> Tensor:
+    """`critical_keys` of `key_shares`, the one begun while the other ends."""
+    return _take(
+        key_shares(done, tiles=shares),
+        length=length,
+        recent=recent,
+        budget=budget,
+        tiles=choice,
+        own_shares=True,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Critical keys of `lanes` KV heads [batch, groups]: of the first `old` keys the `best`, and
-    all others up to `length`. Programs go through `part` keys, `parts` of them through all."""
+def critical_keys(
+    shares: Tensor, *, length: int, recent: int, budget: int, tiles: ChoiceTiles | None = None
+) -> Tensor:
+    """`critical_keys_ref` of shares from 0 to 1 in bf16 or fp16, without a sort; of equal shares
+    the lower key wins."""
+    return _take(shares, length=length, recent=recent, budget=budget, tiles=tiles, own_shares=False)
 
-    lanes: tuple[int, int]
-    length: int
-    old: int
-    best: int
-    part: int
-    parts: int
 
-    @classmethod
-    def of(cls, lanes: Sequence[int], *, length: int, recent: int, budget: int) -> Self:
-        old = max(0, length - recent)
-        best = min(old, max(0, min(budget, length) - recent))
-        part = min(16384, max(PART, pow2(old // 64)))
-        return cls((lanes[0], lanes[1]), length, old, best, part, max(1, -(-old // part)))
+def _take(
+    shares: Tensor,
+    *,
+    length: int,
+    recent: int,
+    budget: int,
+    tiles: ChoiceTiles | None,
+    own_shares: bool,
+) -> Tensor:
+    """own_shares: `share_kernel` was launched just before."""
+    from compressor_kernels.attention import verify_attention_jit as jit
 
-    def take(self, shares: Tensor) -> Tensor:
-        """The keys, int32 [batch, groups, n] ascending."""
-        from compressor_kernels.attention import verify_attention_jit as jit
-
-        lanes, device = math.prod(self.lanes), shares.device
-        total = self.best + self.length - self.old
-        out = torch.empty((*self.lanes, total), dtype=torch.int32, device=device)
-        if out.numel() == 0:
-            return out
-        # Counts of digits, of three by lane and of the last by part, too.
-        rows = (3 + self.parts) * lanes
-        tallies = torch.zeros((rows, jit.BINS.value), dtype=torch.int32, device=device)
-        cuts = torch.empty((3, lanes, 2), dtype=torch.int32, device=device)
-        above = torch.empty((lanes, self.parts), dtype=torch.int32, device=device)
-        found = (shares, tallies, cuts, above)
-        bounds = (lanes, self.old, shares.shape[-1], self.best)
-        early = overlaps(shares)
-        how: dict[str, Any] = {"PART": self.part, "EARLY": early, "num_warps": 8}
-        grid = (self.parts, lanes)
-        for digit in range(4):
-            # What the first of them waits for may be no kernel of ours.
-            own = launch_early(early and digit > 0)
-            jit.count_kernel[grid](*found, *bounds, PASS=digit, **how, **own)
-        jit.take_kernel[grid](
-            *found,
-            out,
-            *bounds,
-            self.length,
-            PARTS_POW2=pow2(self.parts),
-            RECENT_POW2=pow2(self.length - self.old),
-            **how,
-            **launch_early(early),
-        )
+    if shares.dtype.itemsize != 2:
+        raise ValueError(f"shares are {shares.dtype}, not of 16 bits")
+    tiles, shares = tiles or ChoiceTiles(), shares.contiguous()
+    (batch, groups, row), device = shares.shape, shares.device
+    lanes, (old, best) = batch * groups, _chosen_from(length, recent, budget)
+    part = min(16384, max(tiles.part, pow2(old // 64)))
+    parts = max(1, -(-old // part))
+    total = best + length - old
+    out = torch.empty((batch, groups, total), dtype=torch.int32, device=device)
+    if out.numel() == 0:
         return out
+    tallies = torch.empty((2, lanes, parts, jit.BINS.value), dtype=torch.int32, device=device)
+    early = overlaps(shares)
+    bounds = (lanes, old, row, best)
+    how: dict[str, Any] = {"PART": part, "PARTS_POW2": pow2(parts), "num_warps": tiles.num_warps}
+    for digit in range(2 if best else 0):
+        # What the first of them waits for may be no kernel of ours.
+        own = launch_early(early and (own_shares or digit > 0))
+        jit.count_kernel[(parts, lanes)](
+            shares.view(torch.int16), tallies, *bounds, PASS=digit, EARLY=early, **how, **own
+        )
+    jit.take_kernel[(parts, lanes)](
+        shares.view(torch.int16),
+        tallies,
+        out,
+        *bounds,
+        length,
+        RECENT_POW2=pow2(length - old),
+        EARLY=early,
+        **how,
+        **launch_early(early and best > 0),
+    )
+    return out
+
+
+def _chosen_from(length: int, recent: int, budget: int) -> tuple[int, int]:
+    """Of the first how many keys how many are chosen by their shares."""
+    old = max(0, length - recent)
+    return old, min(old, max(0, min(budget, length) - recent))
 
 
 def critical_keys_ref(shares: Tensor, *, length: int, recent: int, budget: int) -> Tensor:
     """The keys of a draft, int32 [B, G, n] ascending: of a text of `length` the last `recent`, and
     before these the best by shares, `budget` in all; at least the recent ones."""
-    old = max(0, length - recent)
-    best = min(old, max(0, min(budget, length) - recent))
+    old, best = _chosen_from(length, recent, budget)
     ranked = shares[..., :old].sort(dim=-1, descending=True, stable=True).indices
     near = torch.arange(old, length, device=shares.device)
     chosen = ranked[..., :best].sort(-1).values
