@@ -76,12 +76,13 @@ class LServePages(KeyBlocks):
         """Pages that each query would choose of what came before it."""
         query, key, tokens = call.query, call.key, call.key.shape[2]
         group_max, size = self.per == "kv_head", self.block_size // self.logical
-        step = by_kernel(key) and query.shape[2] == 1
+        fast = by_kernel(key)
+        score = page_scores if fast and query.shape[2] == 1 else page_scores_ref
+        top = top_blocks if fast else top_blocks_ref
         soft = call.scaling / 2 if self.weigh == "sum" else None
-        bounds = (page_bounds if by_kernel(key) else page_bounds_ref)(key, page_size=self.logical)
+        bounds = (page_bounds if fast else page_bounds_ref)(key, page_size=self.logical)
 
         def choose(part: Tensor, behind: int) -> Tensor:
-            score, top = (page_scores, top_blocks) if step else (page_scores_ref, top_blocks_ref)
             scores = score(part, *bounds, group_max=group_max, per_page=size, soft=soft)
             # A query's own token is not yet there when it chooses.
             before = scores[..., : self.blocks.blocks(tokens - 1)]

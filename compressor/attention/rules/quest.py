@@ -37,7 +37,8 @@ class QuestPages(KeyBlocks):
 
         def choose(part: Tensor, behind: int) -> Tensor:
             scores = page_scores_ref(part, low, high, group_max=group_max)
-            blocks: Tensor = top_blocks_ref(scores, rule, tokens=tokens, behind=behind)
+            top = top_blocks if fast else top_blocks_ref
+            blocks: Tensor = top(scores, rule, tokens=tokens, behind=behind)
             return blocks
 
         return in_pieces(choose, query, query.shape[1] * rule.blocks(tokens))

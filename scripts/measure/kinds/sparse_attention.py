@@ -1,7 +1,9 @@
 """Passkeys and perplexity of rules of sparse attention at one density, beside full attention.
 
 Of each rule the budget or threshold is searched at which queries see the wanted share of keys on
-calibration text; then passkeys and windows of held-out text are scored as evaluations do.
+calibration text, which the model runs over once: what layers' queries and keys are does not depend
+on the rule, and runs of queries all over the text stand for the rest. Then passkeys and windows of
+held-out text are scored as evaluations do. A row is searched when it is its turn.
 XAttention is there with one threshold for all heads and with calibrated ones, scaled alike.
 BLASST's share is of the tokens in kept tiles, as masks count it; tiles are of one query by 16 keys,
 because on small models no threshold skips much of larger ones in prompts.
@@ -11,7 +13,8 @@ because on small models no threshold skips much of larger ones in prompts.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 from compressor_calibration.bundled import bundled_text
@@ -20,10 +23,10 @@ from torch import Tensor
 from variant import Bench, Figures, Variant
 from ways import token_rows, whole_model
 
-from compressor.attention.evaluation import policy_attention
+from compressor.attention.evaluation import policy_attention, rule_call
 from compressor.attention.policy import AttentionPolicy, LayerPolicy, attention_shape, rule_policy
 from compressor.attention.quality import Quality, measure_policies, watch_attention
-from compressor.attention.rule import Rule
+from compressor.attention.rule import Rule, RuleCall
 from compressor.attention.rules.blasst import Blasst, SkipPhase
 from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.attention.rules.lserve import LServePages
@@ -41,6 +44,9 @@ Family = Callable[[float], AttentionPolicy]
 NEAR = 0.003
 """Share of keys by which a searched policy may miss what is wanted."""
 
+TRIES, RUNS = 8, 16
+"""Policies that are tried of a family at most; runs of queries whose keys are counted."""
+
 CLAIMS = [("XAttention, calibrated", "XAttention, one threshold")]
 
 
@@ -56,25 +62,64 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coverage", type=float, default=0.9, help="of XAttention's calibration")
 
 
-def thresholds(model: SourceModel, ids: Tensor, block: int, coverage: float) -> Tensor:
-    found = torch.zeros(len(model.layout.blocks), attention_shape(model.layout).heads)
-
-    def watch(unit, call) -> None:  # type: ignore[no-untyped-def]
+def thresholds(calls: Sequence[RuleCall], block: int, coverage: float) -> Tensor:
+    """XAttention's of every layer and query head, from one row."""
+    found = []
+    for call in calls:
         mass = block_mass(call.query, call.key, block_size=block, scale=call.scaling)
         sums = antidiagonal_sums_ref(
             call.query, call.key, block_size=block, stride=8, scale=call.scaling
         )
-        tau = mass_threshold(mass, sums, coverage=coverage).amax(0).cpu()
-        found[unit.index] = torch.maximum(found[unit.index], tau)
-
-    watch_attention(model, ids, watch, batch=1)
-    return found
+        found.append(mass_threshold(mass, sums, coverage=coverage).amax(0).cpu())
+    return torch.stack(found)
 
 
-def families(model: SourceModel, calibration: Tensor, bench: Bench) -> dict[str, Family]:
+def share_seen(policy: AttentionPolicy, calls: Sequence[RuleCall]) -> float:
+    """Share of the keys before them that queries see in a text, from runs of queries that lie
+    evenly in it; every layer has one rule for all heads."""
+    length = calls[0].key.shape[2]
+    many = max(1, length // (8 * RUNS))
+    # A run's place within a block differs from run to run.
+    starts = [length * i // RUNS + i * (length // RUNS - many) // RUNS for i in range(RUNS)]
+    seen = past = 0.0
+    for layer, call in zip(policy.layers, calls, strict=True):
+        mask_of = layer.rules[0].seen(call)
+        for start in starts:
+            part = slice(start, start + many)
+            before = call.positions <= call.positions[part, None]
+            seen += float((mask_of(part) & before).float().mean((0, 1)).sum())
+            past += float(before.sum())
+    return seen / past
+
+
+def search(family: Family, calls: Sequence[RuleCall], wanted: float) -> AttentionPolicy:
+    """The policy of a family that sees the wanted share of keys, or a little more."""
+    low, high = (0.0, 0.0), (1.0, 1.0)  # knob and share
+    knob = 1 - (1 - wanted) ** 0.5  # a window of that share of a text sees the wanted share of keys
+    best = 1.0
+    for _ in range(TRIES):
+        seen = share_seen(family(knob), calls)
+        if abs(seen - wanted) <= NEAR:
+            return family(knob)
+        if seen < wanted:
+            low = (knob, seen)
+        else:
+            high, best = (knob, seen), knob
+        slope = (wanted - low[1]) / (high[1] - low[1])
+        knob = low[0] + (high[0] - low[0]) * min(0.9, max(0.1, slope))
+    return family(best)
+
+
+def families(
+    model: SourceModel, calls: Callable[[], Sequence[Sequence[RuleCall]]], bench: Bench
+) -> dict[str, Family]:
     length, block = bench.options.length, bench.options.block
     shape = attention_shape(model.layout)
-    tau = thresholds(model, calibration, block, bench.options.coverage)
+
+    @cache
+    def tau() -> Tensor:
+        rows = [thresholds(row, block, bench.options.coverage) for row in calls()]
+        return torch.stack(rows).amax(0)
 
     def all_layers(rule: Rule) -> AttentionPolicy:
         return rule_policy(model.layout, rule, made_by={})
@@ -100,8 +145,8 @@ def families(model: SourceModel, calibration: Tensor, bench: Bench) -> dict[str,
     every = tuple(range(shape.kv_heads))
     plain = {"init_blocks": 0, "local_blocks": 0, "per": "query_head"}
     return {
-        "XAttention, one threshold": lambda x: tiles(torch.full_like(tau, x)),
-        "XAttention, calibrated": lambda x: tiles(tau * x),
+        "XAttention, one threshold": lambda x: tiles(torch.full_like(tau(), x)),
+        "XAttention, calibrated": lambda x: tiles(tau() * x),
         "BLASST, tiles of one query": lambda x: all_layers(
             Blasst(
                 prefill=SkipPhase(
@@ -136,28 +181,17 @@ def variants(bench: Bench) -> Iterator[Variant]:
     task = Passkey(lengths=(length,), rows=bench.options.rows)
     source = model.source
 
-    def found() -> Iterator[tuple[str, AttentionPolicy, Quality]]:
-        """Policies at the wanted density, all searched side by side, and their worth elsewhere."""
-        only = bench.options.only
-        kinds = {
-            name: family
-            for name, family in families(model, calibration, bench).items()
-            if not only or any(part in name for part in only)
-        }
-        low, high = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 1.0)
-        searched = list(kinds)
-        for _ in range(8):
-            middle = {name: (low[name] + high[name]) / 2 for name in searched}
-            policies = [kinds[name](middle[name]) for name in searched]
-            worth = measure_policies(model, policies, calibration[:1]) if searched else []
-            for name, one in zip(list(searched), worth, strict=True):
-                seen = float(one.seen.mean())
-                (low if seen < wanted - NEAR else high)[name] = middle[name]
-                if abs(seen - wanted) <= NEAR:
-                    searched.remove(name)
-        policies = [kinds[name](high[name]) for name in kinds]
-        worth = measure_policies(model, policies, held_out[:1]) if policies else []
-        yield from zip(kinds, policies, worth, strict=True)
+    @cache
+    def calls() -> list[list[RuleCall]]:
+        """Of every row of calibration text, of every layer."""
+        noted: list[list[RuleCall]] = [[] for _ in calibration]
+        watch_attention(
+            model,
+            calibration,
+            lambda unit, call: noted[call.first_row].append(rule_call(call)),
+            batch=1,
+        )
+        return noted
 
     def measure(policy: AttentionPolicy | None, worth: Quality | None) -> Figures:
         attention = None if policy is None else policy_attention(policy)
@@ -188,12 +222,15 @@ def variants(bench: Bench) -> Iterator[Variant]:
             figures |= {"seen": float(worth.seen.mean()), "mass": float(worth.mass.mean())}
         return figures
 
-    settings = vars(bench.options)
-    yield Variant("full attention", lambda: measure(None, None), settings)
-    for name, policy, worth in found():
-        yield Variant(
-            name,
-            lambda policy=policy, worth=worth: measure(policy, worth),
-            settings,
-            "full attention",
-        )
+    yield Variant("full attention", lambda: measure(None, None))
+    only = bench.options.only
+    for name, family in families(model, calls, bench).items():
+        if only and not any(part in name for part in only):
+            continue
+
+        def row(family: Family = family) -> Figures:
+            policy = search(family, calls()[0], wanted)
+            (worth,) = measure_policies(model, [policy], held_out[:1])
+            return measure(policy, worth)
+
+        yield Variant(name, row, baseline="full attention")
