@@ -51,7 +51,9 @@ def main() -> None:
     inputs = torch.tensor([ids], device=args.device)
     model = load(args.folder).to(args.device)
     policy = read_policy(args.folder)
-    options = {} if policy is None else attach(model, policy).options()
+    options = (
+        {} if policy is None else attach(model, policy, length=len(ids) + args.tokens).options()
+    )
     written = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),

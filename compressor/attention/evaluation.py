@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from compressor.attention.masked import both_masks, in_pieces
-from compressor.attention.policy import AttentionPolicy, Group, check_policy, read_policy
-from compressor.attention.rule import Rule, RuleCall, Seen, warn_past_fit
+from compressor.attention.policy import (
+    AttentionPolicy,
+    Group,
+    check_length,
+    check_policy,
+    read_policy,
+)
+from compressor.attention.rule import Rule, RuleCall, Seen, past_fit
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
@@ -30,15 +36,17 @@ def as_stored(
     attention: Attending | None = None,
     *,
     activations: Activations | None = None,
+    longest: int = 0,
 ) -> StreamedModel:
     """A checkpoint for one run over it, attending as is said or else as the policy in its folder
     says; its hidden states are kept in `activations`. Raises InputError for a policy that is not
-    valid, or not for this model."""
+    valid, not for this model, or not for texts of `longest` tokens."""
     folder = source.checkpoint.folder
     policy = read_policy(folder) if attention is None and folder.is_dir() else None
     if policy is None:
         return StreamedModel(source, attention, activations)
     check_policy(policy, source.layout)
+    check_length(policy, longest)
     return StreamedModel(source, policy_attention(policy))
 
 
@@ -141,7 +149,8 @@ def _seen(group: Group, call: AttentionCall, unit: Unit, ahead: Ahead) -> Seen |
     rule = group.acting("decode") or group.acting("prefill")
     if rule is None or not rule.acts(call.key.shape[2]):
         return None
-    warn_past_fit(rule, call.key.shape[2])
+    if problem := past_fit(rule, call.key.shape[2]):
+        raise problem
     said = _said(rule, call, unit, ahead)
     return rule.seen(rule_call(call, group.heads, said))
 

@@ -7,7 +7,6 @@ definition: evaluations and running models attend under it, unless the rule brin
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,15 +227,15 @@ class Rule(Value):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def warn_past_fit(rule: Rule, length: int) -> None:
-    """Say, once for all layers and steps, that a text of `length` keys is longer than those that a
-    rule was calibrated on."""
-    if rule.fitted is not None and length > rule.fitted:
-        warnings.warn(
-            f"{rule.kind}: this text is longer than the {rule.fitted} tokens that its thresholds "
-            "were calibrated on; nothing is promised beyond",
-            stacklevel=2,
-        )
+def past_fit(rule: Rule, length: int) -> InputError | None:
+    """What is said of a text of `length` keys, more than a rule was calibrated on."""
+    if rule.fitted is None or length <= rule.fitted:
+        return None
+    return InputError(
+        f"{rule.kind}: a text of {length} tokens is longer than the {rule.fitted} that its "
+        "thresholds were calibrated on",
+        hint=f"calibration: {{length: {length}}} in the recipe, or shorter texts",
+    )
 
 
 def rule_names() -> list[str]:

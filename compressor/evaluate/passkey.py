@@ -144,7 +144,7 @@ def passkey(
     for length in task.lengths:
         rows = make_rows(tokenizer, haystack, task=task, length=length)
         originals = [as_stored(against, activations=activations)] if against else []
-        models = [as_stored(source, attention), *originals]
+        models = [as_stored(source, attention, longest=max(task.lengths)), *originals]
         streams = run_blocks(
             models,
             rows.ids,

@@ -115,7 +115,7 @@ def evaluate(
     if counted.shape != tokens[:, 1:].shape or not bool(counted.any()):
         raise InputError("`scored` does not mark targets of these windows")
     originals = [as_stored(against, activations=activations)] if against else []
-    models = [as_stored(source, attention), *originals]
+    models = [as_stored(source, attention, longest=tokens.shape[1]), *originals]
     differences: dict[str, Tensor] = {}
 
     def after_block(unit: UnitLayout, hidden: Sequence[Tensor]) -> None:

@@ -144,7 +144,7 @@ def table(rows: list[Row]) -> Iterator[str]:
         beside = [f"{x:.2f}x {n} ({row.peers_us[n]:.1f} µs)" for n, x in row.beside.items()]
         notes = [*row.notes, *(f"MISSED: {what}" for what in row.missed)]
         cells = [row.family, row.name, row.shape, f"{row.us:.1f} µs", ", ".join(rates)]
-        cells += [f"{x:.0%}" if row.gbps else "" for x in (row.of_copy, row.of_peak)]
+        cells += [f"{x:.0%}" if x > 0 else "" for x in (row.of_copy, row.of_peak)]
         cells += [", ".join(beside), "; ".join(notes)]
         yield f"| {' | '.join(cells)} |"
 

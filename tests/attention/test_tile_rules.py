@@ -26,6 +26,7 @@ from compressor.attention.rules.xattention import XAttention
 from compressor.attention.serve.attach import attach
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
+from compressor.evaluate.perplexity import evaluate
 from compressor.runner.sweep import StreamedModel, run_blocks
 from tests.support.tiny_models import build
 
@@ -141,15 +142,23 @@ def test_a_policy_is_stored_described_and_checked(folder: Path) -> None:
 
 
 @torch.no_grad()
-def test_texts_past_the_calibrated_length_are_named(folder: Path, recwarn: Any) -> None:
-    """Once, however many layers and steps; not for texts within it."""
-    past = RULES["xattention"].model_copy(update={"calibrated": 50})
-    model = load(folder)
-    for rule, message in ((past, "xattention: .* 50 tokens"), (RULES["blasst"], "128 tokens")):
-        runtime = attach(model, policy(rule))
-        recwarn.clear()
-        model(ids(48), use_cache=False)
-        assert not [one for one in recwarn if "calibrated" in str(one.message)]
-        with pytest.warns(UserWarning, match=message):
-            model(ids(130), use_cache=False)
-        runtime.detach()
+@pytest.mark.parametrize("name", ["xattention", "blasst"])
+def test_texts_past_the_calibrated_length_are_refused_by_name(folder: Path, name: str) -> None:
+    """At load, when a prompt comes, and in evaluations; what grows past it is not lost."""
+    rule = RULES[name].model_copy(update={"calibrated": 128} if name == "xattention" else {})
+    rules, model = policy(rule), load(folder)
+    message = f"{name}: a text of 130 tokens is longer than the 128"
+    with pytest.raises(InputError, match=message):
+        attach(model, rules, length=130)
+    runtime = attach(model, rules, length=128)
+    options = runtime.options()
+    model(ids(128), **options)
+    if name == "blasst":  # which has a threshold for steps, too
+        with pytest.warns(UserWarning, match="grown past the 128"):
+            model(ids(1), **options)
+    with pytest.raises(InputError, match=message):
+        model(ids(130), use_cache=False)
+    runtime.detach()
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(InputError, match=message):
+        evaluate(open_source(folder), ids(130), attention=policy_attention(rules), **where)

@@ -42,11 +42,11 @@ def test_a_wrong_kernel_has_no_figure(bench: ModuleType) -> None:
 
 
 def test_a_table_says_what_is_missed(bench: ModuleType) -> None:
-    row = bench.Row("toy", "fast", "4", 0.0, us=10.0, gbps=1000.0, of_copy=0.5)
+    row = bench.Row("toy", "fast", "4", 0.0, us=10.0, gbps=1000.0, of_copy=0.5, of_peak=0.4)
     row.beside, row.peers_us, row.missed = {"cuBLAS": 2.0}, {"cuBLAS": 20.0}, ["cuBLAS 2.5"]
     *_, line = bench.table([row])
     assert line == (
-        "| toy | fast | 4 | 10.0 µs | 1,000 GB/s | 50% | 2.00x cuBLAS (20.0 µs) | "
+        "| toy | fast | 4 | 10.0 µs | 1,000 GB/s | 50% | 40% | 2.00x cuBLAS (20.0 µs) | "
         "MISSED: cuBLAS 2.5 |"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from compressor.attention.evaluation import query_heads
 from compressor.attention.masked import OwnAttention, full
-from compressor.attention.policy import AttentionPolicy, Group, read_policy
+from compressor.attention.policy import AttentionPolicy, Group, check_length, read_policy
 from compressor.attention.rope import Rotary
-from compressor.attention.rule import Held, Rule, RuleCall, warn_past_fit
+from compressor.attention.rule import Held, Rule, RuleCall, past_fit
 from compressor.attention.serve.ahead import Ahead, stored_tensors
 from compressor.attention.serve.cache import HeadLayer, PolicyCache, split
 from compressor.errors import InputError
@@ -36,13 +37,17 @@ def attach(
     *,
     tensors: Mapping[str, Tensor] | None = None,
     kernels: bool | None = None,
+    length: int = 0,
 ) -> Runtime:
     """Have a loaded model attend by a policy: a value, or that of a checkpoint folder (the one that
     the model was loaded from, if none is given).
 
     tensors  those that rules read a block ahead, by name, if not those of the folder
     kernels  whether kernels of heads with a rule and without are used; None: on a GPU
-    Raises InputError where there is no policy, or it is not for this model.
+    length   tokens of the longest text to come, answer included
+    Raises InputError where there is no policy, or it is not for this model or this length. A longer
+    prompt than a rule was calibrated on is refused when it comes, too; a text that grows past that
+    goes on with a warning.
     """
     if not isinstance(policy, AttentionPolicy):
         folder = Path(policy if policy is not None else model.name_or_path)
@@ -51,6 +56,7 @@ def attach(
             raise InputError(f"{folder} carries no attention policy")
         policy = found
         tensors = stored_tensors(folder, policy) if tensors is None else tensors
+    check_length(policy, length)
     return Runtime(model, policy, tensors, kernels=kernels)
 
 
@@ -194,12 +200,24 @@ class Runtime:
         acting = self._acting(group, query)
         if acting is None or not acting.acts(step.keys.shape[2]):
             return full(query, step.keys, step.values, own)
-        warn_past_fit(acting, int(step.on_device()[-1]) + 1)
+        self._in_fit(acting, int(step.on_device()[-1]) + 1, begun=query.shape[2] == 1)
         said = told.get(acting.kind)
         call = RuleCall(query, step.keys, step.on_device(), own.scaling, said, step.memory)
         if self.policy.positions == "slot":
             return acting.attend_by_slot(call, step.values, own, partial(self._tables, query))
         return acting.attend(call, step.values, own)
+
+    def _in_fit(self, rule: Rule, length: int, *, begun: bool) -> None:
+        """Refuse a prompt that a rule was not calibrated for; a text that grew so long is not lost
+        for it: once for all layers and steps it is said."""
+        if problem := past_fit(rule, length):
+            if not (begun or self._verifying):
+                raise problem
+            warnings.warn(
+                f"{rule.kind}: the text has grown past the {rule.fitted} tokens that its "
+                "thresholds were calibrated on; nothing is promised beyond",
+                stacklevel=2,
+            )
 
     def _acting(self, group: Group, query: Tensor) -> Rule | None:
         if self._drafting:

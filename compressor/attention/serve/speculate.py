@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.attention.policy import check_length
 from compressor.attention.serve.attach import Runtime
 from compressor.errors import InputError
 from compressor.numerics.rejection import emitted_tokens
@@ -65,6 +66,7 @@ def speculate(
 
     text = ids[0].tolist()
     wanted = len(text) + max_new_tokens
+    check_length(runtime.policy, wanted)
     target = shares(ids[0])[-1]
     text.append(draw(target))
     rounds = []
