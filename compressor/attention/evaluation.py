@@ -17,7 +17,6 @@ from compressor.attention.masked import both_masks, in_pieces
 from compressor.attention.policy import (
     AttentionPolicy,
     Group,
-    check_length,
     check_policy,
     read_policy,
 )
@@ -48,6 +47,15 @@ def as_stored(
     check_policy(policy, source.layout)
     check_length(policy, longest)
     return StreamedModel(source, policy_attention(policy))
+
+
+def check_length(policy: AttentionPolicy, length: int) -> None:
+    """Raises InputError where texts of `length` tokens are longer than what a rule was calibrated
+    on."""
+    for layer in policy.layers:
+        for rule in layer.rules:
+            if problem := past_fit(rule, length):
+                raise problem
 
 
 def policy_attention(policy: AttentionPolicy) -> Attending:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compressor.attention.rule import Phase, Rule, Value, make_rule, past_fit
+from compressor.attention.rule import Phase, Rule, Value, make_rule
 from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.frozen import messages
@@ -320,15 +320,6 @@ def check_policy(policy: AttentionPolicy, layout: ModelLayout) -> None:
             "input",
             hint="positions: text",
         )
-
-
-def check_length(policy: AttentionPolicy, length: int) -> None:
-    """Raises InputError where texts of `length` tokens are longer than what a rule was calibrated
-    on."""
-    for layer in policy.layers:
-        for rule in layer.rules:
-            if problem := past_fit(rule, length):
-                raise problem
 
 
 def tensor_problems(policy: AttentionPolicy, tensors: Mapping[str, Tensor]) -> list[str]:

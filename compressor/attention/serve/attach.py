@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from compressor.attention.evaluation import query_heads
+from compressor.attention.evaluation import check_length, query_heads
 from compressor.attention.masked import OwnAttention, full
-from compressor.attention.policy import AttentionPolicy, Group, check_length, read_policy
+from compressor.attention.policy import AttentionPolicy, Group, read_policy
 from compressor.attention.rope import Rotary
 from compressor.attention.rule import Held, Rule, RuleCall, past_fit
 from compressor.attention.serve.ahead import Ahead, stored_tensors

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.attention.policy import check_length
+from compressor.attention.evaluation import check_length
 from compressor.attention.serve.attach import Runtime
 from compressor.errors import InputError
 from compressor.numerics.rejection import emitted_tokens
