@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,12 +71,17 @@ class Unit:
 
     def with_quantized(self, linear: Linear, q: QTensor) -> Unit:
         """This unit with a linear's weight replaced by a QTensor."""
-        name, rest = linear.weight_name, self.tensors
+        return self.with_codes([(linear, q)])
+
+    def with_codes(self, coded: Iterable[tuple[Linear, QTensor]]) -> Unit:
+        """This unit with the weights of some linears replaced by QTensors."""
+        by_name = {linear.weight_name: (linear.name, q) for linear, q in coded}
+        rest = self.tensors
         if isinstance(rest, Floats):
-            rest = rest.without({name})
+            rest = rest.without(by_name.keys())
         else:
-            rest = {k: v for k, v in rest.items() if k != name}
-        return replace(self, tensors=rest, quantized={**self.quantized, linear.name: q})
+            rest = {k: v for k, v in rest.items() if k not in by_name}
+        return replace(self, tensors=rest, quantized={**self.quantized, **dict(by_name.values())})
 
     def with_input_scale(self, linear: Linear, scale: Tensor) -> Unit:
         """This unit with the static scale of a linear's input set."""
@@ -85,9 +90,14 @@ class Unit:
 
     def with_divisor(self, site: str, divisor: Tensor) -> Unit:
         """This unit with the input of a site divided [in] once more."""
-        before = self.divisors.get(site)
-        made = divisor if before is None else before * divisor
-        return replace(self, divisors={**self.divisors, site: made})
+        return self.with_divisors({site: divisor})
+
+    def with_divisors(self, divisors: Mapping[str, Tensor]) -> Unit:
+        """This unit with the inputs of some sites divided [in] once more."""
+        made = dict(self.divisors)
+        for site, divisor in divisors.items():
+            made[site] = made[site] * divisor if site in made else divisor
+        return replace(self, divisors=made)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Mapping[str, Tensor]:
         """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""

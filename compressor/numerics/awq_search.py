@@ -9,7 +9,7 @@ a squared output error of tr(Δ G Δᵀ), whatever the number of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,21 +58,22 @@ def weight_magnitude(weights: Sequence[Tensor], spec: QuantSpec) -> Tensor:
 def candidate_scales(
     x_absmean: Tensor, *, ratios: Sequence[float], w_magnitude: Tensor | None = None
 ) -> Tensor:
-    """x^r, or x^r / w^(1−r), normalised so that max·min = 1, for each ratio r: [R, C] float32.
+    """x^r, or x^r / w^(1−r), normalised so that max·min = 1, for each ratio r: [R, C] float32; or
+    of several inputs, [R, E, C].
 
-    x_absmean    [C] mean |x| of the input channels
-    w_magnitude  [C] from `weight_magnitude`, for AutoAWQ's `duo` scaling
+    x_absmean    [C] or [E, C] mean |x| of the input channels
+    w_magnitude  the same shape, from `weight_magnitude`, for AutoAWQ's `duo` scaling
     Channels that calibration never saw (zero or not finite) keep 1 and do not shift the others.
     """
     x = x_absmean.float()
-    r = torch.tensor(ratios, dtype=torch.float32, device=x.device)[:, None]
+    r = torch.tensor(ratios, dtype=torch.float32, device=x.device).view(-1, *[1] * x.dim())
     alive = x.isfinite() & (x > 0)
     scales = torch.where(alive, x, 1.0) ** r
     if w_magnitude is not None:
         scales = scales / (w_magnitude.float() ** (1 - r) + 1e-4)
     scales = scales.clamp(min=SCALE_FLOOR)
-    low = torch.where(alive, scales, torch.inf).amin(1, keepdim=True)
-    high = torch.where(alive, scales, 0.0).amax(1, keepdim=True)
+    low = torch.where(alive, scales, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(alive, scales, 0.0).amax(-1, keepdim=True)
     scales = scales / (high.sqrt() * low.sqrt())
     return torch.where(alive & scales.isfinite() & (scales > 0), scales, 1.0)
 
@@ -131,29 +132,79 @@ def search_scales_gram(
     ranks    share the candidates; all of them search together
     Raises InputError where no candidate has a finite loss.
     """
-    ratios = [i / grid for i in range(0 if duo else 1, grid + 1)]
-    candidates = _candidates(weights, x_absmean, ratios, spec, duo=duo, tie=tie)
+    ratios = _ratios(grid, duo=duo)
+    candidates = _candidates(weights, x_absmean, ratios[1:], spec, duo=duo, tie=tie)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
-    losses = torch.zeros(candidates.shape[0], dtype=torch.float32, device=gram.device)
     mine = ranks.own(candidates.shape[0])
-    if quantizer is not None:
+    if quantizer is None:
+        stacks = [weight[None] for weight in weights]
+        losses = _losses(stacks, gram[None], candidates[:, None], spec, mine)[:, 0].contiguous()
+    else:
+        losses = torch.zeros(candidates.shape[0], dtype=torch.float32, device=gram.device)
         for i in mine:
             scales = candidates[i]
             for old, new in zip(
                 weights, quantizer([w.float() * scales for w in weights]), strict=True
             ):
                 losses[i] += _gram_loss(old, new / scales, gram)
-    for rows in _row_blocks(weights) if quantizer is None else ():
-        height = sum(block.shape[0] for block in rows)
-        delta = torch.empty(height, gram.shape[0], dtype=work_dtype(gram), device=gram.device)
-        for i in mine:
-            parts = torch.split(delta, [block.shape[0] for block in rows])
-            for block, part in zip(rows, parts, strict=True):
-                _write_delta(block, candidates[i], spec, part)
-            losses[i] += gram_error(delta, gram)
     found = ranks.sum(losses).tolist()
     best = _first_minimum(found)
-    return ScaleResult(candidates[best], [0.0, *ratios][best], tuple(found))
+    return ScaleResult(candidates[best], ratios[best], tuple(found))
+
+
+def search_scales_apart(
+    weights: Tensor,
+    grams: Tensor,
+    x_absmean: Tensor,
+    spec: QuantSpec,
+    *,
+    grid: int = 20,
+    duo: bool = False,
+) -> list[ScaleResult]:
+    """`search_scales_gram` of linears of one shape, each of which has an input of its own.
+
+    weights  [E, O, C];  grams  [E, C, C];  x_absmean  [E, C]
+    """
+    ratios = _ratios(grid, duo=duo)
+    magnitude = torch.stack([weight_magnitude([w], spec) for w in weights]) if duo else None
+    candidates = candidate_scales(x_absmean, ratios=ratios[1:], w_magnitude=magnitude)
+    candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
+    losses = _losses([weights], grams, candidates, spec, range(candidates.shape[0]))
+    found = []
+    for number, tried in enumerate(losses.T.tolist()):
+        best = _first_minimum(tried)
+        found.append(ScaleResult(candidates[best, number], ratios[best], tuple(tried)))
+    return found
+
+
+def _ratios(grid: int, *, duo: bool) -> list[float]:
+    """The ratio of no scaling, and those that are tried."""
+    return [0.0, *(i / grid for i in range(0 if duo else 1, grid + 1))]
+
+
+def _losses(
+    weights: Sequence[Tensor],
+    grams: Tensor,
+    candidates: Tensor,
+    spec: QuantSpec,
+    mine: Iterable[int],
+) -> Tensor:
+    """Σ_i tr(Δ_i G Δ_iᵀ) of each input for each candidate, float32 [R, E]; zero where it is none of
+    `mine`.
+
+    weights     stacks [E, O_i, C] of linears that share an input;  grams  [E, C, C]
+    candidates  [R, E, C]
+    """
+    losses = torch.zeros(candidates.shape[:2], dtype=torch.float32, device=grams.device)
+    for rows in _row_blocks(weights):
+        heights = [block.shape[1] for block in rows]
+        shape = len(grams), sum(heights), grams.shape[-1]
+        delta = torch.empty(shape, dtype=work_dtype(grams), device=grams.device)
+        for i in mine:
+            for block, part in zip(rows, torch.split(delta, heights, dim=1), strict=True):
+                _write_delta(block, candidates[i], spec, part)
+            losses[i] += gram_error(delta, grams)
+    return losses
 
 
 def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:
@@ -165,7 +216,7 @@ def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:
 
 
 def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
-    """Q(W·s)/s − W of a weight [O, C] and a candidate [C], into `out`."""
+    """Q(W·s)/s − W of weights [E, O, C] and a candidate [E, C], into `out`."""
     if weight.is_cuda and is_plain_int(spec):
         candidate_delta(
             weight.contiguous(),
@@ -177,13 +228,13 @@ def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -
             out=out,
         )
         return
-    weight = weight.float()
-    scaled = weight * scales
+    weight, scales = weight.float(), scales[:, None]
+    scaled = (weight * scales).flatten(0, 1)
     if is_plain_int(spec):
         rounded = fake_quantize_int(scaled, spec, overwrite=True)
     else:
         rounded = fake_quantize(scaled, spec)
-    torch.sub(rounded.div_(scales), weight, out=out)
+    torch.sub(rounded.view(weight.shape).div_(scales), weight, out=out)
 
 
 def is_plain_int(spec: QuantSpec) -> bool:
@@ -212,10 +263,14 @@ def _candidates(
 
 
 def _row_blocks(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists of row ranges of the weights, each list `ROWS` rows together or fewer."""
+    """Lists of row ranges of weights [1, O_i, C], each of `ROWS` rows or fewer; larger stacks are
+    as small as they should be."""
     block: list[Tensor] = []
-    for part in (part for weight in weights for part in torch.split(weight, ROWS)):
-        if block and sum(p.shape[0] for p in block) + part.shape[0] > ROWS:
+    if len(weights[0]) > 1:
+        yield list(weights)
+        return
+    for part in (part for weight in weights for part in torch.split(weight, ROWS, dim=1)):
+        if block and sum(p.shape[1] for p in block) + part.shape[1] > ROWS:
             yield block
             block = []
         block.append(part)
@@ -229,18 +284,23 @@ def search_clip_gram(
     *,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """Bounds [O, groups] that give the least Δ_g G_gg Δ_gᵀ in each group of each row.
+    """Bounds [O, groups] that give the least Δ_g G_gg Δ_gᵀ in each group of each row; of a stack
+    of weights [E, O, groups].
 
-    weight  [O, C] as it will be quantized, scales included
-    gram    [C, C] of the input before it was divided by `scales` [C]
+    weight  [O, C] or [E, O, C] as it will be quantized, scales included
+    gram    [C, C] of the input before it was divided by `scales` [C]; of a stack [E, C, C] and
+            [E, C], or those of the one input of all
     """
+    if weight.dim() == 3 and gram.dim() == 2:
+        bounds = search_clip_gram(weight.flatten(0, 1), gram, spec, scales=scales)
+        return bounds.view(*weight.shape[:2], -1)
     size = clip_group_size(weight, spec)
-    groups = weight.shape[1] // size
-    blocks = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2)
-    blocks = blocks.permute(2, 0, 1).to(torch.float32)
+    groups = weight.shape[-1] // size
+    blocks = gram.view(*gram.shape[:-2], groups, size, groups, size).diagonal(dim1=-4, dim2=-2)
+    blocks = blocks.movedim(-1, -3).to(torch.float32)
     if scales is not None:
-        per_group = scales.view(-1, size)
-        blocks = blocks / (per_group[:, :, None] * per_group[:, None, :])
+        per_group = scales.view(*scales.shape[:-1], groups, size)
+        blocks = blocks / (per_group[..., :, None] * per_group[..., None, :])
 
     if weight.is_cuda and size in CLIP_SIZES:
         return clip_bounds(
@@ -253,12 +313,17 @@ def search_clip_gram(
             steps=CLIP_STEPS,
         )
 
-    def error(delta: Tensor) -> Tensor:
-        by_group = delta.transpose(0, 1)
-        errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
-        return errors.t()
+    def searched(weight: Tensor, blocks: Tensor) -> Tensor:
+        def error(delta: Tensor) -> Tensor:
+            by_group = delta.transpose(0, 1)
+            errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
+            return errors.t()
 
-    return search_clip(weight.float(), error, spec)
+        return search_clip(weight.float(), error, spec)
+
+    if weight.dim() == 2:
+        return searched(weight, blocks)
+    return torch.stack([searched(w, b) for w, b in zip(weight, blocks, strict=True)])
 
 
 def search_clip(weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: QuantSpec) -> Tensor:
@@ -291,7 +356,7 @@ def clip_group_size(weight: Tensor, spec: QuantSpec) -> int:
             f"clipping bounds need an integer grid per group or channel, not {spec}",
             hint="turn clipping off for this target",
         )
-    return (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]
+    return (spec.group_size if spec.strategy == "group" else None) or weight.shape[-1]
 
 
 def _first_minimum(losses: Sequence[float]) -> int:

@@ -17,7 +17,8 @@ ROWS = 2**15
 
 
 def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
-    """tr(Δ G Δᵀ) of an error Δ [O, C] in `work_dtype`, as a scalar tensor.
+    """tr(Δ G Δᵀ) of an error Δ [O, C] in `work_dtype`, as a scalar tensor; or of a stack [E, O, C],
+    of which each has a Gram matrix or all have the same one, [E].
 
     Computed as Σ_jk (ΔᵀΔ)_jk G_jk over the upper half only, so the Gram matrix is never rounded:
     where units multiply matrices of bfloat16, on a GPU and on some CPUs, only Δ is (its 2⁻⁹ is far
@@ -25,6 +26,9 @@ def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
     """
     if delta.is_cuda:
         return fused.gram_error(delta, gram)
+    if delta.dim() == 3:
+        grams = gram.expand(len(delta), *gram.shape[-2:])
+        return torch.stack([gram_error(d, g) for d, g in zip(delta, grams, strict=True)])
     width = delta.shape[1]
     # Fewer columns at a time compute less twice, too few keep the products small.
     step = max(2048 if _has_matrix_units() else 96, width // 4)
@@ -63,7 +67,7 @@ def work_dtype(gram: Tensor) -> torch.dtype:
 
 
 def difference_error(quantized: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
-    """tr(Δ G Δᵀ) of Δ = quantized − weight [O, C], taken in float32, as a scalar tensor."""
+    """tr(Δ G Δᵀ) of Δ = quantized − weight [O, C], taken in float32, as `gram_error` has it."""
     # Written where it is wanted: a difference in float32 would be the largest tensor of a job.
     delta = torch.empty(weight.shape, dtype=work_dtype(gram), device=gram.device)
     torch.sub(quantized.float(), weight.float(), out=delta)
@@ -82,16 +86,16 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> floa
 
 def error_of_parts(parts: Iterable[tuple[Tensor, Tensor]], gram: Tensor | None) -> Tensor:
     """`output_error` of a weight and what it became, some rows of both at a time, as a scalar
-    tensor."""
+    tensor; of stacks [E, O, C] that of each, [E]."""
     errors, powers = [], []
     for old, new in parts:
         if gram is None:
-            errors.append((new - old).float().square().sum())
-            powers.append(old.float().square().sum())
+            errors.append((new - old).float().square().sum((-2, -1)))
+            powers.append(old.float().square().sum((-2, -1)))
         else:
             errors.append(difference_error(new, old, gram))
             powers.append(gram_error(old.to(work_dtype(gram)), gram))
-    return torch.stack(errors).sum() / torch.stack(powers).sum().clamp(min=1e-30)
+    return torch.stack(errors).sum(0) / torch.stack(powers).sum(0).clamp(min=1e-30)
 
 
 def _split(weight: Tensor, quantized: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -60,6 +60,14 @@ class Experts:
         the first of which grows with the tokens. They are arguments for the methods below."""
         return list(_routing(args, kwargs))
 
+    def joined(self, calls: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """What `call` gives of several calls, as of one with all their tokens."""
+        return [torch.cat(parts) for parts in zip(*calls, strict=True)]
+
+    def share(self, call: Sequence[Tensor]) -> int:
+        """How many tokens of what `call` gave an expert gets on average, or fewer."""
+        return call[1].numel() // len(self)
+
     def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Expert → the tokens [n, hidden] that a call of the module sends to it."""
         hidden, chosen, _ = _routing(args, kwargs)
@@ -147,6 +155,13 @@ class _WholeExperts(Experts):
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         return [self._apart(args, kwargs).flatten(0, 1)]
+
+    def joined(self, calls: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        apart = [self._apart(call, {}) for call in calls]
+        return [torch.cat(apart, dim=1).flatten(0, 1)]
+
+    def share(self, call: Sequence[Tensor]) -> int:
+        return len(call[0]) // len(self)
 
     def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         tokens = [part[part.any(dim=1)] for part in self._apart(args, kwargs)]

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from compressor.runner.experts import Experts
 
+TOGETHER = 2**12
+"""Tokens for each expert of calls that are taken as one, on average and at least: what one makes of
+its own is in memory at a time."""
+
 
 class Watch(Protocol):
     """Looks at a module's calls.
@@ -82,11 +86,13 @@ class ExpertTokens:
     """
 
     def __init__(self, experts: Experts, *, every: bool) -> None:
-        self.experts = experts
+        self.experts, self.every = experts, every
         self.parts = experts.parts
         self.tokens_of = experts.unrouted if every else experts.routed
         self.calls: list[Callable[[int], Tensor]] = []
         self.counts: list[Tensor] = []
+        self._apart: list[list[Tensor]] = []  # calls that are not in `calls` yet
+        self._each = 0  # tokens of those for each expert
 
     def look(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: tuple[int, int]
@@ -94,14 +100,26 @@ class ExpertTokens:
         return self.experts.call(args, kwargs)
 
     def add(self, seen: Sequence[Tensor]) -> None:
-        self.calls.append(self.tokens_of(seen, {}))
         self.counts.append(self.experts.counts(seen, {}))
+        self._apart.append(list(seen))
+        self._each += len(seen[0]) if self.every else self.experts.share(seen)
+        if self._each >= TOGETHER:
+            self._join()
 
     def counted(self) -> dict[int, int]:
         """Expert → tokens routed to it."""
         return dict(enumerate(torch.stack(self.counts).sum(dim=0).tolist())) if self.counts else {}
 
     def entering_down(self, expert: int) -> Iterator[Tensor]:
-        """What enters an expert's down projection, batch by batch."""
+        """What enters an expert's down projection, many tokens at a time."""
+        self._join()
         for tokens_of in self.calls:
             yield self.experts.entering_down(expert, tokens_of(expert))
+
+    def _join(self) -> None:
+        """Take calls as one: an expert gets few tokens of each."""
+        if self._apart:
+            several = len(self._apart) > 1
+            joined = self.experts.joined(self._apart) if several else self._apart[0]
+            self.calls.append(self.tokens_of(joined, {}))
+            self._apart, self._each = [], 0

@@ -53,12 +53,16 @@ PARTS = {
         "Observer.add": "Gram matrices",
         "_LazyStats._compute": "statistics of experts",
     },
-    "compressor.methods.awq": {
+    "compressor.methods.awq.method": {
         "Awq._search": "search of scales",
-        "Awq._finish": "rounding",
+        "Awq._search_apart": "search of scales",
+        "finished": "rounding",
+        "put": "codes put into the unit",
+        "_folded": "folds",
+    },
+    "compressor.methods.awq.finish": {
         "search_clip_gram": "search of clipping",
-        "output_error": "errors",
-        "fold": "folds",
+        "error_of_parts": "errors",
     },
     "compressor.methods.common.second_order": {
         "inverse_factor": "factors",

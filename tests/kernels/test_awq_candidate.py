@@ -100,6 +100,22 @@ def test_clip_bounds(size, symmetric, stored):
     assert (found <= largest * 1.0001).all() and (found >= 0.54 * largest).all()
 
 
+@pytest.mark.parametrize("rows", [37, 64])
+def test_a_stack_is_its_parts(rows):
+    size, options = 32, {"bits": 4, "symmetric": False, "stored": torch.bfloat16}
+    both = [matrix(rows, 3 * size, seed=seed) for seed in range(3)]
+    weights, scales = (torch.stack(parts) for parts in zip(*both, strict=True))
+    grams = torch.stack([gram_blocks(3 * size, size, seed=seed) for seed in range(3)])
+    deltas = candidate_delta(weights, scales, group_size=size, **options)
+    bounds = clip_bounds(weights, grams, **options)
+    for i, (weight, scale) in enumerate(both):
+        one = candidate_delta(weight, scale, group_size=size, **options)
+        assert torch.equal(deltas[i], one)
+        assert torch.equal(bounds[i], clip_bounds(weight, grams[i], **options))
+    assert_same_codes(deltas, candidate_delta_ref(weights, scales, group_size=size, **options))
+    assert torch.isclose(bounds, clip_bounds_ref(weights, grams, **options)).float().mean() > 0.95
+
+
 def test_what_does_not_fit_is_refused():
     weight, scales = matrix(4, 96)
     options = {"bits": 4, "symmetric": True, "stored": torch.float32}

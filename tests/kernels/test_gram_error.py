@@ -72,6 +72,19 @@ def test_each_element_once_on_the_diagonal_and_twice_above_it():
         assert float(gram_error(delta, torch.diag(gram[0]), tiles=tiles)) == columns
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (40, 70)])  # whole steps of SMALL, or not
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_stack_is_its_parts(rows, columns, shared):
+    both = [problem(rows, columns, seed=seed) for seed in range(3)]
+    delta = torch.stack([delta for delta, _ in both])
+    grams = both[0][1] if shared else torch.stack([gram for _, gram in both])
+    found = gram_error(delta, grams, tiles=SMALL)
+    want = gram_error_ref(delta, grams)
+    assert found.shape == want.shape == (3,)
+    for one, other in zip(found, want, strict=True):
+        assert_equal(one, other)
+
+
 @pytest.mark.parametrize("cut", ["rows", "columns", "odd", "turned"])
 def test_strides(cut):
     delta, gram = problem(48, 96)
@@ -113,17 +126,19 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("tiles", [GramTiles(), GramTiles(256, 128), SMALL, TALL])
 @pytest.mark.parametrize(("rows", "columns"), [(12288, 4096), (100, 576), (64, 2 * BAND + 40)])
-def test_work_covers_the_upper_half_once(rows, columns, tiles):
-    work = _work(rows, columns, tiles, torch.device("cpu"))
+@pytest.mark.parametrize("count", [1, 3])
+def test_work_covers_the_upper_half_once(count, rows, columns, tiles):
+    work, most = _work(count, rows, columns, tiles, torch.device("cpu"))
     steps = -(-rows // tiles.block_k)
     down, across = (-(-columns // side) for side in (tiles.block_m, tiles.block_n))
-    taken = torch.zeros(down, across, dtype=torch.long)
-    for row, column, first, last in work.tolist():
-        assert 0 <= first < last <= steps
-        taken[row, column] += last - first
+    taken = torch.zeros(count, down, across, dtype=torch.long)
+    for row, column, first, last, number, place in work.tolist():
+        assert number * steps <= first < last <= (number + 1) * steps and place < most
+        taken[number, row, column] += last - first
+    assert len({(number, place) for *_, number, place in work.tolist()}) == len(work)
     ends = torch.arange(1, across + 1) * tiles.block_n
     live = ends > torch.arange(down)[:, None] * tiles.block_m
-    assert torch.equal(taken, live * steps)
+    assert torch.equal(taken, (live * steps).expand(taken.shape))
 
 
 @pytest.mark.gpu

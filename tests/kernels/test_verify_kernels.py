@@ -16,7 +16,7 @@ from compressor.formats.shared.mx import INPUTS
 from compressor.ir.layout import AttentionShape
 from compressor.ir.qtensor import MXFP4, MXFP8, NVFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
-from compressor.methods.awq import Awq
+from compressor.methods.awq.method import Awq
 from compressor.methods.fp8 import Fp8
 from compressor.methods.gptq import Gptq
 from compressor.methods.mxfp4 import Mxfp4

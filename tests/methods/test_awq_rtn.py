@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from compressor.checkpoint.source import open_source
 from compressor.ir.qtensor import QuantSpec
-from compressor.methods.awq import Awq
+from compressor.methods.awq.method import Awq
 from compressor.methods.base import get_pass
 from compressor.methods.gptq import Gptq
 from compressor.methods.rtn import Rtn

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from compressor.ir.qtensor import NVFP4, spread
 from compressor.ir.scheme import ActivationSpec
-from compressor.methods.awq import Awq
+from compressor.methods.awq.method import Awq
 from compressor.methods.gptq import Gptq
 from compressor.methods.nvfp4 import Nvfp4
 from compressor.methods.rtn import Rtn

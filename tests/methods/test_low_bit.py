@@ -11,7 +11,7 @@ from compressor.checkpoint.source import open_source
 from compressor.ir.layout import Linear, ModelLayout, Sizes, UnitLayout
 from compressor.ir.qtensor import NVFP4, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
-from compressor.methods.awq import Awq
+from compressor.methods.awq.method import Awq
 from compressor.methods.base import get_pass
 from compressor.methods.fp8 import Fp8
 from compressor.methods.mxfp4 import Mxfp4

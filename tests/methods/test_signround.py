@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressor_calibration.stats import StatNeeds
 
-from compressor.methods.awq import Awq
+from compressor.methods.awq.method import Awq
 from compressor.methods.rtn import Rtn
 from compressor.methods.signround import Signround
 from compressor.runner.tunable_block import TunableBlock

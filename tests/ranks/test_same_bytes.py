@@ -48,8 +48,7 @@ MIXTRAL: dict[str, list[dict[str, Any]]] = {
     "moe awq": [{"awq": {**INT4, "min_tokens": 8}}],
     "moe gptq": [{"gptq": {**INT4, "min_tokens": 8}}],
 }
-
-
+MANY: dict[str, list[dict[str, Any]]] = {"awq of stacked experts": MIXTRAL["moe awq"]}
 LEARNING = {
     "gates": [GATES],
     "forecasts": [{"sparda": FORECASTS}],
@@ -67,10 +66,13 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     text.write_text(
         "\n\n".join(f"Line {i} of {i % 7} by the river, and {i * i}." for i in range(900))
     )
-    models = {"llama": LLAMA, "mixtral": MIXTRAL}
+    many = {"num_local_experts": 18, "intermediate_size": 64}
+    models = [("llama", {}, LLAMA), ("mixtral", {}, MIXTRAL), ("mixtral", many, MANY)]
     recipes = {
         name: {
-            "model": str(tiny_model(model, num_hidden_layers=1, **(WIDE if name == "qoq" else {}))),
+            "model": str(
+                tiny_model(model, num_hidden_layers=1, **(WIDE if name == "qoq" else sizes))
+            ),
             # Seven rows in batches of two: the last is smaller, and three ranks share unequally.
             "calibration": {"data": str(text), "samples": 7, "length": 32},
             "passes": passes,
@@ -78,7 +80,7 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
             "verify": False,
             "max_shard_size": "200KB",
         }
-        for model, every in models.items()
+        for model, sizes, every in models
         for name, passes in every.items()
     }
     llama = str(tiny_model("llama", num_hidden_layers=4))
@@ -109,7 +111,7 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, *LEARNING, "judged"])
+@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, *MANY, *LEARNING, "judged"])
 def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -> None:
     manifests = [(written / str(n) / recipe / "manifest.json").read_bytes() for n in WORLDS]
     assert len(set(manifests)) == 1

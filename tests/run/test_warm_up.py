@@ -17,7 +17,7 @@ from compressor.checkpoint.source import open_source
 from compressor.formats.base import get_format
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
-from compressor.methods.awq import Awq
+from compressor.methods.awq.method import Awq
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.warm_up import warm_up
@@ -40,7 +40,7 @@ import os, torch
 from pathlib import Path
 from compressor.numerics.awq_search import search_clip_gram, search_scales_gram
 from compressor.numerics.gram import relative_error
-from compressor.methods.awq import Awq
+from compressor.methods.awq.method import Awq
 from tests_spec import SPEC
 
 def kernels():

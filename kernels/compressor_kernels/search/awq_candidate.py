@@ -12,6 +12,8 @@ with the scale rounded to the dtype it is stored in before codes are chosen.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,13 +38,13 @@ def candidate_delta(
     stored: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Q(W·s)/s − W, [O, C] bfloat16, computed in float32.
+    """Q(W·s)/s − W, [O, C] bfloat16, computed in float32; or of a stack of weights [E, O, C].
 
-    weight      [O, C] float32, float16 or bfloat16, contiguous
-    scales      [C] float32, positive
+    weight      [O, C] or [E, O, C] float32, float16 or bfloat16, contiguous
+    scales      [C] or [E, C] float32, positive
     group_size  inputs that share a grid, None for a whole row
     stored      dtype the grid's scale is rounded to
-    out         contiguous bfloat16 [O, C] to write into
+    out         contiguous bfloat16 of the weight's shape to write into
     Raises ValueError for shapes and dtypes that do not fit.
     """
     import triton
@@ -50,7 +52,7 @@ def candidate_delta(
     from compressor_kernels.search.awq_candidate_jit import delta_kernel
 
     size = _checked(weight, bits, group_size, stored)
-    if scales.shape != weight.shape[1:] or scales.dtype != torch.float32:
+    if scales.shape != (*weight.shape[:-2], weight.shape[-1]) or scales.dtype != torch.float32:
         raise ValueError(f"scales {list(scales.shape)} {scales.dtype} for {list(weight.shape)}")
     if out is None:
         out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
@@ -63,7 +65,8 @@ def candidate_delta(
         scales.contiguous(),
         out,
         groups,
-        weight.shape[1] // size,
+        weight.shape[-1] // size,
+        weight.shape[-2] * weight.shape[-1] // size,
         SIZE=size,
         BITS=bits,
         SYMMETRIC=symmetric,
@@ -86,7 +89,8 @@ def candidate_delta_ref(
 ) -> Tensor:
     """The plain reference of `candidate_delta`."""
     size = _checked(weight, bits, group_size, stored)
-    scaled = (weight.float() * scales).view(weight.shape[0], -1, size)
+    scales = scales.unsqueeze(-2)
+    scaled = (weight.float() * scales).view(*weight.shape[:-1], -1, size)
     low, high = scaled.aminmax(dim=-1)
     values = _rounded_ref(scaled, low, high, bits=bits, symmetric=symmetric, stored=stored)
     return (values.view(weight.shape) / scales - weight.float()).to(torch.bfloat16)
@@ -104,9 +108,11 @@ def clip_bounds(
 ) -> Tensor:
     """Bounds absmax·(1 − i/grid), i < steps, with the least Δ_g G_gg Δ_gᵀ in each group of a row.
 
-    weight  [O, C] float32, float16 or bfloat16, contiguous
-    gram    [C / g, g, g] float32, the diagonal blocks of the inputs' Gram matrix; g in `CLIP_SIZES`
-    Returns [O, C / g] float32. Raises ValueError for shapes and dtypes that do not fit.
+    weight  [O, C] float32, float16 or bfloat16, contiguous; or a stack of weights [E, O, C]
+    gram    [C / g, g, g] float32, the diagonal blocks of the inputs' Gram matrix; g in
+            `CLIP_SIZES`; of a stack one for each weight, [E, C / g, g, g]
+    Returns [O, C / g] float32, or [E, O, C / g]. Raises ValueError for shapes and dtypes that do
+    not fit.
     """
     import triton
 
@@ -114,18 +120,19 @@ def clip_bounds(
 
     size = gram.shape[-1]
     _checked(weight, bits, size, stored)
-    if size not in CLIP_SIZES or gram.shape != (weight.shape[1] // size, size, size):
+    groups = weight.shape[-1] // size
+    if size not in CLIP_SIZES or gram.shape != (*weight.shape[:-2], groups, size, size):
         raise ValueError(f"gram {list(gram.shape)} for a weight {list(weight.shape)}")
     rows = max(16, CLIP_TILE // size)
-    bounds = torch.empty(
-        weight.shape[0], weight.shape[1] // size, dtype=torch.float32, device=weight.device
-    )
-    clip_kernel[(triton.cdiv(weight.shape[0], rows), weight.shape[1] // size)](
+    bounds = torch.empty(*weight.shape[:-1], groups, dtype=torch.float32, device=weight.device)
+    tiles, weights = triton.cdiv(weight.shape[-2], rows), math.prod(weight.shape[:-2])
+    clip_kernel[(weights * tiles, groups)](
         weight,
         gram.float().contiguous(),
         bounds,
-        weight.shape[0],
-        weight.shape[1],
+        weight.shape[-2],
+        weight.shape[-1],
+        tiles,
         SIZE=size,
         STEPS=steps,
         GRID=grid,
@@ -150,7 +157,7 @@ def clip_bounds_ref(
 ) -> Tensor:
     """The plain reference of `clip_bounds`."""
     size = gram.shape[-1]
-    groups = weight.float().view(weight.shape[0], -1, size)
+    groups = weight.float().view(*weight.shape[:-1], -1, size)
     low, high = groups.aminmax(dim=-1)
     largest = torch.maximum(-low, high)
     best, least = largest.clone(), torch.full_like(largest, torch.inf)
@@ -166,7 +173,7 @@ def clip_bounds_ref(
             stored=stored,
         )
         delta = values - groups
-        error = torch.einsum("rgi,gij,rgj->rg", delta, gram.float(), delta)
+        error = torch.einsum("...rgi,...gij,...rgj->...rg", delta, gram.float(), delta)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, bound, best)
@@ -216,10 +223,10 @@ def _stored_ref(step: Tensor, stored: torch.dtype) -> Tensor:
 def _checked(weight: Tensor, bits: int, group_size: int | None, stored: torch.dtype) -> int:
     """The size of a group. Raises ValueError for what the kernels do not take."""
     size = weight.shape[-1] if group_size is None else group_size
-    if weight.dim() != 2 or not weight.is_contiguous() or not weight.is_floating_point():
-        raise ValueError("the weight is not a contiguous float matrix")
-    if size < 1 or weight.shape[1] % size:
-        raise ValueError(f"{weight.shape[1]} inputs do not divide into groups of {size}")
+    if weight.dim() not in (2, 3) or not weight.is_contiguous() or not weight.is_floating_point():
+        raise ValueError("the weight is not a contiguous float matrix, nor a stack of them")
+    if size < 1 or weight.shape[-1] % size:
+        raise ValueError(f"{weight.shape[-1]} inputs do not divide into groups of {size}")
     if not 2 <= bits <= 8 or stored not in STORED:
         raise ValueError(f"no grid of {bits} bits with scales in {stored}")
     return size

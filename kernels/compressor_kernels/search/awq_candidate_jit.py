@@ -79,13 +79,14 @@ def _rounded(w, low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORED: 
         return _asymmetric(w, low, high, BITS, STORED)
 
 
-@triton.jit(do_not_specialize=["groups", "per_row"])
+@triton.jit(do_not_specialize=["groups", "per_row", "per_weight"])
 def delta_kernel(
     w_ptr,
     s_ptr,
     out_ptr,
     groups,
     per_row,
+    per_weight,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -93,13 +94,14 @@ def delta_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program: ROWS groups of SIZE weights. W and out are dense: groups follow each other."""
+    """One program: ROWS groups of SIZE weights. W and out are dense: groups follow each other,
+    those of a row, and those of each weight of a stack. Scales are one row for each weight."""
     group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, WIDTH)
     inside = (group[:, None] < groups) & (j[None, :] < SIZE)
     at = group[:, None] * SIZE + j[None, :]
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    column = (group % per_row)[:, None] * SIZE + j[None, :]
+    column = (group // per_weight * per_row + group % per_row)[:, None] * SIZE + j[None, :]
     s = tl.load(s_ptr + column, mask=inside, other=1.0)
     scaled = w * s
     low = tl.min(tl.where(inside, scaled, float("inf")), 1)
@@ -115,6 +117,7 @@ def clip_kernel(
     bound_ptr,
     rows,
     columns,
+    tiles,
     SIZE: tl.constexpr,
     STEPS: tl.constexpr,
     GRID: tl.constexpr,
@@ -123,10 +126,14 @@ def clip_kernel(
     STORED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: one group of ROWS output rows. gram is [groups, SIZE, SIZE], dense."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """One program: one group of ROWS output rows of one weight, which has `rows` of them in `tiles`
+    programs. gram is [weights, groups, SIZE, SIZE], dense."""
+    weight = tl.program_id(0).to(tl.int64) // tiles
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     live = row < rows
+    row += weight * rows
+    gram_ptr += weight * (columns // SIZE) * (SIZE * SIZE)
     j = tl.arange(0, SIZE)
     at = row[:, None] * columns + group * SIZE + j[None, :]
     w = tl.load(w_ptr + at, mask=live[:, None], other=0.0).to(tl.float32)

@@ -2,7 +2,8 @@
 
 It is Σ_jk (ΔᵀΔ)_jk G_jk, and both factors are symmetric: tiles of the square on and above the
 diagonal are multiplied in tensor cores, weighed with G where their sums lie, and leave one number
-each. Nothing of the size of the square is written.
+each. Nothing of the size of the square is written. Of a stack of weights all squares are one
+launch.
 """
 
 from __future__ import annotations
@@ -42,31 +43,43 @@ SMALL_TILES = GramTiles(128, 128, 32, num_stages=3)
 
 
 def gram_error(delta: Tensor, gram: Tensor, *, tiles: GramTiles | None = None) -> Tensor:
-    """tr(Δ G Δᵀ), a float32 scalar: products of bfloat16, all else in float32.
+    """tr(Δ G Δᵀ), a float32 scalar, or [E] of a stack: products of bfloat16, all else in float32.
 
-    delta  [O, C] bfloat16; copied where the bulk copy engine cannot read it as it lies
-    gram   [C, C] float32, symmetric; only its upper half counts
+    delta  [O, C] bfloat16, or [E, O, C]; copied where the bulk copy engine cannot read it as it
+           lies
+    gram   [C, C] float32, symmetric, or of a stack [E, C, C]; only its upper half counts
     The same inputs give the same bits on the same device. Raises ValueError for what does not fit.
     """
     _check(delta, gram)
+    if delta.dim() == 2:
+        return gram_error(delta[None], gram[None], tiles=tiles)[0]
+    tiles = tiles or _tiles(delta.device)
+    count, rows, columns = delta.shape
     if not delta.numel():
-        return torch.zeros((), dtype=torch.float32, device=delta.device)
+        return torch.zeros(count, dtype=torch.float32, device=delta.device)
+    gram = gram.expand(count, columns, columns)
+    if count > 1 and rows % tiles.block_k:
+        # A step would reach into the rows of the next.
+        return torch.stack(
+            [gram_error(d, g, tiles=tiles) for d, g in zip(delta, gram, strict=True)]
+        )
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from compressor_kernels.search.gram_error_jit import gram_kernel
 
-    tiles = tiles or _tiles(delta.device)
-    work = _work(*delta.shape, tiles, delta.device)
-    parts = torch.empty(len(work), dtype=torch.float32, device=delta.device)
-    delta, gram = _copyable(delta), dense(gram)
+    work, most = _work(count, rows, columns, tiles, delta.device)
+    parts = torch.zeros(count, most, dtype=torch.float32, device=delta.device)  # some have fewer
+    delta, gram = _copyable(delta[0] if count == 1 else delta.flatten(0, 1)), dense(gram)
     gram_kernel[(len(work),)](
         TensorDescriptor.from_tensor(delta, [tiles.block_k, tiles.block_m]),
         TensorDescriptor.from_tensor(delta, [tiles.block_k, tiles.block_n]),
         gram,
         work,
         parts,
-        gram.shape[0],
+        columns,
         gram.stride(0),
+        gram.stride(1),
+        most,
         BM=tiles.block_m,
         BN=tiles.block_n,
         BK=tiles.block_k,
@@ -74,26 +87,31 @@ def gram_error(delta: Tensor, gram: Tensor, *, tiles: GramTiles | None = None) -
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return parts.sum()
+    return parts.sum(1)
 
 
 def gram_error_ref(delta: Tensor, gram: Tensor) -> Tensor:
     """`gram_error` in plain PyTorch, in float64."""
     _check(delta, gram)
     wide, upper = delta.double(), gram.double().triu()
-    return ((wide.t() @ wide) * (upper + upper.triu(1))).sum()
+    return ((wide.mT @ wide) * (upper + upper.triu(1))).sum((-2, -1))
 
 
 @lru_cache(maxsize=64)
-def _work(rows: int, columns: int, tiles: GramTiles, device: torch.device) -> Tensor:
-    """What each program does: row and column of its tile, first and last step; int32 [programs, 4].
+def _work(
+    count: int, rows: int, columns: int, tiles: GramTiles, device: torch.device
+) -> tuple[Tensor, int]:
+    """What each program does: row and column of its tile, first and last step, which of `count` Δ
+    it is of, and its number among those of that one; int32 [programs, 6], and how many these are at
+    most.
 
     Programs run a device full at a time. Tiles that would leave the last round mostly empty are cut
     into ranges of Δ's rows, whose sums add up, so that it is full and short.
     """
     tall, wide = tiles.block_m, tiles.block_n
     places = [
-        (row // tall, column // wide)
+        (number, row // tall, column // wide)
+        for number in range(count)
         for band in range(0, columns, BAND)
         for row in range(0, min(band + BAND, columns), tall)
         for column in range(band, min(band + BAND, columns), wide)
@@ -104,12 +122,18 @@ def _work(rows: int, columns: int, tiles: GramTiles, device: torch.device) -> Te
     left = len(places) % places_at_once
     pieces = min(places_at_once // left, steps) if left else 1
     each = -(-steps // pieces)
-    work = [(*place, 0, steps) for place in places[: len(places) - left]]
+    whole = len(places) - left
+    work = [(*place, 0, steps) for place in places[:whole]]
     for first in range(0, steps, each):
-        work += [
-            (*place, first, min(first + each, steps)) for place in places[len(places) - left :]
-        ]
-    return torch.tensor(work, dtype=torch.int32, device=device)
+        work += [(*place, first, min(first + each, steps)) for place in places[whole:]]
+    made = [0] * count
+    programs = []
+    for number, row, column, first, last in work:
+        steps_before = number * steps
+        steps_of = (steps_before + first, steps_before + last)
+        programs.append((row, column, *steps_of, number, made[number]))
+        made[number] += 1
+    return torch.tensor(programs, dtype=torch.int32, device=device), max(made)
 
 
 def _tiles(device: torch.device) -> GramTiles:
@@ -134,7 +158,9 @@ def _copyable(delta: Tensor) -> Tensor:
 
 
 def _check(delta: Tensor, gram: Tensor) -> None:
-    if delta.dim() != 2 or gram.shape != (delta.shape[1], delta.shape[1]):
+    columns = delta.shape[-1]
+    fits = (columns, columns), (*delta.shape[:-2], columns, columns)
+    if delta.dim() not in (2, 3) or gram.shape not in fits:
         raise ValueError(f"Δ {list(delta.shape)} and a Gram matrix {list(gram.shape)} do not fit")
     if delta.dtype != torch.bfloat16 or gram.dtype != torch.float32:
         raise ValueError(f"Δ in {delta.dtype}, Gram matrix in {gram.dtype}: bfloat16 and float32")

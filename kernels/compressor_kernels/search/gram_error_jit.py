@@ -16,21 +16,24 @@ def _halved(tiles, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def gram_kernel(
-    left_desc,  # Δ [O, C] in tiles of BK x BM
+    left_desc,  # Δ [O, C], of a stack one after the other, in tiles of BK x BM
     right_desc,  # the same Δ in tiles of BK x BN
-    gram_ptr,  # fp32 [C, C]
-    work_ptr,  # int32 [programs, 4]
-    out_ptr,  # fp32 [programs]
+    gram_ptr,  # fp32 [E, C, C]
+    work_ptr,  # int32 [programs, 6]
+    out_ptr,  # fp32 [E, most]
     C,
+    apart,
     stride,
+    most,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One program: one tile of the square, its row and column of tiles given, over the steps of
-    Δ's rows from the first given to the last. What tiles have past Δ's edges is read as zeros."""
-    work = work_ptr + 4 * tl.program_id(0)
+    Δ's rows from the first given to the last; of which Δ it is, and its number among the programs
+    of that one. What tiles have past Δ's edges is read as zeros."""
+    work = work_ptr + 6 * tl.program_id(0)
     row = tl.load(work) * BM
     column = tl.load(work + 1) * BN
     sums = tl.zeros((BM, BN), tl.float32)
@@ -47,7 +50,9 @@ def gram_kernel(
     WIDE: tl.constexpr = BN // 8
     m = tl.arange(0, BM)[:, None]
     n = tl.arange(0, WIDE)[None, :]
-    corner = gram_ptr + row.to(tl.int64) * stride + column
+    number = tl.load(work + 4).to(tl.int64)
+    corner = gram_ptr + number * apart
+    corner += row.to(tl.int64) * stride + column
     met = tl.zeros((BM, WIDE), tl.float32)
     for i in tl.static_range(8):
         first = column + i * WIDE
@@ -57,4 +62,4 @@ def gram_kernel(
         diagonal = row - first
         gram = tl.where(n - m < diagonal, 0.0, gram)
         met += parts[i] * tl.where(n - m == diagonal, gram, 2.0 * gram)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(met))
+    tl.store(out_ptr + number * most + tl.load(work + 5), tl.sum(met))

@@ -7,7 +7,7 @@ scaled weights of each group are clipped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,31 +17,31 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.floats import Change
 from compressor.ir.layout import Fold, Linear
-from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
+from compressor.methods.awq.finish import Finished, Rule, Site, finished, put
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.integers import int_spec
 from compressor.methods.common.rounding import enter_of, quantizer_of
+from compressor.methods.common.same_shape import Linears, of_one_shape, stacked
 from compressor.methods.common.shapes import undivided
-from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import (
     ScaleResult,
     candidate_scales,
     is_plain_int,
     search_clip_gram,
+    search_scales_apart,
     search_scales_gram,
     search_scales_reference,
 )
 from compressor.numerics.folding import consumer_scale, fold_changes, source_scale
-from compressor.numerics.gram import error_of_parts, relative_error
+from compressor.numerics.gram import relative_error
 from compressor.numerics.migration import search_scales_with_inputs
 from compressor.ranks.ranks import ALONE, Ranks
-
-TILE = 2**25
-"""Weights of a linear whose rounded values are in memory at a time."""
 
 
 class Awq(Pass):
@@ -119,79 +119,113 @@ class Awq(Pass):
                 search_clip_gram(weight, gram, spec)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
-        folds = {site_fold.site: site_fold for site_fold in unit.layout.folds}
-        coded = {x.name for x in context.coded}
-
-        def search(site: str, ranks: Ranks) -> ScaleResult | None:
-            if site not in folds or not self._scalable(folds[site], unit, context, coded):
-                return None
-            return self._search(folds[site], unit, context, ranks)
-
-        def folded(current: Unit, site: str, found: ScaleResult) -> Unit:
-            scales = source_scale(folds[site], found.scales)
-            changes = fold_changes(current.tensors, folds[site], unit.layout, scales)
-            columns = consumer_scale(folds[site], scales)
-            return current.with_changes(changes).with_divisor(site, columns)
-
-        def work_on_output(linear: Linear) -> tuple[int, ScaleResult | None, _Finished]:
-            """What an expert's output comes to, whose statistics are there only meanwhile."""
-            stats, found = context.stats[linear.site], search(linear.site, ALONE)
-            current = unit if found is None else folded(unit, linear.site, found)
-            site = _Site(stats, found)
-            return stats.tokens, found, self._finish(current, linear, context, site, stats.tokens)
-
+        folds = _scalable(unit, context)
+        rule = Rule(self.bits is not None, self.clip, self.min_tokens)
         outputs = [x for x in context.coded if x.role == "expert.down"]
-        made = context.ranks.each(outputs, work_on_output, _weights)
-        of_output = {x.site: done for x, done in zip(outputs, made, strict=True)}
-        of_expert = {x.expert: of_output[x.site][0] for x in outputs}
-        sites: dict[str, _Site] = {}
-        result, rows, waiting = unit, {}, list[Linear]()
+        rows: dict[str, Mapping[str, Any]] = {}
+        of_expert: dict[int | None, int] = {}
 
-        def finish(linear: Linear) -> _Finished:
-            site = sites[linear.site]
-            tokens = of_expert.get(linear.expert, site.stats.tokens)
-            return self._finish(result, linear, context, site, tokens)
+        def alike(linear: Linear) -> Hashable:
+            spec, fold = context.spec(linear), folds.get(linear.site)
+            return (
+                spec if is_plain_int(spec) else linear.name,
+                str(context.rounding.get(linear.name)),
+                linear.name in context.fitted,
+                fold is not None and fold.repeat,
+                None if linear.role == "expert.down" else linear.site,
+            )
+
+        def work_on_outputs(linears: Linears) -> _Outputs:
+            """What becomes of experts' outputs, whose statistics are there only meanwhile."""
+            stats = [context.stats[x.site] for x in linears]
+            tokens = [seen.tokens for seen in stats]
+            scales = self._search_apart(linears, stats, tokens, unit, context, folds)
+            weights = [
+                unit.weight(x) if y is None else _folded(unit, {x.site: y}, folds).weight(x)
+                for x, y in zip(linears, scales, strict=True)
+            ]
+            sites = [Site(seen, y) for seen, y in zip(stats, scales, strict=True)]
+            done = finished(linears, weights, sites, tokens, context, rule)
+            return _Outputs(tokens, scales, done)
 
         # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
         # and how many tokens an expert saw is known from its output.
-        for name in reversed(unit.layout.sites):
-            linears = [x for x in context.coded if x.site == name]
-            if not linears:
-                continue
-            output = of_output.get(name)
-            found = search(name, context.ranks) if output is None else output[1]
-            if found is not None:
-                result = folded(result, name, found)
-            if output is not None:
-                result = output[2].put(result, linears[0])
-                rows[linears[0].name] = output[2].row
-                continue
-            sites[name] = _Site(context.stats[name], found)
-            waiting += linears
-            if len(waiting) < context.ranks.world and name != unit.layout.sites[0]:
+        stacks = of_one_shape(outputs, alike)
+        made = context.ranks.each(stacks, work_on_outputs, _work)
+        found: dict[str, ScaleResult] = {}
+        for linears, done in zip(stacks, made, strict=True):
+            for linear, tokens, scales in zip(linears, done.tokens, done.found, strict=True):
+                of_expert[linear.expert] = tokens
+                if scales is not None:
+                    found[linear.site] = scales
+        result = _folded(unit, found, folds)
+        result = put(result, stacks, [done.finished for done in made], rows)
+        del made
+
+        sites: dict[str, Site] = {}
+        waiting: list[Linear] = []
+
+        def finish(linears: Linears) -> list[Finished]:
+            site = sites[linears[0].site]
+            tokens = [of_expert.get(x.expert, site.stats.tokens) for x in linears]
+            weights = [result.weight(x) for x in linears]
+            return finished(linears, weights, [site] * len(linears), tokens, context, rule)
+
+        by_site: dict[str, list[Linear]] = {}
+        for linear in context.coded:
+            if linear.role != "expert.down":
+                by_site.setdefault(linear.site, []).append(linear)
+        order = [name for name in reversed(unit.layout.sites) if name in by_site]
+        for name in order:
+            sites[name] = site = Site(context.stats[name])
+            if name in folds and site.stats.tokens >= self.min_tokens:
+                chosen = self._search(folds[name], unit, context, context.ranks)
+                sites[name] = Site(site.stats, chosen)
+                result = _folded(result, {name: chosen}, folds)
+            waiting += by_site[name]
+            if len(waiting) < context.ranks.world and name != order[-1]:
                 continue  # until every rank has something to do
-            done = context.ranks.each(waiting, finish, _weights)
-            for linear, finished in zip(waiting, done, strict=True):
-                result, rows[linear.name] = finished.put(result, linear), finished.row
+            stacks = of_one_shape(waiting, alike)
+            result = put(result, stacks, context.ranks.each(stacks, finish, _work), rows)
             # What was observed is stale after this pass: the largest matrix goes before the next
             # linears need as much.
-            for site in {linear.site for linear in waiting}:
-                sites[site].stats.forget_gram()
+            for site_name in {linear.site for linear in waiting}:
+                sites[site_name].stats.forget_gram()
             waiting = []
         return PassResult(result, [rows[x.name] for x in context.selected if x.name in rows])
 
-    def _scalable(self, site_fold: Fold, unit: Unit, context: PassContext, coded: Set[str]) -> bool:
-        """Whether all that reads the site takes part, and in one grid; a router always does.
-
-        coded  module paths of all that takes part
-        """
-        readers = [x for x in unit.layout.site_linears(site_fold.site) if x.role != "router"]
-        return (
-            all(x.name in coded for x in readers)
-            and len({context.spec(x) for x in readers}) == 1
-            and unit.has_weight(site_fold.source)
-            and context.stats[site_fold.site].tokens >= self.min_tokens
+    def _search_apart(
+        self,
+        linears: Linears,
+        stats: Sequence[SiteStats],
+        tokens: Sequence[int],
+        unit: Unit,
+        context: PassContext,
+        folds: Mapping[str, Fold],
+    ) -> list[ScaleResult | None]:
+        """The scales of experts' outputs; None where too little is known, or nothing can be
+        rescaled."""
+        found: list[ScaleResult | None] = [None] * len(linears)
+        if linears[0].site not in folds:
+            return found
+        wanted = [i for i, seen in enumerate(tokens) if seen >= self.min_tokens]
+        spec = context.spec(linears[0])
+        plain = is_plain_int(spec) and not context.rounding.get(linears[0].name)
+        if not wanted or self.search == "inputs" or not plain or folds[linears[0].site].repeat > 1:
+            for i in wanted:
+                found[i] = self._search(folds[linears[i].site], unit, context, ALONE)
+            return found
+        made = search_scales_apart(
+            stacked([unit.narrow_weight(linears[i]) for i in wanted]),
+            stacked([stats[i].gram for i in wanted]),
+            stacked([stats[i].absmean for i in wanted]),
+            spec,
+            grid=self.grid,
+            duo=self.duo,
         )
+        for i, result in zip(wanted, made, strict=True):
+            found[i] = result
+        return found
 
     def _search(
         self, site_fold: Fold, unit: Unit, context: PassContext, ranks: Ranks
@@ -234,85 +268,50 @@ class Awq(Pass):
             return search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
         return search_scales_gram(weights, stats.gram, stats.absmean, spec, ranks=ranks, **options)
 
-    def _finish(
-        self, unit: Unit, linear: Linear, context: PassContext, site: _Site, tokens: int
-    ) -> _Finished:
-        """Clip and, if this pass does, round one linear; its report row."""
-        spec = context.spec(linear)
-        weight = unit.weight(linear)
-        informed = tokens >= self.min_tokens
-        scales = None if site.found is None else site.found.scales
-        options = {}
-        made: QTensor | Tensor | None
-        values: QTensor | Tensor
-        # A quantizer that searches its ranges finds better ones towards weights that are whole.
-        clips = self.clip and linear.name not in context.fitted
-        if clips and informed and is_plain_int(spec):
-            gram = site.stats.gram
-            options["clip_max"] = search_clip_gram(weight, gram, spec, scales=scales)
-        if self.bits is None:
-            values = fake_quantize(weight, spec, **options, **context.rounding.get(linear.name, {}))
-            made = _clamped(weight, options["clip_max"]) if options else None
-        else:
-            values = made = quantize(weight, spec, **options)
-        parts = _parts(weight, values, scales)
-        row: dict[str, Any] = {
-            "linear": linear.name,
-            "bits": spec.bits,
-            "error": float(error_of_parts(parts, site.stats.gram if informed else None)),
-            "error_of": "output" if informed else "weight",
-            "ratio": None if site.found is None else site.found.ratio,
-        }
-        if not informed:
-            row |= {"note": "calibration tokens came here: rounded without data", "noted": tokens}
-        return _Finished(made, row)
-
 
 @dataclass(frozen=True, slots=True)
-class _Site:
-    """An input site: its statistics, and its scales where it is rescaled."""
+class _Outputs:
+    """Tokens that experts saw, the scales of their outputs, and what becomes of these."""
 
-    stats: SiteStats
-    found: ScaleResult | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """What becomes of a linear: its codes, its clipped weight, or None where it stays as it is;
-    and its report row."""
-
-    made: QTensor | Tensor | None
-    row: Mapping[str, Any]
-
-    def put(self, unit: Unit, linear: Linear) -> Unit:
-        """The unit with it."""
-        if isinstance(self.made, QTensor):
-            return unit.with_quantized(linear, self.made)
-        return unit if self.made is None else unit.with_weight(linear, self.made)
+    tokens: Sequence[int]
+    found: Sequence[ScaleResult | None]
+    finished: list[Finished]
 
 
-def _weights(linear: Linear) -> float:
-    """How much work a linear is: the products of its errors with a Gram matrix."""
-    return float(linear.out_features * linear.in_features**2)
+def _scalable(unit: Unit, context: PassContext) -> dict[str, Fold]:
+    """Site → how it is rescaled, where all that reads it takes part, and in one grid; a router
+    always does."""
+    coded = {x.name for x in context.coded}
+    readers: dict[str, list[Linear]] = {}
+    for linear in unit.layout.linears:
+        if linear.role != "router":
+            readers.setdefault(linear.site, []).append(linear)
+    return {
+        fold.site: fold
+        for fold in unit.layout.folds
+        if all(x.name in coded for x in readers.get(fold.site, ()))
+        and len({context.spec(x) for x in readers.get(fold.site, ())}) == 1
+        and unit.has_weight(fold.source)
+    }
 
 
-def _parts(
-    weight: Tensor, values: QTensor | Tensor, scales: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of a weight and of what it became, as many at a time as `TILE` says, without the scales
-    of its inputs."""
-    count = max(1, TILE // weight.shape[1])
-    for first in range(0, weight.shape[0], count):
-        rows = slice(first, first + count)
-        old = weight[rows]
-        new = values.rows(rows).dequantize() if isinstance(values, QTensor) else values[rows]
-        yield (old, new) if scales is None else (old / scales, new / scales)
+def _folded(unit: Unit, found: Mapping[str, ScaleResult], folds: Mapping[str, Fold]) -> Unit:
+    """The unit with the inputs of some sites rescaled."""
+    changes: dict[str, Change] = {}
+    divisors: dict[str, Tensor] = {}
+    for site, result in found.items():
+        scales = source_scale(folds[site], result.scales)
+        more = fold_changes(unit.tensors, folds[site], unit.layout, scales)
+        if not changes.keys().isdisjoint(more):
+            unit, changes = unit.with_changes(changes), {}
+        changes |= more
+        divisors[site] = consumer_scale(folds[site], scales)
+    return unit.with_changes(changes).with_divisors(divisors)
 
 
-def _clamped(weight: Tensor, bounds: Tensor) -> Tensor:
-    """A weight [O, C] cut off at ±bounds [O, groups]."""
-    groups = weight.view(*bounds.shape, -1)
-    return torch.clamp(groups, -bounds[..., None], bounds[..., None]).view(weight.shape)
+def _work(linears: Linears) -> float:
+    """How much work linears are: the products of their errors with a Gram matrix."""
+    return float(sum(x.out_features * x.in_features**2 for x in linears))
 
 
 PASS = Awq
