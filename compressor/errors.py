@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint that names the nearest valid word, or all of them."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(sorted(known))}"
 
 

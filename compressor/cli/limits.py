@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from compressor.errors import InputError, Problems
 from compressor.evaluate.gate import Gate
 from compressor.foreign.bounded_yaml import load_yaml
-from compressor.plan.recipe import explain
+from compressor.plan.explain import explain
 
 
 def parse_gate(
@@ -35,7 +35,7 @@ def parse_gate(
     try:
         gate = Gate.model_validate(data)
     except ValidationError as error:
-        raise Problems(explain(error, Gate, "--gate ")) from error
+        raise Problems([*explain(error, Gate, "--gate ")]) from error
     missing = gate.unmeasured(against_original=against_original, passkey=passkey, tasks=tasks)
     missing += ["layer_error"] if gate.layer_error is not None else []
     if missing:

@@ -22,6 +22,7 @@ from click.shell_completion import shell_complete
 
 from compressor import __version__
 from compressor.cli.echo import echo
+from compressor.cli.groups import Group, usage
 from compressor.cli.junit import error_cases, write_cases
 from compressor.cli.options import CASES
 from compressor.errors import CompressError, InputError, MachineError, Problems, printable
@@ -45,7 +46,7 @@ class InternalError(MachineError):
     """Something that nothing was prepared for."""
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Sub-commands are the files in `commands/`; a file is imported when its command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -124,7 +125,7 @@ def outcome(error: BaseException) -> tuple[int, list[CompressError]]:
     if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
         return 130, [CompressError("interrupted", hint="the same command continues")]
     if isinstance(error, click.ClickException):
-        return 2, [InputError(_usage(error))]
+        return 2, [InputError(usage(error))]
     if is_out_of_memory(error):
         return 3, [MachineError("out of memory", hint="the same command continues")]
     if isinstance(error, OSError):
@@ -215,12 +216,6 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before:
             signal.signal(number, handler)
-
-
-def _usage(error: click.ClickException) -> str:
-    context = getattr(error, "ctx", None)
-    where = f" (see {context.command_path} --help)" if context is not None else ""
-    return error.format_message() + where
 
 
 def tell_starter(problems: Sequence[CompressError]) -> None:

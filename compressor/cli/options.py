@@ -77,6 +77,19 @@ class RuntimeName(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(name) for name in runtime_names() if name.startswith(incomplete)]
 
 
+class FormatName(click.ParamType):  # type: ignore[type-arg]
+    """A format by name."""
+
+    name = "text"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from compressor.formats.base import format_names
+
+        return [CompletionItem(name) for name in format_names() if name.startswith(incomplete)]
+
+
 class Pads(click.ParamType):  # type: ignore[type-arg]
     """How many of the first and of the last blocks, as 2,2."""
 

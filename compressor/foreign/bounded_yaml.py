@@ -6,6 +6,7 @@ measured before anything is made of it. A merge key's values give way to those b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -39,6 +40,23 @@ def load_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
     except (yaml.YAMLError, TypeError, OverflowError) as error:
         raise ValueError(str(error)) from error
+
+
+def line_of(text: str, path: Sequence[str]) -> int | None:
+    """The line, from 1, of the key at a path of a document that was loaded, or of the last one on
+    the way to it that is there; None where not even the first is."""
+    node, line = _compose(text), None
+    for part in path:
+        found = None
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            found = (node.value[int(part)],) * 2
+        if found is None:
+            break
+        line = found[0].start_mark.line + 1
+        node = found[1]
+    return line
 
 
 def _bound(text: str) -> None:

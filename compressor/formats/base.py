@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import InputError
+from compressor.errors import InputError, nearest
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
@@ -237,7 +237,7 @@ def format_names() -> list[str]:
 def get_format(name: str) -> Format:
     """The format called `name`; InputError names the known ones."""
     if name not in format_names():
-        raise InputError(f"unknown format {name!r}", hint=f"one of: {', '.join(format_names())}")
+        raise InputError(f"unknown format {name!r}", hint=nearest(name, format_names()))
     module = importlib.import_module(f"compressor.formats.{name.replace('-', '_')}.codec")
     found: Format = module.FORMAT
     return found

@@ -12,7 +12,8 @@ from compressor.arch.select import Selection
 from compressor.checkpoint.source import Source
 from compressor.errors import CompressError, InputError, Problems
 from compressor.plan.plan import make_plan
-from compressor.plan.recipe import apply_override, make_recipe
+from compressor.plan.recipe import make_recipe
+from compressor.plan.recipe_file import apply_override
 from compressor.runtimes.contract import parse_runtime
 
 Quality = Literal["fast", "good", "best"]

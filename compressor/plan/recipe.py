@@ -22,11 +22,11 @@ from compressor.audit.settings import AuditSettings
 from compressor.errors import InputError, Problems, nearest
 from compressor.evaluate.gate import Gate
 from compressor.evaluate.settings import Evaluation
-from compressor.foreign.bounded_yaml import MAX_BYTES, load_yaml
-from compressor.foreign.untrusted import read_stream
 from compressor.ir.frozen import Strict
 from compressor.methods.base import Method, get_pass, pass_names
 from compressor.plan.calibration import Calibration
+from compressor.plan.explain import WrongKey, explain
+from compressor.plan.recipe_file import Written, read_recipe
 from compressor.report.settings import CardSection, Publish
 from compressor.runtimes.contract import Runtime, parse_runtime
 
@@ -146,7 +146,7 @@ class Recipe(Strict):
         try:
             return None if value is None else parse_runtime(value)
         except InputError as error:
-            raise ValueError(f"{error.message} ({error.hint})") from error
+            raise ValueError("; ".join(filter(None, (error.message, error.hint)))) from error
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data with every default filled in, without where it writes and what
@@ -166,84 +166,30 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), **top: Any) -> Recipe
     """Read a recipe. `overrides` are key.path=value (YAML values); `top` replaces top-level keys
     that are not None. Raises InputError or Problems."""
     data = read_recipe(path)
-    for override in overrides:
-        apply_override(data, override)
-    data.update({key: value for key, value in top.items() if value is not None})
+    data.replace(overrides, top)
     return make_recipe(data)
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The YAML mapping of a recipe file. Raises InputError."""
-    try:
-        text = read_stream(path, what="recipe", most=MAX_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read recipe {path}: it is not UTF-8 ({error})") from error
-    return parse_yaml(text, where=path.name)
-
-
-def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
-    """A YAML mapping, loaded safely, with duplicate keys refused."""
-    try:
-        value = load_yaml(text)
-    except ValueError as error:
-        shown = str(error).replace('"<unicode string>"', where)
-        raise InputError(
-            f"{where} is not valid YAML: {shown}",
-            hint="indent with spaces; quote text that holds ': ' or begins with a sign",
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where} is not a mapping of recipe keys", hint="see: compress recipes")
-    return value
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value`; a list index or a pass name is a path element too."""
-    path, separator, raw = override.partition("=")
-    if not separator:
-        raise InputError(f"--set {override!r} has no '='", hint="--set calibration.samples=64")
-    *parents, last = path.split(".")
-    node: Any = data
-    for key in parents:
-        node = _step_into(node, key, override)
-    if isinstance(node, list):
-        raise InputError(f"--set {override!r} ends at a list entry")
-    try:
-        node[last] = load_yaml(raw)
-    except ValueError as error:
-        raise InputError(f"--set {override!r}: the value is not YAML") from error
-
-
-def _step_into(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, dict):
-        found = node.setdefault(key, {})
-        if found is None:
-            found = node[key] = {}
-    elif isinstance(node, list):
-        named = [entry for entry in node if isinstance(entry, dict) and key in entry]
-        if key.isdigit() and int(key) < len(node):
-            found = node[int(key)]
-        elif len(named) == 1:
-            found = named[0][key] = named[0][key] or {}
-        else:
-            raise InputError(f"--set {override!r}: {key!r} names no single pass of this recipe")
-    else:
-        found = None
-    if not isinstance(found, (dict, list)):
-        raise InputError(f"--set {override!r}: {key!r} is not a group of keys")
-    return found
-
-
 def make_recipe(data: Mapping[str, Any]) -> Recipe:
-    """Validate plain data. Raises Problems with everything that is wrong."""
+    """Validate plain data. Raises Problems with everything that is wrong, and for data that was
+    read from a file on which line."""
+    try:
+        return _make_recipe(data)
+    except Problems as error:
+        if isinstance(data, Written):
+            raise Problems([data.located(problem) for problem in error.problems]) from error
+        raise
+
+
+def _make_recipe(data: Mapping[str, Any]) -> Recipe:
     problems: list[Any] = [*_too_large(data)]
     if problems:
         raise Problems(problems)
     steps = []
     entries = data.get("passes")
     if not isinstance(entries, list) or not entries:
-        problems.append(
-            InputError("passes: at least one pass is needed", hint="passes: [{rtn: {}}]")
-        )
+        message = "passes is not a list" if entries else "passes: at least one pass is needed"
+        problems.append(WrongKey(message, place="passes", hint="passes: [{rtn: {}}]"))
         entries = []
     for number, entry in enumerate(entries):
         try:
@@ -268,7 +214,7 @@ def _too_large(value: Any, place: str = "") -> Iterator[InputError]:
     """Numbers that no count is as large as, and loops would run for ever over."""
     most = LARGEST_SIZE if place in SIZES else LARGEST_COUNT
     if isinstance(value, int) and abs(value) > most:
-        yield InputError(f"{place} is too large", hint=f"at most {most}")
+        yield WrongKey(f"{place} is too large", place=place, hint=f"at most {most}")
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _too_large(inner, f"{place}.{key}" if place else str(key))
@@ -288,19 +234,28 @@ def _make_step(entry: Any, where: str) -> Step:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise InputError(
-            f"{where}: a pass is one name with its parameters", hint="- awq: {bits: 4}"
-        )
+        message = f"{where}: a pass is one name with its parameters"
+        raise WrongKey(message, place=where, hint=_one_pass(entry))
     name, params = next(iter(entry.items()))
     if name not in pass_names():
         beside = f"{name} stands beside passes, as a key of its own" if name in KEYS else ""
         hint = beside or nearest(str(name), pass_names())
-        raise InputError(f"{where}: unknown pass {name!r}", hint=hint)
+        raise WrongKey(f"{where}: unknown pass {name!r}", place=where, hint=hint)
     kind = get_pass(name)
     try:
         return Step(name=name, params=kind.model_validate(params or {}))
     except ValidationError as error:
-        raise Problems(explain(error, kind, f"{where}.{name}.")) from error
+        raise Problems([*explain(error, kind, f"{where}.{name}.")]) from error
+
+
+def _one_pass(entry: Any) -> str:
+    """How an entry would look that was meant as a pass."""
+    names = [name for name in entry if name in pass_names()] if isinstance(entry, dict) else []
+    if len(names) > 1:
+        return "one dash for each: " + ", ".join(f"- {name}: {{…}}" for name in names)
+    if names and entry[names[0]] is None:
+        return f"indent its parameters further than its name: - {names[0]}: {{…}}"
+    return "- awq: {bits: 4}"
 
 
 class _Nothing(Method):
@@ -308,43 +263,6 @@ class _Nothing(Method):
 
 
 _PLACEHOLDER = Step(name="", params=_Nothing())
-
-
-def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[Any]:
-    """One InputError for each thing pydantic found wrong."""
-    problems = []
-    for item in error.errors():
-        path = [str(part) for part in item["loc"]]
-        where = (prefix + ".".join(path)).rstrip(".")
-        if item["type"] == "extra_forbidden":
-            fields = _fields_at(model, path[:-1])
-            problems.append(InputError(f"unknown key {where!r}", hint=nearest(path[-1], fields)))
-        elif item["type"] == "missing":
-            problems.append(InputError(f"key {where!r} is missing", hint=_meaning(model, path)))
-        else:
-            got = repr(item.get("input"))
-            shown = got if len(got) < 60 else got[:57] + "..."
-            message = item["msg"].removeprefix("Value error, ")
-            problems.append(InputError(f"{where}: {message} (got {shown})"))
-    return problems
-
-
-def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for key in path:
-        field = model.model_fields.get(key)
-        found = field.annotation if field else None
-        options = [found, *getattr(found, "__args__", ())]
-        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return list(model.model_fields)
-
-
-def _meaning(model: type[BaseModel], path: Sequence[str]) -> str | None:
-    """What a key at the top of a model stands for."""
-    field = model.model_fields.get(path[-1]) if len(path) == 1 else None
-    return f"{path[-1]}: {field.description}" if field and field.description else None
 
 
 def json_schema() -> dict[str, Any]:

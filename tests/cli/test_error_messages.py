@@ -30,7 +30,31 @@ Case = tuple[str, Callable[[Desk], Sequence[Any]], Sequence[str]]
 # What is typed, and what the answer has to say: what is wrong and where, then what to do.
 CASES: list[Case] = [
     ("no such recipe", lambda d: ["plan", "missing.yaml"], ["cannot read recipe missing.yaml"]),
-    ("a folder for a recipe", lambda d: ["plan", d.folder], ["cannot read recipe"]),
+    (
+        "a recipe that comes with the program",
+        lambda d: ["plan", "recipes/smollm2-awq.yaml"],
+        ["cannot read recipe", "compress recipes smollm2-awq -o smollm2-awq.yaml"],
+    ),
+    (
+        "a folder for a recipe",
+        lambda d: ["plan", d.folder],
+        ["cannot read recipe", "compress quantize", "--scheme w4a16"],
+    ),
+    (
+        "a recipe for a model",
+        lambda d: ["quantize", d.recipe()],
+        ["recipe.yaml is a recipe: compress run"],
+    ),
+    (
+        "a method for a scheme",
+        lambda d: ["quantize", d.llama, "--scheme", "awq"],
+        ["'awq' is not a scheme; did you mean 'w4a16'?", "w4afp8"],
+    ),
+    (
+        "a format by its short name, before the model is looked for",
+        lambda d: ["convert", "nowhere", "out", "--format", "awq"],
+        ["unknown format 'awq'", "did you mean 'autoawq'?"],
+    ),
     (
         "broken YAML",
         lambda d: ["plan", d.recipe("passes: [rtn: {")],
@@ -59,7 +83,7 @@ CASES: list[Case] = [
     (
         "a misspelt key",
         lambda d: ["plan", d.recipe(calibraton={"samples": 4})],
-        ["unknown key 'calibraton'", "did you mean 'calibration'?"],
+        ["recipe.yaml, line 1: unknown key 'calibraton'", "did you mean 'calibration'?"],
     ),
     (
         "a misspelt inner key",
@@ -84,7 +108,35 @@ CASES: list[Case] = [
     (
         "two passes in one entry",
         lambda d: ["plan", d.recipe(passes=[{"rtn": {}, "awq": {}}])],
-        ["passes.0: a pass is one name with its parameters", "- awq: {bits: 4}"],
+        [
+            "passes.0: a pass is one name with its parameters",
+            "one dash for each: - awq: {…}, - rtn: {…}",
+        ],
+    ),
+    (
+        "a pass whose parameters are not indented",
+        lambda d: ["plan", d.recipe("model: m\noutput: o\npasses:\n- awq:\n  bits: 4\n")],
+        ["recipe.yaml, line 4: passes.0: a pass is one name", "indent its parameters further"],
+    ),
+    (
+        "passes as a mapping",
+        lambda d: ["plan", d.recipe(passes={"rtn": {}})],
+        ["recipe.yaml, line 3: passes is not a list", "passes: [{rtn: {}}]"],
+    ),
+    (
+        "a word for a list",
+        lambda d: ["plan", d.recipe(passes=[{"rtn": {"ignore": "lm_head"}}])],
+        ["passes.0.rtn.ignore is 'lm_head', not a list", "ignore: [lm_head]"],
+    ),
+    (
+        "a word for a group of keys",
+        lambda d: ["plan", d.recipe(calibration="bundled")],
+        ["calibration is 'bundled', not a group of keys", "calibration: {data: …}"],
+    ),
+    (
+        "a wrong value that --set gives, which stands on no line",
+        lambda d: ["plan", d.recipe(seed=1), "--set", "seed=x"],
+        ["error: seed is 'x', not a whole number"],
     ),
     (
         "a misspelt parameter",
@@ -94,12 +146,12 @@ CASES: list[Case] = [
     (
         "a word for a number",
         lambda d: ["plan", d.recipe(passes=[{"rtn": {"bits": "four"}}])],
-        ["passes.0.rtn.bits", "valid integer", "'four'"],
+        ["recipe.yaml, line 5: passes.0.rtn.bits is 'four', not a whole number", "bits: bits of"],
     ),
     (
         "bits out of range",
         lambda d: ["plan", d.recipe(passes=[{"rtn": {"bits": 40}}])],
-        ["passes.0.rtn.bits", "less than or equal", "40"],
+        ["passes.0.rtn.bits is 40, above 8, the most"],
     ),
     (
         "a size without a unit that is known",
@@ -304,7 +356,17 @@ CASES: list[Case] = [
         lambda d: ["plan", d.recipe(), "--set", "passes.awq.bits=3"],
         ["'awq' names no single pass of this recipe"],
     ),
-    ("a command that is none", lambda d: ["rum", "x"], ["No such command 'rum'", "--help"]),
+    (
+        "a command that is none",
+        lambda d: ["rum", "x"],
+        ["no such command: compress rum", "did you mean 'run'?"],
+    ),
+    ("a command in a group", lambda d: ["delta", "aply"], ["compress delta aply", "'apply'?"]),
+    (
+        "an option that is cut short",
+        lambda d: ["quantize", "x", "--bits", "4"],
+        ["'--bits'", "'--bits-per-weight'"],
+    ),
     ("an option that is none", lambda d: ["plan", "x", "--devise"], ["--devise", "plan --help"]),
     (
         "an argument that is missing",

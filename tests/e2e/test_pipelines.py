@@ -136,8 +136,8 @@ def test_an_evaluation_is_held_to_limits(made: tuple[Path, Path, Path], tmp_path
         ("layer_error=0.1", "nothing here measures layer_error"),
         ("tasks.arc_easy=0.3", "nothing here measures tasks.arc_easy"),
         ("ppl_rato=1.1", "unknown key '--gate ppl_rato'"),
-        ("ppl=-3", "--gate ppl: Input should be greater than 0 (got -3)"),
-        ("ppl=[", "--gate ppl: Input should be a valid number"),
+        ("ppl=-3", "--gate ppl is -3, not above 0.0"),
+        ("ppl=[", "--gate ppl is '[', not a number"),
     ],
 )
 def test_limits_that_cannot_be_judged_are_refused(

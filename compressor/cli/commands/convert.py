@@ -13,6 +13,7 @@ from compressor.cli.echo import echo
 from compressor.cli.junit import Case, verify_cases
 from compressor.cli.options import (
     MODEL,
+    FormatName,
     Told,
     add_cases,
     device_option,
@@ -27,7 +28,7 @@ SHOWN = 5
 @click.command()
 @click.argument("source", type=MODEL)
 @folder_argument("output")
-@click.option("--format", "target", help="Format to write; dense dequantizes.")
+@click.option("--format", "target", type=FormatName(), help="Format to write; dense dequantizes.")
 @click.option(
     "--unpickle",
     is_flag=True,
@@ -70,6 +71,7 @@ def command(
     compress convert --unpickle ./mpt-7b ./mpt-7b-safetensors
     """
     from compressor.checkpoint.find import locate
+    from compressor.formats.base import format_names, get_format
     from compressor.run.convert import convert
     from compressor.run.session import choose_device
 
@@ -88,7 +90,8 @@ def command(
             echo(f"{output}: {len(written)} files of safetensors")
         return
     if target is None:
-        raise click.UsageError("--format names what to write")
+        raise click.UsageError(f"--format names what to write: {', '.join(format_names())}")
+    get_format(target)
     where = choose_device(device)
     located = locate(source, fetch=True)
     with display.stage("convert", (3 if verifying else 2) * len(located.source.layout.units)):

@@ -10,6 +10,7 @@ import click
 
 from compressor.cli.display import size
 from compressor.cli.echo import say
+from compressor.cli.groups import Group
 from compressor.cli.options import (
     FOLDER,
     MODEL,
@@ -21,14 +22,14 @@ from compressor.cli.options import (
 )
 
 
-@click.group(name="delta")
+@click.group(cls=Group)
 def command() -> None:
     """Work with deltas: fine-tunes stored as signs on top of their base.
 
     \b
-    compress run recipes/llama2-bitdelta.yaml              make one
-    compress delta diff out/vicuna-delta                   what it holds
-    compress delta apply llama2-7b out/vicuna-delta vicuna a dense model again
+    compress run recipes/llama2-bitdelta.yaml                   # make one
+    compress delta diff out/vicuna-delta                        # what it holds
+    compress delta apply ./llama2-7b out/vicuna-delta ./vicuna  # a dense model again
     """
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from compressor.cli.commands.quantize import SCHEMES, output_folder, quality_option, read_headers
+from compressor.cli.commands.quantize import SCHEME, output_folder, quality_option, read_headers
 from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.options import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--scheme",
-    type=click.Choice(SCHEMES),
+    type=SCHEME,
     default="w4a16",
     help="Weights and inputs.",
 )

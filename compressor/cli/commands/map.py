@@ -6,12 +6,19 @@ from pathlib import Path
 
 import click
 
+from compressor.cli.groups import Group
 from compressor.cli.options import MODEL, TEXT_FILE, put
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
-    """Maps of architectures: what a family's tensors are, and which scales fold where."""
+    """Maps of architectures: what a family's tensors are, and which scales fold where.
+
+    \b
+    compress map draft ./some-model -o my.yaml
+    compress quantize ./some-model --scheme w4a16 --set map=my.yaml
+    compress run recipe.yaml --model ./some-model --set map=my.yaml
+    """
 
 
 @command.command()

@@ -110,7 +110,8 @@ def command(
     """
     from compressor.checkpoint.durable import write_atomically
     from compressor.checkpoint.find import locate
-    from compressor.plan.recipe import make_recipe, read_recipe
+    from compressor.plan.recipe import make_recipe
+    from compressor.plan.recipe_file import read_recipe
     from compressor.plan.unit_plan import DTYPES
     from compressor.run.activation_store import open_activations
     from compressor.run.sensitivity import measure_sensitivity, plans_of_bits
@@ -120,7 +121,7 @@ def command(
 
     where = choose_device(device)
     if subject.endswith((".yaml", ".yml")):
-        data = read_recipe(Path(subject))
+        data: dict[str, Any] = read_recipe(Path(subject))
     else:
         data = {"model": subject, "output": "out/mixed", "passes": [{"rtn": {}}]}
     calibration = data.setdefault("calibration", {})

@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.echo import echo, say
+from compressor.cli.groups import Group
 from compressor.cli.options import FOLDER, folder_argument, json_option
 
 if TYPE_CHECKING:
     from compressor.attention.policy import AttentionPolicy
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
-    """Show a checkpoint's attention policy, or export it for another runtime."""
+    """Show a checkpoint's attention policy, or export it for another runtime.
+
+    \b
+    compress run recipes/llama3-duo-attention.yaml              # make one
+    compress policy show out/llama3-8b-duo                      # what it keeps
+    compress policy export out/llama3-8b-duo ./duo --form lserve
+    """
 
 
 @command.command()
@@ -68,11 +75,11 @@ def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
     """
     from compressor.attention.policy import read_policy_tensors
     from compressor.attention.rule import policy_forms
-    from compressor.errors import InputError
+    from compressor.errors import InputError, nearest
 
     forms = policy_forms()
     if form not in forms:
-        raise InputError(f"unknown form {form!r}", hint=f"one of: {', '.join(sorted(forms))}")
+        raise InputError(f"unknown form {form!r}", hint=nearest(form, sorted(forms)))
     policy = _policy(checkpoint)
     tensors = read_policy_tensors(checkpoint)
     files = forms[form](policy, tensors, model=checkpoint.resolve().name)
@@ -92,6 +99,9 @@ def _policy(checkpoint: Path) -> AttentionPolicy:
 
     policy = read_policy(checkpoint)
     if policy is None:
-        raise InputError(f"{checkpoint} carries no attention policy", hint="compress recipes")
+        raise InputError(
+            f"{checkpoint} carries no attention policy",
+            hint="a pass such as duo_attention makes one: compress recipes llama3-duo-attention",
+        )
     check_policy(policy, open_source(checkpoint).layout)
     return policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +29,29 @@ SCHEMES = (
     *("w4a16", "w8a8", "fp8", "fp8-block", "nvfp4", "nvfp4-fp8", "mxfp4", "mxfp8"),
     *("w8a16", "w4a8", "w4afp8"),
 )
+ALSO_CALLED = {
+    **dict.fromkeys(("int4", "4bit", "w4", "awq", "gptq", "autoround", "q4", "q4_k_m"), "w4a16"),
+    **dict.fromkeys(("int8", "8bit", "smoothquant"), "w8a8"),
+    **dict.fromkeys(("w8", "q8", "q8_0"), "w8a16"),
+    **dict.fromkeys(("fp4", "w4a4"), "nvfp4"),
+    **dict.fromkeys(("qoq", "qserve"), "w4a8"),
+}
+"""What others call a scheme, or a method that mostly makes it."""
+
+
+class Scheme(click.Choice):  # type: ignore[type-arg]  # no generic before click 8.2
+    """A scheme by name; what others call it leads to it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).lower() in SCHEMES:
+            return str(value).lower()
+        plain = str(value).lower().replace("-", "").replace(" ", "")
+        near = ALSO_CALLED.get(plain) or difflib.get_close_matches(plain, SCHEMES, 1)
+        hint = f"did you mean {near if isinstance(near, str) else near[0]!r}? " if near else ""
+        self.fail(f"{value!r} is not a scheme; {hint}there are {', '.join(SCHEMES)}", param, ctx)
+
+
+SCHEME = Scheme(SCHEMES)
 
 
 def quality_option(function: Command) -> Command:
@@ -46,7 +70,7 @@ def quality_option(function: Command) -> Command:
 @click.option(
     "--output", "-o", type=MODEL, help="Folder to write; MODEL's name and the scheme if not given."
 )
-@click.option("--scheme", type=click.Choice(SCHEMES), help="Weights and inputs.")
+@click.option("--scheme", type=SCHEME, help="Weights and inputs.")
 @click.option(
     "--bits-per-weight",
     type=click.FloatRange(min=0, min_open=True),
@@ -93,7 +117,12 @@ def command(
     compress quantize ./my-model --bits-per-weight 4.5 --for vllm
     """
     if (scheme is None) == (bits_per_weight is None):
-        raise click.UsageError("say what to make: --scheme w4a16, or --bits-per-weight 4.5")
+        if model.endswith((".yaml", ".yml")):
+            raise click.UsageError(f"{model} is a recipe: compress run {model}")
+        schemes = ", ".join(SCHEMES[1:])
+        raise click.UsageError(
+            f"say what to make: --scheme w4a16 (or {schemes}), or --bits-per-weight 4.5"
+        )
     target = output_folder(model, output, scheme or f"{bits_per_weight:g}-bits")
     if scheme is not None and not recipe_only:
         start_ranks(gpus)
@@ -160,7 +189,19 @@ def read_headers(
         major, minor = torch.cuda.get_device_capability(choose_device(device))
         capability = 10 * major + minor
     wish = Wish(model, output, scheme or SCHEME, gpu=gpu, capability=capability, **asked)
-    return wish, locate(model, fetch=False, to_plan=True).source
+    return wish, locate(model, fetch=False, to_plan=True, chosen=chosen_map(wish)).source
+
+
+def chosen_map(wish: Wish) -> str | None:
+    """The map that --set names."""
+    from compressor.plan.recipe_file import apply_override
+
+    data: dict[str, Any] = {}
+    for override in wish.overrides:
+        if override.startswith("map="):
+            apply_override(data, override)
+    found = data.get("map")
+    return found if found is None else str(found)
 
 
 def mixed(
@@ -176,7 +217,7 @@ def mixed(
     display, target = told.display(), target.expanduser()
     with display.stage("measure", len(source.layout.blocks)):
         found = prepared.sensitivity(
-            locate(wish.model, fetch=True).source,
+            locate(wish.model, fetch=True, chosen=chosen_map(wish)).source,
             sensitivity_file(target),
             device=choose_device(device),
             progress=display.unit,
@@ -188,7 +229,7 @@ def _save(choice: Choice, target: Path) -> Path:
     """Write the recipe beside the output. Raises InputError where another one lies there."""
     from compressor.checkpoint.durable import write_atomically
     from compressor.errors import InputError
-    from compressor.plan.recipe import read_recipe
+    from compressor.plan.recipe_file import read_recipe
 
     target = target.expanduser()
     file = target.with_name(f"{target.name}.yaml")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
-from importlib.resources.abc import Traversable
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -13,13 +10,6 @@ import click
 from compressor.cli.echo import echo
 from compressor.cli.options import TEXT_FILE, json_option, put
 from compressor.errors import InputError, nearest
-
-
-def _folder() -> Traversable:
-    """The recipes, which lie beside the package in a source tree that is not installed."""
-    if find_spec("compressor.recipes") is None:
-        return Path(__file__).parents[3] / "recipes"
-    return resources.files("compressor.recipes")
 
 
 @click.command()
@@ -34,11 +24,9 @@ def command(name: str | None, output: Path | None, as_json: bool) -> None:
     compress recipes llama2-awq > my.yaml  # a start for your own
     compress recipes smollm2-awq -o my.yaml && compress plan my.yaml
     """
-    found = {
-        entry.name.removesuffix(".yaml"): entry.read_text("utf-8")
-        for entry in _folder().iterdir()
-        if entry.name.endswith(".yaml")
-    }
+    from compressor.plan.recipe_file import shipped
+
+    found = {key: file.read_text("utf-8") for key, file in shipped().items()}
     if name is not None:
         wanted = name.removesuffix(".yaml")
         if wanted not in found:
@@ -52,7 +40,7 @@ def command(name: str | None, output: Path | None, as_json: bool) -> None:
         return
     if output is not None:
         raise click.UsageError("--output needs the NAME of a recipe")
-    titles = {key: text.split("\n", 1)[0].lstrip("# ") for key, text in sorted(found.items())}
+    titles = {key: text.split("\n", 1)[0].lstrip("# ") for key, text in found.items()}
     if as_json:
         echo(json.dumps(titles, indent=2))
         return
