@@ -53,7 +53,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not [target for target in local if not (page.parent / target).exists()]
 
 
-ERRORS = {"InputError", "MachineError", "CheckError", "DataError"}
+ERRORS = {"InputError", "MachineError", "CheckError", "DataError", "WrongKey"}
 
 
 def template(node: ast.expr) -> str:

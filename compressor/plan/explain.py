@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from compressor.errors import InputError, nearest
 
@@ -44,31 +45,32 @@ class WrongKey(InputError):
         self.place = place
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[InputError]:
+def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[WrongKey]:
     """One error for each thing pydantic found wrong in the keys of `model`, which stand under
     `prefix`."""
-    problems: list[InputError] = []
-    for item in error.errors():
-        path = [str(part) for part in item["loc"]]
-        where = (prefix + ".".join(path)).rstrip(".")
-        kind, value = item["type"], item.get("input")
-        hint = _meaning(model, path)
-        if kind == "extra_forbidden":
-            keys = list(_group_at(model, path[:-1]))
-            message, hint = f"unknown key {where!r}", nearest(path[-1], keys) if keys else None
-        elif kind == "missing":
-            message = f"key {where!r} is missing"
-        else:
-            got = repr(value)
-            shown = got if len(got) < SHOWN else got[: SHOWN - 3] + "..."
-            said = item["msg"].removeprefix("Value error, ")
-            if kind in WORDS:
-                message = f"{where} is {shown}, {WORDS[kind].format_map(item.get('ctx', {}))}"
-                hint = _form(kind, value, model, path) or hint
-            else:
-                message = f"{where}: {said} (got {shown})" if where else said
-        problems.append(WrongKey(message, place=where, hint=hint))
-    return problems
+    return [_explained(item, model, prefix) for item in error.errors()]
+
+
+def _explained(item: ErrorDetails, model: type[BaseModel], prefix: str) -> WrongKey:
+    path = [str(part) for part in item["loc"]]
+    where = (prefix + ".".join(path)).rstrip(".")
+    kind, value, meaning = item["type"], item.get("input"), _meaning(model, path)
+    if kind == "extra_forbidden":
+        keys = list(_group_at(model, path[:-1]))
+        hint = nearest(path[-1], keys) if keys else None
+        return WrongKey(f"unknown key {where!r}", place=where, hint=hint)
+    if kind == "missing":
+        return WrongKey(f"key {where!r} is missing", place=where, hint=meaning)
+    got = repr(value)
+    shown = got if len(got) < SHOWN else got[: SHOWN - 3] + "..."
+    if kind in WORDS:
+        wrong = WORDS[kind].format_map(item.get("ctx", {}))
+        hint = _form(kind, value, model, path) or meaning
+        return WrongKey(f"{where} is {shown}, {wrong}", place=where, hint=hint)
+    said = item["msg"].removeprefix("Value error, ")
+    if not where:
+        return WrongKey(said, place=where)
+    return WrongKey(f"{where}: {said} (got {shown})", place=where, hint=meaning)
 
 
 def _form(kind: str, value: Any, model: type[BaseModel], path: Sequence[str]) -> str | None:
