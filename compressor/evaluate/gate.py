@@ -158,11 +158,6 @@ class GateResult:
     layers: tuple[LayerError, ...] = ()
     suggestion: str = ""
 
-    @property
-    def failures(self) -> tuple[GateCheck, ...]:
-        """The limits that were missed."""
-        return tuple(check for check in self.checks if not check.passed)
-
     def to_json(self) -> dict[str, Any]:
         """Plain data in which a number that is not finite is null."""
         found: dict[str, Any] = plain_json(asdict(self))

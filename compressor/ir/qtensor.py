@@ -111,11 +111,11 @@ class QTensor:
         work = torch.float64 if dtype == torch.float64 else torch.float32
         # In place, on a view of the groups: of a large weight each copy would be felt.
         out = decode_elements(self.codes, self.spec, work)
-        values, scales = self._laid_over(out, self.scales.to(work))
+        values, scales = self._broadcast(out, self.scales.to(work))
         if self.zeros is None:
             values.mul_(scales)
         else:
-            _, zeros = self._laid_over(out, self.zeros.to(work))
+            _, zeros = self._broadcast(out, self.zeros.to(work))
             if self.spec.zero == "offset":
                 values.mul_(scales).sub_(zeros)
             else:
@@ -124,7 +124,7 @@ class QTensor:
             out.mul_(self.second.to(work))
         return out.to(dtype)
 
-    def _laid_over(self, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _broadcast(self, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A view of a contiguous weight [out, in], and per-group values that broadcast to it."""
         if self.spec.strategy != "group":
             return weight, spread(values, self.spec, self.shape)
@@ -167,7 +167,7 @@ def decode_elements(codes: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tenso
 
 
 def spread(values: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
-    """Per-group values [scale_shape] laid over a weight of `shape` (broadcastable to it)."""
+    """Per-group values [scale_shape] broadcast to a weight of `shape` (or broadcastable to it)."""
     if spec.strategy in ("tensor", "channel"):
         return values
     if spec.strategy == "group":

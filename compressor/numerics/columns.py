@@ -56,16 +56,16 @@ class Columns:
         return self.scales.is_cuda and (plain or spec.element == "fp4_e2m1")
 
     def round_together(
-        self, left: Tensor, matrix: Tensor, places: Tensor, *, now: Tensor | None = None
+        self, left: Tensor, matrix: Tensor, positions: Tensor, *, now: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Codes [n, O] and errors [n, O] of some inputs, as `round_columns` has them.
 
-        places  [n] which inputs these are
+        positions  [n] which inputs these are
         """
         return round_columns(
             left,
             matrix,
-            (places // self.size).int(),
+            (positions // self.size).int(),
             self.scales if self.second is None else self.scales * self.second,
             self.zeros,
             kind="int" if self.spec.element == "int" else "e2m1",

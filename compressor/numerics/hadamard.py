@@ -149,17 +149,17 @@ def _bordered(prime: int) -> Tensor:
     symbols = torch.full((prime,), -1.0, dtype=torch.float64)
     symbols[[i * i % prime for i in range(1, prime)]] = 1
     symbols[0] = 0
-    places = torch.arange(prime)
+    positions = torch.arange(prime)
     out = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
     out[0, 0] = 0
-    out[1:, 1:] = symbols[(places[None] - places[:, None]) % prime]
+    out[1:, 1:] = symbols[(positions[None] - positions[:, None]) % prime]
     return out
 
 
 def _cosines(size: int) -> Tensor:
     """The orthogonal discrete cosine transform; its first row is constant."""
-    places = torch.arange(size, dtype=torch.float64)
-    out = torch.cos(math.pi * (places[None] + 0.5) * places[:, None] / size)
+    positions = torch.arange(size, dtype=torch.float64)
+    out = torch.cos(math.pi * (positions[None] + 0.5) * positions[:, None] / size)
     out[0] *= math.sqrt(0.5)
     return out * math.sqrt(2 / size)
 

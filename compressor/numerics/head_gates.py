@@ -32,13 +32,13 @@ def hoyer_threshold(gates: Tensor) -> float:
 def distillation_loss(
     full: Tensor, gated: Tensor, scored: Tensor, *, count: int | None = None
 ) -> Tensor:
-    """Mean squared difference of final hidden states [rows, length, hidden] over the scored places
-    (bool [rows, length]), in float32.
+    """Mean squared difference of final hidden states [rows, length, hidden] over the scored
+    positions (bool [rows, length]), in float32.
 
-    count  of scored places that the mean is over, where these are only some of its rows
+    count  of scored positions that the mean is over, where these are only some of its rows
     """
-    places = (full[scored].float() - gated[scored].float()).square().mean(-1)
-    return places.sum() / (places.numel() if count is None else count)
+    positions = (full[scored].float() - gated[scored].float()).square().mean(-1)
+    return positions.sum() / (positions.numel() if count is None else count)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -41,9 +41,9 @@ def learned_elements(
     usable = scales > 0
     safe = torch.where(usable, scales, 1.0)
     factor = 1 / safe if divisor is None else divisor / safe
-    places = groups * factor[..., None] + offsets
+    positions = groups * factor[..., None] + offsets
     plain = divisor is not None
-    made = straight(places.clamp(-6, 6), _e2m1) if plain else _through_exponents(places)
+    made = straight(positions.clamp(-6, 6), _e2m1) if plain else _through_exponents(positions)
     return torch.where(usable[..., None], made, 0.0)
 
 
@@ -100,11 +100,11 @@ def _as_scales(values: Tensor, spec: QuantSpec) -> Tensor:
     return values.to(torch.uint8).view(torch.float8_e4m3fn if spec == NVFP4 else E8M0)
 
 
-def _through_exponents(places: Tensor) -> Tensor:
+def _through_exponents(positions: Tensor) -> Tensor:
     """Elements whose gradient goes through each one's own exponent too, as AutoRound's MXFP4."""
-    elements, fixed = _e2m1(places.detach().clamp(-6, 6)), places.detach()
+    elements, fixed = _e2m1(positions.detach().clamp(-6, 6)), positions.detach()
     slope = torch.where(fixed.abs() >= 1, elements / fixed, 1.0) * (fixed.abs() <= 6)
-    return elements + (places - fixed) * slope
+    return elements + (positions - fixed) * slope
 
 
 def _e4m3(scales: Tensor) -> Tensor:

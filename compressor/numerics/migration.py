@@ -81,8 +81,8 @@ def search_scales_with_inputs(
     Raises InputError where no candidate has a finite loss.
     """
     x = inputs.float()
-    wanted = [x @ weight.float().t() for weight in weights]
-    size = sum(float(y.square().sum(dtype=torch.float64)) for y in wanted)
+    expected = [x @ weight.float().t() for weight in weights]
+    size = sum(float(y.square().sum(dtype=torch.float64)) for y in expected)
     tried = torch.cat([torch.ones_like(candidates[:1]), candidates])
     losses = []
     for scales in tried:
@@ -90,7 +90,7 @@ def search_scales_with_inputs(
         rounded = quantizer([weight.float() * scales for weight in weights])
         loss = sum(
             float((entering @ q.t() - y).square().sum(dtype=torch.float64))
-            for q, y in zip(rounded, wanted, strict=True)
+            for q, y in zip(rounded, expected, strict=True)
         )
         losses.append(loss / max(size, 1e-30))
     finite = [i for i, loss in enumerate(losses) if loss == loss and loss != float("inf")]

@@ -52,9 +52,9 @@ def quantize_progressive(
     """
     _check(spec, weight, scale_dtype=torch.int8)
     bound = PROTECTIVE_RANGE[spec.zero]
-    wanted = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
-    second = _half_scales(wanted.abs().amax((1, 2)) / bound).float().view(-1, 1)
-    groups = (wanted / second.unsqueeze(-1)).clamp_(-bound, bound)
+    exact = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
+    second = _half_scales(exact.abs().amax((1, 2)) / bound).float().view(-1, 1)
+    groups = (exact / second.unsqueeze(-1)).clamp_(-bound, bound)
     low, high = groups.amin(-1), groups.amax(-1)
     degenerate = _one_sign(low, high) | (second < SMALLEST_NORMAL_HALF)
     extreme = torch.maximum(-low, high)
@@ -70,7 +70,7 @@ def quantize_progressive(
         centre = centre * symmetric
     grids = ((scales, zeros), (symmetric, centre))
     scales, zeros = _prefer_symmetric(
-        groups, *grids, where=degenerate, spec=spec, wanted=wanted, second=second
+        groups, *grids, where=degenerate, spec=spec, exact=exact, second=second
     )
     scales = scales.to(torch.int8)
     zeros = zeros.to(torch.uint8 if spec.zero == "subtract" else torch.int8)
@@ -106,7 +106,7 @@ def quantize_offset(
     grids = ((scales, _half(-low)), (symmetric, _half(_symmetric_centre(low, high) * symmetric)))
     degenerate = _one_sign(low, high) | (scales < SMALL_HALF)
     scales, zeros = _prefer_symmetric(
-        groups, *grids, where=degenerate, spec=spec, wanted=groups, second=torch.ones_like(scales)
+        groups, *grids, where=degenerate, spec=spec, exact=groups, second=torch.ones_like(scales)
     )
     scales, zeros = scales.to(torch.float16), zeros.to(torch.float16)
     codes = offset_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec=spec).view(
@@ -143,18 +143,18 @@ def _prefer_symmetric(
     *,
     where: Tensor,
     spec: QuantSpec,
-    wanted: Tensor,
+    exact: Tensor,
     second: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points [out, groups] of the one grid, and of the other `where` that one has
     the smaller squared error.
 
-    groups  in units of `second` [out, 1], clamped;  wanted  what they stand for, not clamped
+    groups  in units of `second` [out, 1], clamped;  exact  what they stand for, not clamped
     """
     rows = where.any(-1)
     if not bool(rows.any()):
         return grid
-    target = wanted[rows].double() / second[rows].unsqueeze(-1)
+    target = exact[rows].double() / second[rows].unsqueeze(-1)
     errors = []
     for scales, zeros in grid, other:
         scales, zeros = scales[rows].unsqueeze(-1), zeros[rows].unsqueeze(-1)

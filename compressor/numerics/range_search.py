@@ -1,4 +1,4 @@
-"""How far to shrink the range of a group before its grid is laid over it (QoQ, arXiv 2405.04532).
+"""How far to shrink the range of a group before its grid is fitted to it (QoQ, arXiv 2405.04532).
 
 Both ends of a range shrink by one ratio r, tried from 1 downwards; a group takes the r with the
 least error of its part of the output, Δ_g G_gg Δ_gᵀ, from the Gram matrix of the inputs.

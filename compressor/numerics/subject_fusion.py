@@ -1,5 +1,5 @@
-"""FastComposer's fuse module (arXiv 2305.10431): text embeddings at the places of subjects, fused
-with what an image encoder makes of each; and when a sampler begins to use them."""
+"""FastComposer's fuse module (arXiv 2305.10431): text embeddings at the positions of subjects,
+fused with what an image encoder makes of each; and when a sampler begins to use them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ EPSILON = 1e-5
 
 
 def fuse(
-    weights: Mapping[str, Tensor], text: Tensor, subjects: Tensor, places: Tensor, counts: Tensor
+    weights: Mapping[str, Tensor], text: Tensor, subjects: Tensor, mask: Tensor, counts: Tensor
 ) -> Tensor:
-    """Text embeddings [rows, tokens, dim] in which the marked places hold fused vectors.
+    """Text embeddings [rows, tokens, dim] that hold fused vectors where the mask says.
 
     weights   of the module, by name: mlp1, mlp2 (each layernorm, fc1, fc2) and layer_norm
     subjects  [rows, most subjects, vectors of each, dim];  counts  how many of them a row has
-    places    bool [rows, tokens]: in order of rows and tokens they take the subjects in order
-    Raises ValueError where there are not as many places as vectors.
+    mask      bool [rows, tokens]: in order of rows and tokens they take the subjects in order
+    Raises ValueError where the mask has not as many positions as there are vectors.
     """
     taken = torch.arange(subjects.shape[1], device=subjects.device) < counts[:, None]
     vectors = subjects[taken].flatten(0, 1)
-    if int(places.sum()) != vectors.shape[0]:
+    if int(mask.sum()) != vectors.shape[0]:
         raise ValueError(
-            f"{int(places.sum())} places are marked, the subjects have {vectors.shape[0]} vectors"
+            f"{int(mask.sum())} positions are marked, the subjects have {vectors.shape[0]} vectors"
         )
-    entering = text[places]
+    entering = text[mask]
     x = _mlp(weights, "mlp1", torch.cat([entering, vectors.to(text.dtype)], dim=-1)) + entering
     x = _mlp(weights, "mlp2", x) + x
     fused = text.clone()
-    fused[places] = _norm(weights, "layer_norm", x)
+    fused[mask] = _norm(weights, "layer_norm", x)
     return fused
 
 

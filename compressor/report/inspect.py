@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ def inspect(located: Located) -> CheckpointInfo:
     coded = [x for x in layout.linears if source.schemes.linears[x.name].weight is not None]
     layers = tuple(_layer(source, linear) for linear in layout.linears)
     own = {name for unit in layout.units for name in unit.tensors}
-    floats = sum(_count(e.spec.shape) for n, e in checkpoint.entries.items() if n in own)
+    floats = sum(math.prod(e.spec.shape) for n, e in checkpoint.entries.items() if n in own)
     manifest = read_manifest(checkpoint.folder) if located.local else None
     policy = read_policy(checkpoint.folder) if located.local else None
     stream = read_sizes(checkpoint.folder) if located.local else None
@@ -132,7 +133,9 @@ def inspect(located: Located) -> CheckpointInfo:
     codes = {linear.weight_name for linear in coded}
     # A format that keeps codes under the name of the weight was counted with the floats.
     doubled = sum(
-        _count(checkpoint.entries[name].spec.shape) for name in codes if name in checkpoint.entries
+        math.prod(checkpoint.entries[name].spec.shape)
+        for name in codes
+        if name in checkpoint.entries
     )
     names = {linear.name for linear in coded}
     weights = sum(linear.out_features * linear.in_features for linear in coded)
@@ -200,13 +203,6 @@ def _layer(source: Source, linear: Linear) -> LayerInfo:
             dtype = source.stored(linear)["weight"].dtype
             text = str(dtype).removeprefix("torch.")
     return LayerInfo(linear.name, linear.role, linear.shape, text, nbytes)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def describe(scheme: Scheme) -> str:

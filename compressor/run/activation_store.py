@@ -13,12 +13,12 @@ from compressor.runner.activations import Activations
 
 
 def open_activations(
-    wanted: ActivationStore | None,
+    settings: ActivationStore | None,
     device: torch.device,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Activations | None:
     """The store, or None where none is wanted. Raises InputError where its folder will not do."""
-    if wanted is None:
+    if settings is None:
         return None
     cuda = device.type == "cuda"
     here = {
@@ -27,6 +27,6 @@ def open_activations(
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "float32 products": torch.get_float32_matmul_precision(),
     }
-    store = Activations.open(Path(wanted.dir).expanduser(), wanted.max_size, here)
+    store = Activations.open(Path(settings.dir).expanduser(), settings.max_size, here)
     store.on_note = on_note
     return store

@@ -31,7 +31,7 @@ from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
 from compressor.run.observers import observer, observer_beside, observer_of_head
-from compressor.run.original import not_observed, start_of, turned, values_of
+from compressor.run.original import not_observed, rotated, start_of, values_of
 from compressor.run.reading import Reader
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
@@ -183,7 +183,7 @@ class Loop:
             assert source is not None and self.originals is not None
             dtype, device = self.plan.compute_dtype(self.settings.device), self.settings.device
             moved = {n: t.to(device) for n, t in source.dequantized(dtype).items()}
-            originals = self._turned(step.index, source, moved)
+            originals = self._rotated(step.index, source, moved)
             batches = self._own(record["original_batches"], self.originals)
             step.run(self.originals, tensors=originals, batches=batches)
 
@@ -243,7 +243,7 @@ class Loop:
             tied = self.plan.layout.tied
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
             moved |= {linear.weight_name: shared for linear in layout.linears}
-        original = self._turned(step.index, source, moved)
+        original = self._rotated(step.index, source, moved)
         with ExitStack() as stack:
             look, look_beside, tune = self._observers(step, moved, original, stack)
             current, rows = apply_passes(
@@ -268,7 +268,7 @@ class Loop:
         other, rows = ranks.share((other, rows))
         return outputs | other, rows, kept
 
-    def _turned(
+    def _rotated(
         self, index: int, source: Unit, moved: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
         """The original's weights in the basis that hidden states have in the written model."""
@@ -278,17 +278,17 @@ class Loop:
         device = self.settings.device
         start = start_of(self.plan, index, source, moved, self.learned, device=device)
         dtype = self.plan.compute_dtype(device)
-        return turned(self.plan, index, start, self.learned, dtype=dtype) or moved
+        return rotated(self.plan, index, start, self.learned, dtype=dtype) or moved
 
     def _observers(
         self,
         step: Step,
         tensors: Mapping[str, Tensor],
-        turned: Mapping[str, Tensor],
+        rotated: Mapping[str, Tensor],
         stack: ExitStack,
     ) -> tuple[Observe, ObserveSite | None, Tune | None]:
         """What observes the unit, and where the original runs beside it, single sites of it; what
-        runs its block with gradients. `tensors` are its weights before any pass, `turned` the same
+        runs its block with gradients. `tensors` are its weights before any pass, `rotated` the same
         where a pass rotates hidden states."""
         unit = self.plan.units[step.index]
         self.targets = None
@@ -299,15 +299,15 @@ class Loop:
         block = stack.enter_context(step.loaded(tensors))
         every = self.plan.recipe.calibration.all_experts
         look = observer(step, block, all_experts=every)
-        tune = self._tuner(step, block, turned) if unit.tuned else None
+        tune = self._tuner(step, block, rotated) if unit.tuned else None
         if not self._beside(unit):
             return look, None, tune
         assert self.originals is not None
         return look, observer_beside(step, block, self.originals), tune
 
-    def _tuner(self, step: Step, block: Block, turned: Mapping[str, Tensor]) -> Tune:
+    def _tuner(self, step: Step, block: Block, rotated: Mapping[str, Tensor]) -> Tune:
         """What runs a block with gradients towards what its original weights make."""
-        block.load(turned)
+        block.load(rotated)
         stream, execution = step.stream, step.execution
         originals = self.originals or stream
         targets = originals.like()

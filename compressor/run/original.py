@@ -50,7 +50,7 @@ def start_of(
     return Unit(layout=source.layout, tensors=Floats(tensors), extra=extra)
 
 
-def turned(
+def rotated(
     plan: Plan, index: int, start: Unit, learned: Mapping[int, Outcome], *, dtype: torch.dtype
 ) -> dict[str, Tensor] | None:
     """The original's weights in the basis that hidden states have in the written model; None where

@@ -6,6 +6,7 @@ that finds its checkpoint finished judges it again.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -223,14 +224,7 @@ def parameters(prepared: Prepared) -> int | None:
     if prepared.located.source.quantized:
         return None
     entries = prepared.located.source.checkpoint.entries
-    return sum(_elements(entry.spec.shape) for entry in entries.values())
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+    return sum(math.prod(entry.spec.shape) for entry in entries.values())
 
 
 def _hashes(output: Path, about: Mapping[str, Any]) -> dict[str, str]:

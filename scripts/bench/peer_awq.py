@@ -1,4 +1,4 @@
-"""AWQ by llm-compressor on a CPU, for `cpu_awq.py`; run by an interpreter that has it.
+"""AWQ by llm-compressor on a CPU, for `job.py`; run by an interpreter that has it.
 
 python peer_awq.py MODEL OUTPUT TEXT SAMPLES LENGTH GROUP_SIZE
 """
