@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ from compressor.ir.tensor import TensorShape
 from compressor.ranks.ranks import Ranks
 
 HASH_THREADS = 2
-"""Threads that hash tensors while their file is written and hashed as a whole."""
+"""Threads that hash tensors while their file is written, and hashed as a whole by a third."""
 
 
 class ShardWriter:
@@ -118,13 +118,14 @@ class ShardWriter:
         """
         hashes: dict[str, str] = {}
         by_shard: dict[str, list[str]] = {}
+        passed: list[Future[None]] = []
         for name, tensor in tensors.items():
             shard = self._home[name]
             planned = shard.tensors[name]
             found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
             assert planned == found, f"{name}: planned {planned}, made {found}"
             by_shard.setdefault(shard.file, []).append(name)
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
+        with ThreadPoolExecutor(HASH_THREADS) as pool, ThreadPoolExecutor(1) as in_order:
             for file, names in by_shard.items():
                 data = {name: tensor_bytes(tensors[name]) for name in names}
                 digests = pool.map(_digest, data.values())
@@ -133,8 +134,11 @@ class ShardWriter:
                         offset, done = self._home[name].offsets[name], 0
                         while done < len(data[name]):
                             done += os.pwrite(handle.fileno(), data[name][done:], offset + done)
-                        self._passed(file, offset, data[name])
+                        # After that, since what lies between is read back.
+                        passed.append(in_order.submit(self._passed, file, offset, data[name]))
                 hashes.update(zip(names, digests, strict=True))
+            for each in passed:
+                each.result()
         return hashes
 
     def commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:

@@ -129,7 +129,8 @@ class Source:
         for linear in unit.linears if device is not None else ():
             if self.schemes.linears[linear.name].weight is not None:
                 names = [f"{linear.name}.{leaf}" for leaf in self.stored(linear)]
-                coded = {n: tensors[n] for n in names if n in tensors}  # or it is carried over
+                # Else it is carried over, or a shape alone.
+                coded = {n: tensors[n] for n in names if n in tensors and not tensors[n].is_meta}
                 tensors |= {n: t.to(device, non_blocking=True) for n, t in coded.items()}
         return assembled(unit, tensors, self.format, self.schemes, self.stored)
 

@@ -145,21 +145,33 @@ def write(
     device: torch.device = CPU,
     recipe: bytes | None = None,
     files: Mapping[str, bytes] | None = None,
+    content: Callable[[UnitLayout], str] | None = None,
     progress: Progress = lambda name, done, total: None,
 ) -> Transaction:
     """Write units one after the other as `read` gives them; the same call continues.
 
     The last one is hashed and written while the next one is read.
-    device  where `read` puts what is coded
-    files   in place of the target's, or beside them
+    device   where `read` puts what is coded
+    files    in place of the target's, or beside them
+    content  hash of what a unit is made from, where `about` does not say it: what is committed, or
+             finished, has to be made from the same
     Raises what `writing` does, InputError where the disk has no room or a value no form, and
     MachineError where the disk fails.
     """
+
+    def said() -> Mapping[str, Any]:
+        if content is None:
+            return about
+        whole = stated_hash({unit.name: content(unit) for unit in target.units})
+        return {**about, "source": {**about["source"], "content": whole}}
+
     shards = lay_out(target.container, map(target.shapes, target.units))
     if (room := lacking_room(output, shards.size)) is not None:
         raise room
     with writing(target, output, about=about, shards=shards) as under_way:
         if under_way.finished:
+            if content is not None and (made := read_manifest(output)) is not None:
+                require_same(made.about, said(), where=output)
             return under_way
         writer = ShardWriter(under_way.shards, under_way.work, owner=stated_hash(about))
         with disk_errors(f"writing {under_way.work}"):
@@ -168,11 +180,19 @@ def write(
             with ThreadPoolExecutor(1) as syncs, ThreadPoolExecutor(1) as writes:
                 queue = CommitQueue(writer, writes, syncs, device)
                 for index, unit in enumerate(target.units):
-                    if writer.record(index) is None:
-                        queue.put(index, target.encode(read(unit)), {})
+                    before = writer.record(index)
+                    if before is None:
+                        tensors = target.encode(read(unit))
+                        seen = {} if content is None else {"source": content(unit)}
+                        queue.put(index, tensors, seen)
+                    elif content is not None and before["source"] != content(unit):
+                        raise InputError(
+                            f"{unit.name} of the source is not what was read of it before",
+                            hint="restore the source, or start anew in another folder",
+                        )
                     progress(unit.name, index + 1, len(target.units))
                 queue.drain()
-        under_way.finish(writer, beside=beside, recipe=recipe, files=files)
+        under_way.finish(writer, beside=beside, recipe=recipe, files=files, about=said())
     return under_way
 
 

@@ -81,6 +81,10 @@ class Format(ABC):
     """A linear's tensors, where those of experts lie in stacks of all, as floats do; else each
     expert has its own."""
 
+    codes: tuple[str, ...] = ()
+    """A linear's tensors that hold integer codes and nothing else: what `decode` finds out of a
+    weight beside its codes, it finds out where these are shapes alone (meta tensors)."""
+
     kv_names: tuple[str, str] | None = None
     """Where an attention module keeps the static scales of its keys and values."""
 

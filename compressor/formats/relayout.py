@@ -92,7 +92,7 @@ def as_asymmetric(q: QTensor) -> QTensor:
     if q.spec.element != "int" or not q.spec.symmetric:
         return q
     zeros = torch.full(
-        q.scales.shape, 2 ** (q.spec.bits - 1), dtype=torch.uint8, device=q.codes.device
+        q.scales.shape, 2 ** (q.spec.bits - 1), dtype=torch.uint8, device=q.scales.device
     )
     return replace(q, spec=replace(q.spec, zero="subtract"), zeros=zeros)
 

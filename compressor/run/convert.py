@@ -1,8 +1,9 @@
 """A checkpoint in another format, unit by unit: codes stay as they are, floats are rounded only if
 that is allowed, and a dense target holds what the codes stand for.
 
-The source is read twice. The first time everything that has no form in the target is found, before
-a byte is written; the second time it is written, and a conversion that was interrupted continues.
+The source is read twice. The first time, mostly without codes, everything that has no form in the
+target is found, before a byte is written; the second time it is written, and a conversion that was
+interrupted continues.
 What was written can then be verified against the source, as a run verifies against the original.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,6 @@ from torch import Tensor
 from compressor.checkpoint.container import Container, Safetensors
 from compressor.checkpoint.find import Located
 from compressor.checkpoint.manifest import RECIPE_NAME, read_manifest
-from compressor.checkpoint.reader import content_hash
-from compressor.checkpoint.records import stated_hash
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.transaction import Progress, write
@@ -36,6 +34,7 @@ from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
+from compressor.run.convert_source import ConvertedSource
 from compressor.run.environment import versions
 from compressor.run.mx_to_nvfp4 import as_nvfp4_where_held
 from compressor.run.warm_up import compile_verdict, import_model
@@ -119,7 +118,7 @@ def convert(
             + "; a conversion chooses no codes",
             hint="quantize it with a recipe: compress recipes",
         )
-    job = _Conversion(source, target, allow_rounding=allow_rounding, device=device)
+    job = _Conversion(ConvertedSource(source, device), target, allow_rounding)
     steps = (3 if verifying else 2) * len(source.layout.units)
     model = import_model(source, device) if verifying else None
     container = Safetensors(max_shard_size, source.checkpoint.stem)
@@ -136,13 +135,14 @@ def convert(
         about=_about(
             located,
             target,
-            content=stated_hash(job.content),
+            beside_codes=job.read.beside_codes,
             allow_rounding=allow_rounding,
             max_shard_size=max_shard_size,
         ),
         beside=folder,
         device=device,
         recipe=recipe.read_bytes() if recipe.is_file() else None,
+        content=job.read.content,
         progress=partial(_show, progress, units, steps),
     )
     report = None
@@ -173,9 +173,15 @@ def _show(progress: Progress, before: int, steps: int, name: str, done: int, tot
 
 
 def _about(
-    located: Located, target: Format, *, content: str, allow_rounding: bool, max_shard_size: int
+    located: Located,
+    target: Format,
+    *,
+    beside_codes: str,
+    allow_rounding: bool,
+    max_shard_size: int,
 ) -> dict[str, Any]:
-    """What decides the bytes of the result. `content` is the hash of all that was read."""
+    """What decides the bytes of the result. `beside_codes` is the hash of all that has been read
+    when it begins."""
     checkpoint = located.source.checkpoint
     headers = [
         [name, str(entry.spec.dtype), list(entry.spec.shape), entry.begin]
@@ -195,7 +201,7 @@ def _about(
             "format": located.source.format.name,
             "headers": hashlib.sha256(stated.encode()).hexdigest(),
             "manifest": manifest,
-            "content": content,
+            "beside_codes": beside_codes,
         },
         "versions": versions(),
         "recipe": None if made_by is None else made_by.about.get("recipe"),
@@ -206,16 +212,16 @@ def _about(
 class _Conversion:
     """What becomes of each tensor; `study` finds it out from the data, the rest uses it."""
 
-    source: Source
+    read: ConvertedSource
     format: Format
     allow_rounding: bool
-    device: torch.device
     symmetric: bool = False
     rounded: list[RoundingReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    content: dict[str, str] = field(default_factory=dict)
-    coming: dict[str, Future[tuple[dict[str, Tensor], str]]] = field(default_factory=dict)
-    reading: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
+
+    @property
+    def source(self) -> Source:
+        return self.read.source
 
     @property
     def dense(self) -> bool:
@@ -226,8 +232,8 @@ class _Conversion:
         return None if self.dense else self.source.schemes.kv
 
     def study(self, container: Container, progress: Progress) -> ModelTarget:
-        """Read everything once; what is to be written. Raises Problems with all that has no form
-        in it."""
+        """Read everything but codes once; what is to be written. Raises Problems with all that has
+        no form in it."""
         source, units = self.source, self.source.layout.units
         fmt, dtype = self.format, self.format.model_dtype(source.checkpoint.dtype)
         target = ModelTarget(
@@ -240,7 +246,7 @@ class _Conversion:
         centred = not self.dense
         for done, layout in enumerate(units, 1):
             try:
-                unit = self.read(layout)
+                unit = self._held(self.read.without_codes(layout))
             except InputError as error:
                 problems.append(error)
                 continue
@@ -296,30 +302,9 @@ class _Conversion:
         schemes = ModelSchemes(linears=linears, kv=self.kv)
         return replace(target, schemes=schemes, added=added, scales=scales)
 
-    def read(self, unit: UnitLayout) -> Unit:
-        """A unit of the source. Raises InputError where it is not what it was the first time."""
-        raw, digest = self._raw(unit)
-        if self.content.setdefault(unit.name, digest) != digest:
-            raise InputError(f"{unit.name} of the source changed while it was converted")
-        found = self.source.assemble(unit, raw, device=self.device)
-        here = {name: t.to(self.device, non_blocking=True) for name, t in found.tensors.items()}
-        found = replace(found, tensors=here)
-        return found if self.dense else as_nvfp4_where_held(found, self.format, self._input)
-
-    def _raw(self, unit: UnitLayout) -> tuple[dict[str, Tensor], str]:
-        """A unit's tensors as they are stored, and their hash. A GPU works while the unit after it
-        is read."""
-        pin = self.device.type == "cuda"
-
-        def read(layout: UnitLayout) -> tuple[dict[str, Tensor], str]:
-            raw = self.source.checkpoint.read(self.source.names(layout), pin=pin)
-            return raw, content_hash(raw)
-
-        known = self.coming.pop(unit.name, None)
-        units = self.source.layout.units
-        after = units[units.index(unit) + 1 :][:1] if pin else ()
-        self.coming = {x.name: self.reading.submit(read, x) for x in after}
-        return read(unit) if known is None else known.result()
+    def _held(self, unit: Unit) -> Unit:
+        """The unit with weights of a kind that the target holds, where there is one."""
+        return unit if self.dense else as_nvfp4_where_held(unit, self.format, self._input)
 
     def remaining(self) -> Source:
         """The source without what the target has no place for, which the result is held against."""
@@ -330,7 +315,7 @@ class _Conversion:
 
     def converted(self, unit: UnitLayout) -> Unit:
         """A unit with the specs and scale dtypes that the target stores."""
-        found = self.read(unit)
+        found = self._held(self.read.whole(unit))
         quantized = {
             linear.name: self._relaid(linear, found.quantized[linear.name])[0]
             for linear in unit.linears
@@ -379,7 +364,7 @@ class _Conversion:
 
     def _float(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Note or refuse what a float tensor loses in the target's dtype."""
-        tensor = tensor.to(self.device)  # what a unit has beside its own tensors
+        tensor = tensor.to(self.read.device)  # what a unit has beside its own tensors
         moved = tensor.to(dtype)
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{name} holds NaN or infinity", hint="the source is damaged")

@@ -328,10 +328,17 @@ def test_a_conversion_whose_work_was_damaged_continues_to_the_same_bytes(
         assert path.read_bytes() == (output / path.name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ("model.embed_tokens.weight", r"source\.beside_codes: "),
+        ("model.layers.0.mlp.up_proj.qweight", r"layers\.0 of the source is not what was read"),
+    ],
+)
 def test_a_conversion_of_a_source_that_changed_is_refused(
-    packed: Callable[[str, bool], Path], tmp_path: Path
+    tensor: str, said: str, packed: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
-    """Also where the changed unit is committed; manifest and headers stay as they were."""
+    """Also where the changed unit is committed, or all are; manifest and headers stay."""
     origin, output = tmp_path / "origin", tmp_path / "out"
     shutil.copytree(packed("autoawq", False), origin)
 
@@ -339,16 +346,23 @@ def test_a_conversion_of_a_source_that_changed_is_refused(
         if done == total - 1:
             raise KeyboardInterrupt
 
+    def flip() -> None:
+        weights = sorted(origin.glob("*.safetensors"))[0]
+        with weights.open("r+b") as file:
+            file.seek(read_header(weights)[tensor].begin)
+            first = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([first[0] ^ 1]))
+
     with pytest.raises(KeyboardInterrupt):
         to(origin, output, "gptq-v2", progress=stop)
-    weights = sorted(origin.glob("*.safetensors"))[0]
-    entry = read_header(weights)["model.embed_tokens.weight"]
-    with weights.open("r+b") as file:
-        file.seek(entry.begin)
-        first = file.read(1)
-        file.seek(entry.begin)
-        file.write(bytes([first[0] ^ 1]))
-    with pytest.raises(InputError, match=r"source\.content: "):
+    flip()
+    with pytest.raises(InputError, match=said):
+        to(origin, output, "gptq-v2")
+    flip()
+    assert not to(origin, output, "gptq-v2").already
+    flip()
+    with pytest.raises(InputError, match=r"source\.(beside_codes|content): "):
         to(origin, output, "gptq-v2")
 
 

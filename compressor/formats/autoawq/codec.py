@@ -42,6 +42,7 @@ class AutoAWQ(Format):
     """One group size for the whole checkpoint, which is in float16."""
 
     name = "autoawq"
+    codes = ("qweight",)
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """float16."""

@@ -45,6 +45,7 @@ class CompressedTensors(Format):
     """Per linear, the one sub-format that holds its scheme."""
 
     name = "compressed-tensors"
+    codes = ("weight_packed",)
     stores_divisors = True
     kv_names = ("k_scale", "v_scale")
 

@@ -53,6 +53,8 @@ class GPTQ(Format):
     marker: str
     shift: int
 
+    codes = ("qweight",)
+
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """float16."""
         return torch.float16
