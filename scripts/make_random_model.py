@@ -1,6 +1,7 @@
 """Write a checkpoint of random weights, for measuring speed and memory at real shapes.
 
     python scripts/make_random_model.py FOLDER [--shape 7b] [--layers 32] [--device cuda] [--seed 0]
+           [--uneven]
     python scripts/make_random_model.py FOLDER --shape deepseek-v3 --sparse [--fp8]
 
 The weights are drawn one tensor at a time and mean nothing: only time and memory may be measured
@@ -208,6 +209,10 @@ def in_float8(shapes: dict[str, Dims]) -> dict[str, TensorShape]:
     return found
 
 
+ROW = 8192
+"""Values that are taken for a row where tensors are pieces of one."""
+
+
 def write(
     folder: Path,
     config: Config,
@@ -216,19 +221,29 @@ def write(
     device: str,
     seed: int = 0,
     repeated: int | None = None,
+    uneven: bool = False,
 ) -> None:
     """Write config, tokenizer, index and shards of random bfloat16 tensors.
 
     repeated  so many values are drawn, and tensors are pieces of these one after the other, from
               the beginning again at the end: as fast as the disk
+    uneven    rows of weights, and norms' values, differ in size by factors of e^(0.7·N(0, 1)), so
+              that channels are unlike as those of trained models are
     """
     generator = torch.Generator(device).manual_seed(seed)
 
     def drawn(dims: Dims) -> memoryview:
         noise = torch.randn(dims, generator=generator, device=device)
-        scale = 0.02 if len(dims) > 1 else 0.1
-        offset = 0.0 if len(dims) > 1 else 1.0
-        return tensor_bytes((noise * scale + offset).to(torch.bfloat16))
+        if len(dims) == 1:
+            values = (0.7 * noise).exp() if uneven else 1 + 0.1 * noise
+        else:
+            values = 0.02 * noise.flatten()
+            if uneven:
+                width = dims[1] if dims[1] > 1 else ROW
+                count = -(-len(values) // width)
+                size = (0.7 * torch.randn(count, generator=generator, device=device)).exp()
+                values *= size.repeat_interleave(width)[: len(values)]
+        return tensor_bytes(values.to(torch.bfloat16))
 
     stock = None if repeated is None else drawn((repeated, 1))
 
@@ -319,6 +334,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--uneven", action="store_true", help="channels of unlike sizes")
     parser.add_argument("--sparse", action="store_true", help="headers over holes")
     parser.add_argument("--fp8", action="store_true", help="of sparse files: linears in float8")
     args = parser.parse_args()
@@ -329,7 +345,14 @@ def main() -> None:
     if args.sparse:
         write_sparse(args.folder, config, layers=layers, fp8=args.fp8)
     else:
-        write(args.folder, config, layers=layers, device=args.device, seed=args.seed)
+        write(
+            args.folder,
+            config,
+            layers=layers,
+            device=args.device,
+            seed=args.seed,
+            uneven=args.uneven,
+        )
 
 
 if __name__ == "__main__":

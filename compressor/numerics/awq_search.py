@@ -18,8 +18,8 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
-from compressor.numerics import fake_quantize
-from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
+from compressor.numerics import fake_quantize, race
+from compressor.numerics.gram import ROWS, difference_error, gram_error, row_errors, work_dtype
 from compressor.numerics.int_affine import fake_quantize_int, group_range
 from compressor.numerics.migration import Quantizer
 from compressor.ranks.ranks import ALONE, Ranks
@@ -36,7 +36,8 @@ class ScaleResult:
 
     scales  [C] float32, multiplies the weight's columns
     ratio   exponent of the activation statistic that made them
-    losses  loss of each candidate, in the order tried
+    losses  loss of each candidate, in the order tried; infinity where some rows showed that it is
+            not the best
     """
 
     scales: Tensor
@@ -135,19 +136,21 @@ def search_scales_gram(
     ratios = _ratios(grid, duo=duo)
     candidates = _candidates(weights, x_absmean, ratios[1:], spec, duo=duo, tie=tie)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
-    mine = ranks.own(candidates.shape[0])
+    left = list(range(len(candidates)))
     if quantizer is None:
         stacks = [weight[None] for weight in weights]
+        left = _may_be_best(stacks, gram, candidates, spec, ranks)
+        mine = [left[place] for place in ranks.own(len(left))]
         losses = _losses(stacks, gram[None], candidates[:, None], spec, mine)[:, 0].contiguous()
     else:
-        losses = torch.zeros(candidates.shape[0], dtype=torch.float32, device=gram.device)
-        for i in mine:
+        losses = torch.zeros(len(candidates), dtype=torch.float32, device=gram.device)
+        for i in ranks.own(len(candidates)):
             scales = candidates[i]
             for old, new in zip(
                 weights, quantizer([w.float() * scales for w in weights]), strict=True
             ):
                 losses[i] += _gram_loss(old, new / scales, gram)
-    found = ranks.sum(losses).tolist()
+    found = [x if i in left else math.inf for i, x in enumerate(ranks.sum(losses).tolist())]
     best = _first_minimum(found)
     return ScaleResult(candidates[best], ratios[best], tuple(found))
 
@@ -205,6 +208,32 @@ def _losses(
                 _write_delta(block, candidates[i], spec, part)
             losses[i] += gram_error(delta, grams)
     return losses
+
+
+def _may_be_best(
+    stacks: Sequence[Tensor], gram: Tensor, candidates: Tensor, spec: QuantSpec, ranks: Ranks
+) -> list[int]:
+    """The candidates [R, C] that rows here and there of weights [1, O_i, C] leave, by number."""
+    step = race.every(sum(weight.shape[1] for weight in stacks))
+    if step is None:
+        return list(range(len(candidates)))
+    rows = [weight[:, step // 2 :: step].contiguous() for weight in stacks]
+    heights = [block.shape[1] for block in rows]
+    room = max(1, min(step, ROWS // sum(heights)))  # where all rows of one candidate lie later
+
+    def losses(tried: Sequence[int]) -> Tensor:
+        found = torch.zeros(len(tried), sum(heights), dtype=torch.float32, device=gram.device)
+        mine = list(ranks.own(len(tried)))
+        for places in (mine[i : i + room] for i in range(0, len(mine), room)):
+            shape = len(places), sum(heights), gram.shape[0]
+            delta = torch.empty(shape, dtype=work_dtype(gram), device=gram.device)
+            for place, of_one in zip(places, delta, strict=True):
+                for block, part in zip(rows, torch.split(of_one, heights), strict=True):
+                    _write_delta(block, candidates[tried[place], None], spec, part[None])
+            found[places] = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
+        return ranks.sum(found)
+
+    return race.left(losses, len(candidates))
 
 
 def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:

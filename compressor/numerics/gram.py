@@ -6,11 +6,12 @@ A weight that is off by Δ makes a squared output error of tr(Δ G Δᵀ), whate
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 import torch
 from compressor_kernels.search import gram_error as fused
 from torch import Tensor
+
+from compressor.numerics.processor import instructions
 
 ROWS = 2**15
 """Rows of Δ worked on at a time, which bounds the memory a vocabulary-sized linear takes."""
@@ -30,15 +31,31 @@ def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
         grams = gram.expand(len(delta), *gram.shape[-2:])
         return torch.stack([gram_error(d, g) for d, g in zip(delta, grams, strict=True)])
     width = delta.shape[1]
-    # Fewer columns at a time compute less twice, too few keep the products small.
-    step = max(2048 if _has_matrix_units() else 96, width // 4)
     total = torch.zeros((), dtype=gram.dtype)
-    for start in range(0, width, step):
-        stop = min(start + step, width)
+    for start, stop in _bands(width, 2048 if _has_matrix_units() else 96):
         products = _product(delta[:, start:stop].t(), delta[:, start:])
         products.mul_(gram[start:stop, start:])
         total += products[:, : stop - start].sum() + 2 * products[:, stop - start :].sum()
     return total
+
+
+def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """δ G δᵀ of every row δ of an error Δ [O, C] in `work_dtype`, float32 [O]: for comparisons,
+    since products are rounded to the dtype of Δ, and G too."""
+    total = torch.zeros(delta.shape[0], dtype=torch.float32, device=delta.device)
+    for start, stop in _bands(delta.shape[1], 2048 if delta.is_cuda else 96):
+        part = delta[:, start:stop]
+        products = _product(delta[:, stop:], gram[stop:, start:stop].to(delta.dtype)).mul_(2)
+        products += _product(part, gram[start:stop, start:stop].to(delta.dtype))
+        total += products.mul_(part).sum(1, dtype=torch.float32)
+    return total
+
+
+def _bands(width: int, least: int) -> Iterator[tuple[int, int]]:
+    """Quarters of the columns, of which each is multiplied with those from it on: fewer at a time
+    compute less twice, too few keep the products small."""
+    step = max(least, width // 4)
+    return ((start, min(start + step, width)) for start in range(0, width, step))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -54,11 +71,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         matmul.fp32_precision = before
 
 
-@cache
 def _has_matrix_units() -> bool:
     """Whether this processor has Intel's AMX for bfloat16, and a PyTorch that tells."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
+    return instructions("amx_bf16")
 
 
 def work_dtype(gram: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """One block of each large model's shape by AWQ on the GPU: seconds, and memory beside the planned.
 
     python scripts/bench/blocks.py SCRATCH [--shapes llama-3-70b deepseek-v3] [--device-memory 8GB]
+           [--uneven]
     python scripts/bench/blocks.py SCRATCH --tiny --device cpu
 
 Weights are random, drawn once and repeated, and written to SCRATCH as a checkpoint with three
@@ -131,6 +132,9 @@ def main() -> None:
     parser.add_argument(
         "--profile", type=Path, help="add a table of the last block's kernels to it"
     )
+    parser.add_argument(
+        "--uneven", action="store_true", help="channels of unlike sizes, as trained models have"
+    )
     parser.add_argument("--tiny", action="store_true", help="small sides, to try the script")
     options = parser.parse_args()
     import transformers.models.auto.modeling_auto  # noqa: F401  # once, for all forks
@@ -145,7 +149,15 @@ def main() -> None:
         folder, output = options.scratch / name, options.scratch / "out"
         count = 1 if nbytes > LARGE else 3
         made = apart(
-            partial(write, folder, config, layers=count, device=options.device, repeated=STOCK)
+            partial(
+                write,
+                folder,
+                config,
+                layers=count,
+                device=options.device,
+                repeated=STOCK,
+                uneven=options.uneven,
+            )
         )
         row = {"why": made} if made else apart(run, folder, output, options)
         if isinstance(row, dict) and "block_s" in row:

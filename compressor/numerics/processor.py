@@ -1,0 +1,19 @@
+"""What the processor has instructions for, as PyTorch tells."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def instructions(*names: str) -> bool:
+    """Whether it has any of these; where PyTorch does not tell, none."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in names)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether it multiplies bfloat16 faster than float32."""
+    return instructions("amx_bf16", "avx512_bf16")

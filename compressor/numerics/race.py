@@ -1,0 +1,53 @@
+"""Which of several candidates may have the least loss, as some rows tell.
+
+Losses add up over rows, and those of two candidates go up and down together, so that a few hundred
+rows tell most of them apart from the best. Whoever has to know which is best works the rest out on
+all rows: what is left out here would have to be further from its mean than `ERRORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ROWS, PART = 128, 16
+"""Rows that are looked at, at least; and one of so many, at most."""
+
+FEWEST = 4
+"""Where one row of so many is too few, all are worked out at once."""
+
+ERRORS = 6.0
+"""Standard errors of the mean difference to the best, beyond which a candidate is given up."""
+
+Losses = Callable[[Sequence[int]], Tensor]
+"""Candidates, by number → their losses by row [candidates, rows], NaN and infinity allowed."""
+
+
+def every(rows: int) -> int | None:
+    """Of how many rows one is looked at; None where there are too few."""
+    step = min(rows // ROWS, PART)
+    return step if step >= FEWEST else None
+
+
+def left(losses_of: Losses, count: int) -> list[int]:
+    """Those of `count` candidates, which lie in an order, that may be the best.
+
+    Where even the ends and the middle cannot be told apart, nothing is looked at further.
+    """
+    ends = sorted({0, count // 2, count - 1})
+    known = losses_of(ends)
+    if bool(_may_be_best(known).all()):
+        return list(range(count))
+    others = [i for i in range(count) if i not in ends]
+    losses = torch.cat([known, losses_of(others)])[torch.tensor([*ends, *others]).argsort()]
+    return [i for i, may in enumerate(_may_be_best(losses).tolist()) if may]
+
+
+def _may_be_best(losses: Tensor) -> Tensor:
+    """bool [candidates] of losses [candidates, rows]; what is not finite is not judged."""
+    means = losses.mean(1).nan_to_num(nan=torch.inf)
+    over = losses - losses[means.argmin()]
+    error = over.std(1) / losses.shape[1] ** 0.5
+    return torch.logical_not(over.mean(1) > ERRORS * error)
