@@ -110,6 +110,9 @@ FORMS: dict[str, Form] = {
         "[fp8: {scales: static}, kv_cache: {element: fp8}]", format="modelopt-fp8", untie=True
     ),
     "modelopt-nvfp4": Form("[nvfp4: {rule: mse}]", format="modelopt-nvfp4", untie=True),
+    "modelopt-nvfp4-kv8": Form(
+        "[nvfp4: {rule: mse}, kv_cache: {element: fp8}]", format="modelopt-nvfp4", untie=True
+    ),
     "modelopt-nvfp4-inputs": Form(
         "[nvfp4: {rule: mse, activations: calibrated}]", format="modelopt-nvfp4", untie=True
     ),

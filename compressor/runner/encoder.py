@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressor.checkpoint.reader import Checkpoint
 from compressor.errors import InputError
 from compressor.foreign.calls import foreign
+from compressor.runner.generation_import import import_generation
 
 BATCH = 16
 """Rows of tokens at a time."""
@@ -67,6 +68,7 @@ def load_encoder(
     masked_words  with the head that says which words are masked
     Raises InputError for what is no encoder.
     """
+    import_generation()
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 

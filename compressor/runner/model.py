@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,27 +13,13 @@ from torch import nn
 from compressor.arch.load import RuntimeNames
 from compressor.errors import InputError
 from compressor.foreign.calls import foreign
-
-
-@contextmanager
-def without_scikit_learn() -> Iterator[None]:
-    """transformers told that there is none: where scikit-learn is installed, releases up to 5.17
-    import it, and SciPy, with every model, for a way of generating that is not used here."""
-    from transformers import utils
-
-    known = utils.is_sklearn_available
-    utils.is_sklearn_available = lambda: False
-    try:
-        yield
-    finally:
-        utils.is_sklearn_available = known
+from compressor.runner.generation_import import import_generation
 
 
 def build_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a config without memory for its weights, with the fused attention where it has
     one."""
-    with without_scikit_learn():
-        import transformers.generation.candidate_generator  # noqa: F401
+    import_generation()
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 

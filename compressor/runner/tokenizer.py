@@ -9,6 +9,7 @@ from typing import Any
 from compressor.checkpoint.reader import NO_TOKENIZER, load_json
 from compressor.errors import InputError
 from compressor.foreign.calls import bounded, memory_bound, panics_unheard
+from compressor.runner.generation_import import import_generation
 
 LOAD_SECONDS = 60.0
 PROBE_SECONDS = 15.0
@@ -82,6 +83,7 @@ def load_tokenizer(folder: Path) -> GuardedTokenizer:
             # A pipe would be waited for.
             raise InputError(f"tokenizer file {path} is not a regular file")
     # Before the clock runs.
+    import_generation()
     from transformers import AutoTokenizer
 
     with panics_unheard():
