@@ -33,8 +33,12 @@ KINDS = {
     "dialogue": "dialogue",
     "spanish": "Spanish",
 }
-BASELINES = ("rtn", "signround")
+BASELINES = ("rtn", "signround", "autoround", "integers")
 """What other rows of a grid are held against."""
+SAME = {"moby": "fiction"}
+"""Kinds whose windows are those of a bundled kind."""
+MAIN = ("smol", "smollm2-135m")
+"""Folders of the model that the page is about; those of others are their names."""
 FIRST_PARTS = ("awq", "rotate")
 """What rows of passes that begin with them are held against."""
 Row = Mapping[str, Any]
@@ -45,13 +49,16 @@ def add(data: dict[str, Any], path: Path) -> None:
     found = json.loads(path.read_text("utf-8"))
     source = str(found["settings"]["calibration"])
     calibration = "mixture" if source == "bundled" else "speeches"
-    rows = {(r["grid"], r["method"], r["calibration"]): r for r in data["rows"]}
+    folder = Path(str(found["settings"].get("model", MAIN[0]))).name
+    model = "" if folder in MAIN else folder
+    rows = {_key(r): r for r in data["rows"]}
     for name, entry in found["rows"].items():
         figures = entry["figures"]
         if "failed" in figures:
             continue
         grid, _, method = name.rpartition(": ")
         kept: dict[str, Any] = {
+            **({"model": model} if model else {}),
             "grid": grid,
             "method": method,
             "calibration": "" if method in ("original", "rtn") else calibration,
@@ -62,37 +69,52 @@ def add(data: dict[str, Any], path: Path) -> None:
                 kept[key] = round(figures[key], 1)
         for kind in KINDS:
             for what in ("nll", "kl"):
-                values = figures.get(f"{what} {kind}")
+                values = figures.get(
+                    f"{what} {SAME.get(kind, kind)}", figures.get(f"{what} {kind}")
+                )
                 if values is not None:
                     kept[f"{what} {kind}"] = [round(v, 5) for v in values]
-        rows[grid, method, kept["calibration"]] = kept
+        # Of the original, a measurement may have other kinds of text than another.
+        rows[_key(kept)] = {**rows.get(_key(kept), {}), **kept} if method == "original" else kept
     data["rows"] = [rows[key] for key in sorted(rows)]
 
 
-def gap(row: Row, other: Row, kind: str) -> tuple[float, float] | None:
-    """By how much nats a row is worse than another on the same windows."""
-    a, b = row.get(f"nll {kind}"), other.get(f"nll {kind}")
-    if not a or not b or len(a) != len(b):
-        return None
-    return estimate([x - y for x, y in zip(a, b, strict=True)])
+def _key(row: Row) -> tuple[str, str, str, str]:
+    return row.get("model", ""), row["grid"], row["method"], row["calibration"]
+
+
+def gap(row: Row, other: Row, *kinds: str, what: str = "nll") -> tuple[float, float] | None:
+    """By how many nats a row is worse than another on the same windows of these kinds."""
+    found: list[float] = []
+    for kind in kinds:
+        a, b = row.get(f"{what} {kind}"), other.get(f"{what} {kind}")
+        if a and b and len(a) == len(b):
+            found += [x - y for x, y in zip(a, b, strict=True)]
+    return estimate(found) if found else None
 
 
 def page(data: Mapping[str, Any]) -> str:
     """The page."""
     rows: list[Row] = data["rows"]
     parts = [WRITTEN, "", "# What rounding costs", "", *data["about"], ""]
-    grids = [g for g in data["grids"] if any(r["grid"] == g for r in rows)]
-    originals = [r for r in rows if r["method"] == "original"]
-    for grid in grids:
-        own = [r for r in rows if r["grid"] == grid]
-        own.sort(key=lambda r: (r["calibration"], -r["top1"]))
-        parts += [f"## {data['grids'][grid]}", "", *table([*originals, *own], data, grid), ""]
-        parts += [*claims(own), ""]
+    for model in ("", *sorted({r["model"] for r in rows if "model" in r})):
+        there = [r for r in rows if r.get("model", "") == model]
+        originals = [r for r in there if r["method"] == "original"]
+        elsewhere = data["elsewhere"] if not model else []
+        for grid, label in data["grids"].items():
+            own = [r for r in there if r["grid"] == grid]
+            if not own:
+                continue
+            own.sort(key=lambda r: (r["calibration"], -r["top1"]))
+            title = f"Small {model}: {label}" if model else label
+            parts += [f"## {title}", "", *table([*originals, *own], elsewhere, grid), ""]
+            parts += [*claims(own), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def table(rows: Sequence[Row], data: Mapping[str, Any], grid: str) -> Iterator[str]:
-    """Perplexities, the mean KL over kinds, agreement, bytes and time."""
+def table(rows: Sequence[Row], elsewhere: Sequence[Row], grid: str) -> Iterator[str]:
+    """Perplexities, the mean KL over kinds, agreement, bytes and time; and what is known from
+    elsewhere of AutoRound, where it was not run beside the others."""
     yield f"| | calibrated on | {' | '.join(KINDS.values())} | KL | top-1 | MB | seconds |"
     yield "|---" * (len(KINDS) + 6) + "|"
     for row in rows:
@@ -101,8 +123,8 @@ def table(rows: Sequence[Row], data: Mapping[str, Any], grid: str) -> Iterator[s
         kl = f"{sum(divergences) / len(divergences):.4f}" if divergences else ""
         about = [kl, f"{row['top1']:.3f}", f"{row.get('MB', '')}", f"{row.get('seconds', '')}"]
         yield f"| {_name(row)} | {row['calibration']} | {' | '.join([*cells, *about])} |"
-    for other in data["elsewhere"]:
-        if other["grid"] == grid:
+    for other in elsewhere:
+        if other["grid"] == grid and not any(row["method"] == "autoround" for row in rows):
             cells = [f"{other['perplexity'].get(kind, '')}" for kind in KINDS]
             tail = ["", "", "", f"{other['seconds']}"]
             yield f"| {other['method']} | speeches | {' | '.join([*cells, *tail])} |"
@@ -132,6 +154,10 @@ def claims(rows: Sequence[Row]) -> Iterator[str]:
                     found[verdict].append(f"{label} {mean:+.3f} ± {error:.3f}")
             says = "; ".join(f"{k} on {', '.join(v)}" for k, v in found.items() if v)
             if says:
+                whole, divergence = (gap(row, bases[0], *KINDS, what=w) for w in ("nll", "kl"))
+                for label, difference in (("in all", whole), ("KL", divergence)):
+                    if difference is not None:
+                        says += f"; {label} {difference[0]:+.4f} ± {difference[1]:.4f}"
                 trained = f", calibrated on the {row['calibration']}" if row["calibration"] else ""
                 yield f"- {_name(row)}{trained}, against `{baseline}` (nats): {says}."
 

@@ -51,3 +51,23 @@ def test_rows_are_added_and_replaced(quality, tmp_path):
     assert [(r["method"], r["calibration"], r["top1"]) for r in data["rows"]] == [
         ("ours", "mixture", 0.75)
     ]
+
+
+def test_another_model_has_tables_of_its_own(quality, tmp_path):
+    file, data = tmp_path / "rows.json", {"rows": [], "about": [], "grids": {"g": "G"}}
+    data["elsewhere"] = [{"grid": "g", "method": "theirs", "perplexity": {}, "seconds": 1}]
+    names = {"original": 1.0, "g: rtn": 3.0, "g: autoround": 2.0, "g: ours": 1.5}
+    for folder in ("smol", "llama"):
+        rows = {
+            name: {"figures": {"top1": 0.5, "nll fiction": [v, v + 0.1], "kl fiction": [v, v]}}
+            for name, v in names.items()
+            if folder == "llama" or name != "g: autoround"
+        }
+        settings = {"calibration": "speeches.txt", "model": f"/there/{folder}"}
+        file.write_text(json.dumps({"settings": settings, "rows": rows}))
+        quality.add(data, file)
+    first, second = quality.page(data).split("## Small llama: G")
+    assert "| theirs |" in first and "`autoround`" not in first
+    assert "| theirs |" not in second
+    assert "`ours`, calibrated on the speeches, against `autoround` (nats): better" in second
+    assert "in all -0.5000 ± 0.0000; KL -0.5000 ± 0.0000" in second

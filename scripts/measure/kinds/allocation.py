@@ -100,7 +100,8 @@ def variants(bench: Bench) -> Iterator[Variant]:
             baseline=f"{budget} bits: integers",
         )
         for error in options.errors:
-            yield mixed(f"{budget} bits: mixed by {error}", budget, error)
+            by = "" if options.measured == "rtn" else f", measured with {options.measured}"
+            yield mixed(f"{budget} bits: mixed by {error}{by}", budget, error)
     if options.quantizer in ("gptq", "reconstruct", "signround"):
         entry = {options.quantizer: {"grid": "nvfp4"}}
         yield recipes.variant("4.5 bits: nvfp4", [entry], baseline="4.5 bits: integers")
