@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 TOKENS = 1024
 """Tokens of a piece that runs with gradients at most, or one row: more keep no GPU busier."""
+WORK = 2**37
+"""Weights times tokens that keep one busy: pieces of small blocks are larger, since there each
+launch counts. By the block alone, so that sums have one order wherever they are made."""
 
 
 class TunableBlock:
@@ -98,7 +101,8 @@ class TunableBlock:
         """
         self._execution.check_stop()
         dtype, size = self._block.runner.dtype, self._size(rows)
-        most = max(1, TOKENS // self._targets.hidden.shape[1])
+        count = sum(weight.numel() for weight in weights.values())
+        most = max(1, max(TOKENS, WORK // max(count, 1)) // self._targets.hidden.shape[1])
 
         def attempt(batch: int) -> tuple[float, list[Tensor]]:
             leaves = {n: w.detach().to(dtype).requires_grad_() for n, w in weights.items()}
