@@ -252,13 +252,6 @@ def rule_module(name: str) -> Any:
     return importlib.import_module(f"compressor.attention.rules.{name}")
 
 
-def policy_forms() -> dict[str, Callable[..., dict[str, bytes]]]:
-    """Forms in which other runtimes read policies, by name: functions of a policy, the tensors
-    stored with it and the model's name, from `FORMS` of the rules' files."""
-    modules = [rule_module(name) for name in rule_names()]
-    return {name: form for m in modules for name, form in getattr(m, "FORMS", {}).items()}
-
-
 def make_rule(part: str, data: Mapping[str, Any]) -> Rule:
     """A rule from an entry of a layer. A part that several rules may decide names its rule as
     `scorer`. Raises InputError with everything that is wrong."""

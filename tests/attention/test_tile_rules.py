@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.attention.evaluation import policy_attention
+from compressor.attention.forms import policy_forms
 from compressor.attention.policy import (
     AttentionPolicy,
     LayerPolicy,
@@ -22,6 +24,7 @@ from compressor.attention.policy import (
 from compressor.attention.rule import Rule
 from compressor.attention.rules.blasst import Blasst, SkipPhase
 from compressor.attention.rules.moba import MoBABlocks
+from compressor.attention.rules.pillar import Pillar
 from compressor.attention.rules.xattention import XAttention
 from compressor.attention.serve.attach import attach
 from compressor.checkpoint.source import open_source
@@ -89,9 +92,27 @@ def test_chunks_of_whole_blocks_give_what_one_pass_does(folder: Path, name: str)
     model = load(folder)
     runtime = attach(model, policy(RULES[name]))
     whole = model(ids(), use_cache=False).logits
-    options = runtime.options()
-    parts = [model(part, **options).logits for part in ids().split([48, 16, 36], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-4, rtol=1e-3)
+    for lengths in ([48, 16, 36], [16, 80, 4], [32, 32, 32, 4], [96, 4]):
+        options = runtime.options()
+        parts = [model(part, **options).logits for part in ids().split(lengths, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "rule", [RULES["xattention"], RULES["moba"], Pillar(min_budget=4)], ids=lambda rule: rule.kind
+)
+def test_steps_after_a_prompt_in_chunks_are_those_after_a_whole_one(
+    folder: Path, rule: Rule
+) -> None:
+    model = load(folder)
+    runtime = attach(model, policy(rule))
+    given = []
+    for lengths in ([96, *[1] * 4], [32, 64, *[1] * 4]):
+        options = runtime.options()
+        parts = [model(part, **options).logits for part in ids().split(lengths, dim=1)]
+        given.append(torch.cat(parts, dim=1))
+    torch.testing.assert_close(given[0], given[1], atol=2e-4, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -162,3 +183,17 @@ def test_texts_past_the_calibrated_length_are_refused_by_name(folder: Path, name
     where = {"device": torch.device("cpu"), "dtype": torch.float32}
     with pytest.raises(InputError, match=message):
         evaluate(open_source(folder), ids(130), attention=policy_attention(rules), **where)
+
+
+def test_a_form_without_a_word_for_a_rule_is_refused() -> None:
+    forms = policy_forms()
+    stored = forms["config"](policy(RULES["blasst"]), {}, model="m")["config.json"]
+    (group,) = json.loads(stored)["sparse_attention_config"]["config_groups"].values()
+    assert group["threshold_scale_factor"]["prefill"] == {"a": 45.0, "b": 1.0}
+    for form, name, message in (
+        ("config", "moba", "no runtime reads moba"),
+        ("duo-attention", "xattention", "no word for xattention"),
+        ("lserve", "blasst", "one choice of pages"),
+    ):
+        with pytest.raises(InputError, match=message):
+            forms[form](policy(RULES[name]), {}, model="m")

@@ -23,7 +23,7 @@ from compressor.attention.key_blocks import KeyBlocks, by_kernel
 from compressor.attention.masked import in_pieces
 from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rule import Phase, RuleCall
-from compressor.attention.rules.streaming import duo_attention_files
+from compressor.attention.rules.streaming import streaming_files
 from compressor.errors import InputError
 
 PAGES = "lserve.pages"
@@ -135,7 +135,7 @@ def lserve_files(
         "sub_chunk_per_block": rule.block_size // rule.logical,
         "selector_update_interval": rule.reuse,
     }
-    files = duo_attention_files(policy, tensors, model=model)
+    files = streaming_files(policy, tensors, model=model)
     return {**files, "lserve.json": (json.dumps(options, indent=2) + "\n").encode()}
 
 

@@ -235,8 +235,22 @@ def duo_attention_files(
     Readers choose heads by the quantile of `sparsity`; gates that would give them other heads than
     the policy's (as after a threshold) are written as 1 and 0. `window` counts the query's own
     token, as `recent_size` does in that project's training mask.
-    Raises InputError where layers have different windows or positions go by slot.
+    Raises InputError where layers have different windows, positions go by slot, or heads attend by
+    other rules, too.
     """
+    others = {r.kind for layer in policy.layers for r in layer.rules} - {"streaming"}
+    if others:
+        raise InputError(
+            f"DuoAttention's form has no word for {', '.join(sorted(others))}",
+            hint="--form lserve" if others == {"lserve"} else "--form config, where that has one",
+        )
+    return streaming_files(policy, tensors, model=model)
+
+
+def streaming_files(
+    policy: AttentionPolicy, tensors: Mapping[str, Tensor], *, model: str
+) -> dict[str, bytes]:
+    """The same of the heads that stream, whatever the others do."""
     rules = [r for layer in policy.layers for r in layer.rules if isinstance(r, StreamingHeads)]
     windows = {(rule.sinks, rule.window) for rule in rules}
     if policy.positions != "text" or len(windows) > 1:

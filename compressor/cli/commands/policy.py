@@ -62,7 +62,8 @@ def show(checkpoint: Path, as_json: bool) -> None:
     metavar="FORM",
     default="duo-attention",
     help="duo-attention: full_attention_heads.tsv and config.json, which LServe reads too; lserve: "
-    "these and the sizes of its pages.",
+    "these and the sizes of its pages; config: what ModelOpt and TensorRT-LLM (BLASST) and "
+    "MiniCPM4 (InfLLM-V2) read in config.json.",
 )
 @json_option
 def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
@@ -72,9 +73,10 @@ def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
     compress policy export out/llama3-duo ./duo-policy
     compress policy export out/llama3-duo -o ./duo-policy
     compress policy export out/llama3-duo ./lserve-policy --form lserve
+    compress policy export out/smollm2-blasst ./blasst-policy --form config
     """
+    from compressor.attention.forms import policy_forms
     from compressor.attention.policy import read_policy_tensors
-    from compressor.attention.rule import policy_forms
     from compressor.errors import InputError, nearest
 
     forms = policy_forms()
@@ -94,10 +96,16 @@ def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
 
 def _policy(checkpoint: Path) -> AttentionPolicy:
     from compressor.attention.policy import check_policy, read_policy
+    from compressor.attention.token_classes import POLICY_NAME, read_sizes
     from compressor.checkpoint.source import open_source
     from compressor.errors import InputError
 
     policy = read_policy(checkpoint)
+    if policy is None and (sizes := read_sizes(checkpoint)) is not None:
+        raise InputError(
+            f"{checkpoint} has no policy of heads, but of a video stream: {sizes.describe()}",
+            hint=f"VideoStream of compressor.attention.serve.stream reads {POLICY_NAME} as it is",
+        )
     if policy is None:
         raise InputError(
             f"{checkpoint} carries no attention policy",
