@@ -142,8 +142,8 @@ def read_sizes(arch: MapFile, config: Mapping[str, Any]) -> ConfigReader:
                 measures.setdefault(name, key)
                 continue
             value = reader.value(key)
-            # No experts is a dense model.
-            if value is None or name in known or (name == "experts" and value == 0):
+            # No experts is a dense model; a size that follows from others may be "auto".
+            if value in (None, "auto") or name in known or (name == "experts" and value == 0):
                 continue
             # What each block is tells how many there are.
             per_block = name == "layers" and isinstance(value, (list, str))

@@ -26,7 +26,7 @@ from compressor.methods.common.second_order import GptqOptions, round_unit, sear
 class Gptq(OnGrid):
     """Round weights so that each rounding error is corrected by the weights rounded after it."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     integers_alone: ClassVar[tuple[str, ...]] = (*OnGrid.integers_alone, "refits")
 

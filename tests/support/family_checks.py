@@ -77,8 +77,10 @@ KEPT = {
     *("feed_forward.router", "block_sparse_moe.gate", "block_sparse_moe.router.layer"),
     *("mixer.gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b", "linear_attn.in_proj_ba"),
     *(f"self_attn.indexer.{name}" for name in ("wq_b", "wk", "weights_proj")),
+    *("mlp.gate.wg", "feed_forward.router", "mamba.x_proj", "mamba.dt_proj"),
 }
-"""Linears of blocks that no method rounds, of all families: routers, gates, indexers."""
+"""Linears of blocks that no method rounds, of all families: routers, gates, indexers, and what
+decides on the steps of a Mamba."""
 
 
 def every_linear_is_one(source: Source, stream: FinalStates) -> None:

@@ -13,6 +13,8 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import quantize
 from compressor.numerics.folding import fold
 from compressor.verify.compare import Difference, UnitComparison
+from compressor.verify.verify import verify
+from tests.support.family_checks import compiled
 
 
 def differences(
@@ -73,3 +75,15 @@ def test_a_row_of_few_inputs_is_not_shifted_by_chance():
     shifted = q.dequantize()
     shifted[7] += step[7]
     assert found(shifted) == "block.kv_b_proj: row 7 differs by more than rounding"
+
+
+def test_wide_weights_behind_narrow_ones_pass_for_the_original_s(tiny_model, tmp_path):
+    """GPTQ corrects them for what 3 bits did to their inputs, within what their own 8 bits do."""
+    model = tiny_model("llama")
+    passes = [
+        {"gptq": {"bits": bits, "group_size": 8, "targets": [targets]}}
+        for bits, targets in ((3, "mlp.*"), (8, "attn.*"))
+    ]
+    written = compiled(model, tmp_path / "out", passes)
+    report = verify(written.checkpoint.folder, against=model, device=torch.device("cpu"))
+    assert report.ok, report.damage

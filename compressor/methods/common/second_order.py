@@ -20,6 +20,12 @@ from compressor.numerics.target_correction import correction
 
 Start = Callable[[Unit, Sequence[Linear], SiteStats], Mapping[str, QTensor]]
 
+MOVED = 1.0
+"""How far a correction may move a weight, in units of its own rounding error: it is at most 0.54
+where all linears are rounded to the same bits. Beyond that inputs differ by more than their own
+rounding: behind layers of fewer bits, or where keys are chosen and two models choose others.
+"""
+
 
 class GptqOptions(NamedTuple):
     """How GPTQ is run.
@@ -64,6 +70,12 @@ def round_unit(
     rows: dict[str, dict[str, Any]] = {}
     current = unit
 
+    def nearest(aim: Unit, linears: Sequence[Linear], stats: SiteStats) -> Mapping[str, QTensor]:
+        if start is not None:
+            return start(aim, linears, stats)
+        made = quantize_all(context, linears, [aim.weight(x) for x in linears])
+        return {x.name: q for x, q in zip(linears, made, strict=True)}
+
     def work(site: str) -> _Site:
         linears = coded[site]
         aim = current
@@ -72,11 +84,9 @@ def round_unit(
         else:
             stats = context.observe(current, site)
             aim = _corrected(current, site, linears, stats, options)
-        if start is not None:
-            starts = start(aim, linears, stats)
-        else:
-            made = quantize_all(context, linears, [aim.weight(x) for x in linears])
-            starts = {x.name: q for x, q in zip(linears, made, strict=True)}
+        starts = nearest(aim, linears, stats)
+        if (within := _within_rounding(aim, current, linears, starts)) is not aim:
+            aim, starts = within, nearest(within, linears, stats)
         tokens = {x.name: of_expert.get(x.expert, stats.tokens) for x in linears}
         informed = [x for x in linears if tokens[x.name] >= options.min_tokens]
         inverse = None
@@ -169,6 +179,23 @@ def _corrected(
         weight = unit.weight(linear)
         unit = unit.with_weight(linear, weight + weight.float() @ found)
     return unit
+
+
+def _within_rounding(
+    aim: Unit, unit: Unit, linears: Sequence[Linear], starts: Mapping[str, QTensor]
+) -> Unit:
+    """What a unit was corrected to, with weights moved by no more than `MOVED` allows."""
+    if aim is unit:
+        return aim
+    found = aim
+    for linear in linears:
+        before, after = unit.weight(linear).float(), aim.weight(linear).float()
+        moved = float((after - before).norm())
+        most = MOVED * float((starts[linear.name].dequantize() - after).norm())
+        if moved > most:
+            weight = before + (most / moved) * (after - before)
+            found = found.with_weight(linear, weight.to(aim.weight(linear).dtype))
+    return found
 
 
 def _solve(
