@@ -1,8 +1,9 @@
 """Goes through every family with a tiny seeded model and writes what was seen to
 docs/architectures.md.
 
-python scripts/check_architectures.py                  all families, about ten minutes
-python scripts/check_architectures.py llama lfm2       some of them, to the terminal alone
+python scripts/check_architectures.py                   all families, about ten minutes
+python scripts/check_architectures.py llama lfm2        some of them, to the terminal alone
+python scripts/check_architectures.py --write llama     their rows anew, the others as they are
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/architectures.md"
 sys.path.insert(0, str(ROOT))
 
 from compressor.arch.load import known_model_types  # noqa: E402
@@ -34,6 +36,8 @@ COLUMNS = {
     "awq": "the same with scales searched in every fold",
     "gptq": "the same with second-order rounding, experts by the tokens that they saw",
 }
+
+BESIDE = ("loaded in transformers", "draft")
 
 
 def seen(family: str, folder: Path) -> dict[str, str]:
@@ -66,7 +70,7 @@ def seen(family: str, folder: Path) -> dict[str, str]:
             print(f"{family}: {column}: {type(error).__name__}: {error}", file=sys.stderr)
             found[column] = "no"
     held = checks.holds_no_packed_weights(source)
-    found["loads"] = "its floats" if held else "packed"
+    found["loaded in transformers"] = "its floats" if held else "packed"
     return found | {"draft": drafted(folder / "model")}
 
 
@@ -84,7 +88,7 @@ def drafted(model: Path) -> str:
 def page(rows: dict[str, dict[str, str]]) -> str:
     """docs/architectures.md."""
     unseen = sorted(set(known_model_types()) - {family.partition(" ")[0] for family in rows})
-    head = ["model type", *COLUMNS, "loaded in transformers", "draft"]
+    head = ["model type", *COLUMNS, *BESIDE]
     lines = [
         "# Architectures",
         "<!-- Written by scripts/check_architectures.py from what it saw; run that instead. -->",
@@ -104,9 +108,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
                 "| " + " | ".join(head) + " |",
                 "|" + "---|" * len(head),
                 *(
-                    f"| `{family}` | "
-                    + " | ".join([*(row[c] for c in COLUMNS), row["loads"], row["draft"]])
-                    + " |"
+                    f"| `{family}` | " + " | ".join(row[column] for column in head[1:]) + " |"
                     for family, row in sorted(rows.items())
                 ),
             ]
@@ -122,19 +124,35 @@ def page(rows: dict[str, dict[str, str]]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def written() -> dict[str, dict[str, str]]:
+    """The rows that the page has, of families that there still are."""
+    rows = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        family, *values = (part.strip("` ") for part in line.strip("|").split("|"))
+        if line.startswith("| `") and family in (*TYPES, *MORE_TYPES):
+            rows[family] = dict(zip((*COLUMNS, *BESIDE), values, strict=True))
+    return rows
+
+
 def main() -> None:
     """Run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("families", nargs="*")
-    families = parser.parse_args().families
+    parser.add_argument("--write", action="store_true", help="what was seen of some, to the page")
+    args = parser.parse_args()
+    families = args.families
     transformers.logging.set_verbosity_error()
-    rows = {}
+    rows = written() if args.write and families else {}
     for family in families or (*TYPES, *MORE_TYPES):
         with tempfile.TemporaryDirectory() as folder:
             rows[family] = seen(family, Path(folder))
         print(family, rows[family], flush=True)
+        if args.write:
+            PAGE.write_text(page(rows), encoding="utf-8")
     if not families:
-        (ROOT / "docs/architectures.md").write_text(page(rows), encoding="utf-8")
+        PAGE.write_text(page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
