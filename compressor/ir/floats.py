@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from compressor.ir.qtensor import QTensor
+
 Change = Callable[[Tensor], Tensor]
 """A tensor in float32 to what it becomes; its argument is left as it is."""
 
@@ -19,17 +21,20 @@ Change = Callable[[Tensor], Tensor]
 class Floats(Mapping[str, Tensor]):
     """Tensors by name, in float32 as often as they are asked for.
 
-    stored   in any float dtype; left as they are
+    stored   in any float dtype, or packed; left as they are
     changes  name → what is done to it, in this order
     """
 
     def __init__(
-        self, stored: Mapping[str, Tensor], changes: Mapping[str, tuple[Change, ...]] | None = None
+        self,
+        stored: Mapping[str, Tensor | QTensor],
+        changes: Mapping[str, tuple[Change, ...]] | None = None,
     ) -> None:
         self._stored, self._changes = stored, changes or {}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._stored[name].float()
+        stored = self._stored[name]
+        tensor = stored.dequantize() if isinstance(stored, QTensor) else stored.float()
         for change in self._changes.get(name, ()):
             tensor = change(tensor)
         return tensor
@@ -46,8 +51,24 @@ class Floats(Mapping[str, Tensor]):
     def narrow(self, name: str) -> Tensor:
         """A tensor of the same values in the dtype that it is held in, where nothing changed it."""
         stored = self._stored[name]
-        exact = name not in self._changes and stored.dtype.itemsize <= torch.float32.itemsize
-        return stored if exact else self[name]
+        if isinstance(stored, QTensor) or name in self._changes:
+            return self[name]
+        return stored if stored.dtype.itemsize <= torch.float32.itemsize else self[name]
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is there in float32, so that nothing is made for who reads it."""
+        stored = self._stored[name]
+        if isinstance(stored, QTensor) or name in self._changes:
+            return False
+        return stored.dtype == torch.float32
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's, which is not made for it."""
+        return tuple(self._stored[name].shape)
+
+    def made_of(self, name: str) -> tuple[object, ...]:
+        """What a tensor is made of: of the same objects, in this order, always the same."""
+        return (self._stored[name], *self._changes.get(name, ()))
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> Floats:
         """These with some of them replaced, or more."""

@@ -16,16 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.ir.floats import Floats, replaced
 from compressor.ir.layout import Fold, Linear, Rows, UnitLayout, weight_name
 from compressor.ir.rows import change_rows, parts_of
 from compressor.methods.rotate import rotated_stream
-from compressor.numerics.folding import fold
+from compressor.numerics.folding import fold_changes
 
 Tensors = dict[str, Tensor]
 Weights = Mapping[str, Tensor]
 
-Agrees = Callable[[Linear, Tensor], bool]
-"""Whether a linear's written weight is this one [out, in], rounded."""
+Agrees = Callable[[Linear, Floats], bool]
+"""Whether a linear's written weight is the one in these tensors [out, in], rounded."""
 
 ENOUGH = 4
 """Embedding rows for each channel from which a rotation is read."""
@@ -58,55 +59,65 @@ def align(
     unit: UnitLayout,
     *,
     written: Weights,
-    original: Tensors,
+    original: Floats,
     agrees: Agrees,
     rotation: Matrix | None = None,
-) -> Tensors:
+) -> Floats:
     """The original's tensors of a unit, moved as the written ones were: by what brings the two
     nearer. Taking a scale back from the written ones instead would blow up the rounding of columns
     that a dead channel made small.
 
-    written, original  every weight by its full name, float32; a tensor that is moved replaces the
-                       original's at once, since a unit in float32 is large
+    written, original  every weight by its full name, float32; experts' are made when they are read
     agrees             what agrees as it is needs no move of keys or values
     """
     if rotation is not None:
-        original |= rotated_stream(unit, original, rotation)
+        original = original.replaced(rotated_stream(unit, original, rotation))
     for site in unit.folds:
         if site.kind == "norm":
-            moved = fold(original, site, unit, _plain(_norm_ratio(site, written, original)))
+            moved = _folded(original, site, unit, _norm_ratio(site, written, original))
             readers = unit.site_linears(site.site)
             # By angle, since rows may be scaled too; one scale for all columns changes no angle.
             if _cosine(readers, written, moved) > _cosine(readers, written, original) + 1e-6 or all(
-                agrees(x, moved[x.weight_name]) for x in readers
+                agrees(x, moved) for x in readers
             ):
-                original |= moved
+                original = moved
     for move in (_head_order, *(_channel_order(x) for x in unit.linears)):
         touched, changed = move(unit, written, original)
         # By angle, since scales come later.
         if touched and _cosine(touched, written, changed) > _cosine(touched, written, original):
-            original |= changed
+            original = original.replaced(changed)
     for site in unit.folds:
         if site.kind == "linear":
-            original |= _rescaled(site, unit, written, original, agrees)
+            original = _rescaled(site, unit, written, original, agrees)
     normed = any(norm.role == "norm.k" for norm in unit.norms)  # then norms are what moves
     keys = [] if normed else parts_of(unit, "attn.q", "attn.k")
     values = parts_of(unit, "attn.v", "attn.o")
     for parts, move in ((keys, _key_scales), (values, _value_maps)):
         # First, since finding a move of values takes long.
-        if parts and all(agrees(x, original[x.weight_name]) for x, _ in parts):
+        if parts and all(agrees(x, original) for x, _ in parts):
             continue
         touched, changed = move(unit, written, original)
-        if not touched or _distance(touched, written, {**original, **changed}) < _distance(
+        after = original.replaced(changed)
+        if not touched or _distance(touched, written, after) < _distance(
             touched, written, original
         ):
-            original |= changed
+            original = after
     return original
+
+
+def _folded(original: Floats, site: Fold, unit: UnitLayout, ratio: Tensor) -> Floats:
+    """The tensors after a fold, where its ratio means something; experts' wait until they are
+    read."""
+    changes = fold_changes(original, site, unit, _plain(ratio))
+    experts = {x.weight_name for x in unit.linears if x.expert is not None}
+    at_once = {n: change(original[n]) for n, change in changes.items() if n not in experts}
+    later = {n: change for n, change in changes.items() if n in experts}
+    return original.replaced(at_once).changed(later)
 
 
 def _cosine(linears: Sequence[Linear], written: Weights, tensors: Weights) -> float:
     """Mean cosine of the linears' rows to the written ones, summed over linears."""
-    pairs = [(tensors[x.weight_name], written[x.weight_name]) for x in linears]
+    pairs = ((tensors[x.weight_name], written[x.weight_name]) for x in linears)
     return sum(float(torch.cosine_similarity(a, b, dim=1).mean()) for a, b in pairs)
 
 
@@ -139,10 +150,10 @@ def _rescaled(
     site: Fold,
     unit: UnitLayout,
     written: Weights,
-    original: Weights,
+    original: Floats,
     agrees: Agrees,
-) -> Tensors:
-    """The original's tensors of a fold from a linear into its readers, where that is nearer."""
+) -> Floats:
+    """The tensors after a fold from a linear into its readers, where that is nearer."""
     readers = unit.site_linears(site.site)
     touched = [*readers, *(x for x in unit.linears if x.name == site.source)]
     before = _distance(readers, written, original)
@@ -151,12 +162,12 @@ def _rescaled(
         # Rows that were clipped look as if they were rescaled; then the columns know better.
         _column_ratio(site, unit, written, original),
     ):
-        moved = fold(original, site, unit, _plain(ratio))
-        if all(agrees(x, moved[x.weight_name]) for x in touched):
+        moved = _folded(original, site, unit, ratio)
+        if all(agrees(x, moved) for x in touched):
             break
     else:
-        moved = fold(original, site, unit, _plain(_row_ratio(site, written, original)))
-    return moved if _distance(readers, written, moved) < before else {}
+        moved = _folded(original, site, unit, _row_ratio(site, written, original))
+    return moved if _distance(readers, written, moved) < before else original
 
 
 def _plain(ratio: Tensor) -> Tensor:
@@ -205,7 +216,7 @@ def _head_order(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
             def sort(rows: Tensor) -> Tensor:
                 return rows.reshape(shape.kv_heads, -1, *rows.shape[1:])[order].reshape(rows.shape)
 
-            moved |= change_rows({**original, **moved}, linear, part, sort)
+            moved |= change_rows(replaced(original, moved), linear, part, sort)
     touched = _touched(unit, "attn.")
     for linear in touched:
         if linear.role == "attn.o":
@@ -232,7 +243,7 @@ def _key_scales(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
     moved: Tensors = {}
     for role, by in scales.items():
         for linear, part in parts_of(unit, role):
-            moved |= change_rows({**original, **moved}, linear, part, _times(by.reshape(-1)))
+            moved |= change_rows(replaced(original, moved), linear, part, _times(by.reshape(-1)))
     return [x for x in _touched(unit, "attn.") if x.weight_name in moved], moved
 
 
@@ -271,7 +282,7 @@ def _channel_order(
             return [], {}
         moved: Tensors = {}
         for linear, part in sources:
-            moved |= change_rows({**original, **moved}, linear, part, lambda r: r[order])
+            moved |= change_rows(replaced(original, moved), linear, part, lambda r: r[order])
         moved[down.weight_name] = original[down.weight_name][:, order]
         return [*dict.fromkeys(x for x, _ in sources), down], moved
 

@@ -8,20 +8,24 @@ from the original than rounding to nearest, but it leaves scales and means where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from compressor.ir.floats import Floats
 from compressor.ir.layout import Linear, UnitLayout, is_bias
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.common.rounding import fused_with
 from compressor.numerics import quantize, shared_options
 from compressor.numerics.bitdelta import sign_delta
 from compressor.numerics.chunks import row_chunks
-from compressor.verify.alignment import Matrix, Tensors, align
+from compressor.verify.alignment import Matrix, align
 
 ERROR = 3.0
 """Error of a weight, in units of what rounding to nearest gives: GPTQ, which moves weights to save
@@ -93,39 +97,56 @@ class UnitComparison:
     """The tensors of one unit.
 
     written, original  every tensor by its full name, float32 on one device; the original's are
-                       replaced by those that were moved, since a unit in float32 is large
+                       replaced by those that were moved
     specs              how linears are quantized
     dtype              of the written float tensors
     rotation           what the residual stream was turned by
     """
 
     unit: UnitLayout
-    written: Mapping[str, Tensor]
-    original: Tensors
+    written: Floats
+    original: Floats
     specs: Mapping[str, QuantSpec]
     dtype: torch.dtype
     rotation: Matrix | None = None
     deltas: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
-    _known: dict[str, tuple[list[ref[Tensor]], Difference]] = field(default_factory=dict)
+    _known: dict[str, tuple[list[Callable[[], object]], Difference]] = field(default_factory=dict)
+    _groups: dict[Hashable, list[Linear]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for linear in self.unit.linears:
+            self._groups[fused_with(linear)].append(linear)
 
     def differences(self) -> list[Difference]:
         """Each tensor's, once the original's are moved as the written ones were."""
         if not self.deltas:  # whose linears are what a fine-tune made of its base
-            align(
+            self.original = align(
                 self.unit,
                 written=self.written,
                 original=self.original,
-                agrees=lambda linear, weight: self._linear(linear, weight).problem is None,
+                agrees=lambda linear, tensors: self._linear(linear, tensors).problem is None,
                 rotation=self.rotation,
             )
         linears = {x.weight_name: x for x in self.unit.linears}
         found = []
-        for name, new in self.written.items():
+        for name in self.written:
             if name in linears:
-                found.append(self._linear(linears[name], self.original[name]))
+                found.append(self._linear(linears[name], self.original))
             elif name in self.original:
-                found.append(self._plain(name, new, self.original[name]))
+                found.append(self._plain(name, self.written[name], self.original[name]))
         return found
+
+    def nearest(self) -> Floats:
+        """The original's tensors, its linears rounded to nearest, which replace them where they are
+        there in float32; others are rounded when they are read."""
+        linears = {x.weight_name: x for x in self.unit.linears}
+        later = {n: partial(self.rounded, x) for n, x in linears.items()}
+        for name, linear in linears.items():
+            if self.original.holds(name):
+                del later[name]
+                rounded = self.rounded(linear, self.original[name])
+                self.original = self.original.replaced({name: rounded})
+        return self.original.changed(later)
 
     def rounded(self, linear: Linear, weight: Tensor) -> Tensor:
         """An original weight as rounding to nearest in the written form leaves it."""
@@ -139,27 +160,27 @@ class UnitComparison:
 
     def _shared(self, linear: Linear, weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
         """Options of the rounding where fused linears share a scale."""
-        weights = self._fused(linear, weight)
+        weights = [weight, *(self.original[x.weight_name] for x in self._fused(linear))]
         group = fused_with(linear) or 0
         return shared_options(weights, [spec] * len(weights), [group] * len(weights))[0]
 
-    def _fused(self, linear: Linear, weight: Tensor) -> list[Tensor]:
-        """An original weight, and those that a runtime makes one matrix of with it."""
+    def _fused(self, linear: Linear) -> list[Linear]:
+        """Those that a runtime makes one matrix of with a linear."""
         group = fused_with(linear)
-        same = [
-            x for x in self.unit.linears if x is not linear and group and fused_with(x) == group
-        ]
-        return [weight, *(self.original[x.weight_name] for x in same)]
+        return [x for x in self._groups[group] if x is not linear] if group else []
 
-    def _linear(self, linear: Linear, old: Tensor) -> Difference:
+    def _linear(self, linear: Linear, tensors: Floats) -> Difference:
         """Worked out once for each tensor that is tried as the original's, beside those that it
         shares a scale with."""
-        tensors = self._fused(linear, old)
+        made_of = [*tensors.made_of(linear.weight_name)]
+        for other in self._fused(linear):
+            made_of += self.original.made_of(other.weight_name)
         known = self._known.get(linear.name)
-        if known and all(tried() is t for tried, t in zip(known[0], tensors, strict=True)):
+        tried = [] if known is None else [each() for each in known[0]]
+        if known and len(tried) == len(made_of) and all(map(operator.is_, tried, made_of)):
             return known[1]
-        found = self._compared(linear, old)
-        self._known[linear.name] = [ref(t) for t in tensors], found
+        found = self._compared(linear, tensors[linear.weight_name])
+        self._known[linear.name] = [_held(x) for x in made_of], found
         return found
 
     def _compared(self, linear: Linear, old: Tensor) -> Difference:
@@ -186,6 +207,11 @@ class UnitComparison:
             # Rows of a rounded weight say what the bias was multiplied by only roughly.
             expected += 2.0**-spec.bits / 4
         return Difference(name, error, expected)
+
+
+def _held(x: object) -> Callable[[], object]:
+    """What gives an object back, a tensor only while others need it."""
+    return ref(x) if isinstance(x, Tensor) else lambda: x
 
 
 class _Sums:
@@ -246,13 +272,13 @@ def float_floor(dtype: torch.dtype, *, moved: bool) -> float:
     return max(eps if moved else eps / 2, 1e-4)
 
 
-def comparable(written: Mapping[str, Tensor], original: Tensors) -> list[str]:
+def comparable(written: Floats, original: Floats) -> list[str]:
     """What stands in one of the two only, or in another shape."""
     lonely = sorted(set(written) ^ set(original))
     problems = [f"{name} is in one of the two only" for name in lonely]
     problems += [
-        f"{name} is {list(written[name].shape)}, in the original {list(original[name].shape)}"
+        f"{name} is {list(written.shape(name))}, in the original {list(original.shape(name))}"
         for name in written
-        if name in original and written[name].shape != original[name].shape
+        if name in original and written.shape(name) != original.shape(name)
     ]
     return problems

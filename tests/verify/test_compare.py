@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.source import open_source
+from compressor.ir.floats import Floats
 from compressor.ir.layout import Linear, Rows, UnitLayout
 from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import quantize
@@ -20,7 +21,8 @@ from tests.support.family_checks import compiled
 def differences(
     unit: UnitLayout, written: Mapping[str, Tensor], original: Mapping[str, Tensor]
 ) -> dict[str, Difference]:
-    comparison = UnitComparison(unit, written, dict(original), {}, torch.bfloat16)
+    floats = Floats(written), Floats(original)
+    comparison = UnitComparison(unit, *floats, {}, torch.bfloat16)
     return {row.name: row for row in comparison.differences()}
 
 
@@ -67,7 +69,7 @@ def test_a_row_of_few_inputs_is_not_shifted_by_chance():
     assert leaning.max() > 0.6
 
     def found(written: Tensor) -> str | None:
-        tensors = {linear.weight_name: written}, {linear.weight_name: weight}
+        tensors = [Floats({linear.weight_name: each}) for each in (written, weight)]
         (row,) = UnitComparison(unit, *tensors, {linear.name: spec}, torch.bfloat16).differences()
         return row.problem
 

@@ -20,7 +20,9 @@ from compressor.checkpoint.offsite import read_offsite_record
 from compressor.checkpoint.read_ahead import read_ahead
 from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError
+from compressor.ir.floats import Floats
 from compressor.ir.layout import Linear, UnitLayout, weight_name
+from compressor.ir.qtensor import QTensor
 from compressor.ir.unit import Unit
 from compressor.runner.model import has_class
 from compressor.verify.alignment import Matrix, rotation_between
@@ -118,10 +120,10 @@ class Original(Check):
         here = {name: t.to(self.device, non_blocking=True) for name, t in stored.items()}
         before = self._floats(self.original.assemble(layout, here))
         if unit.layout.kind == "head" and unit.layout.linears:
-            self._share_head(unit.layout, after, before)
+            after, before = self._share_head(unit.layout, after, before)
         lacking = comparable(after, before)
         for where, floats in (("as written", after), ("of the original", before)):
-            lacking += [f"{name} {where} holds NaN or infinity" for name in not_finite(floats)]
+            lacking += [f"{name} {where} holds NaN or infinity" for name in _not_finite(floats)]
         if lacking:
             self.problems += [f"{x}: it cannot be compared" for x in lacking]
             return
@@ -145,12 +147,10 @@ class Original(Check):
             rotation=self.rotation,
             deltas=self._differences(unit.layout),
         )
+        del before  # what is moved or rounded takes its place
         self.differences += comparison.differences()
         if made is not None:
-            for linear in unit.layout.linears:
-                name = linear.weight_name
-                before[name] = comparison.rounded(linear, before[name])
-            self.blocks += made.judge(before)
+            self.blocks += made.judge(comparison.nearest())
 
     def _differences(self, layout: UnitLayout) -> dict[str, tuple[Tensor, int]]:
         """Base's weight and bits of each linear of a delta."""
@@ -161,26 +161,33 @@ class Original(Check):
             if part is not None
         }
 
-    def _floats(self, unit: Unit) -> dict[str, Tensor]:
-        """A unit's weights in float32 on the device, one after the other."""
-        floats = {name: t.to(self.device, torch.float32) for name, t in unit.tensors.items()}
-        for name, q in unit.quantized.items():
-            floats[weight_name(name)] = q.to(self.device).dequantize(torch.float32)
-        return floats
+    def _floats(self, unit: Unit) -> Floats:
+        """A unit's weights in float32 on the device: experts', which are most of a block, when they
+        are read, and no longer."""
+        experts = {x.weight_name for x in unit.layout.linears if x.expert is not None}
+        floats: dict[str, Tensor | QTensor] = {}
+        for name, tensor in unit.tensors.items():
+            dtype = tensor.dtype if name in experts else torch.float32
+            floats[name] = tensor.to(self.device, dtype)
+        for path, packed in unit.quantized.items():
+            name, here = weight_name(path), packed.to(self.device)
+            floats[name] = here if name in experts else here.dequantize(torch.float32)
+        return Floats(floats)
 
     def _share_head(
-        self, layout: UnitLayout, after: dict[str, Tensor], before: dict[str, Tensor]
-    ) -> None:
+        self, layout: UnitLayout, after: Floats, before: Floats
+    ) -> tuple[Floats, Floats]:
         """A tied head is the embedding's weight; where both are tied there is none to compare."""
         name = layout.linears[0].weight_name
-        for source, floats, other in (
-            (self.original, before, after),
-            (self.written, after, before),
-        ):
+
+        def shared(source: Source, floats: Floats, other: Floats) -> Floats:
             tied = source.layout.tied
-            if name not in floats and name in other and tied is not None:
-                read = source.checkpoint.read([tied])[tied]
-                floats[name] = read.to(self.device, torch.float32)
+            if name in floats or name not in other or tied is None:
+                return floats
+            read = source.checkpoint.read([tied])[tied]
+            return floats.replaced({name: read.to(self.device, torch.float32)})
+
+        return shared(self.written, after, before), shared(self.original, before, after)
 
     def _embedding(
         self, layout: UnitLayout, after: Mapping[str, Tensor], before: Mapping[str, Tensor]
@@ -247,8 +254,8 @@ class Original(Check):
     ) -> None:
         """Linears of towers and the like, where they are packed."""
 
-        def floats(read: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: t.to(self.device, torch.float32) for name, t in read.items()}
+        def floats(read: Mapping[str, Tensor]) -> Floats:
+            return Floats({name: t.to(self.device, torch.float32) for name, t in read.items()})
 
         plain = [x.weight_name for x in linears if x.weight_name not in theirs]
         comparison = UnitComparison(
@@ -325,6 +332,16 @@ def same_units(written: Source, original: Source) -> bool:
         for s in (written, original)
     )
     return one == other
+
+
+def _not_finite(floats: Floats) -> Iterator[str]:
+    """Names of tensors that hold NaN or infinity; what is not there in float32 is made for it, one
+    after the other."""
+    there = {name: floats[name] for name in floats if floats.holds(name)}
+    yield from not_finite(there)
+    for name in floats:
+        if name not in there:
+            yield from not_finite({name: floats[name]})
 
 
 def _joined(layout: UnitLayout, tensors: Mapping[str, Tensor]) -> Tensor:
