@@ -179,8 +179,11 @@ def _verifying_bytes(plan: Plan, device: torch.device) -> int:
             ahead = layers_ahead((1, largest), CODED_AHEAD, width=1) + 1 if shapes else 0
             most = max(most, 2 * (written + compared + ahead * largest))
             continue
-        # Both checkpoints' unit is compared in float32.
-        compared += 8 * _parameters(plan, unit.layout)
+        # Both checkpoints' unit is compared in float32, but for experts: theirs are made one after
+        # the other from what both hold of them, and stacked for the block that runs.
+        experts = sum(math.prod(x.shape) for x in unit.layout.linears if x.expert is not None)
+        compared += 8 * max(_parameters(plan, unit.layout) - experts, 0)
+        compared += 4 * experts * _copies_of_experts(plan)
         checked = 0
         if shapes:
             # Both readers' weights are there. Linears that read one input are rescaled, and a
@@ -189,6 +192,14 @@ def _verifying_bytes(plan: Plan, device: torch.device) -> int:
             checked = 8 * (layers_ahead((1, largest)) + 2) * largest
         most = max(most, written + max(checked, compared))
     return most
+
+
+def _copies_of_experts(plan: Plan) -> int:
+    """In float32: those that run, once more where their rows or axes lie otherwise in memory, and
+    once more where the residual stream was rotated."""
+    stacks = plan.source.arch.runtime.stacks
+    turned = any(x.interleaved or x.transposed for x in stacks)
+    return 1 + turned + any(step.effects.rotates_residual for step in plan.passes)
 
 
 def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
