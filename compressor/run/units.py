@@ -15,6 +15,7 @@ from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.transaction import disk_errors
 from compressor.errors import Interrupted, MachineError
 from compressor.plan.plan import Plan
+from compressor.plan.shares import output_bytes
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.loop import JobResult, Loop
 from compressor.run.model_passes import Outcome
@@ -51,7 +52,7 @@ def run_units(
             own: Sequence[int] = range(len(plan.units))
             if not alone:
                 settings = replace(settings, ranks=ALONE)
-                own = ranks.mine(own, lambda i: _nbytes(plan, i))
+                own = ranks.mine(own, lambda i: output_bytes(plan.units[i]))
             reader = Reader(plan, content, settings.device, settings.ranks)
             loop = Loop(plan, tokens, writer, settings, learned, content, reader, records, own)
             if alone:
@@ -97,7 +98,3 @@ def _apart(plan: Plan, work: Path, ranks: Ranks) -> bool:
     if ranks.world == 1 or any(unit.calibrated for unit in plan.units):
         return False
     return on_one_host(work, ranks)
-
-
-def _nbytes(plan: Plan, index: int) -> float:
-    return float(sum(tensor.nbytes for tensor in plan.units[index].outputs.values()))

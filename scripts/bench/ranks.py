@@ -8,8 +8,10 @@ Random weights of a 7B Llama's shape and of Qwen3-30B-A3B's, some blocks of each
 left out: it waits for kernels to be compiled. One Markdown table, and a line of JSON for each run:
 seconds from the end of the first block to the end of the last, the same for one block, how many
 times as fast as one GPU and its share of the GPUs, whether the manifests are equal, and the largest
-memory that tensors took on the leading GPU. With --phases each run comes once more under the clock
-of `phases.py`, and a table says what each part of a block takes on every rank.
+memory that tensors took on the leading GPU. Of what is learned before any block is worked on
+(`gates`, `forecasts`, `emulator`, `delta`) the same of its steps, of forecasts one a block. With
+--phases each run comes once more under the clock of `phases.py`, and a table says what each part of
+a block takes on every rank.
 """
 
 from __future__ import annotations
@@ -31,18 +33,38 @@ HERE = Path(__file__).resolve().parents[1]
 AWQ = {"awq": {"bits": 4, "group_size": 128, "symmetric": False}}
 GPTQ = {"gptq": {"bits": 4, "group_size": 128, "correction": 0.5, "scales": "search"}}
 PLAIN_GPTQ = {"gptq": {"bits": 4, "group_size": 128, "correction": 0.0, "scales": "range"}}
+GATES = {
+    "duo_attention": {
+        "data": {"keys": 4, "words": 4, "min_length": 2048, "max_length": 2048, "lengths": 1},
+        **{"batch": 4, "num_steps": 20},
+    }
+}
+FORECASTS = {
+    "sparda": {
+        **{"block_size": 64, "local_blocks": 2, "top_k": 8, "dense_below": 0},
+        **{"steps": 20, "rows_per_step": 8, "held_out_rows": 1},
+    }
+}
+EMULATOR = {"emulator": {"pads": [1, 1], "keep": 2, "distill": {"steps": 20, "batch": 8}}}
+DELTA = {"bitdelta": {"distill": "logits", "steps": 20, "batch": 4}}
 LEARNED = {"reconstruct": {"bits": 4, "group_size": 128, "preset": "fast"}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of `make_random_model.py`, how many blocks of it, what is done to it."""
+    """A shape of `make_random_model.py`, how many blocks of it, what is done to it.
+
+    learns  what the names of its steps begin with, where the whole model is learned of
+    format  in which it is written
+    """
 
     shape: str
     layers: int
     step: dict[str, Any]
     samples: int
     length: int
+    learns: str | None = None
+    format: str = "compressed-tensors"
 
 
 CASES = {
@@ -54,6 +76,10 @@ CASES = {
     "gptq-beside": Case("7b", 2, GPTQ, 64, 512),
     "reconstruct": Case("7b", 2, LEARNED, 64, 512),
     "moe-awq": Case("30b-a3b", 4, AWQ, 128, 512),
+    "gates": Case("7b", 4, GATES, 16, 2048, "duo_attention", "dense"),
+    "forecasts": Case("7b", 4, FORECASTS, 32, 2048, "forecast for model.layers", "dense"),
+    "emulator": Case("7b", 6, EMULATOR, 64, 512, "distill", "dense"),
+    "delta": Case("7b", 2, DELTA, 64, 512, "distill", "bitdelta"),
 }
 
 
@@ -65,14 +91,29 @@ def write_text(path: Path) -> None:
     path.write_text("\n\n".join(lines))
 
 
-def model_of(case: Case, options: argparse.Namespace, scratch: Path) -> Path:
+def smaller(step: dict[str, Any]) -> None:
+    """What is learned of a small model in few steps."""
+    ((name, params),) = step.items()
+    if name == "duo_attention":
+        params["data"] |= {"keys": 2, "words": 1, "min_length": 480, "max_length": 480}
+        params |= {"num_steps": 3, "window": 160}
+    elif name == "sparda":
+        params |= {"block_size": 4, "kernel_size": 4, "stride": 2, "steps": 3}
+    elif name == "emulator":
+        params["keep"], params["distill"]["steps"] = 1, 3
+    elif name == "bitdelta":
+        params["steps"] = 3
+
+
+def model_of(case: Case, options: argparse.Namespace, scratch: Path, seed: int = 0) -> Path:
     """Its random weights, written once."""
     shape = {"7b": "wide", "30b-a3b": "tiny-moe"}[case.shape] if options.tiny else case.shape
-    layers = 3 if options.tiny else case.layers
-    folder = scratch / f"{shape}-{layers}"
+    layers = min(case.layers, 4) if options.tiny else case.layers
+    folder = scratch / f"{shape}-{layers}-{seed}"
     if not folder.exists():
         command = [sys.executable, str(HERE / "make_random_model.py"), str(folder)]
         command += ["--shape", shape, "--layers", str(layers), "--device", options.device]
+        command += ["--seed", str(seed)]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return folder
 
@@ -89,6 +130,11 @@ def timed(
     parts take is left there."""
     output, recipe = scratch / f"{name}-{gpus}", scratch / "recipe.yaml"
     samples, length = (24, 64) if options.tiny else (case.samples, case.length)
+    step = json.loads(json.dumps(case.step))
+    if "bitdelta" in step:
+        step["bitdelta"]["base"] = str(model_of(case, options, scratch, seed=1))
+    if options.tiny:
+        smaller(step)
     data = {"data": str(scratch / "text.txt"), "samples": samples, "length": length}
     recipe.write_text(
         json.dumps(
@@ -96,7 +142,8 @@ def timed(
                 "model": str(model_of(case, options, scratch)),
                 "output": str(output),
                 "calibration": data,
-                "passes": [case.step],
+                "passes": [step],
+                "format": case.format,
                 "verify": False,
             }
         )
@@ -116,9 +163,11 @@ def timed(
     if done.returncode:
         raise SystemExit(f"{name} on {gpus}: {done.stdout}\n{done.stderr[-4000:]}")
     events = [json.loads(line) for line in done.stderr.splitlines() if line[:1] == "{"]
-    units = [event["time"] for event in events if event["event"] == "unit"]
+    units = [(e["unit"], e["time"]) for e in events if e["event"] == "unit"]
     # The embedding comes first and the head last.
-    blocks = units[1:-1]
+    blocks = [time for _, time in units[1:-1]]
+    if case.learns is not None:
+        blocks = [time for unit, time in units if unit.startswith(case.learns)]
     return {
         "case": name,
         "gpus": gpus,

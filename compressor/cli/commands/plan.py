@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from compressor.cli.options import (
     junit_option,
     recipe_options,
 )
+from compressor.cli.several import gpus_option, ranks_to_start
 
 MANY = 8
 """Patterns of a pass that are listed."""
@@ -36,26 +37,36 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_options
 @device_options
+@gpus_option
 @junit_option
 @json_option
-def command(asked: Asked, device: str, device_memory: int | None, as_json: bool) -> None:
+def command(
+    asked: Asked, device: str, device_memory: int | None, gpus: str | None, as_json: bool
+) -> None:
     """Show what a run would do and cost, and everything that is wrong with it.
 
     Reads config.json, tensor headers and the first rows of the data (from the Hub over the
     network): no weights, no GPU. All problems are listed at once; the exit code is 2 if there are
-    any.
+    any. With --gpus it says which part each of so many would have.
 
     \b
-    compress plan recipes/llama2-awq.yaml
+    compress plan recipes/llama2-awq.yaml --gpus 4
     compress plan recipes/llama2-awq.yaml --model ./my-model --set passes.awq.group_size=64
     compress plan recipes/llama2-awq.yaml --for 'vllm@0.24, tp: 2, gpu: h100' --json
     """
     # What is made of tens of thousands of experts' headers stays until the end.
     with uncollected():
-        show_plan(asked, device=device, device_memory=device_memory, as_json=as_json)
+        show_plan(asked, device=device, device_memory=device_memory, gpus=gpus, as_json=as_json)
 
 
-def show_plan(asked: Asked, *, device: str, device_memory: int | None, as_json: bool) -> None:
+def show_plan(
+    asked: Asked,
+    *,
+    device: str,
+    device_memory: int | None,
+    gpus: str | None,
+    as_json: bool,
+) -> None:
     """Make it, and say all of it. Raises Problems with everything that is wrong."""
     import torch
 
@@ -68,7 +79,7 @@ def show_plan(asked: Asked, *, device: str, device_memory: int | None, as_json: 
     from compressor.run.tokens import check_data
     from compressor.runner.process_memory import rss
 
-    resident = rss()
+    world, resident = ranks_to_start(gpus), rss()
     loaded = asked.recipe()
     located = locate(
         loaded.model,
@@ -95,13 +106,15 @@ def show_plan(asked: Asked, *, device: str, device_memory: int | None, as_json: 
     plan = replace(plan, notes=(*plan.notes, *notes))
     add_cases([Case("plan", "recipe and model", output="\n".join(plan.notes))])
     if as_json:
-        echo(json.dumps({"ok": True, **describe(plan, costs)}, indent=2))
+        echo(json.dumps({"ok": True, **describe(plan, costs, world)}, indent=2))
     else:
-        show(plan, costs, device=device)
+        show(plan, costs, world, device=device)
 
 
-def describe(plan: Plan, costs: Estimates) -> dict[str, Any]:
-    """The plan as plain data."""
+def describe(plan: Plan, costs: Estimates, world: int) -> dict[str, Any]:
+    """The plan as plain data, for so many ranks."""
+    from compressor.plan.shares import led, shares
+
     return {
         "model_type": plan.layout.model_type,
         "recipe": plan.recipe.resolved(),
@@ -119,11 +132,15 @@ def describe(plan: Plan, costs: Estimates) -> dict[str, Any]:
         "shards": {shard.file: shard.size for shard in plan.shards.shards},
         "estimates": costs.to_json(),
         "notes": list(plan.notes),
+        "ranks": [asdict(share) for share in shares(plan, world, costs.batch)],
+        "led": led(plan),
     }
 
 
-def show(plan: Plan, costs: Estimates, *, device: str) -> None:
+def show(plan: Plan, costs: Estimates, world: int, *, device: str) -> None:
     """The plan for people."""
+    from compressor.plan.shares import in_words, led, shares
+
     recipe, source = plan.recipe, plan.source
     parameters = sum(elements(entry.spec.shape) for entry in source.checkpoint.entries.values())
     echo(
@@ -152,7 +169,10 @@ def show(plan: Plan, costs: Estimates, *, device: str) -> None:
         f"{costs.source_bytes / costs.output_bytes:.2f} times smaller)"
     )
     echo(f"peak memory: host {size(costs.host_bytes)}, device {size(costs.device_bytes)}")
-    echo(f"time on {device}: about {duration(costs.seconds)}")
+    echo(f"time on {device}: about {duration(costs.seconds)}{' of one rank' * (world > 1)}")
+    if world > 1:
+        for line in in_words(shares(plan, world, costs.batch), led(plan)):
+            echo(line)
     for note in plan.notes:
         echo(f"note: {note}")
 

@@ -73,7 +73,9 @@ def command(
     if dry_run:
         from compressor.cli.commands.plan import show_plan
 
-        show_plan(asked, device=device, device_memory=device_memory, as_json=told.as_json)
+        show_plan(
+            asked, device=device, device_memory=device_memory, gpus=gpus, as_json=told.as_json
+        )
         return
     start_ranks(gpus)
     with uncollected():

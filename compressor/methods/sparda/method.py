@@ -181,7 +181,9 @@ class SparDA(ChosenBlocks[Recall]):
             seed=context.seed,
             batch=context.batch,
             scratch=context.scratch,
-            progress=context.progress,
+            progress=lambda name, done, total: context.progress(
+                f"forecast for {name}", done, total
+            ),
             stops=context.stops,
             ranks=context.ranks,
         )
