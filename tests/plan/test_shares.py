@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from compressor.checkpoint.source import open_source
-from compressor.cli.main import main
+from compressor.cli.main import cli
+from compressor.errors import InputError
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.plan.shares import in_words, led, shares
@@ -70,7 +71,7 @@ def test_plan_says_it(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     data = {"data": str(tmp_path / "t.txt"), "samples": 4, "length": 16}
     made = {"model": str(tiny_model("llama")), "output": str(tmp_path / "o"), "passes": [AWQ]}
     recipe.write_text(json.dumps({**made, "calibration": data}))
-    told = CliRunner().invoke(main, ["plan", str(recipe), "--gpus", "2", "--device", "cpu"])
+    told = CliRunner().invoke(cli, ["plan", str(recipe), "--gpus", "2", "--device", "cpu"])
     assert told.exit_code == 0 and "on 2 ranks: rows 4, 0; weights " in told.output
-    wrong = CliRunner().invoke(main, ["plan", str(recipe), "--gpus", "none"])
-    assert wrong.exit_code == 2
+    wrong = CliRunner().invoke(cli, ["plan", str(recipe), "--gpus", "none"])
+    assert isinstance(wrong.exception, InputError)
