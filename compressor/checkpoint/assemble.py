@@ -22,16 +22,18 @@ def assembled(
     schemes: ModelSchemes,
     stored: Callable[[Linear], Iterable[str]],
     *,
+    coded: Mapping[str, QTensor] | None = None,
     ranks: Ranks = ALONE,
 ) -> Unit:
     """The unit that its tensors on disk stand for; a weight alone is floats.
 
     stored  names, local to a coded linear, of those that hold its weight and input scale
+    coded   weights by the name of their linear, which are not decoded again
     ranks   that have all of the tensors, and divide the decoding
     Raises InputError where a format cannot read them.
     """
-    raw = dict(tensors)
-    coded: list[tuple[Linear, QuantSpec, dict[str, Tensor]]] = []
+    raw, known = dict(tensors), coded or {}
+    packed: list[tuple[Linear, QuantSpec, dict[str, Tensor]]] = []
     for linear in unit.linears:
         spec = schemes.linears[linear.name].weight
         leaves = ["weight"] if spec is None else list(stored(linear))
@@ -39,18 +41,21 @@ def assembled(
             continue  # what is carried over was not asked for
         if spec is not None and leaves != ["weight"]:
             local = {leaf: raw.pop(f"{linear.name}.{leaf}") for leaf in leaves}
-            coded.append((linear, spec, local))
+            packed.append((linear, spec, local))
 
     def decoded(of: tuple[Linear, QuantSpec, dict[str, Tensor]]) -> tuple[QTensor, Tensor | None]:
         linear, spec, local = of
+        q = known.get(linear.name)
         try:
-            return format.decode(local, spec), format.input_scale(local)
+            return q or format.decode(local, spec), format.input_scale(local)
         except InputError as error:
             where = f"{linear.name}: {error.message}"
             raise InputError(where, hint=error.hint) from error
 
-    made = ranks.each(coded, decoded, lambda of: math.prod(of[0].shape))
-    found = {x.name: values for (x, _, _), values in zip(coded, made, strict=True)}
+    if known.keys() >= {linear.name for linear, _, _ in packed}:
+        ranks = ALONE  # nothing that would be worth an exchange
+    made = ranks.each(packed, decoded, lambda of: math.prod(of[0].shape))
+    found = {x.name: values for (x, _, _), values in zip(packed, made, strict=True)}
     own = {*unit.tensors, *(x.weight_name for x in unit.linears if not x.beside)}
     return Unit(
         layout=unit,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.checkpoint.shards import ShardWriter
 
 
@@ -52,12 +54,12 @@ class CommitQueue:
         record: Mapping[str, Any],
         made: torch.cuda.Event | None,
     ) -> Future[None]:
-        if self.copies is not None and made is not None:
+        if self.copies is None or made is None:
+            hashes = self.writer.write(tensors)
+        else:
             with torch.cuda.stream(self.copies):
                 self.copies.wait_event(made)
-                tensors = {name: t.to("cpu", non_blocking=True) for name, t in tensors.items()}
-                self.copies.synchronize()
-        hashes = self.writer.write(tensors)
+                hashes = self.writer.write(tensors, partial(fetched, self.copies.device))
         return self.syncs.submit(self.writer.commit, index, hashes, record)
 
     def drain(self) -> None:
@@ -66,3 +68,9 @@ class CommitQueue:
             self.syncing.append(self.waiting.popleft().result())
         for sync in self.syncing:
             sync.result()
+
+
+def fetched(device: torch.device, tensors: list[Tensor]) -> memoryview:
+    """The bytes of tensors, one after the other, in one copy."""
+    parts = [t.to(device).contiguous().reshape(-1).view(torch.uint8) for t in tensors if t.numel()]
+    return tensor_bytes(torch.cat(parts)) if parts else memoryview(b"")

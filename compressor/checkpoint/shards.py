@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,12 @@ from compressor.ranks.ranks import Ranks
 
 HASH_THREADS = 2
 """Threads that hash tensors while their file is written, and hashed as a whole by a third."""
+Fetch = Callable[[list[Tensor]], memoryview]
+"""Tensors → the bytes of all, one after the other."""
+RUN = 2**26
+"""Bytes that are fetched, hashed and written at a time."""
+VECTORS = 512
+"""Tensors that are written in one call; systems take 1,024."""
 
 
 class ShardWriter:
@@ -92,7 +99,7 @@ class ShardWriter:
         if found != hashes:
             return False
         for name, stored in zip(names, data, strict=True):
-            self._passed(self._home[name].file, self._offset(name), stored)
+            self._passed(self._home[name].file, self._offset(name), [stored])
         return True
 
     def _offset(self, name: str) -> int:
@@ -110,36 +117,55 @@ class ShardWriter:
         assert set(found) == set(self._home), f"not committed: {set(self._home) ^ set(found)}"
         return found
 
-    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def write(
+        self,
+        tensors: Mapping[str, Tensor],
+        fetch: Fetch | None = None,
+    ) -> dict[str, str]:
         """Put tensors at their places; name → SHA-256 of its bytes. They are not committed yet.
 
+        fetch  from where tensors are, if not on the CPU
         Raises AssertionError where a tensor is not what the plan said: that is a bug, never a
         user's error.
         """
-        hashes: dict[str, str] = {}
-        by_shard: dict[str, list[str]] = {}
-        passed: list[Future[None]] = []
         for name, tensor in tensors.items():
-            shard = self._home[name]
-            planned = shard.tensors[name]
+            planned = self._home[name].tensors[name]
             found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
             assert planned == found, f"{name}: planned {planned}, made {found}"
-            by_shard.setdefault(shard.file, []).append(name)
-        with ThreadPoolExecutor(HASH_THREADS) as pool, ThreadPoolExecutor(1) as in_order:
-            for file, names in by_shard.items():
-                data = {name: tensor_bytes(tensors[name]) for name in names}
-                digests = pool.map(_digest, data.values())
+        hashes: dict[str, Future[str]] = {}
+        with ThreadPoolExecutor(HASH_THREADS) as digests, ThreadPoolExecutor(1) as whole:
+            passed = []
+            for run in self._runs(tensors):
+                file, offset = self._home[run[0]].file, self._offset(run[0])
+                if fetch is None:
+                    data = [tensor_bytes(tensors[name]) for name in run]
+                    parts = data
+                else:
+                    data = [fetch([tensors[name] for name in run])]
+                    parts = _cut(data[0], [tensors[name].nbytes for name in run])
+                for name, part in zip(run, parts, strict=True):
+                    hashes[name] = digests.submit(_digest, part)
                 with (self.shards / file).open("r+b", buffering=0) as handle:
-                    for name in names:
-                        offset, done = self._home[name].offsets[name], 0
-                        while done < len(data[name]):
-                            done += os.pwrite(handle.fileno(), data[name][done:], offset + done)
-                        # After that, since what lies between is read back.
-                        passed.append(in_order.submit(self._passed, file, offset, data[name]))
-                hashes.update(zip(names, digests, strict=True))
-            for each in passed:
-                each.result()
-        return hashes
+                    _write_at(handle.fileno(), data, offset)
+                # After that, since what lies between is read back.
+                passed.append(whole.submit(self._passed, file, offset, data))
+            for done in passed:
+                done.result()
+            return {name: hashes[name].result() for name in tensors}
+
+    def _runs(self, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+        """Names of tensors that follow each other in a file, `RUN` bytes or one tensor at most."""
+        run: list[str] = []
+        place, end, size = "", 0, 0
+        for name in sorted(tensors, key=lambda name: (self._home[name].file, self._offset(name))):
+            file, offset, nbytes = self._home[name].file, self._offset(name), tensors[name].nbytes
+            if run and ((file, offset) != (place, end) or size + nbytes > RUN):
+                yield run
+                run, size = [], 0
+            run.append(name)
+            place, end, size = file, offset + nbytes, size + nbytes
+        if run:
+            yield run
 
     def commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:
         """Sync what `write` wrote of a unit and put its record in place.
@@ -176,9 +202,10 @@ class ShardWriter:
         """SHA-256 of a finished shard; bytes hashed while they were written are not read again."""
         return self._whole.get(file) or self._running(file).finish()
 
-    def _passed(self, file: str, offset: int, data: memoryview) -> None:
-        if self.alone:
-            self._running(file).add(offset, data)
+    def _passed(self, file: str, offset: int, data: Iterable[memoryview]) -> None:
+        for part in data if self.alone else ():
+            self._running(file).add(offset, part)
+            offset += len(part)
 
     def _running(self, file: str) -> _RunningHash:
         if file not in self._hashes:
@@ -195,6 +222,24 @@ def _fix(handle: IO[bytes], shard: Shard) -> None:
     handle.truncate(shard.size)
     handle.flush()
     os.fsync(handle.fileno())
+
+
+def _cut(data: memoryview, sizes: Iterable[int]) -> list[memoryview]:
+    ends = list(accumulate(sizes))
+    return [data[first:last] for first, last in zip([0, *ends], ends, strict=False)]
+
+
+def _write_at(handle: int, data: Sequence[memoryview], offset: int) -> None:
+    """Write parts one after the other, many in a call: between calls other threads take Python."""
+    for first in range(0, len(data), VECTORS):
+        left = list(data[first : first + VECTORS])
+        while left:
+            done = os.pwritev(handle, left, offset)
+            offset += done
+            while left and done >= len(left[0]):
+                done -= len(left.pop(0))
+            if left:
+                left[0] = left[0][done:]
 
 
 def _digest(data: memoryview) -> str:

@@ -7,8 +7,9 @@ by a recipe or converted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +23,14 @@ from compressor.errors import InputError
 from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.floats import narrow, replaced
 from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight
+from compressor.ir.qtensor import QTensor
+from compressor.ir.same_shape import Linears, of_one_shape
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.ranks.ranks import ALONE, Ranks
 
+NONE: Mapping[str, QTensor] = MappingProxyType({})
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -141,26 +145,50 @@ class ModelTarget:
         shapes = self.shapes(unit.layout)
         outputs: dict[str, Tensor] = {}
 
-        def encoded(linear: Linear) -> dict[str, Tensor]:
-            scheme, q = self.schemes.linears[linear.name], unit.quantized[linear.name]
-            assert q.spec == scheme.weight, f"{linear.name}: not {scheme.weight}, but {q.spec}"
-            local = self.format.encode(
-                q,
-                model_dtype=self.dtype,
-                input=scheme.input,
-                input_scale=unit.input_scales.get(linear.name),
+        def encoded(linears: Linears) -> dict[str, Tensor]:
+            """Tensors of linears of one shape, one above the other where there is one a row."""
+            first = linears[0]
+            scheme, every = (
+                self.schemes.linears[first.name],
+                [unit.quantized[x.name] for x in linears],
             )
-            return {f"{linear.name}.{leaf}": tensor for leaf, tensor in local.items()}
+            for q in every:
+                assert q.spec == scheme.weight, f"{first.name}: not {scheme.weight}, but {q.spec}"
+
+            def encode(q: QTensor) -> dict[str, Tensor]:
+                return self.format.encode(
+                    q,
+                    model_dtype=self.dtype,
+                    input=scheme.input,
+                    input_scale=unit.input_scales.get(first.name),
+                )
+
+            if len(linears) == 1:
+                return encode(every[0])
+            whole, one = encode(QTensor.above(every)), encode(every[0])
+            alike = self._leaves(first)
+            return {n: one[n] if t.shape == alike[n].shape else t for n, t in whole.items()}
+
+        def kind(linear: Linear) -> Hashable:
+            scheme = self.schemes.linears[linear.name]
+            return scheme if self._stackable(linear) else linear.name
 
         coded = [x for x in unit.layout.linears if self.schemes.linears[x.name].weight is not None]
-        for tensors in ranks.each(coded, encoded, lambda x: math.prod(x.shape)):
-            outputs |= tensors
+        stacks = of_one_shape(coded, kind)
+        made = ranks.each(stacks, encoded, lambda some: sum(math.prod(x.shape) for x in some))
+        for linears, tensors in zip(stacks, made, strict=True):
+            for leaf, tensor in tensors.items():
+                several = [tensor] * len(linears)
+                if len(linears) > 1 and tensor.shape != self._leaves(linears[0])[leaf].shape:
+                    several = list(tensor.chunk(len(linears)))
+                for linear, part in zip(linears, several, strict=True):
+                    outputs[f"{linear.name}.{leaf}"] = part
         for path, (keys, values) in unit.kv_scales.items():
             outputs |= self._kv_tensors(path, keys, values)
         floats = dict(unit.extra)
         for stack in self._stacked(unit.layout):
-            made = replaced(unit.tensors, outputs)
-            parts, built = self._restacked(unit.layout, stack, made)
+            present = replaced(unit.tensors, outputs)
+            parts, built = self._restacked(unit.layout, stack, present)
             outputs = {name: tensor for name, tensor in outputs.items() if name not in parts}
             floats |= built
         halves = {}
@@ -179,17 +207,33 @@ class ModelTarget:
         return {name: outputs[name] for name in shapes}
 
     def decode(
-        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+        self,
+        unit: UnitLayout,
+        tensors: Mapping[str, Tensor],
+        *,
+        coded: Mapping[str, QTensor] = NONE,
+        ranks: Ranks = ALONE,
     ) -> Unit:
-        """The inverse of `encode`."""
+        """The inverse of `encode`.
+
+        coded  weights by the name of their linear, of which it is known what they stand for
+        """
         refs: dict[str, TensorRef] = {}
         for stack in self._stacked(unit):
-            coded = self._packed_as(unit, stack)
-            refs |= self.source.arch.runtime.references(unit, stack, coded=coded)
+            leaves = self._packed_as(unit, stack)
+            refs |= self.source.arch.runtime.references(unit, stack, coded=leaves)
         stacks = {ref.name for ref in refs.values()}
         single = {name: tensor for name, tensor in tensors.items() if name not in stacks}
         parts = {name: ref.read(tensors[ref.name]) for name, ref in refs.items()}
-        return assembled(unit, single | parts, self.format, self.schemes, self._leaves, ranks=ranks)
+        return assembled(
+            unit,
+            single | parts,
+            self.format,
+            self.schemes,
+            self._leaves,
+            coded=coded,
+            ranks=ranks,
+        )
 
     def config(self) -> dict[str, Any]:
         """The source's, with what is true of the written files."""
@@ -253,6 +297,23 @@ class ModelTarget:
         assert scheme.weight is not None
         return self.format.layout(
             scheme.weight, linear.shape, model_dtype=self.dtype, input=scheme.input
+        )
+
+    def _stackable(self, linear: Linear) -> bool:
+        """Whether linears of this shape may be packed one above the other."""
+        scheme = self.schemes.linears[linear.name]
+        spec = scheme.weight
+        if not self.format.rows_apart or spec is None or scheme.input is not None:
+            return False
+        if spec.strategy not in ("channel", "group") or spec.second != "none":
+            return False
+        rows, columns = linear.shape
+        one, two = (
+            self.format.layout(spec, (n, columns), model_dtype=self.dtype) for n in (rows, 2 * rows)
+        )
+        return all(
+            two[leaf].shape in (spec.shape, (2 * spec.shape[0], *spec.shape[1:]))
+            for leaf, spec in one.items()
         )
 
     def _stacked(self, unit: UnitLayout) -> list[str]:

@@ -77,6 +77,10 @@ class Format(ABC):
     stores_divisors = False
     """Whether it stores a tensor's second-level scale as its reciprocal."""
 
+    rows_apart = False
+    """Whether each row of a weight, or whole words of rows, has rows of its own in the tensors on
+    disk, so that weights may be packed one above the other."""
+
     stacked: tuple[str, ...] = ()
     """A linear's tensors, where those of experts lie in stacks of all, as floats do; else each
     expert has its own."""

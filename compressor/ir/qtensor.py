@@ -6,6 +6,7 @@ a QTensor means; methods choose codes and scales, formats only lay them out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,6 +141,17 @@ class QTensor:
             scales=self.scales[some],
             zeros=None if self.zeros is None else self.zeros[some],
             second=self.second[some] if self.second is not None and apart else self.second,
+        )
+
+    @staticmethod
+    def above(parts: Sequence[QTensor]) -> QTensor:
+        """Weights of one spec, whose scales are as in `rows`, one above the other."""
+        zeros = [q.zeros for q in parts if q.zeros is not None]
+        return QTensor(
+            spec=parts[0].spec,
+            codes=torch.cat([q.codes for q in parts]),
+            scales=torch.cat([q.scales for q in parts]),
+            zeros=torch.cat(zeros) if zeros else None,
         )
 
     def to(self, device: torch.device | str) -> QTensor:

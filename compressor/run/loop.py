@@ -23,7 +23,9 @@ from torch import Tensor
 from compressor.checkpoint.background import CommitQueue
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.source import require_finite
+from compressor.checkpoint.target import NONE
 from compressor.errors import Interrupted
+from compressor.ir.qtensor import QTensor
 from compressor.ir.unit import Dequantized, Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
@@ -104,17 +106,17 @@ class Loop:
                         rows = record["rows"]
                     else:
                         source = step.take()
-                        outputs, rows, originals = self._work(step, source)
+                        outputs, rows, originals, coded = self._work(step, source)
                         made = {
                             "source": self.content.hashes[step.index],
                             "rows": rows,
-                            **self._next_inputs(step, outputs, originals),
+                            **self._next_inputs(step, outputs, originals, coded),
                             "environment": here,
                         }
                         if ranks.leads:
                             output.put(step.index, outputs, made)
                         # The next unit is not to be worked on beside what is left of this one.
-                        del source, outputs, originals
+                        del source, outputs, originals, coded
                     self._finished(step.index, rows, started, resumed=record is not None)
                     started = time.perf_counter()
             except Interrupted:
@@ -193,20 +195,34 @@ class Loop:
         mine = list(batches[self.settings.ranks.rank :: self.settings.ranks.world])
         return mine if sum(mine) == stream.rows else None
 
-    def _as_written(self, unit: UnitPlan, outputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A unit's weights as the files say, rounding of every tensor included."""
+    def _as_written(
+        self,
+        unit: UnitPlan,
+        outputs: Mapping[str, Tensor],
+        coded: Mapping[str, QTensor] = NONE,
+    ) -> Mapping[str, Tensor]:
+        """A unit's weights as the files say, rounding of every tensor included.
+
+        coded  those of `outputs` that were just made of these, by the name of the linear
+        """
         dtype = self.plan.compute_dtype(self.settings.device)
-        decoded = self.plan.target.decode(unit.layout, outputs, ranks=self.settings.ranks)
+        decoded = self.plan.target.decode(
+            unit.layout, outputs, coded=coded, ranks=self.settings.ranks
+        )
         return Dequantized(decoded, dtype)
 
     def _next_inputs(
-        self, step: Step, outputs: Mapping[str, Tensor], originals: Mapping[str, Tensor]
+        self,
+        step: Step,
+        outputs: Mapping[str, Tensor],
+        originals: Mapping[str, Tensor],
+        coded: Mapping[str, QTensor],
     ) -> dict[str, list[int]]:
         """Make the inputs of the next unit, where one needs them, and return the batches."""
         unit = self.plan.units[step.index]
         if unit.layout.kind == "head" or not self._feeds(step.index):
             return {"batches": []}
-        seen = originals if self._from_source(unit) else self._as_written(unit, outputs)
+        seen = originals if self._from_source(unit) else self._as_written(unit, outputs, coded)
         if unit.layout.kind == "embedding":
             self._embed(step, seen)
             return {"batches": []}
@@ -228,9 +244,9 @@ class Loop:
 
     def _work(
         self, step: Step, source: Unit
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Tensor]]:
-        """One unit's output tensors, its report rows, and the original weights where the next
-        unit's inputs are to come from them."""
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Tensor], Mapping[str, QTensor]]:
+        """One unit's output tensors, its report rows, the original weights where the next unit's
+        inputs are to come from them, and the codes of which the tensors were made."""
         unit, device = self.plan.units[step.index], self.settings.device
         layout, dtype = unit.layout, self.plan.compute_dtype(device)
         read, names = source.dequantized(dtype), self.plan.source.arch.runtime
@@ -266,7 +282,7 @@ class Loop:
         coded = current.quantized.keys()
         other = {n: t for n, t in outputs.items() if n.rpartition(".")[0] not in coded}
         other, rows = ranks.share((other, rows))
-        return outputs | other, rows, kept
+        return outputs | other, rows, kept, current.quantized
 
     def _rotated(
         self, index: int, source: Unit, moved: Mapping[str, Tensor]

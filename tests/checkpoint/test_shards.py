@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compressor.checkpoint.background import fetched
 from compressor.checkpoint.container import Safetensors
-from compressor.checkpoint.shards import ShardWriter
+from compressor.checkpoint.safetensors import tensor_bytes
+from compressor.checkpoint.shards import Fetch, ShardWriter
 from compressor.errors import InputError
 from compressor.ir.tensor import TensorShape
 
@@ -26,19 +30,27 @@ def writer(folder: Path, *, owner: str = "me") -> ShardWriter:
     return ShardWriter(Safetensors(100).lay_out(SHAPES), folder, owner=owner)
 
 
-def fill(one: ShardWriter, *units: int) -> None:
+def fill(one: ShardWriter, *units: int, fetch: Fetch | None = None) -> None:
     for index in units:
-        one.commit(index, one.write(UNITS[index]), {"note": index})
+        one.commit(index, one.write(UNITS[index], fetch), {"note": index})
 
 
-def test_units_written_in_any_order_are_what_others_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fetch", [None, partial(fetched, torch.device("cpu"))])
+def test_units_written_in_any_order_are_what_others_read(
+    fetch: Fetch | None, tmp_path: Path
+) -> None:
     one = writer(tmp_path)
     assert [shard.file for shard in one.layout.shards] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
     assert one.open() == []
-    fill(one, 2, 0, 1)
+    fill(one, 2, 0, 1, fetch=fetch)
+    assert one.tensor_hashes() == {
+        name: hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        for unit in UNITS
+        for name, tensor in unit.items()
+    }
     found = {
         n: t for shard in one.layout.shards for n, t in load_file(one.shards / shard.file).items()
     }
@@ -47,7 +59,9 @@ def test_units_written_in_any_order_are_what_others_read(tmp_path: Path) -> None
             assert torch.equal(found.pop(name), tensor)
     assert not found
     for shard in one.layout.shards:
-        assert (one.shards / shard.file).stat().st_size == shard.size
+        data = (one.shards / shard.file).read_bytes()
+        assert len(data) == shard.size
+        assert one.file_hash(shard.file) == hashlib.sha256(data).hexdigest()
 
 
 def test_a_group_larger_than_a_shard_is_refused() -> None:

@@ -30,6 +30,7 @@ RTN = {"bits": 4, "group_size": 32}
 @pytest.mark.parametrize(
     ("family", "targets", "format"),
     [
+        ("many experts", "linear", "compressed-tensors"),
         ("llama", "linear", "compressed-tensors"),
         ("llama", "linear", "dense"),
         ("mixtral", "linear", "compressed-tensors"),
@@ -43,15 +44,18 @@ RTN = {"bits": 4, "group_size": 32}
 def test_units_are_read_back_as_they_were_written(
     family: str, targets: str, format: str, tiny_model: Callable[..., Path]
 ) -> None:
-    """Packed linears, floats that codes stand for, experts one by one or in a stack, and linears
-    of which files of floats hold the transposed weight."""
-    source = open_source(tiny_model(family))
-    passes = [{"rtn": {**RTN, "targets": targets}}]
+    """Packed linears, floats that codes stand for, experts one by one, packed several at a time or
+    in a stack, and linears of which files of floats hold the transposed weight."""
+    many = {"num_local_experts": 34, "num_hidden_layers": 1}
+    model = tiny_model("mixtral", **many) if family == "many experts" else tiny_model(family)
+    source = open_source(model)
+    symmetric = family != "many experts"
+    passes = [{"rtn": {**RTN, "targets": targets, "symmetric": symmetric}}]
     recipe = {"model": "m", "output": "o", "passes": passes, "format": format}
     target = make_plan(make_recipe(recipe), source).target
     if format == "dense":
         written = {name for unit in target.units for name in target.shapes(unit)}
-        assert written == set(open_checkpoint(tiny_model(family)).entries)
+        assert written == set(open_checkpoint(model).entries)
     for layout in target.units:
         unit = source.read_unit(layout)
         for linear in layout.linears:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from compressor.checkpoint.delta.base import BASE_NAME, Base, delta_shapes
-from compressor.checkpoint.target import ModelTarget
+from compressor.checkpoint.target import NONE, ModelTarget
 from compressor.ir.layout import Linear, UnitLayout, weight_name
+from compressor.ir.qtensor import QTensor
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.numerics.bitdelta import SCALES, SIGNS, SignDelta
@@ -42,10 +43,15 @@ class DeltaTarget(ModelTarget):
         return found
 
     def decode(
-        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+        self,
+        unit: UnitLayout,
+        tensors: Mapping[str, Tensor],
+        *,
+        coded: Mapping[str, QTensor] = NONE,
+        ranks: Ranks = ALONE,
     ) -> Unit:
         """The fine-tune's unit, merged with the base."""
-        found = dict(super().decode(unit, tensors, ranks=ranks).tensors)
+        found = dict(super().decode(unit, tensors, coded=coded, ranks=ranks).tensors)
         weights = self.base_weights(unit)
         for name, linear in self._coded(unit).items():
             signs, scales = (tensors[f"{linear.name}.{leaf}"] for leaf in (SIGNS, SCALES))

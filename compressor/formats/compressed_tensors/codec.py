@@ -47,6 +47,7 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     codes = ("weight_packed",)
     stores_divisors = True
+    rows_apart = True
     kv_names = ("k_scale", "v_scale")
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:

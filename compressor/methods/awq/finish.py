@@ -12,9 +12,9 @@ from torch import Tensor
 
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
+from compressor.ir.same_shape import Linears, stacked
 from compressor.ir.unit import Unit
 from compressor.methods.common.context import PassContext
-from compressor.methods.common.same_shape import Linears, stacked
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_search import ScaleResult, is_plain_int, search_clip_gram
 from compressor.numerics.gram import error_of_parts

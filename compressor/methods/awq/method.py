@@ -20,6 +20,7 @@ from compressor.errors import InputError
 from compressor.ir.floats import Change
 from compressor.ir.layout import Fold, Linear
 from compressor.ir.qtensor import QuantSpec
+from compressor.ir.same_shape import Linears, of_one_shape, stacked
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.awq.finish import Finished, Rule, Site, finished, put
@@ -27,7 +28,6 @@ from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.integers import int_spec
 from compressor.methods.common.rounding import enter_of, quantizer_of
-from compressor.methods.common.same_shape import Linears, of_one_shape, stacked
 from compressor.methods.common.shapes import undivided
 from compressor.numerics.awq_search import (
     ScaleResult,
