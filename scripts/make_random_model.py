@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
@@ -24,7 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compressor.checkpoint.container import Safetensors, Shard
+from compressor.checkpoint.container import Container, Safetensors, Shard
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.ir.tensor import TensorShape
 
@@ -226,7 +227,7 @@ def write(
     """Write config, tokenizer, index and shards of random bfloat16 tensors.
 
     repeated  so many values are drawn, and tensors are pieces of these one after the other, from
-              the beginning again at the end: as fast as the disk
+              the beginning again at the end: smaller files, many at a time, as fast as the disk
     uneven    rows of weights, and norms' values, differ in size by factors of e^(0.7·N(0, 1)), so
               that channels are unlike as those of trained models are
     """
@@ -262,7 +263,11 @@ def write(
 
     shapes = shapes_of(config, layers)
     tensors = {name: TensorShape(torch.bfloat16, shape) for name, shape in shapes.items()}
-    write_files(folder, config, layers, tensors, fill, threads=1 if stock is None else 4)
+    if stock is None:
+        write_files(folder, config, layers, tensors, fill)
+    else:
+        small, threads = Safetensors(2**30), os.cpu_count() or 1
+        write_files(folder, config, layers, tensors, fill, files=small, threads=threads)
 
 
 def write_sparse(folder: Path, config: Config, *, layers: int, fp8: bool = False) -> None:
@@ -288,10 +293,11 @@ def write_files(
     fill: Callable[[RawIOBase, int, Shard], None],
     *,
     threads: int = 1,
+    files: Container | None = None,
 ) -> None:
     """A new folder with config, tokenizer, index, and shards that `fill` writes behind a header."""
     folder.mkdir(parents=True)
-    plan = Safetensors().lay_out([{name: spec} for name, spec in tensors.items()])
+    plan = (files or Safetensors()).lay_out([{name: spec} for name, spec in tensors.items()])
 
     def shard(number: int) -> None:
         written = plan.shards[number]

@@ -93,6 +93,9 @@ class ModelTarget:
     scales: Mapping[str, int] = field(default_factory=dict)
     added: Mapping[str, Mapping[str, TensorShape]] = field(default_factory=dict)
     entries: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[tuple[Scheme, tuple[int, int]], dict[str, TensorShape]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def units(self) -> Sequence[UnitLayout]:
@@ -171,16 +174,17 @@ class ModelTarget:
 
         def kind(linear: Linear) -> Hashable:
             scheme = self.schemes.linears[linear.name]
-            return scheme if self._stackable(linear) else linear.name
+            return scheme if linear.expert is not None and self._stackable(linear) else linear.name
 
         coded = [x for x in unit.layout.linears if self.schemes.linears[x.name].weight is not None]
         stacks = of_one_shape(coded, kind)
         made = ranks.each(stacks, encoded, lambda some: sum(math.prod(x.shape) for x in some))
         for linears, tensors in zip(stacks, made, strict=True):
+            alike = self._leaves(linears[0])
             for leaf, tensor in tensors.items():
-                several = [tensor] * len(linears)
-                if len(linears) > 1 and tensor.shape != self._leaves(linears[0])[leaf].shape:
-                    several = list(tensor.chunk(len(linears)))
+                several: Sequence[Tensor] = [tensor] * len(linears)
+                if tensor.shape != alike[leaf].shape:
+                    several = tensor.chunk(len(linears))
                 for linear, part in zip(linears, several, strict=True):
                     outputs[f"{linear.name}.{leaf}"] = part
         for path, (keys, values) in unit.kv_scales.items():
@@ -293,11 +297,16 @@ class ModelTarget:
         return text
 
     def _leaves(self, linear: Linear) -> dict[str, TensorShape]:
-        scheme = self.schemes.linears[linear.name]
+        return self._shapes_of(self.schemes.linears[linear.name], linear.shape)
+
+    def _shapes_of(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorShape]:
         assert scheme.weight is not None
-        return self.format.layout(
-            scheme.weight, linear.shape, model_dtype=self.dtype, input=scheme.input
-        )
+        key = scheme, shape
+        if key not in self._known:  # tens of thousands of experts are alike
+            self._known[key] = self.format.layout(
+                scheme.weight, shape, model_dtype=self.dtype, input=scheme.input
+            )
+        return self._known[key]
 
     def _stackable(self, linear: Linear) -> bool:
         """Whether linears of this shape may be packed one above the other."""
@@ -308,9 +317,7 @@ class ModelTarget:
         if spec.strategy not in ("channel", "group") or spec.second != "none":
             return False
         rows, columns = linear.shape
-        one, two = (
-            self.format.layout(spec, (n, columns), model_dtype=self.dtype) for n in (rows, 2 * rows)
-        )
+        one, two = (self._shapes_of(scheme, (n * rows, columns)) for n in (1, 2))
         return all(
             two[leaf].shape in (spec.shape, (2 * spec.shape[0], *spec.shape[1:]))
             for leaf, spec in one.items()

@@ -200,12 +200,11 @@ def _losses(
     """
     losses = torch.zeros(candidates.shape[:2], dtype=torch.float32, device=grams.device)
     for rows in _row_blocks(weights):
-        heights = [block.shape[1] for block in rows]
-        shape = len(grams), sum(heights), grams.shape[-1]
-        delta = torch.empty(shape, dtype=work_dtype(grams), device=grams.device)
+        # One below the other: experts are hundreds of linears, and each would be a kernel.
+        block = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        delta = torch.empty(block.shape, dtype=work_dtype(grams), device=grams.device)
         for i in mine:
-            for block, part in zip(rows, torch.split(delta, heights, dim=1), strict=True):
-                _write_delta(block, candidates[i], spec, part)
+            _write_delta(block, candidates[i], spec, delta)
             losses[i] += gram_error(delta, grams)
     return losses
 

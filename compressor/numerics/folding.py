@@ -69,10 +69,7 @@ def fold_changes(
         return _cast(name, made, tensor.dtype, scale)
 
     def reader(name: str, tensor: Tensor) -> Tensor:
-        value = tensor.to(dtype)
-        if columns.shape[0] != value.shape[1]:
-            raise ValueError(f"{columns.shape[0]} scales for {value.shape[1]} inputs of {name}")
-        return _cast(name, value * columns.to(value.device), tensor.dtype, scale)
+        return rescaled(name, tensor, columns, dtype=dtype)
 
     weight, bias = weight_name(fold.source), bias_name(fold.source)
     changes = {name: partial(source, name) for name in (weight, bias) if name in names}
@@ -82,6 +79,19 @@ def fold_changes(
         if name not in names:
             raise ValueError(f"folding into {fold.site} needs {name}, which is not a float tensor")
     return dict(changes)
+
+
+def rescaled(
+    name: str, weight: Tensor, columns: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A weight [out, in] of a linear that reads the site, with the scales [in] of `consumer_scale`.
+
+    Raises as `fold` does.
+    """
+    value = weight.to(dtype)
+    if columns.shape[0] != value.shape[1]:
+        raise ValueError(f"{columns.shape[0]} scales for {value.shape[1]} inputs of {name}")
+    return _cast(name, value * columns.to(value.device), weight.dtype, columns)
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:

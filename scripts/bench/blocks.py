@@ -9,9 +9,9 @@ blocks of the shape and 512 tokens of vocabulary; the second block is what count
 inputs of the third (of a block above 16 GB there is one, so that reading it and compiling kernels
 is in its time, and making inputs is not). 128 × 512 tokens, W4 asymmetric, groups of 128, scales
 and clipping searched; each run is a process of its own, forked after the imports. `read_s` is what
-reading and hashing the block took, while the one before was worked on. The whole model is its
-blocks times the seconds of one: no embedding, no head, no start. A line of JSON each, then a
-Markdown table.
+reading and hashing the block took, while the one before was worked on, and `made_s` what writing
+the weights took: SCRATCH in memory (/dev/shm) is quickest. The whole model is its blocks times the
+seconds of one: no embedding, no head, no start. A line of JSON each, then a Markdown table.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ def main() -> None:
         nbytes = 2 * sum(torch.Size(shape).numel() for _, shape in block(config, 0))
         folder, output = options.scratch / name, options.scratch / "out"
         count = 1 if nbytes > LARGE else 3
+        began = time.perf_counter()
         made = apart(
             partial(
                 write,
@@ -159,12 +160,16 @@ def main() -> None:
                 uneven=options.uneven,
             )
         )
+        made_s = round(time.perf_counter() - began, 1)
         row = {"why": made} if made else apart(run, folder, output, options)
         if isinstance(row, dict) and "block_s" in row:
             row["model_s"] = round(row["block_s"] * layers)
             rows[name] = row
         print(
-            json.dumps({"what": name, "block_gb": round(nbytes / 1e9, 2), "found": row}), flush=True
+            json.dumps(
+                {"what": name, "block_gb": round(nbytes / 1e9, 2), "made_s": made_s, "found": row}
+            ),
+            flush=True,
         )
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(output, ignore_errors=True)

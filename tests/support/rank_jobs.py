@@ -25,7 +25,7 @@ from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.workspace import owned
 from compressor.errors import CompressError
-from compressor.methods import awq
+from compressor.methods.awq import method as awq
 from compressor.plan.recipe import make_recipe
 from compressor.ranks.join import joined
 from compressor.ranks.ranks import Ranks

@@ -38,7 +38,7 @@ from compressor.numerics.awq_search import (
     search_scales_gram,
     search_scales_reference,
 )
-from compressor.numerics.folding import consumer_scale, fold_changes, source_scale
+from compressor.numerics.folding import consumer_scale, fold_changes, rescaled, source_scale
 from compressor.numerics.gram import relative_error
 from compressor.numerics.migration import search_scales_with_inputs
 from compressor.ranks.ranks import ALONE, Ranks
@@ -141,7 +141,7 @@ class Awq(Pass):
             tokens = [seen.tokens for seen in stats]
             scales = self._search_apart(linears, stats, tokens, unit, context, folds)
             weights = [
-                unit.weight(x) if y is None else _folded(unit, {x.site: y}, folds).weight(x)
+                unit.weight(x) if y is None else _rescaled(unit, x, folds[x.site], y)
                 for x, y in zip(linears, scales, strict=True)
             ]
             sites = [Site(seen, y) for seen, y in zip(stats, scales, strict=True)]
@@ -307,6 +307,12 @@ def _folded(unit: Unit, found: Mapping[str, ScaleResult], folds: Mapping[str, Fo
         changes |= more
         divisors[site] = consumer_scale(folds[site], scales)
     return unit.with_changes(changes).with_divisors(divisors)
+
+
+def _rescaled(unit: Unit, linear: Linear, fold: Fold, found: ScaleResult) -> Tensor:
+    """The weight of a linear as `_folded` leaves it."""
+    columns = consumer_scale(fold, source_scale(fold, found.scales))
+    return rescaled(linear.name, unit.weight(linear), columns)
 
 
 def _work(linears: Linears) -> float:
