@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -93,9 +94,6 @@ class ModelTarget:
     scales: Mapping[str, int] = field(default_factory=dict)
     added: Mapping[str, Mapping[str, TensorShape]] = field(default_factory=dict)
     entries: Mapping[str, Any] = field(default_factory=dict)
-    _known: dict[tuple[Scheme, tuple[int, int]], dict[str, TensorShape]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     @property
     def units(self) -> Sequence[UnitLayout]:
@@ -300,13 +298,7 @@ class ModelTarget:
         return self._shapes_of(self.schemes.linears[linear.name], linear.shape)
 
     def _shapes_of(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorShape]:
-        assert scheme.weight is not None
-        key = scheme, shape
-        if key not in self._known:  # tens of thousands of experts are alike
-            self._known[key] = self.format.layout(
-                scheme.weight, shape, model_dtype=self.dtype, input=scheme.input
-            )
-        return self._known[key]
+        return _shapes_of(self.format, scheme, shape, self.dtype)
 
     def _stackable(self, linear: Linear) -> bool:
         """Whether linears of this shape may be packed one above the other."""
@@ -379,6 +371,14 @@ class ModelTarget:
             for linear in unit.linears:
                 if linear.name in plain and linear.expert is None:
                     yield source.arch.runtime.memory_path(unit, linear)
+
+
+@lru_cache(maxsize=1024)  # tens of thousands of experts are alike
+def _shapes_of(
+    format: Format, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, TensorShape]:
+    assert scheme.weight is not None
+    return format.layout(scheme.weight, shape, model_dtype=dtype, input=scheme.input)
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorShape]:

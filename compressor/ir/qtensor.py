@@ -145,13 +145,14 @@ class QTensor:
 
     @staticmethod
     def above(parts: Sequence[QTensor]) -> QTensor:
-        """Weights of one spec, whose scales are as in `rows`, one above the other."""
+        """Weights of one spec, whose scales are as in `rows`, one above the other; where they lie
+        so in memory, without a copy."""
         zeros = [q.zeros for q in parts if q.zeros is not None]
         return QTensor(
             spec=parts[0].spec,
-            codes=torch.cat([q.codes for q in parts]),
-            scales=torch.cat([q.scales for q in parts]),
-            zeros=torch.cat(zeros) if zeros else None,
+            codes=_above([q.codes for q in parts]),
+            scales=_above([q.scales for q in parts]),
+            zeros=_above(zeros) if zeros else None,
         )
 
     def to(self, device: torch.device | str) -> QTensor:
@@ -163,6 +164,18 @@ class QTensor:
             zeros=None if self.zeros is None else self.zeros.to(device),
             second=None if self.second is None else self.second.to(device),
         )
+
+
+def _above(tensors: Sequence[Tensor]) -> Tensor:
+    first = tensors[0]
+    storage, place = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == storage and tensor.is_contiguous()
+        if not same or tensor.data_ptr() != place:
+            return torch.cat(list(tensors))
+        place += tensor.nbytes
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def decode_elements(codes: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from compressor.ir.floats import Change, Floats, narrow, replaced
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
+from compressor.ir.same_shape import of_one_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +107,34 @@ class Unit:
 
 
 class Dequantized(Mapping[str, Tensor]):
-    """`Unit.dequantized`, each tensor of which is made when it is read."""
+    """`Unit.dequantized`, each tensor of which is made when it is read; of experts of one shape
+    several are made at a time, and held until they are read."""
 
     def __init__(self, unit: Unit, dtype: torch.dtype) -> None:
         self._unit, self._dtype = unit, dtype
         self._coded = {weight_name(name): name for name in unit.quantized}
+        coded = [x for x in unit.layout.linears if x.name in unit.quantized]
+        stacks = of_one_shape(coded, self._kind)
+        self._stacks = {x.weight_name: stack for stack in stacks if len(stack) > 1 for x in stack}
+        self._made: dict[str, Tensor] = {}
+
+    def _kind(self, linear: Linear) -> Hashable:
+        q = self._unit.quantized[linear.name]
+        by_row = q.spec.strategy in ("channel", "group") and q.second is None
+        return q.spec if by_row else linear.name
 
     def __getitem__(self, name: str) -> Tensor:
         coded = self._coded.get(name)
         if coded is None:
             return self._unit.tensors[name]
-        return self._unit.quantized[coded].dequantize(self._dtype)
+        stack = self._stacks.get(name)
+        if stack is None:
+            return self._unit.quantized[coded].dequantize(self._dtype)
+        if name not in self._made:
+            whole = QTensor.above([self._unit.quantized[x.name] for x in stack])
+            parts = whole.dequantize(self._dtype).chunk(len(stack))
+            self._made |= {x.weight_name: part for x, part in zip(stack, parts, strict=True)}
+        return self._made.pop(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._coded or name in self._unit.tensors

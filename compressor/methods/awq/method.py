@@ -301,7 +301,8 @@ def _folded(unit: Unit, found: Mapping[str, ScaleResult], folds: Mapping[str, Fo
     divisors: dict[str, Tensor] = {}
     for site, result in found.items():
         scales = source_scale(folds[site], result.scales)
-        more = fold_changes(unit.tensors, folds[site], unit.layout, scales)
+        # Candidates are positive.
+        more = fold_changes(unit.tensors, folds[site], unit.layout, scales, positive=True)
         if not changes.keys().isdisjoint(more):
             unit, changes = unit.with_changes(changes), {}
         changes |= more
