@@ -315,6 +315,7 @@ def embedded(
             repr(model.source.arch.runtime),
             str(model.dtype),
             model.device.type,
+            *(["autocast"] if torch.is_autocast_enabled(model.device.type) else []),
             _content(tensors),
             _content({"ids": ids, **{f"side.{name}": tensor for name, tensor in side.items()}}),
         ]

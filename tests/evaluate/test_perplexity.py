@@ -49,6 +49,24 @@ def noisy(folder: Path, to: Path, *, amount: float) -> Path:
     return to
 
 
+def test_a_processor_that_multiplies_bfloat16_measures_in_it(
+    tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What that costs is far below what windows differ by, and of what is paired even less."""
+    folder = tiny_models.build("llama", tmp_path / "model", dtype=torch.bfloat16)
+    changed = open_source(noisy(folder, tmp_path / "noisy", amount=0.05))
+    found = []
+    for quick in (False, True):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda quick=quick: quick)
+        found.append(run(changed, tokens(), against=open_source(folder)))
+        assert not torch.is_autocast_enabled("cpu")
+    wide, narrow = found
+    assert narrow.nll != wide.nll and abs(narrow.nll.value - wide.nll.value) < 0.2 * wide.nll.error
+    assert wide.perplexity_ratio is not None and narrow.perplexity_ratio is not None
+    gap = abs(narrow.perplexity_ratio.value - wide.perplexity_ratio.value)
+    assert gap < 0.2 * wide.perplexity_ratio.error
+
+
 @pytest.mark.parametrize("model_type", ["llama", "opt", "qwen2"])
 def test_numbers_are_those_of_the_whole_models(
     model_type: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: Any

@@ -11,7 +11,8 @@ that names the tensor.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,8 +43,9 @@ def _has(config: Config, values: Mapping[str, Sequence[Any]]) -> bool:
     return all(config.get(key) in known for key, known in values.items())
 
 
-def _readers() -> Iterator[ModuleType]:
-    package = importlib.import_module("compressor.formats")
-    for folder in package.__path__:
-        for path in sorted(Path(folder).glob("*/second_reader.py")):
-            yield importlib.import_module(f"compressor.formats.{path.parent.name}.second_reader")
+@cache
+def _readers() -> tuple[ModuleType, ...]:
+    """Looked for once: each layer is decoded in a thread that would keep others from running."""
+    folders = importlib.import_module("compressor.formats").__path__
+    names = sorted(p.parent.name for f in folders for p in Path(f).glob("*/second_reader.py"))
+    return tuple(importlib.import_module(f"compressor.formats.{n}.second_reader") for n in names)
