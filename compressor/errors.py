@@ -26,6 +26,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
 MOST = 50
 """Problems that are named in one look."""
 
+ALIKE = 4
+"""Of so many tensors with the same problem only the first is named."""
+
 
 class CompressError(Exception):
     """An error with one clear message and, where possible, what to do about it."""
@@ -58,6 +61,7 @@ class Problems(InputError):
     """Several input errors found in one look, reported together."""
 
     def __init__(self, problems: list[CompressError]) -> None:
+        problems = _together(problems)
         left = problems[MOST:]
         if left:
             problems = [*problems[:MOST], InputError(f"and {len(left)} more problems")]
@@ -67,6 +71,23 @@ class Problems(InputError):
             problems[0].message if len(problems) == 1 else f"{len(problems)} problems\n{text}",
             hint=problems[0].hint if len(problems) == 1 else None,
         )
+
+
+def _together(problems: list[CompressError]) -> list[CompressError]:
+    """What is wrong with many tensors alike ("NAME: what") as one problem, in the first's place."""
+    alike: dict[tuple[str, str | None] | int, list[CompressError]] = {}
+    for number, problem in enumerate(problems):
+        name, _, what = problem.message.partition(": ")
+        plain = type(problem) is InputError and what and " " not in name
+        alike.setdefault((what, problem.hint) if plain else number, []).append(problem)
+    found: list[CompressError] = []
+    for same in alike.values():
+        if len(same) < ALIKE:
+            found += same
+            continue
+        name, _, what = same[0].message.partition(": ")
+        found.append(InputError(f"{name} and {len(same) - 1} more: {what}", hint=same[0].hint))
+    return found
 
 
 class Interrupted(Exception):

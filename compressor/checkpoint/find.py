@@ -286,8 +286,8 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise MachineError(
             f"the Hub did not answer for {repo}: {first}",
-            hint=f"there is no folder {repo} here; for the Hub, check the network "
-            "(HF_ENDPOINT names another)",
+            hint=f"there is no folder {repo} here; for the Hub, check the network (HF_ENDPOINT "
+            "names another), or HF_HUB_OFFLINE=1 takes what its cache holds",
         ) from error
     except Exception as error:
         # httpx and requests raise their own classes below the client's, by version.

@@ -29,6 +29,8 @@ ADAPTER_NAME = "adapter_config.json"
 NO_TOKENIZER = "no_tokenizer.json"
 """In the folder of a converted model: why it has no tokenizer, {"message", "hint"}."""
 PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
+UNFINISHED = (".cache/huggingface/download/*.incomplete", "*.incomplete", "*.part", "*.aria2")
+"""What downloads leave where they end early."""
 READ_THREADS = 4
 
 
@@ -229,6 +231,11 @@ def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) 
             f"{INDEX_NAME} with {named}, which vLLM loads",
             hint=f"keep one: delete {SINGLE_NAME}, or {INDEX_NAME} and its shards",
         )
+    if unfinished := [name for name in sorted(used) if (folder / f"{name}.aria2").exists()]:
+        raise InputError(
+            f"{unfinished[0]} is not downloaded to its end: {unfinished[0]}.aria2 is beside it",
+            hint="the same download continues; the file has its full size from its beginning on",
+        )
     if (folder / ADAPTER_NAME).is_file():
         raise InputError(
             f"{folder} holds an adapter ({ADAPTER_NAME}) beside a whole model: transformers "
@@ -310,7 +317,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             f"{folder} has shards but no {index_name(shards[0].partition('-')[0])}",
             hint="download the index file too; without it a missing shard cannot be noticed",
         )
-    raise InputError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}")
+    begun = [p.name for pattern in UNFINISHED for p in folder.glob(pattern)]
+    what = "a download did not finish; " if begun else ""
+    raise InputError(
+        f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}",
+        hint=f"{what}download the model's weights: hf download ORG/NAME --local-dir {folder}",
+    )
 
 
 def _indexed_entries(

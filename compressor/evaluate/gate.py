@@ -221,7 +221,7 @@ def suggest(
     before = [dict(step) for step in passes]
     for found in (changed + added, changed, _finer(before)):
         if found != before and (plans is None or plans(found)):
-            return yaml.safe_dump({"passes": found}, sort_keys=False, width=100)
+            return yaml.safe_dump({"passes": found}, sort_keys=False, allow_unicode=True, width=100)
     return ""
 
 

@@ -155,7 +155,9 @@ class Choice:
     def text(self) -> str:
         """The recipe's YAML, its reasons as comments."""
         lines = [f"# {reason}" for reason in self.reasons]
-        body = yaml.safe_dump(self.data, sort_keys=False, width=100, default_flow_style=None)
+        body = yaml.safe_dump(
+            self.data, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+        )
         return "\n".join([*lines, body])
 
 

@@ -356,7 +356,9 @@ def compile_checkpoint(
             under_way.finish(
                 result.writer,
                 beside=prepared.located.source.checkpoint.folder,
-                recipe=yaml.safe_dump(portable(recipe), sort_keys=False).encode(),
+                recipe=yaml.safe_dump(
+                    portable(recipe), sort_keys=False, allow_unicode=True
+                ).encode(),
                 files=files,
                 about={
                     **about,

@@ -92,7 +92,7 @@ class Subject:
         """What it consists of."""
         entries = self.source.checkpoint.entries
         shards = len({entry.file for entry in entries.values()})
-        return f"{len(entries)} tensors in {shards} files"
+        return f"{len(entries)} tensors in {shards} file{'s' * (shards > 1)}"
 
     @property
     def from_base(self) -> int | None:

@@ -228,6 +228,19 @@ CASES: list[Case] = [
         ["config.json"],
     ),
     (
+        "a download that ended early",
+        lambda d: after(
+            (d.copy() / "model.safetensors").rename(d.model / "model.safetensors.part"),
+            ["plan", d.recipe()],
+        ),
+        ["has no model.safetensors", "a download did not finish", "hf download"],
+    ),
+    (
+        "a download that goes on, into a file of its full size",
+        lambda d: after((d.copy() / "model.safetensors.aria2").touch(), ["plan", d.recipe()]),
+        ["is not downloaded to its end: model.safetensors.aria2 is beside it"],
+    ),
+    (
         "an architecture without a map",
         lambda d: after(d.edit_config(model_type="mamba"), ["plan", d.recipe()]),
         ["no architecture map for model_type 'mamba'", "the nearest is llama", "map: none"],

@@ -99,7 +99,7 @@ def command(
     with foreign(f"{file} is not what compress measure writes"):
         recipe = mixed_recipe(measured, choice)
     make_recipe(recipe)
-    text = yaml.safe_dump(recipe, sort_keys=False, width=100)
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
     spent = found.bits_per_weight(choice)
     chosen = [group.options[i] for group, i in zip(found.groups, choice, strict=True)]
     counts = Counter("as it is" if o.label == "in float" else o.label for o in chosen)

@@ -91,7 +91,8 @@ def lines(info: CheckpointInfo, *, every: bool = False) -> list[str]:
         info.name,
         f"  model       {info.model_type}, {info.blocks} blocks, {info.parameters:,} parameters",
         f"  format      {info.format}, floats in {info.dtype}",
-        f"  size        {size(info.nbytes)} in {info.shards} files, {info.tensors} tensors "
+        f"  size        {size(info.nbytes)} in {info.shards} file{'s' * (info.shards > 1)}, "
+        f"{info.tensors} tensors "
         f"({bits:.2f} bits a parameter)",
     ]
     if info.quantized:

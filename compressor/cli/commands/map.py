@@ -51,6 +51,6 @@ def draft(model: str, output: Path | None) -> None:
         f"# {model_type}: a draft. docs/adding.md says what its lines mean.",
         "# Every fold was seen on a block with random weights.",
         *(f"# Unsure: {note}" for note in found.unsure),
-        yaml.safe_dump(found.data, sort_keys=False, width=100),
+        yaml.safe_dump(found.data, sort_keys=False, allow_unicode=True, width=100),
     ]
     put("\n".join(lines), output)

@@ -161,12 +161,14 @@ def command(
 
 def output_folder(model: str, output: str | None, scheme: str) -> Path:
     """The folder to write, by the model's name unless one is given."""
+    from compressor.checkpoint.find import name_folder
+
     if output is None:
         path = Path(model).expanduser()
-        name = path.resolve().name if path.exists() else path.name.partition("@")[0]
-        return Path(f"{name.removesuffix('.gguf')}-{scheme}")
+        found = Path(name_folder(path)["name"] if path.exists() else model.partition("@")[0])
+        return Path(f"{found.name.removesuffix('.gguf')}-{scheme}")
     target = Path(output)
-    if not target.name:
+    if target.name in ("", ".."):
         raise click.UsageError(f"--output {output!r} names no folder")
     return target
 
@@ -237,7 +239,7 @@ def _save(choice: Choice, target: Path) -> Path:
         if read_recipe(file) != choice.data:
             raise InputError(
                 f"{file} is there and is another recipe",
-                hint=f"compress run {file} runs that one; --output names another place",
+                hint=f"compress run {file} runs that one; delete it, or name another --output",
             )
         return file
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,10 @@ def command(
 
 def lines(report: VerifyReport) -> list[str]:
     """A verdict for people."""
-    shown = [f"{'ok    ' if c.ok else 'FAILED'}  {c.name:<22} {c.detail}" for c in report.checks]
+    width = max((len(c.name) for c in report.checks), default=0)
+    shown = [
+        f"{'ok    ' if c.ok else 'FAILED'}  {c.name:<{width}}  {c.detail}" for c in report.checks
+    ]
     shown.append(f"{report.folder}: {'verified' if report.ok else 'DAMAGED'}")
     if report.ok:
         shown.append(f"proved: {report.proves}")
