@@ -17,6 +17,12 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def several(names: Sequence[object], shown: int = 1) -> str:
+    """The first of some names, and how many more there are."""
+    more = len(names) - shown
+    return ", ".join(map(str, names[:shown])) + (f" and {more} more" if more > 0 else "")
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint that names the nearest valid word, or all of them."""
     close = difflib.get_close_matches(word, known, n=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compressor.checkpoint.reader import Checkpoint
+from compressor.checkpoint.reader import Checkpoint, wrapped
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,4 @@ def edited_checkpoint(
     original: Checkpoint, edits: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> EditedCheckpoint:
     """The checkpoint with edits."""
-    return EditedCheckpoint(
-        folder=original.folder,
-        config=original.config,
-        entries=original.entries,
-        notes=original.notes,
-        original=original,
-        edits=edits,
-    )
+    return wrapped(EditedCheckpoint, original, original=original, edits=edits)

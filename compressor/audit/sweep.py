@@ -20,6 +20,7 @@ from torch import Tensor
 from compressor.audit.findings import TokenScore, TokenSweep
 from compressor.audit.statistics import TokenStatistics, cosines, token_statistics
 from compressor.errors import CheckError
+from compressor.runner.execution import Progress
 
 COARSE_CONTEXTS, COARSE_LENGTH = 2, 8
 """Texts of the first look, and their tokens."""
@@ -39,8 +40,6 @@ TOKENS_AT_ONCE = 16
 
 Represent = Callable[[Tensor], Tensor]
 """Token ids [rows, length] → representations [rows, hidden]."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def sweep_tokens(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor.arch.sizes import vocabulary
 from compressor.audit.findings import Finding, Level
 from compressor.checkpoint.reader import Checkpoint
+from compressor.runner.execution import Progress
 
 ROW_RATIO = 20.0
 """How many times the median norm a token's row may have. Trained rows stay within a few times."""
@@ -31,8 +32,6 @@ CHUNK = 1 << 24
 """Values that are converted at a time."""
 FEW = 4
 """Layers that have neighbours to be compared with."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def audit_weights(

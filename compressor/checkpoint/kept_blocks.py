@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from compressor.arch.schema import MapFile
-from compressor.checkpoint.reader import READ_THREADS, Checkpoint
-from compressor.checkpoint.slices import SlicedCheckpoint
+from compressor.checkpoint.reader import READ_THREADS, Checkpoint, wrapped
+from compressor.checkpoint.slices import unsliced
 from compressor.checkpoint.source import Source, as_source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
@@ -60,17 +60,22 @@ def kept_source(source: Source, kept: Sequence[int], config: Mapping[str, Any]) 
             f"{source.checkpoint.folder} holds {source.low_precision}, not floats",
             hint="start from the original weights; what is kept can be quantized after that",
         )
-    stored = source.checkpoint
-    stored = stored.inner if isinstance(stored, SlicedCheckpoint) else stored
+    stored = unsliced(source.checkpoint)
     moved = renumbering(source.arch, kept, count=len(source.layout.blocks))
     names = {ours: name for name in stored.entries if (ours := moved(name)) is not None}
-    plain = {f.name: getattr(stored, f.name) for f in fields(Checkpoint)}
     said = (
         f"{len(kept)} of {len(source.layout.blocks)} blocks are kept: {', '.join(map(str, kept))}"
     )
-    plain["notes"] = (*stored.notes, said)
-    plain |= {"config": config, "entries": {n: stored.entries[o] for n, o in names.items()}}
-    found = as_source(KeptCheckpoint(**plain, original=stored, names=names), arch=source.arch)
+    kept_alone = wrapped(
+        KeptCheckpoint,
+        stored,
+        config=config,
+        entries={name: stored.entries[other] for name, other in names.items()},
+        notes=(*stored.notes, said),
+        original=stored,
+        names=names,
+    )
+    found = as_source(kept_alone, arch=source.arch)
     for number, block in enumerate(kept):
         before, after = source.layout.blocks[block], found.layout.blocks[number]
         if _kind(before) != _kind(after):
@@ -83,8 +88,7 @@ def kept_source(source: Source, kept: Sequence[int], config: Mapping[str, Any]) 
 
 def whole_source(source: Source) -> Source:
     """The source that `kept_source` took blocks of."""
-    stored = source.checkpoint
-    stored = stored.inner if isinstance(stored, SlicedCheckpoint) else stored
+    stored = unsliced(source.checkpoint)
     assert isinstance(stored, KeptCheckpoint), f"{stored.folder} has all of its blocks"
     return as_source(stored.original, arch=source.arch)
 

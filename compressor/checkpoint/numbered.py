@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.checkpoint.pickles import load_pickle
 from compressor.checkpoint.safetensors import read_header, read_tensor
-from compressor.errors import CompressError, InputError, Problems
+from compressor.errors import CompressError, InputError, Problems, several
 
 SHOWN = 4
 """Names that an error lists."""
@@ -64,8 +64,7 @@ def require_alike(
         ("holds what the model has no place for:", sorted(found.keys() - expected)),
     ):
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            problems.append(InputError(f"{what} {said} {', '.join(names[:SHOWN])}{more}"))
+            problems.append(InputError(f"{what} {said} {several(names, SHOWN)}"))
     problems += [
         InputError(f"{what}: {name} is {list(found[name])}, the model's {list(shape)}")
         for name, shape in expected.items()

@@ -17,7 +17,7 @@ from pydantic import ValidationError, model_validator
 
 from compressor.checkpoint.reader import READ_THREADS, Checkpoint, load_json
 from compressor.checkpoint.safetensors import tensor_bytes
-from compressor.checkpoint.slices import SlicedCheckpoint
+from compressor.checkpoint.slices import unsliced
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.frozen import Strict
@@ -105,8 +105,7 @@ def adapter_blocks(blocks: int, pads: tuple[int, int]) -> tuple[int, ...]:
 
 def stored(source: Source) -> Checkpoint:
     """A source's tensors as files have them: a stack of experts is one."""
-    checkpoint = source.checkpoint
-    return checkpoint.inner if isinstance(checkpoint, SlicedCheckpoint) else checkpoint
+    return unsliced(source.checkpoint)
 
 
 def adapter_names(source: Source, pads: tuple[int, int]) -> list[str]:

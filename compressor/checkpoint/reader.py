@@ -7,16 +7,16 @@ import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint.lfs import is_pointer, pointer_error
 from compressor.checkpoint.safetensors import Entry, read_header, read_tensor, tensor_bytes
-from compressor.errors import CompressError, InputError, Problems
+from compressor.errors import CompressError, InputError, Problems, several
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.layout import weight_name
 
@@ -32,6 +32,8 @@ PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
 UNFINISHED = (".cache/huggingface/download/*.incomplete", "*.incomplete", "*.part", "*.aria2")
 """What downloads leave where they end early."""
 READ_THREADS = 4
+
+Wrapped = TypeVar("Wrapped", bound="Checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,12 @@ class Checkpoint:
             return self.entries[name]
         except KeyError:
             raise InputError(f"the checkpoint has no tensor {name!r}") from None
+
+
+def wrapped(kind: type[Wrapped], checkpoint: Checkpoint, **own: Any) -> Wrapped:
+    """A checkpoint of another kind which but for what is given has what this one has."""
+    same = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
+    return kind(**{**same, **own})
 
 
 def content_hash(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> str:
@@ -255,7 +263,7 @@ def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) 
     if not others:
         return ()
     read = index_name(stem) if indexed else f"{stem}.safetensors"
-    return (f"weights are those of {read}; left out: {_some(others)}",)
+    return (f"weights are those of {read}; left out: {several(others, 3)}",)
 
 
 def _names_in(file: Path) -> AbstractSet[str]:
@@ -263,11 +271,6 @@ def _names_in(file: Path) -> AbstractSet[str]:
         return read_header(file).keys()
     except InputError:
         return frozenset()
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def _any_layer(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from compressor.checkpoint.lfs import is_pointer, pointer_error
 from compressor.checkpoint.reader import DIFFUSION, STEM, index_name
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.foreign.untrusted import parse_json
 
 CARRIED = (
@@ -277,8 +277,6 @@ def _json(data: bytes | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _few(names: Iterable[str], most: int = 8) -> str:
+def _few(names: Iterable[str]) -> str:
     """Some names, and how many more there are; untrusted, so as they print."""
-    shown = [name if name.isprintable() else ascii(name) for name in names]
-    more = len(shown) - most
-    return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
+    return several([name if name.isprintable() else ascii(name) for name in names], 8)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from compressor.checkpoint.parts import PartsCheckpoint
-from compressor.checkpoint.reader import Checkpoint
+from compressor.checkpoint.reader import Checkpoint, wrapped
 from compressor.checkpoint.safetensors import Entry
 from compressor.ir.layout import ModelLayout, TensorRef
 from compressor.ir.tensor import TensorShape
@@ -26,8 +26,12 @@ def sliced(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
     entries = {name: e for name, e in checkpoint.entries.items() if name not in stacks}
     for name, ref in slices.items():
         entries[name] = _entry(checkpoint.entries[ref.name], ref)
-    plain = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
-    return SlicedCheckpoint(**{**plain, "entries": entries}, inner=checkpoint, parts=slices)
+    return wrapped(SlicedCheckpoint, checkpoint, entries=entries, inner=checkpoint, parts=slices)
+
+
+def unsliced(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as files have it: a stack of experts is one tensor."""
+    return checkpoint.inner if isinstance(checkpoint, SlicedCheckpoint) else checkpoint
 
 
 def _slices(layout: ModelLayout) -> Iterator[tuple[str, TensorRef]]:

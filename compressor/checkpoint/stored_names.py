@@ -15,7 +15,7 @@ from dataclasses import replace
 from compressor.arch.schema import MapFile
 from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.safetensors import Entry
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 
 SKIPPED = {
     r"(.*\.)?rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)": "rotary tables",
@@ -70,8 +70,7 @@ def _without_skipped(entries: Mapping[str, Entry], notes: list[str]) -> dict[str
         for name in found:
             del kept[name]
         if found:
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            notes.append(f"left out, as loaders do: {found[0]}{more} ({what})")
+            notes.append(f"left out, as loaders do: {several(found)} ({what})")
     return kept
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint.source import Source
-from compressor.errors import CompressError, InputError, Problems
+from compressor.errors import CompressError, InputError, Problems, several
 from compressor.foreign.calls import foreign
 from compressor.ir.layout import UnitLayout, is_bias
 from compressor.plan.plan import Plan
@@ -161,9 +161,7 @@ def _differences(
     ]
     return [
         InputError(
-            f"{where}: the model that config.json describes {what}: "
-            + ", ".join(names[:SHOWN])
-            + (f" and {len(names) - SHOWN} more" if names[SHOWN:] else ""),
+            f"{where}: the model that config.json describes {what}: {several(names, SHOWN)}",
             hint=hint,
         )
         for names, what in found

@@ -31,10 +31,10 @@ from compressor.plan.calibration import Calibration
 from compressor.report.audit import write_page
 from compressor.run.settings import JobSettings
 from compressor.run.tokens import calibration_tokens
+from compressor.runner.execution import Progress
 from compressor.runner.representation import Representation, of_decoder, of_encoder
 from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer
 
-Progress = Callable[[str, int, int], None]
 RECORD = "audit.json"
 
 

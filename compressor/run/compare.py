@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,14 +16,13 @@ from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import EvaluationResult, evaluate
 from compressor.report.inspect import CheckpointInfo, inspect
+from compressor.runner.execution import Progress
 from compressor.runner.heap import give_back
 from compressor.verify.checks.original import Original
 from compressor.verify.compare_outputs import OutputError
 from compressor.verify.findings import Findings, NothingMore
 from compressor.verify.kernels.speed import Times, block_times
 from compressor.verify.subject import Subject, kind_of
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,10 @@ from compressor.evaluate.settings import Evaluation
 from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
 from compressor.plan.calibration import Calibration
-from compressor.run.audit import Audited, PlainTokenizer, Progress, around
+from compressor.run.audit import Audited, PlainTokenizer, around
 from compressor.run.tokens import calibration_tokens, evaluation_tokens
 from compressor.runner.encoder import Encoder, load_encoder, masked_nll, mean_inputs
+from compressor.runner.execution import Progress
 from compressor.runner.source_model import SourceModel
 from compressor.runner.tokenizer import load_tokenizer
 

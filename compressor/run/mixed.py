@@ -4,7 +4,6 @@ each number of bits is measured, and bits go where they lower the error most."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ from compressor.plan.recipe import make_recipe
 from compressor.run.allocate import Sensitivity, allocate, mixed_recipe, parse_sensitivity
 from compressor.run.sensitivity import bits_per_weight, groups_of, measure_sensitivity
 from compressor.run.tokens import calibration_tokens
+from compressor.runner.execution import Progress
 from compressor.runner.tokenizer import load_tokenizer
 
 SCHEME = "w4a16"
 """Of which the bits are chosen: integers in groups, inputs in float."""
 BITS = (2, 3, 4, 5, 6, 8)
 SAMPLES, SAMPLES_ON_CPU = 16, 4
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

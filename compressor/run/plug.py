@@ -30,7 +30,7 @@ from compressor.checkpoint.records import stated_hash
 from compressor.checkpoint.safetensors import read_tensor
 from compressor.checkpoint.source import Source, not_finite
 from compressor.checkpoint.transaction import Progress, write
-from compressor.errors import CompressError, InputError, Problems
+from compressor.errors import CompressError, InputError, Problems, several
 from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
 from compressor.run.environment import versions
@@ -99,7 +99,7 @@ def plug(
         raise Problems(problems)
     if moved := _tuned_middle(source, adapter):
         notes.append(
-            f"the emulator's middle was tuned, too ({moved[0]} and {len(moved) - 1} more), which "
+            f"the emulator's middle was tuned, too ({several(moved)}), which "
             "is not put in: freeze it, or what was learned there is lost"
         )
     if rounded:

@@ -25,9 +25,10 @@ from compressor.checkpoint.workspace import lacking_room, refusal
 from compressor.errors import CheckError, InputError
 from compressor.evaluate.perplexity import EvaluationResult
 from compressor.evaluate.settings import Evaluation
-from compressor.run.audit import Audited, Progress, SweepOptions, audit
+from compressor.run.audit import Audited, SweepOptions, audit
 from compressor.run.editable import Editable, editable
 from compressor.run.environment import versions
+from compressor.runner.execution import Progress
 
 Stage = Callable[[str, int], AbstractContextManager[None]]
 

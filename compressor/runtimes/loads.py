@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import AttentionShape, Linear, ModelLayout
 from compressor.ir.scheme import KVSpec, Scheme
@@ -135,7 +135,7 @@ def loads(runtime: Runtime, written: Written) -> list[InputError]:
         for reason in known[kind]:
             found.setdefault(reason, []).append(linear.name)
     errors = [
-        InputError(f"{title} {why} ({_some(names)})", hint=hint or None)
+        InputError(f"{title} {why} ({several(names)})", hint=hint or None)
         for (why, hint), names in found.items()
     ]
     errors += [*_cache(runtime, written), *_targets(runtime, written), *_fused(runtime, written)]
@@ -303,7 +303,7 @@ def _fused(runtime: Runtime, written: Written) -> list[InputError]:
     return [
         InputError(
             f"{runtime.title} makes one {name} of {', '.join(fuses[name])} and wants one scheme "
-            f"for them ({_some(names)})",
+            f"for them ({several(names)})",
             hint="quantize them alike, or none of them",
         )
         for name, names in wrong.items()
@@ -326,8 +326,3 @@ def _targets(runtime: Runtime, written: Written) -> list[InputError]:
 
 def _issue(scope: Scope) -> str:
     return f" ({scope.issue})" if scope.issue else ""
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"

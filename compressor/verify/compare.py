@@ -18,6 +18,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from compressor.errors import several
 from compressor.ir.floats import Floats
 from compressor.ir.layout import Linear, UnitLayout, is_bias
 from compressor.ir.qtensor import QuantSpec
@@ -87,8 +88,7 @@ class Difference:
                 f"rounding gives {self.expected:.3g}"
             )
         if self.rows:
-            many = f" and {len(self.rows) - 1} more" if len(self.rows) > 1 else ""
-            return f"{self.name}: row {self.rows[0]}{many} differs by more than rounding"
+            return f"{self.name}: row {several(self.rows)} differs by more than rounding"
         return None
 
 

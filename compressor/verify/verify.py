@@ -23,6 +23,7 @@ from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError, Problems
 from compressor.ir.layout import UnitLayout
 from compressor.ranks.ranks import ALONE, Ranks
+from compressor.runner.execution import Progress
 from compressor.runner.heap import give_back
 from compressor.runner.kept_blocks import with_blocks
 from compressor.verify.checks.attention_policy import AttentionPolicy
@@ -40,8 +41,6 @@ from compressor.verify.checks.stream_policy import StreamPolicy
 from compressor.verify.findings import Findings, LayerVerdict, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
 from compressor.verify.subject import Subject, kind_of
-
-Progress = Callable[[str, int, int], None]
 
 CHECKS: tuple[type[Check], ...] = (
     Headers,

@@ -29,7 +29,7 @@ from compressor.checkpoint.gguf.file import GgufFile, open_gguf
 from compressor.checkpoint.gguf.tokenizer import UnknownTokenizer, tokenizer_files
 from compressor.checkpoint.reader import NO_TOKENIZER
 from compressor.checkpoint.safetensors import tensor_bytes
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.foreign.calls import foreign
 from compressor.ir.tensor import TensorShape
 
@@ -294,9 +294,9 @@ def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[s
     unknown = sorted(file.tensors.keys() - set(wanted) - {ROPE_FACTORS})
     for found, what in ((missing, "lacks"), (unknown, "has tensors this model does not have:")):
         if found:
-            shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
             raise InputError(
-                f"{file.path.name} {what} {shown}", hint="use its Hugging Face checkpoint"
+                f"{file.path.name} {what} {several(found, 3)}",
+                hint="use its Hugging Face checkpoint",
             )
     return names
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.reader import READ_THREADS, Checkpoint
+from compressor.checkpoint.reader import READ_THREADS, Checkpoint, wrapped
 from compressor.checkpoint.safetensors import Entry, read_tensor
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.ir.layout import is_weight
 from compressor.ir.tensor import TensorShape
 
@@ -128,15 +128,17 @@ def decoded(
     kind = str(dtype).removeprefix("torch.")
     notes = [f"{len(stored)} weights are stored as {said or 'float8'} and read as {kind}"]
     if inert:
-        more = f" and {len(inert) - 1} more" if len(inert) > 1 else ""
-        notes.append(f"left out: {inert[0]}{more} (scales of inputs or caches)")
-    plain = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
-    plain["config"] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    plain["entries"] = {**rest, **entries}
-    plain["notes"] = (*checkpoint.notes, *notes)
-    plain["stored_as"] = said
-    files = {part: checkpoint.entries[part] for part in parts}
-    return DecodedCheckpoint(**plain, stored=stored, files=files)
+        notes.append(f"left out: {several(inert)} (scales of inputs or caches)")
+    return wrapped(
+        DecodedCheckpoint,
+        checkpoint,
+        config={k: v for k, v in checkpoint.config.items() if k != "quantization_config"},
+        entries={**rest, **entries},
+        notes=(*checkpoint.notes, *notes),
+        stored_as=said,
+        stored=stored,
+        files={part: checkpoint.entries[part] for part in parts},
+    )
 
 
 def _leaf(name: str) -> str:

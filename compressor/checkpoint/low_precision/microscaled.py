@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint.parts import PartsCheckpoint
-from compressor.checkpoint.reader import Checkpoint
+from compressor.checkpoint.reader import Checkpoint, wrapped
 from compressor.checkpoint.safetensors import Entry
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, get_format
@@ -141,6 +141,6 @@ def _seen(
     entries = {n: e for n, e in checkpoint.entries.items() if n not in used | beside}
     entries |= {name: piece.entry(checkpoint.entries[piece.name]) for name, piece in pieces.items()}
     config = {**checkpoint.config, "quantization_config": said}
-    own = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
-    own |= {"entries": entries, "config": config}
-    return PartsCheckpoint(**own, inner=checkpoint, parts=pieces)
+    return wrapped(
+        PartsCheckpoint, checkpoint, entries=entries, config=config, inner=checkpoint, parts=pieces
+    )

@@ -12,6 +12,7 @@ import click
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.echo import echo
 from compressor.cli.options import MODEL, TEXT_FILE, device_option, json_option, log_option
+from compressor.errors import several
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +166,7 @@ def command(
     echo(f"{'error at bits':>12} " + " ".join(f"{b:>9}" for b in tried) + "  the costliest")
     for group in sorted(found.groups, key=lambda g: -g.options[0].error)[:10]:
         row = " ".join(f"{option.error:9.2e}" for option in group.options[:-1])
-        echo(f"{'':>13} {row}  {group.linears[0]}{_more(len(group.linears) - 1)}")
+        echo(f"{'':>13} {row}  {several(group.linears)}")
     echo(f"written to {out}: {len(found.groups)} groups")
 
 
@@ -226,10 +227,6 @@ def _measure_blocks(
         blocks_needed = f"{fit.enough} of {len(fit.kept)} blocks{full}"
         echo(f"{fit.layer:>5} {fit.block:>5}  {shares}  {blocks_needed}")
     echo(f"written to {out}")
-
-
-def _more(count: int) -> str:
-    return f" and {count} more" if count else ""
 
 
 def _group_size(linears: Any) -> int:

@@ -17,7 +17,7 @@ from compressor.checkpoint.manifest import (
     read_manifest,
 )
 from compressor.checkpoint.reader import index_name, load_json, stem_of
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.ir.layout import UnitLayout
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.verify.checks.base import Check
@@ -149,7 +149,4 @@ def _index_homes(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _some(names: Sequence[str], verb: str) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" ({verb} {', '.join(names[:3])}{more})"
+    return f" ({verb} {several(names, 3)})" if names else ""

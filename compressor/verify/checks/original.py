@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.checkpoint.offsite import read_offsite_record
 from compressor.checkpoint.read_ahead import read_ahead
 from compressor.checkpoint.source import Source, not_finite
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.ir.floats import Floats
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
@@ -208,9 +208,8 @@ class Original(Check):
         floor = 2 * float_floor(self.written.checkpoint.dtype, moved=self.rotation is not None)
         bad = (~(errors <= floor)).nonzero()[:, 0]
         if len(bad):
-            many = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             self.problems.append(
-                f"{layout.tensors[0]}: row {int(bad[0])}{many} is not the original's"
+                f"{layout.tensors[0]}: row {several(bad.tolist())} is not the original's"
             )
         off = _row_distances(new, old, self.rotation).norm()
         error = float(off / old.norm(dim=1).norm().clamp(min=1e-30))
