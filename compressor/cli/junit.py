@@ -85,18 +85,17 @@ def error_cases(error: BaseException, command: str) -> list[Case]:
     return cases
 
 
+def checked(group: str, name: str, text: str, *, ok: bool, seconds: float = 0.0) -> Case:
+    """A check that held or did not, and what it found."""
+    if ok:
+        return Case(group, name, seconds, output=text)
+    return Case(group, name, seconds, failure=text)
+
+
 def verify_cases(found: VerifyReport, *, seconds: float = 0.0) -> list[Case]:
     """One case for each check of a verification."""
-    return [
-        Case(
-            "verify",
-            check.name,
-            seconds=seconds / max(len(found.checks), 1),
-            failure="" if check.ok else check.detail,
-            output=check.detail if check.ok else "",
-        )
-        for check in found.checks
-    ]
+    each = seconds / max(len(found.checks), 1)
+    return [checked("verify", c.name, c.detail, ok=c.ok, seconds=each) for c in found.checks]
 
 
 def verdict_cases(verdict: Verdict) -> list[Case]:
@@ -132,15 +131,8 @@ def evaluation_cases(
 
 def gate_cases(gate: GateResult | None) -> list[Case]:
     """One case for each limit."""
-    return [
-        Case(
-            "gate",
-            check.name,
-            failure="" if check.passed else check.message,
-            output=check.message if check.passed else "",
-        )
-        for check in (gate.checks if gate is not None else ())
-    ]
+    checks = gate.checks if gate is not None else ()
+    return [checked("gate", c.name, c.message, ok=c.passed) for c in checks]
 
 
 def write_cases(path: Path, cases: Sequence[Case], command: str) -> None:

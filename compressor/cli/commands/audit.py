@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -44,15 +44,10 @@ LISTED = 10
 def command(
     model: str,
     weights_only: bool,
-    text: str,
-    contexts: int,
-    length: int,
-    position: int,
-    tokens: int | None,
-    batch: int,
     page: Path | None,
     device: str,
     told: Told,
+    **sweep: Any,
 ) -> None:
     """Look for signs of a planted backdoor, and for damage, before a model is used or published.
 
@@ -74,17 +69,9 @@ def command(
 
     where = choose_device(device)
     display = told.display()
-    options = SweepOptions(
-        text=text,
-        contexts=contexts,
-        length=length,
-        position=position,
-        tokens=tokens,
-        batch=batch,
-    )
     found = audit(
         find_audited(model),
-        sweep=None if weights_only else options,
+        sweep=None if weights_only else SweepOptions(**sweep),
         device=where,
         stage=display.stage,
         progress=paced(display.unit),

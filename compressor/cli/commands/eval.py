@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command(name="eval")
 @checkpoint_options
-@click.option("--text", default="bundled", help="bundled, a file, a folder or a Hub id.")
+@click.option("--text", "data", default="bundled", help="bundled, a file, a folder or a Hub id.")
 @click.option("--config", help="Configuration of a Hub data set.")
 @click.option("--split", help="Split of a Hub data set or folder.  [default: test]")
 @click.option("--revision", help="Commit, tag or branch of a Hub data set.")
@@ -79,25 +79,15 @@ def command(
     checkpoint: Path,
     against: str | None,
     base: str | None,
-    text: str,
-    config: str | None,
-    split: str | None,
-    revision: str | None,
-    text_field: str | None,
-    skip_bad_rows: bool,
-    windows: int,
-    length: int,
-    stride: int | None,
     passkey: bool,
     lengths: tuple[int, ...],
-    tasks: tuple[str, ...],
-    task_limit: int | None,
     limits: tuple[str, ...],
     batch: int,
     activation_store: str | None,
     device: str,
     gpus: str | None,
     told: Told,
+    **asked: Any,
 ) -> None:
     """Measure a checkpoint's written files: perplexity, KL to the original, top-1 agreement.
 
@@ -126,6 +116,7 @@ def command(
     from compressor.run.tokens import evaluation_tokens, passkey_text, skipped_notes
     from compressor.runner.tokenizer import load_tokenizer
 
+    length, stride, tasks = asked["length"], asked["stride"], asked["tasks"]
     if stride is not None and stride >= length:
         raise InputError("--stride is not below --length", hint=f"at most {length - 1}")
     if tasks and find_spec("lm_eval") is None:
@@ -145,20 +136,7 @@ def command(
         source = open_model(checkpoint, base=base)
         original = locate(against, fetch=True).source if against else None
         probed = Passkey(**({"lengths": lengths} if lengths else {}))
-        wanted = Evaluation(
-            data=text,
-            config=config,
-            split=split,
-            revision=revision,
-            text_field=text_field,
-            skip_bad_rows=skip_bad_rows,
-            windows=windows,
-            length=length,
-            stride=stride,
-            passkey=probed if passkey or lengths else None,
-            tasks=tasks,
-            task_limit=task_limit,
-        )
+        wanted = Evaluation(**asked, passkey=probed if passkey or lengths else None)
         tokenizer = load_tokenizer(checkpoint)
         cut = evaluation_tokens(tokenizer, wanted, calibration=None)
         for note in skipped_notes(None, cut):
