@@ -143,6 +143,13 @@ class QTensor:
             second=self.second[some] if self.second is not None and apart else self.second,
         )
 
+    def parts(self, count: int) -> list[QTensor]:
+        """What `above` was made of, `count` weights of one shape."""
+        if count == 1:
+            return [self]
+        height = self.shape[0] // count
+        return [self.rows(slice(i * height, (i + 1) * height)) for i in range(count)]
+
     @staticmethod
     def above(parts: Sequence[QTensor]) -> QTensor:
         """Weights of one spec, whose scales are as in `rows`, one above the other; where they lie

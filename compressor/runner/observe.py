@@ -310,6 +310,9 @@ class _LazyStats(Mapping[str, SiteStats]):
             stats.update(inputs)
         return stats
 
+    def __contains__(self, site: object) -> bool:
+        return site in self._needs  # and nothing is computed for it
+
     def __iter__(self) -> Iterator[str]:
         return iter([*self._ready, *self._sites])
 

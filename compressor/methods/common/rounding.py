@@ -3,6 +3,7 @@ is to come, scales that fused linears share, static scales of inputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
+from compressor.ir.same_shape import Linears, of_one_shape, stacked
 from compressor.ir.scheme import ActivationSpec
 from compressor.ir.unit import Unit
 from compressor.methods.common.context import PassContext, PassResult
 from compressor.numerics import fake_quantize, quantize, shared_options
 from compressor.numerics.activations import fake_quantize_activation, stored_scale
-from compressor.numerics.gram import output_error
+from compressor.numerics.awq_search import is_plain_int
+from compressor.numerics.gram import error_of_parts, output_error
 from compressor.numerics.migration import Quantizer
 
 
@@ -140,20 +143,37 @@ def round_to_nearest(
     linears = context.coded
     unit = with_input_scales(unit, linears, context, divided=divided)
     narrow = [unit.narrow_weight(linear) for linear in linears]
-    options = options_of(context, linears, narrow)
+    every = options_of(context, linears, narrow)
+    options = {x.name: option for x, option in zip(linears, every, strict=True)}
+    seen = [x for x in linears if divided is None or x.site not in divided]
+    informed = {x.name for x in seen if x.site in context.stats}
 
-    def rounded(number: int) -> tuple[QTensor, Mapping[str, Any]]:
-        linear = linears[number]
-        weight = unit.weight(linear)
-        q = quantize(weight, context.spec(linear), **options[number])
-        stale = divided is not None and linear.site in divided
-        stats = None if stale else context.stats.get(linear.site)
-        return q, {**weight_row(linear, weight, q, stats=stats), **about(weight, q)}
+    def kind(linear: Linear) -> Hashable:
+        spec, given = context.spec(linear), options[linear.name]
+        by_row = is_plain_int(spec) and not given and linear.name not in informed
+        return spec if by_row else linear.name
 
-    made = context.ranks.each(range(len(linears)), rounded, lambda i: narrow[i].numel())
-    for linear, (q, _) in zip(linears, made, strict=True):
-        unit = unit.with_quantized(linear, q)
-    return PassResult(unit, [row for _, row in made])
+    def rounded(some: Linears) -> tuple[QTensor, list[Mapping[str, Any]]]:
+        """Codes of linears of one shape, one above the other, and a row for each."""
+        first = some[0]
+        weights = stacked([unit.weight(linear) for linear in some])
+        weight = weights.flatten(0, 1)
+        q = quantize(weight, context.spec(first), **options[first.name])
+        if len(some) == 1:
+            stats = context.stats[first.site] if first.name in informed else None
+            return q, [{**weight_row(first, weight, q, stats=stats), **about(weight, q)}]
+        errors = error_of_parts([(weights, q.dequantize().view(weights.shape))], None)
+        parts = zip(some, weights, q.parts(len(some)), errors.tolist(), strict=True)
+        return q, [{**_row(x, y, error), **about(old, y)} for x, old, y, error in parts]
+
+    stacks = of_one_shape(linears, kind)
+    made = context.ranks.each(stacks, rounded, lambda some: sum(math.prod(x.shape) for x in some))
+    rows: dict[str, Mapping[str, Any]] = {}
+    coded: list[tuple[Linear, QTensor]] = []
+    for some, (q, found) in zip(stacks, made, strict=True):
+        coded += zip(some, q.parts(len(some)), strict=True)
+        rows |= {row["linear"]: row for row in found}
+    return PassResult(unit.with_codes(coded), [rows[linear.name] for linear in linears])
 
 
 def weight_row(
@@ -163,9 +183,9 @@ def weight_row(
     not collected, of the weight."""
     known = stats is not None and stats.needs.gram and stats.tokens > 0
     gram = stats.gram if stats is not None and known else None
-    return {
-        "linear": linear.name,
-        "bits": q.spec.bits,
-        "error": output_error(weight, q.dequantize(), gram),
-        "error_of": "output" if known else "weight",
-    }
+    row = _row(linear, q, output_error(weight, q.dequantize(), gram))
+    return {**row, "error_of": "output" if known else "weight"}
+
+
+def _row(linear: Linear, q: QTensor, error: float) -> dict[str, Any]:
+    return {"linear": linear.name, "bits": q.spec.bits, "error": error, "error_of": "weight"}

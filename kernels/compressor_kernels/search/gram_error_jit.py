@@ -14,7 +14,7 @@ def _halved(tiles, M: tl.constexpr, N: tl.constexpr):
     return halves
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def gram_kernel(
     left_desc,  # Δ [O, C], of a stack one after the other, in tiles of BK x BM
     right_desc,  # the same Δ in tiles of BK x BN
