@@ -41,9 +41,8 @@ class BlockTiles:
     rows: int = 64
 
 
-SINGLE = BlockTiles(block_n=16, num_warps=1, num_stages=5, programs_per_sm=8)
-"""For blocks of one key: each row of keys has an address of its own. Of five stages two are keys on
-their way, of four one: the others are places of keys, which have to be there first."""
+SINGLE = BlockTiles(block_n=16, num_warps=1, num_stages=4, programs_per_sm=8)
+"""For blocks of one key: each row of keys has an address of its own."""
 
 
 def block_attention(

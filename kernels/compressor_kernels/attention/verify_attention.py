@@ -33,17 +33,17 @@ from compressor_kernels.triton.launch import (
 class VerifyTiles:
     """Tiles of keys that the queries read, and how many programs share the keys."""
 
-    block_n: int = 64
+    block_n: int = 32
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 4
+    programs_per_sm: int = 6
 
 
 @dataclass(frozen=True, slots=True)
 class ShareTiles:
     """Tiles of keys of which a program makes shares."""
 
-    tiles: int = 8
+    tiles: int = 32
     num_warps: int = 4
 
 
@@ -52,7 +52,7 @@ class ChoiceTiles:
     """Keys whose shares a program goes through when the best are chosen; more in long texts."""
 
     part: int = 4096
-    num_warps: int = 8
+    num_warps: int = 4
 
 
 @dataclass(frozen=True, slots=True)

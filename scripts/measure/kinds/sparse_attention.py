@@ -44,7 +44,7 @@ Family = Callable[[float], AttentionPolicy]
 NEAR = 0.003
 """Share of keys by which a searched policy may miss what is wanted."""
 
-TRIES, RUNS = 8, 16
+TRIES, RUNS = 12, 16
 """Policies that are tried of a family at most; runs of queries whose keys are counted."""
 
 CLAIMS = [("XAttention, calibrated", "XAttention, one threshold")]
@@ -105,8 +105,10 @@ def search(family: Family, calls: Sequence[RuleCall], wanted: float) -> Attentio
             low = (knob, seen)
         else:
             high, best = (knob, seen), knob
-        slope = (wanted - low[1]) / (high[1] - low[1])
-        knob = low[0] + (high[0] - low[0]) * min(0.9, max(0.1, slope))
+        # Between policies that were tried a line is a guess; before, the middle is.
+        tried = low[0] > 0 and high[0] < 1
+        slope = (wanted - low[1]) / (high[1] - low[1]) if tried else 0.5
+        knob = low[0] + (high[0] - low[0]) * min(0.75, max(0.25, slope))
     return family(best)
 
 

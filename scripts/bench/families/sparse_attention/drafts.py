@@ -20,14 +20,14 @@ from torch import Tensor
 
 VERIFIES = [
     verify_attention.VerifyTiles(*x)
-    for x in ((64, 4, 2, 4), (64, 8, 3, 4), (32, 4, 3, 6), (32, 4, 4, 4), (128, 8, 2, 4))
+    for x in ((64, 4, 2, 4), (32, 4, 2, 6), (32, 4, 3, 8), (32, 4, 4, 4), (16, 4, 4, 8))
 ]
 SHARES = [
-    verify_attention.ShareTiles(*x) for x in ((8, 2), (8, 4), (16, 2), (16, 4), (32, 4), (32, 8))
+    verify_attention.ShareTiles(*x) for x in ((16, 2), (16, 4), (32, 2), (32, 8), (64, 4), (64, 8))
 ]
 CHOICES = [
     verify_attention.ChoiceTiles(*x)
-    for x in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (8192, 8), (8192, 16))
+    for x in ((2048, 2), (2048, 4), (4096, 2), (4096, 8), (8192, 4), (8192, 8))
 ]
 GATHERS = [
     BlockTiles(block_n, warps, stages, per_sm)
