@@ -190,6 +190,7 @@ class Hole(Scope):
     plain_experts  only where there are experts in float, one by one
     plain_stacks   only where there are experts in float, in one tensor
     mixed          only where there is more than one config group
+    cached         only where the KV cache is quantized
     """
 
     models: tuple[str, ...] = ()
@@ -199,6 +200,7 @@ class Hole(Scope):
     plain_experts: bool = False
     plain_stacks: bool = False
     mixed: bool = False
+    cached: bool = False
     says: str
     instead: str
 

@@ -157,6 +157,7 @@ def _holes(runtime: Runtime, written: Written) -> list[Hole]:
         and (plain or not hole.plain_experts)
         and (stacks or not hole.plain_stacks)
         and (written.groups > 1 or not hole.mixed)
+        and (written.kv is not None or not hole.cached)
     ]
 
 

@@ -220,6 +220,7 @@ def _section(contract: Contract) -> list[str]:
         only += f", sizes that are no multiple of {hole.uneven}" if hole.uneven > 1 else ""
         only += ", tied head" if hole.tied else ""
         only += ", beside another scheme" if hole.mixed else ""
+        only += ", with a quantized KV cache" if hole.cached else ""
         only += ", experts in float one by one" if hole.plain_experts else ""
         only += ", experts in float in one tensor" if hole.plain_stacks else ""
         facts.append(

@@ -345,3 +345,14 @@ def test_nvfp4_experts_beside_another_scheme_are_a_hole_of_a_version(
         planned("vllm@0.24", fp8, experts, kind="mixtral", format="compressed-tensors")
     assert planned("vllm@0.24", experts, kind="mixtral")
     assert planned("vllm@0.24", fp8, experts)
+
+
+def test_scales_of_a_cache_that_a_model_class_cannot_read_are_a_hole(
+    planned: Callable[..., Plan],
+) -> None:
+    static, cache = {"fp8": {"scales": "static"}}, {"kv_cache": {"element": "fp8"}}
+    modelopt = {"kind": "mixtral", "format": "modelopt-fp8"}
+    with pytest.raises(Problems, match="cannot read scales of a KV cache"):
+        planned("vllm@0.24", static, cache, **modelopt)
+    assert planned("vllm@0.24", static, **modelopt)
+    assert planned("vllm@0.24", static, cache, kind="mixtral")
