@@ -110,7 +110,7 @@ def delta_kernel(
     tl.store(out_ptr + at, delta.to(tl.bfloat16), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def clip_kernel(
     w_ptr,
     gram_ptr,
