@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -31,7 +32,7 @@ NO_TOKENIZER = "no_tokenizer.json"
 PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
 UNFINISHED = (".cache/huggingface/download/*.incomplete", "*.incomplete", "*.part", "*.aria2")
 """What downloads leave where they end early."""
-READ_THREADS = 4
+READ_THREADS = min(8, max(4, (os.cpu_count() or 1) // 2))
 
 Wrapped = TypeVar("Wrapped", bound="Checkpoint")
 

@@ -19,6 +19,7 @@ from compressor.audit.sweep import COARSE_CONTEXTS, COARSE_LENGTH, CONTROLS, EXA
 from compressor.audit.weights import CHUNK
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import UnitLayout
+from compressor.ir.same_shape import of_one_shape
 from compressor.numerics.chunks import CODED_AHEAD, layers_ahead
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import PassPlan, UnitPlan
@@ -310,14 +311,16 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
         stacks = plan.source.arch.runtime.stacks
         if device.type == "cuda" and any(x.interleaved or x.transposed for x in stacks):
             runtime += width * sum(x.out_features * x.in_features for x in experts)
-        # What went to them all, and one of them at a time.
+        # What went to them all, and a stack of them at a time.
         beside += (
             plan.recipe.calibration.samples
             * plan.recipe.calibration.length
             * (width * _hidden(plan))
         )
-        apart = [x.in_features for x in experts if x.role == "expert.down" and x.site in unit.needs]
-        grams += 4 * max(apart, default=0) ** 2
+        apart = [x for x in experts if x.role == "expert.down" and x.site in unit.needs]
+        together = [(len(x), x[0].in_features) for x in of_one_shape(apart, lambda x: x.role)]
+        # Each by itself, and one above the other.
+        grams += max((4 * n * size**2 * (2 if n > 1 else 1) for n, size in together), default=0)
     if any(_wide(plan.passes[number]) for number in unit.steps):
         beside += 4 * count
     shared = [site for site in unit.needs if not site.startswith("expert.") or site.endswith(".in")]
@@ -330,7 +333,8 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
             solving = 40 * layout.site_linears(site)[0].in_features ** 2
             beside = max(beside, solving + runtime)
     linears = [x for x in layout.linears if not x.beside or plan.schemes.linears[x.name].weight]
-    largest = max((x.out_features * x.in_features for x in linears), default=count)
+    worked_on = of_one_shape(linears, lambda x: x.role == "expert.down")
+    largest = max((sum(math.prod(x.shape) for x in some) for some in worked_on), default=count)
     codes = sum(x.out_features * x.in_features for x in linears)
     rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
     tuning = 0
