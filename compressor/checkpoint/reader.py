@@ -95,6 +95,25 @@ class Checkpoint:
             read = pool.map(lambda entry: read_tensor(entry, pin=pin), entries.values())
             return dict(zip(entries, read, strict=True))
 
+    def read_hashed(
+        self, names: Iterable[str], *, pin: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """`read`, and the SHA-256 of each tensor's bytes: of what files hold, while it is read."""
+        if type(self).read is not Checkpoint.read:
+            raw = self.read(names, pin=pin)
+            return raw, digests_of(raw)
+        entries = {name: self.entry(name) for name in names}
+        hashes = {name: hashlib.sha256() for name in entries}
+
+        def read(name: str) -> Tensor:
+            return read_tensor(entries[name], pin=pin, look=hashes[name].update)
+
+        # The largest first: it takes longest.
+        largest = sorted(entries, key=lambda name: -entries[name].spec.nbytes)
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            found = dict(zip(largest, pool.map(read, largest), strict=True))
+        return {n: found[n] for n in entries}, {n: h.hexdigest() for n, h in hashes.items()}
+
     def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """What files hold of the named tensors, as they hold it and under the names there."""
         return self.read(names, pin=pin)

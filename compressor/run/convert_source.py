@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.reader import digests_of, hash_of
+from compressor.checkpoint.reader import hash_of
 from compressor.checkpoint.records import stated_hash
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
@@ -86,8 +86,7 @@ class ConvertedSource:
     def _stored(self, unit: UnitLayout, whole: bool) -> Stored:
         left: Sequence[str] = () if whole else self._apart(unit)
         names = [name for name in self.source.names(unit) if name not in left]
-        raw = self.source.checkpoint.read(names, pin=self._on_gpu)
-        return raw, digests_of(raw)
+        return self.source.checkpoint.read_hashed(names, pin=self._on_gpu)
 
     @property
     def _on_gpu(self) -> bool:

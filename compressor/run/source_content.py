@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compressor.checkpoint.reader import content_hash, digests_of, hash_of
+from compressor.checkpoint.reader import hash_of
 from compressor.errors import InputError
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
@@ -26,16 +26,16 @@ class SourceContent:
     def read(self, index: int, *, pin: bool = False) -> Unit:
         """One unit, on the CPU. Raises InputError where it is not what it was."""
         source, layout = self.plan.source, self.plan.units[index].layout
-        raw = source.checkpoint.read(source.names(layout), pin=pin)
-        self._note(index, content_hash(raw))
+        raw, digests = source.checkpoint.read_hashed(source.names(layout), pin=pin)
+        self.note(index, digests)
         return source.assemble(layout, raw)
 
     def read_part(
         self, index: int, names: Sequence[str], *, pin: bool = False
     ) -> tuple[Unit, dict[str, str]]:
         """Some tensors of a unit of floats, on the CPU, and the digest of each."""
-        raw = self.plan.source.checkpoint.read(names, pin=pin)
-        return self.plan.source.assemble(self.plan.units[index].layout, raw), digests_of(raw)
+        raw, digests = self.plan.source.checkpoint.read_hashed(names, pin=pin)
+        return self.plan.source.assemble(self.plan.units[index].layout, raw), digests
 
     def note(self, index: int, digests: Mapping[str, str]) -> None:
         """All tensors of a unit have been read, with these digests. Raises InputError where it is
@@ -57,8 +57,8 @@ class SourceContent:
         for done, index in enumerate(unknown, 1):
             settings.check_stop()
             layout = self.plan.units[index].layout
-            raw = self.plan.source.checkpoint.read(self.plan.source.names(layout))
-            self._note(index, content_hash(raw))
+            _, digests = self.plan.source.checkpoint.read_hashed(self.plan.source.names(layout))
+            self.note(index, digests)
             settings.on_step(f"source of {layout.name}", done, len(unknown))
         return {index: self.hashes[index] for index in wanted}
 

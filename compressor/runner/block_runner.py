@@ -280,7 +280,10 @@ class BlockRunner:
         gradients  whether they flow through it
         """
         self._assign(self._final_norm(tensors))
-        lm_head = lm_head.to(self.device, self.dtype)
+        # Once: autocast would for each part of the logits.
+        kind = self.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        lm_head = lm_head.to(self.device, cast)
         bias = self.names.outer_state(tensors).get(bias_name(self.names.lm_head))
         bias = None if bias is None else bias.to(self.device, self.dtype)
         norm = self.model.get_submodule(self.names.norm)
