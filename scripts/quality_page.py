@@ -4,6 +4,7 @@
     python scripts/quality_page.py --check             exit code 1 if it is out of date
     python scripts/quality_page.py --add ROWS.json     take rows from what scripts/measure/run.py
                                                        rounding, or allocation, wrote with --json
+    python scripts/quality_page.py --drop WORDS        leave out rows whose method has these words
 
 Rows are kept with a figure for each window of held-out text, so that differences have paired
 standard errors. A row that is measured again replaces the old one.
@@ -180,12 +181,14 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--add", nargs="*", type=Path, default=[])
+    parser.add_argument("--drop", nargs="*", default=[])
     options = parser.parse_args()
     store, written = DOCS / "quality.json", DOCS / "quality.md"
     data = json.loads(store.read_text("utf-8"))
     for path in options.add:
         add(data, path)
-    if options.add:
+    data["rows"] = [r for r in data["rows"] if not any(w in r["method"] for w in options.drop)]
+    if options.add or options.drop:
         head = {k: v for k, v in data.items() if k != "rows"}
         lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in data["rows"])
         text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
