@@ -240,12 +240,12 @@ def _error(
                 cost = off.square().sum(-1) / size
             else:
                 weigh = gradients[start:stop].to(off.device).float()
-                cost = bounded((off * weigh).sum(-1).square() / 2)[:, first:]
+                cost = at_most_a_nat((off * weigh).sum(-1).square() / 2)[:, first:]
             total += float(cost.sum(dtype=torch.float64))
     return total / (left.hidden.shape[0] * (left.hidden.shape[1] - first))
 
 
-def bounded(divergence: Tensor) -> Tensor:
+def at_most_a_nat(divergence: Tensor) -> Tensor:
     """KL divergences in second order, [..., tokens], of which none counts as more than a nat.
 
     Where a state is a thousand times the usual size, a change of it that later norms take back may
