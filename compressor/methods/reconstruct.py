@@ -29,6 +29,7 @@ from compressor.methods.common.rounding import with_input_scales
 from compressor.methods.common.second_order import GptqOptions, round_unit, searched
 from compressor.numerics.learned_floats import e2m1_step, floats_qtensor, moved_elements
 from compressor.numerics.learned_grid import as_qtensor, grouped, moved_codes, stretched
+from compressor.runner.pieces import UNREPEATABLE
 
 COPIES = 4
 """Codes, what they stand for and what lies between, for each weight."""
@@ -140,11 +141,11 @@ class Reconstruct(OnGrid):
         }
         refined = self._refine(roundings, started, context, division)
         if kept := len(context.coded) - len(learned):
-            refined["linears_kept_nearest"] = kept
+            refined[0]["linears_kept_nearest"] = kept
         made = division.every({name: found.quantized() for name, found in roundings.items()})
         for linear in learned:
             started = started.with_quantized(linear, made[linear.name])
-        return PassResult(started, [{"block": unit.layout.name, **refined}, *rows])
+        return PassResult(started, [*refined, *rows])
 
     def _refine(
         self,
@@ -152,8 +153,8 @@ class Reconstruct(OnGrid):
         unit: Unit,
         context: PassContext,
         division: Division,
-    ) -> dict[str, Any]:
-        """Refine a block, and say what came of it.
+    ) -> list[dict[str, Any]]:
+        """Refine a block, and say what came of it in rows of the report.
 
         roundings  of the linears that this rank learns
         """
@@ -197,10 +198,13 @@ class Reconstruct(OnGrid):
             loss_of(block, roundings, judges, division), count, least, best_step, kept
         )
         kept.restore()
-        row: dict[str, Any] = {"loss_of_start": start, "loss": least, "best_step": best_step}
+        of_block = {"block": unit.layout.name}
+        rows = [{**of_block, "loss_of_start": start, "loss": least, "best_step": best_step}]
         if not best_step:
-            row["note"] = "refining made rows that were held back no better: its start is kept"
-        return row
+            rows[0]["note"] = "refining made rows that were held back no better: its start is kept"
+        if not block.repeatable:
+            rows.append({**of_block, "note": UNREPEATABLE})
+        return rows
 
     @staticmethod
     def _judged(

@@ -38,6 +38,7 @@ from compressor.numerics.learned_grid import (
     range_of,
 )
 from compressor.numerics.nvfp4 import global_divisor
+from compressor.runner.pieces import UNREPEATABLE
 
 COPIES = 8
 """Offsets, their gradients and the best ones; codes before and after they are rounded and clamped,
@@ -118,6 +119,8 @@ class Signround(OnGrid):
             nearest.restore()
             row["note"] = "the loss did not fall below that of rounding to nearest, which is kept"
         rows = [row]
+        if not block.repeatable:
+            rows.append({"block": unit.layout.name, "note": UNREPEATABLE})
         made = division.every({name: found.quantized() for name, found in roundings.items()})
         for linear in linears:
             q = made[linear.name]

@@ -25,6 +25,9 @@ Piece = Sequence[int]
 Part = tuple[Tensor, Sequence[Tensor]]
 """A piece's loss, or several of them [k], and a gradient for every parameter."""
 
+UNREPEATABLE = "gradients were summed in no fixed order: another run may write other bytes"
+"""What a report says where that was so."""
+
 PIECES = 4
 """Into how many pieces rows are divided at least, where there are as many."""
 

@@ -136,6 +136,20 @@ def differ(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
         run(recipe, Path(recipe["output"]), jobs["batch"], ranks)
 
 
+def other_files(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The last rank has a model of the same name and shapes in which one weight is another."""
+    model = Path(jobs["faulty"]["model"])
+    if number == world - 1:
+        model = Path(jobs["folder"]) / "elsewhere" / model.name
+        shutil.copytree(jobs["faulty"]["model"], model)
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][5, 7] += 1
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        recipe = {**jobs["faulty"], "model": str(model)}
+        run(recipe, Path(jobs["output"] + "-differ"), jobs["batch"], ranks)
+
+
 def start(work: Any, jobs: dict[str, Any], world: int) -> list[tuple[int, str]]:
     """How each rank ended: its exit code, and the error."""
     with socket.socket() as free:
@@ -179,7 +193,9 @@ def main() -> None:
         for world in (1, 3):
             start(damaged, jobs, world)
         began = time.monotonic()
-        found = {f.__name__: start(f, jobs, 3) for f in (short_of_memory, kill_one, differ)}
+        found = {
+            f.__name__: start(f, jobs, 3) for f in (short_of_memory, kill_one, differ, other_files)
+        }
         took = time.monotonic() - began
         with owned(Path(jobs["output"]), manifest=MANIFEST_NAME):
             found["second"] = start(finish, jobs, 2)
