@@ -48,7 +48,9 @@ def require_alike(ranks: Ranks, about: Mapping[str, Any], *sources: Source) -> N
     files = {name: digest for source in sources for name, digest in _files(source).items()}
     stated = dict(_flat({**json.loads(json.dumps(about)), "files": files}))
     every = ranks.gather(stated)
-    keys = sorted({key for one in every for key in one})
+    # First what all have, and have otherwise.
+    named = {key for one in every for key in one}
+    keys = sorted(named, key=lambda key: (any(key not in one for one in every), key))
     wrong: list[InputError] = []
     for key in keys:
         if len(wrong) == MANY:

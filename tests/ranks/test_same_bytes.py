@@ -183,7 +183,7 @@ def test_a_second_run_on_the_folder_is_refused(written: Path) -> None:
 def test_ranks_that_differ_are_refused_by_name(written: Path) -> None:
     faults = json.loads((written / "faults.json").read_text())
     for code, text in faults["differ"]:
-        assert code == 2 and "ranks differ in recipe.passes.0.rtn.bits: rank 0 has nothing" in text
+        assert code == 2 and "ranks differ in recipe.passes.0.awq.bits: rank 0 has 4, " in text
     for code, text in faults["other_files"]:
         assert code == 2 and "ranks differ in files." in text and "rank 2" in text
     assert not (written / "faulty-differ").exists()
