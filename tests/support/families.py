@@ -255,6 +255,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 32, "num_experts": 4, "moe_topk": 2},
     "dots1": {"head_dim": 32, **GROUPED, "attention_bias": True},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "exaone_moe": {
+        "head_dim": 32,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_experts": 4,
+        "n_group": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        **EXPERTS,
+    },
     "phimoe": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
