@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from compressor.checkpoint.source import open_source
+from compressor.ir import same_shape
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.awq.method import Awq
 from compressor.methods.base import get_pass
@@ -133,6 +134,30 @@ def test_experts_that_saw_no_tokens_are_rounded_without_data(bench):
         if linear.role == "expert.down":
             plain = quantize(b.unit.weight(linear), result.unit.quantized[linear.name].spec)
             assert torch.equal(result.unit.quantized[linear.name].codes, plain.codes)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Awq(bits=3, group_size=16, symmetric=False, min_tokens=60),  # not all experts see as many
+        Awq(bits=4, group_size=None, duo=True, min_tokens=8),
+        Awq(min_tokens=8),
+    ],
+)
+def test_experts_worked_on_together_come_out_as_each_by_itself(step, bench, monkeypatch):
+    b = bench("mixtral")
+    spec = QuantSpec("int", 3, "group", 16)
+    alone = b.run(step, spec=spec)
+    monkeypatch.setattr(same_shape, "STACKS", 1)
+    assert max(map(len, same_shape.of_one_shape(b.layout.linears, lambda x: x.role))) > 1
+    together = b.run(step, spec=spec)
+    for row, other in zip(together.rows, alone.rows, strict=True):
+        assert row == pytest.approx(other)
+    for name, q in alone.unit.quantized.items():
+        found = together.unit.quantized[name]
+        assert torch.equal(found.codes, q.codes) and torch.equal(found.scales, q.scales)
+    for name, tensor in alone.unit.tensors.items():
+        assert torch.equal(together.unit.tensors[name], tensor), name
 
 
 def test_a_site_is_rescaled_only_if_all_that_reads_it_takes_part(bench):

@@ -12,6 +12,7 @@ from compressor.numerics import gram as gram_module
 from compressor.numerics.awq_search import (
     candidate_scales,
     search_clip_gram,
+    search_scales_apart,
     search_scales_gram,
     search_scales_reference,
     weight_magnitude,
@@ -27,6 +28,24 @@ def problem(rows=24, columns=64, tokens=200, seed=0):
     x = torch.randn(tokens, columns, generator=generator)
     x *= torch.exp(torch.randn(columns, generator=generator))
     return torch.randn(rows, columns, generator=generator), x, x.t() @ x
+
+
+@pytest.mark.parametrize("duo", [False, True])
+def test_linears_with_inputs_of_their_own_are_searched_as_each_alone(duo):
+    problems = [problem(seed=seed) for seed in range(3)]
+    weights, grams = (torch.stack([p[i] for p in problems]) for i in (0, 2))
+    absmean = torch.stack([x.abs().mean(0) for _, x, _ in problems])
+    found = search_scales_apart(weights, grams, absmean, SPEC, duo=duo)
+    bounds = search_clip_gram(weights, grams, SPEC, scales=torch.stack([x.scales for x in found]))
+    for i, one in enumerate(found):
+        alone = search_scales_gram([weights[i]], grams[i], absmean[i], SPEC, duo=duo)
+        assert torch.equal(one.scales, alone.scales)
+        assert (one.ratio, one.losses) == (alone.ratio, alone.losses)
+        assert torch.equal(
+            bounds[i], search_clip_gram(weights[i], grams[i], SPEC, scales=one.scales)
+        )
+    shared = search_clip_gram(weights, grams[0], SPEC)
+    assert torch.equal(shared[1], search_clip_gram(weights[1], grams[0], SPEC))
 
 
 # In float32, and as where a processor multiplies bfloat16 in units of its own.

@@ -60,10 +60,10 @@ def round_unit(
     Where targets are corrected, a site is observed after those before it have been rounded.
     """
     corrects = options.correction > 0 and context.observe is not None
-    coded: dict[str, list[Linear]] = {}
-    for site in _order(unit, forwards=corrects):
-        if linears := [x for x in context.coded if x.site == site]:
-            coded[site] = linears
+    by_site: dict[str, list[Linear]] = {}
+    for linear in context.coded:
+        by_site.setdefault(linear.site, []).append(linear)
+    coded = {site: by_site[site] for site in _order(unit, forwards=corrects) if site in by_site}
     # Outputs before inputs: how many tokens an expert saw is known from its output.
     outputs = [s for s, linears in coded.items() if linears[0].role == "expert.down"]
     of_expert: dict[int | None, int] = {}
@@ -124,12 +124,14 @@ def round_unit(
             made = context.ranks.share([work(site) for site in wave])
         else:
             made = context.ranks.each(wave, work, lambda site: _work(coded[site]))
+        codes: list[tuple[Linear, QTensor]] = []
         for site, done in zip(wave, made, strict=True):
             for linear in coded[site]:
                 if linear.role == "expert.down":
                     of_expert[linear.expert] = done.tokens
                 q, rows[linear.name] = done.linears[linear.name]
-                current = current.with_quantized(linear, q)
+                codes.append((linear, q))
+        current = current.with_codes(codes)
     return current, [rows[x.name] for x in context.selected if x.name in rows]
 
 
