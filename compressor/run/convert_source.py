@@ -46,11 +46,14 @@ class ConvertedSource:
         return stated_hash(hashes)
 
     def without_codes(self, unit: UnitLayout) -> Unit:
-        """A unit whose integer codes are shapes alone, where the format keeps them apart."""
+        """A unit without its integer codes (shapes alone, or zeros), where the format keeps them
+        apart."""
         raw = self._read(unit, whole=False)
         specs = {name: self.source.checkpoint.entry(name).spec for name in self._apart(unit)}
+        # A GPU unpacks zeros at once; for operations on meta tensors PyTorch imports for seconds.
+        where = self.device if self._on_gpu else torch.device("meta")
         empty = {
-            name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            name: torch.zeros(spec.shape, dtype=spec.dtype, device=where)
             for name, spec in specs.items()
         }
         return self._unit(unit, {**raw, **empty})
