@@ -216,19 +216,18 @@ def _may_be_best(
     step = race.every(sum(weight.shape[1] for weight in stacks))
     if step is None:
         return list(range(len(candidates)))
-    rows = [weight[:, step // 2 :: step].contiguous() for weight in stacks]
-    heights = [block.shape[1] for block in rows]
-    room = max(1, min(step, ROWS // sum(heights)))  # where all rows of one candidate lie later
+    rows = torch.cat([weight[:, step // 2 :: step] for weight in stacks], dim=1)
+    height = rows.shape[1]
+    room = max(1, min(step, ROWS // height))  # where all rows of one candidate lie later
 
     def losses(tried: Sequence[int]) -> Tensor:
-        found = torch.zeros(len(tried), sum(heights), dtype=torch.float32, device=gram.device)
+        found = torch.zeros(len(tried), height, dtype=torch.float32, device=gram.device)
         mine = list(ranks.own(len(tried)))
         for places in (mine[i : i + room] for i in range(0, len(mine), room)):
-            shape = len(places), sum(heights), gram.shape[0]
+            shape = len(places), height, gram.shape[0]
             delta = torch.empty(shape, dtype=work_dtype(gram), device=gram.device)
             for place, of_one in zip(places, delta, strict=True):
-                for block, part in zip(rows, torch.split(of_one, heights), strict=True):
-                    _write_delta(block, candidates[tried[place], None], spec, part[None])
+                _write_delta(rows, candidates[tried[place], None], spec, of_one[None])
             found[places] = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
         return ranks.sum(found)
 
