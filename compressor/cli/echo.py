@@ -19,6 +19,10 @@ STYLE = re.compile("(\x1b\\[(?:[012]|22|3[0-79]|9[0-7])m)")
 """Colours and weights, which may stay: all that click.style makes of fg, bold and dim."""
 
 
+LONGEST = 4000
+"""Characters of a message that are printed."""
+
+
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print a line, on stderr with `err`; control characters but for colours are escapes."""
     parts = STYLE.split(text)
@@ -32,16 +36,24 @@ def say(found: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> Non
         echo(line)
 
 
+def shortened(text: str) -> str:
+    """The beginning of a long text, which may hold all of a stranger's value."""
+    left = len(text) - LONGEST
+    return text if left <= 0 else f"{text[:LONGEST]}… and {left} more characters"
+
+
 def escape_libraries() -> None:
-    """Escape control characters in what libraries log and warn of, once for the whole process: it
-    holds names and values of strangers too."""
+    """Escape control characters in what libraries log and warn of, and shorten it, once for the
+    whole process: it holds names and values of strangers too."""
     make, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make(*args, **kwargs)
         with contextlib.suppress(TypeError, ValueError):  # a library's mistake, which logging tells
-            made.msg, made.args = printable(made.getMessage()), ()
+            made.msg, made.args = shortened(printable(made.getMessage())), ()
         return made
 
     logging.setLogRecordFactory(record)
-    warnings.formatwarning = lambda *args, **kwargs: printable(format_warning(*args, **kwargs))
+    warnings.formatwarning = lambda *args, **kwargs: printable(
+        shortened(format_warning(*args, **kwargs))
+    )

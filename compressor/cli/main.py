@@ -21,7 +21,7 @@ import click
 from click.shell_completion import shell_complete
 
 from compressor import __version__
-from compressor.cli.echo import echo
+from compressor.cli.echo import echo, shortened
 from compressor.cli.groups import Group, usage
 from compressor.cli.junit import error_cases, write_cases
 from compressor.cli.options import CASES
@@ -37,9 +37,6 @@ MISNAMED = (
 
 SHARED = ("run", "quantize", "verify", "eval")
 """Commands that several ranks do together."""
-
-LONGEST = 4000
-"""Characters of a message that are printed."""
 
 
 class InternalError(MachineError):
@@ -235,9 +232,7 @@ def report(problems: Sequence[CompressError], code: int, *, as_json: bool) -> No
         found = [{"message": p.message, "hint": p.hint} for p in problems]
         echo(json.dumps({"ok": False, "exit_code": code, "errors": found}, indent=2))
     for problem in problems:
-        message = problem.message
-        if len(message) > LONGEST:
-            message = f"{message[:LONGEST]}… and {len(message) - LONGEST} more characters"
+        message = shortened(problem.message)
         if logs_json():
             event = {"event": "error", "time": round(time.time(), 3), "exit_code": code}
             text = json.dumps({**event, "message": message, "hint": problem.hint})

@@ -182,9 +182,14 @@ def _x_labels(axes: _Axes, points: Sequence[Point]) -> str:
 
 
 def _decades(points: Sequence[Point]) -> list[float]:
-    low = math.floor(math.log10(min(p.y for p in points)))
-    high = math.ceil(math.log10(max(p.y for p in points)))
-    high = max(high, low + 1)
+    """Powers of ten around all values; where they span little, also twice and five times these."""
+    least, most = min(p.y for p in points), max(p.y for p in points)
+    low, high = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    if high - low <= 2:
+        marks = [m * 10.0**e for e in range(low, high + 2) for m in (1, 2, 5)]
+        below = max((i for i, mark in enumerate(marks) if mark <= least), default=0)
+        above = next(i for i, mark in enumerate(marks) if mark >= most and i > below)
+        return marks[below : above + 1]
     step = max(1, math.ceil((high - low) / 6))
     return [10.0**e for e in range(low, high + step, step)]
 

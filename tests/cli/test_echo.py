@@ -66,6 +66,8 @@ def test_what_libraries_log_and_warn_of_is_safe(
         logger.addHandler(handler)
         logger.warning("%s is no rope type", EVIL)
         assert capsys.readouterr().err == f"{SAFE} is no rope type\n"
+        logger.warning("%s", "x" * 5000)
+        assert capsys.readouterr().err == f"{'x' * 4000}… and 1000 more characters\n"
         assert f"UserWarning: {SAFE}\n" in warnings.formatwarning(EVIL, UserWarning, "f.py", 1)
     finally:
         logging.setLogRecordFactory(before)

@@ -63,6 +63,11 @@ def test_a_recipe_is_saved_with_the_group_that_divides_the_widths(
     assert ("calibration" in recipe) == (quality != "fast")
 
 
+def test_lines_on_stderr_are_json_where_asked_for(ask: Ask) -> None:
+    result = ask("--scheme", "fp8", "--recipe-only", "--log-format", "json")
+    assert [json.loads(line)["event"] for line in result.stderr.splitlines()] == ["recipe"]
+
+
 def test_best_reconstructs_where_that_applies(ask: Ask) -> None:
     assert "reconstruct" in passes(ask, "--scheme", "w4a16", "--quality", "best")[0]
 

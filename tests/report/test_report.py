@@ -270,6 +270,15 @@ def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
 
 
+def test_values_close_together_fill_a_logarithmic_axis() -> None:
+    near = {"error": [Point(0, 0.0105, "a"), Point(1, 0.0118, "b")]}
+    drawn = dots(near, x_title="block", y_title="error", show=str)
+    assert ">0.02<" in drawn and ">0.1<" not in drawn
+    far = {"error": [Point(0, 1e-4, "a"), Point(1, 0.9, "b")]}
+    drawn = dots(far, x_title="block", y_title="error", show=str)
+    assert ">1.0<" in drawn and ">0.5<" not in drawn
+
+
 def test_a_run_is_shown_beside_rounding_to_nearest() -> None:
     blocks = [
         {"block": f"model.layers.{i}", "error": error, "nearest": nearest}

@@ -91,7 +91,8 @@ def command(
     for line in lines(found):
         echo(line)
     if reference is None:
-        echo("none of them is unquantized: --against ORIGINAL adds KL and errors", err=True)
+        hint = "none of them is unquantized: --against ORIGINAL adds KL and errors"
+        display.event("note", text=hint)
 
 
 def _tokens(located: Located, text: str, windows: int, length: int) -> Tensor:

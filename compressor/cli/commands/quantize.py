@@ -148,7 +148,7 @@ def command(
     file = _save(choice, target)
     if not told.as_json:
         echo(choice.text(), nl=False)
-    echo(f"the recipe is {file}", err=True)
+    told.display().event("recipe", text=f"saved as {file}")
     if recipe_only:
         if told.as_json:
             about = {"file": str(file), "reasons": list(choice.reasons), "recipe": choice.data}
