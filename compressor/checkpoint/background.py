@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +58,8 @@ class CommitQueue:
         else:
             with torch.cuda.stream(self.copies):
                 self.copies.wait_event(made)
-                hashes = self.writer.write(tensors, partial(fetched, self.copies.device))
+                data = fetched(tensors)
+            hashes = self.writer.write(tensors, data)
         return self.syncs.submit(self.writer.commit, index, hashes, record)
 
     def drain(self) -> None:
@@ -70,7 +70,22 @@ class CommitQueue:
             sync.result()
 
 
-def fetched(device: torch.device, tensors: list[Tensor]) -> memoryview:
-    """The bytes of tensors, one after the other, in one copy."""
-    parts = [t.to(device).contiguous().reshape(-1).view(torch.uint8) for t in tensors if t.numel()]
-    return tensor_bytes(torch.cat(parts)) if parts else memoryview(b"")
+def fetched(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
+    """The bytes of tensors, on the CPU. A piece of memory of which they are a good part is copied
+    as a whole: with each copy other threads take Python, and experts are thousands of tensors."""
+    wanted: Counter[int] = Counter()
+    for tensor in tensors.values():
+        wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
+    pieces: dict[int, memoryview] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        place, begin = storage.data_ptr(), tensor.storage_offset() * tensor.itemsize
+        if not tensor.is_contiguous() or 4 * wanted[place] < storage.nbytes():
+            found[name] = tensor_bytes(tensor)
+            continue
+        if place not in pieces:
+            empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            pieces[place] = tensor_bytes(empty.set_(storage))  # type: ignore[call-overload]
+        found[name] = pieces[place][begin : begin + tensor.nbytes]
+    return found

@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,10 +26,8 @@ from compressor.ranks.ranks import Ranks
 
 HASH_THREADS = 2
 """Threads that hash tensors while their file is written, and hashed as a whole by a third."""
-Fetch = Callable[[list[Tensor]], memoryview]
-"""Tensors → the bytes of all, one after the other."""
 RUN = 2**26
-"""Bytes that are fetched, hashed and written at a time."""
+"""Bytes that are hashed and written at a time."""
 VECTORS = 512
 """Tensors that are written in one call; systems take 1,024."""
 
@@ -118,13 +115,11 @@ class ShardWriter:
         return found
 
     def write(
-        self,
-        tensors: Mapping[str, Tensor],
-        fetch: Fetch | None = None,
+        self, tensors: Mapping[str, Tensor], data: Mapping[str, memoryview] | None = None
     ) -> dict[str, str]:
         """Put tensors at their places; name → SHA-256 of its bytes. They are not committed yet.
 
-        fetch  from where tensors are, if not on the CPU
+        data  their bytes, where they are not on the CPU
         Raises AssertionError where a tensor is not what the plan said: that is a bug, never a
         user's error.
         """
@@ -132,26 +127,25 @@ class ShardWriter:
             planned = self._home[name].tensors[name]
             found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
             assert planned == found, f"{name}: planned {planned}, made {found}"
-        hashes: dict[str, Future[str]] = {}
-        with ThreadPoolExecutor(HASH_THREADS) as digests, ThreadPoolExecutor(1) as whole:
-            passed = []
+        digests: dict[str, str] = {}
+        passed: list[Future[None]] = []
+        hashed: list[Future[dict[str, str]]] = []
+        with ThreadPoolExecutor(HASH_THREADS) as pool, ThreadPoolExecutor(1) as in_order:
             for run in self._runs(tensors):
                 file, offset = self._home[run[0]].file, self._offset(run[0])
-                if fetch is None:
-                    data = [tensor_bytes(tensors[name]) for name in run]
-                    parts = data
-                else:
-                    data = [fetch([tensors[name] for name in run])]
-                    parts = _cut(data[0], [tensors[name].nbytes for name in run])
-                for name, part in zip(run, parts, strict=True):
-                    hashes[name] = digests.submit(_digest, part)
+                parts = {n: tensor_bytes(tensors[n]) if data is None else data[n] for n in run}
+                for first in range(HASH_THREADS):
+                    share = {n: parts[n] for n in run[first::HASH_THREADS]}
+                    hashed.append(pool.submit(_digests, share))
                 with (self.shards / file).open("r+b", buffering=0) as handle:
-                    _write_at(handle.fileno(), data, offset)
+                    _write_at(handle.fileno(), list(parts.values()), offset)
                 # After that, since what lies between is read back.
-                passed.append(whole.submit(self._passed, file, offset, data))
+                passed.append(in_order.submit(self._passed, file, offset, parts.values()))
             for done in passed:
                 done.result()
-            return {name: hashes[name].result() for name in tensors}
+            for some in hashed:
+                digests |= some.result()
+        return {name: digests[name] for name in tensors}
 
     def _runs(self, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
         """Names of tensors that follow each other in a file, `RUN` bytes or one tensor at most."""
@@ -224,11 +218,6 @@ def _fix(handle: IO[bytes], shard: Shard) -> None:
     os.fsync(handle.fileno())
 
 
-def _cut(data: memoryview, sizes: Iterable[int]) -> list[memoryview]:
-    ends = list(accumulate(sizes))
-    return [data[first:last] for first, last in zip([0, *ends], ends, strict=False)]
-
-
 def _write_at(handle: int, data: Sequence[memoryview], offset: int) -> None:
     """Write parts one after the other, many in a call: between calls other threads take Python."""
     for first in range(0, len(data), VECTORS):
@@ -240,6 +229,10 @@ def _write_at(handle: int, data: Sequence[memoryview], offset: int) -> None:
                 done -= len(left.pop(0))
             if left:
                 left[0] = left[0][done:]
+
+
+def _digests(data: Mapping[str, memoryview]) -> dict[str, str]:
+    return {name: _digest(part) for name, part in data.items()}
 
 
 def _digest(data: memoryview) -> str:

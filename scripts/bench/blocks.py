@@ -6,12 +6,14 @@
 
 Weights are random, drawn once and repeated, and written to SCRATCH as a checkpoint with three
 blocks of the shape and 512 tokens of vocabulary; the second block is what counts, which makes the
-inputs of the third (of a block above 16 GB there is one, so that reading it and compiling kernels
-is in its time, and making inputs is not). 128 × 512 tokens, W4 asymmetric, groups of 128, scales
-and clipping searched; each run is a process of its own, forked after the imports. `read_s` is what
-reading and hashing the block took, while the one before was worked on, and `made_s` what writing
-the weights took: SCRATCH in memory (/dev/shm) is quickest. The whole model is its blocks times the
-seconds of one: no embedding, no head, no start. A line of JSON each, then a Markdown table.
+inputs of the third. Of a block above 16 GB it is the third itself, which makes no inputs: memory
+for reading is taken anew for the first two, and takes longer than reading. Where main memory does
+not hold eight such blocks there is one, and all that is in its time. 128 × 512 tokens, W4
+asymmetric, groups of 128, scales and clipping searched; each run is a process of its own, forked
+after the imports. `read_s` is what reading and hashing the block took, while the one before was
+worked on, and `made_s` what writing the weights took: SCRATCH in memory (/dev/shm) is quickest. The
+whole model is its blocks times the seconds of one: no embedding, no head, no start. A line of JSON
+each, then a Markdown table.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def run(folder: Path, output: Path, options: argparse.Namespace) -> dict[str, An
     }
     device = choose_device(options.device)
     prepared = prepare(make_recipe(recipe), device=device, device_memory=options.device_memory)
-    counted = min(2, len(prepared.plan.layout.blocks))
+    counted = len(prepared.plan.layout.blocks) if options.large else 2
     reads: dict[int, float] = {}
     read = SourceContent.read
 
@@ -147,7 +149,9 @@ def main() -> None:
             config, layers = {**config, "first_k_dense_replace": 0}, layers - dense
         nbytes = 2 * sum(torch.Size(shape).numel() for _, shape in block(config, 0))
         folder, output = options.scratch / name, options.scratch / "out"
-        count = 1 if nbytes > LARGE else 3
+        options.large = nbytes > LARGE
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        count = 1 if options.large and memory < 8 * nbytes else 3
         began = time.perf_counter()
         made = apart(
             partial(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from compressor.checkpoint.background import fetched
 from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.safetensors import tensor_bytes
-from compressor.checkpoint.shards import Fetch, ShardWriter
+from compressor.checkpoint.shards import ShardWriter
 from compressor.errors import InputError
 from compressor.ir.tensor import TensorShape
 
@@ -30,22 +29,31 @@ def writer(folder: Path, *, owner: str = "me") -> ShardWriter:
     return ShardWriter(Safetensors(100).lay_out(SHAPES), folder, owner=owner)
 
 
-def fill(one: ShardWriter, *units: int, fetch: Fetch | None = None) -> None:
+def fill(one: ShardWriter, *units: int, together: bool = False) -> None:
     for index in units:
-        one.commit(index, one.write(UNITS[index], fetch), {"note": index})
+        data = fetched(UNITS[index]) if together else None
+        one.commit(index, one.write(UNITS[index], data), {"note": index})
 
 
-@pytest.mark.parametrize("fetch", [None, partial(fetched, torch.device("cpu"))])
-def test_units_written_in_any_order_are_what_others_read(
-    fetch: Fetch | None, tmp_path: Path
-) -> None:
+def test_what_fills_one_piece_of_memory_is_fetched_as_one() -> None:
+    piece = torch.arange(40, dtype=torch.int16).view(10, 4)
+    tensors = {"a": piece[:6], "b": piece[6:9], "few": torch.arange(100.0)[90:]}
+    tensors |= {"turned": torch.arange(6.0).view(2, 3).T, "number": torch.tensor(0.5)}
+    found = fetched(tensors)
+    assert found["a"].obj is found["b"].obj
+    for name, tensor in tensors.items():
+        assert found[name] == tensor_bytes(tensor), name
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_units_written_in_any_order_are_what_others_read(together: bool, tmp_path: Path) -> None:
     one = writer(tmp_path)
     assert [shard.file for shard in one.layout.shards] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
     assert one.open() == []
-    fill(one, 2, 0, 1, fetch=fetch)
+    fill(one, 2, 0, 1, together=together)
     assert one.tensor_hashes() == {
         name: hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         for unit in UNITS
