@@ -89,7 +89,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[int]
     def at(limit: int) -> list[int]:
         monkeypatch.undo()
         count = [0]
-        for name in ("replace", "fsync", "pwrite"):
+        for name in ("replace", "fsync", "pwritev"):
             monkeypatch.setattr(os, name, partial(step, getattr(os, name), count, limit))
         return count
 
@@ -157,7 +157,7 @@ def test_a_disk_that_fails_is_the_machines_error(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "pwritev", full)
         with pytest.raises(MachineError, match="No space left on device"):
             make(target(Safetensors()), tmp_path / "out")
     assert not make(target(Safetensors()), tmp_path / "out")

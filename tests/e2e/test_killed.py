@@ -116,7 +116,7 @@ def test_dying_between_any_two_durable_steps(
     model = tiny_model("llama", num_hidden_layers=2)
     recipe = write_recipe(tmp_path, model, "quantized")
     story = elsewhere(die_at_steps, str(recipe), str(tmp_path / "out"), 1, stride)
-    assert story["steps"] > 60
+    assert story["steps"] > 40
     assert len(story["died"]) >= 0.8 * story["steps"] / stride
 
 

@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_is_a_machine_error(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "pwritev", full)
         with pytest.raises(MachineError, match="No space left") as caught:
             run(tiny_model("llama"), tmp_path / "out", RTN)
     assert "same command continues" in str(caught.value.hint)

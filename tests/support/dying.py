@@ -19,7 +19,7 @@ import torch
 from compressor.plan.recipe import load_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 
-STEPS = ("replace", "fsync", "pwrite")
+STEPS = ("replace", "fsync", "pwritev")
 
 
 def counting(limit: int, count: list[int]) -> list[Callable[[], None]]:
