@@ -162,7 +162,8 @@ def value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Python's own word for it, a GPU's, or that of PyTorch's allocator on a CPU."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    named = isinstance(error, MemoryError) or "OutOfMemoryError" in kinds
     return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 

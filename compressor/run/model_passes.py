@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from compressor_calibration.tokens import TokenSet
 
 from compressor.attention import quality_record
@@ -31,7 +32,7 @@ from compressor.checkpoint.durable import is_file, make_way, own_folder, write_a
 from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.records import Records, SharedRecords, stated_hash, tensors_hash
 from compressor.checkpoint.transaction import json_bytes
-from compressor.errors import InputError
+from compressor.errors import InputError, MachineError
 from compressor.methods.base import ModelPass
 from compressor.methods.common.context import LearnContext, LearnResult
 from compressor.plan.plan import Plan
@@ -164,7 +165,14 @@ def _learn_one(
         stopping=settings.stopping,
         ranks=ranks,
     )
-    return params.learn(model, context), tuple(environments)
+    try:
+        return params.learn(model, context), tuple(environments)
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"the device ran out of memory while {plan.passes[number].step.name} learned",
+            hint="fewer rows in its steps, shorter rows, or a larger device; the same command "
+            "continues",
+        ) from error
 
 
 def _keep(kept: Records, known: Known, scratch: Path) -> None:

@@ -174,6 +174,12 @@ def test_a_rank_out_of_memory_ends_all(written: Path) -> None:
     assert "ran out of memory with one row" in ended[-1][1]
 
 
+def test_a_rank_out_of_memory_while_it_learns_ends_all(written: Path) -> None:
+    ended = json.loads((written / "faults.json").read_text())["short_while_learning"]
+    assert [code for code, _ in ended] == [3, 3, 3]
+    assert all("ran out of memory while duo_attention learned" in text for _, text in ended)
+
+
 def test_a_second_run_on_the_folder_is_refused(written: Path) -> None:
     ended = json.loads((written / "faults.json").read_text())["second"]
     assert [code for code, _ in ended] == [2, 2]

@@ -127,6 +127,20 @@ def short_of_memory(jobs: dict[str, Any], number: int, world: int, port: int) ->
         compile_checkpoint(replace(prepared, batch=jobs["batch"]), ranks=ranks)
 
 
+def short_while_learning(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The last rank's memory does not do for gradients of its rows."""
+
+    def work(self: Pieces, work: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    if number == world - 1:
+        Pieces._in_order = work  # type: ignore[method-assign]
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        recipe = {**jobs["recipes"]["gates"], "output": jobs["output"] + "-short"}
+        prepared = prepare(make_recipe(recipe), device=CPU)
+        compile_checkpoint(replace(prepared, batch=jobs["batch"]), ranks=ranks)
+
+
 def differ(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
     """The last rank has another recipe."""
     with joined(CPU, place_of_rank(number, world, port)) as ranks:
@@ -193,9 +207,8 @@ def main() -> None:
         for world in (1, 3):
             start(damaged, jobs, world)
         began = time.monotonic()
-        found = {
-            f.__name__: start(f, jobs, 3) for f in (short_of_memory, kill_one, differ, other_files)
-        }
+        faults = (short_of_memory, short_while_learning, kill_one, differ, other_files)
+        found = {f.__name__: start(f, jobs, 3) for f in faults}
         took = time.monotonic() - began
         with owned(Path(jobs["output"]), manifest=MANIFEST_NAME):
             found["second"] = start(finish, jobs, 2)
