@@ -165,7 +165,7 @@ def test_a_rank_that_dies_ends_all_and_another_number_continues(written: Path) -
     assert [code for code, _ in faults["continued"]] == [0, 0]
     whole = written / "1" / "awq by running tokens" / "manifest.json"
     assert (written / "faulty" / "manifest.json").read_bytes() == whole.read_bytes()
-    assert not list(written.rglob(".compress-work"))
+    assert not list((written / "faulty").rglob(".compress-work"))
 
 
 def test_a_rank_out_of_memory_ends_all(written: Path) -> None:
