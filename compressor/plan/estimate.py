@@ -101,6 +101,8 @@ def estimate(
     audited, trying = _auditing_bytes(plan, device)
     held = max(held, trying)
     judging = max(judging, audited)
+    if plan.recipe.verify and not plan.source.arch.free:
+        started = STARTED_BYTES[kind]  # blocks of both run on held-out text
     host = max(host, resident + started + judging)
     return Estimates(
         source_bytes=sum(raw),
