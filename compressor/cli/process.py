@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+from importlib.util import cache_from_source, find_spec
 from typing import Any, NoReturn
 
 TURN = 0.0005
@@ -41,6 +42,7 @@ def program() -> NoReturn:
         catch_signals()
         open_streams()
         silence_ranks()
+        keep_bytecode("torch")
         from compressor.cli.echo import escape_libraries
         from compressor.cli.main import main
 
@@ -90,6 +92,26 @@ def silence_ranks() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
+
+
+def keep_bytecode(library: str) -> None:
+    """Where libraries lie without byte code and Python would not keep it there, keep it in the
+    user's cache; `library` stands for all.
+
+    Images are often built without it, with PYTHONDONTWRITEBYTECODE or in folders that are read
+    only. Then each run compiles PyTorch and transformers anew, which takes longer than to import
+    them. A PYTHONPYCACHEPREFIX is left as it is.
+    """
+    found = find_spec(library)
+    if sys.pycache_prefix is not None or found is None or found.origin is None:
+        return
+    kept = not sys.dont_write_bytecode and os.access(os.path.dirname(found.origin), os.W_OK)
+    if kept or os.path.exists(cache_from_source(found.origin)):
+        return
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache):
+        sys.pycache_prefix = os.path.join(cache, "compressor", "bytecode")
+        sys.dont_write_bytecode = False
 
 
 def _stream(descriptor: int, before: Any) -> io.TextIOWrapper:
