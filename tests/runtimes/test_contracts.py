@@ -356,3 +356,15 @@ def test_scales_of_a_cache_that_a_model_class_cannot_read_are_a_hole(
         planned("vllm@0.24", static, cache, **modelopt)
     assert planned("vllm@0.24", static, **modelopt)
     assert planned("vllm@0.24", static, cache, kind="mixtral")
+
+
+def test_classes_that_a_runtime_lacks_and_heads_it_keeps_in_float_are_refused(
+    planned: Callable[..., Plan],
+) -> None:
+    head = rtn(bits=4, group_size=32, ignore=[])
+    with pytest.raises(Problems, match="has no class of this architecture"):
+        planned("vllm@0.24", RTN, kind="dots1")
+    with pytest.raises(Problems, match=r"builds this model's head in float.*lm_head"):
+        planned("vllm@0.24", head, kind="phimoe")
+    assert planned("vllm@0.24", RTN, kind="phimoe")
+    assert planned("vllm@0.24", head, kind="olmoe")
