@@ -23,7 +23,8 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, known = args[0], self.list_commands(ctx)
-        if name not in known and not name.startswith("-"):
+        # Whoever completes a line goes through here, too, and wants no error.
+        if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
             raise InputError(
                 f"no such command: {ctx.command_path} {name}", hint=nearest(name, known)
             )

@@ -93,6 +93,7 @@ def test_a_shell_is_told_how_to_complete(shell: str, tmp_path: Path) -> None:
         ("compress plan r.yaml --for vl", ["plain,vllm"]),
         ("compress inspect out/", ["file,out/"]),
         ("compress delta ap", ["plain,apply"]),
+        ("compress mistyped al", ["plain,allocate"]),
     ],
 )
 def test_what_is_completed(typed: str, offered: list[str]) -> None:
