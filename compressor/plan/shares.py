@@ -35,7 +35,10 @@ def shares(plan: Plan, world: int, batch: int) -> list[Share]:
     ranks = [Ranks(rank=rank, world=world) for rank in range(world)]
     if not plan.calibrated:
         owned = [rank.mine(plan.units, output_bytes) for rank in ranks]
-        return [Share(r, 0, len(own), sum(map(_weights, own))) for r, own in enumerate(owned)]
+        return [
+            Share(r, 0, len(own), sum(sum(_sizes(plan, unit)) for unit in own))
+            for r, own in enumerate(owned)
+        ]
     weights = [0] * world
     for unit in plan.units:
         sizes = _sizes(plan, unit)
@@ -63,12 +66,9 @@ def output_bytes(unit: UnitPlan) -> float:
 
 
 def _sizes(plan: Plan, unit: UnitPlan) -> list[int]:
-    coded = plan.schemes.linears
-    return [math.prod(x.shape) for x in unit.layout.linears if x.name in coded]
-
-
-def _weights(unit: UnitPlan) -> int:
-    return sum(math.prod(x.shape) for x in unit.layout.linears)
+    """Weights of each linear that gets codes."""
+    schemes = plan.schemes.linears
+    return [math.prod(x.shape) for x in unit.layout.linears if schemes[x.name].weight is not None]
 
 
 def in_words(found: Sequence[Share], alone: Sequence[str]) -> list[str]:
