@@ -13,7 +13,8 @@ from compressor.ir.layout import Linear
 Linears = tuple[Linear, ...]
 
 STACKS = 16
-"""Of how many stacks experts of one shape are, at least: ranks divide stacks."""
+"""Into about so many stacks experts of one shape are divided, more where they are large: ranks
+share stacks."""
 LARGEST = 2**26
 """Weights of a stack at most, unless a single linear has more."""
 

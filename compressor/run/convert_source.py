@@ -2,7 +2,7 @@
 whole.
 
 Whether a weight has a form in another format is a matter of its scales and zero points, a tenth of
-its bytes. Both times everything is hashed, so that a source that changes in between is noticed.
+its bytes. What is read is hashed both times, so that a source that changes in between is noticed.
 """
 
 from __future__ import annotations

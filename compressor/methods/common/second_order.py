@@ -21,9 +21,10 @@ from compressor.numerics.target_correction import correction
 Start = Callable[[Unit, Sequence[Linear], SiteStats], Mapping[str, QTensor]]
 
 MOVED = 1.0
-"""How far a correction may move a weight, in units of its own rounding error: it is at most 0.54
-where all linears are rounded to the same bits. Beyond that inputs differ by more than their own
-rounding: behind layers of fewer bits, or where keys are chosen and two models choose others.
+"""How far a correction may move a weight, in units of its own rounding error. Where all linears
+have the same bits it moved none by more than 0.54 of that. By many times it moved linears behind
+others of fewer bits, and behind attention that chooses its keys, where the quantized model chooses
+other keys than the original.
 """
 
 
