@@ -148,11 +148,8 @@ class ModelTarget:
 
         def encoded(linears: Linears) -> dict[str, Tensor]:
             """Tensors of linears of one shape, one above the other where there is one a row."""
-            first = linears[0]
-            scheme, every = (
-                self.schemes.linears[first.name],
-                [unit.quantized[x.name] for x in linears],
-            )
+            first, every = linears[0], [unit.quantized[x.name] for x in linears]
+            scheme = self.schemes.linears[first.name]
             for q in every:
                 assert q.spec == scheme.weight, f"{first.name}: not {scheme.weight}, but {q.spec}"
 
@@ -180,18 +177,18 @@ class ModelTarget:
         for linears, tensors in zip(stacks, made, strict=True):
             alike = self._leaves(linears[0])
             for leaf, tensor in tensors.items():
-                several: Sequence[Tensor] = [tensor] * len(linears)
+                parts: Sequence[Tensor] = [tensor] * len(linears)
                 if tensor.shape != alike[leaf].shape:
-                    several = tensor.chunk(len(linears))
-                for linear, part in zip(linears, several, strict=True):
+                    parts = tensor.chunk(len(linears))
+                for linear, part in zip(linears, parts, strict=True):
                     outputs[f"{linear.name}.{leaf}"] = part
         for path, (keys, values) in unit.kv_scales.items():
             outputs |= self._kv_tensors(path, keys, values)
         floats = dict(unit.extra)
         for stack in self._stacked(unit.layout):
             present = replaced(unit.tensors, outputs)
-            parts, built = self._restacked(unit.layout, stack, present)
-            outputs = {name: tensor for name, tensor in outputs.items() if name not in parts}
+            inside, built = self._restacked(unit.layout, stack, present)
+            outputs = {name: tensor for name, tensor in outputs.items() if name not in inside}
             floats |= built
         halves = {}
         for name, spec in shapes.items():

@@ -9,7 +9,7 @@ a squared output error of tr(Δ G Δᵀ), whatever the number of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -190,7 +190,7 @@ def _losses(
     grams: Tensor,
     candidates: Tensor,
     spec: QuantSpec,
-    mine: Iterable[int],
+    mine: Sequence[int],
 ) -> Tensor:
     """Σ_i tr(Δ_i G Δ_iᵀ) of each input for each candidate, float32 [R, E]; zero where it is none of
     `mine`.

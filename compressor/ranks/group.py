@@ -226,22 +226,22 @@ class Group(Ranks):
         totals: list[Tensor] = []
         for first in range(0, count, self.world):
             having = min(self.world, count - first)
-            sent, short = [torch.empty(0, dtype=torch.uint8, device=device)], False
+            got = [sizes[self.rank] if rank < having else 0 for rank in self._all]
+            given = sizes if self.rank < having else [0] * self.world
+            sent = found = torch.empty(0, dtype=torch.uint8, device=device)
+            short = False
             try:
                 if self.rank < having:
                     part = next(left)
-                    sent += [_bytes(part[i]) for i in order]
+                    sent = torch.cat([_bytes(part[i]) for i in order])
                     del part
+                found = torch.empty(sum(got), dtype=torch.uint8, device=device)
             except torch.OutOfMemoryError:
                 short = True
             if self.any(short):
                 raise AgreedShortage
-            got = [sizes[self.rank] if rank < having else 0 for rank in self._all]
-            found = torch.empty(sum(got), dtype=torch.uint8, device=device)
             with lost():
-                dist.all_to_all_single(
-                    found, torch.cat(sent), got, sizes if len(sent) > 1 else [0] * self.world
-                )
+                dist.all_to_all_single(found, sent, got, given)
             del sent
             begin = 0
             for rank in range(having):

@@ -73,8 +73,8 @@ def _files(source: Source) -> dict[str, str]:
     """Samples of every file of the source's tensors: content differs where they do."""
     entries = sorted(source.checkpoint.entries.values(), key=lambda e: (e.file, e.begin))
     within: dict[Path, list[int]] = {entry.file: [] for entry in entries}
-    for entry in entries[:: -(-len(entries) // TENSORS)]:
-        middle = entry.begin + max(entry.spec.nbytes - GRAIN, 0) // 2
+    for entry in entries[:: max(1, -(-len(entries) // TENSORS))]:
+        middle = entry.begin + max(entry.end - entry.begin - GRAIN, 0) // 2
         within[entry.file].append(middle)
     found = {}
     for path, middles in within.items():
