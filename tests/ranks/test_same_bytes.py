@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 WORLDS = (1, 2, 3, 4)
+BY_MANY = {"awq by running tokens", "gptq beside the original", "learned rounding"}
+BY_MANY |= {"awq of stacked experts", "gates", "judged"}
+"""What two and four ranks run, too: each way in which they share work. All else is run by three."""
 INT4 = {"bits": 4, "group_size": 32}
 STATIC = {"smoothquant": {"alpha": "search", "bits": 8, "activations": "static"}}
 QOQ = {"qoq": {"attention_alpha": "search"}}
@@ -56,6 +59,13 @@ LEARNING = {
     "distilled delta": [{"bitdelta": {"distill": "logits", "steps": 3, "batch": 3, "norms": True}}],
 }
 """Of the whole model, before any block is worked on."""
+MOST = {1: 1, 2: 2 / 3, 3: 1 / 2, 4: 1 / 3}
+"""Of a step's three or four pieces, the largest share that one of so many ranks has."""
+
+
+def worlds(recipe: str) -> tuple[int, ...]:
+    """By how many ranks it is run."""
+    return WORLDS if recipe in BY_MANY else (1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +100,8 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
             **{"model": llama, "passes": passes, "format": "dense"},
         }
     base = str(tiny_model("llama", num_hidden_layers=4, seed=1))
-    recipes["distilled delta"]["passes"][0]["bitdelta"]["base"] = base
-    recipes["distilled delta"]["format"] = "bitdelta"
+    delta = {**LEARNING["distilled delta"][0]["bitdelta"], "base": base}
+    recipes["distilled delta"] |= {"passes": [{"bitdelta": delta}], "format": "bitdelta"}
     recipes["judged"] = {
         **recipes["awq by running tokens"],
         "model": str(tiny_model("llama", num_hidden_layers=3)),
@@ -100,7 +110,8 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         # Two batches: of three ranks one has no windows.
         "evaluate": {"data": str(text), "windows": 4, "length": 32, "passkey": PASSKEY},
     }
-    jobs = {"folder": str(folder), "worlds": WORLDS, "batch": 2, "recipes": recipes}
+    run_by = {n: [name for name in recipes if n in worlds(name)] for n in WORLDS}
+    jobs = {"folder": str(folder), "worlds": run_by, "batch": 2, "recipes": recipes}
     jobs |= {"faulty": recipes["awq by running tokens"], "output": str(folder / "faulty")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.support.rank_jobs", str(folder / "jobs.json")]
@@ -113,19 +124,19 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, *MANY, *LEARNING, "judged"])
 def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -> None:
-    manifests = [(written / str(n) / recipe / "manifest.json").read_bytes() for n in WORLDS]
-    assert len(set(manifests)) == 1
+    manifests = {(written / str(n) / recipe / "manifest.json").read_bytes() for n in worlds(recipe)}
+    assert len(manifests) == 1
 
 
 @pytest.mark.parametrize("recipe", ["learned rounding", *LEARNING])
 def test_ranks_share_the_rows_that_gradients_are_of(written: Path, recipe: str) -> None:
     ran = {
         n: [int((written / str(n) / recipe / f"ran.{r}").read_text()) for r in range(n)]
-        for n in WORLDS
+        for n in worlds(recipe)
     }
     assert ran[1][0] > 0
     for n, counts in ran.items():
-        assert sum(counts) == ran[1][0] and max(counts) < 2 * ran[1][0] / n + 1
+        assert sum(counts) == ran[1][0] and max(counts) <= ran[1][0] * MOST[n]
 
 
 def test_any_number_of_ranks_comes_to_the_same_verdict(written: Path) -> None:

@@ -1,6 +1,6 @@
 """Runs recipes on several ranks, each a fork of a process that has imported everything.
 
-python rank_jobs.py JOBS.json   # {"folder": ..., "worlds": [...], "batch": ..., "recipes": {...}}
+python rank_jobs.py JOBS.json   # {"folder": ..., "worlds": {"2": [...]}, "batch": ..., ...}
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from matplotlib import pyplot  # noqa: F401  # before the forks, as the two below
 from safetensors.torch import load_file, save_file
-from transformers.models.llama import modeling_llama  # noqa: F401  # before the forks
+from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
 from compressor.checkpoint.manifest import MANIFEST_NAME
@@ -36,18 +38,25 @@ from compressor.runner.pieces import Pieces
 from compressor.verify.verify import verify
 
 CPU = torch.device("cpu")
+IN_ORDER = Pieces._in_order
 
 
 def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
     prepared = prepare(make_recipe({**recipe, "output": str(output)}), device=CPU)
     prepared = replace(prepared, batch=batch)
     units: list[str] = []
-    ran: list[Any] = []
-    Pieces._in_order = lambda self, work: ran.append(1) or work()  # type: ignore[func-returns-value]
-    compiled = compile_checkpoint(
-        prepared, ranks=ranks, on_unit=lambda done: units.append(done.name)
-    )
-    (output / f"ran.{ranks.rank}").write_text(str(len(ran)))
+    ran = 0
+
+    def counted(self: Pieces, work: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return IN_ORDER(self, work)
+
+    with patch.object(Pieces, "_in_order", counted):
+        compiled = compile_checkpoint(
+            prepared, ranks=ranks, on_unit=lambda done: units.append(done.name)
+        )
+    (output / f"ran.{ranks.rank}").write_text(str(ran))
     if recipe["verify"]:
         (output / f"units.{ranks.rank}.json").write_text(json.dumps(units))
         verdict = judge(prepared, compiled, ranks=ranks)
@@ -74,9 +83,9 @@ def finish(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
 def rank(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
     folder = Path(jobs["folder"]) / str(world)
     with joined(CPU, place_of_rank(number, world, port)) as ranks:
-        for name, recipe in jobs["recipes"].items():
+        for name in jobs["worlds"][str(world)]:
             started = time.perf_counter()
-            run(recipe, folder / name, jobs["batch"], ranks)
+            run(jobs["recipes"][name], folder / name, jobs["batch"], ranks)
             if number == 0:
                 print(f"{world} {name} {time.perf_counter() - started:.2f} s", flush=True)
 
@@ -196,7 +205,7 @@ def main() -> None:
     os.fsync = lambda handle: None
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    for world in jobs["worlds"]:
+    for world in map(int, jobs["worlds"]):
         ended = start(rank, jobs, world)
         if any(code for code, _ in ended):
             sys.exit(f"{world} ranks ended with {ended}")
