@@ -139,7 +139,7 @@ def search_scales_gram(
     left = list(range(len(candidates)))
     if quantizer is None:
         stacks = [weight[None] for weight in weights]
-        left = _may_be_best(stacks, gram, candidates, spec, ranks)
+        left = _shortlist(stacks, gram, candidates, spec, ranks)
         mine = [left[place] for place in ranks.own(len(left))]
         losses = _losses(stacks, gram[None], candidates[:, None], spec, mine)[:, 0].contiguous()
     else:
@@ -209,11 +209,11 @@ def _losses(
     return losses
 
 
-def _may_be_best(
+def _shortlist(
     stacks: Sequence[Tensor], gram: Tensor, candidates: Tensor, spec: QuantSpec, ranks: Ranks
 ) -> list[int]:
     """The candidates [R, C] that rows here and there of weights [1, O_i, C] leave, by number."""
-    step = race.every(sum(weight.shape[1] for weight in stacks))
+    step = race.stride(sum(weight.shape[1] for weight in stacks))
     if step is None:
         return list(range(len(candidates)))
     rows = torch.cat([weight[:, step // 2 :: step] for weight in stacks], dim=1)
@@ -231,7 +231,7 @@ def _may_be_best(
             found[places] = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
         return ranks.sum(found)
 
-    return race.left(losses, len(candidates))
+    return race.shortlist(losses, len(candidates))
 
 
 def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:

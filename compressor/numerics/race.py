@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ROWS, PART = 128, 16
-"""Rows that are looked at, at least; and one of so many, at most."""
+ROWS = 128
+"""Rows that are looked at, at least."""
 
-FEWEST = 4
-"""Where one row of so many is too few, all are worked out at once."""
+LEAST, MOST = 4, 16
+"""One row of so many is looked at. Where fewer than `LEAST` would leave too few rows, looking costs
+more than it saves."""
 
 ERRORS = 6.0
 """Standard errors of the mean difference to the best, beyond which a candidate is given up."""
@@ -25,13 +26,13 @@ Losses = Callable[[Sequence[int]], Tensor]
 """Candidates, by number → their losses by row [candidates, rows], NaN and infinity allowed."""
 
 
-def every(rows: int) -> int | None:
-    """Of how many rows one is looked at; None where there are too few."""
-    step = min(rows // ROWS, PART)
-    return step if step >= FEWEST else None
+def stride(rows: int) -> int | None:
+    """Of how many rows one is looked at; None where there are too few for that."""
+    step = min(rows // ROWS, MOST)
+    return step if step >= LEAST else None
 
 
-def left(losses_of: Losses, count: int) -> list[int]:
+def shortlist(losses_of: Losses, count: int) -> list[int]:
     """Those of `count` candidates, which lie in an order, that may be the best.
 
     Where even the ends and the middle cannot be told apart, nothing is looked at further.
