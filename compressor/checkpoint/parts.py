@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from compressor.checkpoint.reader import READ_THREADS, Checkpoint
+from compressor.checkpoint.safetensors import Entry
 
 
 class Part(Protocol):
@@ -53,6 +54,10 @@ class PartsCheckpoint(Checkpoint):
         """Parts of that."""
         wanted = list(names)
         return self._parts(wanted, self.inner.view(self._homes(wanted), stored))
+
+    def stored_entries(self) -> list[Entry]:
+        """Those of `inner`."""
+        return self.inner.stored_entries()
 
     def _parts(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = {name: self.parts.get(name) for name in names}

@@ -122,6 +122,10 @@ class Checkpoint:
         """The named tensors out of that."""
         return {name: stored[name] for name in names}
 
+    def stored_entries(self) -> list[Entry]:
+        """Where files hold what this is read from."""
+        return [*self.entries.values()]
+
     def entry(self, name: str) -> Entry:
         """Header entry of one tensor."""
         try:

@@ -71,7 +71,7 @@ def require_alike(ranks: Ranks, about: Mapping[str, Any], *sources: Source) -> N
 
 def _files(source: Source) -> dict[str, str]:
     """Samples of every file of the source's tensors: content differs where they do."""
-    entries = sorted(source.checkpoint.entries.values(), key=lambda e: (e.file, e.begin))
+    entries = sorted(source.checkpoint.stored_entries(), key=lambda e: (e.file, e.begin))
     within: dict[Path, list[int]] = {entry.file: [] for entry in entries}
     for entry in entries[:: max(1, -(-len(entries) // TENSORS))]:
         middle = entry.begin + max(entry.end - entry.begin - GRAIN, 0) // 2

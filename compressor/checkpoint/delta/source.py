@@ -128,6 +128,11 @@ class MergedCheckpoint(Checkpoint):
                 found.append(name)
         return self.delta.checkpoint.read(found, pin=pin)
 
+    def stored_entries(self) -> list[Entry]:
+        """Those of the delta and of its base."""
+        every = (self.delta.checkpoint, self.base.checkpoint)
+        return [entry for checkpoint in every for entry in checkpoint.stored_entries()]
+
     def base_weight(self, linear: Linear) -> Tensor:
         """The base's weight [out, in] of a linear, decoded, after a check of its stored bytes."""
         return decoded(self.base, linear, self.checked(stored_names(self.base, linear)))
