@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.attention.masked import both_masks, in_pieces
-from compressor.attention.policy import (
-    AttentionPolicy,
-    Group,
-    check_policy,
-    read_policy,
-)
+from compressor.attention.policy import AttentionPolicy, Group, check_policy, read_policy
 from compressor.attention.rule import Rule, RuleCall, Seen, past_fit
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError

@@ -89,10 +89,6 @@ class Unit:
         scale = scale.detach().to(torch.float32).reshape(1)
         return replace(self, input_scales={**self.input_scales, linear.name: scale})
 
-    def with_divisor(self, site: str, divisor: Tensor) -> Unit:
-        """This unit with the input of a site divided [in] once more."""
-        return self.with_divisors({site: divisor})
-
     def with_divisors(self, divisors: Mapping[str, Tensor]) -> Unit:
         """This unit with the inputs of some sites divided [in] once more."""
         made = dict(self.divisors)

@@ -70,8 +70,8 @@ def train_gates(
 
     Each step draws its rows from its own seed, and the state is kept in the scratch folder, so that
     a run that was killed goes on to the same gates. Ranks hold the whole model each, and share the
-    rows of a step. Gates are clamped before every step, and once
-    more at the end, where the reference leaves small negative values.
+    rows of a step. Gates are clamped before every step, and once more at the end, where the
+    reference leaves small negative values.
     """
     encode = model.tokenizer()
     gates = start.detach().clone().to(model.device, torch.float32).requires_grad_()

@@ -217,7 +217,7 @@ def _take(
     tiles: ChoiceTiles | None,
     own_shares: bool,
 ) -> Tensor:
-    """own_shares: `share_kernel` was launched just before."""
+    """`critical_keys`. own_shares: `share_kernel` was launched just before, and may still run."""
     from compressor_kernels.attention import verify_attention_jit as jit
 
     if shares.dtype.itemsize != 2:
