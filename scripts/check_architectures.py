@@ -117,13 +117,9 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         + ", ".join(f"`{name}`" for name in unseen)
         + ". Text models are seen inside the models that hold them; Kimi K2 and K2.5 run "
         "through DeepSeek-V3's class, MiniCPM through Granite's.",
-        "Not mapped, and refused: Gemma 4 E2B and E4B, whose blocks are given more than hidden "
-        "states. Each adds a slice of a second embedding of its tokens, one for every block, which "
-        "two tables and a projection make in front of the first block; and the last blocks have no "
-        "keys and values of their own, but read those of the last full and the last sliding block "
-        "before them. What a block hands on here goes to the next one alone (`handed`), nothing "
-        "goes on from the embedding, and rows would have to carry both to every later block: "
-        "through calibration, activations on disk, ranks, gradients and `verify`. Without a map "
+        "Not mapped, and refused: Gemma 4 E2B and E4B. Each of their blocks adds a slice of a "
+        "second embedding of its tokens, and the last ones read keys and values of earlier blocks, "
+        "where rows carry here hidden states and what one block gives to the next. Without a map "
         "(`map: none`) their weights are rounded.",
     ]
     return "\n\n".join(lines) + "\n"

@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import safetensors
-from compressor.checkpoint.reader import digests_of
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.plan.plan import make_plan
@@ -29,21 +27,6 @@ def copy(tiny_model, tmp_path):
         return Path(shutil.copytree(tiny_model(model_type, **options), tmp_path / "model"))
 
     return make
-
-
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_what_is_hashed_while_it_is_read_is_what_is_read(
-    model_type: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tensors of files piece by piece, and those that a checkpoint makes of them."""
-    monkeypatch.setattr(safetensors, "PIECE", 1000)
-    source = open_source(tiny_model(model_type))
-    for unit in source.layout.units[:2]:
-        names = source.names(unit)
-        found, digests = source.checkpoint.read_hashed(names)
-        expected = source.checkpoint.read(names)
-        assert list(found) == list(expected) and digests == digests_of(expected)
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def edit(folder: Path, change=None, **config: Any) -> Path:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compressor.checkpoint import safetensors
 from compressor.checkpoint.container import Container, Safetensors, lay_out
-from compressor.checkpoint.reader import open_checkpoint
+from compressor.checkpoint.reader import digests_of, open_checkpoint
 from compressor.checkpoint.source import Source, open_source
 from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.transaction import write
@@ -72,6 +73,21 @@ def test_units_are_read_back_as_they_were_written(
         assert set(before) == set(after)
         for name, tensor in before.items():
             assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_what_is_hashed_while_it_is_read_is_what_is_read(
+    model_type: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of files piece by piece, and those that a checkpoint makes of them."""
+    monkeypatch.setattr(safetensors, "PIECE", 1000)
+    source = open_source(tiny_model(model_type))
+    for unit in source.layout.units[:2]:
+        names = source.names(unit)
+        found, digests = source.checkpoint.read_hashed(names)
+        expected = source.checkpoint.read(names)
+        assert list(found) == list(expected) and digests == digests_of(expected)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def plain(source: Source, container: Container) -> ModelTarget:
