@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compressor_calibration.tokens import TokenSet
@@ -57,6 +57,20 @@ class JobResult:
     source_hash: str
     units: tuple[UnitDone, ...]
     environments: tuple[Mapping[str, str], ...]
+
+
+class _Worked(NamedTuple):
+    """What becomes of a unit.
+
+    outputs    its tensors on disk;  coded  the codes that they were made of, by linear
+    rows       of the report
+    originals  the original's weights, where the next unit's inputs come from them
+    """
+
+    outputs: dict[str, Tensor]
+    rows: list[dict[str, Any]]
+    originals: dict[str, Tensor]
+    coded: Mapping[str, QTensor]
 
 
 @dataclass(slots=True)
@@ -106,17 +120,18 @@ class Loop:
                         rows = record["rows"]
                     else:
                         source = step.take()
-                        outputs, rows, originals, coded = self._work(step, source)
+                        worked = self._work(step, source)
+                        rows = worked.rows
                         made = {
                             "source": self.content.hashes[step.index],
                             "rows": rows,
-                            **self._next_inputs(step, outputs, originals, coded),
+                            **self._next_inputs(step, worked),
                             "environment": here,
                         }
                         if ranks.leads:
-                            output.put(step.index, outputs, made)
+                            output.put(step.index, worked.outputs, made)
                         # The next unit is not to be worked on beside what is left of this one.
-                        del source, outputs, originals, coded
+                        del source, worked
                     self._finished(step.index, rows, started, resumed=record is not None)
                     started = time.perf_counter()
             except Interrupted:
@@ -211,18 +226,14 @@ class Loop:
         )
         return Dequantized(decoded, dtype)
 
-    def _next_inputs(
-        self,
-        step: Step,
-        outputs: Mapping[str, Tensor],
-        originals: Mapping[str, Tensor],
-        coded: Mapping[str, QTensor],
-    ) -> dict[str, list[int]]:
+    def _next_inputs(self, step: Step, worked: _Worked) -> dict[str, list[int]]:
         """Make the inputs of the next unit, where one needs them, and return the batches."""
         unit = self.plan.units[step.index]
         if unit.layout.kind == "head" or not self._feeds(step.index):
             return {"batches": []}
-        seen = originals if self._from_source(unit) else self._as_written(unit, outputs, coded)
+        seen: Mapping[str, Tensor] = worked.originals
+        if not self._from_source(unit):
+            seen = self._as_written(unit, worked.outputs, worked.coded)
         if unit.layout.kind == "embedding":
             self._embed(step, seen)
             return {"batches": []}
@@ -230,7 +241,7 @@ class Loop:
         if self._beside(unit):
             assert self.originals is not None
             if self.targets is None:
-                ran = step.run(self.originals, tensors=originals)
+                ran = step.run(self.originals, tensors=worked.originals)
                 batches["original_batches"] = self._dealt(ran)
             else:
                 self.originals, batches["original_batches"] = self.targets
@@ -242,11 +253,8 @@ class Loop:
         every = self.settings.ranks.gather(batches)
         return [some[i] for i in range(max(map(len, every))) for some in every if i < len(some)]
 
-    def _work(
-        self, step: Step, source: Unit
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Tensor], Mapping[str, QTensor]]:
-        """One unit's output tensors, its report rows, the original weights where the next unit's
-        inputs are to come from them, and the codes of which the tensors were made."""
+    def _work(self, step: Step, source: Unit) -> _Worked:
+        """What becomes of one unit."""
         unit, device = self.plan.units[step.index], self.settings.device
         layout, dtype = unit.layout, self.plan.compute_dtype(device)
         read, names = source.dequantized(dtype), self.plan.source.arch.runtime
@@ -282,7 +290,7 @@ class Loop:
         coded = current.quantized.keys()
         other = {n: t for n, t in outputs.items() if n.rpartition(".")[0] not in coded}
         other, rows = ranks.share((other, rows))
-        return outputs | other, rows, kept, current.quantized
+        return _Worked(outputs | other, rows, kept, current.quantized)
 
     def _rotated(
         self, index: int, source: Unit, moved: Mapping[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from tests.support.delta_pairs import pairs, run
 def test_a_delta_and_its_base(
     model_type: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base, fine = pairs(tiny_model, tmp_path)(model_type)
+    shared, fine = pairs(tiny_model, tmp_path)(model_type)
+    base = Path(shutil.copytree(shared, tmp_path / "base"))
     delta = run(base, fine, tmp_path / "delta")
     said: list[Any] = []
 
