@@ -100,6 +100,8 @@ class SharedRecords(Records):
 
     ranks: Ranks
 
+    # Of `Records` by name, since a class with slots is made anew, which super() does not know.
+
     def put(self, name: str, value: Mapping[str, Any]) -> None:
         self.ranks.led(lambda: Records.put(self, name, value))
 

@@ -48,8 +48,8 @@ made it smaller by up to 0.36 of that, grids that GPTQ searches there by 0.8."""
 
 OFFSET, CHANCE = 0.5, 5.0
 """Mean of a row's error over its root mean square: a zero point that is off by one gives 0.95,
-medians reached 0.06. In one of many rows of n inputs errors lean to a side by CHANCE / √n by chance
-alone: rows of 32 reached 0.58."""
+medians reached 0.06. The mean of n independent errors scatters by 1 / √n of that, and the worst of
+many rows is a few times as far off (rows of 32 reached 0.58): CHANCE / √n is let pass, too."""
 
 
 @dataclass(frozen=True, slots=True)
