@@ -39,13 +39,11 @@ def test_rows_and_weights_are_dealt_out_whole(world: int, tiny_model: Callable[.
         9: [2, 2, 2, 1],
     }[world]
     coded = [x for unit in plan.layout.units for x in unit.linears if x.role not in FLOAT]
-    assert sum(s.weights for s in found) == sum(x.shape[0] * x.shape[1] for x in coded)
+    weights, sizes = [s.weights for s in found], [x.shape[0] * x.shape[1] for x in coded]
+    assert sum(weights) == sum(sizes)
     # No rank has more than its even share and one linear of each block.
-    even, largest = (
-        sum(s.weights for s in found) / world,
-        max(x.shape[0] * x.shape[1] for x in coded),
-    )
-    assert max(s.weights for s in found) <= even + largest * len(plan.layout.blocks)
+    most = sum(sizes) / world + max(sizes) * len(plan.layout.blocks)
+    assert max(weights) <= most
     assert ("have no rows" in "".join(in_words(found, []))) is (world == 9)
 
 
