@@ -301,9 +301,9 @@ class ModelTarget:
         """Whether linears of this shape may be packed one above the other."""
         scheme = self.schemes.linears[linear.name]
         spec = scheme.weight
-        if not self.format.rows_apart or spec is None or scheme.input is not None:
+        if spec is None or scheme.input is not None:
             return False
-        if spec.strategy not in ("channel", "group") or spec.second != "none":
+        if not (spec.rows_apart and self.format.rows_apart):
             return False
         rows, columns = linear.shape
         one, two = (self._shapes_of(scheme, (n * rows, columns)) for n in (1, 2))

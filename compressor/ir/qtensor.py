@@ -54,6 +54,12 @@ class QuantSpec:
         """Whether scales are powers of two (MXFP4, MXFP8)."""
         return self.scale_dtype == torch.float8_e8m0fnu
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether no two outputs share a scale, of the one level that there is: weights may then
+        lie one above the other (`QTensor.above`)."""
+        return self.strategy in ("channel", "group") and self.second == "none"
+
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of `scales` for a weight [out, in]."""
         if self.strategy == "tensor":
@@ -152,8 +158,8 @@ class QTensor:
 
     @staticmethod
     def above(parts: Sequence[QTensor]) -> QTensor:
-        """Weights of one spec, whose scales are as in `rows`, one above the other; where they lie
-        so in memory, without a copy."""
+        """Weights of one spec, `rows_apart`, one above the other; where they lie so in memory,
+        without a copy."""
         zeros = [q.zeros for q in parts if q.zeros is not None]
         return QTensor(
             spec=parts[0].spec,

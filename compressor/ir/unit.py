@@ -115,9 +115,8 @@ class Dequantized(Mapping[str, Tensor]):
         self._made: dict[str, Tensor] = {}
 
     def _kind(self, linear: Linear) -> Hashable:
-        q = self._unit.quantized[linear.name]
-        by_row = q.spec.strategy in ("channel", "group") and q.second is None
-        return q.spec if by_row else linear.name
+        spec = self._unit.quantized[linear.name].spec
+        return spec if spec.rows_apart else linear.name
 
     def __getitem__(self, name: str) -> Tensor:
         coded = self._coded.get(name)
