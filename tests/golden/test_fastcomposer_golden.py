@@ -20,7 +20,7 @@ def test_fused_embeddings() -> None:
     )
     torch.testing.assert_close(found, given["fused"], atol=1e-5, rtol=1e-4)
     assert torch.equal(found[~places], given["text_embeds"][~places])
-    with pytest.raises(ValueError, match="places are marked"):
+    with pytest.raises(ValueError, match="positions are marked"):
         fuse(weights, given["text_embeds"], given["object_embeds"], places & False, places.sum(1))
 
 

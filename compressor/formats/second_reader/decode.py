@@ -28,7 +28,8 @@ def decode_linear(quantization_config: Config | None, module: str, tensors: Arra
     """
     config = quantization_config or {}
     if config:
-        reader = next((x for x in _readers() if _has(config, x.READS)), None)
+        folders = tuple(importlib.import_module("compressor.formats").__path__)
+        reader = next((x for x in _readers(folders) if _has(config, x.READS)), None)
         if reader is None:
             keys = ("quant_method", "quant_algo", "checkpoint_format")
             said = {key: config[key] for key in keys if key in config}
@@ -44,8 +45,7 @@ def _has(config: Config, values: Mapping[str, Sequence[Any]]) -> bool:
 
 
 @cache
-def _readers() -> tuple[ModuleType, ...]:
+def _readers(folders: tuple[str, ...]) -> tuple[ModuleType, ...]:
     """Looked for once: each layer is decoded in a thread that would keep others from running."""
-    folders = importlib.import_module("compressor.formats").__path__
     names = sorted(p.parent.name for f in folders for p in Path(f).glob("*/second_reader.py"))
     return tuple(importlib.import_module(f"compressor.formats.{n}.second_reader") for n in names)
