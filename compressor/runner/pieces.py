@@ -1,7 +1,7 @@
 """Losses of rows and their gradients, of which the sums do not depend on who computes them.
 
-Rows run in pieces whose size follows from the recipe alone. Ranks share the pieces, and what comes
-of them is added up in their order. Whatever trains anything goes through here.
+Rows run in pieces whose size does not depend on the number of ranks. Ranks share the pieces, and
+what comes of them is added up in their order. Whatever trains anything goes through here.
 """
 
 from __future__ import annotations

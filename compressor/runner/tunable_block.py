@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,15 +17,14 @@ from compressor.ir.layout import weight_name
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.runner.block_runner import Block
+from compressor.runner.execution import Execution
 from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.simulate import StoredInput, quantized_inputs
 from compressor.runner.stream import Stream
 
-if TYPE_CHECKING:
-    from compressor.runner.sweep import Execution
-
 TOKENS = 1024
-"""Tokens of a piece that runs with gradients at most, or one row: more keep no GPU busier."""
+"""Tokens of a piece that runs with gradients, or one row: of a large block more keep no GPU
+busier."""
 WORK = 2**37
 """Weights times tokens that keep one busy: pieces of small blocks are larger, since there each
 launch counts. By the block alone, so that sums have one order wherever they are made."""
