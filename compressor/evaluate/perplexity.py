@@ -172,8 +172,9 @@ def _products(
     them; all else, hidden states included, stays in `dtype`."""
     stored = {source.checkpoint.dtype for source in sources}
     quick = device.type == "cpu" and dtype == torch.float32 and stored == {torch.bfloat16}
+    # Its cache would keep the weights of every block.
     autocast: AbstractContextManager[None] = torch.autocast(
-        "cpu", torch.bfloat16, enabled=quick and multiplies_bfloat16()
+        "cpu", torch.bfloat16, enabled=quick and multiplies_bfloat16(), cache_enabled=False
     )
     return autocast
 
