@@ -64,30 +64,29 @@ class Model(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(incomplete, type="file")]
 
 
-class RuntimeName(click.ParamType):  # type: ignore[type-arg]
-    """A runtime's name, its version and what it runs on."""
+class KnownName(click.ParamType):  # type: ignore[type-arg]
+    """A name, of which the shell completes those that `names` gives, asked only then."""
 
-    name = "runtime"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        from compressor.runtimes.contract import runtime_names
-
-        return [CompletionItem(name) for name in runtime_names() if name.startswith(incomplete)]
-
-
-class FormatName(click.ParamType):  # type: ignore[type-arg]
-    """A format by name."""
-
-    name = "text"
+    def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
+        self.name, self.names = name, names
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        from compressor.formats.base import format_names
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
-        return [CompletionItem(name) for name in format_names() if name.startswith(incomplete)]
+
+def known_runtimes() -> Iterable[str]:
+    """Runtimes, their versions and what they run on."""
+    from compressor.runtimes.contract import runtime_names
+
+    return runtime_names()
+
+
+def known_formats() -> Iterable[str]:
+    from compressor.formats.base import format_names
+
+    return format_names()
 
 
 class Pads(click.ParamType):  # type: ignore[type-arg]
@@ -159,7 +158,7 @@ def runtime_option(function: Command) -> Command:
     return click.option(
         "--for",
         "runtime",
-        type=RuntimeName(),
+        type=KnownName("runtime", known_runtimes),
         metavar="RUNTIME",
         help="Where it is to be loaded: vllm, sglang@0.5.23, 'vllm@0.24, tp: 2, gpu: h100'.",
     )(function)

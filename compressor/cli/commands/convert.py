@@ -13,11 +13,12 @@ from compressor.cli.echo import echo
 from compressor.cli.junit import Case, verify_cases
 from compressor.cli.options import (
     MODEL,
-    FormatName,
+    KnownName,
     Told,
     add_cases,
     device_option,
     folder_argument,
+    known_formats,
     shard_option,
     telling_options,
 )
@@ -28,7 +29,12 @@ SHOWN = 5
 @click.command()
 @click.argument("source", type=MODEL)
 @folder_argument("output")
-@click.option("--format", "target", type=FormatName(), help="Format to write; dense dequantizes.")
+@click.option(
+    "--format",
+    "target",
+    type=KnownName("text", known_formats),
+    help="Format to write; dense dequantizes.",
+)
 @click.option(
     "--unpickle",
     is_flag=True,
