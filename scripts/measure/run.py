@@ -1,7 +1,7 @@
 """Measure variants of one thing on a model, and print a Markdown table with standard errors.
 
     python scripts/measure/run.py NAME --help
-    python scripts/measure/run.py low_bit SMOLLM2 --json rows.json
+    python scripts/measure/run.py passes SMOLLM2 --json rows.json
 
 A measurement is a file in `kinds/`. A row's failure leaves the others; with --json, rows that the
 file already holds for the same settings are not measured again. A ratio is that of perplexities and
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from variant import Bench, Figures, Variant
 from windows import estimate

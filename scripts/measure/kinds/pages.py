@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import torch
 from compressor_calibration.bundled import bundled_text
+from models import token_rows, whole_model
 from variant import Bench, Figures, Variant
-from ways import token_rows, whole_model
 
 from compressor.attention.policy import rule_policy
 from compressor.attention.quality import measure_policies

@@ -19,9 +19,9 @@ from functools import cache
 import torch
 from compressor_calibration.bundled import bundled_text
 from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref
+from models import token_rows, whole_model
 from torch import Tensor
 from variant import Bench, Figures, Variant
-from ways import token_rows, whole_model
 
 from compressor.attention.evaluation import policy_attention, rule_call
 from compressor.attention.policy import AttentionPolicy, LayerPolicy, attention_shape, rule_policy
