@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
@@ -23,7 +24,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compressor.checkpoint.container import Container, Safetensors, Shard
 from compressor.checkpoint.safetensors import tensor_bytes
@@ -31,13 +34,6 @@ from compressor.ir.tensor import TensorShape
 
 Config = dict[str, Any]
 Dims = tuple[int, ...]
-
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
 
 COMMON: Config = {
     "vocab_size": 512,
@@ -59,7 +55,7 @@ def family(
     return {
         **COMMON,
         "model_type": model_type,
-        "architectures": [CLASSES[model_type]],
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": ff,
@@ -141,61 +137,28 @@ def smaller(config: Config) -> Config:
 
 
 def shapes_of(config: Config, layers: int) -> dict[str, Dims]:
-    """Tensor name → shape, in the order of the files."""
-    outer = (config["vocab_size"], config["hidden_size"])
-    found = {"model.embed_tokens.weight": outer}
-    for layer in range(layers):
-        path = f"model.layers.{layer}"
-        found |= {f"{path}.{name}.weight": shape for name, shape in block(config, layer)}
-        if "n_routed_experts" in config and layer >= config["first_k_dense_replace"]:
-            bias = f"{path}.mlp.gate.e_score_correction_bias"
-            found[bias] = (config["n_routed_experts"],)
-    return {**found, "model.norm.weight": outer[1:], "lm_head.weight": outer}
+    """Tensor name → shape, in the order of the files, as transformers would save the model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**{**config, "num_hidden_layers": layers})
+        )
+    saved = revert_weight_conversion(model, model.state_dict())
+
+    def place(name: str) -> int:
+        block = re.search(r"\.layers\.(\d+)\.", name)
+        return int(block[1]) if block else -1 if "embed" in name else layers
+
+    return {name: tuple(saved[name].shape) for name in sorted(saved, key=place)}
 
 
-def block(config: Config, layer: int) -> Iterator[tuple[str, Dims]]:
-    """Weights of a block: names in it, and shapes."""
-    hidden, heads, dim = (config[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
-    queries, keys = heads * dim, config["num_key_value_heads"] * dim
-    ff, kind = config["intermediate_size"], config["model_type"]
-    yield "input_layernorm", (hidden,)
-    yield "post_attention_layernorm", (hidden,)
-    if kind == "deepseek_v3":
-        rope, nope, value = (config[f"{k}_head_dim"] for k in ("qk_rope", "qk_nope", "v"))
-        q, kv = config["q_lora_rank"], config["kv_lora_rank"]
-        yield "self_attn.q_a_proj", (q, hidden)
-        yield "self_attn.q_a_layernorm", (q,)
-        yield "self_attn.q_b_proj", (heads * (nope + rope), q)
-        yield "self_attn.kv_a_proj_with_mqa", (kv + rope, hidden)
-        yield "self_attn.kv_a_layernorm", (kv,)
-        yield "self_attn.kv_b_proj", (heads * (nope + value), kv)
-        yield "self_attn.o_proj", (hidden, heads * value)
-    else:
-        yield "self_attn.q_proj", (queries, hidden)
-        yield "self_attn.k_proj", (keys, hidden)
-        yield "self_attn.v_proj", (keys, hidden)
-        yield "self_attn.o_proj", (hidden, queries)
-        if kind == "qwen3_moe":
-            yield "self_attn.q_norm", (dim,)
-            yield "self_attn.k_norm", (dim,)
+def block(config: Config, layer: int) -> dict[str, Dims]:
+    """Those of one block."""
+    shapes = shapes_of(config, layer + 1)
+    return {name: dims for name, dims in shapes.items() if f".layers.{layer}." in name}
 
-    def mlp(path: str, ff: int, names: tuple[str, ...]) -> Iterator[tuple[str, Dims]]:
-        shapes = ((ff, hidden), (ff, hidden), (hidden, ff))
-        yield from ((f"{path}.{name}", shape) for name, shape in zip(names, shapes, strict=True))
 
-    plain = ("gate_proj", "up_proj", "down_proj")
-    counts = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((config[key] for key in counts if key in config), 0)
-    if not experts or layer < config.get("first_k_dense_replace", 0):
-        yield from mlp("mlp", ff, plain)
-        return
-    path, names = ("block_sparse_moe", ("w1", "w3", "w2")) if kind == "mixtral" else ("mlp", plain)
-    inner = config.get("moe_intermediate_size", ff)
-    yield f"{path}.gate", (experts, hidden)
-    for expert in range(experts):
-        yield from mlp(f"{path}.experts.{expert}", inner, names)
-    if kind == "deepseek_v3":
-        yield from mlp("mlp.shared_experts", inner * config["n_shared_experts"], plain)
+def in_bfloat16(shapes: dict[str, Dims]) -> dict[str, TensorShape]:
+    return {name: TensorShape(torch.bfloat16, shape) for name, shape in shapes.items()}
 
 
 def in_float8(shapes: dict[str, Dims]) -> dict[str, TensorShape]:
@@ -261,8 +224,7 @@ def write(
                 left -= len(piece)
                 place = (place + len(piece)) % len(stock)
 
-    shapes = shapes_of(config, layers)
-    tensors = {name: TensorShape(torch.bfloat16, shape) for name, shape in shapes.items()}
+    tensors = in_bfloat16(shapes_of(config, layers))
     if stock is None:
         write_files(folder, config, layers, tensors, fill)
     else:
@@ -277,9 +239,8 @@ def write_sparse(folder: Path, config: Config, *, layers: int, fp8: bool = False
         handle.truncate(shard.size)
 
     shapes = shapes_of(config, layers)
-    tensors = {name: TensorShape(torch.bfloat16, shape) for name, shape in shapes.items()}
+    tensors = in_float8(shapes) if fp8 else in_bfloat16(shapes)
     if fp8:
-        tensors = in_float8(shapes)
         grid = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         config = {**config, "quantization_config": grid}
     write_files(folder, config, layers, tensors, leave_out)

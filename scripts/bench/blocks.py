@@ -139,15 +139,13 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="small sides, to try the script")
     options = parser.parse_args()
-    import transformers.models.auto.modeling_auto  # noqa: F401  # once, for all forks
-
     rows = {}
     for name in options.shapes:
         config = smaller(SHAPES[name]) if options.tiny else SHAPES[name]
         layers = config["num_hidden_layers"]
         if dense := config.get("first_k_dense_replace"):
             config, layers = {**config, "first_k_dense_replace": 0}, layers - dense
-        nbytes = 2 * sum(torch.Size(shape).numel() for _, shape in block(config, 0))
+        nbytes = 2 * sum(torch.Size(shape).numel() for shape in block(config, 0).values())
         folder, output = options.scratch / name, options.scratch / "out"
         options.large = nbytes > LARGE
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
