@@ -1,13 +1,12 @@
 """Write checkpoints in every form that vLLM is said to load, and hold vLLM's losses against ours.
 
     python scripts/check_vllm.py OUT MODEL [MODEL ...] --vllm SITE_PACKAGES [--forms NAME ...]
-        [--windows 8]
-        [--parallel 6] [--vllm-option attention_backend=TRITON_ATTN] [--json FILE]
+        [--windows 8] [--parallel 6] [--vllm-option attention_backend=TRITON_ATTN] [--json FILE]
 
-For each MODEL and each form that its shapes allow, `compress run` writes and evaluates a file of
-OUT; vLLM, from the folder of packages SITE_PACKAGES and in a process of its own, loads it and
-computes the loss of the same windows of tokens. Without --vllm only our side runs. Exit code 1: a
-file did not load, or losses differ by more than rounding does.
+For each MODEL and each form of check_vllm.yaml that its shapes allow, `compress run` writes and
+evaluates a file of OUT; vLLM, from the folder of packages SITE_PACKAGES and in a process of its
+own, loads it and computes the loss of the same windows of tokens. Without --vllm only our side
+runs. Exit code 1: a file did not load, or losses differ by more than rounding does.
 """
 
 from __future__ import annotations
@@ -25,98 +24,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 LENGTH = 512
 TOLERANCE = 0.03
 """Nats a token by which two correct programs in bfloat16 differ at most."""
 
 TIMEOUT = 280
 
-RECIPE = """
-model: {model}
-output: {output}
-calibration: {{data: bundled, samples: 64, length: 512}}
-passes: {passes}
-format: {format}
-untie: {untie}
-dtype: bfloat16
-verify: true
-evaluate: {{data: bundled, windows: {windows}, length: {length}}}
-"""
-
 
 @dataclass(frozen=True)
 class Form:
-    """passes and format of a recipe; `multiple` of every width, tied heads untied, dense models."""
+    """Passes and format of a recipe; `multiple` of every width, tied heads untied, dense models."""
 
-    passes: str
+    passes: list[Any]
     format: str = "compressed-tensors"
     multiple: int = 32
     untie: bool = False
     dense_only: bool = False
 
 
-CT, GPTQ = "compressed-tensors", "gptq"
-FORMS: dict[str, Form] = {
-    "w4-g64": Form("[rtn: {bits: 4, group_size: 64, symmetric: true}]", multiple=64),
-    "w4-g64-asym": Form("[rtn: {bits: 4, group_size: 64, symmetric: false}]", multiple=64),
-    "w4-g32": Form("[rtn: {bits: 4, group_size: 32, symmetric: true}]"),
-    "w4-g128": Form("[rtn: {bits: 4, group_size: 128, symmetric: true}]", multiple=128),
-    "w4-g128-asym": Form("[rtn: {bits: 4, group_size: 128, symmetric: false}]", multiple=128),
-    "w4-g256": Form(
-        "[rtn: {bits: 4, group_size: 256, symmetric: true}]", multiple=256, dense_only=True
-    ),
-    "w2-g64": Form(
-        "[rtn: {bits: 2, group_size: 64, symmetric: true}]", multiple=64, dense_only=True
-    ),
-    "w4-channel": Form("[rtn: {bits: 4, group_size: null}]", dense_only=True),
-    "w8-channel": Form("[rtn: {bits: 8, group_size: null}]"),
-    "w8-g64": Form("[rtn: {bits: 8, group_size: 64, symmetric: true}]", multiple=64),
-    "w8-g128-asym": Form(
-        "[rtn: {bits: 8, group_size: 128, symmetric: false}]", multiple=128, dense_only=True
-    ),
-    "mixed-4-8": Form(
-        "[rtn: {bits: 4, group_size: 64, ignore: [lm_head, mlp.down]},"
-        " rtn: {bits: 8, group_size: 64, targets: mlp.down}]",
-        multiple=64,
-        dense_only=True,
-    ),
-    "autoawq": Form(
-        "[awq: {bits: 4, group_size: 64, symmetric: false}]", format="autoawq", multiple=64
-    ),
-    "gptq": Form("[gptq: {bits: 4, group_size: 64, symmetric: true}]", format=GPTQ, multiple=64),
-    "gptq-w8": Form("[rtn: {bits: 8, group_size: 64, symmetric: true}]", format=GPTQ, multiple=64),
-    "gptq-v2": Form(
-        "[gptq: {bits: 4, group_size: 64, symmetric: true}]", format="gptq-v2", multiple=64
-    ),
-    "w8a8": Form("[rtn: {bits: 8, activations: token}]"),
-    "w8a8-static": Form("[rtn: {bits: 8, activations: static}]", dense_only=True),
-    "fp8": Form("[fp8: {scales: dynamic}]"),
-    "fp8-static": Form("[fp8: {scales: static}]"),
-    "fp8-weights": Form("[fp8: {scales: weights}]", dense_only=True),
-    "fp8-block": Form("[fp8: {scales: block}]", multiple=128),
-    "fp8-block-fp8": Form("[fp8: {scales: block}]", format="fp8", multiple=128),
-    "w4afp8": Form("[rtn: {bits: 4, activations: fp8}]", multiple=128),
-    "nvfp4-fp8": Form("[fp8: {targets: [attn.*]}, nvfp4: {ignore: [lm_head, attn.*]}]"),
-    "fp8-kv8": Form("[fp8: {scales: dynamic}, kv_cache: {element: fp8}]"),
-    "kv8-head": Form("[fp8: {scales: dynamic}, kv_cache: {element: fp8, scales: head}]"),
-    "nvfp4": Form("[nvfp4: {rule: mse}]"),
-    "nvfp4-inputs": Form("[nvfp4: {rule: mse, activations: calibrated}]"),
-    "mxfp4": Form("[mxfp4: {}]"),
-    "mxfp4-inputs": Form("[mxfp4: {activations: dynamic}]"),
-    "mxfp8": Form("[mxfp8: {activations: dynamic}]"),
-    "mxfp8-weights": Form("[mxfp8: {}]"),
-    "modelopt-fp8": Form("[fp8: {scales: static}]", format="modelopt-fp8", untie=True),
-    "modelopt-fp8-kv8": Form(
-        "[fp8: {scales: static}, kv_cache: {element: fp8}]", format="modelopt-fp8", untie=True
-    ),
-    "modelopt-nvfp4": Form("[nvfp4: {rule: mse}]", format="modelopt-nvfp4", untie=True),
-    "modelopt-nvfp4-kv8": Form(
-        "[nvfp4: {rule: mse}, kv_cache: {element: fp8}]", format="modelopt-nvfp4", untie=True
-    ),
-    "modelopt-nvfp4-inputs": Form(
-        "[nvfp4: {rule: mse, activations: calibrated}]", format="modelopt-nvfp4", untie=True
-    ),
-}
+LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+FORMS: dict[str, Form] = {name: Form(**form) for name, form in LISTED.items()}
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors show as they are
@@ -162,17 +91,17 @@ def last_error(log: str) -> str:
 def ours(model: Path, output: Path, form: Form, *, windows: int) -> dict[str, Any]:
     """Write and evaluate a checkpoint: loss of the written file and of its source."""
     recipe = output.with_suffix(".yaml")
-    recipe.write_text(
-        RECIPE.format(
-            model=model,
-            output=output,
-            passes=form.passes,
-            format=form.format,
-            untie=str(form.untie).lower(),
-            windows=windows,
-            length=LENGTH,
-        )
-    )
+    keys = {
+        "model": str(model),
+        "output": str(output),
+        "calibration": {"data": "bundled", "samples": 64, "length": 512},
+        "passes": form.passes,
+        "format": form.format,
+        "untie": form.untie,
+        "dtype": "bfloat16",
+        "evaluate": {"data": "bundled", "windows": windows, "length": LENGTH},
+    }
+    recipe.write_text(json.dumps(keys))
     done = subprocess.run(
         [sys.executable, "-m", "compressor", "run", str(recipe), "--json", "--log-format", "plain"],
         capture_output=True,
