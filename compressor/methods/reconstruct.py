@@ -224,16 +224,28 @@ class RefinedRounding:
         self.spec = q.spec
         self.scales = q.scales.float()
         codes = grouped(q.codes.float(), q.spec)
+        self.moving = moving
         self.zeros = None if q.zeros is None else q.zeros.float()
         self.zero = 2.0 ** (q.spec.bits - 1) if self.zeros is None else self.zeros[..., None]
-        exact = grouped(weight.float(), q.spec) / self.scales[..., None] + self.zero
-        self.offsets = (exact - codes).clamp_(-EDGE, EDGE).nan_to_num_(nan=0.0)
-        self.codes = codes
-        self.offsets.requires_grad_(moving)
+        if moving:
+            exact = grouped(weight.float(), q.spec) / self.scales[..., None] + self.zero
+            self._begin(codes, exact - codes)
+        else:
+            self._stay(codes - self.zero)
         self.logs = torch.zeros_like(self.scales).requires_grad_()
 
+    def _begin(self, codes: Tensor, offsets: Tensor) -> None:
+        """Codes that move, each from its weight's own place."""
+        self.codes = codes
+        self.offsets = offsets.clamp_(-EDGE, EDGE).nan_to_num_(nan=0.0).requires_grad_()
+
+    def _stay(self, steps: Tensor) -> None:
+        """Codes that do not, less their zero points: 8 bits of significand hold them."""
+        self.steps = steps.to(torch.bfloat16)
+
     def parameters(self) -> list[Tensor]:
-        return [x for x in (self.logs, self.offsets) if x.requires_grad]
+        moving = [self.offsets] if self.moving else []
+        return [self.logs, *moving] if self.logs.requires_grad else moving
 
     def weight(self) -> Tensor:
         steps, scales = self._rounded()
@@ -245,6 +257,8 @@ class RefinedRounding:
 
     def _rounded(self) -> tuple[Tensor, Tensor]:
         scales = stretched(self.scales, self.logs, self.spec.scale_dtype)
+        if not self.moving:
+            return self.steps, scales
         return moved_codes(self.codes + self.offsets, self.spec) - self.zero, scales
 
 
@@ -256,12 +270,15 @@ class RefinedFloats(RefinedRounding):
         self.spec, self.second = q.spec, q.second
         self.scales = q.scales.float()
         elements = decode_elements(q.codes, q.spec, torch.float32)
-        self.codes = elements.view(*self.scales.shape, -1)
-        unit = self.scales if q.second is None else self.scales * q.second
-        safe = torch.where(unit > 0, unit, 1.0)[..., None]
-        exact = weight.float().view(self.codes.shape) / safe
-        steps = (exact - self.codes) / e2m1_step(self.codes)
-        self.offsets = steps.clamp_(-EDGE, EDGE).nan_to_num_(nan=0.0).requires_grad_(moving)
+        elements = elements.view(*self.scales.shape, -1)
+        self.moving = moving
+        if moving:
+            unit = self.scales if q.second is None else self.scales * q.second
+            safe = torch.where(unit > 0, unit, 1.0)[..., None]
+            exact = weight.float().view(elements.shape) / safe
+            self._begin(elements, (exact - elements) / e2m1_step(elements))
+        else:
+            self._stay(elements)
         self.logs = torch.zeros_like(self.scales).requires_grad_(not q.spec.microscaled)
 
     def weight(self) -> Tensor:
@@ -273,9 +290,7 @@ class RefinedFloats(RefinedRounding):
         return floats_qtensor(*self._rounded(), self.second, self.spec)
 
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        # Rounding the value on its own place would undo what GPTQ did to codes that do not move.
-        moving = self.offsets.requires_grad
-        elements = moved_elements(self.codes, self.offsets) if moving else self.codes
+        elements = moved_elements(self.codes, self.offsets) if self.moving else self.steps
         if self.spec.microscaled:
             return elements, self.scales
         return elements, stretched(self.scales, self.logs, self.spec.scale_dtype)

@@ -24,6 +24,7 @@ from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
 from compressor.runner.layer_inputs import layer_inputs
 from compressor.runner.model import build_config, build_model, layers_of
+from compressor.runner.recorded import Recorder
 from compressor.runner.rounds import rounds
 
 
@@ -41,6 +42,7 @@ class BlockRunner:
         self.names = names
         self.device = device
         self.dtype = dtype
+        self.recorder = Recorder(device)
         with foreign("transformers does not accept this config.json"):
             self.config = build_config(
                 config, twin=names.twin, within=names.within, beside=names.twin_config

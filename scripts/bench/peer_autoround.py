@@ -1,33 +1,42 @@
 """Seconds for each block of learned rounding: ours, and AutoRound's in the same process after it.
 
     python scripts/make_random_model.py MODEL --shape 7b --layers 8
-    python scripts/bench/peer_autoround.py MODEL --preset fast
+    python scripts/bench/peer_autoround.py MODEL --presets fast good --launched
 
 Both round the same model to 4 bits, symmetric, with the same calibration rows: `reconstruct` from
-disk to disk, AutoRound (`pip install auto-round`, its 200 steps of 8 rows) in memory. A block's
-time is that from the end of the one before it to its own end, so that the first, which has
-compilation in it, has none. A line of JSON each, with the median and all of them.
+disk to disk, AutoRound (`pip install auto-round`, its 200 steps of 8 rows) in memory. With
+`--launched` ours run once more with the kernels of their steps launched one by one, in place of
+CUDA graphs, and whether both wrote the same bytes is said. A block's time is that from the end of
+the one before it to its own end, so that the first, which has compilation in it, has none. A line
+of JSON each, with the median and all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
 import itertools
 
 from autoround import run_autoround
 
-from compressor.plan.recipe import make_recipe
+from compressor.plan.recipe import Recipe, make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.run.tokens import calibration_tokens
+from compressor.runner.recorded import Recorder
 from compressor.runner.tokenizer import load_tokenizer
 
 
@@ -55,49 +64,83 @@ def say(what: str, ends: list[float], began: float) -> None:
     print(json.dumps(row), flush=True)
 
 
+@contextmanager
+def launched() -> Iterator[None]:
+    """Nothing is recorded, for the length of a `with`."""
+
+    def refused(self: Recorder, work: object) -> NoReturn:
+        raise RuntimeError("not recorded here")
+
+    record, Recorder.record = Recorder.record, refused
+    try:
+        yield
+    finally:
+        Recorder.record = record
+
+
+def recipe_of(options: argparse.Namespace, preset: str, output: Path) -> Recipe:
+    grid = {"bits": 4, "group_size": options.group_size}
+    return make_recipe(
+        {
+            "model": str(options.model),
+            "output": str(output),
+            "passes": [{"reconstruct": {**grid, "preset": preset}}],
+            "calibration": {
+                "data": "bundled/prose",
+                "samples": options.samples,
+                "length": options.length,
+            },
+            "verify": False,
+            "report": False,
+        }
+    )
+
+
+def ours(
+    options: argparse.Namespace, preset: str, output: Path, device: torch.device
+) -> Mapping[str, str]:
+    """Rounds the model, says how long it took, and gives the hashes of what was written."""
+    ends: list[float] = []
+    began = time.perf_counter()
+    session = prepare(recipe_of(options, preset, output), device=device)
+    compile_checkpoint(session, on_unit=lambda unit: ends.append(time.perf_counter()))
+    # Embedding and head are units as well.
+    say(f"reconstruct {preset}", ends[1:-1], began)
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(output.glob("*.safetensors"))
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--preset", default="fast", choices=["fast", "good", "best"])
+    parser.add_argument("--presets", nargs="*", default=["fast"], choices=["fast", "good", "best"])
+    parser.add_argument("--launched", action="store_true", help="without CUDA graphs, too")
     parser.add_argument("--steps", type=int, default=200, help="of AutoRound")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
     options = parser.parse_args()
     device = choose_device(options.device)
-    grid = {"bits": 4, "group_size": options.group_size}
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = make_recipe(
-            {
-                "model": str(options.model),
-                "output": f"{scratch}/ours",
-                "passes": [{"reconstruct": {**grid, "preset": options.preset}}],
-                "calibration": {
-                    "data": "bundled/prose",
-                    "samples": options.samples,
-                    "length": options.length,
-                },
-                "verify": False,
-                "report": False,
-            }
-        )
-        ends: list[float] = []
-        began = time.perf_counter()
-        compile_checkpoint(
-            prepare(recipe, device=device),
-            on_unit=lambda unit: ends.append(time.perf_counter()),
-        )
-        # Embedding and head are units as well.
-        say(f"reconstruct {options.preset}", ends[1:-1], began)
+        for preset in options.presets:
+            made = ours(options, preset, Path(scratch) / preset, device)
+            if options.launched:
+                with launched():
+                    again = ours(options, preset, Path(scratch) / f"{preset}-launched", device)
+                print(json.dumps({"preset": preset, "same_bytes": made == again}), flush=True)
+        recipe = recipe_of(options, "fast", Path(scratch) / "unused")
         tokenizer = load_tokenizer(options.model)
         rows = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed).ids
         heard = Ends()
         logging.getLogger("autoround").addHandler(heard)
         began = time.perf_counter()
         theirs = Path(scratch) / "theirs"
+        grid = {"bits": 4, "group_size": options.group_size}
         run_autoround(options.model, rows, theirs, grid=grid, steps=options.steps, device=device)
         say(f"AutoRound, {options.steps} steps", heard.times, began)
 
