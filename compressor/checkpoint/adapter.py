@@ -217,7 +217,7 @@ class AdapterTarget:
         """As they are."""
         return dict(self.specs)
 
-    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    def encode(self, unit: Unit) -> dict[str, Tensor]:
         """As they are."""
         return {name: unit.tensors[name] for name in self.specs}
 

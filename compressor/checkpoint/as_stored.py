@@ -90,7 +90,7 @@ class StoredTarget:
         """As they are."""
         return {name: self.entries[name].spec for name in unit.tensors}
 
-    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    def encode(self, unit: Unit) -> dict[str, Tensor]:
         """As they are."""
         return {name: unit.tensors[name] for name in unit.layout.tensors}
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.checkpoint.shards import ShardWriter
+from compressor.ranks.ranks import ALONE, Ranks
+
+
+class _Waiting(NamedTuple):
+    """A unit that is being written: its record, and the hashes of what this rank writes of it."""
+
+    number: int
+    record: Mapping[str, Any]
+    written: Future[dict[str, str]]
 
 
 class CommitQueue:
-    """Units on their way to disk: at most two wait to be written, any number to be synced."""
+    """Units on their way to disk: at most two wait to be written, any number to be synced.
+
+    ranks  that write some tensors of each unit; the leading one commits it. All call alike
+    """
 
     def __init__(
         self,
@@ -23,28 +35,36 @@ class CommitQueue:
         writes: ThreadPoolExecutor,
         syncs: ThreadPoolExecutor,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.writer = writer
+        self.ranks = ranks
         # Copies on the stream of the next unit's work would wait for it, and hold it up.
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.writes = writes
         self.syncs = syncs
-        self.waiting: deque[Future[Future[None]]] = deque()
+        self.waiting: deque[_Waiting] = deque()
         self.syncing: list[Future[None]] = []
 
     def put(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Have a unit written and committed; raises what failed of those before it."""
-        while len(self.waiting) >= 2:
-            self.syncing.append(self.waiting.popleft().result())
+        """Have a unit written, of which these tensors are this rank's, and committed; raises what
+        failed of those before it."""
+        done = 0
+        while done < len(self.waiting) and self.waiting[done].written.done():
+            done += 1
+        # What some rank still writes is not waited for, unless it is the second.
+        done = min(count for (count,) in self.ranks.numbers(done))
+        self._leave(max(done, len(self.waiting) - 1))
         for sync in [sync for sync in self.syncing if sync.done()]:
             sync.result()
             self.syncing.remove(sync)
         made = None
         if self.copies is not None:
             made = torch.cuda.current_stream(self.copies.device).record_event()
-        self.waiting.append(self.writes.submit(self._write, index, tensors, record, made))
+        written = self.writes.submit(self._write, index, tensors, record, made)
+        self.waiting.append(_Waiting(index, record, written))
 
     def _write(
         self,
@@ -52,7 +72,7 @@ class CommitQueue:
         tensors: Mapping[str, Tensor],
         record: Mapping[str, Any],
         made: torch.cuda.Event | None,
-    ) -> Future[None]:
+    ) -> dict[str, str]:
         if self.copies is None or made is None:
             hashes = self.writer.write(tensors)
         else:
@@ -60,12 +80,27 @@ class CommitQueue:
                 self.copies.wait_event(made)
                 data = fetched(tensors)
             hashes = self.writer.write(tensors, data)
-        return self.syncs.submit(self.writer.commit, index, hashes, record)
+        if self.ranks.world == 1:
+            self._commit(index, hashes, record)
+        return hashes
+
+    def _commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:
+        self.syncing.append(self.syncs.submit(self.writer.commit, index, hashes, record))
+
+    def _leave(self, count: int) -> None:
+        """Wait until so many units are written by all ranks; the leading one commits them."""
+        for _ in range(count):
+            unit = self.waiting.popleft()
+            hashes = unit.written.result()
+            if self.ranks.world > 1:
+                every = self.ranks.gather(hashes)
+                if self.ranks.leads:
+                    hashes = {name: digest for some in every for name, digest in some.items()}
+                    self._commit(unit.number, hashes, unit.record)
 
     def drain(self) -> None:
         """Wait until everything is committed."""
-        while self.waiting:
-            self.syncing.append(self.waiting.popleft().result())
+        self._leave(len(self.waiting))
         for sync in self.syncing:
             sync.result()
 

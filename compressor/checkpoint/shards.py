@@ -25,9 +25,11 @@ from compressor.ir.tensor import TensorShape
 from compressor.ranks.ranks import Ranks
 
 HASH_THREADS = 2
-"""Threads that hash tensors while their file is written, and hashed as a whole by a third."""
+"""Threads that hash tensors while their file is written."""
 RUN = 2**26
 """Bytes that are hashed and written at a time."""
+PIECE = 2**22
+"""Bytes that are read back and hashed at a time."""
 VECTORS = 512
 """Tensors that are written in one call; systems take 1,024."""
 
@@ -37,7 +39,7 @@ class ShardWriter:
 
     Records live in `folder/units`, shards in `folder/shards`.
     owner  what decides the bytes of every unit: records of another are not seen
-    alone  no other process writes units: files are hashed while they are written
+    alone  no other process commits units: files are hashed with them
     """
 
     def __init__(
@@ -95,8 +97,7 @@ class ShardWriter:
             found = dict(zip(names, pool.map(_digest, data), strict=True))
         if found != hashes:
             return False
-        for name, stored in zip(names, data, strict=True):
-            self._passed(self._home[name].file, self._offset(name), [stored])
+        self._hash_with(names)
         return True
 
     def _offset(self, name: str) -> int:
@@ -128,9 +129,8 @@ class ShardWriter:
             found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
             assert planned == found, f"{name}: planned {planned}, made {found}"
         digests: dict[str, str] = {}
-        passed: list[Future[None]] = []
         hashed: list[Future[dict[str, str]]] = []
-        with ThreadPoolExecutor(HASH_THREADS) as pool, ThreadPoolExecutor(1) as in_order:
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
             for run in self._runs(tensors):
                 file, offset = self._home[run[0]].file, self._offset(run[0])
                 parts = {n: tensor_bytes(tensors[n]) if data is None else data[n] for n in run}
@@ -139,10 +139,6 @@ class ShardWriter:
                     hashed.append(pool.submit(_digests, share))
                 with (self.shards / file).open("r+b", buffering=0) as handle:
                     _write_at(handle.fileno(), list(parts.values()), offset)
-                # After that, since what lies between is read back.
-                passed.append(in_order.submit(self._passed, file, offset, parts.values()))
-            for done in passed:
-                done.result()
             for some in hashed:
                 digests |= some.result()
         return {name: digests[name] for name in tensors}
@@ -162,13 +158,17 @@ class ShardWriter:
             yield run
 
     def commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:
-        """Sync what `write` wrote of a unit and put its record in place.
+        """Sync what was written of a unit, here or by others on this host, and put its record in
+        place.
 
         The record gets each tensor's SHA-256 under "tensors".
         """
-        for file in sorted({self._home[name].file for name in hashes}):
-            with (self.shards / file).open("rb") as handle:
-                os.fsync(handle.fileno())
+        with ThreadPoolExecutor(1) as pool:
+            hashed = pool.submit(self._hash_with, hashes)
+            for file in sorted({self._home[name].file for name in hashes}):
+                with (self.shards / file).open("rb") as handle:
+                    os.fsync(handle.fileno())
+            hashed.result()
         whole = {**record, "tensors": dict(hashes)}
         self.records.put(f"{index:05d}.json", whole)
         self._committed[index] = whole
@@ -193,13 +193,23 @@ class ShardWriter:
         self._whole = dict(zip(files, digests, strict=True))
 
     def file_hash(self, file: str) -> str:
-        """SHA-256 of a finished shard; bytes hashed while they were written are not read again."""
+        """SHA-256 of a finished shard; bytes hashed with their unit are not read again."""
         return self._whole.get(file) or self._running(file).finish()
 
-    def _passed(self, file: str, offset: int, data: Iterable[memoryview]) -> None:
-        for part in data if self.alone else ():
-            self._running(file).add(offset, part)
-            offset += len(part)
+    def _hash_with(self, names: Iterable[str]) -> None:
+        """Hash files up to the end of these tensors, which are written. They are read back, from
+        memory as a rule: thousands of tensors, handed to the hash one by one, would take Python
+        from other threads as often."""
+        if not self.alone:
+            return
+        spans: dict[str, tuple[int, int]] = {}
+        for name in names:
+            file, begin = self._home[name].file, self._offset(name)
+            first, last = spans.get(file, (begin, begin))
+            end = begin + self._home[name].tensors[name].nbytes
+            spans[file] = min(first, begin), max(last, end)
+        for file, (begin, end) in spans.items():
+            self._running(file).reach(begin, end)
 
     def _running(self, file: str) -> _RunningHash:
         if file not in self._hashes:
@@ -240,32 +250,31 @@ def _digest(data: memoryview) -> str:
 
 
 class _RunningHash:
-    """SHA-256 of a file that is written mostly in order; gaps are read back when it ends."""
+    """SHA-256 of a file that is written mostly in order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reached = 0
         self.hash = hashlib.sha256()
 
-    def add(self, offset: int, data: memoryview) -> None:
-        if offset > self.reached:
-            self._read_to(offset)
-        if offset == self.reached:
-            self.hash.update(data)
-            self.reached += len(data)
-        elif offset < self.reached:
+    def reach(self, begin: int, end: int) -> None:
+        """Hash up to the end of what was just written; from the start, where it had been hashed."""
+        if begin < self.reached:
             self.reached, self.hash = 0, hashlib.sha256()
+        else:
+            self._read_to(end)
 
     def finish(self) -> str:
         self._read_to(self.path.stat().st_size)
         return self.hash.hexdigest()
 
     def _read_to(self, end: int) -> None:
-        with self.path.open("rb") as handle:
+        space = memoryview(bytearray(PIECE))
+        with self.path.open("rb", buffering=0) as handle:
             handle.seek(self.reached)
             while self.reached < end:
-                data = handle.read(min(1 << 22, end - self.reached))
-                if not data:
+                count = handle.readinto(space[: min(PIECE, end - self.reached)])
+                if not count:
                     break
-                self.hash.update(data)
-                self.reached += len(data)
+                self.hash.update(space[:count])
+                self.reached += count

@@ -6,8 +6,7 @@ by a recipe or converted.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from compressor.checkpoint.assemble import assembled
 from compressor.checkpoint.container import Container
+from compressor.checkpoint.disassemble import packed
 from compressor.checkpoint.one_reading import is_tied
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.errors import InputError
@@ -25,7 +25,6 @@ from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.floats import narrow, replaced
 from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight
 from compressor.ir.qtensor import QTensor
-from compressor.ir.same_shape import Linears, of_one_shape
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
@@ -52,8 +51,8 @@ class Target(Protocol):
         """The tensors of a unit on disk, under the names that they have there, in order."""
         ...
 
-    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-        """Those tensors; ranks divide the work. Raises InputError where a value has no form."""
+    def encode(self, unit: Unit) -> dict[str, Tensor]:
+        """Those tensors. Raises InputError where a value has no form."""
         ...
 
     def decode(
@@ -141,58 +140,46 @@ class ModelTarget:
                 found.setdefault(name, entries[name].spec)
         return found
 
-    def encode(self, unit: Unit, *, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    def encode(self, unit: Unit) -> dict[str, Tensor]:
         """Raises InputError where a float tensor leaves the range of its dtype on disk."""
+        own, others = self.encode_with(unit, ranks=ALONE)
+        return own | others
+
+    def encode_with(
+        self, unit: Unit, *, ranks: Ranks
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same by several ranks: tensors that this one alone makes, and those that all have.
+
+        Of the second kind is whatever `decode` does not know from codes.
+        """
         shapes = self.shapes(unit.layout)
-        outputs: dict[str, Tensor] = {}
-
-        def encoded(linears: Linears) -> dict[str, Tensor]:
-            """Tensors of linears of one shape, one above the other where there is one a row."""
-            first, every = linears[0], [unit.quantized[x.name] for x in linears]
-            scheme = self.schemes.linears[first.name]
-            for q in every:
-                assert q.spec == scheme.weight, f"{first.name}: not {scheme.weight}, but {q.spec}"
-
-            def encode(q: QTensor) -> dict[str, Tensor]:
-                return self.format.encode(
-                    q,
-                    model_dtype=self.dtype,
-                    input=scheme.input,
-                    input_scale=unit.input_scales.get(first.name),
-                )
-
-            if len(linears) == 1:
-                return encode(every[0])
-            whole, one = encode(QTensor.above(every)), encode(every[0])
-            alike = self._leaves(first)
-            return {n: one[n] if t.shape == alike[n].shape else t for n, t in whole.items()}
-
-        def kind(linear: Linear) -> Hashable:
-            scheme = self.schemes.linears[linear.name]
-            return scheme if linear.expert is not None and self._stackable(linear) else linear.name
-
         coded = [x for x in unit.layout.linears if self.schemes.linears[x.name].weight is not None]
-        stacks = of_one_shape(coded, kind)
-        made = ranks.each(stacks, encoded, lambda some: sum(math.prod(x.shape) for x in some))
-        for linears, tensors in zip(stacks, made, strict=True):
-            alike = self._leaves(linears[0])
-            for leaf, tensor in tensors.items():
-                parts: Sequence[Tensor] = [tensor] * len(linears)
-                if tensor.shape != alike[leaf].shape:
-                    parts = tensor.chunk(len(linears))
-                for linear, part in zip(linears, parts, strict=True):
-                    outputs[f"{linear.name}.{leaf}"] = part
+        restacked = self._stacked(unit.layout)
+        whole = bool(restacked) or any(map(self._is_float, coded))
+        own = packed(
+            unit,
+            coded,
+            self.format,
+            self.schemes,
+            self._leaves,
+            dtype=self.dtype,
+            stackable=self._stackable,
+            whole=whole,
+            ranks=ranks,
+        )
+        own, outputs = ({}, own) if whole else (own, {})
         for path, (keys, values) in unit.kv_scales.items():
             outputs |= self._kv_tensors(path, keys, values)
         floats = dict(unit.extra)
-        for stack in self._stacked(unit.layout):
+        for stack in restacked:
             present = replaced(unit.tensors, outputs)
             inside, built = self._restacked(unit.layout, stack, present)
             outputs = {name: tensor for name, tensor in outputs.items() if name not in inside}
             floats |= built
         halves = {}
+        packs = () if whole else {f"{x.name}.{leaf}" for x in coded for leaf in self._leaves(x)}
         for name, spec in shapes.items():
-            if name not in outputs:
+            if name not in outputs and name not in packs:
                 made_of = floats[name] if name in floats else narrow(unit.tensors, name)
                 outputs[name] = made_of.to(spec.dtype)
                 if spec.dtype == torch.float16:
@@ -203,7 +190,7 @@ class ModelTarget:
                 f"{lost[0]} holds values beyond the range of float16",
                 hint="write bfloat16 (dtype: bfloat16), or use a format that stores it",
             )
-        return {name: outputs[name] for name in shapes}
+        return own, outputs
 
     def decode(
         self,
@@ -215,7 +202,8 @@ class ModelTarget:
     ) -> Unit:
         """The inverse of `encode`.
 
-        coded  weights by the name of their linear, of which it is known what they stand for
+        coded  weights by the name of their linear, of which it is known what they stand for; none
+               of their tensors is looked at, nor scales of their inputs
         """
         refs: dict[str, TensorRef] = {}
         for stack in self._stacked(unit):

@@ -29,6 +29,7 @@ from compressor.ir.qtensor import QTensor
 from compressor.ir.unit import Dequantized, Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
+from compressor.ranks.ranks import Ranks
 from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
@@ -62,12 +63,14 @@ class JobResult:
 class _Worked(NamedTuple):
     """What becomes of a unit.
 
-    outputs    its tensors on disk;  coded  the codes that they were made of, by linear
+    own        its tensors on disk that this rank alone has;  others  those that all have
+    coded      the codes that the former were made of, by linear
     rows       of the report
     originals  the original's weights, where the next unit's inputs come from them
     """
 
-    outputs: dict[str, Tensor]
+    own: dict[str, Tensor]
+    others: dict[str, Tensor]
     rows: list[dict[str, Any]]
     originals: dict[str, Tensor]
     coded: Mapping[str, QTensor]
@@ -78,6 +81,8 @@ class Loop:
     """The walk over the units that are done in this process.
 
     records  of committed units, on every rank;  own  the units that are done here
+    writing  the ranks that write a unit together: all, or each by itself where only the leading one
+             may
     """
 
     plan: Plan
@@ -89,6 +94,7 @@ class Loop:
     reader: Reader
     records: dict[int, Mapping[str, Any]]
     own: Sequence[int]
+    writing: Ranks
     originals: Stream | None = None
     targets: tuple[Stream, list[int]] | None = None  # the originals after a block that is tuned
     done: list[UnitDone] = field(default_factory=list)
@@ -107,8 +113,8 @@ class Loop:
         execution = Execution(
             settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks
         )
-        with ThreadPoolExecutor(1) as writes, ThreadPoolExecutor(1) as syncs:
-            output = CommitQueue(self.writer, writes, syncs, settings.device)
+        with ThreadPoolExecutor(1) as syncs, ThreadPoolExecutor(1) as writes:
+            output = CommitQueue(self.writer, writes, syncs, settings.device, self.writing)
             started = time.perf_counter()
             try:
                 for step in walk([model], execution=execution, read=self._read, units=self.own):
@@ -128,8 +134,8 @@ class Loop:
                             **self._next_inputs(step, worked),
                             "environment": here,
                         }
-                        if ranks.leads:
-                            output.put(step.index, worked.outputs, made)
+                        if (written := self._to_write(worked)) is not None:
+                            output.put(step.index, written, made)
                         # The next unit is not to be worked on beside what is left of this one.
                         del source, worked
                     self._finished(step.index, rows, started, resumed=record is not None)
@@ -218,7 +224,7 @@ class Loop:
     ) -> Mapping[str, Tensor]:
         """A unit's weights as the files say, rounding of every tensor included.
 
-        coded  those of `outputs` that were just made of these, by the name of the linear
+        coded  codes that were just made, by the name of the linear; their tensors may be missing
         """
         dtype = self.plan.compute_dtype(self.settings.device)
         decoded = self.plan.target.decode(
@@ -233,7 +239,7 @@ class Loop:
             return {"batches": []}
         seen: Mapping[str, Tensor] = worked.originals
         if not self._from_source(unit):
-            seen = self._as_written(unit, worked.outputs, worked.coded)
+            seen = self._as_written(unit, worked.own | worked.others, worked.coded)
         if unit.layout.kind == "embedding":
             self._embed(step, seen)
             return {"batches": []}
@@ -285,12 +291,18 @@ class Loop:
             )
         kept = dict(original) if self._from_source(unit) or self._beside(unit) else {}
         ranks = self.settings.ranks
-        outputs = self.plan.target.encode(current, ranks=ranks)
-        # What is coded is one rank's already; the leading one's decides of all else.
-        coded = current.quantized.keys()
-        other = {n: t for n, t in outputs.items() if n.rpartition(".")[0] not in coded}
-        other, rows = ranks.share((other, rows))
-        return _Worked(outputs | other, rows, kept, current.quantized)
+        own, others = self.plan.target.encode_with(current, ranks=ranks)
+        # The leading rank's decides of what is no one rank's.
+        others, rows = ranks.share((others, rows))
+        return _Worked(own, others, rows, kept, current.quantized)
+
+    def _to_write(self, worked: _Worked) -> dict[str, Tensor] | None:
+        """What this rank writes of a unit; None where another does."""
+        if self.writing.world == self.settings.ranks.world:
+            return worked.own | worked.others if self.writing.leads else worked.own
+        every = self.settings.ranks.gather(worked.own)
+        own = {name: tensor for some in every for name, tensor in some.items()}
+        return own | worked.others if self.settings.ranks.leads else None
 
     def _rotated(
         self, index: int, source: Unit, moved: Mapping[str, Tensor]

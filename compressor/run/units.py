@@ -46,19 +46,24 @@ def run_units(
     ranks, content, learned = settings.ranks, content or SourceContent(plan), learned or {}
     try:
         with disk_errors(f"writing {work}"):
-            alone = not _apart(plan, work, ranks)
-            writer = ShardWriter(plan.shards, work, owner=owner, alone=alone)
+            one_host = on_one_host(work, ranks)
+            # Where no rows run through the units, each is one rank's.
+            apart = ranks.world > 1 and one_host and not any(u.calibrated for u in plan.units)
+            writer = ShardWriter(plan.shards, work, owner=owner, alone=not apart)
             records = ranks.led(lambda: _take_up(writer, plan, settings))
             own: Sequence[int] = range(len(plan.units))
-            if not alone:
+            if apart:
                 settings = replace(settings, ranks=ALONE)
                 own = ranks.mine(own, lambda i: output_bytes(plan.units[i]))
             reader = Reader(plan, content, settings.device, settings.ranks)
-            loop = Loop(plan, tokens, writer, settings, learned, content, reader, records, own)
-            if alone:
-                loop.run()
-            else:
+            writing = settings.ranks if one_host else ALONE
+            loop = Loop(
+                plan, tokens, writer, settings, learned, content, reader, records, own, writing
+            )
+            if apart:
                 _run_apart(loop, ranks)
+            else:
+                loop.run()
             return loop.result()
     except torch.OutOfMemoryError as error:
         raise MachineError(
@@ -91,10 +96,3 @@ def _run_apart(loop: Loop, ranks: Ranks) -> None:
         loop.content.add(hashes)
     loop.done = sorted((unit for _, done in every for unit in done), key=lambda unit: unit.index)
     loop.writer.join(ranks)
-
-
-def _apart(plan: Plan, work: Path, ranks: Ranks) -> bool:
-    """Whether no rows run through the units, and all ranks write into one folder."""
-    if ranks.world == 1 or any(unit.calibrated for unit in plan.units):
-        return False
-    return on_one_host(work, ranks)

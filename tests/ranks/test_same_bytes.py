@@ -139,6 +139,19 @@ def test_ranks_share_the_rows_that_gradients_are_of(written: Path, recipe: str) 
         assert sum(counts) == ran[1][0] and max(counts) <= ran[1][0] * MOST[n]
 
 
+@pytest.mark.parametrize("recipe", ["awq of stacked experts", "gptq beside the original"])
+def test_each_rank_writes_a_share_of_what_is_packed(written: Path, recipe: str) -> None:
+    wrote = {
+        n: [int((written / str(n) / recipe / f"wrote.{r}").read_text()) for r in range(n)]
+        for n in WORLDS
+    }
+    for shares in wrote.values():
+        assert sum(shares) == wrote[1][0] and min(shares) > 0
+        # The leading one has embedding, head and norms beside it.
+        others = shares[1:] or [0]
+        assert max(others) <= 2 * min(others)
+
+
 def test_any_number_of_ranks_comes_to_the_same_verdict(written: Path) -> None:
     every = {n: sorted((written / str(n) / "judged").glob("verdict.*")) for n in WORLDS}
     verdicts = {n: [path.read_text() for path in found] for n, found in every.items()}

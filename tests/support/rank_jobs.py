@@ -25,6 +25,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
 from compressor.checkpoint.manifest import MANIFEST_NAME
+from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.workspace import owned
 from compressor.errors import CompressError
 from compressor.methods.awq import method as awq
@@ -39,24 +40,34 @@ from compressor.verify.verify import verify
 
 CPU = torch.device("cpu")
 IN_ORDER = Pieces._in_order
+WRITE = ShardWriter.write
 
 
 def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
     prepared = prepare(make_recipe({**recipe, "output": str(output)}), device=CPU)
     prepared = replace(prepared, batch=batch)
     units: list[str] = []
-    ran = 0
+    ran = written = 0
 
     def counted(self: Pieces, work: Any) -> Any:
         nonlocal ran
         ran += 1
         return IN_ORDER(self, work)
 
-    with patch.object(Pieces, "_in_order", counted):
+    def wrote(self: ShardWriter, tensors: Any, data: Any = None) -> dict[str, str]:
+        nonlocal written
+        written += sum(tensor.nbytes for tensor in tensors.values())
+        return WRITE(self, tensors, data)
+
+    with (
+        patch.object(Pieces, "_in_order", counted),
+        patch.object(ShardWriter, "write", wrote),
+    ):
         compiled = compile_checkpoint(
             prepared, ranks=ranks, on_unit=lambda done: units.append(done.name)
         )
     (output / f"ran.{ranks.rank}").write_text(str(ran))
+    (output / f"wrote.{ranks.rank}").write_text(str(written))
     if recipe["verify"]:
         (output / f"units.{ranks.rank}.json").write_text(json.dumps(units))
         verdict = judge(prepared, compiled, ranks=ranks)

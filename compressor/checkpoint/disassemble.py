@@ -1,0 +1,82 @@
+"""Coded linears of a unit as the tensors that stand for them on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.layout import Linear
+from compressor.ir.qtensor import QTensor
+from compressor.ir.same_shape import Linears, of_one_shape
+from compressor.ir.tensor import TensorShape
+from compressor.ir.unit import Unit
+from compressor.ranks.ranks import Ranks
+
+
+def packed(
+    unit: Unit,
+    coded: Iterable[Linear],
+    format: Format,
+    schemes: ModelSchemes,
+    leaves: Callable[[Linear], Mapping[str, TensorShape]],
+    *,
+    dtype: torch.dtype,
+    stackable: Callable[[Linear], bool],
+    whole: bool,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Tensors of coded linears by full name: those that this rank makes, or with `whole` all.
+
+    leaves     of a linear: names, local to it, and shapes of what stands for its weight
+    dtype      of the model
+    stackable  whether experts of a linear's shape may be packed one above the other
+    ranks      that divide the work. All linears of an expert are one rank's, since they follow one
+               another in a file
+    """
+
+    def kind(linear: Linear) -> Hashable:
+        alike = linear.expert is not None and stackable(linear)
+        return schemes.linears[linear.name] if alike else linear.name
+
+    def encoded(linears: Linears) -> dict[str, Tensor]:
+        """Tensors of linears of one shape, one above the other where there is one a row."""
+        first, every = linears[0], [unit.quantized[x.name] for x in linears]
+        scheme = schemes.linears[first.name]
+        for q in every:
+            assert q.spec == scheme.weight, f"{first.name}: not {scheme.weight}, but {q.spec}"
+
+        def encode(q: QTensor) -> dict[str, Tensor]:
+            scale = unit.input_scales.get(first.name)
+            return format.encode(q, model_dtype=dtype, input=scheme.input, input_scale=scale)
+
+        if len(linears) == 1:
+            return encode(every[0])
+        together, one = encode(QTensor.above(every)), encode(every[0])
+        alike = leaves(first)
+        return {n: one[n] if t.shape == alike[n].shape else t for n, t in together.items()}
+
+    def made(stacks: Sequence[Linears]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for linears in stacks:
+            alike = leaves(linears[0])
+            for leaf, tensor in encoded(linears).items():
+                parts: Sequence[Tensor] = [tensor] * len(linears)
+                if tensor.shape != alike[leaf].shape:
+                    parts = tensor.chunk(len(linears))
+                found |= {f"{x.name}.{leaf}": p for x, p in zip(linears, parts, strict=True)}
+        return found
+
+    def work(stacks: Sequence[Linears]) -> float:
+        return float(sum(math.prod(x.shape) for linears in stacks for x in linears))
+
+    groups: dict[Hashable, list[Linears]] = {}
+    for linears in of_one_shape(list(coded), kind):
+        experts = tuple(x.expert for x in linears)
+        groups.setdefault(linears[0].name if None in experts else experts, []).append(linears)
+    every = list(groups.values())
+    parts = ranks.each(every, made, work) if whole else map(made, ranks.mine(every, work))
+    return {name: tensor for part in parts for name, tensor in part.items()}
