@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compressor.checkpoint.reader import Checkpoint, wrapped
+from compressor.checkpoint.reader import Checkpoint
+from compressor.checkpoint.wrapper import Wrapper, wrapped
 
 
 @dataclass(frozen=True)
-class EditedCheckpoint(Checkpoint):
+class EditedCheckpoint(Wrapper):
     """A checkpoint that reads otherwise in some tensors, and is written nowhere.
 
     original  where everything comes from

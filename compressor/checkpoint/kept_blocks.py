@@ -14,15 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from compressor.arch.schema import MapFile
-from compressor.checkpoint.reader import READ_THREADS, Checkpoint, wrapped
+from compressor.checkpoint.reader import READ_THREADS, Checkpoint
 from compressor.checkpoint.slices import unsliced
 from compressor.checkpoint.source import Source, as_source
+from compressor.checkpoint.wrapper import Wrapper, wrapped
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
 
 
 @dataclass(frozen=True)
-class KeptCheckpoint(Checkpoint):
+class KeptCheckpoint(Wrapper):
     """Some blocks of another checkpoint, and all that is in none.
 
     original  where tensors come from;  names  name here → name there

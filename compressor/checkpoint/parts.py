@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressor.checkpoint.reader import READ_THREADS, Checkpoint
 from compressor.checkpoint.safetensors import Entry
+from compressor.checkpoint.wrapper import Wrapper
 
 
 class Part(Protocol):
@@ -24,7 +25,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PartsCheckpoint(Checkpoint):
+class PartsCheckpoint(Wrapper):
     """`inner` with parts of its tensors in place of them; what is stored is read once for all of
     its parts that are asked for together.
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
 UNFINISHED = (".cache/huggingface/download/*.incomplete", "*.incomplete", "*.part", "*.aria2")
 """What downloads leave where they end early."""
 READ_THREADS = min(8, max(4, (os.cpu_count() or 1) // 2))
-
-Wrapped = TypeVar("Wrapped", bound="Checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +97,6 @@ class Checkpoint:
         self, names: Iterable[str], *, pin: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """`read`, and the SHA-256 of each tensor's bytes: of what files hold, while it is read."""
-        if type(self).read is not Checkpoint.read:
-            raw = self.read(names, pin=pin)
-            return raw, digests_of(raw)
         entries = {name: self.entry(name) for name in names}
         hashes = {name: hashlib.sha256() for name in entries}
 
@@ -132,12 +127,6 @@ class Checkpoint:
             return self.entries[name]
         except KeyError:
             raise InputError(f"the checkpoint has no tensor {name!r}") from None
-
-
-def wrapped(kind: type[Wrapped], checkpoint: Checkpoint, **own: Any) -> Wrapped:
-    """A checkpoint of another kind which but for what is given has what this one has."""
-    same = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
-    return kind(**{**same, **own})
 
 
 def content_hash(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> str:

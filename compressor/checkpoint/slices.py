@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compressor.checkpoint.parts import PartsCheckpoint
-from compressor.checkpoint.reader import Checkpoint, wrapped
+from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.safetensors import Entry
+from compressor.checkpoint.wrapper import wrapped
 from compressor.ir.layout import ModelLayout, TensorRef
 from compressor.ir.tensor import TensorShape
 

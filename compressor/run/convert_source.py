@@ -7,14 +7,15 @@ its bytes. What is read is hashed both times, so that a source that changes in b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.read_ahead import read_ahead
 from compressor.checkpoint.reader import hash_of
 from compressor.checkpoint.records import stated_hash
 from compressor.checkpoint.source import Source
@@ -33,8 +34,9 @@ class ConvertedSource:
     source: Source
     device: torch.device
     _digests: dict[str, dict[str, str]] = field(default_factory=dict)
-    _coming: dict[tuple[str, bool], Future[Stored]] = field(default_factory=dict)
-    _pool: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
+    _reading: Iterator[Callable[[], Stored]] = field(default_factory=lambda: iter(()))
+    _rest: deque[UnitLayout] = field(default_factory=deque)  # of that
+    _next: tuple[str, bool] | None = None  # what it reads next: of which unit, and whether whole
 
     @property
     def beside_codes(self) -> str:
@@ -75,18 +77,21 @@ class ConvertedSource:
         return replace(found, tensors=here)
 
     def _read(self, unit: UnitLayout, *, whole: bool) -> dict[str, Tensor]:
-        known = self._coming.pop((unit.name, whole), None)
-        units = self.source.layout.units
-        after = units[units.index(unit) + 1 :][:1] if self._on_gpu else ()
-        self._coming = {(x.name, whole): self._pool.submit(self._stored, x, whole) for x in after}
-        raw, digests = self._stored(unit, whole) if known is None else known.result()
+        if self._next != (unit.name, whole):
+            units = self.source.layout.units
+            self._rest = deque(units[units.index(unit) :])
+            read = partial(self._stored, whole=whole)
+            self._reading = read_ahead(read, list(self._rest), ahead=self._on_gpu)
+        self._rest.popleft()
+        self._next = (self._rest[0].name, whole) if self._rest else None
+        raw, digests = next(self._reading)()
         before = self._digests.get(unit.name, {})
         if any(digests[name] != digest for name, digest in before.items() if name in digests):
             raise InputError(f"{unit.name} of the source changed while it was converted")
         self._digests[unit.name] = {**before, **digests}
         return raw
 
-    def _stored(self, unit: UnitLayout, whole: bool) -> Stored:
+    def _stored(self, unit: UnitLayout, *, whole: bool) -> Stored:
         left: Sequence[str] = () if whole else self._apart(unit)
         names = [name for name in self.source.names(unit) if name not in left]
         return self.source.checkpoint.read_hashed(names, pin=self._on_gpu)

@@ -125,8 +125,7 @@ class Loop:
                         self._replay(step, record)
                         rows = record["rows"]
                     else:
-                        source = step.take()
-                        worked = self._work(step, source)
+                        worked = self._work(step)
                         rows = worked.rows
                         made = {
                             "source": self.content.hashes[step.index],
@@ -137,7 +136,7 @@ class Loop:
                         if (written := self._to_write(worked)) is not None:
                             output.put(step.index, written, made)
                         # The next unit is not to be worked on beside what is left of this one.
-                        del source, worked
+                        del worked
                     self._finished(step.index, rows, started, resumed=record is not None)
                     started = time.perf_counter()
             except Interrupted:
@@ -259,9 +258,9 @@ class Loop:
         every = self.settings.ranks.gather(batches)
         return [some[i] for i in range(max(map(len, every))) for some in every if i < len(some)]
 
-    def _work(self, step: Step, source: Unit) -> _Worked:
+    def _work(self, step: Step) -> _Worked:
         """What becomes of one unit."""
-        unit, device = self.plan.units[step.index], self.settings.device
+        unit, device, source = self.plan.units[step.index], self.settings.device, step.take()
         layout, dtype = unit.layout, self.plan.compute_dtype(device)
         read, names = source.dequantized(dtype), self.plan.source.arch.runtime
         if layout.kind == "block" and unit.calibrated and device.type == "cuda":
@@ -269,6 +268,10 @@ class Loop:
         else:
             moved = {name: t.to(device, non_blocking=True) for name, t in read.items()}
         require_finite(moved)
+        # The next but one is read into this page-locked memory, which is free once all is done that
+        # the GPU was asked to before it was given back: now, and not after the whole block.
+        source = replace(source, tensors={}, quantized={})
+        del read
         if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
             tied = self.plan.layout.tied
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)

@@ -26,6 +26,7 @@ from compressor.checkpoint.delta.base import (
 from compressor.checkpoint.reader import Checkpoint, load_json, open_checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.source import Source, as_source, open_source
+from compressor.checkpoint.wrapper import Wrapper
 from compressor.errors import InputError, Problems
 from compressor.ir.layout import Linear, weight_name
 from compressor.ir.tensor import TensorShape
@@ -94,7 +95,7 @@ def open_delta(folder: Path) -> Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class MergedCheckpoint(Checkpoint):
+class MergedCheckpoint(Wrapper):
     """A dense fine-tune that exists only when it is read; `entries` lie in no file."""
 
     delta: Delta

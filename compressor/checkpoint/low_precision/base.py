@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.reader import READ_THREADS, Checkpoint, wrapped
+from compressor.checkpoint.reader import READ_THREADS, Checkpoint
 from compressor.checkpoint.safetensors import Entry, read_tensor
+from compressor.checkpoint.wrapper import Wrapper, wrapped
 from compressor.errors import InputError, several
 from compressor.ir.layout import is_weight
 from compressor.ir.tensor import TensorShape
@@ -58,7 +59,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedCheckpoint(Checkpoint):
+class DecodedCheckpoint(Wrapper):
     """Floats in the model's dtype; what is stored in parts is rounded to it once, from float32.
 
     stored  the weights in parts, by name;  files  the header entries of the parts

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.parts import PartsCheckpoint
-from compressor.checkpoint.reader import Checkpoint, wrapped
+from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.safetensors import Entry
+from compressor.checkpoint.wrapper import wrapped
 from compressor.errors import InputError
 from compressor.formats.base import ModelSchemes, get_format
 from compressor.ir.layout import is_weight
