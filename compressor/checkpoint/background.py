@@ -107,7 +107,11 @@ class CommitQueue:
 
 def fetched(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
     """The bytes of tensors, on the CPU. A piece of memory of which they are a good part is copied
-    as a whole: with each copy other threads take Python, and experts are thousands of tensors."""
+    as a whole: with each copy other threads take Python, and experts are thousands of tensors.
+
+    From a GPU they are copied into page-locked memory, on the current stream: while other memory is
+    copied to, the driver lets no thread start anything.
+    """
     wanted: Counter[int] = Counter()
     for tensor in tensors.values():
         wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
@@ -117,10 +121,22 @@ def fetched(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
         storage = tensor.untyped_storage()
         place, begin = storage.data_ptr(), tensor.storage_offset() * tensor.itemsize
         if not tensor.is_contiguous() or 4 * wanted[place] < storage.nbytes():
-            found[name] = tensor_bytes(tensor)
+            found[name] = tensor_bytes(_on_cpu(tensor.contiguous()))
             continue
         if place not in pieces:
             empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            pieces[place] = tensor_bytes(empty.set_(storage))  # type: ignore[call-overload]
+            whole = empty.set_(storage)  # type: ignore[call-overload]
+            pieces[place] = tensor_bytes(_on_cpu(whole))
         found[name] = pieces[place][begin : begin + tensor.nbytes]
+    for device in {tensor.device for tensor in tensors.values()}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
     return found
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A contiguous tensor, which is there once the current stream has come so far."""
+    if tensor.device.type != "cuda":
+        return tensor.detach().cpu()
+    space = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return space.copy_(tensor.detach(), non_blocking=True)
