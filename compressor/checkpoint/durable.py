@@ -39,6 +39,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def in_the_way(path: Path) -> str | None:
+    """What keeps a new file or folder from being made at a path, or one that is there from being
+    replaced: something else above it, or a missing permission. None where nothing does."""
+    try:
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {os.readlink(path)}, which is not there"
+        for above in path.absolute().parents:
+            if above.is_symlink() and not above.exists():
+                return f"{above} is a link to {os.readlink(above)}, which is not there"
+            if above.is_dir():
+                may = os.access(above, os.W_OK | os.X_OK)
+                return None if may else f"nothing can be written into {above}: Permission denied"
+            if above.exists():
+                return f"{above} is a file"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def make_folder(folder: Path) -> None:
     """A folder and those above it. Raises OSError where something else is in the way."""
     if folder.is_dir():

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.durable import make_folder, own_folder
+from compressor.checkpoint.durable import in_the_way, make_folder, own_folder
 from compressor.checkpoint.records import Records
 from compressor.errors import InputError, MachineError
 
@@ -24,9 +24,11 @@ JOB_NAME = "job.json"
 
 
 def refusal(output: Path, *, manifest: str) -> InputError | None:
-    """Why a run may not write into a folder: it is a file, or holds what no run of ours wrote."""
-    if output.exists() and not output.is_dir():
-        return InputError(f"{output} is a file", hint="name a folder with --output")
+    """Why a run may not write into a folder: it is a file, holds what no run of ours wrote, or
+    cannot be written into."""
+    inside = output / WORK_NAME
+    if (why := in_the_way(inside)) is not None:
+        return InputError(f"cannot write {output}: {why}", hint="name a folder with --output")
     try:
         names = {path.name for path in output.iterdir()} if output.exists() else set()
     except OSError as error:

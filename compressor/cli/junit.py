@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 
 import click
 
-from compressor.errors import CheckError, CompressError, MachineError, Problems
+from compressor.cli.written import write_file
+from compressor.errors import CheckError, CompressError, Problems
 from compressor.ranks.place import place_of
 
 if TYPE_CHECKING:
@@ -164,11 +165,7 @@ def write_cases(path: Path, cases: Sequence[Case], command: str) -> None:
             ElementTree.SubElement(element, "system-out").text = _clean(case.output)
     root = ElementTree.Element("testsuites")
     root.append(suite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
-    except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror or error}") from error
+    write_file(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
 
 
 def _clean(text: str) -> str:

@@ -25,6 +25,7 @@ from compressor.cli.echo import echo, shortened
 from compressor.cli.groups import Group, usage
 from compressor.cli.junit import error_cases, write_cases
 from compressor.cli.options import CASES
+from compressor.cli.written import obstacle
 from compressor.errors import CompressError, InputError, MachineError, Problems, printable
 from compressor.ranks.place import ERROR_FILE, place_of
 
@@ -142,9 +143,11 @@ def _late_junit(error: BaseException, arguments: list[str]) -> list[CompressErro
     path = value_of("--junit", arguments)
     if path is None:
         return []
-    name = arguments[0]
+    name, file = arguments[0], Path(path).expanduser()
+    if obstacle(file) is not None:  # said already, by the option
+        return []
     try:
-        write_cases(Path(path), error_cases(error, name), name)
+        write_cases(file, error_cases(error, name), name)
     except CompressError as failed:
         return [failed]
     return []

@@ -13,9 +13,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from compressor.cli.display import Display, LogFormat
-from compressor.cli.echo import echo
 from compressor.cli.junit import Case, junit
-from compressor.errors import InputError
+from compressor.cli.written import WRITTEN
 
 if TYPE_CHECKING:
     from compressor.plan.recipe import Recipe
@@ -110,7 +109,6 @@ SIZE, DEVICE, MODEL, PADS = Size(), Device(), Model(), Pads()
 
 RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)
-TEXT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 CASES = "compressor.cases"
 """Where a context keeps what was checked."""
@@ -228,25 +226,6 @@ def folder_argument(name: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def new_file(path: Path | None) -> None:
-    """Raises InputError where a file is that is not to be written over."""
-    if path is not None and path.exists():
-        raise InputError(f"{path} is there already", hint="--output names another file")
-
-
-def put(text: str, path: Path | None, *, replace: bool = False) -> None:
-    """Print a text, or write it to a file. Raises InputError where one is, unless replaced."""
-    from compressor.checkpoint.durable import write_atomically
-
-    if path is None:
-        echo(text, nl=False)
-        return
-    if not replace:
-        new_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
-
-
 def shard_option(function: Command) -> Command:
     """How large files may become."""
     return click.option(
@@ -328,7 +307,7 @@ def junit_option(function: Command) -> Command:
     return click.option(
         "--junit",
         "junit_path",
-        type=click.Path(path_type=Path),
+        type=WRITTEN,
         help="Also write what was checked as JUnit XML, for CI systems.",
     )(cast(Command, reported))
 

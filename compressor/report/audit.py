@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from string import Template
 from typing import Any
 
 from compressor.audit.findings import SUSPECT, Audit
-from compressor.checkpoint.durable import write_atomically
 from compressor.report.elements import TEMPLATE, section, table
 from compressor.report.text import number
 
@@ -23,12 +21,11 @@ LOOKED_AT = {"model": "the model", "written": "what was written"}
 Data = Mapping[str, Any]
 
 
-def write_page(path: Path, found: Audit) -> None:
-    """Write the page, and the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def page_of(found: Audit) -> str:
+    """The findings as a page."""
     template = Template(TEMPLATE.read_text("utf-8"))
     title = escape(f"{found.name}: audit")
-    write_atomically(path, template.substitute(title=title, body=_page(found.to_json())).encode())
+    return template.substitute(title=title, body=_page(found.to_json()))
 
 
 def _page(found: Data) -> str:

@@ -6,11 +6,9 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from string import Template
 from typing import Any
 
-from compressor.checkpoint.durable import write_atomically
 from compressor.report.elements import TEMPLATE, breakable, section, table
 from compressor.report.svg import Point, dots, lines
 from compressor.report.text import MISSING, number, share_with_error, size, with_error
@@ -21,15 +19,14 @@ Side = Mapping[str, Any]
 """Plain data of `run.compare.Side`."""
 
 
-def write_page(path: Path, sides: Sequence[Side], *, text: str) -> None:
-    """Write the page, and the folders above it; `text` says on what was measured."""
+def page_of(sides: Sequence[Side], *, text: str) -> str:
+    """The page; `text` says on what was measured."""
     parts = [_header(sides), _figures(sides, text), _pareto(sides), _layers(sides)]
     parts += [_kernels(sides), _notes(sides)]
     body = "\n".join(part for part in parts if part)
     title = escape("Comparison: " + ", ".join(side["name"] for side in sides))
-    path.parent.mkdir(parents=True, exist_ok=True)
     template = Template(TEMPLATE.read_text("utf-8"))
-    write_atomically(path, template.substitute(title=title, body=body).encode())
+    return template.substitute(title=title, body=body)
 
 
 def figures(side: Side) -> dict[str, str]:

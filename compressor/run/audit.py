@@ -28,7 +28,7 @@ from compressor.checkpoint.source import Source
 from compressor.checkpoint.transaction import json_bytes
 from compressor.errors import CheckError, InputError
 from compressor.plan.calibration import Calibration
-from compressor.report.audit import write_page
+from compressor.report.audit import page_of
 from compressor.run.settings import JobSettings
 from compressor.run.tokens import calibration_tokens
 from compressor.runner.execution import Progress
@@ -114,7 +114,7 @@ def audit_first(
     if found.suspect and wanted.fails:
         output = work.parent
         write_atomically(output / "audit.json", json_bytes(found.to_json()))
-        write_page(output / "audit.html", found)
+        write_atomically(output / "audit.html", page_of(found).encode())
         said = "; ".join(_said(f) for f in found.findings if f.level == "suspect")
         raise CheckError(
             f"audit: {found.name} is suspect: {said}",

@@ -16,7 +16,7 @@ from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
 from compressor.errors import InputError
 from compressor.ir.layout import weight_name
-from compressor.report.comparison import write_page
+from compressor.report.comparison import page_of
 
 SIZE = ("--windows", "2", "--length", "32", "--device", "cpu")
 
@@ -97,11 +97,10 @@ def test_a_table_and_a_page_name_all(three: tuple[Path, Path, Path], tmp_path: P
     assert re.search(r"\d ± \d", text)
 
 
-def test_kernels_are_a_table_where_they_were_timed(found: dict[str, Any], tmp_path: Path) -> None:
+def test_kernels_are_a_table_where_they_were_timed(found: dict[str, Any]) -> None:
     times = {"attn.q": {1: 2.5, 16: 3.0}, "mlp.up": {1: 1.5, 16: 2.0}}
     timed = [{**side, "microseconds": times} for side in found["checkpoints"]]
-    write_page(tmp_path / "timed.html", timed, text="")
-    text = (tmp_path / "timed.html").read_text("utf-8")
+    text = page_of(timed, text="")
     assert "<h2>Kernels</h2>" in text and '<td class="n">4</td>' in text
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import click
 
 from compressor.cli.echo import echo
-from compressor.cli.options import TEXT_FILE, json_option
+from compressor.cli.options import json_option
+from compressor.cli.written import WRITTEN, write_file
 
 
 @click.command()
-@click.argument("file", type=TEXT_FILE)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--bits-per-weight",
     type=click.FloatRange(min=0, min_open=True),
@@ -30,9 +31,9 @@ from compressor.cli.options import TEXT_FILE, json_option
 @click.option("--gpu", help="Whose bandwidth and 16-bit operations count: h200, l4, rtx4090, ...")
 @click.option("--tokens", default=1, type=click.IntRange(1))
 @click.option("--quantizer", help="Rounds in the recipe in place of the measured one: reconstruct.")
-@click.option("--output", "-o", type=TEXT_FILE, help="Write the recipe here; printed if not given.")
+@click.option("--output", "-o", type=WRITTEN, help="Write the recipe here; printed if not given.")
 @click.option(
-    "--picture", type=TEXT_FILE, help="Write a PNG of what every number of bits would cost."
+    "--picture", type=WRITTEN, help="Write a PNG of what every number of bits would cost."
 )
 @json_option
 def command(
@@ -59,7 +60,6 @@ def command(
     """
     import yaml
 
-    from compressor.checkpoint.durable import write_atomically
     from compressor.errors import InputError
     from compressor.foreign.calls import foreign
     from compressor.foreign.untrusted import read_file
@@ -108,9 +108,9 @@ def command(
         points = {"mixed": frontier(found), **{k: [v] for k, v in uniform(found).items()}}
         drawn = curves(points, title=found.measure, x="bits of a weight", y="error", log=True)
         if drawn is not None:
-            write_atomically(picture, drawn)
+            write_file(picture, drawn)
     if output is not None:
-        write_atomically(output, text.encode())
+        write_file(output, text.encode())
     if as_json:
         about = {
             "bits_per_weight": spent,

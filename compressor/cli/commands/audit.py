@@ -11,6 +11,7 @@ from compressor.audit.pace import paced
 from compressor.cli.echo import say
 from compressor.cli.junit import Case
 from compressor.cli.options import MODEL, Told, add_cases, device_option, telling_options
+from compressor.cli.written import WRITTEN, write_file
 
 if TYPE_CHECKING:
     from compressor.audit.findings import Audit, TokenSweep
@@ -36,9 +37,7 @@ LISTED = 10
     help="Try so many tokens, drawn at random, and special ones.  [default: all]",
 )
 @click.option("--batch", default=64, type=click.IntRange(1))
-@click.option(
-    "--html", "page", type=click.Path(path_type=Path), help="Also write the findings as a page."
-)
+@click.option("--html", "page", type=WRITTEN, help="Also write the findings as a page.")
 @device_option
 @telling_options
 def command(
@@ -63,7 +62,7 @@ def command(
     compress audit ./model --weights-only --junit audit.xml
     compress audit ./bert-base-uncased --json > audit.json
     """
-    from compressor.report.audit import write_page
+    from compressor.report.audit import page_of
     from compressor.run.audit import SweepOptions, audit, find_audited
     from compressor.run.session import choose_device
 
@@ -78,7 +77,7 @@ def command(
     )
     add_cases(cases(found))
     if page is not None:
-        write_page(page, found)
+        write_file(page, page_of(found).encode())
     say(found.to_json(), lines(found), as_json=told.as_json)
     click.get_current_context().exit(1 if found.suspect else 0)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.echo import echo
-from compressor.cli.options import MODEL, TEXT_FILE, Told, device_option, telling_options
+from compressor.cli.options import MODEL, Told, device_option, telling_options
+from compressor.cli.written import WRITTEN, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ SHOWN = 8
 @click.option("--windows", default=16, type=click.IntRange(1))
 @click.option("--length", default=512, type=click.IntRange(8))
 @click.option("--batch", default=4, type=click.IntRange(1))
-@click.option("--html", "page", type=TEXT_FILE, help="Also write what was found as a page.")
+@click.option("--html", "page", type=WRITTEN, help="Also write what was found as a page.")
 @device_option
 @telling_options
 def command(
@@ -57,7 +58,7 @@ def command(
     """
     from compressor.checkpoint.find import locate
     from compressor.errors import InputError
-    from compressor.report.comparison import write_page
+    from compressor.report.comparison import page_of
     from compressor.run.compare import choose_reference, compare
     from compressor.run.session import choose_device
 
@@ -82,7 +83,7 @@ def command(
     found = [side.to_json() for side in sides]
     over = "Nothing was evaluated." if tokens is None else f"Over {windows} x {length} tokens."
     if page is not None:
-        write_page(page, found, text=over)
+        write_file(page, page_of(found, text=over).encode())
     if told.as_json:
         name = None if reference is None else sides[reference].name
         about = {"reference": name, "windows": windows, "length": length, "text": text}

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from compressor.cli.options import TEXT_FILE, put
+from compressor.cli.written import WRITTEN, put
 
 VARIABLE = "_COMPRESS_COMPLETE"
 """By which a shell asks for completions."""
@@ -15,7 +15,7 @@ VARIABLE = "_COMPRESS_COMPLETE"
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@click.option("--output", "-o", type=TEXT_FILE, help="Write it here; printed if not given.")
+@click.option("--output", "-o", type=WRITTEN, help="Write it here; printed if not given.")
 def command(shell: str, output: Path | None) -> None:
     """Print what lets a shell complete commands, options, schemes, runtimes and files.
 

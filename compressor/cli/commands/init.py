@@ -13,13 +13,11 @@ from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.options import (
     MODEL,
-    TEXT_FILE,
     device_option,
     json_option,
-    new_file,
-    put,
     runtime_option,
 )
+from compressor.cli.written import WRITTEN, new_file, put
 
 if TYPE_CHECKING:
     from compressor.plan.choose import Quality
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--output",
     "-o",
-    type=TEXT_FILE,
+    type=WRITTEN,
     help="Write the recipe here, where no file may be; printed if not given.",
 )
 @click.option(

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from compressor.cli.groups import Group
-from compressor.cli.options import MODEL, TEXT_FILE, put
+from compressor.cli.options import MODEL
+from compressor.cli.written import WRITTEN, put
 
 
 @click.group(cls=Group)
@@ -23,7 +24,7 @@ def command() -> None:
 
 @command.command()
 @click.argument("model", type=MODEL)
-@click.option("--output", "-o", type=TEXT_FILE, help="Write the map here, where no file may be.")
+@click.option("--output", "-o", type=WRITTEN, help="Write the map here, where no file may be.")
 def draft(model: str, output: Path | None) -> None:
     """Print a first map of MODEL, a folder whose type transformers knows and this tool does not.
 

@@ -11,7 +11,8 @@ import click
 
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.echo import echo
-from compressor.cli.options import MODEL, TEXT_FILE, device_option, json_option, log_option
+from compressor.cli.options import MODEL, device_option, json_option, log_option
+from compressor.cli.written import WRITTEN, write_file
 from compressor.errors import several
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
     "--output",
     "-o",
     "out",
-    type=TEXT_FILE,
+    type=WRITTEN,
     default=Path("sensitivity.json"),
     help="The file to write.",
 )
@@ -109,7 +110,6 @@ def command(
     compress allocate sensitivity.json --bits-per-weight 4.5 > mixed.yaml
     compress measure MODEL --attention moba --length 4096 -o moba.json
     """
-    from compressor.checkpoint.durable import write_atomically
     from compressor.checkpoint.find import locate
     from compressor.plan.recipe import make_recipe
     from compressor.plan.recipe_file import read_recipe
@@ -158,7 +158,7 @@ def command(
             activations=open_activations(recipe.activation_store, where),
             progress=lambda name, done, total: display.unit(name, done, total),
         )
-    write_atomically(out, (found.model_dump_json(indent=1) + "\n").encode())
+    write_file(out, (found.model_dump_json(indent=1) + "\n").encode())
     if as_json:
         echo(json.dumps({"ok": True, "file": str(out), "groups": len(found.groups)}))
         return
@@ -183,7 +183,6 @@ def _measure_blocks(
     """What blocks by mean keys would cost, as a table, a file and a plot."""
 
     from compressor.attention.moba_fit import fit_blocks, to_json
-    from compressor.checkpoint.durable import write_atomically
     from compressor.errors import InputError
     from compressor.methods.common.head_plots import curves
     from compressor.runner.source_model import SourceModel
@@ -201,7 +200,7 @@ def _measure_blocks(
         fits = fit_blocks(model, ids, sizes, batch=batch, progress=display.unit)
     about = {"rows": ids.shape[0], "length": ids.shape[1]}
     found = to_json(fits, **about)
-    write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    write_file(out, (json.dumps(found, indent=1) + "\n").encode())
     lines = {
         f"layer {fit.layer}": [(float(k + 1), share) for k, share in enumerate(fit.kept)]
         for fit in fits
@@ -214,7 +213,7 @@ def _measure_blocks(
         y="share of attention",
     )
     if plot is not None:
-        write_atomically(out.with_suffix(".png"), plot)
+        write_file(out.with_suffix(".png"), plot)
     if as_json:
         echo(json.dumps({"ok": True, "file": str(out), **found}))
         return

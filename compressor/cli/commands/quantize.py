@@ -20,6 +20,7 @@ from compressor.cli.options import (
     telling_options,
 )
 from compressor.cli.several import gpus_option, start_ranks
+from compressor.cli.written import write_file
 
 if TYPE_CHECKING:
     from compressor.checkpoint.source import Source
@@ -229,7 +230,6 @@ def mixed(
 
 def _save(choice: Choice, target: Path) -> Path:
     """Write the recipe beside the output. Raises InputError where another one lies there."""
-    from compressor.checkpoint.durable import write_atomically
     from compressor.errors import InputError
     from compressor.plan.recipe_file import read_recipe
 
@@ -242,6 +242,5 @@ def _save(choice: Choice, target: Path) -> Path:
                 hint=f"compress run {file} runs that one; delete it, or name another --output",
             )
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, choice.text().encode())
+    write_file(file, choice.text().encode())
     return file

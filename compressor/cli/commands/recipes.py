@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from compressor.cli.echo import echo
-from compressor.cli.options import TEXT_FILE, json_option, put
+from compressor.cli.options import json_option
+from compressor.cli.written import WRITTEN, put
 from compressor.errors import InputError, nearest
 
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--output", "-o", type=TEXT_FILE, help="Write the recipe here, where no file may be.")
+@click.option("--output", "-o", type=WRITTEN, help="Write the recipe here, where no file may be.")
 @json_option
 def command(name: str | None, output: Path | None, as_json: bool) -> None:
     """List the recipes that come with the program, or print one.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.options import TEXT_FILE, put
+from compressor.cli.written import WRITTEN, put
 
 
 @click.command()
-@click.option("--output", "-o", type=TEXT_FILE, help="Write it here; printed if not given.")
+@click.option("--output", "-o", type=WRITTEN, help="Write it here; printed if not given.")
 def command(output: Path | None) -> None:
     """Print the JSON Schema of recipes, for editors that complete and check YAML.
 
