@@ -117,10 +117,9 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         + ", ".join(f"`{name}`" for name in unseen)
         + ". Text models are seen inside the models that hold them; Kimi K2 and K2.5 run "
         "through DeepSeek-V3's class, MiniCPM through Granite's.",
-        "Not mapped, and refused: Gemma 4 E2B and E4B. Each of their blocks adds a slice of a "
-        "second embedding of its tokens, and the last ones read keys and values of earlier blocks, "
-        "where rows carry here hidden states and what one block gives to the next. Without a map "
-        "(`map: none`) their weights are rounded.",
+        "Not mapped: Gemma 3n, whose blocks take four streams of hidden states at once, predicted "
+        "from each other (AltUp), where rows carry one here. Without a map (`map: none`) its "
+        "weights are rounded.",
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -6,12 +6,12 @@ come from strangers, so each size is checked before anything is built from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from compressor.arch.beside import units_beside
-from compressor.arch.refusals import headless, way_out, wrong_experts
+from compressor.arch.refusals import broken_requirements, headless, way_out, wrong_experts
 from compressor.arch.schema import FoldRow, LinearRow, MapFile, Section
 from compressor.arch.sizes import ConfigReader, read_sizes
 from compressor.errors import CompressError, InputError, Problems
@@ -54,12 +54,14 @@ class _Layout:
         self.taken: dict[str, None] = {}
         self.missing: list[str] = []
         self.unannounced: list[str] = []
+        self.unread: list[str] = []
         self.misshapen: list[str] = []
+        self.published: dict[int, int] = {}  # by the section of attention
         self.read = read_sizes(arch, config)
         self._check_counts()
 
     def model(self) -> ModelLayout:
-        problems: list[CompressError] = list(self._broken_requirements())
+        problems: list[CompressError] = list(broken_requirements(self.read))
         if problems:
             raise Problems(problems)
         blocks = range(self.read.size("layers"))
@@ -95,6 +97,7 @@ class _Layout:
             sizes=self._model_sizes(),
             tied=token if self._tied else None,
             unannounced=tuple(self.unannounced),
+            unread=tuple(self.unread),
         )
 
     def _is_carried(self, name: str) -> bool:
@@ -107,7 +110,12 @@ class _Layout:
             hidden=self.read.size("hidden"),
             vocabulary=self.read.size("vocab"),
             positions=positions if isinstance(positions, int) else None,
+            given=self.read.size("layers * layer_ff") if self._handed("tokens") else 0,
+            published=sum(self.published.values()),
         )
+
+    def _handed(self, by: str) -> bool:
+        return by in self.arch.runtime.handed.values()
 
     def _listed(self, what: str, names: list[str], *, hint: str | None = None) -> InputError:
         shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
@@ -123,18 +131,6 @@ class _Layout:
                 raise InputError(
                     f"config.json promises {self.read.known[name]} {name}, but the checkpoint has "
                     f"only {len(self.headers)} tensors"
-                )
-
-    def _broken_requirements(self) -> Iterator[InputError]:
-        for row in self.arch.require:
-            value = self.read.value(row.key)
-            needed = row.value if row.size is None else self.read.size(row.size)
-            if value is not None and value != needed:
-                yield InputError(
-                    f"{self.arch.model_type} with {row.key} {value!r} is not supported",
-                    hint=f"{row.why}; map: none rounds its weights"
-                    if row.why
-                    else f"only {row.key} {needed!r} is",
                 )
 
     def _module(
@@ -189,6 +185,9 @@ class _Layout:
         tensors, _ = self._module(row.token, (self.read.size("vocab"), self.read.size("hidden")))
         if row.position is not None:
             tensors += self._module(row.position, None)[0]
+        if self._handed("tokens"):
+            for name in row.beside:
+                tensors += self._module(name, None)[0]
         norms: tuple[Norm, ...] = ()
         if row.norm is not None:
             names, bias = self._module(row.norm.name, (self.read.size(row.norm.size),))
@@ -244,7 +243,11 @@ class _Layout:
         for section in (attention, mlp):
             read = self.read.of_block(section, index)
             if section is attention and section.linears:
-                mixers = _mixers(prefix, section, read)
+                shared = self._handed("filled")
+                mixers = _mixers(prefix, section, read, shared=shared)
+                if shared and section.last is None:
+                    # The last block of a kind before those that read.
+                    self.published[id(section)] = 2 * read.size("kv")
             for norm_row in section.norms:
                 if not self.read.holds(norm_row.when):
                     continue
@@ -286,6 +289,10 @@ class _Layout:
                 for each in (name, *([bias_name(path)] if self._has_bias(path) else [])):
                     others.append(f"{prefix}.{each}")
                     self._take(others[-1], None)
+            for name in section.unread:
+                if (unread := f"{prefix}.{name}") in self.headers:
+                    self.taken[unread] = None
+                    self.unread.append(unread)
         tensors += others
         sites = {linear.site for linear in linears.values()}
         if not linears:
@@ -314,7 +321,8 @@ class _Layout:
         for section in sections:
             path = None if section.has is None else f"{prefix}.{section.has}"
             there = path is None or path in self.headers or weight_name(path) in self.headers
-            if there and self.read.holds(section.when, index):
+            here = self.read.holds(section.when, index) and self.read.is_last(section.last, index)
+            if there and here:
                 return section
         return sections[0]
 
@@ -375,9 +383,11 @@ class _Layout:
         return Fold(site, source, "linear", rows=rows, repeat=repeat, head_dim=head_dim)
 
 
-def _mixers(prefix: str, section: Section, read: ConfigReader) -> tuple[Mixer, ...]:
+def _mixers(
+    prefix: str, section: Section, read: ConfigReader, *, shared: bool
+) -> tuple[Mixer, ...]:
     shape, paths = None, section.mixer_paths(prefix)
     if "self" in paths:
         heads, kv_heads, head_dim = map(read.size, ("heads", "kv_heads", "head_dim"))
-        shape = AttentionShape(heads, kv_heads, head_dim, section.pairs)
+        shape = AttentionShape(heads, kv_heads, head_dim, section.pairs, shared)
     return tuple(Mixer(kind, at, shape if kind == "self" else None) for kind, at in paths.items())

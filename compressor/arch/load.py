@@ -139,7 +139,7 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
         if isinstance(data, dict) and isinstance(data.get("runtime"), dict):
             twin = data.get("twin")
             within = data.get("config") if twin is not None else None
-            handed = data.get("handed", {})
+            handed = _handed(data, config)
             beside = data.get("twin_config", {}) if config else {}
             if not isinstance(beside, dict):
                 raise ValueError("twin_config is not a mapping")
@@ -157,6 +157,21 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
         raise InputError(f"{shown} is not a map: {what}", hint="docs/adding.md") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{shown} is not a map: {error}") from error
+
+
+def _handed(data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What blocks of a model with this config are given by earlier units: argument → whence."""
+    inner = config.get(data.get("config") or "")
+    said = {**data.get("defaults", {}), **config, **(inner if isinstance(inner, dict) else {})}
+    rows, found = data.get("handed", {}), {}
+    if not isinstance(rows, dict):
+        raise ValueError("handed is not a mapping")
+    for argument, row in rows.items():
+        if not isinstance(row, dict):
+            found[argument] = row
+        elif said.get(row.get("where")):
+            found[argument] = row.get("by")
+    return found
 
 
 def _place(model_type: str) -> Path:
@@ -216,6 +231,9 @@ def _wrapped(data: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
             memory = runtime.get("outside", {}).get(row[key], row[key])
             outside[moved(row[key])] = moved(memory, place.memory)
             row[key] = moved(row[key])
+    for name in embedding.get("beside", ()):
+        outside[moved(name)] = moved(name, place.memory)
+    embedding["beside"] = [moved(name) for name in embedding.get("beside", ())]
     outside[moved(head["linear"])] = moved(runtime["lm_head"], place.memory)
     head["linear"] = moved(head["linear"])
     for key in ("layers", "embedding", "norm", "lm_head"):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from compressor.arch.schema import MapFile
+from compressor.arch.sizes import ConfigReader
 from compressor.errors import InputError
 from compressor.ir.layout import weight_name
 
@@ -15,6 +16,20 @@ CODES = {"qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv
 
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_k")
 """Keys under which families have how many experts see a token."""
+
+
+def broken_requirements(read: ConfigReader) -> Iterator[InputError]:
+    """What config.json says and a map is not right for."""
+    for row in read.arch.require:
+        value = read.value(row.key)
+        needed = row.value if row.size is None else read.size(row.size)
+        if value is not None and value != needed:
+            yield InputError(
+                f"{read.arch.model_type} with {row.key} {value!r} is not supported",
+                hint=f"{row.why}; map: none rounds its weights"
+                if row.why
+                else f"only {row.key} {needed!r} is",
+            )
 
 
 def way_out(names: Iterable[str], config: Mapping[str, Any]) -> str:

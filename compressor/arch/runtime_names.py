@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
 from compressor.ir.layout import Linear, Rows, TensorRef, UnitLayout, bias_name, weight_name
+
+Handing = Mapping[str, int | Literal["tokens", "filled"]]
+"""Argument of a block → where it comes from: a place in the outputs of the block before; the tokens
+of its rows, of which the model makes a value for each block; a mapping that blocks fill and read.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +200,7 @@ class RuntimeNames:
     twin     the model_type whose class runs it, where transformers has none of its own
     within   the part of the config that this class takes, where that is not all of it
     twin_config  what it takes beside
-    handed   what a layer hands to the next beside hidden states: argument → place in its outputs
+    handed   what a layer is given beside hidden states that earlier units made
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -210,7 +215,7 @@ class RuntimeNames:
     twin: str | None = None
     within: str | None = None
     twin_config: Mapping[str, float] = field(default_factory=dict)
-    handed: Mapping[str, int] = field(default_factory=dict)
+    handed: Handing = field(default_factory=dict)
 
     def stacked(self, unit: UnitLayout) -> dict[str, tuple[Linear, ...]]:
         """Tensors in which files of floats have linears of a unit otherwise than one [out, in] →

@@ -101,20 +101,24 @@ class Section(_Row):
 
     has     a module that has a weight in blocks that are so
     when    what config.json says of them, where it has one value for each block, that block's
+    last    key of config.json that says how many blocks at the end they are
     sizes   of these blocks, where they are not the model's: name → config key or measure
     mixer   of a section of attention: what it mixes tokens with; two of them stand side by side
     pairs   which channels of a head RoPE turns together
     others  tensors of no linear and no norm, by their whole names in the block
+    unread  those that files may have and no loader reads: they are left out
     """
 
     has: str | None = None
     when: dict[str, Value] = Field(default_factory=dict)
+    last: str | None = None
     sizes: dict[str, Size] = Field(default_factory=dict)
     mixer: MixerKind | tuple[MixerKind, MixerKind] = "self"
     pairs: Literal["halves", "neighbours", "other"] = "halves"
     norms: tuple[NormRow, ...] = ()
     linears: tuple[LinearRow, ...] = ()
     others: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     folds: tuple[FoldRow, ...] = ()
 
     def mixer_paths(self, block: str) -> dict[MixerKind, str]:
@@ -130,11 +134,12 @@ class Section(_Row):
 
 class EmbeddingRow(_Row):
     """Modules of the embedding unit; `token` is the one a tied head shares, `norm` normalises what
-    enters the first block."""
+    enters the first block, `beside` make what blocks are handed of their tokens."""
 
     token: str
     position: str | None = None
     norm: NormRow | None = None
+    beside: tuple[str, ...] = ()
 
 
 class HeadRow(_Row):
@@ -144,13 +149,27 @@ class HeadRow(_Row):
     linear: str
 
 
+class HandedRow(_Row):
+    """An argument of blocks that earlier units make; a number alone is a place in the outputs of
+    the block before.
+
+    by     tokens: the model makes one for each block of a row's tokens; filled: a mapping, which
+           some blocks fill and later ones read
+    where  key of config.json that is neither 0 nor false where there is such a thing
+    """
+
+    by: Literal["tokens", "filled"]
+    where: str
+
+
 class MapFile(_Row):
     """One map file.
 
     config    the part of config.json that describes the text model, where it is nested
     twin      the model_type whose class runs it, where transformers has none of its own
     twin_config  what that class's config says beside: key → arithmetic of keys of this one
-    handed    what a block hands to the next beside hidden states: argument → place in its outputs
+    handed    what a block is given beside hidden states that earlier units made: argument → where
+              from
     sizes     name → config key that holds it, or a measure; of several the first one present
               counts. A map has at least layers, hidden, vocab and heads
     prefixes  other prefixes of names in files → the map's
@@ -166,7 +185,7 @@ class MapFile(_Row):
     config: str | None = None
     twin: str | None = None
     twin_config: dict[str, str] = Field(default_factory=dict)
-    handed: dict[str, int] = Field(default_factory=dict)
+    handed: dict[str, int | HandedRow] = Field(default_factory=dict)
     sizes: dict[str, Size | tuple[Size, ...]]
     defaults: dict[str, bool | int | str] = Field(default_factory=dict)
     require: tuple[Requirement, ...] = ()
@@ -227,6 +246,7 @@ class MapFile(_Row):
         rows += [stack.on_disk.rpartition(".")[0] for stack in self.runtime.stacks]
         fixed = [self.embedding.token, self.embedding.position, self.head.norm.name]
         fixed += [self.embedding.norm.name] if self.embedding.norm is not None else []
+        fixed += self.embedding.beside
         paths = [path for path in (*fixed, self.head.linear) if path is not None]
         paths += [f"{self.layer}.{name}" for name in rows]
         patterns = (re.escape(path).replace(r"\{i\}", r"\d+") for path in paths)

@@ -48,6 +48,11 @@ class ConfigReader:
         """Whether config.json says all of that (of a block)."""
         return all(self.value(key, index) == value for key, value in when.items())
 
+    def is_last(self, key: str | None, index: int) -> bool:
+        """Whether a block is one of the last, of which a key says how many there are."""
+        count = self.value(key) if key is not None else None
+        return key is None or (type(count) is int and self.size("layers") - count <= index)
+
     def size(self, measure: str) -> int:
         """A size by name, or what a measure makes of several. Raises InputError."""
         return self._computed(ast.parse(measure, mode="eval").body)
@@ -65,26 +70,28 @@ class ConfigReader:
 
     def of_block(self, section: Section, index: int) -> ConfigReader:
         """The same config for a block that has this section, whose sizes may be others."""
-        own = {
-            name: _count(key, self._of_block(index)[key])
-            for name, key in self.arch.sizes.items()
-            if isinstance(key, str) and key in self._of_block(index)
-        }
-        if own:
-            return replace(self, known=_with_heads({**self.known, **own}))
+        own = {}
         for name, key in section.sizes.items():
             value = self.size(key) if key in self.known or not key.isidentifier() else None
             value = self.value(key) if value is None else value
             if value is not None:
                 own[name] = _count(key, value)
+        # What config.json says of one block counts before what it says of blocks of its kind.
+        own |= {
+            name: _count(key, self._of_block(index)[key])
+            for name, key in self.arch.sizes.items()
+            if isinstance(key, str) and key in self._of_block(index)
+        }
         return replace(self, known=_with_heads({**self.known, **own})) if own else self
 
     def _named(self, name: str) -> int:
         if name not in self.known:
             keys = self.arch.sizes.get("ff" if name == "gate_up" else name, name)
-            raise InputError(
-                f"config.json lacks {keys if isinstance(keys, str) else ' or '.join(keys)}"
-            )
+            keys = (keys,) if isinstance(keys, str) else keys
+            for key in keys:
+                if (said := self.value(key)) is not None:
+                    raise InputError(f"config.json: {key} is {said!r}, and the files have some")
+            raise InputError(f"config.json lacks {' or '.join(keys)}")
         return self.known[name]
 
 
@@ -131,6 +138,10 @@ def computed(text: str, config: Mapping[str, Any]) -> float:
     return made
 
 
+NONE = ("experts", "layer_ff")
+"""Sizes that are 0 where a model has no such thing."""
+
+
 def read_sizes(arch: MapFile, config: Mapping[str, Any]) -> ConfigReader:
     """The sizes of a model. Raises InputError for one that is no count, or is needed and lacks."""
     known: dict[str, int] = {}
@@ -142,8 +153,8 @@ def read_sizes(arch: MapFile, config: Mapping[str, Any]) -> ConfigReader:
                 measures.setdefault(name, key)
                 continue
             value = reader.value(key)
-            # No experts is a dense model; a size that follows from others may be "auto".
-            if value in (None, "auto") or name in known or (name == "experts" and value == 0):
+            # A size that follows from others may be "auto".
+            if value in (None, "auto") or name in known or (name in NONE and value == 0):
                 continue
             # What each block is tells how many there are.
             per_block = name == "layers" and isinstance(value, (list, str))

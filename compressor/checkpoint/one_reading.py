@@ -15,7 +15,7 @@ import torch
 from compressor.arch.schema import MapFile
 from compressor.checkpoint.reader import Checkpoint, load_json
 from compressor.checkpoint.safetensors import Entry, read_tensor
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.ir.layout import ModelLayout, weight_name
 from compressor.ir.tensor import TensorShape
 
@@ -158,6 +158,15 @@ def _bytes(entry: Entry, at: int) -> Entry:
     begin = entry.begin + at
     end = min(begin + CHUNK, entry.end)
     return Entry(entry.file, TensorShape(torch.uint8, (end - begin,)), begin, end)
+
+
+def without_unread(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
+    """The checkpoint without tensors that no loader reads, as a note says."""
+    if not layout.unread:
+        return checkpoint
+    kept = {n: e for n, e in checkpoint.entries.items() if n not in set(layout.unread)}
+    note = f"left out, as loaders do: {several(layout.unread)}"
+    return replace(checkpoint, entries=kept, notes=(*checkpoint.notes, note))
 
 
 def settle_biases(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:

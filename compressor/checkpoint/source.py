@@ -21,7 +21,12 @@ from compressor.checkpoint.consolidated import open_any
 from compressor.checkpoint.low_precision.known import as_floats
 from compressor.checkpoint.low_precision.microscaled import as_one_by_one
 from compressor.checkpoint.manifest import RECIPE_NAME
-from compressor.checkpoint.one_reading import settle_biases, settle_head, settle_quantization
+from compressor.checkpoint.one_reading import (
+    settle_biases,
+    settle_head,
+    settle_quantization,
+    without_unread,
+)
 from compressor.checkpoint.packed_shapes import packed_shape
 from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.safetensors import Entry
@@ -193,7 +198,8 @@ def as_source(
         for name in packed:
             headers[name] = packed_shape(checkpoint, name.rpartition(".")[0])
         layout = arch.layout(config, headers)
-    checkpoint = sliced(settle_biases(checkpoint, layout), layout)
+    checkpoint = without_unread(settle_biases(checkpoint, layout), layout)
+    checkpoint = sliced(checkpoint, layout)
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *_carried(arch, layout, config)))
     linears = {
         linear.name: modules.get(linear.name, {})

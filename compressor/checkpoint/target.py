@@ -23,7 +23,7 @@ from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.errors import InputError
 from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.floats import narrow, replaced
-from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight
+from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight, weight_name
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
@@ -347,6 +347,8 @@ class ModelTarget:
             and (path := name.rpartition(".")[0]) not in coded
         ]
         yield from carried
+        embedding = () if source.arch.free else source.arch.embedding.beside
+        yield from (path for path in embedding if weight_name(path) in matrices)
         plain = dict.fromkeys(self.schemes.plain)
         for path in (*carried, *plain):
             for other, ours in source.arch.prefixes.items():

@@ -124,7 +124,8 @@ class Linear(Module):
     name     module path, e.g. model.layers.0.self_attn.q_proj; its weight and bias go by
              name.weight and name.bias wherever units are worked on and written
     role     attn.q attn.k attn.v attn.qkv attn.o; attn.q_a attn.q_b attn.kv_a attn.kv_b (latent);
-             linear.in linear.out (linear attention); mlp.gate mlp.up mlp.gate_up mlp.down;
+             linear.in linear.out (linear attention); layer.gate layer.out (of what each block is
+             given of its tokens); mlp.gate mlp.up mlp.gate_up mlp.down;
              expert.gate expert.up expert.down; shared.gate shared.up shared.down; lm_head;
              tower.linear projector.linear audio.linear mtp.linear, beside the text model;
              router for a small linear that gates others: scaled with its site, never quantized
@@ -209,12 +210,14 @@ class AttentionShape:
 
     pairs  which channels of a head RoPE turns together: i and i + half, or neighbours; other where
            only some turn, or a norm over all heads follows the projection
+    shared  its keys and values are those of an earlier block, or later blocks may read them
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     pairs: Literal["halves", "neighbours", "other"] = "halves"
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +237,19 @@ class Mixer:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of the whole model: channels of the hidden states, tokens it knows, and positions it
-    was made for, if its config says so."""
+    """Sizes of the whole model.
+
+    hidden     channels of the hidden states;  vocabulary  tokens it knows
+    positions  it was made for, if its config says so
+    given      numbers that blocks are given of a token beside its hidden states
+    published  keys and values of a token that blocks keep for later ones
+    """
 
     hidden: int
     vocabulary: int
     positions: int | None = None
+    given: int = 0
+    published: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +321,7 @@ class ModelLayout:
 
     tied         the name whose data the head shares
     unannounced  biases that the files hold and the config does not know of: loaders skip them
+    unread       other tensors that loaders skip
     """
 
     model_type: str
@@ -318,6 +329,7 @@ class ModelLayout:
     sizes: Sizes
     tied: str | None = None
     unannounced: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def carried(self) -> tuple[str, ...]:

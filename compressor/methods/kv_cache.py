@@ -8,16 +8,18 @@ stores none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 from compressor_calibration.stats import KVNeeds
 from pydantic import Field, model_validator
 
+from compressor.errors import InputError
 from compressor.ir.scheme import KVSpec
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
-from compressor.methods.common.context import PassContext, PassResult
+from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.numerics.activations import static_kv_scale
 
 ELEMENTS: dict[str, Literal["fp8_e4m3", "int8", "int4"]] = {
@@ -61,6 +63,15 @@ class KvCache(Pass):
 
     def needs(self) -> Needs:
         return Needs(kv=None if self.element == "int4" else KVNeeds())
+
+    def check(self, context: PlanContext) -> Iterator[InputError]:
+        shapes = [unit.attention for unit in context.layout.blocks if unit.attention is not None]
+        if self.element != "int4" and any(shape.shared for shape in shapes):
+            yield InputError(
+                f"blocks of {context.layout.model_type} read the cache of other blocks, and there "
+                "is no scale for what they read",
+                hint="element: int4 has scales of its own for each token",
+            )
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         if self.element == "int4" or unit.layout.attention is None:

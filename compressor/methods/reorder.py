@@ -50,9 +50,13 @@ class Reorder(Pass):
                 return None
             if linear.role != "attn.o":
                 return "only o and down projections can be reordered without changing other blocks"
-            return None if linear in by_head else "its inputs are not values by head"
+            return None if linear in by_head else "its inputs are not values by head of this block"
 
-        units = [unit for unit in context.layout.units if unit.attention is not None]
+        units = [
+            unit
+            for unit in context.layout.units
+            if unit.attention is not None and not unit.attention.shared and parts_of(unit, "attn.v")
+        ]
         by_head = {linear for unit in units for linear in unit.linears}
         return refused(context.selected, reason)
 

@@ -100,9 +100,11 @@ class Rotate(Pass):
             turned = {name: turn.right(unit.tensors[name]) for name in layout.tensors}
             return PassResult(unit.with_tensors(turned))
         unit = unit.with_tensors(rotated_stream(layout, unit.tensors, turn))
-        # A gate of each channel, between v and o, does not commute with a rotation.
-        if self.heads and layout.attention is not None and not parts_of(layout, "attn.gate"):
-            small = rotation(layout.attention.head_dim, seed=self.seed)
+        # A gate of each channel, between v and o, does not commute with a rotation, and values that
+        # other blocks read stay as they are.
+        shape, gated = layout.attention, parts_of(layout, "attn.gate")
+        if self.heads and shape is not None and not shape.shared and not gated:
+            small = rotation(shape.head_dim, seed=self.seed)
             unit = unit.with_tensors(_turned_heads(unit, small))
         return PassResult(replace(unit, divisors={}))
 

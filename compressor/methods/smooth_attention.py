@@ -81,6 +81,12 @@ class SmoothAttention(Pass):
                 else f"{layout.model_type} has no keys by head that could be smoothed",
                 hint=hint,
             )
+        if any(shape.shared for shape in shapes):
+            yield InputError(
+                f"blocks of {layout.model_type} read keys of other blocks, which are smoothed for "
+                "their own queries alone",
+                hint=hint,
+            )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         share = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
         if share not in (None, 1, 1.0):

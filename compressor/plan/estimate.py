@@ -212,7 +212,8 @@ def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
     if wanted is None:
         return 0
     models = 2 if wanted.against_original else 1
-    states = 4 * wanted.windows * wanted.length * _hidden(plan)
+    beside = plan.layout.sizes.given + plan.layout.sizes.published
+    states = 4 * wanted.windows * wanted.length * (_hidden(plan) + beside)
     if device.type == "cuda":
         units = (sum(_source_bytes(plan, u.layout, carried=False)) for u in plan.units)
         return models * (states + max(units))
@@ -274,14 +275,15 @@ def _power_of_two(nbytes: int) -> int:
 
 
 def _input_bytes(plan: Plan, device: torch.device) -> int:
-    """The one buffer of activations; another where the original's stand beside it, and one for what
-    it makes of a block that runs with gradients."""
+    """The one buffer of activations, with what blocks are given beside them; another where the
+    original's stand beside it, and one for what it makes of a block that runs with gradients."""
     if not plan.calibrated:
         return 0
     wanted = plan.recipe.calibration
     streams = (2 if plan.two_streams else 1) + any(unit.tuned for unit in plan.units)
-    row = wanted.length * _hidden(plan) * plan.compute_dtype(device).itemsize
-    return streams * wanted.samples * row
+    sizes = plan.layout.sizes
+    token = streams * (_hidden(plan) + sizes.published) + sizes.given
+    return wanted.samples * wanted.length * token * plan.compute_dtype(device).itemsize
 
 
 def _hidden(plan: Plan) -> int:

@@ -20,6 +20,7 @@ from compressor.ir.layout import UnitLayout, is_bias
 from compressor.plan.plan import Plan
 from compressor.runner.block_runner import BlockRunner
 from compressor.runner.experts import experts_of
+from compressor.runner.handed import made, of_tokens, taken
 from compressor.runner.tokenizer import GuardedTokenizer, load_tokenizer
 
 Result = TypeVar("Result")
@@ -82,7 +83,9 @@ def check_model(source: Source, observed: Collection[str] = ()) -> None:
         )
     kinds: dict[Any, UnitLayout] = {}
     for unit in blocks:
-        kinds.setdefault(_kind(source, unit), unit)
+        # What one block fills is read by others, whatever their kind.
+        apart = unit.index if "filled" in runner.names.handed.values() else None
+        kinds.setdefault((apart, _kind(source, unit)), unit)
     problems: list[CompressError] = []
     ends = [
         *embedding.tensors,
@@ -104,17 +107,20 @@ def check_model(source: Source, observed: Collection[str] = ()) -> None:
                 break
     if problems:
         raise Problems(problems)
-    arguments = _arguments(source, runner)
+    with foreign(REFUSED):
+        arguments = runner.arguments_of(1, LENGTH, {})
     hidden = torch.empty(1, LENGTH, _size(source), dtype=DTYPE, device="meta")
-    handed: dict[str, Any] = {}
+    handing = runner.names.handed
+    handed = of_tokens(handing, arguments)
     with torch.no_grad(), foreign(REFUSED):
         for unit in kinds.values():
-            if runner.names.handed and unit.index and not handed:
+            if handing and unit.index and not handed:
                 continue  # no block before it ran to its end
-            given = {**arguments[unit.index], **handed}
+            given = {**arguments[unit.index], **taken(handing, unit.index, handed)}
             out = _forward(runner.layers[unit.index], hidden, given)
             if out is not None:
-                handed = {name: out[place] for name, place in runner.names.handed.items()}
+                outputs = out if isinstance(out, tuple) else (out,)
+                handed |= made(handing, given, outputs, handed)
         _forward(runner.model.get_submodule(runner.names.norm), hidden, {})
 
 
@@ -167,19 +173,6 @@ def _differences(
         for names, what in found
         if names
     ]
-
-
-def _arguments(source: Source, runner: BlockRunner) -> dict[int, dict[str, Any]]:
-    """What the model passes to each layer: masks and rotary tables, computed for a row of zeros."""
-    found: dict[int, dict[str, Any]] = {}
-    row = source.arch.embedding
-    before = [row.position, None if row.norm is None else row.norm.name]
-    inputs = {"inputs_embeds": torch.zeros(1, LENGTH, _size(source), dtype=DTYPE)}
-    with torch.no_grad(), foreign(REFUSED):
-        for path in (path for path in before if path is not None):
-            runner.model.get_submodule(path).to_empty(device="cpu")
-        runner.capture(inputs, found)
-    return found
 
 
 def _size(source: Source) -> int:

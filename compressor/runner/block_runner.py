@@ -22,7 +22,8 @@ from compressor.foreign.calls import foreign
 from compressor.ir.layout import Linear, UnitLayout, bias_name
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
-from compressor.runner.layer_inputs import layer_inputs
+from compressor.runner.handed import argument_of, made, of_tokens, still_handed, taken
+from compressor.runner.layer_inputs import layer_inputs, no_values
 from compressor.runner.model import build_config, build_model, layers_of
 from compressor.runner.recorded import Recorder
 from compressor.runner.rounds import rounds
@@ -54,6 +55,7 @@ class BlockRunner:
         self._whole_rows: dict[int, list[dict[str, Any]]] = {}
         self._by_row: tuple[str, ...] = ()
         self._beside: list[dict[str, Any]] | None = None
+        self.handed: dict[str, Tensor] = {}  # by the embedding for rows that entered last
         self.first_row = 0  # of the rows that run, for hooks that carry something between blocks
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -94,9 +96,13 @@ class BlockRunner:
 
     def embed(self, tensors: Mapping[str, Tensor], ids: Tensor, *, batch: int = 8) -> Tensor:
         """Hidden states that enter the first block, [rows, length, hidden], for token ids."""
+        found, handed = [], []
         with self.embedding(tensors) as embed:
-            starts = range(0, ids.shape[0], batch)
-            return torch.cat([embed(ids[start : start + batch]) for start in starts])
+            for start in range(0, ids.shape[0], batch):
+                found.append(embed(ids[start : start + batch]))
+                handed.append(self.handed)
+        self.handed = {name: torch.cat([part[name] for part in handed]) for name in handed[0]}
+        return torch.cat(found)
 
     @contextmanager
     def embedding(self, tensors: Mapping[str, Tensor]) -> Iterator[Callable[..., Tensor]]:
@@ -114,10 +120,11 @@ class BlockRunner:
             inputs = {"input_ids": ids.to(self.device), **self.here(side or {})}
             several: dict[int, dict[str, Any]] = {}
             hidden = self.capture(inputs, several)
+            self.handed = of_tokens(self.names.handed, several)
             if not side and ids.shape[1] not in self._whole_rows:
                 one: dict[int, dict[str, Any]] = {}
                 self.capture({"input_ids": inputs["input_ids"][:1]}, one)
-                self._whole_rows[ids.shape[1]] = [one[i] for i in range(len(self.layers))]
+                self._whole_rows[ids.shape[1]] = self._of_all_blocks(one)
             if not side and ids.shape[0] > 1:
                 self._by_row = _by_row(self._whole_rows[ids.shape[1]][0], several[0])
             return hidden
@@ -130,10 +137,27 @@ class BlockRunner:
     def capture(self, inputs: Mapping[str, Tensor], arguments: dict[int, dict[str, Any]]) -> Tensor:
         """What enters the first block for inputs of the model; `arguments` gets what each layer is
         passed beside it."""
-        # Hidden states are known to the text model alone; one around it asks for the tokens too.
-        root = self.names.layers.rpartition(".")[0]
-        model = self.model if "input_ids" in inputs else self.model.get_submodule(root)
-        return layer_inputs(model, self.layers, inputs, arguments)
+        return layer_inputs(self.model, self.layers, inputs, arguments)
+
+    def arguments_of(
+        self, rows: int, length: int, side: Mapping[str, Tensor]
+    ) -> dict[int, dict[str, Any]]:
+        """What the model passes to each layer for rows with something of their own, where it
+        depends on no token and no weight."""
+        found: dict[int, dict[str, Any]] = {}
+        ids = torch.zeros(rows, length, device=self.device, dtype=torch.long)
+        # A model around the text model asks for images or sounds.
+        text = self.model.get_submodule(self.names.layers.rpartition(".")[0])
+        with torch.no_grad(), no_values(text, self.layers, self.device):
+            layer_inputs(text, self.layers, {"input_ids": ids, **self.here(side)}, found)
+        return found
+
+    def _of_all_blocks(self, arguments: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The same in order, without what is handed."""
+        return [
+            {name: value for name, value in arguments[i].items() if name not in self.names.handed}
+            for i in range(len(self.layers))
+        ]
 
     @contextmanager
     def loaded(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> Iterator[Block]:
@@ -215,38 +239,14 @@ class BlockRunner:
 
     def _made_of(self, side: Mapping[str, Tensor], length: int) -> list[dict[str, Any]]:
         """What the model passes to each layer for rows with something of their own."""
-        found: dict[int, dict[str, Any]] = {}
         rows = next(iter(side.values())).shape[0]
-        width = self.config.get_text_config().hidden_size
-        hidden = torch.zeros(rows, length, width, device=self.device, dtype=self.dtype)
         config = self.model.config
         hooked = config._attn_implementation
         config._attn_implementation = self._attention  # masks are of its form
         try:
-            with torch.no_grad(), self._positions():
-                self.capture({"inputs_embeds": hidden, **self.here(side)}, found)
+            return self._of_all_blocks(self.arguments_of(rows, length, side))
         finally:
             config._attn_implementation = hooked
-        return [found[i] for i in range(len(self.layers))]
-
-    @contextmanager
-    def _positions(self) -> Iterator[None]:
-        """Learned positions with any values: they are added to hidden states that nobody reads."""
-        names = self.names
-        paths = (names.layers, names.embedding, names.norm, names.lm_head)
-        lacking = [
-            module
-            for path, module in self.model.named_modules()
-            if not any(path == own or path.startswith(f"{own}.") for own in paths)
-            and any(p.is_meta for p in module.parameters(recurse=False))
-        ]
-        for module in lacking:
-            module.to_empty(device=self.device, recurse=False)
-        try:
-            yield
-        finally:
-            for module in lacking:
-                module.to("meta")
 
     def here(self, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors on the runner's device."""
@@ -348,23 +348,27 @@ class Block:
         self, state: dict[str, Tensor], hidden: Tensor, side: Mapping[str, Tensor] | None
     ) -> Tensor:
         rows, length = hidden.shape[:2]
-        names = self.runner.names.handed
-        own = {name: tensor for name, tensor in (side or {}).items() if name not in names}
+        names, side = self.runner.names.handed, side or {}
+        before = {name: x for name, x in side.items() if argument_of(name) in names}
+        own = {name: tensor for name, tensor in side.items() if name not in before}
         arguments = self.runner.arguments(self.unit.index, length, own, rows=rows)
-        if side and len(own) < len(side):
-            given = {name: tensor for name, tensor in side.items() if name in names}
-            arguments = arguments | self.runner.here(given)
+        if names:
+            arguments = arguments | taken(names, self.unit.index, self.runner.here(before))
         hidden = hidden.to(self.runner.device, self.runner.dtype)
         out = functional_call(self.layer, state, (hidden,), arguments)
         # Decoder layers return a tensor in new transformers and a tuple in old ones.
-        made = out if isinstance(out, tuple) else (out,)
-        if any(not 0 < place < len(made) for place in names.values()):
+        outputs = out if isinstance(out, tuple) else (out,)
+        places = [place for place in names.values() if isinstance(place, int)]
+        if any(not 0 < place < len(outputs) for place in places):
             raise InputError(
-                f"the map says handed: {dict(names)}, {self.unit.name} gives {len(made)} outputs",
+                f"the map says handed: {dict(names)}, "
+                f"{self.unit.name} gives {len(outputs)} outputs",
                 hint="it names an argument of a block, and which output of the one before it is, "
                 "from 1",
             )
-        self.handed = {name: made[place] for name, place in names.items()}
+        if names:
+            own = still_handed(names, self.unit.index, before)
+            self.handed = {**own, **made(names, arguments, outputs, before)}
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

@@ -17,6 +17,7 @@ from compressor.errors import InputError
 from compressor.ir.layout import bias_name, is_weight, weight_name
 from compressor.runner.block_runner import BlockRunner
 from compressor.runner.draft_block import Around, DraftBlock, is_norm, norm_row, stored_in
+from compressor.runner.layer_inputs import layer_inputs
 from compressor.runner.model import build_config, build_model
 
 LENGTH = 12
@@ -98,7 +99,7 @@ class _Drafting:
                 p.is_meta for p in module.parameters()
             ):
                 module.to_empty(device="cpu")
-        self.runner.capture({"inputs_embeds": hidden}, arguments)
+        layer_inputs(root, self.runner.layers, {"inputs_embeds": hidden}, arguments)
         data = self._outside()
         attention, mlp, between = [], [], []
         for index in kinds:

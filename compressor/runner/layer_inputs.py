@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,11 +37,13 @@ def layer_inputs(
     found: list[Tensor] = []
 
     def stand_in(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index == 0:
                 found.append(hidden_states)
+            names = list(inspect.signature(type(layers[index]).forward).parameters)[2:]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
             arguments[index] = {
-                k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")
+                k: v for k, v in given.items() if k not in ("past_key_values", "use_cache")
             }
             if index == len(layers) - 1:
                 raise _Stop
@@ -56,3 +61,27 @@ def layer_inputs(
         for layer in layers:
             del layer.forward
     return found[0]
+
+
+@contextmanager
+def no_values(
+    model: nn.Module, layers: Sequence[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Zeros, which take no memory, in place of weights outside the layers that are not there:
+    nobody reads the hidden states that they make."""
+    inside = {module for layer in layers for module in layer.modules()}
+    lacking = [
+        (module, name, parameter)
+        for module in model.modules()
+        if module not in inside
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for module, name, parameter in lacking:
+        zeros = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+        setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, parameter in lacking:
+            setattr(module, name, parameter)

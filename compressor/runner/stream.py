@@ -38,7 +38,7 @@ class Stream:
             (attention_mask, position_ids) → tensor [rows, ...]. Where it is empty, rows are whole:
             no padding, positions from 0
     made_of what they were made from, as `activations` names it; None where nobody knows
-    handed  what the block before hands to the next beside them: name of the argument → tensor
+    handed  what units before hand to later blocks beside them: name, as in `handed` → tensor
             [rows, ...]
     """
 

@@ -25,6 +25,7 @@ from compressor.runner.attention_call import AttentionHook
 from compressor.runner.block_runner import Block
 from compressor.runner.execution import Execution as Execution
 from compressor.runner.execution import Progress as Progress
+from compressor.runner.handed import collect, joined, still_handed
 from compressor.runner.heap import give_back
 from compressor.runner.source_model import Attending, SourceModel
 from compressor.runner.stream import Entering, Stream
@@ -107,12 +108,15 @@ class Step:
         """Let rows of token ids enter the model: `embedded` becomes its stream."""
         tensors = self.model.floats(self.source) if tensors is None else tensors
         made_of = embedded(self.model, tensors, ids, side or {})
+        handed: dict[str, list[Tensor]] = {}
         for start, _, out in self.embedded(ids, side, tensors=tensors):
             if start == 0:
                 like = out.cpu().float() if self.execution.offload else out
                 hidden = like.new_empty(ids.shape[0], *out.shape[1:])
                 self.streams[self.number :] = [Stream(hidden, side or {}, made_of)]
             self.stream.write(start, out)
+            collect(handed, self.model.runner.handed, hidden.device)
+        self.stream.handed = joined(handed)
 
     @contextmanager
     def loaded(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
@@ -188,7 +192,8 @@ class Step:
             hook = self.model.hook(self.unit, self.attention)
         load = nullcontext() if self._block else self.loaded(tensors)
         ran, into.made_of = [], None
-        handed: dict[str, list[Tensor]] = {name: [] for name in handing}
+        before = still_handed(handing, self.layout.index, stream.handed)
+        handed: dict[str, list[Tensor]] = {}
         keeping = nullcontext(nowhere) if kept is None else kept.keeping(made_of, sizes)
         with load as own, keeping as keep:
             block = self._block or own
@@ -196,10 +201,9 @@ class Step:
             for start, stop, out in self.outputs(stream, hook=hook, batches=batches):
                 keep(out)
                 into.write(start, out)
-                for name, parts in handed.items():
-                    parts.append(block.handed[name].to(into.hidden.device))
+                collect(handed, block.handed, into.hidden.device, known=before)
                 ran.append(stop - start)
-        into.handed = {name: torch.cat(parts) for name, parts in handed.items()}
+        into.handed = {**before, **joined(handed)}
         into.made_of = made_of if ran == sizes else None
         return ran
 

@@ -107,7 +107,8 @@ class Outputs:
     ) -> None:
         """Run the embeddings; float tensors by their full names. Blocks are shared by `ranks`.
         Raises InputError where a config is none that a model can be made from."""
-        entering = Stream(self.models[0].runner.embed(original, self.ids))
+        runner = self.models[0].runner
+        entering = Stream(runner.embed(original, self.ids), handed=runner.handed)
         self.relay = Relay(ranks, len(self.original.layout.blocks), entering)
         self.models[1].runner.embed(written, self.ids)  # for the rotary tables of its own config
 

@@ -129,9 +129,13 @@ def test_fused_linears(family: str, tiny_model: TinyModel) -> None:
         lay(folder, num_hidden_layers=1)
 
 
-def test_what_needs_more_than_hidden_states_is_refused_with_the_reason(
-    tiny_model: TinyModel,
-) -> None:
-    with pytest.raises(Problems, match="num_kv_shared_layers 1 is not supported") as error:
-        lay(tiny_model("gemma4_text"), num_kv_shared_layers=1)
-    assert "read keys and values of earlier ones" in str(error.value.problems[0].hint)
+def test_blocks_that_share_keys_are_those_that_the_config_says(tiny_model: TinyModel) -> None:
+    folder = tiny_model("gemma4_text shared")
+    with pytest.raises(Problems, match=r"lacks .*layers\.2\.self_attn\.k_proj"):
+        lay(folder, num_kv_shared_layers=1)
+    with pytest.raises(Problems, match=r"shape of .*layers\.1\.mlp.gate_proj.* not \[192, 64\]"):
+        lay(folder, num_kv_shared_layers=3)
+    with pytest.raises(Problems, match=r"shape of .*layers\.0\.per_layer_input_gate"):
+        lay(folder, hidden_size_per_layer_input=16)
+    with pytest.raises(InputError, match="per_layer_input is 0, and the files have some"):
+        lay(folder, hidden_size_per_layer_input=0)

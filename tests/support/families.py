@@ -77,6 +77,14 @@ GEMMA_4_EXPERTS = {
     "top_k_experts": 2,
     "moe_intermediate_size": 32,
 }
+GEMMA_4_SHARED = {
+    **GEMMA_4,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 24,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 32},
@@ -228,6 +236,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **GEMMA_4_EXPERTS,
     },
     "gemma4_text dense": GEMMA_4,
+    "gemma4_text shared": GEMMA_4_SHARED,
     "cohere2": {"logit_scale": 0.25, "sliding_window": 32},
     "phi": {"qk_layernorm": False},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96},

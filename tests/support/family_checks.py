@@ -104,7 +104,8 @@ def every_linear_is_one(source: Source, stream: FinalStates) -> None:
 
 def no_fold_changes_what_a_block_computes(source: Source, stream: FinalStates) -> None:
     runner = stream.model.runner
-    hidden, handed = runner.embed(stream.model.tensors(0), IDS), {}
+    hidden = runner.embed(stream.model.tensors(0), IDS)
+    handed = runner.handed
     generator = torch.Generator().manual_seed(3)
     for unit in source.layout.blocks:
         tensors = stream.model.floats(source.read_unit(unit))

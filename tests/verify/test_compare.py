@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.checkpoint.source import open_source
@@ -15,7 +17,7 @@ from compressor.numerics import quantize
 from compressor.numerics.folding import fold
 from compressor.verify.compare import Difference, UnitComparison
 from compressor.verify.verify import verify
-from tests.support.family_checks import compiled
+from tests.support.family_checks import CPU, compiled
 
 
 def differences(
@@ -89,3 +91,22 @@ def test_wide_weights_behind_narrow_ones_pass_for_the_original_s(tiny_model, tmp
     written = compiled(model, tmp_path / "out", passes)
     report = verify(written.checkpoint.folder, against=model, device=torch.device("cpu"))
     assert report.ok, report.damage
+
+
+@pytest.mark.parametrize(
+    ("family", "beside"),
+    [
+        ("bloom", "transformer.word_embeddings_layernorm.bias"),
+        ("gemma4_text shared", "model.embed_tokens_per_layer.weight"),
+    ],
+)
+def test_what_stands_beside_an_embedding_is_compared(family, beside, tiny_model, tmp_path):
+    model, output = tiny_model(family), tmp_path / "out"
+    compiled(model, output, [{"rtn": {"bits": 8, "group_size": 8}}])
+    assert verify(output, against=model, device=CPU).ok
+    (output / "manifest.json").unlink()
+    state = load_file(output / "model.safetensors")
+    state[beside][..., 3] += 0.1
+    save_file(state, output / "model.safetensors", metadata={"format": "pt"})
+    report = verify(output, against=model, device=CPU)
+    assert not report.ok and f"{beside}: row" in str(report)

@@ -145,6 +145,11 @@ class Emulator(ModelPass[Middle]):
 
     def try_model(self, source: Source) -> None:
         whole = whole_source(source)
+        if whole.arch.runtime.handed:
+            raise InputError(
+                f"blocks of {whole.arch.model_type} read what earlier ones hand to them beside "
+                "hidden states, and an emulator leaves some out"
+            )
         check_kinds(whole, source, self.kept(len(whole.layout.blocks)))
 
     def effects(self) -> Effects:

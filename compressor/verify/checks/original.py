@@ -206,11 +206,13 @@ class Original(Check):
             if float(turned.median()) <= ROTATED:
                 errors, self.rotation = turned, rotation
         floor = 2 * float_floor(self.written.checkpoint.dtype, moved=self.rotation is not None)
-        bad = (~(errors <= floor)).nonzero()[:, 0]
-        if len(bad):
-            self.problems.append(
-                f"{layout.tensors[0]}: row {several(bad.tolist())} is not the original's"
-            )
+        beside = [name for name in layout.tensors if not _of_tokens(name, layout, after)]
+        found = {layout.tensors[0]: errors}
+        found |= {n: _row_errors(_rows(after[n]), _rows(before[n])) for n in beside}
+        for name, off in found.items():
+            bad = (~(off <= floor)).nonzero()[:, 0]
+            if len(bad):
+                self.problems.append(f"{name}: row {several(bad.tolist())} is not the original's")
         off = _row_distances(new, old, self.rotation).norm()
         error = float(off / old.norm(dim=1).norm().clamp(min=1e-30))
         self.differences.append(Difference(layout.tensors[0], error, max(error, floor)))
@@ -345,8 +347,17 @@ def _not_finite(floats: Floats) -> Iterator[str]:
 
 def _joined(layout: UnitLayout, tensors: Mapping[str, Tensor]) -> Tensor:
     """All rows of the embedding; no copy of the only tensor that most models have."""
-    parts = [tensors[name] for name in layout.tensors]
+    parts = [tensors[name] for name in layout.tensors if _of_tokens(name, layout, tensors)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _of_tokens(name: str, layout: UnitLayout, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor of the embedding has hidden states as rows."""
+    return tensors[name].shape[1:] == tensors[layout.tensors[0]].shape[1:]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _row_errors(new: Tensor, old: Tensor, rotation: Matrix | None = None) -> Tensor:
