@@ -16,9 +16,11 @@ from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_fil
 from compressor.attention.rule import Phase, Rule
 from compressor.attention.rules.streaming import StreamingHeads, head_layers
 from compressor.attention.serve import Runtime, attach
+from compressor.attention.serve.stored_cache import LayerRounding
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import evaluate
+from compressor.ir.scheme import KVSpec
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "phi3", "opt", "mixtral"]
 IDS = torch.randint(2, 256, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -167,6 +169,26 @@ def test_keys_rounded_on_their_way_into_the_cache_are_attended_to(
     with torch.no_grad():
         torch.testing.assert_close(model(IDS, use_cache=False).logits, whole)
     assert not torch.allclose(whole, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("element", ["int8", "fp8_e4m3"])
+def test_a_cache_of_codes_gives_what_rounding_gives(element: Any) -> None:
+    """Step by step, a byte for each number, rows of tokens taken out as a video stream does."""
+    keys, values = torch.randn(2, 1, 2, 9, 8, generator=torch.Generator().manual_seed(1))
+    scales = torch.tensor([0.01, 0.02]), torch.tensor([0.015])
+    rounding = LayerRounding(KVSpec(element, "head"), *scales)
+    layer = rounding.codes_layer()
+    layer.update(keys[:, :, :5], values[:, :, :5])
+    found = layer.update(keys[:, :, 5:], values[:, :, 5:])
+    for mine, once, twice in zip(
+        found, rounding(keys, values), rounding(*rounding(keys, values)), strict=True
+    ):
+        assert torch.equal(mine, once) and torch.equal(once, twice)
+    assert not torch.equal(found[0], keys)
+    assert layer.keys.element_size() == 1
+    layer.keys, layer.values = layer.keys[:, :, [0, 3, 8]], layer.values[:, :, [0, 3, 8]]
+    again, _ = layer.update(keys[:, :, :0], values[:, :, :0])
+    assert torch.equal(again, found[0][:, :, [0, 3, 8]])
 
 
 def test_what_is_not_supported_says_so(tiny_model: Callable[..., Path]) -> None:

@@ -285,3 +285,11 @@ def test_the_composed_checkpoint_generates_in_transformers(composed: Path) -> No
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
     assert torch.equal(out, whole)
     assert cache.nbytes == runtime.policy.cached_tokens(57) * 2 * 16 * 4
+    # Keys and values are rounded as the files say, with a cache and without: it is our evaluation.
+    ids, half = torch.randint(2, 256, (2, 60), generator=torch.Generator().manual_seed(3)), 30
+    with torch.no_grad():
+        text = runtime.options()
+        parts = [model(part, **text).logits for part in (ids[:, :half], ids[:, half:])]
+        for logits in (model(ids, use_cache=False).logits, torch.cat(parts, 1)):
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            assert float(loss) == pytest.approx(nll(composed), abs=1e-5)

@@ -23,6 +23,7 @@ from compressor.attention.rope import Rotary
 from compressor.attention.rule import Held, Rule, RuleCall, past_fit
 from compressor.attention.serve.ahead import Ahead, stored_tensors
 from compressor.attention.serve.cache import HeadLayer, PolicyCache, split
+from compressor.attention.serve.stored_cache import stored_cache
 from compressor.errors import InputError
 
 NAME = "attention_policy"
@@ -82,6 +83,7 @@ class Runtime:
         self._drafting = self._verifying = False
         self.modules = _attention_modules(model)
         _check(model, policy, len(self.modules))
+        self._rounding = stored_cache(model)
         self.rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
         if policy.positions == "slot" and self.rotary is None:
             raise InputError("slot positions need a rotary embedding, which this model has not")
@@ -102,7 +104,7 @@ class Runtime:
 
     def new_cache(self) -> PolicyCache:
         """An empty cache."""
-        return PolicyCache(self.policy)
+        return PolicyCache(self.policy, self._rounding)
 
     def options(self) -> dict[str, PolicyCache]:
         """An empty cache as the keyword argument that `generate` and `forward` take it by."""
@@ -166,7 +168,12 @@ class Runtime:
         rules = self.policy.layers[layer].rules
         ahead = {rule.kind: self._ahead.take(rule, layer) for rule in rules}
         held = cache.layers[layer] if cache is not None else None
-        steps = held.take() if isinstance(held, HeadLayer) else split(key, value, groups)
+        if isinstance(held, HeadLayer):
+            steps = held.take()
+        else:
+            if self._rounding is not None:
+                key, value = self._rounding[layer](key, value)
+            steps = split(key, value, groups)
         if len(groups) == 1:
             return self._attend_heads(groups[0], query, steps[0], own, ahead)
         out = self._in_one_kernel(query, Held(key, value), groups, steps, own)

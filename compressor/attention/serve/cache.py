@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compressor.attention.policy import AttentionPolicy, Group
 from compressor.attention.rule import Held
+from compressor.attention.serve.stored_cache import LayerRounding
 from compressor.errors import InputError
 
 
@@ -28,9 +29,9 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], rounding: LayerRounding | None = None) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.rounding = groups, rounding
         self.seen = 0
         self.held: list[Held] = []
         self.steps: list[Held] | None = None
@@ -45,7 +46,10 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in a step's keys and values [rows, kv_heads, length, head_dim]; gives them back."""
+        """Take in a step's keys and values [rows, kv_heads, length, head_dim]; gives them back, as
+        the checkpoint's cache rounds them."""
+        if self.rounding is not None:
+            key_states, value_states = self.rounding(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, self.seen = self.seen, self.seen + key_states.shape[2]
@@ -154,9 +158,15 @@ def _rows(held: Held, at: Tensor) -> Held:
 class PolicyCache(Cache):  # type: ignore[misc]
     """The cache of one text (or batch of texts of one length) under a policy."""
 
-    def __init__(self, policy: AttentionPolicy) -> None:
+    def __init__(
+        self, policy: AttentionPolicy, rounding: Sequence[LayerRounding] | None = None
+    ) -> None:
+        own = rounding or [None] * len(policy.layers)
         super().__init__(
-            layers=[HeadLayer(layer.groups(policy.kv_heads)) for layer in policy.layers]
+            layers=[
+                HeadLayer(layer.groups(policy.kv_heads), one)
+                for layer, one in zip(policy.layers, own, strict=True)
+            ]
         )
 
     def crop(self, length: int) -> None:

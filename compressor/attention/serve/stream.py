@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from compressor.attention.masked import OwnAttention, full
 from compressor.attention.rope import Rotary, rotated
+from compressor.attention.serve.stored_cache import stored_cache
 from compressor.attention.token_classes import (
     FAMILIES,
     Round,
@@ -31,8 +32,9 @@ class VideoStream:
     """One conversation about a video.
 
     The cache holds keys as they are before the rotary embedding; each call turns all of them by the
-    places that the kept tokens have now. Every token of a reply is fed before the next round, so
-    that the cache holds all that is kept; the released code lags by a token or two.
+    places that the kept tokens have now. Where the checkpoint has an 8-bit cache it holds codes, of
+    keys before the embedding too. Every token of a reply is fed before the next round, so that the
+    cache holds all that is kept; the released code lags by a token or two.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class VideoStream:
             sizes, self._number(before), self._number(previous), self._number(after)
         )
         self.cache = DynamicCache()
+        if (rounding := stored_cache(model)) is not None:
+            self.cache.layers = [layer.codes_layer() for layer in rounding]
         self._turn: Rotary | None = None
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, _no_mask)
@@ -178,7 +182,8 @@ class VideoStream:
         places = self.state.positions(seconds=self.seconds).to(device)[:, None]
         cos, sin = self.text.rotary_emb(hidden, places)
         self._turn = (cos[0], sin[0])
-        out = self.text(
+        # The whole model, since what unpacks weights hooks its first call.
+        out = self.model(
             inputs_embeds=hidden,
             position_ids=places[:, :, -len(new) :],
             use_cache=True,
@@ -186,7 +191,7 @@ class VideoStream:
             **{self._keyword: self.cache},
         )
         self.columns += new
-        logits: Tensor = self.model.lm_head(out.last_hidden_state)[0]
+        logits: Tensor = out.logits[0]
         return logits
 
     def _before(
