@@ -5,8 +5,9 @@ its logical pages of 16 keys could score, so that large pages, which kernels and
 want, choose nearly as well as small ones: as released, what the best of them could, or what all of
 them could together, whichever keeps more of attention on the calibration text. A choice lasts for
 `reuse` steps. Heads that another method lets stream (`duo_attention`, `retrieval_heads`) keep their
-window; the rest choose pages. Nothing is trained and no weight changes; with `mass` the budget is
-the smallest that keeps so much of attention on the calibration text.
+window; the rest choose pages. Nothing is trained and no weight changes. With `mass` the budget is
+the smallest that keeps so much of attention on the calibration text, with `page: null` a page is the
+largest that keeps nearly what flat pages of the logical size would.
 """
 
 from __future__ import annotations
@@ -31,12 +32,19 @@ from compressor.methods.common.learned import Learned
 from compressor.runner.source_model import SourceModel
 
 Weigh = Literal["max", "sum"]
+PAGES = (64, 32, 16)
+"""Sizes of physical pages that are tried, largest first."""
+BEHIND = 0.02
+"""Share of attention that flat pages of the logical size may keep more."""
+LEAST = 3
+"""Pages of a step at least."""
 
 
 class Budget(Learned):
-    """Keys of a step, and what a page is worth."""
+    """Keys of a step and of a page, and what a page is worth."""
 
     budget: int
+    page: int
     weigh: Weigh = "max"
 
 
@@ -45,7 +53,12 @@ class LServe(ModelPass[Budget]):
 
     version: ClassVar[int] = 1
 
-    page: int = Field(64, ge=1, description="keys of a physical page, which is read whole")
+    page: int | None = Field(
+        64,
+        ge=1,
+        description="keys of a physical page, which is read whole; null: the largest of 64, 32 and "
+        "16 that keeps nearly what flat logical pages would",
+    )
     logical: int = Field(16, ge=1, description="keys of a logical page, which is scored")
     budget: int = Field(4096, ge=1, description="keys of a step, in whole pages, at least three")
     mass: float | None = Field(
@@ -65,12 +78,21 @@ class LServe(ModelPass[Budget]):
 
     @model_validator(mode="after")
     def _pages_fit(self) -> LServe:
-        _ = self._rule(self.budget)  # raises where pages do not divide
+        for page in self._pages:
+            _ = self._rule(self.budget, block_size=page)  # raises where pages do not divide
         return self
+
+    @property
+    def _pages(self) -> tuple[int, ...]:
+        """Sizes of physical pages, largest first, that are tried."""
+        if self.page is not None:
+            return (self.page,)
+        fit = (size for size in PAGES if size > self.logical and LEAST * size <= self.budget)
+        return (*fit, self.logical)
 
     def _rule(self, budget: int, **changed: Any) -> LServePages:
         values = {
-            "block_size": self.page,
+            "block_size": self._pages[0],
             "logical": self.logical,
             "reuse": self.reuse,
             **changed,
@@ -78,7 +100,7 @@ class LServe(ModelPass[Budget]):
         return LServePages(
             init_blocks=0,
             local_blocks=0,
-            top_k=max(3, budget // values["block_size"]),
+            top_k=max(LEAST, budget // values["block_size"]),
             per=self.per,
             **values,
         )
@@ -88,11 +110,12 @@ class LServe(ModelPass[Budget]):
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
         yield from missing_layers(self.dense_layers, context.layout)
-        if context.length <= 4 * self.page:
+        page = self._pages[0]
+        if context.length <= 4 * page:
             yield InputError(
-                f"rows of {context.length} tokens are {context.length // self.page} pages of "
-                f"{self.page}: too few to say what a choice of three keeps",
-                hint=f"calibration: {{length: {16 * self.page}}}, or smaller pages",
+                f"rows of {context.length} tokens are {context.length // page} pages of "
+                f"{page}: too few to say what a choice of three keeps",
+                hint=f"calibration: {{length: {16 * page}}}, or smaller pages",
             )
 
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
@@ -101,21 +124,27 @@ class LServe(ModelPass[Budget]):
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Budget]:
         """Measure budgets, ways of weighing, and what logical pages are worth beside flat ones."""
-        length = context.ids.shape[1]
+        length, pages = context.ids.shape[1], self._pages
         budgets = [self.budget]
         if self.mass is not None:
             most = min(self.budget, length)
-            budgets = [n * self.page for n in (4, 8, 16, 32, 64, 128) if n * self.page < most]
+            budgets = [n * pages[0] for n in (4, 8, 16, 32, 64, 128) if n * pages[0] < most]
             budgets.append(self.budget)
-        flat = {"block_size": self.page, "logical": self.page}
-        small = {"block_size": self.logical, "logical": self.logical, "reuse": 1}
         ways: tuple[Weigh, ...] = ("max", "sum") if self.weigh is None else (self.weigh,)
-        kinds: dict[str, dict[str, Any]] = {
-            **{f"physical and logical pages, {way}": {"reuse": 1, "weigh": way} for way in ways},
-            **{f"{way}, with a choice for {self.reuse} steps": {"weigh": way} for way in ways},
-            f"flat pages of {self.page}": {**flat, "reuse": 1},
-            f"flat pages of {self.logical}": small,
-        }
+
+        def with_logical(page: int, way: Weigh) -> str:
+            return f"pages of {page} with logical ones, {way}"
+
+        def reused(page: int, way: Weigh) -> str:
+            return f"{with_logical(page, way)}, for {self.reuse} steps"
+
+        kinds: dict[str, dict[str, Any]] = {}
+        for page in pages:
+            for way in ways:
+                own = {"block_size": page, "weigh": way}
+                kinds |= {with_logical(page, way): {**own, "reuse": 1}, reused(page, way): own}
+        for size in dict.fromkeys((*pages, self.logical)):
+            kinds[f"flat pages of {size}"] = {"block_size": size, "logical": size, "reuse": 1}
         cases = [(budget, name) for budget in budgets for name in kinds]
         policies = [
             rule_policy(model.layout, self._rule(budget, **kinds[name]), made_by={})
@@ -124,10 +153,17 @@ class LServe(ModelPass[Budget]):
         found = measure_policies(model, policies, context.ids, progress=context.progress)
         kept = {case: float(one.mass.mean()) for case, one in zip(cases, found, strict=True)}
         least = {case: float(one.mass.min()) for case, one in zip(cases, found, strict=True)}
-        after = f"with a choice for {self.reuse} steps"
-        weigh = max(ways, key=lambda way: kept[self.budget, f"{way}, {after}"])
-        own = f"{weigh}, {after}"
-        enough = [b for b in budgets if self.mass is not None and kept[b, own] >= self.mass]
+        enough = kept[self.budget, f"flat pages of {self.logical}"] - BEHIND
+        near = [
+            page
+            for page in pages
+            if max(kept[self.budget, with_logical(page, way)] for way in ways) >= enough
+        ]
+        page = near[0] if near else pages[-1]
+        weigh = max(ways, key=lambda way: kept[self.budget, reused(page, way)])
+        name = reused(page, weigh)
+        full = [b for b in budgets if self.mass is not None and kept[b, name] >= self.mass]
+        budget = full[0] if full else self.budget
         rows = [
             {
                 "name": name,
@@ -137,21 +173,22 @@ class LServe(ModelPass[Budget]):
             }
             for budget, name in cases
         ]
-        budget = enough[0] if enough else self.budget
-        chosen = found[cases.index((budget, own))]
+        chosen = found[cases.index((budget, name))]
         plot = heat_map(chosen.mass, title="Attention kept by LServe's pages", across="query head")
         return LearnResult(
-            Budget(budget=budget, weigh=weigh),
+            Budget(budget=budget, page=page, weigh=weigh),
             rows=rows,
             plots={} if plot is None else {"lserve.png": plot},
         )
 
     def policy(self, layout: ModelLayout, learned: Budget | None) -> AttentionPolicy:
-        chosen = learned or Budget(budget=self.budget, weigh=self.weigh or "max")
+        chosen = learned or Budget(
+            budget=self.budget, page=self._pages[0], weigh=self.weigh or "max"
+        )
         about = self.model_dump(mode="json", exclude={"targets", "ignore"})
         return rule_policy(
             layout,
-            self._rule(chosen.budget, weigh=chosen.weigh),
+            self._rule(chosen.budget, block_size=chosen.page, weigh=chosen.weigh),
             made_by={"lserve": {**about, **chosen.figures()}},
             dense=self.dense_layers,
         )

@@ -291,5 +291,7 @@ def test_the_composed_checkpoint_generates_in_transformers(composed: Path) -> No
         text = runtime.options()
         parts = [model(part, **text).logits for part in (ids[:, :half], ids[:, half:])]
         for logits in (model(ids, use_cache=False).logits, torch.cat(parts, 1)):
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            )
             assert float(loss) == pytest.approx(nll(composed), abs=1e-5)

@@ -93,9 +93,7 @@ def test_it_is_the_plain_model_where_nothing_is_forgotten(
     stream.model = plain
     unrounded = plainly(stream, [0, 1, 2])
     source = open_source(folder)
-    for unit, layer in zip(
-        source.layout.blocks, plain.model.language_model.layers, strict=True
-    ):
+    for unit, layer in zip(source.layout.blocks, plain.model.language_model.layers, strict=True):
         extra = source.read_unit(unit).extra
         for leaf, name in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
             (scale,) = (tensor for key, tensor in extra.items() if key.endswith(name))

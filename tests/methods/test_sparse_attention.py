@@ -114,12 +114,13 @@ def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) ->
     kept = {(row["name"], row["budget"]): row["attention kept"] for row in found.rows}
     way = found.value.weigh
     other = "sum" if way == "max" else "max"
-    after = "with a choice for 2 steps"
-    own = {budget: share for (name, budget), share in kept.items() if name == f"{way}, {after}"}
-    assert own[128] >= kept[f"{other}, {after}", 128]
+    pages = "pages of 8 with logical ones"
+    after = f"{pages}, {way}, for 2 steps"
+    own = {budget: share for (name, budget), share in kept.items() if name == after}
+    assert own[128] >= kept[f"{pages}, {other}, for 2 steps", 128]
     assert found.value.budget == min(budget for budget, share in own.items() if share >= 0.7)
     for budget in own:
-        hierarchical = kept[f"physical and logical pages, {way}", budget]
+        hierarchical = kept[f"{pages}, {way}", budget]
         assert hierarchical >= kept["flat pages of 8", budget] - 0.005
     assert method.policy(model.layout, found.value).layers[0].rules[0].weigh == way
     assert all(row["by the worst head"] <= row["attention kept"] for row in found.rows)
@@ -133,6 +134,23 @@ def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) ->
     files = lserve_files(both, {}, model="tiny")
     assert set(files) == {"full_attention_heads.tsv", "config.json", "lserve.json"}
     assert json.loads(files["lserve.json"])["sub_chunk_per_block"] == 4
+
+
+@pytest.mark.parametrize(("budget", "sizes"), [(48, (16, 4)), (100, (32, 16, 4)), (16, (4,))])
+def test_lserve_sizes_pages_by_what_flat_logical_ones_keep(
+    budget: int, sizes: tuple[int, ...], model: SourceModel, tmp_path: Path
+) -> None:
+    options = {"page": None, "logical": 4, "budget": budget, "reuse": 1}
+    method, found = learned("lserve", model, tmp_path, **options)
+    kept = {row["name"]: row["attention kept"] for row in found.rows}
+    best = {
+        size: max(kept[f"pages of {size} with logical ones, {way}"] for way in ("max", "sum"))
+        for size in sizes
+    }
+    least = kept["flat pages of 4"] - 0.02
+    assert found.value.page == next(size for size in sizes if best[size] >= least)
+    rule = method.policy(model.layout, found.value).layers[0].rules[0]
+    assert (rule.block_size, rule.logical) == (found.value.page, 4)
 
 
 def test_sparse_spec_keeps_all_drafts_that_read_everything(

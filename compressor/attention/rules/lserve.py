@@ -35,7 +35,7 @@ class LServePages(KeyBlocks):
     block_size  keys of a physical page;  logical  keys of a logical one
     reuse       steps from one choice to the next: at every position that it divides
     weigh       what a page is worth by its logical pages' bounds: `max` of them, as released, or
-                the logarithm of the `sum` of their exponentials, halved before as bounds overstate
+                the logarithm of the `sum` of their exponentials, drawn in before (`drawn_in`)
     The last page of what came before is always read. The released kernel takes the last page of a
     list for the one being written, also where the list is older; here that one is read beside it.
     """
@@ -79,8 +79,10 @@ class LServePages(KeyBlocks):
         fast = by_kernel(key)
         score = page_scores if fast and query.shape[2] == 1 else page_scores_ref
         top = top_blocks if fast else top_blocks_ref
-        soft = call.scaling / 2 if self.weigh == "sum" else None
         bounds = (page_bounds if fast else page_bounds_ref)(key, page_size=self.logical)
+        soft = None
+        if self.weigh == "sum":
+            soft, bounds = call.scaling, drawn_in(*bounds)
 
         def choose(part: Tensor, behind: int) -> Tensor:
             scores = score(part, *bounds, group_max=group_max, per_page=size, soft=soft)
@@ -101,6 +103,13 @@ class LServePages(KeyBlocks):
             f"anew every {rule.reuse} steps"
             for line, rule in zip(lines, dict.fromkeys(rules), strict=True)
         ]
+
+
+def drawn_in(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of keys a quarter nearer to their middle. No key reaches them in all components, so
+    that sums over bounds as they are overstate pages whose keys differ."""
+    quarter = (high.float() - low.float()) / 8
+    return (low + quarter).to(low.dtype), (high - quarter).to(high.dtype)
 
 
 def with_own(pages: Tensor, own: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def stored_cache(model: Any) -> list[LayerRounding] | None:
     for unit in source.layout.blocks:
         names = [name for name in source.added.get(unit.name, ()) if is_cache_scale(name)]
         scales = {
-            name.rpartition(".")[2]: scale.float()
+            name.rpartition(".")[2]: scale.float().to(model.device)
             for name, scale in (source.checkpoint.read(names) if names else {}).items()
         }
         found.append(LayerRounding(source.schemes.kv, scales.get("k_scale"), scales.get("v_scale")))
