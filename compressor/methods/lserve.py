@@ -6,8 +6,8 @@ want, choose nearly as well as small ones: as released, what the best of them co
 them could together, whichever keeps more of attention on the calibration text. A choice lasts for
 `reuse` steps. Heads that another method lets stream (`duo_attention`, `retrieval_heads`) keep their
 window; the rest choose pages. Nothing is trained and no weight changes. With `mass` the budget is
-the smallest that keeps so much of attention on the calibration text, with `page: null` a page is the
-largest that keeps nearly what flat pages of the logical size would.
+the smallest that keeps so much of attention on the calibration text, with `page: null` a page is
+the largest that keeps nearly what flat pages of the logical size would.
 """
 
 from __future__ import annotations
