@@ -78,6 +78,8 @@ class LServe(ModelPass[Budget]):
 
     @model_validator(mode="after")
     def _pages_fit(self) -> LServe:
+        if (least := LEAST * self._pages[-1]) > self.budget:
+            raise ValueError(f"a step reads at least {least} keys, budget is {self.budget}")
         for page in self._pages:
             _ = self._rule(self.budget, block_size=page)  # raises where pages do not divide
         return self

@@ -70,6 +70,9 @@ def _explained(item: ErrorDetails, model: type[BaseModel], prefix: str) -> Wrong
     said = item["msg"].removeprefix("Value error, ")
     if not where:
         return WrongKey(said, place=where)
+    if isinstance(value, dict):
+        # Of keys that do not go together: the reason names them, in a rule's own words too.
+        return WrongKey(f"{where}: {said}", place=where)
     return WrongKey(f"{where}: {said} (got {shown})", place=where, hint=meaning)
 
 

@@ -161,7 +161,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def __init__(
         self, policy: AttentionPolicy, rounding: Sequence[LayerRounding] | None = None
     ) -> None:
-        own = rounding or [None] * len(policy.layers)
+        own: Sequence[LayerRounding | None] = rounding or [None] * len(policy.layers)
         super().__init__(
             layers=[
                 HeadLayer(layer.groups(policy.kv_heads), one)

@@ -22,9 +22,14 @@ Layers = Annotated[tuple[int, ...], AfterValidator(_ascending)]
 
 
 def missing_layers(layers: tuple[int, ...], layout: ModelLayout) -> Iterator[InputError]:
-    """Where the model has not so many."""
+    """Where the model has not so many, or no others."""
     if layers and layers[-1] >= len(layout.blocks):
         yield InputError(
             f"there is no layer {layers[-1]}, the model has {len(layout.blocks)}",
             hint="dense_layers counts from 0",
+        )
+    elif len(layers) == len(layout.blocks):
+        yield InputError(
+            "dense_layers names every layer: nothing would be decided",
+            hint="dense_layers: [], or the pass left out",
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -37,7 +37,7 @@ class SparseSpec(ModelPass[Learned]):
     stride: int = Field(8, ge=1, le=32, description="tokens that are drafted in a row")
     ratio: float = Field(0.05, gt=0, le=1, description="share of all keys that a draft reads")
     min_budget: int = Field(128, ge=1, description="keys that it reads at least")
-    tried: tuple[float, ...] = Field(
+    tried: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.025, 0.05, 0.1), description="ratios that are measured beside the one that is written"
     )
     rows: int = Field(2, ge=1, description="rows of calibration tokens that are measured")
