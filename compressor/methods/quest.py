@@ -61,7 +61,8 @@ class Quest(ModelPass[Learned]):
         )
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        yield from missing_layers(self.dense_layers, context.layout)
+        if self.altered("dense_layers"):
+            yield from missing_layers(self.dense_layers, context.layout)
 
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         dense, layers = len(self.dense_layers), len(context.layout.blocks)
