@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", nargs="*", default=["3.11:highest", "3.11:lowest-direct"])
     parser.add_argument("--folder", type=Path, help="for environments; temporary if not given")
     args = parser.parse_args(arguments)
+    if shutil.which(args.uv) is None:
+        parser.error(f"there is no {args.uv} here: pip install uv, or name it with --uv")
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()

@@ -6,6 +6,7 @@ ever fetched, at a revision that is pinned to a commit before anything else is r
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -158,7 +159,7 @@ def _cached(
         raise InputError(f"{repo!r} is not a Hub id: {error}") from error
     except (errors.LocalEntryNotFoundError, InputError) as error:
         said = error.message if isinstance(error, InputError) else "nothing of it is there"
-        raise InputError(
+        raise _missing_here(repo) or InputError(
             f"{repo} is not whole in the Hub's cache, and HF_HUB_OFFLINE is set: {said}",
             hint=f"download it where there is a network: hf download {repo}",
         ) from error
@@ -250,6 +251,22 @@ def _entry(file: str, name: str, tensor: Any) -> Entry:
     return Entry(file=Path(file), spec=spec, begin=begin, end=end)
 
 
+def _missing_here(repo: str) -> InputError | None:
+    """What is said in place of the Hub's error where the first part of an id is a folder here, so
+    that a path was meant as likely."""
+    folder, _, name = repo.rpartition("/")
+    if not folder or not Path(folder).is_dir():
+        return None
+    there = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    near = difflib.get_close_matches(name, there, 3) or there[:3]
+    hint = f"did you mean {', '.join(f'{folder}/{one}' for one in near)}?" if near else None
+    return InputError(
+        f"there is no model at {repo}: the folder {folder} is here and has no {name} in it, and "
+        "the Hub gave no model of this name",
+        hint=hint,
+    )
+
+
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """What the Hub's client raises, as errors that say what to do."""
@@ -267,7 +284,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo} has no revision {revision!r}", hint="name a branch, a tag or a commit"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise InputError(
+        raise _missing_here(repo) or InputError(
             f"there is no model {repo!r}, neither as a folder here nor on the Hub for this user",
             hint="check the spelling; for a private repository: hf auth login",
         ) from error
@@ -284,7 +301,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise InputError(f"{repo!r} is not a Hub id: {error}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MachineError(
+        raise _missing_here(repo) or MachineError(
             f"the Hub did not answer for {repo}: {first}",
             hint=f"there is no folder {repo} here; for the Hub, check the network (HF_ENDPOINT "
             "names another), or HF_HUB_OFFLINE=1 takes what its cache holds",
@@ -292,7 +309,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         # httpx and requests raise their own classes below the client's, by version.
         if type(error).__module__.startswith(("httpx", "requests", "httpcore", "urllib3")):
-            raise MachineError(
+            raise _missing_here(repo) or MachineError(
                 f"the Hub did not answer for {repo}: {error}",
                 hint=f"there is no folder {repo} here; for the Hub, check the network",
             ) from error

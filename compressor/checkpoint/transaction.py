@@ -42,7 +42,13 @@ from compressor.checkpoint.records import Records, stated_hash
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.target import Target
-from compressor.checkpoint.workspace import claim, lacking_room, owned, require_same
+from compressor.checkpoint.workspace import (
+    claim,
+    lacking_room,
+    owned,
+    refusal,
+    require_same,
+)
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit
@@ -166,8 +172,12 @@ def write(
         return {**about, "source": {**about["source"], "content": whole}}
 
     shards = lay_out(target.container, map(target.shapes, target.units))
-    if (room := lacking_room(output, shards.size)) is not None:
-        raise room
+    for refused in (
+        refusal(output, manifest=MANIFEST_NAME, model=beside),
+        lacking_room(output, shards.size),
+    ):
+        if refused is not None:
+            raise refused
     with writing(target, output, about=about, shards=shards) as under_way:
         if under_way.finished:
             if content is not None and (made := read_manifest(output)) is not None:

@@ -23,9 +23,15 @@ WORK_NAME = ".compress-work"
 JOB_NAME = "job.json"
 
 
-def refusal(output: Path, *, manifest: str) -> InputError | None:
-    """Why a run may not write into a folder: it is a file, holds what no run of ours wrote, or
-    cannot be written into."""
+def refusal(output: Path, *, manifest: str, model: Path | None = None) -> InputError | None:
+    """Why a run may not write into a folder: it is a file, holds what no run of ours wrote, cannot
+    be written into, or lies in the folder of the model, where it would be taken for files of that.
+    """
+    if model is not None and output.resolve().is_relative_to(model.resolve()):
+        return InputError(
+            f"{output} lies in the folder of the model ({model})",
+            hint="name a folder elsewhere with --output",
+        )
     inside = output / WORK_NAME
     if (why := in_the_way(inside)) is not None:
         return InputError(f"cannot write {output}: {why}", hint="name a folder with --output")

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.errors import printable
+from compressor.report.text import relative_error
 
 LogFormat = Literal["auto", "plain", "json"]
 
@@ -199,7 +200,7 @@ class _Stage:
             rows.append(_line((f"  {self.unit}", "cyan"), (fields, "default"), overflow="ellipsis"))
         if len(self.errors) > 1:
             bars = (sparkline(self.errors, 64), "magenta")
-            top = (f"  up to {max(self.errors):.3g}", "dim")
+            top = (f"  up to {relative_error(max(self.errors))}", "dim")
             rows.append(_line(("  error by unit  ", "dim"), bars, top, overflow="crop"))
         return Group(*rows)
 
@@ -229,4 +230,6 @@ def _described(key: str, value: Any) -> str:
         return duration(value)
     if key == "rate":
         return rate(value)
+    if key == "error":
+        return f"{key} {relative_error(value)}"
     return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"

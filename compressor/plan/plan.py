@@ -146,10 +146,10 @@ def make_plan(
     problems += _policy_problems(passes, source)
     costs = [(plan.step.name, plan.cost(source.checkpoint.dtype)) for plan in passes]
     notes += [f"{name}: {note}" for name, cost in costs for note in cost.notes]
-    if output is not None and (refused := refusal(output, manifest=MANIFEST_NAME)) is not None:
-        problems.append(refused)
-    if output is not None and (refused := store_problem(recipe)) is not None:
-        problems.append(refused)
+    if output is not None:
+        own = source.checkpoint.folder
+        refused = [refusal(output, manifest=MANIFEST_NAME, model=own), store_problem(recipe)]
+        problems += filter(None, refused)
     if not problems:
         try:
             settled = settle(recipe, source.layout, passes, fmt, target.schemes, dtype)

@@ -11,7 +11,14 @@ from typing import Any
 
 from compressor.report.elements import TEMPLATE, breakable, section, table
 from compressor.report.svg import Point, dots, lines
-from compressor.report.text import MISSING, number, share_with_error, size, with_error
+from compressor.report.text import (
+    MISSING,
+    number,
+    relative_error,
+    share_with_error,
+    size,
+    with_error,
+)
 
 WORST = 12
 
@@ -41,8 +48,8 @@ def figures(side: Side) -> dict[str, str]:
         shown[title] = with_error(found[key]) if found.get(key) else MISSING
     shown["top-1"] = share_with_error(found["top1"]) if found.get("top1") else MISSING
     errors, whole = side["layers"].values(), whole_blocks(side)
-    shown["weights"] = number(statistics.median(errors)) if errors else MISSING
-    shown["blocks"] = number(statistics.median(whole.values())) if whole else MISSING
+    shown["weights"] = relative_error(statistics.median(errors)) if errors else MISSING
+    shown["blocks"] = relative_error(statistics.median(whole.values())) if whole else MISSING
     return shown
 
 
@@ -119,7 +126,7 @@ def _layers(sides: Sequence[Side]) -> str:
     ):
         series = {
             side["name"]: [
-                Point(i, error, f"{name}: {number(error)}")
+                Point(i, error, f"{name}: {relative_error(error)}")
                 for i, (name, error) in enumerate(by_block(side).items())
             ]
             for side in compared
@@ -131,7 +138,7 @@ def _layers(sides: Sequence[Side]) -> str:
     rows = [
         [
             breakable(name),
-            *(number(side["layers"][name]) if name in side["layers"] else MISSING
+            *(relative_error(side["layers"][name]) if name in side["layers"] else MISSING
               for side in compared),
         ]
         for name in names[:WORST]

@@ -23,6 +23,7 @@ from compressor.report.text import (
     factor,
     figure,
     number,
+    relative_error,
     share,
     share_with_error,
     size,
@@ -173,7 +174,7 @@ def _evaluation(data: Data) -> str:
     blocks = evaluation.get("blocks") or []
     if len(blocks) > 1:
         points = [
-            Point(i, block["error"] or 0.0, f"{block['name']}: {number(block['error'])}")
+            Point(i, block["error"] or 0.0, f"{block['name']}: {relative_error(block['error'])}")
             for i, block in enumerate(blocks)
         ]
         body += "<h3>How the difference grows</h3>" + lines(
@@ -228,7 +229,9 @@ def _layers(data: Data) -> str:
     body = dots(series, x_title="block, by number", y_title=title, show=number) if series else ""
     worst = sorted(errors.items(), key=lambda entry: -entry[1][0])[:WORST]
     top = worst[0][1][0] or 1.0
-    rows = [[breakable(name), number(error), meter(error / top)] for name, (error, _) in worst]
+    rows = [
+        [breakable(name), relative_error(error), meter(error / top)] for name, (error, _) in worst
+    ]
     largest = table(["linear", "error", ""], rows, numbers=(1,), names=(0,))
     return section("Error by layer", f"{body}<h3>Largest errors</h3>{largest}")
 
@@ -266,9 +269,9 @@ def _mean_point(block: int, found: Sequence[tuple[float, str]]) -> Point:
     """One linear of a block, or the mean over its experts."""
     mean = sum(error for error, _ in found) / len(found)
     worst, name = max(found)
-    label = f"{name}: {number(worst)}"
+    label = f"{name}: {relative_error(worst)}"
     if len(found) > 1:
-        label = f"mean of {len(found)}: {number(mean)}; worst {label}"
+        label = f"mean of {len(found)}: {relative_error(mean)}; worst {label}"
     return Point(block, mean, label)
 
 

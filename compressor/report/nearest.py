@@ -8,7 +8,7 @@ from typing import Any
 
 from compressor.report.elements import section
 from compressor.report.svg import Point, lines
-from compressor.report.text import number, with_error
+from compressor.report.text import number, relative_error, with_error
 
 
 def beside_nearest(verify: Mapping[str, Any] | None) -> str:
@@ -27,7 +27,7 @@ def beside_nearest(verify: Mapping[str, Any] | None) -> str:
     )
     series = {
         title: [
-            Point(i, row[key], f"{row['block']}: {number(row[key])}")
+            Point(i, row[key], f"{row['block']}: {relative_error(row[key])}")
             for i, row in enumerate(blocks)
         ]
         for key, title in (("error", "this checkpoint"), ("nearest", "rounding to nearest"))

@@ -22,6 +22,14 @@ def number(value: float | None) -> str:
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
+def relative_error(value: float | None) -> str:
+    """Three digits and an exponent, so that those of a table compare at a glance."""
+    if not value:
+        return MISSING if value is None else "0"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
 def rounded(value: float, error: float) -> tuple[str, str]:
     """A value to the place of the second digit of its standard error, and that error."""
     if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from compressor.checkpoint.container import Container, Safetensors
 from compressor.checkpoint.find import Located
-from compressor.checkpoint.manifest import RECIPE_NAME, read_manifest
+from compressor.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.transaction import Progress, write
+from compressor.checkpoint.workspace import refusal
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
 from compressor.formats.relayout import RoundingReport, as_symmetric, compare, relayout
@@ -107,6 +108,9 @@ def convert(
     anything is written; a folder that this conversion does not own is refused.
     """
     source, target = located.source, get_format(format)
+    folder = source.checkpoint.folder
+    if (refused := refusal(output, manifest=MANIFEST_NAME, model=folder)) is not None:
+        raise refused
     if target.name != "dense" and not source.quantized:
         raise InputError(
             f"{source.checkpoint.folder} holds "
@@ -126,7 +130,6 @@ def convert(
     if verifying:
         compile_verdict(made, device)
     units = len(source.layout.units)
-    folder = source.checkpoint.folder
     recipe = folder / RECIPE_NAME
     written = write(
         made,

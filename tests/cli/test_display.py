@@ -65,7 +65,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     lines = out.getvalue().splitlines()
     assert lines[0] == "compress: units 3" and len(lines) == 4
     assert lines[1].startswith(
-        "  [1/3] model.layers.0  error 0.01  12.5 M weights/s  memory 526.00 MB  left "
+        "  [1/3] model.layers.0  error 1.00e-2  12.5 M weights/s  memory 526.00 MB  left "
     )
     assert lines[3].endswith("memory 526.00 MB"), "nothing is left"
     assert "\x1b" not in out.getvalue()
@@ -109,7 +109,7 @@ def test_a_terminal_shows_a_bar_the_error_and_what_is_left(
     assert "\x1b[" in shown
     text = ESCAPE.sub("", shown)
     assert "compress" in text and "3/3" in text
-    assert "model.layers.2  error 0.03  12.5 M weights/s  memory 526.00 MB" in text
+    assert "model.layers.2  error 3.00e-2  12.5 M weights/s  memory 526.00 MB" in text
     assert "error by unit" in text and "up to 0.03" in text
     assert "compress: 3 units in" in text and "note: seen" in text
 

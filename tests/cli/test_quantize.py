@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,22 @@ def passes(ask: Ask, *words: str) -> list[dict[str, Any]]:
     assert result.exit_code == 0, result.output
     found: list[dict[str, Any]] = json.loads(result.stdout)["recipe"]["passes"]
     return found
+
+
+def test_nothing_is_written_into_the_model(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who stands in the model's folder gets the output beside it."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    before = set(model.iterdir())
+    words = ["--scheme", "w4a16", "--device", "cpu", "--recipe-only", "--json"]
+    refused = CliRunner().invoke(cli, ["quantize", str(model), "-o", str(model / "out"), *words])
+    assert isinstance(refused.exception, InputError) and "of the model" in str(refused.exception)
+    monkeypatch.chdir(model)
+    chosen = CliRunner().invoke(cli, ["quantize", ".", *words])
+    assert json.loads(chosen.stdout)["recipe"]["output"] == str(tmp_path / "model-w4a16")
+    assert set(model.iterdir()) == before
 
 
 def test_the_schemes_that_are_offered_are_those_that_are_made() -> None:

@@ -110,6 +110,10 @@ def test_a_repository_in_the_cache_is_used_without_a_network(folder: Path, tmp_p
         assert about["source"]["revision"] == commit
         missing = elsewhere(compress, "inspect", "me/other")
         assert missing["code"] == 2 and "not whole in the Hub's cache" in missing["errors"]
+        (tmp_path / "me" / "others").mkdir(parents=True)
+        path = elsewhere(compress, "inspect", "me/other")
+        assert path["code"] == 2 and "the folder me is here" in path["errors"]
+        assert "did you mean me/others?" in path["errors"]
         (cache / "snapshots" / commit / "model.safetensors").unlink()
         cut = elsewhere(compress, "plan", str(recipe))
         assert cut["code"] == 2 and "hf download me/small" in cut["errors"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.numerics.historical import NOWHERE, History, stable
 from tests.support.golden_files import vectors_and_notes
+from tests.support.historical import NOWHERE, History, stable
 
 
 def known(places: torch.Tensor) -> set[int]:

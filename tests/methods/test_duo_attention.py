@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ from compressor.numerics.head_gates import (
     schedule,
     threshold_full,
 )
+from compressor.ranks.ranks import Ranks
 from compressor.runner.source_model import SourceModel
 from tests.support.head_bench import CPU, TINY, context, frozen
 from tests.support.planned import planned
@@ -254,6 +256,15 @@ def test_what_is_learned_is_a_policy(
     else:
         assert about["threshold"] == pytest.approx(hoyer_threshold(gates))
     assert found.plots["duo_attention_gates.png"].startswith(b"\x89PNG")
+
+
+def test_one_rank_alone_draws(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    class Second(Ranks):
+        leads = False  # type: ignore[assignment]
+
+    model: Any = frozen(tiny_model("llama"))
+    alone = replace(context(random_ids(), tmp_path), ranks=Second())
+    assert not duo(num_steps=3).learn(model, alone).plots
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "opt", "gemma2"])

@@ -17,7 +17,17 @@ from compressor.evaluate.perplexity import BlockError, Estimate, EvaluationResul
 from compressor.report.data import Costs, Mixes, Peer, ReportData, UnitReport, write_report
 from compressor.report.html import _experts, render
 from compressor.report.svg import Point, columns, dots, lines
-from compressor.report.text import MISSING, TIMES, counted, duration, factor, number, share, size
+from compressor.report.text import (
+    MISSING,
+    TIMES,
+    counted,
+    duration,
+    factor,
+    number,
+    relative_error,
+    share,
+    size,
+)
 
 VOID = {"meta", "br", "wbr", "img", "hr", "input", "link"}
 
@@ -146,7 +156,7 @@ def test_the_page_says_what_happened() -> None:
         "61.23",
         "KL divergence from the original is 0.0912 ± 0.002; the gate asks for at most 0.01",
         "bits: 8",
-        "mean of 2: 0.025; worst model.layers.2.mlp.experts.1.up_proj: 0.03",
+        "mean of 2: 2.50e-2; worst model.layers.2.mlp.experts.1.up_proj: 3.00e-2",
         f"0.83{TIMES}",
         f"1.50{TIMES}",
         "2.13.0",
@@ -253,6 +263,9 @@ def test_points_lie_where_their_values_say() -> None:
         (number(0.00031234), "0.000312"),
         (number(0.000031234), "3.12e-5"),
         (number(123456.0), "123,456"),
+        (relative_error(0.009157), "9.16e-3"),
+        (relative_error(1.0), "1.00e0"),
+        (relative_error(0.0), "0"),
         (share(0.8123), "81.23%"),
         (size(112_034_120), "112 MB"),
         (size(999), "999 B"),

@@ -110,7 +110,7 @@ def _tokens(located: Located, text: str, windows: int, length: int) -> Tensor:
 def lines(sides: Sequence[Mapping[str, Any]]) -> list[str]:
     """A comparison for people."""
     from compressor.report.comparison import figures, kernel_roles, kernel_rows
-    from compressor.report.text import number
+    from compressor.report.text import relative_error
 
     shown = _table(
         ["", *figures(sides[0])],
@@ -127,7 +127,7 @@ def lines(sides: Sequence[Mapping[str, Any]]) -> list[str]:
         shown += [f"  {count:>5} linears {scheme}" for scheme, count in side["schemes"].items()]
         worst = sorted(side["layers"].items(), key=lambda row: -row[1])[:3]
         if worst:
-            named = ", ".join(f"{name} {number(error)}" for name, error in worst)
+            named = ", ".join(f"{name} {relative_error(error)}" for name, error in worst)
             shown.append(f"  largest errors of weights: {named}")
         more = f" and {len(side['notes']) - SHOWN} more" if len(side["notes"]) > SHOWN else ""
         if side["notes"]:

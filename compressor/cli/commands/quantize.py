@@ -128,6 +128,8 @@ def command(
     if scheme is not None and not recipe_only:
         start_ranks(gpus)
     with uncollected():
+        from compressor.checkpoint.manifest import MANIFEST_NAME
+        from compressor.checkpoint.workspace import refusal
         from compressor.plan.choose import choose
         from compressor.plan.recipe import make_recipe
 
@@ -140,6 +142,9 @@ def command(
             overrides=overrides,
             device=device,
         )
+        where, own = target.expanduser(), source.checkpoint.folder
+        if (refused := refusal(where, manifest=MANIFEST_NAME, model=own)) is not None:
+            raise refused
         if bits_per_weight is None:
             choice = choose(wish, source)
         else:
@@ -167,7 +172,10 @@ def output_folder(model: str, output: str | None, scheme: str) -> Path:
     if output is None:
         path = Path(model).expanduser()
         found = Path(name_folder(path)["name"] if path.exists() else model.partition("@")[0])
-        return Path(f"{found.name.removesuffix('.gguf')}-{scheme}")
+        name = f"{found.name.removesuffix('.gguf')}-{scheme}"
+        # Who stands in the model's folder gets it beside that.
+        inside = path.is_dir() and Path.cwd().is_relative_to(path.resolve())
+        return path.resolve().with_name(name) if inside else Path(name)
     target = Path(output)
     if target.name in ("", ".."):
         raise click.UsageError(f"--output {output!r} names no folder")

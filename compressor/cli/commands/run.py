@@ -292,6 +292,7 @@ def audit_lines(what: str, found: Audit) -> list[str]:
 def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
     """What was found, and where the error is."""
     from compressor.evaluate.gate import rank_layers
+    from compressor.report.text import relative_error
 
     if verdict.evaluation is not None:
         for line in lines(verdict.evaluation):
@@ -302,7 +303,7 @@ def show_verdict(verdict: Verdict, rows: Sequence[Mapping[str, Any]]) -> None:
         echo(f"  {line}")
     for layer in rank_layers(rows)[:WORST]:
         share = f"{layer.share:.1%} of all" if layer.share else ""
-        echo(f"  high error  {layer.linear}  {layer.error:.4g}  {share}".rstrip())
+        echo(f"  high error  {layer.linear}  {relative_error(layer.error)}  {share}".rstrip())
     if verdict.verified is not None:
         echo(f"  verify      {mark(verdict.verified.ok)}")
         for check in verdict.verified.checks:

@@ -8,7 +8,7 @@ mask in every phase, where the reference's deployment lets the first chunk see e
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -158,7 +158,9 @@ class DuoAttention(ModelPass[Gates]):
             batch=self.batch,
             name="duo_attention",
         )
-        return self._result(trained.gates, trained.losses)
+        # One rank keeps what is learned: it alone draws.
+        plots = _plots(trained.gates, trained.losses) if context.ranks.leads else {}
+        return self._result(trained.gates, trained.losses, plots)
 
     def _scores(self, model: SourceModel, context: LearnContext, haystack: list[int]) -> Tensor:
         draw = random.Random(f"{context.seed} scores")
@@ -215,8 +217,9 @@ class DuoAttention(ModelPass[Gates]):
             "bimodality": gap_at(found.gates, hoyer_threshold(found.gates)),
         }
 
-    def _result(self, gates: Tensor, losses: Tensor) -> LearnResult[Gates]:
-        plot = heat_map(gates, title="DuoAttention gates (1: needs the whole context)")
+    def _result(
+        self, gates: Tensor, losses: Tensor, plots: Mapping[str, bytes]
+    ) -> LearnResult[Gates]:
         found = Gates(gates=gates)
         if self.reorder:
             order = torch.stack([full_first(row) for row in self._full(found)])
@@ -234,23 +237,7 @@ class DuoAttention(ModelPass[Gates]):
         ]
         last = losses[-max(1, len(losses) // 10) :].mean(0)
         rows.append({"name": "gates", **self._about(found), "distillation": float(last[0])})
-        steps = range(1, len(losses) + 1)
-        drawn = {
-            "duo_attention_gates.png": plot,
-            "duo_attention_losses.png": curves(
-                {
-                    "distillation": list(zip(steps, losses[:, 0].tolist(), strict=True)),
-                    "penalty": list(zip(steps, losses[:, 1].tolist(), strict=True)),
-                },
-                title="DuoAttention training",
-                x="step",
-                y="loss",
-                log=True,
-            ),
-        }
-        return LearnResult(
-            found, rows=rows, plots={name: data for name, data in drawn.items() if data is not None}
-        )
+        return LearnResult(found, rows=rows, plots=plots)
 
     def apply(self, unit: Unit, context: PassContext, learned: Gates) -> PassResult:
         """The block with its KV heads sorted, full ones first; the same function."""
@@ -285,3 +272,24 @@ def _rows(unit: Unit, linear: Linear, order: Tensor) -> dict[str, Tensor]:
 
 
 PASS = DuoAttention
+
+
+def _plots(gates: Tensor, losses: Tensor) -> dict[str, bytes]:
+    """Pictures of the gates and of their training, where they can be drawn."""
+    steps = range(1, len(losses) + 1)
+    drawn = {
+        "duo_attention_gates.png": heat_map(
+            gates, title="DuoAttention gates (1: needs the whole context)"
+        ),
+        "duo_attention_losses.png": curves(
+            {
+                "distillation": list(zip(steps, losses[:, 0].tolist(), strict=True)),
+                "penalty": list(zip(steps, losses[:, 1].tolist(), strict=True)),
+            },
+            title="DuoAttention training",
+            x="step",
+            y="loss",
+            log=True,
+        ),
+    }
+    return {name: data for name, data in drawn.items() if data is not None}
