@@ -110,7 +110,7 @@ def test_a_terminal_shows_a_bar_the_error_and_what_is_left(
     text = ESCAPE.sub("", shown)
     assert "compress" in text and "3/3" in text
     assert "model.layers.2  error 3.00e-2  12.5 M weights/s  memory 526.00 MB" in text
-    assert "error by unit" in text and "up to 0.03" in text
+    assert "error by unit" in text and "up to 3.00e-2" in text
     assert "compress: 3 units in" in text and "note: seen" in text
 
 
