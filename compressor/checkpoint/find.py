@@ -159,7 +159,8 @@ def _cached(
         raise InputError(f"{repo!r} is not a Hub id: {error}") from error
     except (errors.LocalEntryNotFoundError, InputError) as error:
         said = error.message if isinstance(error, InputError) else "nothing of it is there"
-        raise _missing_here(repo) or InputError(
+        here = None if isinstance(error, InputError) else _missing_here(repo)
+        raise here or InputError(
             f"{repo} is not whole in the Hub's cache, and HF_HUB_OFFLINE is set: {said}",
             hint=f"download it where there is a network: hf download {repo}",
         ) from error
