@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from string import Template
 from typing import Any
@@ -14,9 +12,10 @@ import yaml
 from compressor.report.audit import audit_badges, audits
 from compressor.report.by_size import by_size
 from compressor.report.choices import choices
-from compressor.report.elements import TEMPLATE, breakable, mark, meter, section, table
+from compressor.report.elements import TEMPLATE, breakable, mark, section, table
+from compressor.report.layers import experts, layers
 from compressor.report.nearest import beside_nearest
-from compressor.report.svg import Point, columns, dots, lines
+from compressor.report.svg import Point, columns, lines
 from compressor.report.text import (
     counted,
     duration,
@@ -30,7 +29,6 @@ from compressor.report.text import (
     with_error,
 )
 
-WORST = 12
 GATE_LAYERS = 3
 
 Data = Mapping[str, Any]
@@ -50,8 +48,8 @@ def render(data: Data, *, attention: str = "") -> str:
         section("Attention", attention) if attention else "",
         by_size(data),
         beside_nearest(data["verify"]),
-        _layers(data),
-        _experts(data),
+        layers(data["units"]),
+        experts(data["units"]),
         _verify(data),
         audits(data["audit"]),
         _done(data),
@@ -208,71 +206,6 @@ def _passkey(data: Data) -> str:
 
 def _choices(data: Data) -> str:
     return section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
-
-
-def _layers(data: Data) -> str:
-    errors = _linear_errors(data)
-    if not errors:
-        return ""
-    by_leaf: dict[str, dict[int, list[tuple[float, str]]]] = {}
-    for name, (error, _) in errors.items():
-        place = re.search(r"\.(\d+)\.", name)
-        if place:
-            leaf = by_leaf.setdefault(name.rpartition(".")[2], {})
-            leaf.setdefault(int(place[1]), []).append((error, name))
-    series = {
-        leaf: [_mean_point(i, found) for i, found in rows.items()] for leaf, rows in by_leaf.items()
-    }
-    kinds = {kind for _, kind in errors.values()}
-    title = "relative squared error of the " + " or ".join(sorted(kinds or {"output"}))
-    title += " (no unit)"
-    body = dots(series, x_title="block, by number", y_title=title, show=number) if series else ""
-    worst = sorted(errors.items(), key=lambda entry: -entry[1][0])[:WORST]
-    top = worst[0][1][0] or 1.0
-    rows = [
-        [breakable(name), relative_error(error), meter(error / top)] for name, (error, _) in worst
-    ]
-    largest = table(["linear", "error", ""], rows, numbers=(1,), names=(0,))
-    return section("Error by layer", f"{body}<h3>Largest errors</h3>{largest}")
-
-
-def _experts(data: Data) -> str:
-    """A line for each expert: the calibration tokens that routers sent it, over all blocks."""
-    seen: dict[int, dict[str, int]] = {}
-    for unit in data["units"]:
-        for row in unit["rows"]:
-            if "routed" in row:
-                seen.setdefault(row["expert"], {})[unit["name"]] = row["routed"]
-    rows = []
-    for expert, found in sorted(seen.items()):
-        least = min(found, key=lambda name: found[name])
-        without = sum(not tokens for tokens in found.values())
-        counts = (sum(found.values()), statistics.median(found.values()), found[least])
-        numbers = [f"{count:,.10g}" for count in counts]
-        rows.append([str(expert), *numbers, breakable(least), str(without)])
-    header = ["expert", "tokens", "median of blocks", "fewest", "in", "blocks without any"]
-    lines = table(header, rows, numbers=(1, 2, 3, 5), names=(4,))
-    return section("Tokens seen by experts", lines) if rows else ""
-
-
-def _linear_errors(data: Data) -> dict[str, tuple[float, str]]:
-    """Linear → its error, and what that is an error of."""
-    return {
-        row["linear"]: (float(row["error"]), str(row.get("error_of", "output")))
-        for unit in data["units"]
-        for row in unit["rows"]
-        if isinstance(row.get("linear"), str) and isinstance(row.get("error"), (int, float))
-    }
-
-
-def _mean_point(block: int, found: Sequence[tuple[float, str]]) -> Point:
-    """One linear of a block, or the mean over its experts."""
-    mean = sum(error for error, _ in found) / len(found)
-    worst, name = max(found)
-    label = f"{name}: {relative_error(worst)}"
-    if len(found) > 1:
-        label = f"mean of {len(found)}: {relative_error(mean)}; worst {label}"
-    return Point(block, mean, label)
 
 
 def _verify(data: Data) -> str:

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from compressor.evaluate.gate import Gate
 from compressor.evaluate.perplexity import BlockError, Estimate, EvaluationResult
 from compressor.report.data import Costs, Mixes, Peer, ReportData, UnitReport, write_report
-from compressor.report.html import _experts, render
+from compressor.report.html import render
+from compressor.report.layers import experts
 from compressor.report.svg import Point, columns, dots, lines
 from compressor.report.text import (
     MISSING,
@@ -356,7 +357,7 @@ def test_an_expert_has_a_line_with_median_and_fewest() -> None:
         }
         for name, seen in counts.items()
     ]
-    text = re.sub(r"<wbr>", "", _experts({"units": units}))
+    text = re.sub(r"<wbr>", "", experts(units))
     joined = " ".join(re.sub(r"<[^>]+>", " ", text).split())
     assert "expert tokens median of blocks fewest in blocks without any" in joined
     assert "0 17 6 2 layers.1 0" in joined and "1 6 1 0 layers.0 1" in joined
