@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -81,7 +81,7 @@ class Stack:
     def build(
         self,
         block: str,
-        experts: int,
+        experts: Iterable[int],
         tensors: Mapping[str, Tensor],
         *,
         into: str,
@@ -104,7 +104,7 @@ class Stack:
         stacks |= {} if self.bias is None else {"bias": self.bias}
         paths = [f"{block}.{x.format(e=e)}" for e in range(experts) for x in self.sources]
         built = {
-            into: self._stacked(block, experts, tensors, _named(leaf))
+            into: self._stacked(block, range(experts), tensors, _named(leaf))
             for leaf, into in stacks.items()
         }
         return {f"{path}.{leaf}" for path in paths for leaf in stacks}, built
@@ -124,7 +124,7 @@ class Stack:
         takes no other copy; none where it has them otherwise than one after the other."""
         if self.interleaved or self.transposed:
             return {}
-        names = self._names(block, experts, weight_name)
+        names = self._names(block, range(experts), weight_name)
         first = [tensors[n] for n in names[0]]
         rows = [tensor.shape[0] for tensor in first]
         if any(tensors[n].dtype != first[0].dtype for expert in names for n in expert):
@@ -138,16 +138,15 @@ class Stack:
                 found[n] = part.copy_(tensors[n], non_blocking=True)
         return found
 
-    def _names(self, block: str, experts: int, name: Callable[[str], str]) -> list[list[str]]:
-        return [
-            [name(f"{block}.{source.format(e=e)}") for source in self.sources]
-            for e in range(experts)
-        ]
+    def _names(
+        self, block: str, experts: Iterable[int], name: Callable[[str], str]
+    ) -> list[list[str]]:
+        return [[name(f"{block}.{source.format(e=e)}") for source in self.sources] for e in experts]
 
     def _stacked(
         self,
         block: str,
-        experts: int,
+        experts: Iterable[int],
         tensors: Mapping[str, Tensor],
         name: Callable[[str], str],
     ) -> Tensor:
@@ -156,7 +155,7 @@ class Stack:
         rows = sum(tensor.shape[0] for tensor in first)
         if (placed := _placed(first[0], names, tensors, rows)) is not None:
             return placed
-        out = first[0].new_empty(experts, rows, *first[0].shape[1:])
+        out = first[0].new_empty(len(names), rows, *first[0].shape[1:])
         for e, expert in enumerate(names):
             parts = [tensors[n] for n in expert]  # one expert at a time: they may be made for it
             if any(part.requires_grad for part in parts):
@@ -164,7 +163,7 @@ class Stack:
                 break
             torch.cat(parts, out=out[e])
         if self.interleaved:
-            apart = out.view(experts, len(self.sources), -1, *out.shape[2:])
+            apart = out.view(len(names), len(self.sources), -1, *out.shape[2:])
             out = apart.transpose(1, 2).reshape(out.shape)
         return out
 
@@ -251,7 +250,9 @@ class RuntimeNames:
             taken, built = stack.build_coded(unit.name, experts, tensors, leaves=coded)
             return taken, {f"{unit.name}.{local}": tensor for local, tensor in built.items()}
         turned = self._turned(stack, first)
-        built = stack.build(unit.name, experts, tensors, into=stack.on_disk, transposed=turned)
+        built = stack.build(
+            unit.name, range(experts), tensors, into=stack.on_disk, transposed=turned
+        )
         return set(stack.takes(unit.name, experts)), {
             f"{unit.name}.{local}": tensor for local, tensor in built.items()
         }
@@ -280,7 +281,7 @@ class RuntimeNames:
         return found
 
     def _stack(self, unit: UnitLayout, name: str) -> tuple[Stack, int]:
-        experts = len({linear.expert for linear in unit.linears} - {None})
+        experts = unit.experts
         return next(x for x in self.stacks if f"{unit.name}.{x.on_disk}" == name), experts
 
     @staticmethod
@@ -322,7 +323,7 @@ class RuntimeNames:
         self, unit: UnitLayout, tensors: Mapping[str, Tensor], device: torch.device
     ) -> dict[str, Tensor]:
         """A block's tensors on a device, experts as parts of the stacks of `block_state`."""
-        experts = len({linear.expert for linear in unit.linears} - {None})
+        experts = unit.experts
         found: dict[str, Tensor] = {}
         for stack in self.stacks if experts else ():
             found |= stack.place(unit.name, experts, tensors, device)
@@ -331,19 +332,41 @@ class RuntimeNames:
             for n, t in tensors.items()
         }
 
-    def block_state(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def expert_modules(self) -> list[str]:
+        """Paths of the modules that hold all experts, relative to the decoder layer."""
+        return [*dict.fromkeys(stack.into.rpartition(".")[0] for stack in self.stacks)]
+
+    @property
+    def expert_stacks(self) -> list[str]:
+        """Their tensors, relative to the decoder layer."""
+        return [name for stack in self.stacks for name in (stack.into, stack.bias) if name]
+
+    def expert_state(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], experts: Iterable[int]
+    ) -> dict[str, Tensor]:
+        """The stacks of some experts of a block, by name relative to the decoder layer."""
+        state: dict[str, Tensor] = {}
+        some = list(experts)
+        for stack in self.stacks if some else ():
+            into, transposed = stack.into, stack.transposed
+            state |= stack.build(unit.name, some, tensors, into=into, transposed=transposed)
+        return state
+
+    def block_state(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, experts: bool = True
+    ) -> dict[str, Tensor]:
         """The state dict of one decoder layer, names relative to it, experts stacked.
 
         tensors  checkpoint name → tensor, at least those of `unit`; what is not stacked is passed
                  on without a copy
+        experts  whether their stacks are in it
         """
-        experts = len({linear.expert for linear in unit.linears} - {None})
-        state: dict[str, Tensor] = {}
+        count = unit.experts
+        state = self.expert_state(unit, tensors, range(count)) if experts else {}
         stacked: set[str] = set()
-        for stack in self.stacks if experts else ():
-            into, transposed = stack.into, stack.transposed
-            state |= stack.build(unit.name, experts, tensors, into=into, transposed=transposed)
-            stacked.update(stack.takes(unit.name, experts))
+        for stack in self.stacks if count else ():
+            stacked.update(stack.takes(unit.name, count))
         turned = {linear.weight_name for linear in unit.linears if linear.transposed}
         for name in unit.tensors:
             if name not in stacked:

@@ -8,14 +8,27 @@ once that linear is coded.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from compressor.ir.qtensor import QTensor
-
 Change = Callable[[Tensor], Tensor]
 """A tensor in float32 to what it becomes; its argument is left as it is."""
+
+
+class Packed(Protocol):
+    """A weight as a `QTensor`, or what makes one when it is asked for it."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def dequantize(self) -> Tensor: ...
+
+    def to(self, device: torch.device) -> Packed: ...
 
 
 class Floats(Mapping[str, Tensor]):
@@ -23,21 +36,32 @@ class Floats(Mapping[str, Tensor]):
 
     stored   in any float dtype, or packed; left as they are
     changes  name → what is done to it, in this order
+    device   where they are read; if None, where they are
     """
 
     def __init__(
         self,
-        stored: Mapping[str, Tensor | QTensor],
+        stored: Mapping[str, Tensor | Packed],
         changes: Mapping[str, tuple[Change, ...]] | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
-        self._stored, self._changes = stored, changes or {}
+        self._stored, self._changes, self.device = stored, changes or {}, device
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self._stored[name]
-        tensor = stored.dequantize() if isinstance(stored, QTensor) else stored.float()
+        here = self._here(name)
+        tensor = here.float() if isinstance(here, Tensor) else here.dequantize()
         for change in self._changes.get(name, ()):
             tensor = change(tensor)
         return tensor
+
+    def _here(self, name: str) -> Tensor | Packed:
+        stored = self._stored[name]
+        if self.device is None:
+            return stored
+        if isinstance(stored, Tensor):
+            return stored.to(self.device, non_blocking=True)
+        return stored.to(self.device)
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
@@ -50,17 +74,22 @@ class Floats(Mapping[str, Tensor]):
 
     def narrow(self, name: str) -> Tensor:
         """A tensor of the same values in the dtype that it is held in, where nothing changed it."""
-        stored = self._stored[name]
-        if isinstance(stored, QTensor) or name in self._changes:
+        here = self._here(name)
+        if not isinstance(here, Tensor) or name in self._changes:
             return self[name]
-        return stored if stored.dtype.itemsize <= torch.float32.itemsize else self[name]
+        return here if here.dtype.itemsize <= torch.float32.itemsize else here.float()
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is there in float32, so that nothing is made for who reads it."""
         stored = self._stored[name]
-        if isinstance(stored, QTensor) or name in self._changes:
+        if not isinstance(stored, Tensor) or name in self._changes:
             return False
-        return stored.dtype == torch.float32
+        return stored.dtype == torch.float32 and not self.waits(name)
+
+    def waits(self, name: str) -> bool:
+        """Whether a tensor is not where it is read."""
+        stored = self._stored[name]
+        return self.device is not None and stored.device != self.device
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's, which is not made for it."""
@@ -73,17 +102,18 @@ class Floats(Mapping[str, Tensor]):
     def replaced(self, tensors: Mapping[str, Tensor]) -> Floats:
         """These with some of them replaced, or more."""
         changes = {name: done for name, done in self._changes.items() if name not in tensors}
-        return Floats({**self._stored, **tensors}, changes)
+        return Floats({**self._stored, **tensors}, changes, device=self.device)
 
     def changed(self, changes: Mapping[str, Change]) -> Floats:
         """These with something done to some of them."""
         more = {name: (*self._changes.get(name, ()), done) for name, done in changes.items()}
-        return Floats(self._stored, {**self._changes, **more})
+        return Floats(self._stored, {**self._changes, **more}, device=self.device)
 
     def without(self, names: Collection[str]) -> Floats:
         """All but some."""
         rest = {name: tensor for name, tensor in self._stored.items() if name not in names}
-        return Floats(rest, {n: done for n, done in self._changes.items() if n not in names})
+        left = {n: done for n, done in self._changes.items() if n not in names}
+        return Floats(rest, left, device=self.device)
 
 
 def replaced(tensors: Mapping[str, Tensor], by: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

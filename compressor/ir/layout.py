@@ -299,6 +299,11 @@ class UnitLayout:
         return {name: tuple(linears) for name, linears in found.items()}
 
     @property
+    def experts(self) -> int:
+        """How many routed experts it has."""
+        return len({linear.expert for linear in self.linears} - {None})
+
+    @property
     def norm_tensors(self) -> tuple[str, ...]:
         """Those of `tensors` that belong to norms."""
         paths = {norm.name for norm in self.norms}

@@ -113,6 +113,10 @@ class QTensor:
     def shape(self) -> tuple[int, int]:
         return (self.codes.shape[0], self.codes.shape[1])
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight this stands for, [out, in], computed in float32, or float64 if asked."""
         work = torch.float64 if dtype == torch.float64 else torch.float32

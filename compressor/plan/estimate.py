@@ -20,9 +20,9 @@ from compressor.audit.weights import CHUNK
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import UnitLayout
 from compressor.ir.same_shape import of_one_shape
-from compressor.numerics.chunks import CODED_AHEAD, layers_ahead
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import PassPlan, UnitPlan
+from compressor.plan.verify_memory import parameters, source_bytes, verifying_bytes
 
 STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
 """What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
@@ -81,7 +81,7 @@ def estimate(
     working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
     if device_memory is not None and kind == "cuda" and not any(u.tuned for u in plan.units):
         offload = inputs + working > device_memory
-    raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
+    raw = [sum(source_bytes(plan, unit.layout)) for unit in plan.units]
     streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)
     streams += max(
         sum(spec.nbytes for spec in plan.target.base_shapes(unit.layout).values())
@@ -97,10 +97,10 @@ def estimate(
         host += inputs * 4 // plan.compute_dtype(device).itemsize if offload else 0
     else:
         host += max(inputs + working, learning)
-    judging = max(_verifying_bytes(plan, device), _evaluating_bytes(plan, device))
+    verifying, verified_there = verifying_bytes(plan, device)
     audited, trying = _auditing_bytes(plan, device)
-    held = max(held, trying)
-    judging = max(judging, audited)
+    held = max(held, trying, verified_there)
+    judging = max(verifying, _evaluating_bytes(plan, device), audited)
     if plan.recipe.verify and not plan.source.arch.free:
         started = STARTED_BYTES[kind]  # blocks of both run on held-out text
     host = max(host, resident + started + judging)
@@ -154,57 +154,6 @@ def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = 
     return batch
 
 
-def _source_bytes(plan: Plan, unit: UnitLayout, *, carried: bool = True) -> list[int]:
-    entries = plan.source.checkpoint.entries
-    return [entries[name].spec.nbytes for name in plan.source.names(unit, carried=carried)]
-
-
-def _parameters(plan: Plan, unit: UnitLayout) -> int:
-    """Numbers that a unit's forward pass uses, as many as are stored for them."""
-    entries = plan.source.checkpoint.entries
-    names = plan.source.names(unit, carried=False)
-    return sum(math.prod(entries[name].spec.shape) for name in names)
-
-
-def _verifying_bytes(plan: Plan, device: torch.device) -> int:
-    """The largest written unit with its layers in float64, or beside the original's."""
-    if not plan.recipe.verify:
-        return 0
-    most = 0
-    for unit in plan.units:
-        schemes = plan.schemes.linears
-        shapes = [x.shape for x in unit.layout.linears if schemes[x.name].weight is not None]
-        compared = sum(_source_bytes(plan, unit.layout, carried=False))
-        written = sum(spec.nbytes for spec in unit.outputs.values())
-        largest = max(map(math.prod, shapes), default=0)
-        if device.type != "cpu":
-            # Both checkpoints' next unit is read meanwhile, and layers are there as codes.
-            ahead = layers_ahead((1, largest), CODED_AHEAD, width=1) + 1 if shapes else 0
-            most = max(most, 2 * (written + compared + ahead * largest))
-            continue
-        # Both checkpoints' unit is compared in float32, but for experts: theirs are made one after
-        # the other from what both hold of them, and stacked for the block that runs.
-        experts = sum(math.prod(x.shape) for x in unit.layout.linears if x.expert is not None)
-        compared += 8 * max(_parameters(plan, unit.layout) - experts, 0)
-        compared += 4 * experts * _copies_of_experts(plan)
-        checked = 0
-        if shapes:
-            # Both readers' weights are there. Linears that read one input are rescaled, and a
-            # difference is as large as its layer.
-            compared += sum(map(math.prod, shapes)) + 16 * largest
-            checked = 8 * (layers_ahead((1, largest)) + 2) * largest
-        most = max(most, written + max(checked, compared))
-    return most
-
-
-def _copies_of_experts(plan: Plan) -> int:
-    """In float32: those that run, once more where their rows or axes lie otherwise in memory, and
-    once more where the residual stream was rotated."""
-    stacks = plan.source.arch.runtime.stacks
-    turned = any(x.interleaved or x.transposed for x in stacks)
-    return 1 + turned + any(step.effects.rotates_residual for step in plan.passes)
-
-
 def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
     """Hidden states of the written checkpoint, and of the original beside it; on a CPU their heads
     and logits too."""
@@ -215,7 +164,7 @@ def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
     beside = plan.layout.sizes.given + plan.layout.sizes.published
     states = 4 * wanted.windows * wanted.length * (_hidden(plan) + beside)
     if device.type == "cuda":
-        units = (sum(_source_bytes(plan, u.layout, carried=False)) for u in plan.units)
+        units = (sum(source_bytes(plan, u.layout, carried=False)) for u in plan.units)
         return models * (states + max(units))
     vocabulary = plan.layout.sizes.vocabulary
     head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
@@ -253,7 +202,7 @@ def _audited_tokens(plan: Plan) -> int:
 
 def _streamed_bytes(plan: Plan) -> int:
     """One unit being read ahead, one being worked on, one being written."""
-    raw = [sum(_source_bytes(plan, unit.layout)) for unit in plan.units]
+    raw = [sum(source_bytes(plan, unit.layout)) for unit in plan.units]
     out = [sum(spec.nbytes for spec in unit.outputs.values()) for unit in plan.units]
     return max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
 
@@ -262,7 +211,7 @@ def _page_locked_bytes(plan: Plan) -> int:
     """What a GPU's units are read into and written from: two units as they were read, and the
     outputs of two that wait to be written. PyTorch takes page-locked memory in powers of two for
     every tensor, and keeps what is given back for later tensors of the same power."""
-    raw = [Counter(map(_power_of_two, _source_bytes(plan, unit.layout))) for unit in plan.units]
+    raw = [Counter(map(_power_of_two, source_bytes(plan, unit.layout))) for unit in plan.units]
     out = [Counter(_power_of_two(x.nbytes) for x in unit.outputs.values()) for unit in plan.units]
     most: Counter[int] = Counter()
     for i in range(len(raw)):
@@ -304,7 +253,7 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
     """What is alive while passes work on a unit: weights as the runner has them, experts once more
     where its stacks have their rows otherwise, all in float32 only where a method needs that;
     statistics, and the largest matrix a few times over."""
-    layout, count = unit.layout, _parameters(plan, unit.layout)
+    layout, count = unit.layout, parameters(plan, unit.layout)
     width = plan.compute_dtype(device).itemsize
     runtime = width * count if plan.calibrated or device.type == "cuda" else 0
     if not unit.steps:

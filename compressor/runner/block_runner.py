@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from compressor.arch.load import RuntimeNames
-from compressor.errors import InputError
 from compressor.foreign.calls import foreign
-from compressor.ir.layout import Linear, UnitLayout, bias_name
+from compressor.ir.layout import UnitLayout, bias_name
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
-from compressor.runner.handed import argument_of, made, of_tokens, still_handed, taken
-from compressor.runner.layer_inputs import layer_inputs, no_values
+from compressor.runner.block import Block as Block
+from compressor.runner.handed import of_tokens
+from compressor.runner.layer_inputs import by_row, layer_inputs, no_values
 from compressor.runner.model import build_config, build_model, layers_of
 from compressor.runner.recorded import Recorder
 from compressor.runner.rounds import rounds
@@ -39,11 +37,12 @@ class BlockRunner:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        experts: Callable[[UnitLayout], int] | None = None,
     ) -> None:
-        self.names = names
-        self.device = device
-        self.dtype = dtype
+        # `experts`: how many of a block's are in memory at a time, if not all.
+        self.names, self.device, self.dtype = names, device, dtype
         self.recorder = Recorder(device)
+        self.experts = experts
         with foreign("transformers does not accept this config.json"):
             self.config = build_config(
                 config, twin=names.twin, within=names.within, beside=names.twin_config
@@ -126,7 +125,7 @@ class BlockRunner:
                 self.capture({"input_ids": inputs["input_ids"][:1]}, one)
                 self._whole_rows[ids.shape[1]] = self._of_all_blocks(one)
             if not side and ids.shape[0] > 1:
-                self._by_row = _by_row(self._whole_rows[ids.shape[1]][0], several[0])
+                self._by_row = by_row(self._whole_rows[ids.shape[1]][0], several[0])
             return hidden
 
         try:
@@ -168,7 +167,7 @@ class BlockRunner:
         try:
             yield block
         finally:
-            layer.to("meta")
+            block.unload()
 
     def _final_norm(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the head unit without those of lm_head, as in memory."""
@@ -307,84 +306,3 @@ class BlockRunner:
             yield logits
         finally:
             norm.to("meta")
-
-
-@dataclass(slots=True)
-class Block:
-    """A decoder layer whose weights are in memory."""
-
-    runner: BlockRunner
-    unit: UnitLayout
-    layer: nn.Module
-    tensors: Mapping[str, Tensor]
-    handed: dict[str, Tensor] = field(default_factory=dict)
-    """What it handed on for the rows that ran last, as in `Stream`."""
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give the layer other weights: checkpoint name → tensor, at least those of the unit."""
-        state = self.runner.names.block_state(self.unit, tensors)
-        at, of = self.runner.device, self.runner.dtype_of
-        ready = {n: t.to(at, of(n)) for n, t in state.items()}
-        self.layer.load_state_dict(ready, strict=True, assign=True)
-
-    @torch.no_grad()
-    def forward(self, hidden: Tensor, side: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output for hidden states [rows, length, hidden], and what the rows have
-        beside them (`Stream.beside`)."""
-        return self._run({}, hidden, side)
-
-    def functional(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        side: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """`forward` under other weights, named as in `load`, through which gradients flow."""
-        state = self.runner.names.block_state(self.unit, tensors)
-        device, dtype = self.runner.device, self.runner.dtype
-        return self._run({n: t.to(device, dtype) for n, t in state.items()}, hidden, side)
-
-    def _run(
-        self, state: dict[str, Tensor], hidden: Tensor, side: Mapping[str, Tensor] | None
-    ) -> Tensor:
-        rows, length = hidden.shape[:2]
-        names, side = self.runner.names.handed, side or {}
-        before = {name: x for name, x in side.items() if argument_of(name) in names}
-        own = {name: tensor for name, tensor in side.items() if name not in before}
-        arguments = self.runner.arguments(self.unit.index, length, own, rows=rows)
-        if names:
-            arguments = arguments | taken(names, self.unit.index, self.runner.here(before))
-        hidden = hidden.to(self.runner.device, self.runner.dtype)
-        out = functional_call(self.layer, state, (hidden,), arguments)
-        # Decoder layers return a tensor in new transformers and a tuple in old ones.
-        outputs = out if isinstance(out, tuple) else (out,)
-        places = [place for place in names.values() if isinstance(place, int)]
-        if any(not 0 < place < len(outputs) for place in places):
-            raise InputError(
-                f"the map says handed: {dict(names)}, "
-                f"{self.unit.name} gives {len(outputs)} outputs",
-                hint="it names an argument of a block, and which output of the one before it is, "
-                "from 1",
-            )
-        if names:
-            own = still_handed(names, self.unit.index, before)
-            self.handed = {**own, **made(names, arguments, outputs, before)}
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
-    def module(self, linear: Linear) -> nn.Module:
-        """The module that plays a linear in memory."""
-        return self.layer.get_submodule(self.runner.names.linear_path(self.unit, linear))
-
-
-def _by_row(one: Mapping[str, Any], several: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a layer's arguments that grow with the rows and do not spread over them."""
-    return tuple(
-        name
-        for name, value in one.items()
-        if isinstance(value, Tensor)
-        and value.dim()
-        and value.shape[0] != 1
-        and isinstance(several.get(name), Tensor)
-        and several[name].shape[0] != value.shape[0]
-    )

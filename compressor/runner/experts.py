@@ -8,8 +8,7 @@ not know runs as it is, with one expert in it.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.errors import InputError
+from compressor.runner.expert_groups import ExpertGroups, with_experts
 
 Entering = Callable[[int, str, Tensor], Tensor]
 """(expert, gate or up or down, input [tokens, channels]) → that input as the linear sees it."""
@@ -28,19 +28,47 @@ def as_it_is(expert: int, part: str, entering: Tensor) -> Tensor:
     return entering
 
 
-def experts_of(module: nn.Module) -> Experts:
-    """The experts of a block. Raises InputError for a module whose parts are not known."""
-    return Experts(module) if hasattr(module, "_apply_gate") else _WholeExperts(module)
+def experts_of(module: nn.Module, groups: ExpertGroups | None = None) -> Experts:
+    """The experts of a block, of which some are in memory at a time where `groups` are given.
+    Raises InputError for a module whose parts are not known."""
+    kind = Experts if hasattr(module, "_apply_gate") else _WholeExperts
+    return kind(module, groups)
+
+
+def run_in_groups(
+    layer: nn.Module,
+    modules: Iterable[str],
+    weights: Callable[[range], Mapping[str, Tensor]],
+    *,
+    count: int,
+    size: int,
+) -> dict[nn.Module, ExpertGroups]:
+    """Have a layer's modules of experts run some experts at a time, by a `forward` of their own.
+
+    modules  their paths;  weights  experts → their tensors, by name relative to the layer
+    """
+    found: dict[nn.Module, ExpertGroups] = {}
+    for path in modules:
+        module: Any = layer.get_submodule(path)
+
+        def own(some: range, prefix: str = f"{path}.") -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t for n, t in weights(some).items()}
+
+        found[module] = ExpertGroups(module, own, count=count, size=size)
+        module.forward = experts_of(module, found[module]).in_groups()
+    return found
 
 
 class Experts:
     """The experts of a block; `experts_of` makes it.
 
     module  transformers' module of all of them
+    groups  where their weights come from, if they are not in it
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, groups: ExpertGroups | None = None) -> None:
         self.module: Any = module
+        self.groups = groups
         self.first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
         if lacking := [part for part in (self.first, "down_proj") if not hasattr(module, part)]:
             raise InputError(
@@ -138,10 +166,34 @@ class Experts:
 
         return forward
 
+    def in_groups(self) -> Callable[..., Tensor]:
+        """The module's forward with one group of experts after the other, to the same bits: a token
+        and one of its experts are a row, and rows are weighted and summed as the module does."""
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden, chosen, weights = _routing(args, kwargs)
+            of, count = chosen.flatten(), chosen.shape[1]
+            made = torch.zeros(len(of), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+            assert self.groups is not None
+            for first, few in self.groups:
+                rows = ((of >= first) & (of < first + few.num_experts)).nonzero()[:, 0]
+                if len(rows):
+                    alone = torch.ones(len(rows), 1, dtype=hidden.dtype, device=hidden.device)
+                    made[rows] = _forward(few, hidden[rows // count], of[rows, None] - first, alone)
+            weighted = made * weights.flatten()[:, None]
+            return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
+
+        return forward
+
+    def _holding(self, expert: int) -> tuple[Any, int]:
+        """A module that has an expert's weights, and its place there."""
+        return (self.module, expert) if self.groups is None else self.groups.holding(expert)
+
     def _product(self, stack: str, expert: int, entering: Tensor) -> Tensor:
-        weight, bias = getattr(self.module, stack)[expert], None
+        module, place = self._holding(expert)
+        weight, bias = getattr(module, stack)[place], None
         if getattr(self.module, "has_bias", False):
-            bias = getattr(self.module, f"{stack}_bias")[expert]
+            bias = getattr(module, f"{stack}_bias")[place]
         if getattr(self.module, "is_transposed", False):
             weight = weight.T
         return nn.functional.linear(entering, weight, bias)
@@ -201,6 +253,18 @@ class _WholeExperts(Experts):
 
         return forward
 
+    def in_groups(self) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            parts = self._apart(args, kwargs)
+            assert self.groups is not None
+            made = [
+                _forward(few, parts[first : first + few.num_experts].flatten(0, 1))
+                for first, few in self.groups
+            ]
+            return torch.cat([part.flatten(0, -2) for part in made])
+
+        return forward
+
     def _apart(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """Tokens of each expert, [experts, tokens, hidden]."""
         given = [*args, *kwargs.values()]
@@ -221,13 +285,11 @@ class _WholeExperts(Experts):
                 f"{type(self.module).__name__} multiplies the gate's and up's weights with one "
                 "input, and theirs are quantized in two ways"
             )
-        alone = copy.copy(self.module)
-        alone._parameters = {
-            name: nn.Parameter(stack[expert : expert + 1], requires_grad=False)
-            for name, stack in self.module.named_parameters()
-        }
+        module, place = self._holding(expert)
+        stacks = {n: stack[place : place + 1] for n, stack in module.named_parameters()}
+        alone: Any = with_experts(self.module, stacks)
         with _Before(alone.down_proj, inner):
-            out: Tensor = alone(gate)
+            out = _forward(alone, gate)
         return out.reshape(len(tokens), -1)
 
 
@@ -248,6 +310,12 @@ class _Before(TorchFunctionMode):
 
 class _Caught(Exception):
     """Ends a forward pass of which what was wanted has been seen."""
+
+
+def _forward(module: nn.Module, *args: Tensor) -> Tensor:
+    """The module's own forward, without hooks."""
+    out: Tensor = type(module).forward(module, *args)
+    return out
 
 
 def _same(gate: Tensor, up: Tensor) -> bool:

@@ -85,3 +85,16 @@ def no_values(
     finally:
         for module, name, parameter in lacking:
             setattr(module, name, parameter)
+
+
+def by_row(one: Mapping[str, Any], several: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a layer's arguments that grow with the rows and do not spread over them."""
+    return tuple(
+        name
+        for name, value in one.items()
+        if isinstance(value, Tensor)
+        and value.dim()
+        and value.shape[0] != 1
+        and isinstance(several.get(name), Tensor)
+        and several[name].shape[0] != value.shape[0]
+    )

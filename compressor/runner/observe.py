@@ -21,7 +21,6 @@ from compressor.ranks.divide import owners
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.block_runner import Block
-from compressor.runner.experts import experts_of
 from compressor.runner.rounds import rounds
 from compressor.runner.stream import Stream
 from compressor.runner.watches import Calls, ExpertTokens, Feed, Watch
@@ -253,7 +252,7 @@ class Observer:
     def _watch_experts(self, linear: Linear) -> None:
         if self.experts is None:
             module = self.block.module(linear)
-            self.experts = ExpertTokens(experts_of(module), every=self.all_experts)
+            self.experts = ExpertTokens(self.block.experts(module), every=self.all_experts)
             self._hook(module, self.experts)
 
     def _watch_calls(self, site: str, linears: Sequence[Linear], tokens: int) -> None:

@@ -15,7 +15,7 @@ from compressor.ir.scheme import ActivationSpec, KVSpec
 from compressor.ir.unit import Unit
 from compressor.numerics.activations import fake_quantize_activation, fake_quantize_kv
 from compressor.runner.attention_call import AttentionCall, AttentionHook
-from compressor.runner.experts import Entering, experts_of
+from compressor.runner.experts import Entering
 
 if TYPE_CHECKING:
     from compressor.checkpoint.source import Source
@@ -72,9 +72,17 @@ def quantized_inputs(block: Block, inputs: Mapping[str, StoredInput]) -> Iterato
                 part = linear.role.rpartition(".")[2]
                 experts.setdefault(module, {})[linear.expert, part] = inputs[linear.name]
         for module, by_part in experts.items():
-            module.forward = experts_of(module).forward(_entering(by_part))
-            stack.callback(delattr, module, "forward")
+            before = vars(module).get("forward")
+            module.forward = block.experts(module).forward(_entering(by_part))
+            stack.callback(_restore, module, before)
         yield
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
 
 
 class _Before:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.source import Source
-from compressor.ir.layout import ModelLayout, weight_name
+from compressor.ir.layout import ModelLayout, UnitLayout, weight_name
 from compressor.ir.unit import Unit
 from compressor.runner.activations import Activations
 from compressor.runner.attention_call import AttentionHook
@@ -30,6 +30,7 @@ class SourceModel:
     attention  what attends in its blocks (None: as the model itself does)
     as_stored  run it with its inputs and its cache quantized, as the files say
     activations  where hidden states are kept that its blocks make; nowhere, if None
+    experts    how many of a block's are in memory at a time, if not all
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SourceModel:
         attention: Attending | None = None,
         as_stored: bool = False,
         activations: Activations | None = None,
+        experts: Callable[[UnitLayout], int] | None = None,
     ) -> None:
         self.source = source
         self.layout: ModelLayout = source.layout
@@ -50,6 +52,7 @@ class SourceModel:
         self.attention = attention
         self.as_stored = as_stored
         self.activations = activations
+        self.experts = experts
 
     @cached_property
     def runner(self) -> BlockRunner:
@@ -58,7 +61,11 @@ class SourceModel:
 
     def _new_runner(self) -> BlockRunner:
         return BlockRunner(
-            self.config, self.source.arch.runtime, device=self.device, dtype=self.dtype
+            self.config,
+            self.source.arch.runtime,
+            device=self.device,
+            dtype=self.dtype,
+            experts=self.experts,
         )
 
     def tokenizer(self) -> Any:

@@ -32,6 +32,7 @@ from compressor.numerics.activations import (
 from compressor.ranks.ranks import Ranks
 from compressor.runner.attention_call import AttentionCall, AttentionHook
 from compressor.runner.block_runner import Block
+from compressor.runner.expert_groups import experts_at_once
 from compressor.runner.simulate import StoredInput, quantized_inputs, quantized_kv, stored_inputs
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import Stream
@@ -97,7 +98,7 @@ class Outputs:
         self.written, self.original = written, original
         self.ids, self.text = held_out_rows(original)
         self.models = [
-            SourceModel(source, device=device, dtype=torch.float32)
+            SourceModel(source, device=device, dtype=torch.float32, experts=experts_at_once)
             for source in (original, written)
         ]
         self.relay: Relay | None = None

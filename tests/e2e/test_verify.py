@@ -22,6 +22,8 @@ from compressor.ir.layout import Linear
 from compressor.numerics import chunks
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.runner import expert_groups
+from compressor.runner.expert_groups import ExpertGroups
 from compressor.verify import subject as verify_subject
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.findings import VerifyReport
@@ -312,6 +314,26 @@ def test_reading_and_decoding_ahead_as_beside_a_gpu_changes_no_verdict(
     monkeypatch.setattr(reader, "read_tensor", lambda entry, pin=False: read(entry))
     assert verify(copy, against=model, device=CPU) == expected
     assert expected.ok is not damaged and expected.layers
+
+
+def test_experts_that_are_verified_some_at_a_time_get_the_same_verdict(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3_moe")
+    whole = run(model, tmp_path / "out", [{"awq": {"bits": 4, "group_size": 32}}])
+    beside = verify(whole, against=model, device=CPU)
+    sizes: set[int] = set()
+    group = ExpertGroups._group
+
+    def counted(self: ExpertGroups, first: int) -> Any:
+        sizes.add(self.size)
+        return group(self, first)
+
+    monkeypatch.setattr(ExpertGroups, "_group", counted)
+    monkeypatch.setattr(expert_groups, "WEIGHTS", 1)
+    apart = verify(whole, against=model, device=CPU)
+    assert apart.ok and apart.to_json() == beside.to_json()
+    assert sizes == {1}
 
 
 def test_nothing_to_read_is_an_input_error(tmp_path: Path) -> None:

@@ -195,3 +195,27 @@ def test_gate_and_up_may_see_inputs_of_their_own(bench: Bench) -> None:
 def test_experts_in_another_form_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"Sequential.*gate_up_proj"):
         experts_of(nn.Sequential())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 3])
+def test_groups_of_experts_make_the_same_bits_and_statistics_as_all_beside_each_other(
+    bench: Bench, size: int
+) -> None:
+    runner, needs = bench.model.runner, dict.fromkeys(bench.unit.sites, NEEDS)
+    down = [x for x in bench.unit.linears if x.role == "expert.down"][-1]
+    with runner.loaded(bench.unit, bench.tensors) as block:
+        made = block.forward(bench.hidden)
+        gram = observe(block, Stream(bench.hidden), needs=needs, batch=2).stats[down.site].gram
+    runner.experts = lambda unit: size
+    try:
+        with runner.loaded(bench.unit, bench.tensors) as block:
+            (groups,) = block.groups.values()
+            assert all(parameter.is_meta for parameter in groups.module.parameters())
+            assert torch.equal(block.forward(bench.hidden), made)
+            found = observe(block, Stream(bench.hidden), needs=needs, batch=2)
+            assert torch.equal(found.stats[down.site].gram, gram)
+    finally:
+        runner.experts = None
+    with runner.loaded(bench.unit, bench.tensors) as block:
+        assert not block.groups and torch.equal(block.forward(bench.hidden), made)

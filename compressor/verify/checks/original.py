@@ -20,13 +20,13 @@ from compressor.checkpoint.offsite import read_offsite_record
 from compressor.checkpoint.read_ahead import read_ahead
 from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError, several
-from compressor.ir.floats import Floats
+from compressor.ir.floats import Floats, Packed
 from compressor.ir.layout import Linear, UnitLayout, weight_name
-from compressor.ir.qtensor import QTensor
 from compressor.ir.unit import Unit
 from compressor.runner.model import has_class
 from compressor.verify.alignment import Matrix, rotation_between
 from compressor.verify.checks.base import Check
+from compressor.verify.coded_later import CodedLater, assembled_but_experts
 from compressor.verify.compare import (
     Difference,
     UnitComparison,
@@ -93,7 +93,7 @@ class Original(Check):
         if self.subject.original is not None:
             # Units of which the written one could not be read are passed over.
             stored = next(read for layout, read in self.reading if layout.name == unit.name)
-            self._compare(self.written.assemble(unit, tensors), stored())
+            self._compare(unit, tensors, stored())
 
     def over(self, unit: UnitLayout) -> None:
         """What the blocks compute goes on, also past one that could not be compared."""
@@ -111,14 +111,21 @@ class Original(Check):
         names = self.original.names(layout, carried=False)
         return self.original.checkpoint.read(names, pin=self.subject.on_gpu)
 
-    def _compare(self, unit: Unit, stored: Mapping[str, Tensor]) -> None:
-        if unit.layout.kind == "beside":
-            self._carried(unit)
+    def _compare(
+        self, written: UnitLayout, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+    ) -> None:
+        if written.kind == "beside":
+            self._carried(self.written.assemble(written, tensors))
             return
-        layout = self.layouts[unit.layout.name]
-        after = self._floats(unit)
-        here = {name: t.to(self.device, non_blocking=True) for name, t in stored.items()}
-        before = self._floats(self.original.assemble(layout, here))
+        layout = self.layouts[written.name]
+        unit, experts = assembled_but_experts(self.written, written, tensors)
+        after = self._floats(unit, experts)
+        experts_of = {x.name for x in layout.linears if x.expert is not None}
+        here = {
+            name: t if name.rpartition(".")[0] in experts_of else t.to(self.device)
+            for name, t in stored.items()
+        }
+        before = self._floats(*assembled_but_experts(self.original, layout, here))
         if unit.layout.kind == "head" and unit.layout.linears:
             after, before = self._share_head(unit.layout, after, before)
         lacking = comparable(after, before)
@@ -161,18 +168,16 @@ class Original(Check):
             if part is not None
         }
 
-    def _floats(self, unit: Unit) -> Floats:
-        """A unit's weights in float32 on the device: experts', which are most of a block, when they
-        are read, and no longer."""
-        experts = {x.weight_name for x in unit.layout.linears if x.expert is not None}
-        floats: dict[str, Tensor | QTensor] = {}
+    def _floats(self, unit: Unit, experts: Mapping[str, CodedLater]) -> Floats:
+        """A unit's weights in float32 on the device: experts', which are most of a block, get there
+        when they are read, and no longer."""
+        waiting = {x.weight_name for x in unit.layout.linears if x.expert is not None}
+        floats: dict[str, Tensor | Packed] = {**experts}
         for name, tensor in unit.tensors.items():
-            dtype = tensor.dtype if name in experts else torch.float32
-            floats[name] = tensor.to(self.device, dtype)
+            floats[name] = tensor if name in waiting else tensor.to(self.device, torch.float32)
         for path, packed in unit.quantized.items():
-            name, here = weight_name(path), packed.to(self.device)
-            floats[name] = here if name in experts else here.dequantize(torch.float32)
-        return Floats(floats)
+            floats[weight_name(path)] = packed.to(self.device).dequantize(torch.float32)
+        return Floats(floats, device=self.device)
 
     def _share_head(
         self, layout: UnitLayout, after: Floats, before: Floats

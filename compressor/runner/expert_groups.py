@@ -1,0 +1,67 @@
+"""Experts of a block that do not fit beside each other: the weights of some at a time are on the
+device, whenever they are needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from compressor.ir.layout import UnitLayout
+
+WEIGHTS = 2**27
+"""Weights of a group, unless one expert has more."""
+
+
+def experts_at_once(unit: UnitLayout) -> int:
+    """How many experts of a block have `WEIGHTS` together, at least one."""
+    of_all = sum(x.out_features * x.in_features for x in unit.linears if x.expert is not None)
+    return max(1, min(unit.experts, WEIGHTS * unit.experts // max(of_all, 1)))
+
+
+class ExpertGroups:
+    """The experts of a block, of which the last group that was asked for is in memory.
+
+    module   transformers' module of all of them, without weights
+    weights  experts → the module's parameters for them, by name
+    size     experts of a group
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Callable[[range], Mapping[str, Tensor]],
+        *,
+        count: int,
+        size: int,
+    ) -> None:
+        self.module, self.weights = module, weights
+        self.count, self.size = count, size
+        self._held: tuple[int, Any] | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(first expert, module of those of a group) for all groups."""
+        return (self._group(first) for first in range(0, self.count, self.size))
+
+    def holding(self, expert: int) -> tuple[Any, int]:
+        """The module of an expert's group, and the expert's place in it."""
+        first, module = self._group(expert - expert % self.size)
+        return module, expert - first
+
+    def _group(self, first: int) -> tuple[int, Any]:
+        if self._held is None or self._held[0] != first:
+            self._held = None  # before the next is made
+            some = range(first, min(first + self.size, self.count))
+            self._held = first, with_experts(self.module, self.weights(some))
+        return self._held
+
+
+def with_experts(module: nn.Module, stacks: Mapping[str, Tensor]) -> Any:
+    """A module of experts for those in other stacks, by the names of its parameters."""
+    few: Any = copy.copy(module)
+    vars(few).pop("forward", None)  # what runs them otherwise
+    few._parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in stacks.items()}
+    few.num_experts = len(next(iter(stacks.values())))
+    return few
