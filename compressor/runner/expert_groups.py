@@ -41,21 +41,20 @@ class ExpertGroups:
         self.count, self.size = count, size
         self._held: tuple[int, Any] | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(first expert, module of those of a group) for all groups."""
-        return (self._group(first) for first in range(0, self.count, self.size))
+    def __iter__(self) -> Iterator[range]:
+        """The experts of each group."""
+        starts = range(0, self.count, self.size)
+        return (range(first, min(first + self.size, self.count)) for first in starts)
 
     def holding(self, expert: int) -> tuple[Any, int]:
-        """The module of an expert's group, and the expert's place in it."""
-        first, module = self._group(expert - expert % self.size)
-        return module, expert - first
-
-    def _group(self, first: int) -> tuple[int, Any]:
+        """A module of the experts of an expert's group, and its place among them. Another group's
+        is to be let go first, or both are in memory."""
+        first = expert - expert % self.size
         if self._held is None or self._held[0] != first:
             self._held = None  # before the next is made
             some = range(first, min(first + self.size, self.count))
             self._held = first, with_experts(self.module, self.weights(some))
-        return self._held
+        return self._held[1], expert - first
 
 
 def with_experts(module: nn.Module, stacks: Mapping[str, Tensor]) -> Any:

@@ -175,15 +175,20 @@ class Experts:
             of, count = chosen.flatten(), chosen.shape[1]
             made = torch.zeros(len(of), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
             assert self.groups is not None
-            for first, few in self.groups:
-                rows = ((of >= first) & (of < first + few.num_experts)).nonzero()[:, 0]
+            for some in self.groups:
+                rows = ((of >= some.start) & (of < some.stop)).nonzero()[:, 0]
                 if len(rows):
                     alone = torch.ones(len(rows), 1, dtype=hidden.dtype, device=hidden.device)
-                    made[rows] = _forward(few, hidden[rows // count], of[rows, None] - first, alone)
+                    chosen_here = of[rows, None] - some.start
+                    made[rows] = self._of_group(some, hidden[rows // count], chosen_here, alone)
             weighted = made * weights.flatten()[:, None]
             return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
 
         return forward
+
+    def _of_group(self, some: range, *args: Tensor) -> Tensor:
+        """What a module of some experts makes of a call."""
+        return _forward(self._holding(some.start)[0], *args)
 
     def _holding(self, expert: int) -> tuple[Any, int]:
         """A module that has an expert's weights, and its place there."""
@@ -258,8 +263,8 @@ class _WholeExperts(Experts):
             parts = self._apart(args, kwargs)
             assert self.groups is not None
             made = [
-                _forward(few, parts[first : first + few.num_experts].flatten(0, 1))
-                for first, few in self.groups
+                self._of_group(some, parts[some.start : some.stop].flatten(0, 1))
+                for some in self.groups
             ]
             return torch.cat([part.flatten(0, -2) for part in made])
 

@@ -323,13 +323,13 @@ def test_experts_that_are_verified_some_at_a_time_get_the_same_verdict(
     whole = run(model, tmp_path / "out", [{"awq": {"bits": 4, "group_size": 32}}])
     beside = verify(whole, against=model, device=CPU)
     sizes: set[int] = set()
-    group = ExpertGroups._group
+    holding = ExpertGroups.holding
 
-    def counted(self: ExpertGroups, first: int) -> Any:
+    def counted(self: ExpertGroups, expert: int) -> Any:
         sizes.add(self.size)
-        return group(self, first)
+        return holding(self, expert)
 
-    monkeypatch.setattr(ExpertGroups, "_group", counted)
+    monkeypatch.setattr(ExpertGroups, "holding", counted)
     monkeypatch.setattr(expert_groups, "WEIGHTS", 1)
     apart = verify(whole, against=model, device=CPU)
     assert apart.ok and apart.to_json() == beside.to_json()
