@@ -83,10 +83,7 @@ class KeyBlocks(Rule):
 
         def mask(part: slice) -> Tensor:
             behind = blocks.shape[2] - part.stop
-            chosen: Tensor = block_mask(
-                blocks[:, :, part], tokens, block_size=self.block_size, behind=behind
-            )
-            return chosen
+            return block_mask(blocks[:, :, part], tokens, block_size=self.block_size, behind=behind)
 
         return mask
 
@@ -94,7 +91,7 @@ class KeyBlocks(Rule):
         plain = own.softcap is None and own.window is None
         if not (call.query.is_cuda and call.query.dtype in HALF and plain):
             return super().attend(call, value, own)
-        out: Tensor = block_attention(
+        return block_attention(
             call.query,
             call.key,
             value,
@@ -102,7 +99,6 @@ class KeyBlocks(Rule):
             block_size=self.block_size,
             scale=own.scaling,
         )
-        return out
 
     def share_read(self, length: int) -> float:
         """Share of the keys of a text of `length` tokens that its last query attends to."""
@@ -135,8 +131,7 @@ def recent_blocks(rule: KeyBlocks, query: Tensor, key: Tensor) -> Tensor:
     count = rule.blocks.blocks(key.shape[2])
     shape = (key.shape[0], key.shape[1], query.shape[2], count)
     age = torch.arange(count, device=key.device, dtype=torch.float32).expand(shape)
-    blocks: Tensor = top_blocks_ref(age, rule.blocks, tokens=key.shape[2])
-    return blocks
+    return top_blocks_ref(age, rule.blocks, tokens=key.shape[2])
 
 
 def by_kernel(key: Tensor) -> bool:

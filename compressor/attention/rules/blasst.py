@@ -88,8 +88,7 @@ class Blasst(Rule):
         skipped = gaps < (math.log(limit) if 0 < limit < 1 else -math.inf)
 
         def mask(part: slice) -> Tensor:
-            kept: Tensor = kept_mask(skipped, q_len, k_len, rows=rows, keys=self.keys, part=part)
-            return kept
+            return kept_mask(skipped, q_len, k_len, rows=rows, keys=self.keys, part=part)
 
         return mask
 
@@ -100,10 +99,7 @@ class Blasst(Rule):
             return super().attend(call, value, own)
         tiles = SkipTiles(rows=self.rows, keys=self.keys)
         run = skip_decode if call.query.shape[2] == 1 else skip_prefill
-        out: Tensor = run(
-            call.query, call.key, value, threshold=limit, scale=own.scaling, tiles=tiles
-        ).out
-        return out
+        return run(call.query, call.key, value, threshold=limit, scale=own.scaling, tiles=tiles).out
 
     def config(self) -> dict[str, Any]:
         """ModelOpt's `sparse_attention_config`; TensorRT-LLM reads the coefficients and the

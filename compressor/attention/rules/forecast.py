@@ -43,16 +43,14 @@ class ForecastBlocks(InfLLMBlocks):
         return ahead.to(call.key.dtype) if by_kernel(call.key) else ahead
 
     def scores(self, query: Tensor, compressed: Tensor, call: RuleCall, *, behind: int) -> Tensor:
-        scores: Tensor = forecast_scores_ref(
+        return forecast_scores_ref(
             query, compressed, self.blocks, self.windows, tokens=call.key.shape[2], behind=behind
         )
-        return scores
 
     def best(self, query: Tensor, compressed: Tensor, call: RuleCall) -> Tensor:
-        blocks: Tensor = forecast_blocks(
+        return forecast_blocks(
             query, compressed, self.blocks, self.windows, tokens=call.key.shape[2]
         )
-        return blocks
 
 
 def forecast_of(hidden: Tensor, weight: Tensor, *, kv_heads: int, rotary: Rotary | None) -> Tensor:

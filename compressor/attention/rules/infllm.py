@@ -38,8 +38,7 @@ class InfLLMBlocks(KeyBlocks):
 
         def choose(part: Tensor, behind: int) -> Tensor:
             scores = self.scores(part, compressed, call, behind=behind)
-            blocks: Tensor = top_blocks_ref(scores, self.blocks, tokens=tokens, behind=behind)
-            return blocks
+            return top_blocks_ref(scores, self.blocks, tokens=tokens, behind=behind)
 
         return in_pieces(choose, query, query.shape[1] * max(1, self.windows.windows(tokens)))
 
@@ -49,7 +48,7 @@ class InfLLMBlocks(KeyBlocks):
 
     def scores(self, query: Tensor, compressed: Tensor, call: RuleCall, *, behind: int) -> Tensor:
         """Scores of all blocks for some queries, [rows, kv_heads, n, blocks]."""
-        scores: Tensor = attention_scores_ref(
+        return attention_scores_ref(
             query,
             compressed,
             self.blocks,
@@ -58,11 +57,10 @@ class InfLLMBlocks(KeyBlocks):
             behind=behind,
             scale=call.scaling,
         )
-        return scores
 
     def best(self, query: Tensor, compressed: Tensor, call: RuleCall) -> Tensor:
         """The blocks themselves, by the kernel."""
-        blocks: Tensor = attention_blocks(
+        return attention_blocks(
             query,
             compressed,
             self.blocks,
@@ -70,7 +68,6 @@ class InfLLMBlocks(KeyBlocks):
             tokens=call.key.shape[2],
             scale=call.scaling,
         )
-        return blocks
 
     def config(self) -> dict[str, Any]:
         """`sparse_config`, which MiniCPM4's and SparDA's serving code read; its `topk` does not

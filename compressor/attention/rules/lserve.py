@@ -88,8 +88,7 @@ class LServePages(KeyBlocks):
             scores = score(part, *bounds, group_max=group_max, per_page=size, soft=soft)
             # A query's own token is not yet there when it chooses.
             before = scores[..., : self.blocks.blocks(tokens - 1)]
-            pages: Tensor = top(before, self.blocks, tokens=tokens - 1, behind=behind)
-            return pages
+            return top(before, self.blocks, tokens=tokens - 1, behind=behind)
 
         return in_pieces(choose, query, query.shape[1] * -(-tokens // self.logical))
 

@@ -54,20 +54,17 @@ class MoBABlocks(KeyBlocks):
         if ahead is None:
             return key
         weight = ahead[0].reshape(-1, 1, ahead.shape[-1]).to(key.device)
-        convolved: Tensor = convolved_keys(key, weight)
-        return convolved
+        return convolved_keys(key, weight)
 
     def choose(self, call: RuleCall) -> Tensor:
         query, key, tokens = call.query, call.key, call.key.shape[2]
         if by_kernel(key):
             means = mean_keys(key, block_size=self.block_size)
-            blocks: Tensor = gated_blocks(query, means, self.blocks, tokens=tokens)
-            return blocks
+            return gated_blocks(query, means, self.blocks, tokens=tokens)
         means = mean_keys_ref(key, block_size=self.block_size)
 
         def choose(part: Tensor, behind: int) -> Tensor:
-            found: Tensor = gated_blocks_ref(part, means, self.blocks, tokens=tokens, behind=behind)
-            return found
+            return gated_blocks_ref(part, means, self.blocks, tokens=tokens, behind=behind)
 
         return in_pieces(choose, query, query.shape[1] * self.blocks.blocks(tokens))
 
@@ -75,7 +72,7 @@ class MoBABlocks(KeyBlocks):
         routed = self.block_size % 16 == 0 and own.softcap is None and own.window is None
         if not routed or not by_kernel(call.key):
             return super().attend(call, value, own)
-        out: Tensor = routed_attention(
+        return routed_attention(
             call.query,
             call.key,
             value,
@@ -83,7 +80,6 @@ class MoBABlocks(KeyBlocks):
             block_size=self.block_size,
             scale=own.scaling,
         )
-        return out
 
 
 RULE = MoBABlocks

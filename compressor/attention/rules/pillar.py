@@ -95,10 +95,9 @@ class Pillar(Rule):
             return super().attend(call, value, own)
         new = torch.arange(since, call.key.shape[2], device=keys.device, dtype=keys.dtype)
         read = torch.cat([keys, new.expand(*keys.shape[:2], -1)], -1)
-        out: Tensor = block_attention(
+        return block_attention(
             call.query, call.key, value, read[:, :, None], block_size=1, scale=own.scaling
         )
-        return out
 
     @classmethod
     def describe(

@@ -30,16 +30,14 @@ class QuestPages(KeyBlocks):
         tokens, size, fast = key.shape[2], self.block_size, by_kernel(key)
         if fast and query.shape[2] == 1:
             scores = page_scores(query, *page_bounds(key, page_size=size), group_max=group_max)
-            blocks: Tensor = top_blocks(scores, rule, tokens=tokens)
-            return blocks
+            return top_blocks(scores, rule, tokens=tokens)
         # Only a query's own page may hold keys after it: it is chosen whatever its score.
         low, high = (page_bounds if fast else page_bounds_ref)(key, page_size=size)
 
         def choose(part: Tensor, behind: int) -> Tensor:
             scores = page_scores_ref(part, low, high, group_max=group_max)
             top = top_blocks if fast else top_blocks_ref
-            blocks: Tensor = top(scores, rule, tokens=tokens, behind=behind)
-            return blocks
+            return top(scores, rule, tokens=tokens, behind=behind)
 
         return in_pieces(choose, query, query.shape[1] * rule.blocks(tokens))
 

@@ -76,15 +76,14 @@ class XAttention(Rule):
         chosen, q_len, k_len = self.chosen(call), call.query.shape[2], call.key.shape[2]
 
         def mask(part: slice) -> Tensor:
-            seen: Tensor = tile_mask(chosen, q_len, k_len, block_size=self.block_size, part=part)
-            return seen
+            return tile_mask(chosen, q_len, k_len, block_size=self.block_size, part=part)
 
         return mask
 
     def attend(self, call: RuleCall, value: Tensor, own: OwnAttention) -> Tensor:
         if not by_kernel(call.key) or own.softcap is not None or own.window is not None:
             return super().attend(call, value, own)
-        out: Tensor = tile_attention(
+        return tile_attention(
             call.query,
             call.key,
             value,
@@ -92,7 +91,6 @@ class XAttention(Rule):
             block_size=self.block_size,
             scale=own.scaling,
         )
-        return out
 
     @property
     def fitted(self) -> int | None:

@@ -147,8 +147,7 @@ def _microscaled(tensors: Arrays, args: Config) -> CodedWeight:
 def _as_words(bytes: Array) -> Array:
     """uint8 [rows, n] as int32 words [rows, n/4], what is missing filled with zeros."""
     padded = np.pad(bytes, ((0, 0), (0, -bytes.shape[1] % 4)))
-    words: Array = np.ascontiguousarray(padded).view("<i4")
-    return words
+    return np.ascontiguousarray(padded).view("<i4")
 
 
 def _group(config: Config, module: str) -> Config | None:

@@ -54,8 +54,7 @@ def e4m3(raw: Array) -> Float64:
     )
     magnitude[(byte & 127) == 127] = np.nan
     table = np.where(byte & 128, -magnitude, magnitude)
-    values: Float64 = table[raw]
-    return values
+    return table[raw]
 
 
 def numbers(

@@ -152,8 +152,7 @@ def make_row(
 
 def haystack_of(tokens: Tensor) -> list[int]:
     """Calibration rows [rows, length] as one text."""
-    found: list[int] = tokens.flatten().tolist()
-    return found
+    return tokens.flatten().tolist()
 
 
 def _needle(

@@ -177,5 +177,4 @@ def _block_mass(call: AttentionCall, part: Tensor, at: slice, block_size: int) -
     place = torch.arange(length, device=call.key.device)
     logits = logits.masked_fill_(place > place[at, None], -torch.inf)
     shares = torch.nn.functional.pad(logits.softmax(-1), (0, -length % block_size))
-    by_block: Tensor = shares.view(*shares.shape[:-1], -1, block_size).sum(-1).flatten(1, 2)
-    return by_block
+    return shares.view(*shares.shape[:-1], -1, block_size).sum(-1).flatten(1, 2)
