@@ -54,78 +54,56 @@ def validation_loss(model: Any, data: Tensor, batch: int) -> float:
     return sum(float(loss_of(model, part)) * len(part) for part in data.split(batch)) / len(data)
 
 
-def tune(
-    model: Any,
-    data: Tensor,
-    unseen: Tensor,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    every: int,
-    patience: int | None = None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Train the parameters that need a gradient on rows of `data`, and leave them as they were
-    where the loss on rows of `unseen` was lowest: that loss before and after, and the step, which
-    is 0 where none was better.
-
-    every     steps between two validations;  patience  so many without a better one end it
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    best = before = validation_loss(model, unseen, batch)
-    best_step, warmup = 0, max(1, steps // 20)
-    weights = [p.detach().clone() for p in trained]
-    for step in range(steps):
-        while len(order) < batch:
-            order += torch.randperm(len(data), generator=generator).tolist()
-        rows, order = data[order[:batch]], order[batch:]
-        rise = min(1.0, (step + 1) / warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rise * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.zero_grad()
-        loss = loss_of(model, rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if (step + 1) % every and step + 1 < steps:
-            continue
-        found = validation_loss(model, unseen, batch)
-        print(
-            f"step {step + 1}  loss {float(loss.detach()):.4f}  validation {found:.4f}", flush=True
-        )
-        if found < best:
-            best, best_step = found, step + 1
-            weights = [p.detach().clone() for p in trained]
-        elif patience is not None and step + 1 - best_step >= patience * every:
-            break
-    with torch.no_grad():
-        for parameter, weight in zip(trained, weights, strict=True):
-            parameter.copy_(weight)
-    return {"before": before, "after": best, "step": best_step}
-
-
 def train(options: argparse.Namespace) -> dict[str, float]:
-    """Train, save the best weights, and return what there is to say."""
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    """Train, and write the weights of the step whose loss on the rows that are kept for validation
+    was lowest: that loss before and after, and the step."""
+    model: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     model = model.to(options.device).eval()  # no dropout: the shortest way to a fine-tune
-    data = rows(options)
+    data, steps, batch = rows(options), options.steps, options.batch
     kept = max(1, round(len(data) * options.validation))
     if kept >= len(data):
         raise SystemExit(f"{len(data)} rows are too few to train and to validate on")
-    print(f"{len(data) - kept} rows to train on", flush=True)
-    names = ("steps", "batch", "lr", "every", "patience", "seed")
-    how = {name: getattr(options, name) for name in names}
-    found = tune(model, data[:-kept], data[-kept:], **how)
-    if not found["step"]:
+    data, unseen = data[:-kept], data[-kept:]
+    print(f"{len(data)} rows to train on", flush=True)
+    trained = list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: min(1.0, (n + 1) / warmup) * (1 + math.cos(math.pi * n / steps)) / 2,
+    )
+    generator = torch.Generator().manual_seed(options.seed)
+    order: list[int] = []
+    best = before = validation_loss(model, unseen, batch)
+    best_step, weights = 0, [p.detach().clone() for p in trained]
+    for step in range(1, steps + 1):
+        while len(order) < batch:
+            order += torch.randperm(len(data), generator=generator).tolist()
+        chosen, order = data[order[:batch]], order[batch:]
+        optimizer.zero_grad()
+        loss = loss_of(model, chosen)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % options.every and step < steps:
+            continue
+        found = validation_loss(model, unseen, batch)
+        print(f"step {step}  loss {float(loss.detach()):.4f}  validation {found:.4f}", flush=True)
+        if found < best:
+            best, best_step = found, step
+            weights = [p.detach().clone() for p in trained]
+        elif step - best_step >= options.patience * options.every:
+            break
+    if not best_step:
         raise SystemExit("no step is better than the base on unseen rows: try a lower --lr")
+    with torch.no_grad():
+        for parameter, weight in zip(trained, weights, strict=True):
+            parameter.copy_(weight)
     model.to(open_checkpoint(options.base).dtype).save_pretrained(options.fine)
     for path in options.base.glob("*token*"):
         shutil.copyfile(path, options.fine / path.name)
-    return found
+    return {"before": before, "after": best, "step": best_step}
 
 
 def main() -> None:

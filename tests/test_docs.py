@@ -188,7 +188,9 @@ def test_scripts_of_earlier_commits_are_in_them() -> None:
     """Those that are not carried along, as far as this clone goes back."""
     for page in [*PAGES, ROOT / "calibration/compressor_calibration/text/README.md"]:
         text = page.read_text("utf-8")
-        for commit, script, name in re.findall(r"\b([0-9a-f]{7}):(scripts/[\w/]+\.py) (\w+)", text):
+        for commit, script, name in re.findall(
+            r"\b([0-9a-f]{7}):(scripts/[\w/]+\.py)(?: (\w+))?", text
+        ):
             folder, files = Path(script).parent, [script]
             if script.endswith("measure/run.py"):
                 files.append(str(folder / f"kinds/{name}.py"))

@@ -50,8 +50,6 @@ class Case:
     moved    bytes of a call;  ops: operations of one
     peers    timed in the same run; `targets`: how many times as fast as each of them, or what share
              of the bandwidth of a copy ("copy"), is wanted
-    counted  the Triton function, what it works on, and how many of those a program takes in a step
-             of its main loop: instructions are counted for each
     note     said behind the figures, asked once they are there
     """
 
@@ -67,7 +65,6 @@ class Case:
     peers: Mapping[str, Peer] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
     tiles: Sequence[Any] = ()
-    counted: tuple[Any, str, int] | None = None
     note: Callable[[], str] | None = None
 
 

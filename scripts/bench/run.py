@@ -104,12 +104,6 @@ class Runner:
                 self._tried(peer)
         else:
             self._timed(row, case, run)
-            if case.counted is not None and tiles is None:
-                from sass import issued
-
-                kernel, what, items = case.counted
-                counted = issued(kernel, lambda: run(0), items=items)
-                row.notes.append(f"for a {what}: {counted}")
         if case.note is not None:
             row.notes.append(case.note())
 

@@ -5,8 +5,7 @@ from functools import partial
 
 import torch
 from case import Case, Peer, Setup, nbytes
-from compressor_kernels.linear.bitdelta import DeltaTiles, _tiles, delta_matmul, delta_matmul_ref
-from compressor_kernels.linear.bitdelta_jit import delta_kernel
+from compressor_kernels.linear.bitdelta import DeltaTiles, delta_matmul, delta_matmul_ref
 
 SETS = 4
 TILES = {
@@ -39,6 +38,4 @@ def cases(setup: Setup) -> Iterator[Case]:
                 "dense fp16, transposed": Peer(lambda i, x=x: torch.bmm(x, turned[i]), 2),
             },
             tiles=TILES.get(rows, ()),
-            # A program takes 1,024 inputs of its outputs in a step.
-            counted=(delta_kernel, "sign", 1024 * _tiles(tenants, rows, outer).block_n),
         )

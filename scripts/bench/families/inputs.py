@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 from case import Case, Setup, different, nbytes
-from compressor_kernels.inputs import activations_jit, nvfp4_inputs_jit
 from compressor_kernels.inputs import nvfp4_inputs as fp4
 from compressor_kernels.inputs.activations import quantize_tokens, quantize_tokens_ref
 
@@ -17,7 +16,6 @@ def cases(setup: Setup) -> Iterator[Case]:
         x = [setup.randn(count, width) for _ in range(2)]
         shape = f"{count}x{width}"
         for dtype in (torch.int8, torch.float8_e4m3fn):
-            step = max(4096, 1 << (width - 1).bit_length())
             yield Case(
                 f"{str(dtype).removeprefix('torch.')}, per token",
                 shape,
@@ -28,7 +26,6 @@ def cases(setup: Setup) -> Iterator[Case]:
                 sets=2,
                 moved=nbytes(x[0], *quantize_tokens(x[0], dtype=dtype)),
                 targets={"copy": 0.8},
-                counted=(activations_jit.tokens_kernel, "value", step),
             )
         amax = x[0].abs().amax().float().reshape(1)
         for rule, target in RULES.items():
@@ -43,5 +40,4 @@ def cases(setup: Setup) -> Iterator[Case]:
                 sets=2,
                 moved=nbytes(x[0], *fp4.quantize_nvfp4_inputs(x[0], **how)),
                 targets={"copy": target},
-                counted=(nvfp4_inputs_jit.inputs_kernel, "value", 16 * fp4.rows_of_program(rule)),
             )

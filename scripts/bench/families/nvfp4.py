@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from case import Case, Peer, Setup, nbytes
-from compressor_kernels.linear import w4a16, w4a16_jit
+from compressor_kernels.linear import w4a16
 from compressor_kernels.linear.nvfp4 import nvfp4_matmul, nvfp4_matmul_ref
 from families.w4a16 import FP16, SETS, cublas, int4
 
@@ -25,9 +25,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     ]
     for count in setup.pick((1, 16, 64, 2048), (1, 70)):
         x = setup.randn(count, inner, dtype=FP16)
-        few, t = count <= w4a16.DECODE_TOKENS, w4a16.decode_tiles(count, outputs, inner, 16)
         ours = Peer(lambda i, x=x: w4a16.w4a16(x, *plain[i], group_size=128), SETS)
-        counted = (w4a16_jit.decode_kernel, "weight", 128 * t.slices * t.block_n)
         yield Case(
             "weights only",
             f"{count}x{outputs}x{inner}",
@@ -39,5 +37,4 @@ def cases(setup: Setup) -> Iterator[Case]:
             peers={"our W4A16": ours, "cuBLAS fp16": cublas(setup, x, outputs)},
             targets={"our W4A16": 0.8} if count == 1 else {},
             tiles=TILES if count == 1 else (),
-            counted=counted if few else None,
         )

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from case import Case, Peer, Setup, nbytes
 from compressor_kernels.linear import w4a16 as kernel
-from compressor_kernels.linear import w4a16_jit
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -92,5 +91,4 @@ def product(
         peers=peers,
         targets={"cuBLAS fp16": target} if target else {},
         tiles=[replace(shipped, **changed) for changed in few],
-        counted=(w4a16_jit.decode_kernel, "weight", 128 * shipped.slices * shipped.block_n),
     )

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from case import Case, Setup, nbytes
 from compressor_kernels.linear import w4a8 as kernel
-from compressor_kernels.linear import w4a8_jit
 from families.w4a16 import FP16, SETS, cublas
 
 FEW = [kernel.DecodeTiles(n, 4, 1, 4) for n in (32, 64)] + [kernel.DecodeTiles(64, 8, 1, 3)]
@@ -27,9 +26,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     ]
     for count in setup.pick((1, 16, 2048), (1, 80)):
         a, scales = setup.ints(-127, 128, count, inner), setup.rand(count) * 0.01
-        few, t = count <= kernel.DECODE_TOKENS, kernel.decode_tiles(count, outputs, inner)
         x = setup.randn(count, inner, dtype=FP16)
-        counted = (w4a8_jit.decode_kernel, "weight", 128 * t.slices * t.block_n)
         yield Case(
             "progressive",
             f"{count}x{outputs}x{inner}",
@@ -41,6 +38,5 @@ def cases(setup: Setup) -> Iterator[Case]:
             moved=nbytes(*weights[0].values()),
             peers={"cuBLAS fp16": cublas(setup, x, outputs)},
             targets={"cuBLAS fp16": 1.5} if count == 16 else {},
-            tiles=FEW if few else MANY,
-            counted=counted if few else None,
+            tiles=FEW if count <= kernel.DECODE_TOKENS else MANY,
         )
