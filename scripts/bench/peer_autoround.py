@@ -4,11 +4,11 @@
     python scripts/bench/peer_autoround.py MODEL --presets fast good --launched
 
 Both round the same model to 4 bits, symmetric, with the same calibration rows: `reconstruct` from
-disk to disk, AutoRound (`pip install auto-round`, its 200 steps of 8 rows) in memory. With
-`--launched` ours run once more with the kernels of their steps launched one by one, in place of
-CUDA graphs, and whether both wrote the same bytes is said. A block's time is that from the end of
-the one before it to its own end, so that the first, which has compilation in it, has none. A line
-of JSON each, with the median and all of them.
+disk to disk, then AutoRound (`pip install auto-round`, its 200 steps of 8 rows) in memory. With
+`--launched` ours run once more after that with the kernels of their steps launched one by one, in
+place of CUDA graphs, and whether both wrote the same bytes is said. A block's time is that from the
+end of the one before it to its own end, so that the first, which has compilation in it, has none. A
+line of JSON each, with the median and all of them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def ours(
     session = prepare(recipe_of(options, preset, output), device=device)
     compile_checkpoint(session, on_unit=lambda unit: ends.append(time.perf_counter()))
     # Embedding and head are units as well.
-    say(f"reconstruct {preset}", ends[1:-1], began)
+    say(f"reconstruct, {output.name}", ends[1:-1], began)
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(output.glob("*.safetensors"))
@@ -127,12 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as scratch:
-        for preset in options.presets:
-            made = ours(options, preset, Path(scratch) / preset, device)
-            if options.launched:
-                with launched():
-                    again = ours(options, preset, Path(scratch) / f"{preset}-launched", device)
-                print(json.dumps({"preset": preset, "same_bytes": made == again}), flush=True)
+        made = {x: ours(options, x, Path(scratch) / x, device) for x in options.presets}
         recipe = recipe_of(options, "fast", Path(scratch) / "unused")
         tokenizer = load_tokenizer(options.model)
         rows = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed).ids
@@ -143,6 +138,10 @@ def main() -> None:
         grid = {"bits": 4, "group_size": options.group_size}
         run_autoround(options.model, rows, theirs, grid=grid, steps=options.steps, device=device)
         say(f"AutoRound, {options.steps} steps", heard.times, began)
+        for preset, wanted in made.items() if options.launched else ():
+            with launched():
+                again = ours(options, preset, Path(scratch) / f"{preset}-launched", device)
+            print(json.dumps({"preset": preset, "same_bytes": again == wanted}), flush=True)
 
 
 if __name__ == "__main__":
