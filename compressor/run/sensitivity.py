@@ -248,8 +248,10 @@ def _error(
 def at_most_a_nat(divergence: Tensor) -> Tensor:
     """KL divergences in second order, [..., tokens], of which none counts as more than a nat.
 
-    Second order is that of small changes, and gives others any number: one group of SmolLM2's
-    linears got more nats a token than the whole model loses. Why was not found out.
+    Second order is that of small changes, and gives others any number. The groups of SmolLM2 that
+    got most lie where the state of a row's first token grows to 800 and falls again (blocks 2 and
+    9): with it, and unbounded, 3 bits everywhere were foretold to cost 7.7 nats a token, and
+    without it, and bounded, 0.259; 0.260 are measured.
     """
     return divergence / (1 + divergence)
 
