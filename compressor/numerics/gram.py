@@ -5,13 +5,14 @@ A weight that is off by Δ makes a squared output error of tr(Δ G Δᵀ), whate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from compressor_kernels.search import gram_error as fused
 from torch import Tensor
 
-from compressor.numerics.processor import instructions
+from compressor.numerics.processor import instructions, multiplies_bfloat16
 
 ROWS = 2**15
 """Rows of Δ worked on at a time, which bounds the memory a vocabulary-sized linear takes."""
@@ -22,20 +23,27 @@ def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
     of which each has a Gram matrix or all have the same one, [E].
 
     Computed as Σ_jk (ΔᵀΔ)_jk G_jk over the upper half only, so the Gram matrix is never rounded:
-    where units multiply matrices of bfloat16, on a GPU and on some CPUs, only Δ is (its 2⁻⁹ is far
-    below what separates two candidates), the products are summed and multiplied with G in float32.
+    in bfloat16 Δ is (its 2⁻⁹ is far below what separates two candidates), and on a CPU the products
+    of different columns are, but not the squares, of which one may outweigh all else. They are
+    multiplied with G and summed in float32.
     """
     if delta.is_cuda:
         return fused.gram_error(delta, gram)
     if delta.dim() == 3:
         grams = gram.expand(len(delta), *gram.shape[-2:])
         return torch.stack([gram_error(d, g) for d, g in zip(delta, grams, strict=True)])
-    width = delta.shape[1]
+    width, step = delta.shape[1], _step(delta)
     total = torch.zeros((), dtype=gram.dtype)
-    for start, stop in _bands(width, 2048 if _has_matrix_units() else 96):
-        products = _product(delta[:, start:stop].t(), delta[:, start:])
-        products.mul_(gram[start:stop, start:])
-        total += products[:, : stop - start].sum() + 2 * products[:, stop - start :].sum()
+    squares = delta.square().sum(0, dtype=gram.dtype)
+    made = torch.empty(step * width, dtype=delta.dtype), torch.empty(step * width, dtype=gram.dtype)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        shape = stop - start, width - start
+        products, weighted = (x[: math.prod(shape)].view(shape) for x in made)
+        torch.mm(delta[:, start:stop].t(), delta[:, start:], out=products)
+        torch.mul(products, gram[start:stop, start:], out=weighted)
+        torch.mul(squares[start:stop], gram.diagonal()[start:stop], out=weighted.diagonal())
+        total += 2 * weighted.sum() - weighted[:, : stop - start].sum()
     return total
 
 
@@ -43,42 +51,28 @@ def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """δ G δᵀ of every row δ of an error Δ [O, C] in `work_dtype`, float32 [O]: for comparisons,
     since products are rounded to the dtype of Δ, and G too."""
     total = torch.zeros(delta.shape[0], dtype=torch.float32, device=delta.device)
-    for start, stop in _bands(delta.shape[1], 2048 if delta.is_cuda else 96):
+    width, step = delta.shape[1], _step(delta)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
         part = delta[:, start:stop]
-        products = _product(delta[:, stop:], gram[stop:, start:stop].to(delta.dtype)).mul_(2)
-        products += _product(part, gram[start:stop, start:stop].to(delta.dtype))
+        products = (delta[:, stop:] @ gram[stop:, start:stop].to(delta.dtype)).mul_(2)
+        products += part @ gram[start:stop, start:stop].to(delta.dtype)
         total += products.mul_(part).sum(1, dtype=torch.float32)
     return total
 
 
-def _bands(width: int, least: int) -> Iterator[tuple[int, int]]:
-    """Quarters of the columns, of which each is multiplied with those from it on: fewer at a time
-    compute less twice, too few keep the products small."""
-    step = max(least, width // 4)
-    return ((start, min(start + step, width)) for start in range(0, width, step))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, float32 rounded to bfloat16 on its way into the units that a CPU has for it."""
-    if not _has_matrix_units():
-        return a @ b
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        return a @ b
-    finally:
-        matmul.fp32_precision = before
-
-
-def _has_matrix_units() -> bool:
-    """Whether this processor has Intel's AMX for bfloat16, and a PyTorch that tells."""
-    return instructions("amx_bf16")
+def _step(delta: Tensor) -> int:
+    """Columns that are multiplied at a time with those from them on, a quarter of all: fewer
+    compute less twice, too few keep the products small, above all where units multiply them."""
+    units = delta.is_cuda or (delta.dtype == torch.bfloat16 and instructions("amx_bf16"))
+    return max(2048 if units else 96, delta.shape[1] // 4)
 
 
 def work_dtype(gram: Tensor) -> torch.dtype:
-    """The dtype in which `gram_error` wants Δ: bfloat16 on a GPU, the Gram matrix's elsewhere."""
-    return torch.bfloat16 if gram.is_cuda else gram.dtype
+    """The dtype in which `gram_error` wants Δ: bfloat16 on a GPU, and on a CPU that multiplies it
+    faster than float32; else the Gram matrix's."""
+    quick = gram.is_cuda or (gram.dtype == torch.float32 and multiplies_bfloat16())
+    return torch.bfloat16 if quick else gram.dtype
 
 
 def difference_error(quantized: Tensor, weight: Tensor, gram: Tensor) -> Tensor:

@@ -48,26 +48,31 @@ def test_linears_with_inputs_of_their_own_are_searched_as_each_alone(duo):
     assert torch.equal(shared[1], search_clip_gram(weights[1], grams[0], SPEC))
 
 
-# In float32, and as where a processor multiplies bfloat16 in units of its own.
-PRECISIONS = pytest.mark.parametrize("units, bound", [(False, 1e-4), (True, 3e-3)])
-
-
-@PRECISIONS
 @pytest.mark.parametrize("columns", [7, 64, 200, 403])
-def test_gram_error_is_the_output_error(columns, units, bound, monkeypatch):
-    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: units)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-3)])
+def test_gram_error_is_the_output_error(columns, dtype, bound):
     delta, x, gram = problem(columns=columns)
+    delta = delta.to(dtype)
     want = (x.double() @ delta.double().t()).square().sum()
     assert float(gram_error(delta, gram)) == pytest.approx(float(want), rel=bound)
 
 
-def test_products_of_bfloat16_leave_other_products_alone(monkeypatch):
-    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: True)
-    matmul = torch.backends.mkldnn.matmul
-    a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    before, setting = a @ a, matmul.fp32_precision
-    gram_error(a, a.t() @ a)
-    assert torch.equal(a @ a, before) and matmul.fp32_precision == setting
+def test_a_channel_that_outweighs_all_others_is_not_rounded_with_the_products():
+    delta, x, _ = problem(rows=96, columns=200)
+    x[:, 3] *= 1e4
+    delta = delta.bfloat16()
+    square = delta[:, 3].double().square().sum()
+    assert abs(float(square.bfloat16()) / float(square) - 1) > 1e-3
+    want = (x.double() @ delta.double().t()).square().sum()
+    assert float(gram_error(delta, x.t() @ x)) == pytest.approx(float(want), rel=3e-4)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_errors_have_the_dtype_that_a_processor_multiplies_fast(quick, monkeypatch):
+    monkeypatch.setattr(gram_module, "multiplies_bfloat16", lambda: quick)
+    gram = torch.eye(4)
+    assert work_dtype(gram) == (torch.bfloat16 if quick else torch.float32)
+    assert work_dtype(gram.double()) == torch.float64
 
 
 def same_difference(dtype, device):
@@ -93,9 +98,9 @@ def test_a_difference_written_in_place_on_a_device(dtype):
     same_difference(dtype, "cuda")
 
 
-@PRECISIONS
-def test_relative_error(units, bound, monkeypatch):
-    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: units)
+@pytest.mark.parametrize(("quick", "bound"), [(False, 1e-4), (True, 3e-3)])
+def test_relative_error(quick, bound, monkeypatch):
+    monkeypatch.setattr(gram_module, "multiplies_bfloat16", lambda: quick)
     weight, x, gram = problem()
     off = weight + 0.1 * torch.randn_like(weight)
     want = (x @ (off - weight).t()).square().sum() / (x @ weight.t()).square().sum()
@@ -120,7 +125,7 @@ def test_both_searches_agree_on_one_linear(rows, monkeypatch):
 
 
 def test_several_weights_add_up(monkeypatch):
-    monkeypatch.setattr(gram_module, "_has_matrix_units", lambda: False)
+    monkeypatch.setattr(gram_module, "multiplies_bfloat16", lambda: False)
     weight, x, gram = problem(rows=40)
     absmean = x.abs().mean(0)
     whole = search_scales_gram([weight], gram, absmean, SPEC, duo=True)
