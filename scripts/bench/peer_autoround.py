@@ -6,9 +6,9 @@
 Both round the same model to 4 bits, symmetric, with the same calibration rows: `reconstruct` from
 disk to disk, then AutoRound (`pip install auto-round`, its 200 steps of 8 rows) in memory. With
 `--launched` ours run once more after that with the kernels of their steps launched one by one, in
-place of CUDA graphs, and whether both wrote the same bytes is said. A block's time is that from the
-end of the one before it to its own end, so that the first, which has compilation in it, has none. A
-line of JSON each, with the median and all of them.
+place of CUDA graphs, and whether both wrote the same bytes is said; `graphs` counts recordings. A
+block's time is that from the end of the one before it to its own end, so that the first, which has
+compilation in it, has none. A line of JSON each, with the median and all of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -36,7 +37,7 @@ from autoround import run_autoround
 from compressor.plan.recipe import Recipe, make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.run.tokens import calibration_tokens
-from compressor.runner.recorded import Recorder
+from compressor.runner.recorded import Recorder, Work
 from compressor.runner.tokenizer import load_tokenizer
 
 
@@ -52,7 +53,7 @@ class Ends(logging.Handler):
             self.times.append(time.perf_counter())
 
 
-def say(what: str, ends: list[float], began: float) -> None:
+def say(what: str, ends: list[float], began: float, **about: object) -> None:
     blocks = [b - a for a, b in itertools.pairwise(ends)]
     row = {
         "what": what,
@@ -60,20 +61,31 @@ def say(what: str, ends: list[float], began: float) -> None:
         "blocks_s": [round(seconds, 3) for seconds in blocks],
         "first_ended_s": round(ends[0] - began, 2),
         "whole_s": round(time.perf_counter() - began, 2),
+        **about,
     }
     print(json.dumps(row), flush=True)
 
 
 @contextmanager
-def launched() -> Iterator[None]:
-    """Nothing is recorded, for the length of a `with`."""
+def recording(*, allowed: bool) -> Iterator[Counter[str]]:
+    """What came of recordings, for the length of a `with`; there are none unless allowed."""
+    found: Counter[str] = Counter()
+    record = Recorder.record
 
-    def refused(self: Recorder, work: object) -> NoReturn:
-        raise RuntimeError("not recorded here")
+    def counted(self: Recorder, work: Work) -> tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]]:
+        try:
+            if not allowed:
+                raise RuntimeError("launched one by one")
+            made = record(self, work)
+        except RuntimeError as error:
+            found[str(error).partition("\n")[0]] += 1
+            raise
+        found["recorded"] += 1
+        return made
 
-    record, Recorder.record = Recorder.record, refused
+    Recorder.record = counted
     try:
-        yield
+        yield found
     finally:
         Recorder.record = record
 
@@ -97,15 +109,17 @@ def recipe_of(options: argparse.Namespace, preset: str, output: Path) -> Recipe:
 
 
 def ours(
-    options: argparse.Namespace, preset: str, output: Path, device: torch.device
+    options: argparse.Namespace, preset: str, scratch: Path, device: torch.device, *, graphs: bool
 ) -> Mapping[str, str]:
     """Rounds the model, says how long it took, and gives the hashes of what was written."""
+    output = scratch / (preset if graphs else f"{preset}-launched")
     ends: list[float] = []
     began = time.perf_counter()
     session = prepare(recipe_of(options, preset, output), device=device)
-    compile_checkpoint(session, on_unit=lambda unit: ends.append(time.perf_counter()))
+    with recording(allowed=graphs) as found:
+        compile_checkpoint(session, on_unit=lambda unit: ends.append(time.perf_counter()))
     # Embedding and head are units as well.
-    say(f"reconstruct, {output.name}", ends[1:-1], began)
+    say(f"reconstruct, {output.name}", ends[1:-1], began, graphs=dict(found))
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(output.glob("*.safetensors"))
@@ -127,7 +141,8 @@ def main() -> None:
     options = parser.parse_args()
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as scratch:
-        made = {x: ours(options, x, Path(scratch) / x, device) for x in options.presets}
+        work = partial(ours, options, scratch=Path(scratch), device=device)
+        made = {preset: work(preset, graphs=True) for preset in options.presets}
         recipe = recipe_of(options, "fast", Path(scratch) / "unused")
         tokenizer = load_tokenizer(options.model)
         rows = calibration_tokens(tokenizer, recipe.calibration, seed=recipe.seed).ids
@@ -139,8 +154,7 @@ def main() -> None:
         run_autoround(options.model, rows, theirs, grid=grid, steps=options.steps, device=device)
         say(f"AutoRound, {options.steps} steps", heard.times, began)
         for preset, wanted in made.items() if options.launched else ():
-            with launched():
-                again = ours(options, preset, Path(scratch) / f"{preset}-launched", device)
+            again = work(preset, graphs=False)
             print(json.dumps({"preset": preset, "same_bytes": again == wanted}), flush=True)
 
 
