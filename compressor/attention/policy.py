@@ -114,6 +114,8 @@ class AttentionPolicy(Value):
             for rule in layer.rules:
                 if (problem := rule.misfit(self.heads, self.kv_heads)) is not None:
                     raise ValueError(f"layer {number}: {problem}")
+                if self.positions == "text" and not rule.by_text:
+                    raise ValueError(f"layer {number}: {rule.kind} needs slot positions")
         if self.positions == "slot":
             kinds = {group.rules for layer in self.layers for group in layer.groups(self.kv_heads)}
             if len(kinds) > 1 or not all(len(k) == 1 and k[0].by_slot for k in kinds):

@@ -35,7 +35,7 @@ Seen = Callable[[slice], Tensor]
 class Value(BaseModel):
     """A frozen value that is stored in a file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,8 @@ class Rule(Value):
     """When it acts; at other times its heads see every key that is kept."""
     by_slot: ClassVar[bool] = False
     """Whether positions may be cache slots: `evaluate_by_slot` and `attend_by_slot`."""
+    by_text: ClassVar[bool] = True
+    """Whether they may be places in the text: `seen`."""
     title: ClassVar[str] = ""
     """What plots call it. "": `kind`."""
 

@@ -219,12 +219,7 @@ class Blasst(ModelPass[Fits]):
     def policy(self, layout: ModelLayout, learned: Fits | None) -> AttentionPolicy | None:
         found = learned or Fits(**{p: _UNKNOWN for p in ("prefill", "decode") if getattr(self, p)})
         phases = {
-            phase: SkipPhase(
-                a=fit["a"],
-                b=fit["b"],
-                sparsity=getattr(self, phase),
-                lengths=tuple(fit["lengths"]),
-            )
+            phase: _phase(fit, getattr(self, phase))
             for phase in ("prefill", "decode")
             if (fit := getattr(found, phase)) is not None
         }
@@ -244,6 +239,19 @@ class Blasst(ModelPass[Fits]):
 PASS = Blasst
 _UNKNOWN = {"a": 1.0, "b": 1.0, "lengths": (1, 1)}
 """What stands for a fit before there is one."""
+
+
+def _phase(fit: Mapping[str, Any], wanted: float) -> SkipPhase:
+    """A fit as a rule has it. What was asked for counts as calibrated, marked as extrapolated in
+    the report where the text did not show it."""
+    least, most = fit.get("observed", (wanted, wanted))
+    return SkipPhase(
+        a=fit["a"],
+        b=fit["b"],
+        sparsity=wanted,
+        lengths=tuple(fit["lengths"]),
+        shares=(min(least, wanted), max(most, wanted)),
+    )
 
 
 def _plot(

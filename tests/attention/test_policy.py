@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,9 @@ def test_the_cache_is_as_small_as_the_policy_says() -> None:
     assert policy.cached_tokens(6) == 4 * 6
 
 
+FIT = {"a": 1.0, "b": 5.0, "sparsity": 0.5, "lengths": [16, 64], "shares": [0.1, 0.8]}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -111,6 +115,14 @@ def test_the_cache_is_as_small_as_the_policy_says() -> None:
         ({"layers": [{"infllm": {}}]}, "stands under 'blocks'"),
         ({"layers": [{"blocks": 1}]}, "not a mapping"),
         ({"layers": [[]]}, "layers.0 is not a mapping"),
+        (
+            {"layers": [{"blasst": {"decode": {**FIT, "sparsity": 0.85}}}]},
+            "outside the 10.0% to 80",
+        ),
+        ({"layers": [{"blasst": {"decode": {**FIT, "a": math.inf}}}]}, "finite"),
+        ({"layers": [{"blasst": {"prefill": {**FIT, "b": 900.0}}}]}, "give no threshold"),
+        ({"layers": [{"xattention": {"threshold": [0.9] * 3}}]}, "3 thresholds for 4 query heads"),
+        ({"layers": [{"infllm_memory": {"heads": [1]}}]}, "infllm_memory needs slot positions"),
         ({"layers": 1}, "layers"),
         ({"layers": []}, "layers"),
         ({"heads": "4"}, "heads"),

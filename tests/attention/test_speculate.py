@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,13 @@ def test_what_cannot_be_taken_back_is_refused(model: Any) -> None:
     with pytest.raises(InputError, match="cannot take tokens back"):
         speculate(runtime, ids(), max_new_tokens=9, stride=2)
     runtime.detach()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"stride": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}],
+)
+def test_numbers_that_say_nothing_are_refused(wrong: dict[str, Any], model: Any) -> None:
+    options = {"stride": 2, "max_new_tokens": 3, **wrong}
+    with pytest.raises(InputError, match="nothing can be drafted"):
+        speculate(attach(model, policy(PILLAR)), ids(), **options)

@@ -173,6 +173,12 @@ def test_what_they_refuse_in_a_plan(model: SourceModel) -> None:
     assert "too few" in planned("xattention", model, block_size=64)[0]
     assert planned("xattention", model, threshold=0.9) == []
     assert "no layer 7" in planned("xattention", model, threshold=0.9, dense_layers=(7,))[0]
+    for name, options in (
+        ("xattention", {"threshold": 0.9}),
+        ("lserve", {"page": 8, "logical": 4}),
+    ):
+        said = planned(name, model, dense_layers=(0, 1), **options)
+        assert "names every layer: nothing would be decided" in said[0]
     said = planned("blasst", model, lengths=(256,), keys=128)
     assert "256 tokens are asked for" in said[0] and "2 tiles" in said[1] and "one row" in said[2]
     assert "too few" in planned("lserve", model)[0]
@@ -181,6 +187,10 @@ def test_what_they_refuse_in_a_plan(model: SourceModel) -> None:
     assert "past the" in planned("infllm_memory", model, local=10**6)[0]
     with pytest.raises(ValueError, match="no power of two"):
         get_pass("lserve")(page=64, logical=24)
+    with pytest.raises(ValueError, match="reads at least 48 keys, budget is 40"):
+        get_pass("lserve")(page=16, logical=4, budget=40)
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        get_pass("sparse_spec")(tried=(0.05, 2.0))
     with pytest.raises(ValueError, match="both null"):
         get_pass("blasst")(prefill=None, decode=None)
 

@@ -26,22 +26,37 @@ FORMULA = "a * exp(b * target_sparsity)"
 """What ModelOpt calls the scale of thresholds."""
 
 
+LARGEST = 88.0
+"""Logarithm of what a kernel's float holds."""
+
+
 class SkipPhase(Value):
     """What was fitted for prompts or for steps: the threshold of a text of L keys is
     a · exp(b · sparsity) / L.
 
-    sparsity  wanted share of skipped tiles;  lengths  shortest and longest text of the fit
+    sparsity  wanted share of skipped tiles
+    lengths   shortest and longest text of the fit;  shares  least and largest share that it holds
+              for, None where that is not known
     """
 
     a: float = Field(gt=0)
     b: float = Field(ge=0)
     sparsity: float = Field(gt=0, lt=1)
     lengths: tuple[int, int] = Field(strict=False)
+    shares: tuple[float, float] | None = Field(None, strict=False)
 
     @model_validator(mode="after")
-    def _lengths_ascend(self) -> Self:
+    def _calibrated(self) -> Self:
         if not 1 <= self.lengths[0] <= self.lengths[1]:
             raise ValueError(f"lengths {list(self.lengths)} are not a shortest and a longest text")
+        if self.shares is not None and not self.shares[0] <= self.sparsity <= self.shares[1]:
+            least, most = self.shares
+            raise ValueError(
+                f"a share of {self.sparsity:.1%} is outside the {least:.1%} to {most:.1%} that "
+                "were calibrated"
+            )
+        if math.log(self.a) + self.b * self.sparsity > LARGEST:
+            raise ValueError(f"a {self.a:g} and b {self.b:g} give no threshold")
         return self
 
     def threshold(self, length: int) -> float:

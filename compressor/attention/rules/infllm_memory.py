@@ -35,6 +35,7 @@ class InfLLMMemory(Rule):
     """
 
     by_slot: ClassVar[bool] = True
+    by_text: ClassVar[bool] = False
     title: ClassVar[str] = "InfLLM's memory"
 
     init: int = Field(128, ge=0)

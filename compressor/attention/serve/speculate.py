@@ -3,6 +3,7 @@ them with its own attention, so that what it gives is what it would have given w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -45,8 +46,13 @@ def speculate(
     temperature 0 takes the likeliest token: the text is that of plain greedy decoding, but where
     two tokens are so near that a pass over several positions and one over a single one round them
     apart. Above, tokens are distributed as plain sampling distributes them. Ends after a token of
-    `stop`. Raises InputError for more than one row.
+    `stop`. Raises InputError for more than one row, or numbers that say nothing.
     """
+    if stride < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise InputError(
+            f"nothing can be drafted with a stride of {stride}, {max_new_tokens} new tokens and "
+            f"temperature {temperature}"
+        )
     if ids.shape[0] != 1:
         raise InputError(f"{ids.shape[0]} rows cannot be drafted together: they would part")
     model, options = runtime.model, runtime.options()
