@@ -8,12 +8,13 @@ multiplier that is some divisor's reciprocal, at most one ulp away, which is rep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compressor.errors import InputError
+from compressor.errors import InputError, several
 from compressor.formats.base import Format
 from compressor.formats.shared.e2m1 import divisor_of
 from compressor.ir.qtensor import QTensor
@@ -76,15 +77,26 @@ def relayout(
         )
     report = compare(q.scales, scales, name=name)
     if report is not None and not allow_rounding:
-        raise InputError(
-            f"{source.name} to {target.name}: {report}", hint="allow rounding to write it anyway"
-        )
+        raise rounding_refused([report], source, target)
     second = q.second
     if target.stores_divisors and second is not None and q.spec.second == "tensor":
         moved = divisor_of(second).reciprocal()
         report = report or compare(second, moved, name=name)
         second = moved
     return replace(q, spec=replace(q.spec, scale_dtype=dtype), scales=scales, second=second), report
+
+
+def rounding_refused(
+    reports: Sequence[RoundingReport], source: Format, target: Format
+) -> InputError:
+    """All that would be rounded, told by the worst of it."""
+    worst = max(reports, key=lambda report: report.max_relative_error)
+    left = [report.name for report in reports if report is not worst]
+    more = f", and less in {several(left, 3)}" if left else ""
+    return InputError(
+        f"{source.name} to {target.name}: {worst}{more}",
+        hint="--allow-rounding writes the nearest values",
+    )
 
 
 def as_asymmetric(q: QTensor) -> QTensor:

@@ -29,12 +29,19 @@ from compressor.checkpoint.transaction import Progress, write
 from compressor.checkpoint.workspace import refusal
 from compressor.errors import CompressError, InputError, Problems
 from compressor.formats.base import Format, ModelSchemes, get_format
-from compressor.formats.relayout import RoundingReport, as_symmetric, compare, relayout
+from compressor.formats.relayout import (
+    RoundingReport,
+    as_symmetric,
+    compare,
+    relayout,
+    rounding_refused,
+)
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
+from compressor.plan.offers import format_offer
 from compressor.run.convert_source import ConvertedSource
 from compressor.run.environment import versions
 from compressor.run.mx_to_nvfp4 import as_nvfp4_where_held
@@ -221,6 +228,7 @@ class _Conversion:
     symmetric: bool = False
     rounded: list[RoundingReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    offers: dict[tuple[Scheme, tuple[int, int]], str] = field(default_factory=dict)
 
     @property
     def source(self) -> Source:
@@ -272,7 +280,8 @@ class _Conversion:
                 try:
                     moved, report = self._relaid(linear, q)
                 except InputError as error:
-                    problems.append(error)
+                    hint = error.hint or self._offer(linear, q)
+                    problems.append(InputError(error.message, hint=hint))
                     continue
                 if report is not None:
                     self.rounded.append(report)
@@ -281,6 +290,9 @@ class _Conversion:
         held = ((x, linears[x.name]) for x in source.layout.linears if x.name in linears)
         if reason := fmt.refuses(source.layout.model_type, held):
             problems.append(InputError(f"{fmt.name}: {reason}"))
+        lossy = [r for r in self.rounded if r.source_dtype != r.target_dtype]
+        if lossy and not self.allow_rounding:
+            problems.append(rounding_refused(lossy, source.format, fmt))
         if problems:
             raise Problems(problems)
         if centred:
@@ -341,6 +353,15 @@ class _Conversion:
     def _input(self, linear: Linear) -> ActivationSpec | None:
         return None if self.dense else self.source.schemes.linears[linear.name].input
 
+    def _offer(self, linear: Linear, q: QTensor) -> str:
+        """What would hold a weight that the target does not."""
+        scheme, dtype = Scheme(q.spec, self._input(linear)), self.source.checkpoint.dtype
+        if (scheme, linear.shape) not in self.offers:
+            self.offers[scheme, linear.shape] = format_offer(
+                scheme, [linear], self.source.layout, fmt=self.format, dtype=dtype, runtime=None
+            )
+        return f"{self.offers[scheme, linear.shape]}; dense writes what the codes stand for"
+
     def _relaid(self, linear: Linear, q: QTensor) -> tuple[QTensor, RoundingReport | None]:
         if self.symmetric:
             q = as_symmetric(q) or q
@@ -350,7 +371,7 @@ class _Conversion:
             self.format,
             name=linear.name,
             model_dtype=self.source.checkpoint.dtype,
-            allow_rounding=self.allow_rounding,
+            allow_rounding=True,  # which `study` has refused where it is not
             input=self._input(linear),
         )
 
@@ -366,7 +387,7 @@ class _Conversion:
         return {} if found is None else {path: found}
 
     def _float(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-        """Note or refuse what a float tensor loses in the target's dtype."""
+        """Note what a float tensor loses in the target's dtype."""
         tensor = tensor.to(self.read.device)  # what a unit has beside its own tensors
         moved = tensor.to(dtype)
         if not bool(tensor.isfinite().all()):
@@ -377,11 +398,5 @@ class _Conversion:
                 hint="choose a format that keeps the model's dtype, such as compressed-tensors",
             )
         report = compare(tensor, moved, name=name)
-        if report is None:
-            return
-        if not self.allow_rounding:
-            raise InputError(
-                f"{self.source.format.name} to {self.format.name}: {report}",
-                hint="--allow-rounding writes the nearest values",
-            )
-        self.rounded.append(report)
+        if report is not None:
+            self.rounded.append(report)

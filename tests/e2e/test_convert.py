@@ -182,8 +182,14 @@ def test_rounding_is_refused_by_name_or_reported(tiny_models: Any, tmp_path: Pat
     tensors["model.embed_tokens.weight"][5, 7] = 2.0**-24 * 1.25
     save_file(tensors, file, metadata={"format": "pt"})
     run(model, tmp_path / "packed", format="compressed-tensors", symmetric=True)
-    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight: 1 of 16384 bfloat16"):
+    with pytest.raises(
+        Problems, match=r"model\.embed_tokens\.weight: 1 of 16384 bfloat16"
+    ) as lossy:
         to(tmp_path / "packed", tmp_path / "out", "autoawq")
+    assert len(lossy.value.problems) == 1 and "--allow-rounding" in (lossy.value.hint or "")
+    with pytest.raises(Problems, match="and 13 more") as other:
+        to(tmp_path / "packed", tmp_path / "out", "modelopt-nvfp4")
+    assert all(name in (other.value.hint or "") for name in ("compressed-tensors, gptq", "dense"))
     done = to(tmp_path / "packed", tmp_path / "out", "autoawq", allow_rounding=True)
     (report,) = done.rounded
     assert report.max_relative_error == pytest.approx(0.2)
