@@ -72,7 +72,7 @@ def as_manifest(data: Mapping[str, Any]) -> Manifest:
     if data.get("version") != VERSION:
         raise InputError(
             f"{MANIFEST_NAME} has version {data.get('version')!r}; {VERSION} is known here",
-            hint="a newer version of this program may have written it",
+            hint="another version of this program wrote it, or it is damaged",
         )
     files, tensors, about = data.get("files"), data.get("tensors"), data.get("about", {})
     if not all(isinstance(part, dict) for part in (files, tensors, about)):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.lfs import is_pointer, pointer_error
+from compressor.checkpoint.lfs import is_pointer, lost_link, pointer_error
 from compressor.checkpoint.safetensors import Entry, read_header, read_tensor, tensor_bytes
 from compressor.errors import CompressError, InputError, Problems, several
 from compressor.foreign.untrusted import parse_json, read_file
@@ -221,6 +221,8 @@ def component_of(folder: Path) -> Path | None:
 
 def _what_it_is(folder: Path) -> str:
     """What to name in place of a folder that is no checkpoint."""
+    if (lost := lost_link(folder)) is not None:
+        return lost
     if (folder / ADAPTER_NAME).is_file():
         return (
             "it holds an adapter, not a model: merge it into its base first (peft: "
@@ -333,11 +335,14 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             f"{folder} has shards but no {index_name(shards[0].partition('-')[0])}",
             hint="download the index file too; without it a missing shard cannot be noticed",
         )
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint="name a checkpoint folder or a Hub id")
     begun = [p.name for pattern in UNFINISHED for p in folder.glob(pattern)]
     what = "a download did not finish; " if begun else ""
     raise InputError(
         f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}",
-        hint=f"{what}download the model's weights: hf download ORG/NAME --local-dir {folder}",
+        hint=lost_link(folder)
+        or f"{what}download the model's weights: hf download ORG/NAME --local-dir {folder}",
     )
 
 
@@ -360,9 +365,8 @@ def _indexed_entries(
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             count = sum(f == file for f in weight_map.values())
-            problems.append(
-                InputError(f"shard {file} is missing ({count} tensors)", hint="download it again")
-            )
+            hint = lost_link(folder) or "download it again"
+            problems.append(InputError(f"shard {file} is missing ({count} tensors)", hint=hint))
             continue
         try:
             headers[file] = read_header(folder / file)

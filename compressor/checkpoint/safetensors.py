@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise damaged(f"its header claims {length} bytes, the file has {size}")
             raw = handle.read(length)
     except OSError as error:
-        raise InputError(f"cannot read {path.name}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     return parse_header(path, raw, size)
 
 

@@ -91,6 +91,11 @@ class SideFiles:
             )
         return tuple(found)
 
+    def size(self, folder: Path) -> int:
+        """Bytes of what goes along, as far as it is in a folder."""
+        there = (folder / name for name in self.carried)
+        return sum(path.stat().st_size for path in there if path.is_file())
+
     @property
     def problems(self) -> list[InputError]:
         """What has to be mended before a run."""

@@ -8,6 +8,7 @@ up what another process left counts on no file that it has not hashed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -58,6 +59,14 @@ STATED_NAME = "finishing.json"
 FOUND = ("source.content", "environment", "selected")
 """What a manifest may say that is only known after the run."""
 
+
+MENDS = {
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f), or that of the file system",
+    errno.EROFS: "mount the file system for writing",
+    errno.EACCES: "give this user permission to write there",
+    errno.EPERM: "give this user permission to write there",
+}
+"""What helps against an error of the disk, where it is no lack of space."""
 
 CPU = torch.device("cpu")
 
@@ -172,9 +181,10 @@ def write(
         return {**about, "source": {**about["source"], "content": whole}}
 
     shards = lay_out(target.container, map(target.shapes, target.units))
+    along = 0 if beside is None else side_files(beside).size(beside)
     for refused in (
         refusal(output, manifest=MANIFEST_NAME, model=beside),
-        lacking_room(output, shards.size),
+        lacking_room(output, shards.size + along),
     ):
         if refused is not None:
             raise refused
@@ -213,9 +223,9 @@ def disk_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        mend = MENDS.get(error.errno or 0, "free some space or repair the disk")
         raise MachineError(
-            f"{what} failed: {why}",
-            hint="free some space or repair the disk; the same command continues",
+            f"{what} failed: {why}", hint=f"{mend}; the same command continues"
         ) from error
 
 

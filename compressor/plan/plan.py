@@ -187,7 +187,8 @@ def make_plan(
         raise Problems([error]) from error
     if output is not None:
         scratch = max(cost.scratch for _, cost in costs)
-        room = lacking_room(output, plan.shards.size, scratch=scratch)
+        along = 0 if beside is None else beside.size(source.checkpoint.folder)
+        room = lacking_room(output, plan.shards.size + along, scratch=scratch)
         if room is not None:
             raise room
     return plan

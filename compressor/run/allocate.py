@@ -107,8 +107,9 @@ def parse_sensitivity(text: str | bytes, *, where: str) -> Sensitivity:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
+        what = f"{place}: {first['msg']}" if place else first["msg"]
         raise InputError(
-            f"{where} holds no measured sensitivities: {place}: {first['msg']}",
+            f"{where} holds no measured sensitivities: {what}",
             hint="compress measure writes such a file",
         ) from error
 

@@ -13,8 +13,11 @@ import pytest
 
 from compressor.checkpoint.find import locate, name_folder
 from compressor.checkpoint.lfs import POINTER
+from compressor.checkpoint.reader import open_checkpoint
 from compressor.checkpoint.side_files import side_files
 from compressor.errors import InputError, Problems
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import choose_device, prepare
 
 CARRIED = [
     *("tokenizer.json", "tokenizer_config.json", "Tokenizer.model", "tekken.json", "qwen.tiktoken"),
@@ -146,3 +149,35 @@ def test_of_a_repository_only_what_is_needed_comes(
     assert side_files(there).carried == expected.carried
     planned = locate("me/m", fetch=False).beside
     assert set(planned.left) >= set(LEFT)
+
+
+def test_links_to_nothing_are_named(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """A snapshot of the Hub's cache that was copied without its blobs."""
+    model, folder = tiny_model("llama"), tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(Path("../../blobs") / path.name)
+    for name in (*sorted(path.name for path in model.iterdir()), None):
+        with pytest.raises(InputError, match=r"config.json|model.safetensors") as caught:
+            open_checkpoint(folder)
+        assert "is a link to ../../blobs/" in (caught.value.hint or "")
+        assert "cp -rL" in (caught.value.hint or "")
+        if name == "model.safetensors":
+            return
+        (folder / str(name)).unlink()
+        shutil.copy(model / str(name), folder)
+
+
+def test_room_is_made_for_what_goes_along(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    told = {"model": str(model), "output": str(tmp_path / "out")}
+    recipe = make_recipe({**told, "passes": [{"rtn": {"group_size": 32}}]})
+    size = prepare(recipe, device=choose_device("cpu")).plan.shards.size
+    usage = type(shutil.disk_usage(tmp_path))(0, 0, 2 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    prepare(recipe, device=choose_device("cpu"))
+    (model / "tokenizer.model").write_bytes(bytes(size))
+    with pytest.raises(InputError, match="the checkpoint takes"):
+        prepare(recipe, device=choose_device("cpu"))

@@ -36,6 +36,16 @@ CASES: list[Case] = [
         ["cannot read recipe", "compress recipes smollm2-awq -o smollm2-awq.yaml"],
     ),
     (
+        "a policy of nothing",
+        lambda d: ["policy", "show", d.folder / "nothing"],
+        ["nothing is not a folder"],
+    ),
+    (
+        "a recipe for sensitivities",
+        lambda d: ["allocate", d.recipe(), "--bits-per-weight", "4"],
+        ["holds no measured sensitivities: Invalid JSON", "compress measure writes such a file"],
+    ),
+    (
         "a folder for a recipe",
         lambda d: ["plan", d.folder],
         ["cannot read recipe", "compress quantize", "--scheme w4a16"],

@@ -40,10 +40,16 @@ def draft(model: str, output: Path | None) -> None:
     import yaml
 
     from compressor.checkpoint.reader import open_checkpoint
+    from compressor.errors import InputError
     from compressor.foreign.calls import foreign
     from compressor.runner.draft import draft as draft_map
 
     checkpoint = open_checkpoint(Path(model).expanduser())
+    if "quantization_config" in checkpoint.config:
+        raise InputError(
+            f"{model} is quantized, and a map says what the original's tensors are",
+            hint="draft it from the original: both have the same",
+        )
     headers = {name: entry.spec.shape for name, entry in checkpoint.entries.items()}
     with foreign("no map can be drafted: the model does not run as config.json describes it"):
         found = draft_map(checkpoint.config, headers)

@@ -97,6 +97,7 @@ def export(checkpoint: Path, folder: Path, form: str, as_json: bool) -> None:
 def _policy(checkpoint: Path) -> AttentionPolicy:
     from compressor.attention.policy import check_policy, read_policy
     from compressor.attention.token_classes import POLICY_NAME, read_sizes
+    from compressor.checkpoint.reader import open_checkpoint
     from compressor.checkpoint.source import open_source
     from compressor.errors import InputError
 
@@ -107,6 +108,7 @@ def _policy(checkpoint: Path) -> AttentionPolicy:
             hint=f"VideoStream of compressor.attention.serve.stream reads {POLICY_NAME} as it is",
         )
     if policy is None:
+        open_checkpoint(checkpoint)  # which says what it is, if it is none
         raise InputError(
             f"{checkpoint} carries no attention policy",
             hint="a pass such as duo_attention makes one: compress recipes llama3-duo-attention",
