@@ -269,8 +269,7 @@ class _Conversion:
                     problems.append(error)
             for linear in layout.linears:
                 linears[linear.name] = Scheme()
-                q = unit.quantized.get(linear.name)
-                if q is None:
+                if (q := unit.quantized.get(linear.name)) is None:
                     continue
                 if not bool(q.scales.float().isfinite().all()):
                     problems.append(InputError(f"{linear.name}: its scales hold NaN or infinity"))
@@ -356,11 +355,11 @@ class _Conversion:
     def _offer(self, linear: Linear, q: QTensor) -> str:
         """What would hold a weight that the target does not."""
         scheme, dtype = Scheme(q.spec, self._input(linear)), self.source.checkpoint.dtype
-        if (scheme, linear.shape) not in self.offers:
-            self.offers[scheme, linear.shape] = format_offer(
-                scheme, [linear], self.source.layout, fmt=self.format, dtype=dtype, runtime=None
-            )
-        return f"{self.offers[scheme, linear.shape]}; dense writes what the codes stand for"
+        key, fmt, layout = (scheme, linear.shape), self.format, self.source.layout
+        if key not in self.offers:
+            offer = format_offer(scheme, [linear], layout, fmt=fmt, dtype=dtype, runtime=None)
+            self.offers[key] = f"{offer}; dense writes what the codes stand for"
+        return self.offers[key]
 
     def _relaid(self, linear: Linear, q: QTensor) -> tuple[QTensor, RoundingReport | None]:
         if self.symmetric:
@@ -397,6 +396,5 @@ class _Conversion:
                 f"{name} holds values beyond the range of {moved.dtype}",
                 hint="choose a format that keeps the model's dtype, such as compressed-tensors",
             )
-        report = compare(tensor, moved, name=name)
-        if report is not None:
+        if (report := compare(tensor, moved, name=name)) is not None:
             self.rounded.append(report)
