@@ -54,9 +54,9 @@ class Case:
     """
 
     name: str
-    shape: str
     run: Callable[..., Any]
     want: Callable[[], Any]
+    shape: str = ""
     limit: float = 1e-3
     error: Callable[[Any, Any], float] = relative_error
     sets: int = 1

@@ -35,7 +35,7 @@ def test_a_wrong_kernel_has_no_figure(bench: ModuleType) -> None:
     runner = bench.Runner(Setup(tiny=True), tune=False)
     one = torch.ones(4)
     for name, out in (("right", one), ("wrong", one + 1), ("broken", one * torch.nan)):
-        case = Case(name, "4", lambda i, out=out: out, lambda: one)
+        case = Case(name, lambda i, out=out: out, lambda: one, shape="4")
         runner.case("toy", case, None, one)
     assert [row.name for row in runner.rows] == ["right"]
     assert runner.red == ["toy: wrong, 4", "toy: broken, 4"]

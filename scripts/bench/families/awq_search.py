@@ -50,9 +50,9 @@ def cases(setup: Setup) -> Iterator[Case]:
         gram = x.t() @ x
         yield Case(
             "tr(ΔGΔᵀ)",
-            f"{rows}x{columns}",
             lambda i, tiles=None, d=delta, g=gram: gram_error(d, g, tiles=tiles),
             partial(gram_error_ref, delta, gram),
+            shape=f"{rows}x{columns}",
             limit=5e-4,  # tensor cores cut off what they add in float32
             ops=rows * columns * (columns + 1),
             peers={"PyTorch": Peer(partial(lambda d, g, i: torch_gram_error(d, g), delta, gram))},
@@ -64,9 +64,9 @@ def cases(setup: Setup) -> Iterator[Case]:
     outs = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
     yield Case(
         "a candidate's Δ",
-        f"{rows}x{columns}",
         lambda i: candidate_delta(weights[i], scales, group_size=128, out=outs[i], **GRID),
         partial(candidate_delta_ref, weights[0], scales, group_size=128, **GRID),
+        shape=f"{rows}x{columns}",
         error=off(1e-2, 1e-6),
         sets=2,
         moved=weights[0].numel() * 6,
@@ -75,9 +75,9 @@ def cases(setup: Setup) -> Iterator[Case]:
     gram = x.mT @ x
     yield Case(
         "bounds of clipping",
-        f"{rows}x{columns}",
         lambda i: clip_bounds(weights[i], gram, **GRID),
         partial(clip_bounds_ref, weights[0], gram, **GRID),
+        shape=f"{rows}x{columns}",
         limit=0.05,  # where two bounds are as good
         error=off(1e-3),
         sets=2,

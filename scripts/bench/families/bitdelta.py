@@ -26,11 +26,11 @@ def cases(setup: Setup) -> Iterator[Case]:
         base = setup.randn(tenants, rows, outer, dtype=torch.float16)
         yield Case(
             "one bit",
-            f"{tenants}x{rows}x{outer}x{inner}",
             lambda i, tiles=None, x=x, base=base: delta_matmul(
                 x, signs[i], alpha, base_out=base, tiles=tiles
             ),
             partial(delta_matmul_ref, x.float(), signs[0], alpha, base_out=base),
+            shape=f"{tenants}x{rows}x{outer}x{inner}",
             sets=SETS,
             moved=nbytes(signs[0], x, base, base),
             peers={

@@ -108,7 +108,10 @@ def decode(setup: Setup, shape: Shape) -> Iterator[Case]:
         peers = {} if name == "full attention" else {"full attention": full}
         what = f"{batch}x{shape.heads}/{groups}x{tokens}"
         yield Case(
-            f"decode, {name}", what, peers=peers, **{"limit": 6e-3, "error": first_rows, **way}
+            f"decode, {name}",
+            shape=what,
+            peers=peers,
+            **{"limit": 6e-3, "error": first_rows, **way},
         )
 
 
@@ -140,7 +143,11 @@ def prefill(setup: Setup, shape: Shape) -> Iterator[Case]:
         blocks = choose()
         what = f"1x{shape.heads}/{groups}x{queries} of {tokens}"
         yield Case(
-            f"prefill, choosing, correlation {alike}", what, choose, choose, peers={"full": full}
+            f"prefill, choosing, correlation {alike}",
+            choose,
+            choose,
+            shape=what,
+            peers={"full": full},
         )
         for rows in (64, 128):
             tile = rows * groups // shape.heads
@@ -148,14 +155,14 @@ def prefill(setup: Setup, shape: Shape) -> Iterator[Case]:
             tiles = attention.BlockTiles(rows=rows)
             yield Case(
                 f"prefill, chosen blocks, correlation {alike}, tiles of {rows} rows",
-                what,
+                
                 lambda i, blocks=blocks, tiles=tiles: attention.block_attention(
                     q, k, v, blocks, block_size=rule.block_size, tiles=tiles
                 ),
                 partial(
                     attention.block_attention_ref, q[:, :, -2:], k, v, blocks[:, :, -2:],
                     block_size=rule.block_size,
-                ),
+                ), shape=what,
                 limit=6e-3,
                 error=lambda out, want: relative_error(out[:, :, -2:], want),
                 peers={"full": full},

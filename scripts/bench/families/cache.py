@@ -18,21 +18,19 @@ def cases(setup: Setup) -> Iterator[Case]:
     shape = f"{batch}x{heads}/{groups}x{tokens}"
     bf16 = {"bf16 cache": Peer(lambda i: full_decode(q, k, v))}
     part = slice(0, 1)  # the references repeat keys in fp64
-    yield Case(
-        "bf16", shape, bf16["bf16 cache"].run, partial(full_decode_ref, q[part], k[part], v[part]),
-        limit=6e-3, error=first_rows, moved=nbytes(k, v),
+    case = partial(Case, shape=shape, limit=6e-3, error=first_rows)
+    yield case(
+        "bf16",  bf16["bf16 cache"].run, partial(full_decode_ref, q[part], k[part], v[part]), 
+          moved=nbytes(k, v),
     )  # fmt: skip
     scale = torch.full((1,), 0.04, device=setup.device)
     scales = {"k_scale": scale, "v_scale": scale}
     for name, codes in (("KV8 int8", torch.int8), ("KV8 fp8", torch.float8_e4m3fn)):
         both = [kernel.quantize_kv8(t, scale, dtype=codes) for t in (k, v)]
-        yield Case(
+        yield case(
             name,
-            shape,
             lambda i, tiles=None, b=both: kernel.kv8_decode(q, *b, **scales, tiles=tiles),
             partial(kernel.kv8_decode_ref, q[part], *(t[part] for t in both), **scales),
-            limit=6e-3,
-            error=first_rows,
             moved=nbytes(*both),
             peers=bf16,
             tiles=TILES,
@@ -40,13 +38,10 @@ def cases(setup: Setup) -> Iterator[Case]:
     (k4, k_params), (v4, v_params) = kernel.quantize_kv4(k), kernel.quantize_kv4(v)
     params = {"k_params": k_params, "v_params": v_params}
     of_part = {name: p[part] for name, p in params.items()}
-    yield Case(
+    yield case(
         "KV4",
-        shape,
         lambda i, tiles=None: kernel.kv4_decode(q, k4, v4, **params, tiles=tiles),
         partial(kernel.kv4_decode_ref, q[part], k4[part], v4[part], **of_part),
-        limit=6e-3,
-        error=first_rows,
         moved=nbytes(k4, v4, k_params, v_params),
         peers=bf16,
         tiles=TILES,

@@ -42,14 +42,14 @@ def cases(setup: Setup) -> Iterator[Case]:
         "PyTorch flash": Peer(backend(SDPBackend.FLASH_ATTENTION, q, k, v)),
         "PyTorch cuDNN": Peer(backend(SDPBackend.CUDNN_ATTENTION, q, k, v)),
     }
+    case = partial(Case, limit=6e-3)
     for name, streaming in (("all heads full", torch.zeros_like(mixed)), ("half streaming", mixed)):
         how = {"streaming": streaming, "sink": sink, "window": window}
-        yield Case(
+        yield case(
             f"prefill, {name}",
-            f"{heads}/{groups}x{tokens}",
             lambda i, tiles=None, how=how: kernel.head_prefill(q, k, v, **how, tiles=tiles),
             partial(kernel.head_prefill_ref, q[:, :, -64:], k, v, **how),
-            limit=6e-3,
+            shape=f"{heads}/{groups}x{tokens}",
             error=lambda out, want: relative_error(out[:, :, -64:], want),
             ops=2 * tokens * tokens * dim * heads if streaming is not mixed else 0,
             peers=peers,
@@ -62,21 +62,19 @@ def cases(setup: Setup) -> Iterator[Case]:
     split += [setup.randn(batch, half, sink + window, dim) for _ in range(2)]
     order = kernel.head_order(mixed)
     shape = f"{batch}x{heads}/{groups}x{tokens}"
-    yield Case(
+    yield case(
         "decode, all heads full",
-        shape,
         lambda i, tiles=None: kernel.full_decode(one, *full, tiles=tiles),
         partial(kernel.full_decode_ref, one, *full),
-        limit=6e-3,
+        shape=shape,
         moved=nbytes(*full),
         tiles=DECODE,
     )
-    yield Case(
+    yield case(
         "decode, half streaming",
-        shape,
         lambda i, tiles=None: kernel.head_decode(one, *split, order=order, tiles=tiles),
         partial(kernel.head_decode_ref, one, *split, order=order),
-        limit=6e-3,
+        shape=shape,
         moved=nbytes(*split),
         peers={"our full decode": Peer(lambda i: kernel.full_decode(one, *full))},
         tiles=DECODE,

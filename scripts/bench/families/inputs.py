@@ -18,9 +18,9 @@ def cases(setup: Setup) -> Iterator[Case]:
         for dtype in (torch.int8, torch.float8_e4m3fn):
             yield Case(
                 f"{str(dtype).removeprefix('torch.')}, per token",
-                shape,
                 lambda i, x=x, d=dtype: quantize_tokens(x[i], dtype=d),
                 partial(quantize_tokens_ref, x[0], dtype=dtype),
+                shape=shape,
                 limit=0.0,
                 error=different,
                 sets=2,
@@ -32,9 +32,9 @@ def cases(setup: Setup) -> Iterator[Case]:
             how = {"rule": rule, "amax": amax}
             yield Case(
                 f"NVFP4, {rule}",
-                shape,
                 lambda i, x=x, how=how: fp4.quantize_nvfp4_inputs(x[i], **how),
                 partial(fp4.quantize_nvfp4_inputs_ref, x[0], **how),
+                shape=shape,
                 limit=0.0 if rule == "static_6" else 1e-3,  # errors that are equal to rounding
                 error=different,
                 sets=2,

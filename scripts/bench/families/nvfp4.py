@@ -28,9 +28,9 @@ def cases(setup: Setup) -> Iterator[Case]:
         ours = Peer(lambda i, x=x: w4a16.w4a16(x, *plain[i], group_size=128), SETS)
         yield Case(
             "weights only",
-            f"{count}x{outputs}x{inner}",
             lambda i, tiles=None, x=x: nvfp4_matmul(x, *weights[i], tiles=tiles),
             partial(nvfp4_matmul_ref, x.double(), *weights[0]),
+            shape=f"{count}x{outputs}x{inner}",
             limit=2e-3,
             sets=SETS,
             moved=nbytes(*weights[0]),

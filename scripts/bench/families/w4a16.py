@@ -56,9 +56,9 @@ def cases(setup: Setup) -> Iterator[Case]:
 
     yield Case(
         "asymmetric, many tokens",
-        f"{count}x{outputs}x{inner}",
         lambda i, tiles=None: kernel.w4a16(x, *many[i], group_size=128, tiles=tiles),
         partial(kernel.w4a16_ref, x.double(), *many[0], group_size=128),
+        shape=f"{count}x{outputs}x{inner}",
         limit=2e-3,
         sets=4,
         ops=2 * count * outputs * inner,
@@ -83,9 +83,9 @@ def product(
     few = [{"num_stages": 2}, {"block_n": 64}, {"slices": 2, "num_warps": 2, "num_stages": 4}]
     return Case(
         f"{'a' if zeros else ''}symmetric",
-        f"{count}x{outputs}x{inner}",
         lambda i, tiles=None: kernel.w4a16(x, *parts[i], group_size=128, tiles=tiles),
         partial(kernel.w4a16_ref, x.double(), *parts[0], group_size=128),
+        shape=f"{count}x{outputs}x{inner}",
         sets=SETS,
         moved=nbytes(*parts[0]),
         peers=peers,

@@ -29,11 +29,11 @@ def cases(setup: Setup) -> Iterator[Case]:
         x = setup.randn(count, inner, dtype=FP16)
         yield Case(
             "progressive",
-            f"{count}x{outputs}x{inner}",
             lambda i, tiles=None, a=a, s=scales: kernel.w4a8(
                 a, **weights[i], row_scales=s, tiles=tiles
             ),
             partial(kernel.w4a8_ref, a, **weights[0], row_scales=scales),
+            shape=f"{count}x{outputs}x{inner}",
             sets=SETS,
             moved=nbytes(*weights[0].values()),
             peers={"cuBLAS fp16": cublas(setup, x, outputs)},

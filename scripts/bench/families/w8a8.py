@@ -29,13 +29,12 @@ def cases(setup: Setup) -> Iterator[Case]:
     out = {"out_dtype": setup.bf16}
     scales = {"row_scales": setup.rand(m) * 0.01, "column_scales": setup.rand(n), **out}
     a8, w8 = ([setup.ints(-127, 128, rows, k) for _ in range(SETS)] for rows in (m, n))
-    yield Case(
+    case = partial(Case, shape=shape, sets=SETS)
+    yield case(
         "int8, scales, bf16 out",
-        shape,
         lambda i, tiles=None: w8a8(a8[i], w8[i], **scales, tiles=tiles),
         partial(w8a8_ref, a8[0], w8[0], **scales),
         limit=3e-3,
-        sets=SETS,
         ops=ops,
         peers={
             "torch._int_mm": Peer(lambda i: torch._int_mm(a8[i], w8[i].t()), SETS),
@@ -58,13 +57,11 @@ def cases(setup: Setup) -> Iterator[Case]:
                 use_fast_accum=fast,
             )  # fmt: skip
 
-        yield Case(
+        yield case(
             f"fp8, {'fast' if fast else 'exact'} sums",
-            shape,
             lambda i, tiles=None, fast=fast: w8a8(a[i], w[i], **scales, fast=fast, tiles=tiles),
             partial(w8a8_ref, a[0], w[0], **scales),
             limit=1e-2 if fast else 4e-3,
-            sets=SETS,
             ops=ops,
             peers={"torch._scaled_mm": Peer(scaled_mm, SETS)},
             targets={"torch._scaled_mm": 0.85},
@@ -75,13 +72,11 @@ def cases(setup: Setup) -> Iterator[Case]:
         "weight_scales": setup.rand(-(-n // 128), k // 128) * 0.01,
         **out,
     }
-    yield Case(
+    yield case(
         "fp8, scales of 128 x 128",
-        shape,
         lambda i: w8a8_blocks(a[i], w[i], **blocks),
         partial(w8a8_blocks_ref, a[0], w[0], **blocks),
         limit=4e-3,
-        sets=SETS,
         ops=ops,
         peers={"cuBLAS bf16": cublas},
     )

@@ -70,9 +70,9 @@ def drafts(setup: Setup) -> Iterator[Case]:
             full_decode(one, k, v)
 
     want = partial(block_attention_ref, one[:1], k[:1], v[:1], chosen[:1], block_size=1)
-    yield Case(
+    case = partial(Case, shape=shape)
+    yield case(
         f"SparseSpec, {stride} draft steps over {budget} keys and their choice",
-        shape,
         round_of_drafts,
         want,
         limit=6e-3,
@@ -82,18 +82,16 @@ def drafts(setup: Setup) -> Iterator[Case]:
         targets={"as many full steps": 10.0},
         note=lambda: "the verification, which leaves its weights, is timed below",
     )
-    yield Case(
+    yield case(
         "SparseSpec's choice alone, shares of keys included",
-        shape,
         lambda i: verify_attention.verified_keys(done, **where),
         lambda: verify_attention.critical_keys_ref(shares, **where),
         limit=0.0,
         error=lambda out, want: different([out], [want]),
         moved=shares_moved + choice_moved,
     )
-    yield Case(
+    yield case(
         "SparseSpec's shares alone",
-        shape,
         lambda i, tiles=None: verify_attention.key_shares(done, tiles=tiles),
         lambda: verify_attention.key_shares_ref(q[:1], k[:1]),
         limit=setup.pick(1e-2, 6e-2),  # the interpreter loses E4M3's carry
@@ -101,9 +99,8 @@ def drafts(setup: Setup) -> Iterator[Case]:
         moved=shares_moved,
         tiles=SHARES if not setup.tiny else (),
     )
-    yield Case(
+    yield case(
         "SparseSpec's best keys alone",
-        shape,
         lambda i, tiles=None: verify_attention.critical_keys(shares, **where, tiles=tiles),
         lambda: verify_attention.critical_keys_ref(shares, **where),
         limit=0.0,
@@ -112,9 +109,8 @@ def drafts(setup: Setup) -> Iterator[Case]:
         tiles=CHOICES if not setup.tiny else (),
         peers={"by a sort": Peer(lambda i: verify_attention.critical_keys_ref(shares, **where))},
     )
-    yield Case(
+    yield case(
         "SparseSpec, a draft step alone",
-        shape,
         lambda i, tiles=None: block_attention(one, k, v, chosen, block_size=1, tiles=tiles),
         want,
         limit=6e-3,
@@ -123,9 +119,8 @@ def drafts(setup: Setup) -> Iterator[Case]:
         peers={"our full decode": Peer(lambda i: full_decode(one, k, v))},
         tiles=GATHERS if not setup.tiny else (),
     )
-    yield Case(
+    yield case(
         f"SparseSpec, verification of {stride + 1} tokens, which leaves its weights",
-        shape,
         lambda i, tiles=None: verify_attention.verify_attention(q, k, v, tiles=tiles).out,
         lambda: head_prefill(q, k, v, streaming=none, sink=0, window=1),
         limit=1e-2,
@@ -133,9 +128,8 @@ def drafts(setup: Setup) -> Iterator[Case]:
         tiles=VERIFIES if not setup.tiny else (),
         peers={"our full decode": Peer(lambda i: full_decode(one, k, v))},
     )
-    yield Case(
+    yield case(
         "our full decode, beside SparseSpec",
-        shape,
         lambda i: full_decode(one, k, v),
         lambda: full_decode_ref(one[:1], k[:1], v[:1]),
         limit=1e-2,

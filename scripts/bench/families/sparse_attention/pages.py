@@ -67,9 +67,9 @@ def pages(setup: Setup) -> Iterator[Case]:
         name = "all heads paged" if paged == groups else "half of the heads streaming"
         yield Case(
             f"LServe, choice and step, {name}",
-            shape,
             step,
             exact,
+            shape=shape,
             limit=6e-3,
             error=first_rows,
             peers=peers,
@@ -78,9 +78,9 @@ def pages(setup: Setup) -> Iterator[Case]:
     blocks = choose_all(q, low, high, page // logical, rule, tokens)
     yield Case(
         "LServe's choice alone, all heads",
-        shape,
         lambda i: choose_all(q, low, high, page // logical, rule, tokens),
         lambda: blocks,
+        shape=shape,
         peers=peers,
     )
 
@@ -106,9 +106,9 @@ def quantized_pages(setup: Setup) -> Iterator[Case]:
     tiles = CacheTiles(block_n=min(64, page))
     yield Case(
         "8-bit cache, chosen pages",
-        shape,
         lambda i: kv8_decode(q, *codes, **shared, **where, tiles=tiles),
         lambda: kv8_decode_ref(q[:1], *(x[:1] for x in codes), **shared, **first),
+        shape=shape,
         limit=1e-2,
         error=first_rows,
         peers={"our 8-bit full decode": Peer(lambda i: kv8_decode(q, *codes, **shared))},
@@ -118,11 +118,11 @@ def quantized_pages(setup: Setup) -> Iterator[Case]:
     params = dict(zip(("k_params", "v_params"), (p for _, p in halves), strict=True))
     yield Case(
         "4-bit cache, chosen pages",
-        shape,
         lambda i: kv4_decode(q, *packed, **params, **where),
         lambda: kv4_decode_ref(
             q[:1], *(x[:1] for x in packed), **{n: p[:1] for n, p in params.items()}, **first
         ),
+        shape=shape,
         limit=1e-2,
         error=first_rows,
         peers={"our 4-bit full decode": Peer(lambda i: kv4_decode(q, *packed, **params))},

@@ -1,6 +1,7 @@
 """XAttention, BLASST and MoBA over long prompts."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from case import Case, Peer, Setup, different, relative_error
@@ -30,7 +31,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 LAST = 64
-"""Queries of a prompt that are held against a reference."""
 """Queries of a prompt that are held against a reference."""
 SHAPES = [TileShape(block_n, stages) for block_n in (64, 128) for stages in (2, 3)]
 ROUTES = [
@@ -62,11 +62,12 @@ def prompts(setup: Setup) -> Iterator[Case]:
     diagonal = (row == row.T) | (row.T == 0)
     chosen = ((wanted | diagonal) & (row >= row.T)).repeat_interleave(heads // groups, dim=1)
     said = f"{float(density(chosen, kv_heads=groups).mean()):.1%} of causal tiles"
+    case = partial(Case, shape=shape)
+    attends = partial(case, limit=2e-2, error=last, peers=peers)
     for stride in (8, 16):
         where = {"block_size": block, "stride": stride if not setup.tiny else 4}
-        yield Case(
+        yield case(
             f"XAttention's estimate, stride {stride}",
-            shape,
             lambda i, where=where: antidiagonal_sums(q, k, **where),
             lambda where=where: antidiagonal_sums_ref(q[:, :2], k[:, :1], **where),
             limit=2e-2,
@@ -80,34 +81,27 @@ def prompts(setup: Setup) -> Iterator[Case]:
             covering_blocks(antidiagonal_sums(q, k, **where), share)
             return tile_attention(q, k, v, chosen, block_size=block)
 
-        yield Case(
+        yield attends(
             f"XAttention, estimate of stride {stride}, choice and tiles",
-            shape,
             estimated,
             lambda: tile_attention_ref(
                 q[:, :, -queries:], k, v, chosen[:, :, -1:], block_size=block
             ),
             limit=6e-3,
-            error=last,
-            peers=peers,
             targets={"PyTorch cuDNN": 2.0},
             note=lambda: said,
         )
-    yield Case(
+    yield attends(
         "prefill over chosen tiles alone",
-        shape,
         lambda i, tiles=None: tile_attention(q, k, v, chosen, block_size=block, tiles=tiles),
         lambda: tile_attention_ref(q[:, :, -queries:], k, v, chosen[:, :, -1:], block_size=block),
         limit=6e-3,
-        error=last,
-        peers=peers,
         note=lambda: said,
         tiles=SHAPES if not setup.tiny else (),
     )
     sums = setup.rand(1, heads, count, count).tril()
-    yield Case(
+    yield case(
         "XAttention's choice alone",
-        shape,
         lambda i: covering_blocks(sums, share),
         lambda: covering_blocks_ref(sums, share),
         limit=0.0,
@@ -120,31 +114,25 @@ def prompts(setup: Setup) -> Iterator[Case]:
         means = block_routing.mean_keys(k, block_size=block)
         return block_routing.gated_blocks(q, means, rule, tokens=tokens)
 
-    yield Case(
+    yield attends(
         f"MoBA, {rule.top_k} blocks of {block}",
-        shape,
         lambda i: block_routing.routed_attention(q, k, v, choose(), block_size=block),
         lambda: block_attention_ref(
             q[:, :, -queries:], k, v, choose()[:, :, -queries:], block_size=block
         ),
-        limit=2e-2,
-        error=last,
-        peers=peers,
         targets={"PyTorch cuDNN": 5.0},
     )
     blocks = choose()
-    yield Case(
+    yield case(
         "MoBA's gate and choice alone",
-        shape,
         lambda i: choose(),
         lambda: blocks,
         limit=0.0,
         error=lambda out, want: different([out], [want]),
     )
     routed = block_routing.route_ref(blocks[:, :1], count)
-    yield Case(
+    yield case(
         "MoBA's queries by block alone",
-        shape,
         lambda i: block_routing.route(blocks, count),
         lambda: routed,
         limit=0.0,
@@ -153,26 +141,21 @@ def prompts(setup: Setup) -> Iterator[Case]:
         ),
         peers={"by a sort": Peer(lambda i: block_routing.route_ref(blocks, count))},
     )
-    yield Case(
+    yield attends(
         "MoBA, attention without the gate",
-        shape,
         lambda i, tiles=None: block_routing.routed_attention(
             q, k, v, blocks, block_size=block, tiles=tiles
         ),
         lambda: block_attention_ref(
             q[:, :, -queries:], k, v, blocks[:, :, -queries:], block_size=block
         ),
-        limit=2e-2,
-        error=last,
-        peers=peers,
         tiles=ROUTES if not setup.tiny else (),
     )
     hot_keys(q, k, block)
     tiles = skip_softmax.SkipTiles(rows=block, keys=block)
     none = torch.zeros(groups, dtype=torch.bool, device=setup.device)
-    yield Case(
+    yield case(
         "BLASST, prefill",
-        shape,
         lambda i, tiles=tiles: skip_softmax.skip_prefill(q, k, v, threshold=1e-3, tiles=tiles).out,
         lambda: head_prefill(q, k, v, streaming=none, sink=0, window=1)[:, :, -queries:],
         limit=2e-2,

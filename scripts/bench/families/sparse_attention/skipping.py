@@ -44,9 +44,9 @@ def skipping_steps(setup: Setup) -> Iterator[Case]:
     tiles = skip_softmax.SkipTiles(keys=size, num_warps=4)
     yield Case(
         "BLASST, decode",
-        f"{batch}x{heads}/{groups}x{tokens}",
         lambda i, tiles=tiles: skip_softmax.skip_decode(q, k, v, threshold=1e-3, tiles=tiles).out,
         lambda: full_decode_ref(q[:1], k[:1], v[:1]),
+        shape=f"{batch}x{heads}/{groups}x{tokens}",
         limit=2e-2,
         error=first_rows,
         moved=nbytes(k, v),
