@@ -43,8 +43,12 @@ def packed(
         return schemes.linears[linear.name] if alike else linear.name
 
     def encoded(linears: Linears) -> dict[str, Tensor]:
-        """Tensors of linears of one shape, one above the other where there is one a row."""
+        """Tensors of linears of one shape, one above the other where there is one a row. Of codes
+        that wait in main memory they wait there, too."""
         first, every = linears[0], [unit.quantized[x.name] for x in linears]
+        home = every[0].device
+        if unit.device is not None:
+            every = [q.to(unit.device) for q in every]
         scheme = schemes.linears[first.name]
         for q in every:
             assert q.spec == scheme.weight, f"{first.name}: not {scheme.weight}, but {q.spec}"
@@ -54,10 +58,11 @@ def packed(
             return format.encode(q, model_dtype=dtype, input=scheme.input, input_scale=scale)
 
         if len(linears) == 1:
-            return encode(every[0])
+            return {n: t.to(home) for n, t in encode(every[0]).items()}
         together, one = encode(QTensor.above(every)), encode(every[0])
         alike = leaves(first)
-        return {n: one[n] if t.shape == alike[n].shape else t for n, t in together.items()}
+        found = {n: one[n] if t.shape == alike[n].shape else t for n, t in together.items()}
+        return {n: t.to(home) for n, t in found.items()}
 
     def made(stacks: Sequence[Linears]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ from compressor.checkpoint.one_reading import is_tied
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.errors import InputError
 from compressor.formats.base import Format, ModelSchemes
-from compressor.ir.floats import narrow, replaced
+from compressor.ir.floats import home_of, narrow, replaced
 from compressor.ir.layout import Linear, TensorRef, UnitLayout, is_weight, weight_name
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import Scheme
@@ -181,7 +181,7 @@ class ModelTarget:
         for name, spec in shapes.items():
             if name not in outputs and name not in packs:
                 made_of = floats[name] if name in floats else narrow(unit.tensors, name)
-                outputs[name] = made_of.to(spec.dtype)
+                outputs[name] = made_of.to(home_of(unit.tensors, name), spec.dtype)
                 if spec.dtype == torch.float16:
                     halves[name] = torch.isfinite(outputs[name]).all()
         lost = [name for name, good in halves.items() if not bool(good)]

@@ -74,9 +74,10 @@ class Floats(Mapping[str, Tensor]):
 
     def narrow(self, name: str) -> Tensor:
         """A tensor of the same values in the dtype that it is held in, where nothing changed it."""
-        here = self._here(name)
-        if not isinstance(here, Tensor) or name in self._changes:
+        if not isinstance(self._stored[name], Tensor) or name in self._changes:
             return self[name]
+        here = self._here(name)
+        assert isinstance(here, Tensor)
         return here if here.dtype.itemsize <= torch.float32.itemsize else here.float()
 
     def holds(self, name: str) -> bool:
@@ -88,8 +89,11 @@ class Floats(Mapping[str, Tensor]):
 
     def waits(self, name: str) -> bool:
         """Whether a tensor is not where it is read."""
-        stored = self._stored[name]
-        return self.device is not None and stored.device != self.device
+        return self.device is not None and self._stored[name].device != self.device
+
+    def home(self, name: str) -> torch.device:
+        """Where a tensor is held."""
+        return self._stored[name].device
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's, which is not made for it."""
@@ -99,9 +103,14 @@ class Floats(Mapping[str, Tensor]):
         """What a tensor is made of: of the same objects, in this order, always the same."""
         return (self._stored[name], *self._changes.get(name, ()))
 
-    def replaced(self, tensors: Mapping[str, Tensor]) -> Floats:
-        """These with some of them replaced, or more."""
-        changes = {name: done for name, done in self._changes.items() if name not in tensors}
+    def replaced(self, by: Mapping[str, Tensor | Packed]) -> Floats:
+        """These with some of them replaced, or more; what takes the place of one that waits
+        elsewhere waits there, too."""
+        changes = {name: done for name, done in self._changes.items() if name not in by}
+        tensors = {
+            name: value.to(self.home(name)) if name in self and self.waits(name) else value
+            for name, value in by.items()
+        }
         return Floats({**self._stored, **tensors}, changes, device=self.device)
 
     def changed(self, changes: Mapping[str, Change]) -> Floats:
@@ -116,11 +125,46 @@ class Floats(Mapping[str, Tensor]):
         return Floats(rest, left, device=self.device)
 
 
+class Moved(Mapping[str, Tensor]):
+    """Tensors that are brought to a device when they are read, each time.
+
+    dtype  that they get there, if another
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.tensors, self.device, self.dtype = tensors, device, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].to(self.device, self.dtype, non_blocking=True)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
 def replaced(tensors: Mapping[str, Tensor], by: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors with some of them replaced, or more; those that stay are not made for it."""
+    if isinstance(tensors, Moved):
+        return Moved(replaced(tensors.tensors, by), tensors.device, tensors.dtype)
     return tensors.replaced(by) if isinstance(tensors, Floats) else {**tensors, **by}
 
 
 def narrow(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A tensor as it is held, where that has the same values."""
     return tensors.narrow(name) if isinstance(tensors, Floats) else tensors[name]
+
+
+def home_of(tensors: Mapping[str, Tensor], name: str) -> torch.device | None:
+    """Where a tensor waits that is read elsewhere; None for any other."""
+    waits = isinstance(tensors, Floats) and name in tensors and tensors.waits(name)
+    return tensors.home(name) if waits and isinstance(tensors, Floats) else None

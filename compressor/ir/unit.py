@@ -75,10 +75,14 @@ class Unit:
         return self.with_codes([(linear, q)])
 
     def with_codes(self, coded: Iterable[tuple[Linear, QTensor]]) -> Unit:
-        """This unit with the weights of some linears replaced by QTensors."""
+        """This unit with the weights of some linears replaced by QTensors, which lie where those
+        lay."""
         by_name = {linear.weight_name: (linear.name, q) for linear, q in coded}
         rest = self.tensors
         if isinstance(rest, Floats):
+            for name, (path, q) in by_name.items():
+                if name in rest and rest.waits(name):
+                    by_name[name] = path, q.to(rest.home(name))
             rest = rest.without(by_name.keys())
         else:
             rest = {k: v for k, v in rest.items() if k not in by_name}
@@ -96,18 +100,31 @@ class Unit:
             made[site] = made[site] * divisor if site in made else divisor
         return replace(self, divisors=made)
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where tensors are read that wait elsewhere; None where none do."""
+        return self.tensors.device if isinstance(self.tensors, Floats) else None
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Mapping[str, Tensor]:
-        """Every original tensor in float, quantized ones as what they stand for, in `dtype`."""
+        """Every original tensor in float, quantized ones as what they stand for, in `dtype`; where
+        some wait elsewhere all are made when they are read, in float32."""
+        if self.device is not None and isinstance(self.tensors, Floats):
+            return self.tensors.replaced({weight_name(n): q for n, q in self.quantized.items()})
         weights = {weight_name(name): q.dequantize(dtype) for name, q in self.quantized.items()}
         return replaced(self.tensors, weights)
 
 
 class Dequantized(Mapping[str, Tensor]):
     """`Unit.dequantized`, each tensor of which is made when it is read; of experts of one shape
-    several are made at a time, and held until they are read."""
+    several are made at a time, and held until they are read.
 
-    def __init__(self, unit: Unit, dtype: torch.dtype) -> None:
-        self._unit, self._dtype = unit, dtype
+    device  where they are made; if None, where the codes are
+    """
+
+    def __init__(
+        self, unit: Unit, dtype: torch.dtype, *, device: torch.device | None = None
+    ) -> None:
+        self._unit, self._dtype, self._device = unit, dtype, device
         self._coded = {weight_name(name): name for name in unit.quantized}
         coded = [x for x in unit.layout.linears if x.name in unit.quantized]
         stacks = of_one_shape(coded, self._kind)
@@ -121,15 +138,20 @@ class Dequantized(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         coded = self._coded.get(name)
         if coded is None:
-            return self._unit.tensors[name]
+            plain = self._unit.tensors[name]
+            return plain if self._device is None else plain.to(self._device)
         stack = self._stacks.get(name)
         if stack is None:
-            return self._unit.quantized[coded].dequantize(self._dtype)
+            return self._codes(coded).dequantize(self._dtype)
         if name not in self._made:
-            whole = QTensor.above([self._unit.quantized[x.name] for x in stack])
+            whole = QTensor.above([self._codes(x.name) for x in stack])
             parts = whole.dequantize(self._dtype).chunk(len(stack))
             self._made |= {x.weight_name: part for x, part in zip(stack, parts, strict=True)}
         return self._made.pop(name)
+
+    def _codes(self, path: str) -> QTensor:
+        codes = self._unit.quantized[path]
+        return codes if self._device is None else codes.to(self._device)
 
     def __contains__(self, name: object) -> bool:
         return name in self._coded or name in self._unit.tensors

@@ -23,6 +23,7 @@ from compressor.ir.same_shape import of_one_shape
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import PassPlan, UnitPlan
 from compressor.plan.verify_memory import parameters, source_bytes, verifying_bytes
+from compressor.runner.expert_groups import experts_at_once
 
 STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
 """What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
@@ -50,6 +51,7 @@ class Estimates:
 
     batch    rows in one forward pass
     offload  whether hidden states wait in main memory between blocks, since the device has no room
+    experts_apart  whether experts do, too, and some at a time are on the device
     """
 
     source_bytes: int
@@ -59,6 +61,7 @@ class Estimates:
     batch: int
     seconds: float
     offload: bool = False
+    experts_apart: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,8 +80,11 @@ def estimate(
     """
     kind = device.type
     inputs, offload = _input_bytes(plan, device), False
+    apart = experts_apart(plan, device=device, device_memory=device_memory)
     batch = batch_rows(plan, device=device, device_memory=device_memory)
-    working = max(_working_bytes(plan, unit, device=device, batch=batch) for unit in plan.units)
+    working = max(
+        _working_bytes(plan, unit, device=device, batch=batch, apart=apart) for unit in plan.units
+    )
     if device_memory is not None and kind == "cuda" and not any(u.tuned for u in plan.units):
         offload = inputs + working > device_memory
     raw = [sum(source_bytes(plan, unit.layout)) for unit in plan.units]
@@ -90,11 +96,12 @@ def estimate(
     idle = not (plan.calibrated or plan.recipe.evaluate is not None or _audited_tokens(plan))
     started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
     host = resident + started + streams
-    held, learning = 0, _learning_bytes(plan, device)
+    held, learning = 0, _learning_bytes(plan, device, apart=apart)
     if kind == "cuda":
         held = max(working if offload else inputs + working, learning)
         # They wait in float32.
         host += inputs * 4 // plan.compute_dtype(device).itemsize if offload else 0
+        host += max(_codes_of_experts(plan, unit) for unit in plan.units) if apart else 0
     else:
         host += max(inputs + working, learning)
     verifying, verified_there = verifying_bytes(plan, device)
@@ -112,10 +119,11 @@ def estimate(
         batch=batch,
         seconds=_seconds(plan, device),
         offload=offload,
+        experts_apart=apart,
     )
 
 
-def _learning_bytes(plan: Plan, device: torch.device) -> int:
+def _learning_bytes(plan: Plan, device: torch.device, *, apart: bool) -> int:
     """The whole model, and its base where there is one, for passes that learn through its depth; a
     block for others."""
     dtype = plan.compute_dtype(device)
@@ -123,7 +131,9 @@ def _learning_bytes(plan: Plan, device: torch.device) -> int:
     if not costs:
         # A teacher's scores of some queries, in float32, four times over; one block beside them.
         pieces = 16 * PIECE_ELEMENTS[device.type] if _learning_scores(plan) else 0
-        streamed = max(_working_bytes(plan, u, device=device, batch=1) for u in plan.units)
+        streamed = max(
+            _working_bytes(plan, u, device=device, batch=1, apart=apart) for u in plan.units
+        )
         return max([pieces + streamed, *(p.cost(dtype).memory for p in plan.passes)])
     entries = plan.source.checkpoint.entries.values()
     count = sum(torch.Size(entry.spec.shape).numel() for entry in entries)
@@ -142,13 +152,36 @@ def _learning_bytes(plan: Plan, device: torch.device) -> int:
     return dtype.itemsize * (count + base + 2 * block) + base // 8 + beside
 
 
+def experts_apart(plan: Plan, *, device: torch.device, device_memory: int | None) -> bool:
+    """Whether a block's experts do not fit beside each other, and can be worked on some at a time:
+    not where a block runs with gradients, or with data in the model as a whole."""
+    if device_memory is None or device.type != "cuda" or any(unit.tuned for unit in plan.units):
+        return False
+    return any(
+        unit.layout.experts and _working_bytes(plan, unit, device=device, batch=1) > device_memory
+        for unit in plan.units
+    )
+
+
+def _codes_of_experts(plan: Plan, unit: UnitPlan) -> int:
+    """Codes of a unit's experts, a byte each, which wait in main memory until they are packed."""
+    schemes, linears = plan.schemes.linears, unit.layout.linears
+    coded = [x for x in linears if x.expert is not None and schemes[x.name].weight is not None]
+    return sum(math.prod(x.shape) for x in coded)
+
+
 def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = None) -> int:
     """Rows of calibration tokens in one forward pass."""
     length, samples = plan.recipe.calibration.length, plan.recipe.calibration.samples
     batch = min(samples, max(1, TOKENS_PER_BATCH[device.type] // length))
     if device_memory is not None:
-        fixed = _input_bytes(plan, device)
-        fixed += max(_working_bytes(plan, unit, device=device, batch=0) for unit in plan.units)
+        fixed, apart = (
+            _input_bytes(plan, device),
+            experts_apart(plan, device=device, device_memory=device_memory),
+        )
+        fixed += max(
+            _working_bytes(plan, unit, device=device, batch=0, apart=apart) for unit in plan.units
+        )
         row = max(_row_bytes(plan, unit.layout, device) for unit in plan.units)
         batch = max(1, min(batch, int((device_memory - fixed) // max(row, 1))))
     return batch
@@ -249,29 +282,40 @@ def _row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
     return length * size * (4 * widest + 4 * _hidden(plan)) + scores * size
 
 
-def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: int) -> int:
+def _working_bytes(
+    plan: Plan, unit: UnitPlan, *, device: torch.device, batch: int, apart: bool = False
+) -> int:
     """What is alive while passes work on a unit: weights as the runner has them, experts once more
     where its stacks have their rows otherwise, all in float32 only where a method needs that;
-    statistics, and the largest matrix a few times over."""
+    statistics, and the largest matrix a few times over.
+
+    apart  experts and their codes wait in main memory, but for a group of them
+    """
     layout, count = unit.layout, parameters(plan, unit.layout)
+    experts = [x for x in layout.linears if x.expert is not None]
+    away = 0
+    if apart and experts:
+        # One group is built while its experts come one after the other.
+        of_all = sum(math.prod(x.shape) for x in experts)
+        away = of_all - of_all * min(experts_at_once(layout) + 2, layout.experts) // layout.experts
+        count -= away
     width = plan.compute_dtype(device).itemsize
     runtime = width * count if plan.calibrated or device.type == "cuda" else 0
     if not unit.steps:
         return runtime + 4 * count
     grams = beside = 0
-    experts = [x for x in layout.linears if x.expert is not None]
     if experts and unit.calibrated:
         stacks = plan.source.arch.runtime.stacks
         if device.type == "cuda" and any(x.interleaved or x.transposed for x in stacks):
-            runtime += width * sum(x.out_features * x.in_features for x in experts)
+            runtime += width * (sum(math.prod(x.shape) for x in experts) - away)
         # What went to them all, and a stack of them at a time.
         beside += (
             plan.recipe.calibration.samples
             * plan.recipe.calibration.length
             * (width * _hidden(plan))
         )
-        apart = [x for x in experts if x.role == "expert.down" and x.site in unit.needs]
-        together = [(len(x), x[0].in_features) for x in of_one_shape(apart, lambda x: x.role)]
+        downs = [x for x in experts if x.role == "expert.down" and x.site in unit.needs]
+        together = [(len(x), x[0].in_features) for x in of_one_shape(downs, lambda x: x.role)]
         # Each by itself, and one above the other.
         grams += max((4 * n * size**2 * (2 if n > 1 else 1) for n, size in together), default=0)
     if any(_wide(plan.passes[number]) for number in unit.steps):
@@ -288,7 +332,7 @@ def _working_bytes(plan: Plan, unit: UnitPlan, *, device: torch.device, batch: i
     linears = [x for x in layout.linears if not x.beside or plan.schemes.linears[x.name].weight]
     worked_on = of_one_shape(linears, lambda x: x.role == "expert.down")
     largest = max((sum(math.prod(x.shape) for x in some) for some in worked_on), default=count)
-    codes = sum(x.out_features * x.in_features for x in linears)
+    codes = sum(x.out_features * x.in_features for x in linears) - away
     rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
     tuning = 0
     for wanted in unit.seen:

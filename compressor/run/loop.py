@@ -22,7 +22,6 @@ from torch import Tensor
 
 from compressor.checkpoint.background import CommitQueue
 from compressor.checkpoint.shards import ShardWriter
-from compressor.checkpoint.source import require_finite
 from compressor.checkpoint.target import NONE
 from compressor.errors import Interrupted
 from compressor.ir.qtensor import QTensor
@@ -35,10 +34,12 @@ from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
 from compressor.run.observers import observer, observer_beside, observer_of_head
 from compressor.run.original import not_observed, rotated, start_of, values_of
+from compressor.run.placing import placed
 from compressor.run.reading import Reader
 from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import Block
+from compressor.runner.expert_groups import experts_at_once
 from compressor.runner.process_memory import peak_rss
 from compressor.runner.rounds import every_row
 from compressor.runner.source_model import SourceModel
@@ -72,7 +73,7 @@ class _Worked(NamedTuple):
     own: dict[str, Tensor]
     others: dict[str, Tensor]
     rows: list[dict[str, Any]]
-    originals: dict[str, Tensor]
+    originals: Mapping[str, Tensor]
     coded: Mapping[str, QTensor]
 
 
@@ -109,7 +110,13 @@ class Loop:
         dtype = plan.compute_dtype(settings.device)
         # What one rank found in the store and another ran would leave them apart.
         kept = settings.activations if ranks.world == 1 else None
-        model = SourceModel(plan.source, device=settings.device, dtype=dtype, activations=kept)
+        model = SourceModel(
+            plan.source,
+            device=settings.device,
+            dtype=dtype,
+            activations=kept,
+            experts=experts_at_once if settings.experts_apart else None,
+        )
         execution = Execution(
             settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks
         )
@@ -203,9 +210,9 @@ class Loop:
         step.run(tensors=tensors, batches=self._own(record["batches"], step.stream))
         if self._beside(unit):
             assert source is not None and self.originals is not None
-            dtype, device = self.plan.compute_dtype(self.settings.device), self.settings.device
-            moved = {n: t.to(device) for n, t in source.dequantized(dtype).items()}
-            originals = self._rotated(step.index, source, moved)
+            originals = self._rotated(
+                step.index, source, placed(self.plan, unit, source, self.settings)
+            )
             batches = self._own(record["original_batches"], self.originals)
             step.run(self.originals, tensors=originals, batches=batches)
 
@@ -229,7 +236,7 @@ class Loop:
         decoded = self.plan.target.decode(
             unit.layout, outputs, coded=coded, ranks=self.settings.ranks
         )
-        return Dequantized(decoded, dtype)
+        return Dequantized(decoded, dtype, device=self.settings.brought_to)
 
     def _next_inputs(self, step: Step, worked: _Worked) -> dict[str, list[int]]:
         """Make the inputs of the next unit, where one needs them, and return the batches."""
@@ -261,21 +268,14 @@ class Loop:
     def _work(self, step: Step) -> _Worked:
         """What becomes of one unit."""
         unit, device, source = self.plan.units[step.index], self.settings.device, step.take()
-        layout, dtype = unit.layout, self.plan.compute_dtype(device)
-        read, names = source.dequantized(dtype), self.plan.source.arch.runtime
-        if layout.kind == "block" and unit.calibrated and device.type == "cuda":
-            moved = names.placed(layout, read, device)
-        else:
-            moved = {name: t.to(device, non_blocking=True) for name, t in read.items()}
-        require_finite(moved)
+        layout, moved = unit.layout, placed(self.plan, unit, source, self.settings)
         # The next but one is read into this page-locked memory, which is free once all is done that
         # the GPU was asked to before it was given back: now, and not after the whole block.
         source = replace(source, tensors={}, quantized={})
-        del read
         if layout.kind == "head" and self.plan.recipe.untie and self.plan.layout.tied:
             tied = self.plan.layout.tied
             shared = self.plan.source.checkpoint.read([tied])[tied].to(device)
-            moved |= {linear.weight_name: shared for linear in layout.linears}
+            moved = {**moved, **{linear.weight_name: shared for linear in layout.linears}}
         original = self._rotated(step.index, source, moved)
         with ExitStack() as stack:
             look, look_beside, tune = self._observers(step, moved, original, stack)
@@ -292,7 +292,7 @@ class Loop:
                 base=self.plan.target.base_weights(layout),
                 ranks=self.settings.ranks,
             )
-        kept = dict(original) if self._from_source(unit) or self._beside(unit) else {}
+        kept = original if self._from_source(unit) or self._beside(unit) else {}
         ranks = self.settings.ranks
         own, others = self.plan.target.encode_with(current, ranks=ranks)
         # The leading rank's decides of what is no one rank's.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compressor.ir.floats import Floats
+from compressor.ir.floats import Floats, Moved
 from compressor.ir.unit import Unit
 from compressor.methods.common.learned import Learned
 from compressor.plan.plan import Plan
@@ -30,7 +30,7 @@ def start_of(
 ) -> Unit:
     """A unit in float32, as passes work on it, with what model passes add to it.
 
-    moved  its tensors on the device
+    moved  its tensors on the device, or such as are brought there
     """
     unit = plan.units[index]
     added = {
@@ -39,7 +39,7 @@ def start_of(
         for name, tensor in found.result.extra.items()
         if name in unit.outputs
     }
-    tensors = dict(moved)
+    tensors = dict(moved.tensors if isinstance(moved, Moved) else moved)
     extra = {**source.extra, **added}
     picked = {name for number in unit.steps for name in plan.passes[number].names}
     for linear in source.layout.linears:
@@ -47,12 +47,13 @@ def start_of(
             weight = extra.pop(linear.weight_name, None)
             if weight is not None:
                 tensors[linear.weight_name] = weight.to(device)
-    return Unit(layout=source.layout, tensors=Floats(tensors), extra=extra)
+    floats = Floats(tensors, device=device if isinstance(moved, Moved) else None)
+    return Unit(layout=source.layout, tensors=floats, extra=extra)
 
 
 def rotated(
     plan: Plan, index: int, start: Unit, learned: Mapping[int, Outcome], *, dtype: torch.dtype
-) -> dict[str, Tensor] | None:
+) -> Mapping[str, Tensor] | None:
     """The original's weights in the basis that hidden states have in the written model; None where
     that is its own. It follows from the weights alone, so that a resumed run finds it again."""
     unit = plan.units[index]
@@ -75,8 +76,10 @@ def values_of(learned: Mapping[int, Outcome]) -> dict[int, Learned]:
     return {number: found.result.value for number, found in learned.items()}
 
 
-def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same tensors in another dtype."""
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The same tensors in another dtype, those that wait elsewhere when they are read."""
+    if isinstance(tensors, Floats) and tensors.device is not None:
+        return Moved(tensors, tensors.device, dtype)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 

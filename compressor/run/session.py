@@ -313,6 +313,7 @@ def compile_checkpoint(
             device=prepared.device,
             batch=prepared.batch,
             offload=prepared.estimates.offload,
+            experts_apart=prepared.estimates.experts_apart,
             activations=prepared.activations,
             on_unit=unit_done,
             on_step=on_step,

@@ -42,6 +42,7 @@ class JobSettings:
 
     batch     rows of calibration tokens in one forward pass, if memory allows
     offload   whether hidden states wait in main memory between blocks
+    experts_apart  whether experts wait in main memory, and some at a time are on the device
     activations  where hidden states are kept for other passes and runs
     on_unit   called after each unit
     on_step   called after each step of other work: its name, how many are done, how many there are
@@ -55,6 +56,7 @@ class JobSettings:
     device: torch.device
     batch: int
     offload: bool = False
+    experts_apart: bool = False
     activations: Activations | None = None
     on_unit: Callable[[UnitDone], None] = lambda done: None
     on_step: Progress = lambda name, done, total: None
@@ -62,6 +64,11 @@ class JobSettings:
     on_fit: FitProgress = lambda name, done, total, loss: None
     stopping: Callable[[], bool] = lambda: False
     ranks: Ranks = ALONE
+
+    @property
+    def brought_to(self) -> torch.device | None:
+        """Where weights and codes are worked on that wait elsewhere; None where none do."""
+        return self.device if self.experts_apart else None
 
     def check_stop(self) -> None:
         """Raises Interrupted when asked to stop."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from compressor.checkpoint.source import open_source
 from compressor.plan.estimate import STARTED_BYTES, estimate
 from compressor.plan.plan import make_plan
-from compressor.plan.recipe import make_recipe
+from compressor.plan.recipe import Recipe, make_recipe
+from compressor.run.session import compile_checkpoint, prepare
+from compressor.runner import expert_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 SLACK = 0.25
@@ -117,6 +120,49 @@ def test_inputs_wait_in_main_memory_where_the_device_has_no_room_for_them(
     hidden = plan.layout.sizes.hidden
     assert least.host_bytes - free.host_bytes == 4 * 64 * 128 * hidden  # in float32
     assert least.device_bytes < tight.device_bytes
+
+
+def test_experts_wait_in_main_memory_where_they_do_not_fit_beside_each_other(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    plan = make_plan(experts(tiny_model, tmp_path / "out"), open_source(tiny_model("qwen3_moe")))
+    device = torch.device("cuda")
+    free = estimate(plan, device=device, resident=0)
+    assert not free.experts_apart
+    tight = estimate(plan, device=device, resident=0, device_memory=1)
+    assert tight.experts_apart
+    weights = [x for x in plan.layout.blocks[0].linears if x.expert is not None]
+    codes = sum(x.out_features * x.in_features for x in weights)
+    hidden = 4 * 4 * 32 * plan.layout.sizes.hidden
+    assert tight.host_bytes - free.host_bytes == codes + hidden
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_experts_that_come_in_groups_are_written_to_the_same_bytes(
+    method: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, *, apart: bool) -> dict[str, bytes]:
+        recipe = experts(tiny_model, tmp_path / name, method)
+        prepared = prepare(recipe, device=torch.device("cpu"))
+        estimates = replace(prepared.estimates, experts_apart=apart)
+        made = compile_checkpoint(replace(prepared, estimates=estimates))
+        return {file.name: file.read_bytes() for file in made.output.glob("*.safetensors")}
+
+    beside = run("beside", apart=False)
+    monkeypatch.setattr(expert_groups, "WEIGHTS", 1)
+    assert beside == run("apart", apart=True)
+
+
+def experts(tiny_model: Callable[..., Path], output: Path, method: str = "awq") -> Recipe:
+    return make_recipe(
+        {
+            "model": str(tiny_model("qwen3_moe")),
+            "output": str(output),
+            "passes": [{method: {"bits": 4, "group_size": 32, "min_tokens": 1}}],
+            "calibration": {"samples": 4, "length": 32},
+            "verify": False,
+        }
+    )
 
 
 @pytest.mark.slow
