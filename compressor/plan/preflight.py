@@ -109,7 +109,7 @@ def check_model(source: Source, observed: Collection[str] = ()) -> None:
         raise Problems(problems)
     with foreign(REFUSED):
         arguments = runner.arguments_of(1, LENGTH, {})
-    hidden = torch.empty(1, LENGTH, _size(source), dtype=DTYPE, device="meta")
+    hidden = torch.empty(1, LENGTH, layout.sizes.hidden, dtype=DTYPE, device="meta")
     handing = runner.names.handed
     handed = of_tokens(handing, arguments)
     with torch.no_grad(), foreign(REFUSED):
@@ -173,11 +173,6 @@ def _differences(
         for names, what in found
         if names
     ]
-
-
-def _size(source: Source) -> int:
-    """Channels of the hidden states."""
-    return source.layout.sizes.hidden
 
 
 def _forward(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Any:

@@ -63,16 +63,15 @@ def _badge(found: Data, of: str = "") -> str:
 
 def _findings(found: Data) -> str:
     rows = [
-        [*map(escape, (f["level"], f["check"], f["tensor"], f["message"])), _listed(f["rows"])]
+        [
+            *map(escape, (f["level"], f["check"], f["tensor"], f["message"])),
+            ", ".join(map(str, f["rows"])),
+        ]
         for f in found["findings"]
     ]
     head = ["level", "check", "tensor", "what", "rows"]
     shown = table(head, rows, names=(2,), texts=(3, 4)) if rows else "<p>No finding.</p>"
     return f"{shown}<p>{found['tensors']} tensors were looked at.</p>"
-
-
-def _listed(rows: list[int]) -> str:
-    return ", ".join(map(str, rows))
 
 
 def _tokens(sweep: Data) -> str:

@@ -194,7 +194,8 @@ def allocate(sensitivity: Sensitivity, bits_per_weight: float) -> list[int]:
 
 def _hull(options: Sequence[Option]) -> list[int]:
     """Indices of the lower convex hull of error over size, from the smallest option on."""
-    order = sorted(range(len(options)), key=lambda i: _key(options[i]))
+    at = [(option.bits_per_weight, option.error) for option in options]
+    order = sorted(range(len(options)), key=at.__getitem__)
     hull: list[int] = []
     for i in order:
         b = options[i]
@@ -208,10 +209,6 @@ def _hull(options: Sequence[Option]) -> list[int]:
             hull.pop()
         hull.append(i)
     return hull
-
-
-def _key(option: Option) -> tuple[float, float]:
-    return (option.bits_per_weight, option.error)
 
 
 def _improvement(

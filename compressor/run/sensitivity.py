@@ -71,7 +71,8 @@ def plans_of_bits(
                     "which is not done here",
                     hint="leave it out of the recipe that is measured",
                 )
-        heads = [n for n in plan.passes[-1].names if n in _head(source)]
+        own = {linear.name for linear in source.layout.head.linears}
+        heads = [n for n in plan.passes[-1].names if n in own]
         if heads:
             raise InputError(
                 f"{heads[0]} has no block to be measured in", hint="leave it in `ignore`"
@@ -254,7 +255,3 @@ def at_most_a_nat(divergence: Tensor) -> Tensor:
     without it, and bounded, 0.259; 0.260 are measured.
     """
     return divergence / (1 + divergence)
-
-
-def _head(source: Source) -> set[str]:
-    return {linear.name for linear in source.layout.head.linears}

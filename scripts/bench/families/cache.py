@@ -20,9 +20,11 @@ def cases(setup: Setup) -> Iterator[Case]:
     part = slice(0, 1)  # the references repeat keys in fp64
     case = partial(Case, shape=shape, limit=6e-3, error=first_rows)
     yield case(
-        "bf16",  bf16["bf16 cache"].run, partial(full_decode_ref, q[part], k[part], v[part]), 
-          moved=nbytes(k, v),
-    )  # fmt: skip
+        "bf16",
+        bf16["bf16 cache"].run,
+        partial(full_decode_ref, q[part], k[part], v[part]),
+        moved=nbytes(k, v),
+    )
     scale = torch.full((1,), 0.04, device=setup.device)
     scales = {"k_scale": scale, "v_scale": scale}
     for name, codes in (("KV8 int8", torch.int8), ("KV8 fp8", torch.float8_e4m3fn)):
