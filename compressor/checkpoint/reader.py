@@ -21,6 +21,8 @@ from compressor.errors import CompressError, InputError, Problems, several
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.layout import weight_name
 
+POLICY_TENSORS = "attention_policy.safetensors"
+"""Gates and scores of an attention policy: no weights of the model, and they go where it goes."""
 STEM = "model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
 SINGLE_NAME = f"{STEM}.safetensors"
@@ -246,7 +248,8 @@ def other_weights(folder: Path, entries: Mapping[str, Entry], *, indexed: bool) 
     adapter beside a model is applied by one and not by the other.
     """
     used, stem = {entry.file.name for entry in entries.values()}, stem_of(folder)
-    others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in used)
+    known = {*used, POLICY_TENSORS}
+    others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in known)
     if indexed and (folder / SINGLE_NAME).is_file() and used - {SINGLE_NAME}:
         named = ", ".join(sorted(used - {SINGLE_NAME})[:2])
         raise InputError(

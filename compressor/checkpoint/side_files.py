@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compressor.checkpoint.lfs import is_pointer, pointer_error
-from compressor.checkpoint.reader import DIFFUSION, STEM, index_name
+from compressor.checkpoint.reader import DIFFUSION, POLICY_TENSORS, STEM, index_name
 from compressor.errors import InputError, several
 from compressor.foreign.untrusted import parse_json
 
@@ -40,8 +40,6 @@ WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
     *(".ot", ".npz", ".index.json"),
 )
-POLICY_TENSORS = "attention_policy.safetensors"
-"""Gates and scores of an attention policy: no weights of the model, and they go where it goes."""
 OWN = (
     *("config.json", "readme.md", "manifest.json", "recipe.yaml", "report.json", "report.html"),
     *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),

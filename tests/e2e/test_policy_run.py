@@ -245,6 +245,7 @@ def test_the_command_line_shows_and_exports(composed: Path, tmp_path: Path) -> N
     assert "2 of 4 KV heads streaming (2 sinks + 8 recent; positions by text)" in shown.output
     inspected = runner.invoke(cli, ["inspect", str(composed)])
     assert "attention   2 of 4 KV heads streaming" in inspected.output
+    assert "left out" not in inspected.output
     (tmp_path / "video").mkdir()
     for file in composed.iterdir():
         if file.is_file():
