@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from compressor.ir.floats import elsewhere, on_device
 from compressor.ir.layout import Linear, Rows, TensorRef, UnitLayout, bias_name, weight_name
 
 Handing = Mapping[str, int | Literal["tokens", "filled"]]
@@ -87,7 +88,8 @@ class Stack:
         into: str,
         transposed: bool,
     ) -> dict[str, Tensor]:
-        """The stack's tensors, by name relative to the block, from those of its linears."""
+        """The stack's tensors, by name relative to the block, from those of these experts'
+        linears."""
         found = {into: self._stacked(block, experts, tensors, weight_name)}
         if transposed:
             found[into] = found[into].transpose(1, 2).contiguous()
@@ -118,19 +120,23 @@ class Stack:
                     yield bias_name(f"{block}.{source.format(e=e)}")
 
     def place(
-        self, block: str, experts: int, tensors: Mapping[str, Tensor], device: torch.device
+        self,
+        block: str,
+        experts: Sequence[int],
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
     ) -> dict[str, Tensor]:
         """Copies on a device of the weights that it is built from, laid out so that building it
         takes no other copy; none where it has them otherwise than one after the other."""
         if self.interleaved or self.transposed:
             return {}
-        names = self._names(block, range(experts), weight_name)
+        names = self._names(block, experts, weight_name)
         first = [tensors[n] for n in names[0]]
         rows = [tensor.shape[0] for tensor in first]
         if any(tensors[n].dtype != first[0].dtype for expert in names for n in expert):
             return {}
         out = torch.empty(
-            experts, sum(rows), first[0].shape[1], dtype=first[0].dtype, device=device
+            len(names), sum(rows), first[0].shape[1], dtype=first[0].dtype, device=device
         )
         found = {}
         for e, expert in enumerate(names):
@@ -323,14 +329,21 @@ class RuntimeNames:
         self, unit: UnitLayout, tensors: Mapping[str, Tensor], device: torch.device
     ) -> dict[str, Tensor]:
         """A block's tensors on a device, experts as parts of the stacks of `block_state`."""
-        experts = unit.experts
         found: dict[str, Tensor] = {}
-        for stack in self.stacks if experts else ():
-            found |= stack.place(unit.name, experts, tensors, device)
-        return {
-            n: found[n] if n in found else t.to(device, non_blocking=True)
-            for n, t in tensors.items()
-        }
+        held = self.held(unit, tensors)
+        for stack in self.stacks if held else ():
+            found |= stack.place(unit.name, held, tensors, device)
+        return {n: found[n] if n in found else on_device(t, device) for n, t in tensors.items()}
+
+    def held(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> list[int]:
+        """The experts of a block whose weights are here, and no other rank's; all of them where
+        there are but shapes."""
+        first: dict[int, str] = {}
+        for linear in unit.linears:
+            if linear.expert is not None:
+                first.setdefault(linear.expert, linear.weight_name)
+        here = sorted(e for e, name in first.items() if not elsewhere(tensors, name))
+        return here or sorted(first)
 
     @property
     def expert_modules(self) -> list[str]:

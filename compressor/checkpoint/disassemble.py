@@ -11,7 +11,7 @@ from torch import Tensor
 from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
-from compressor.ir.same_shape import Linears, of_one_shape
+from compressor.ir.same_shape import Linears, groups_of_experts, of_one_shape
 from compressor.ir.tensor import TensorShape
 from compressor.ir.unit import Unit
 from compressor.ranks.ranks import Ranks
@@ -78,10 +78,20 @@ def packed(
     def work(stacks: Sequence[Linears]) -> float:
         return float(sum(math.prod(x.shape) for linears in stacks for x in linears))
 
+    coded = list(coded)
+    number = {e: i for i, group in enumerate(groups_of_experts(coded)) for e in group}
     groups: dict[Hashable, list[Linears]] = {}
-    for linears in of_one_shape(list(coded), kind):
-        experts = tuple(x.expert for x in linears)
-        groups.setdefault(linears[0].name if None in experts else experts, []).append(linears)
+    for linears in of_one_shape(coded, kind):
+        name, expert = linears[0].name, linears[0].expert
+        groups.setdefault(name if expert is None else number[expert], []).append(linears)
     every = list(groups.values())
-    parts = ranks.each(every, made, work) if whole else map(made, ranks.mine(every, work))
-    return {name: tensor for part in parts for name, tensor in part.items()}
+    if whole:
+        parts = ranks.each(every, made, work)
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    # What one rank has alone is its own.
+    theirs = [unit.quantized[stacks[0][0].name].codes.is_meta for stacks in every]
+    alone = [any(theirs) and stacks[0][0].expert is not None for stacks in every]
+    mine = ranks.mine([s for s, one in zip(every, alone, strict=True) if not one], work)
+    for stacks, one, other in zip(every, alone, theirs, strict=True):
+        mine += [stacks] if one and not other else []
+    return {name: tensor for stacks in mine for name, tensor in made(stacks).items()}

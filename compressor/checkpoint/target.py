@@ -279,6 +279,11 @@ class ModelTarget:
             text += f", inputs {scheme.input.element} per {scheme.input.mode}"
         return text
 
+    def packs(self, linear: Linear) -> bool:
+        """Whether a linear has something in the place of its weight, and its inputs stay floats."""
+        scheme = self.schemes.linears[linear.name]
+        return not self._is_float(linear) and scheme.input is None
+
     def _leaves(self, linear: Linear) -> dict[str, TensorShape]:
         return self._shapes_of(self.schemes.linears[linear.name], linear.shape)
 

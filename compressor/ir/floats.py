@@ -95,6 +95,10 @@ class Floats(Mapping[str, Tensor]):
         """Where a tensor is held."""
         return self._stored[name].device
 
+    def elsewhere(self, name: str) -> bool:
+        """Whether another rank has a tensor, and here it is on the meta device."""
+        return self._stored[name].device.type == "meta"
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's, which is not made for it."""
         return tuple(self._stored[name].shape)
@@ -142,6 +146,10 @@ class Moved(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device, self.dtype, non_blocking=True)
 
+    def elsewhere(self, name: str) -> bool:
+        """As in `Floats`."""
+        return elsewhere(self.tensors, name)
+
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
@@ -157,6 +165,19 @@ def replaced(tensors: Mapping[str, Tensor], by: Mapping[str, Tensor]) -> Mapping
     if isinstance(tensors, Moved):
         return Moved(replaced(tensors.tensors, by), tensors.device, tensors.dtype)
     return tensors.replaced(by) if isinstance(tensors, Floats) else {**tensors, **by}
+
+
+def elsewhere(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether another rank has a tensor, and here it is on the meta device; it is not made to
+    tell."""
+    told = getattr(tensors, "elsewhere", None)
+    return tensors[name].is_meta if told is None else bool(told(name))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for it; on the meta device where it is another
+    rank's."""
+    return tensor if tensor.is_meta else tensor.to(device, non_blocking=True)
 
 
 def narrow(tensors: Mapping[str, Tensor], name: str) -> Tensor:

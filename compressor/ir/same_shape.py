@@ -3,6 +3,7 @@ so that thousands of small tensors are a few large ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -29,10 +30,41 @@ def of_one_shape(linears: Sequence[Linear], kind: Callable[[Linear], Hashable]) 
         kinds.setdefault((alone, linear.shape, kind(linear)), []).append(linear)
     found = []
     for same in kinds.values():
-        out_features, in_features = same[0].shape
-        size = max(1, min(-(-len(same) // STACKS), LARGEST // (out_features * in_features)))
+        size = max(1, min(-(-len(same) // STACKS), LARGEST // math.prod(same[0].shape)))
         found += [tuple(same[first : first + size]) for first in range(0, len(same), size)]
     return found
+
+
+def groups_of_experts(linears: Sequence[Linear]) -> list[tuple[int, ...]]:
+    """A block's experts in groups that no stack crosses, whatever its kind, so that each of several
+    ranks may have some groups; in order."""
+    of_experts = [x for x in linears if x.expert is not None]
+    experts = sorted({x.expert for x in of_experts if x.expert is not None})
+    kinds: list[Callable[[Linear], Hashable]] = [
+        lambda x: None,
+        lambda x: x.role == "expert.down",
+        lambda x: x.role,
+    ]
+    joined: set[int] = set()  # with the one before
+    for kind in kinds:
+        for stack in of_one_shape(of_experts, kind):
+            inside = [x.expert for x in stack if x.expert is not None]
+            joined.update(range(min(inside) + 1, max(inside) + 1))
+    found: list[list[int]] = []
+    for expert in experts:
+        if not found or expert not in joined:
+            found.append([])
+        found[-1].append(expert)
+    return [tuple(group) for group in found]
+
+
+def homes(linears: Sequence[Linear], world: int) -> dict[int, int]:
+    """Which of `world` ranks has each expert of a block, where each has some of them alone; empty
+    where that cannot be."""
+    apart = groups_of_experts(linears)
+    if not 1 < world <= len(apart):
+        return {}
+    return {e: i * world // len(apart) for i, group in enumerate(apart) for e in group}
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from compressor.ir.floats import Change, Floats, narrow, replaced
+from compressor.ir.floats import Change, Floats, elsewhere, narrow, replaced
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
 from compressor.ir.same_shape import of_one_shape
@@ -88,6 +88,11 @@ class Unit:
             rest = {k: v for k, v in rest.items() if k not in by_name}
         return replace(self, tensors=rest, quantized={**self.quantized, **dict(by_name.values())})
 
+    def without(self, linears: Iterable[Linear]) -> Unit:
+        """This unit with some coded linears as another rank has them: on the meta device here."""
+        theirs = {x.name: self.quantized[x.name].elsewhere() for x in linears}
+        return replace(self, quantized={**self.quantized, **theirs})
+
     def with_input_scale(self, linear: Linear, scale: Tensor) -> Unit:
         """This unit with the static scale of a linear's input set."""
         scale = scale.detach().to(torch.float32).reshape(1)
@@ -152,6 +157,13 @@ class Dequantized(Mapping[str, Tensor]):
     def _codes(self, path: str) -> QTensor:
         codes = self._unit.quantized[path]
         return codes if self._device is None else codes.to(self._device)
+
+    def elsewhere(self, name: str) -> bool:
+        """As in `Floats`."""
+        coded = self._coded.get(name)
+        if coded is None:
+            return elsewhere(self._unit.tensors, name)
+        return self._unit.quantized[coded].codes.is_meta
 
     def __contains__(self, name: object) -> bool:
         return name in self._coded or name in self._unit.tensors

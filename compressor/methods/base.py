@@ -206,6 +206,11 @@ class Method(Strict):
 class Pass(Method):
     """A method that changes one unit after another."""
 
+    def spreads(self) -> bool:
+        """Whether it works on a block of which each rank has some experts alone
+        (`PassContext.homes`)."""
+        return False
+
     @abstractmethod
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         """The unit after it, and rows for the report."""

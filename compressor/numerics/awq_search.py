@@ -1,7 +1,7 @@
-"""Searches of AWQ (arXiv 2306.00978): per-channel scales, then clipping bounds per group.
+"""AWQ's search of per-channel scales (arXiv 2306.00978); `awq_clip` has that of clipping bounds.
 
 A scale s multiplies a weight's input channels and divides its input, so that only the rounding
-changes: y = (W·s)(x/s). Each search comes in two forms. The reference form runs tokens, as the
+changes: y = (W·s)(x/s). The search comes in two forms. The reference form runs tokens, as the
 paper's code does. The Gram form needs only G = XᵀX of the inputs: a weight that is off by Δ makes
 a squared output error of tr(Δ G Δᵀ), whatever the number of tokens.
 """
@@ -13,21 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from compressor_kernels.search.awq_candidate import CLIP_SIZES, candidate_delta, clip_bounds
+from compressor_kernels.search.awq_candidate import candidate_delta
 from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, race
 from compressor.numerics.gram import ROWS, difference_error, gram_error, row_errors, work_dtype
-from compressor.numerics.int_affine import fake_quantize_int, group_range
+from compressor.numerics.int_affine import fake_quantize_int
 from compressor.numerics.migration import Quantizer
 from compressor.ranks.ranks import ALONE, Ranks
 
 SCALE_FLOOR = 1e-4
 """Smallest value of a channel's scale before it is normalised, as in the published code."""
-CLIP_GRID, CLIP_STEPS = 20, 10
-"""Bounds are tried in steps of 1/20 of the largest magnitude, down to more than half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +121,8 @@ def search_scales_gram(
     tie: Callable[[Tensor], Tensor] | None = None,
     quantizer: Quantizer | None = None,
     ranks: Ranks = ALONE,
+    groups: Sequence[int] = (),
+    homes: Sequence[int | None] = (),
 ) -> ScaleResult:
     """Scales with the least Σ_i tr(Δ_i G Δ_iᵀ), Δ_i = Q(W_i·s)/s − W_i.
 
@@ -131,6 +131,8 @@ def search_scales_gram(
     grid     ratios i/grid tried, both ends included; no scaling is always one of the candidates
     tie, quantizer  as in `search_scales_reference`
     ranks    share the candidates; all of them search together
+    groups   of the linears, one after the other, whose errors are summed up by themselves first
+    homes    the rank that has a linear's weight alone, if one has: a group is at one place
     Raises InputError where no candidate has a finite loss.
     """
     ratios = _ratios(grid, duo=duo)
@@ -139,9 +141,20 @@ def search_scales_gram(
     left = list(range(len(candidates)))
     if quantizer is None:
         stacks = [weight[None] for weight in weights]
-        left = _shortlist(stacks, gram, candidates, spec, ranks)
-        mine = [left[place] for place in ranks.own(len(left))]
-        losses = _losses(stacks, gram[None], candidates[:, None], spec, mine)[:, 0].contiguous()
+        left = _shortlist(stacks, gram, candidates, spec, ranks, homes)
+        parts = []
+        for numbers in _numbered(groups or [0] * len(stacks)):
+            home = homes[numbers[0]] if homes else None
+            mine = [left[place] for place in ranks.own(len(left))] if home is None else left
+            part = torch.zeros(len(candidates), 1, dtype=torch.float32, device=gram.device)
+            if home in (None, ranks.rank):
+                some = [stacks[i] for i in numbers]
+                part = _losses(some, gram[None], candidates[:, None], spec, mine)
+            parts.append(part[:, 0])
+        every = ranks.sum(torch.stack(parts))
+        losses = every[0].clone()
+        for part in every[1:]:
+            losses += part
     else:
         losses = torch.zeros(len(candidates), dtype=torch.float32, device=gram.device)
         for i in ranks.own(len(candidates)):
@@ -150,7 +163,8 @@ def search_scales_gram(
                 weights, quantizer([w.float() * scales for w in weights]), strict=True
             ):
                 losses[i] += _gram_loss(old, new / scales, gram)
-    found = [x if i in left else math.inf for i, x in enumerate(ranks.sum(losses).tolist())]
+        losses = ranks.sum(losses)
+    found = [x if i in left else math.inf for i, x in enumerate(losses.tolist())]
     best = _first_minimum(found)
     return ScaleResult(candidates[best], ratios[best], tuple(found))
 
@@ -209,26 +223,48 @@ def _losses(
     return losses
 
 
+def _numbered(groups: Sequence[int]) -> list[list[int]]:
+    """Places of each group, one after the other."""
+    found: list[list[int]] = []
+    for place, group in enumerate(groups):
+        if not place or group != groups[place - 1]:
+            found.append([])
+        found[-1].append(place)
+    return found
+
+
 def _shortlist(
-    stacks: Sequence[Tensor], gram: Tensor, candidates: Tensor, spec: QuantSpec, ranks: Ranks
+    stacks: Sequence[Tensor],
+    gram: Tensor,
+    candidates: Tensor,
+    spec: QuantSpec,
+    ranks: Ranks,
+    homes: Sequence[int | None],
 ) -> list[int]:
     """The candidates [R, C] that rows here and there of weights [1, O_i, C] leave, by number."""
     step = race.stride(sum(weight.shape[1] for weight in stacks))
     if step is None:
         return list(range(len(candidates)))
-    rows = torch.cat([weight[:, step // 2 :: step] for weight in stacks], dim=1)
+    # In the place of what other ranks have there are zeros, whose errors are left out.
+    apart = any(home is not None for home in homes)
+    some = [weight[0, step // 2 :: step] for weight in stacks]
+    rows = torch.cat([torch.zeros_like(w, device=gram.device) if w.is_meta else w for w in some])
+    theirs = [i for w in some for i in [w.is_meta] * len(w)] if apart else []
+    rows = rows[None]
     height = rows.shape[1]
     room = max(1, min(step, ROWS // height))  # where all rows of one candidate lie later
 
     def losses(tried: Sequence[int]) -> Tensor:
         found = torch.zeros(len(tried), height, dtype=torch.float32, device=gram.device)
-        mine = list(ranks.own(len(tried)))
+        mine = list(range(len(tried)) if apart else ranks.own(len(tried)))
         for places in (mine[i : i + room] for i in range(0, len(mine), room)):
             shape = len(places), height, gram.shape[0]
             delta = torch.empty(shape, dtype=work_dtype(gram), device=gram.device)
             for place, of_one in zip(places, delta, strict=True):
                 _write_delta(rows, candidates[tried[place], None], spec, of_one[None])
             found[places] = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
+        if apart:
+            found[:, torch.tensor(theirs, device=found.device)] = 0
         return ranks.sum(found)
 
     return race.shortlist(losses, len(candidates))
@@ -302,88 +338,6 @@ def _row_blocks(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             block = []
         block.append(part)
     yield block
-
-
-def search_clip_gram(
-    weight: Tensor,
-    gram: Tensor,
-    spec: QuantSpec,
-    *,
-    scales: Tensor | None = None,
-) -> Tensor:
-    """Bounds [O, groups] that give the least Δ_g G_gg Δ_gᵀ in each group of each row; of a stack
-    of weights [E, O, groups].
-
-    weight  [O, C] or [E, O, C] as it will be quantized, scales included
-    gram    [C, C] of the input before it was divided by `scales` [C]; of a stack [E, C, C] and
-            [E, C], or those of the one input of all
-    """
-    if weight.dim() == 3 and gram.dim() == 2:
-        bounds = search_clip_gram(weight.flatten(0, 1), gram, spec, scales=scales)
-        return bounds.view(*weight.shape[:2], -1)
-    size = clip_group_size(weight, spec)
-    groups = weight.shape[-1] // size
-    blocks = gram.view(*gram.shape[:-2], groups, size, groups, size).diagonal(dim1=-4, dim2=-2)
-    blocks = blocks.movedim(-1, -3).to(torch.float32)
-    if scales is not None:
-        per_group = scales.view(*scales.shape[:-1], groups, size)
-        blocks = blocks / (per_group[..., :, None] * per_group[..., None, :])
-
-    if weight.is_cuda and size in CLIP_SIZES:
-        return clip_bounds(
-            weight.contiguous(),
-            blocks.contiguous(),
-            bits=spec.bits,
-            symmetric=spec.symmetric,
-            stored=spec.scale_dtype,
-            grid=CLIP_GRID,
-            steps=CLIP_STEPS,
-        )
-
-    def searched(weight: Tensor, blocks: Tensor) -> Tensor:
-        def error(delta: Tensor) -> Tensor:
-            by_group = delta.transpose(0, 1)
-            errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
-            return errors.t()
-
-        return search_clip(weight.float(), error, spec)
-
-    if weight.dim() == 2:
-        return searched(weight, blocks)
-    return torch.stack([searched(w, b) for w, b in zip(weight, blocks, strict=True)])
-
-
-def search_clip(weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: QuantSpec) -> Tensor:
-    """Bounds absmax·(1 − i/CLIP_GRID) with the least error, for i below CLIP_STEPS.
-
-    error_of  error [rows, n, g] of grouped weights → squared output error [rows, n]
-    """
-    size = clip_group_size(weight, spec)
-    rows = max(1, (2**24 if weight.is_cuda else 2**18) // weight.shape[1])
-    bounds = []
-    for chunk in torch.split(weight, rows):
-        absmax = chunk.view(chunk.shape[0], -1, size).abs().amax(-1)
-        best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
-        span = group_range(chunk, spec)
-        for i in range(CLIP_STEPS):
-            bound = absmax * (1 - i / CLIP_GRID)
-            delta = fake_quantize_int(chunk, spec, clip_max=bound, span=span).sub_(chunk)
-            error = error_of(delta.view(chunk.shape[0], -1, size))
-            better = error < least
-            least = torch.where(better, error, least)
-            best = torch.where(better, bound, best)
-        bounds.append(best)
-    return torch.cat(bounds)
-
-
-def clip_group_size(weight: Tensor, spec: QuantSpec) -> int:
-    """Inputs that share one bound. Raises InputError for grids that no range decides."""
-    if not is_plain_int(spec):
-        raise InputError(
-            f"clipping bounds need an integer grid per group or channel, not {spec}",
-            hint="turn clipping off for this target",
-        )
-    return (spec.group_size if spec.strategy == "group" else None) or weight.shape[-1]
 
 
 def _first_minimum(losses: Sequence[float]) -> int:

@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import UnitLayout
 from compressor.ir.same_shape import of_one_shape
 from compressor.plan.plan import Plan
+from compressor.plan.spread import memory_of, working_bytes
 from compressor.plan.unit_plan import PassPlan, UnitPlan
 from compressor.plan.verify_memory import parameters, source_bytes, verifying_bytes
 from compressor.runner.expert_groups import experts_at_once
@@ -28,8 +30,7 @@ from compressor.runner.expert_groups import experts_at_once
 STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
 """What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
 and a tokenizer, workspaces of products, and CUDA's context and kernels. On a CPU it was the same to
-a few MB with either build of PyTorch; as a figure it spares `plan` the imports of a run.
-"""
+a few MB with either build of PyTorch; as a figure it spares `plan` the imports of a run."""
 
 PLAIN_BYTES = 45 << 20
 """The same on a CPU where no token is run, so that neither tokenizer nor model code is loaded."""
@@ -52,6 +53,7 @@ class Estimates:
     batch    rows in one forward pass
     offload  whether hidden states wait in main memory between blocks, since the device has no room
     experts_apart  whether experts do, too, and some at a time are on the device
+    alone    what one rank would take of the device where experts are spread over several; else 0
     """
 
     source_bytes: int
@@ -62,41 +64,48 @@ class Estimates:
     seconds: float
     offload: bool = False
     experts_apart: bool = False
+    alone: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def estimate(
-    plan: Plan, *, device: torch.device, resident: int, device_memory: int | None = None
+    plan: Plan,
+    *,
+    device: torch.device,
+    resident: int,
+    device_memory: int | None = None,
+    world: int = 1,
 ) -> Estimates:
-    """Estimate a run on a device.
+    """Estimate a run on a device, and of several ranks one of them.
 
     resident       resident bytes of a process that has imported this code, and so PyTorch, and done
-                   nothing. It is measured, since PyTorch's build decides it: 250 MB for a CPU
-                   alone, 550 MB with CUDA, whose libraries are loaded and relocated where
-                   there is no GPU too. `plan` and `run` differ by 2 MB in it
-    device_memory  bounds the batch as in the run itself
+                   nothing. It is measured, since PyTorch's build decides it (250 MB for a CPU, 550
+                   MB with CUDA, also where no GPU is). `plan` and `run` differ by 2 MB in it
+    device_memory  bounds the batch as in the run itself;  world  how many ranks there are
     """
     kind = device.type
     inputs, offload = _input_bytes(plan, device), False
     apart = experts_apart(plan, device=device, device_memory=device_memory)
     batch = batch_rows(plan, device=device, device_memory=device_memory)
-    working = max(
-        _working_bytes(plan, unit, device=device, batch=batch, apart=apart) for unit in plan.units
-    )
+    works = partial(_working_bytes, plan, device=device, batch=batch)
+    room = (device_memory or memory_of(device)) - inputs
+    working, alone = working_bytes(plan, works, room=room, world=world)
+    if apart and alone and working <= room:
+        apart = False
+    elif apart:
+        working, alone = max(works(unit, apart=True) for unit in plan.units), 0
     if device_memory is not None and kind == "cuda" and not any(u.tuned for u in plan.units):
         offload = inputs + working > device_memory
     raw = [sum(source_bytes(plan, unit.layout)) for unit in plan.units]
     streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)
-    streams += max(
-        sum(spec.nbytes for spec in plan.target.base_shapes(unit.layout).values())
-        for unit in plan.units
-    )
+    bases = (plan.target.base_shapes(unit.layout).values() for unit in plan.units)
+    streams += max(sum(spec.nbytes for spec in base) for base in bases)
     idle = not (plan.calibrated or plan.recipe.evaluate is not None or _audited_tokens(plan))
     started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
     host = resident + started + streams
-    held, learning = 0, _learning_bytes(plan, device, apart=apart)
+    held, learning = 0, _learning_bytes(plan, device, apart=apart, spread=working * (alone > 0))
     if kind == "cuda":
         held = max(working if offload else inputs + working, learning)
         # They wait in float32.
@@ -120,18 +129,19 @@ def estimate(
         seconds=_seconds(plan, device),
         offload=offload,
         experts_apart=apart,
+        alone=alone and inputs + alone,
     )
 
 
-def _learning_bytes(plan: Plan, device: torch.device, *, apart: bool) -> int:
+def _learning_bytes(plan: Plan, device: torch.device, *, apart: bool, spread: int) -> int:
     """The whole model, and its base where there is one, for passes that learn through its depth; a
-    block for others."""
+    block for others, of which a rank takes `spread` where experts are spread."""
     dtype = plan.compute_dtype(device)
     costs = [p.cost(dtype) for p in plan.passes if p.needs.whole_model]
     if not costs:
         # A teacher's scores of some queries, in float32, four times over; one block beside them.
         pieces = 16 * PIECE_ELEMENTS[device.type] if _learning_scores(plan) else 0
-        streamed = max(
+        streamed = spread or max(
             _working_bytes(plan, u, device=device, batch=1, apart=apart) for u in plan.units
         )
         return max([pieces + streamed, *(p.cost(dtype).memory for p in plan.passes)])

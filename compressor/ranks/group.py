@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compressor.errors import CompressError, Interrupted, MachineError
-from compressor.ranks.parcel import Parcel, aligned, pack, unpack
+from compressor.ranks.parcel import Parcel, aligned, hollow, pack, unpack
 from compressor.ranks.ranks import AgreedShortage, Form, Ranks
 
 I = TypeVar("I")
@@ -55,10 +55,12 @@ class Group(Ranks):
         items: Sequence[I],
         work: Callable[[I], T],
         cost: Callable[[I], float] = lambda item: 1.0,
+        home: Callable[[I], int | None] = lambda item: None,
     ) -> list[T]:
-        mine = self.owners(items, cost)
+        mine = self.owners(items, cost, home)
         found = {i: work(item) for i, item in enumerate(items) if mine[i] == self.rank}
-        made = {i: value for every in self.gather(found) for i, value in every.items()}
+        told = {i: v if home(items[i]) is None else hollow(v) for i, v in found.items()}
+        made = {i: value for every in self.gather(told) for i, value in every.items()} | found
         return [made[i] for i in range(len(items))]
 
     def led(self, work: Callable[[], T]) -> T:
@@ -209,6 +211,13 @@ class Group(Ranks):
         with lost():
             dist.all_reduce(tensor)
         return tensor
+
+    def swapped(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        sent = torch.cat(list(parts))
+        found = sent.new_empty(sum(counts), *sent.shape[1:])
+        with lost():
+            dist.all_to_all_single(found, sent, list(counts), [len(part) for part in parts])
+        return list(torch.split(found, list(counts)))
 
     def summed(
         self,

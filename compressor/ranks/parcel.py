@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 ALIGNED = 256
 """Bytes at whose multiples tensors begin: any dtype may be viewed there, and a product chooses its
@@ -47,6 +49,9 @@ def pack(value: Any) -> tuple[Parcel, dict[str, Tensor]]:
     sizes: dict[str, int] = {}
     gaps: dict[str, Tensor] = {}
     for tensor in pickler.found:
+        if tensor.is_meta:
+            parts.append(Part("meta", tensor.dtype, tuple(tensor.shape), 0, 0))
+            continue
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         kind, begin, shape = tensor.device.type, sizes.get(tensor.device.type, 0), tensor.shape
         parts.append(Part(kind, tensor.dtype, tuple(shape), begin, data.numel()))
@@ -75,6 +80,16 @@ def unpack(parcel: Parcel, buffers: dict[str, Tensor]) -> Any:
             device = buffers[part.device].device if part.device in buffers else part.device
             found.append(torch.empty(part.shape, dtype=part.dtype, device=device))
     return _Unpickler(io.BytesIO(parcel.data), found).load()
+
+
+def hollow(value: T) -> T:
+    """The same value with tensors on the meta device in the place of those in it."""
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    pickler.dump(value)
+    shapes = [torch.empty_like(tensor, device="meta") for tensor in pickler.found]
+    made: T = _Unpickler(io.BytesIO(stream.getvalue()), shapes).load()
+    return made
 
 
 class _Pickler(pickle.Pickler):

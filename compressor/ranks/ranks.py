@@ -81,13 +81,23 @@ class Ranks:
         """This rank's share of `count` equal pieces of work."""
         return range(self.rank, count, self.world)
 
-    def owners(self, items: Sequence[I], cost: Callable[[I], float]) -> list[int]:
+    def owners(
+        self,
+        items: Sequence[I],
+        cost: Callable[[I], float],
+        home: Callable[[I], int | None] = lambda item: None,
+    ) -> list[int]:
         """The rank to which `each` gives each of the items."""
-        return owners([cost(item) for item in items], self.world)
+        return owners([cost(item) for item in items], self.world, [home(item) for item in items])
 
-    def mine(self, items: Sequence[I], cost: Callable[[I], float]) -> list[I]:
+    def mine(
+        self,
+        items: Sequence[I],
+        cost: Callable[[I], float],
+        home: Callable[[I], int | None] = lambda item: None,
+    ) -> list[I]:
         """The items that `each` gives to this rank."""
-        given = zip(items, self.owners(items, cost), strict=True)
+        given = zip(items, self.owners(items, cost, home), strict=True)
         return [item for item, rank in given if rank == self.rank]
 
     def each(
@@ -95,10 +105,13 @@ class Ranks:
         items: Sequence[I],
         work: Callable[[I], T],
         cost: Callable[[I], float] = lambda item: 1.0,
+        home: Callable[[I], int | None] = lambda item: None,
     ) -> list[T]:
         """What `work` makes of each item, in their order; each is computed by one rank.
 
         cost  of an item, in any unit, by which they are divided: the same on every rank
+        home  the rank that an item is at, if it is at one alone: what is made of it stays there,
+              and others get tensors on the meta device in the place of those in it
         """
         return [work(item) for item in items]
 
@@ -148,6 +161,14 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds every rank's values, in place; exact where only one rank's are not zero."""
         return tensor
+
+    def swapped(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """What every rank has for this one, in the order of ranks.
+
+        parts   for each rank, of one dtype on the device; alike but for the first dimension
+        counts  how large that of what each rank sends here is
+        """
+        return list(parts)
 
     def summed(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from compressor_calibration.stats import SiteStats, StatNeeds
@@ -32,6 +33,8 @@ Observe = Callable[[Unit, bool, Observable], Observation]
 """Runs the calibration inputs through a unit as it stands; the flag says whether any pass has
 changed it."""
 
+NOWHERE: Mapping[int, int] = MappingProxyType({})
+
 ObserveSite = Callable[[Unit, Unit, str, StatNeeds], SiteStats]
 """Runs them through a unit before anything was rounded and through it as it stands, each on its own
 activations, and looks at one site."""
@@ -50,6 +53,7 @@ def apply_passes(
     learned: Mapping[int, Learned],
     base: Mapping[str, Tensor] | None = None,
     ranks: Ranks = ALONE,
+    homes: Mapping[int, int] = NOWHERE,
 ) -> tuple[Unit, list[dict[str, Any]]]:
     """The unit after its passes, and their report rows.
 
@@ -57,7 +61,7 @@ def apply_passes(
     current  the unit before them, in float32
     learned  what model passes found, by the index of the pass
     base     weights of the base model that a pass names
-    ranks    that work on the unit
+    ranks    that work on the unit;  homes  experts that one of them has alone
     """
     rows: list[dict[str, Any]] = []
     rounding = rounding_of(plan.passes, [linear.name for linear in unit.layout.linears])
@@ -92,6 +96,7 @@ def apply_passes(
             tune=tune if wanted.block else None,
             progress=progress,
             ranks=ranks,
+            homes=homes,
         )
         if isinstance(params, ModelPass):
             result = params.apply(current, context, learned[number])

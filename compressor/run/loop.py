@@ -233,10 +233,9 @@ class Loop:
         coded  codes that were just made, by the name of the linear; their tensors may be missing
         """
         dtype = self.plan.compute_dtype(self.settings.device)
-        decoded = self.plan.target.decode(
-            unit.layout, outputs, coded=coded, ranks=self.settings.ranks
-        )
-        return Dequantized(decoded, dtype, device=self.settings.brought_to)
+        ranks, device = self.settings.ranks, self.settings.brought_to
+        decoded = self.plan.target.decode(unit.layout, outputs, coded=coded, ranks=ranks)
+        return Dequantized(self.reader.own_of(decoded), dtype, device=device)
 
     def _next_inputs(self, step: Step, worked: _Worked) -> dict[str, list[int]]:
         """Make the inputs of the next unit, where one needs them, and return the batches."""
@@ -291,6 +290,7 @@ class Loop:
                 learned=values_of(self.learned),
                 base=self.plan.target.base_weights(layout),
                 ranks=self.settings.ranks,
+                homes=self.reader.homes(step.index),
             )
         kept = original if self._from_source(unit) or self._beside(unit) else {}
         ranks = self.settings.ranks
@@ -303,8 +303,7 @@ class Loop:
         """What this rank writes of a unit; None where another does."""
         if self.writing.world == self.settings.ranks.world:
             return worked.own | worked.others if self.writing.leads else worked.own
-        every = self.settings.ranks.gather(worked.own)
-        own = {name: tensor for some in every for name, tensor in some.items()}
+        own = {n: t for some in self.settings.ranks.gather(worked.own) for n, t in some.items()}
         return own | worked.others if self.settings.ranks.leads else None
 
     def _rotated(

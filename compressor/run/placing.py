@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from compressor.checkpoint.source import require_finite
-from compressor.ir.floats import Moved
+from compressor.ir.floats import Moved, on_device
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
@@ -40,6 +40,6 @@ def placed(plan: Plan, unit: UnitPlan, source: Unit, settings: JobSettings) -> M
     if layout.kind == "block" and unit.calibrated and device.type == "cuda":
         moved = plan.source.arch.runtime.placed(layout, read, device)
     else:
-        moved = {name: t.to(device, non_blocking=True) for name, t in read.items()}
-    require_finite(moved)
+        moved = {name: on_device(t, device) for name, t in read.items()}
+    require_finite({name: t for name, t in moved.items() if not t.is_meta})
     return moved

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from compressor.ir.same_shape import homes
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.ranks.ranks import Ranks
@@ -16,12 +17,16 @@ from compressor.run.source_content import SourceContent
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads units of a plan's source, and notes their hashes."""
+    """Reads units of a plan's source, and notes their hashes.
+
+    spread  blocks, by index of the unit, of which each rank has some experts alone
+    """
 
     plan: Plan
     content: SourceContent
     device: torch.device
     ranks: Ranks
+    spread: frozenset[int] = frozenset()
     _digests: dict[int, dict[str, str]] = field(default_factory=dict)  # of what was read here
 
     def read(self, index: int) -> Unit:
@@ -29,12 +34,14 @@ class Reader:
         pin = self.device.type == "cuda"
         if not self._divided(index):
             return self.content.read(index, pin=pin)
-        mine = self.ranks.mine(self._names(index), self._nbytes)
+        names, home = self._names(index), self._at_one(index)
+        mine = self.ranks.mine(names, self._nbytes, home.get)
         part, self._digests[index] = self.content.read_part(index, mine, pin=pin)
         return part
 
     def whole(self, index: int, part: Unit) -> Unit:
-        """The unit of which every rank has read a part, then on the device; all ask together."""
+        """The unit of which every rank has read a part, then on the device; all ask together.
+        Experts that other ranks have alone are on the meta device."""
         if not self._divided(index):
             return part
         tensors, digests = {**part.tensors, **part.extra}, self._digests.pop(index)
@@ -42,11 +49,33 @@ class Reader:
         def read(name: str) -> tuple[Tensor, str]:
             return tensors[name].to(self.device, non_blocking=True), digests[name]
 
-        names = self._names(index)
-        found = dict(zip(names, self.ranks.each(names, read, self._nbytes), strict=True))
+        names, home = self._names(index), self._at_one(index)
+        made = self.ranks.each(names, read, self._nbytes, home.get)
+        found = dict(zip(names, made, strict=True))
         self.content.note(index, {name: digest for name, (_, digest) in found.items()})
         layout = self.plan.units[index].layout
         return self.plan.source.assemble(layout, {name: t for name, (t, _) in found.items()})
+
+    def homes(self, index: int) -> dict[int, int]:
+        """The rank that has each expert of a block alone, where they are spread."""
+        linears = self.plan.units[index].layout.linears
+        return homes(linears, self.ranks.world) if index in self.spread else {}
+
+    def own_of(self, unit: Unit) -> Unit:
+        """A coded block with those of its experts alone that this rank has."""
+        place = next(i for i, x in enumerate(self.plan.units) if x.layout is unit.layout)
+        home = self.homes(place)
+        return unit.without(
+            x
+            for x in unit.layout.linears
+            if x.expert is not None and home.get(x.expert, self.ranks.rank) != self.ranks.rank
+        )
+
+    def _at_one(self, index: int) -> dict[str, int]:
+        """The rank that has a tensor, of those that one has alone."""
+        home = self.homes(index)
+        linears = self.plan.units[index].layout.linears if home else ()
+        return {x.weight_name: home[x.expert] for x in linears if x.expert is not None}
 
     def _divided(self, index: int) -> bool:
         """Blocks are, where no tensor is decoded from several; what else a model carries the

@@ -120,11 +120,13 @@ def prepare(
     device: torch.device,
     device_memory: int | None = None,
     resident: int | None = None,
+    world: int = 1,
 ) -> Prepared:
     """Locate the model (downloading it if need be), plan, and cut the token sets.
 
     resident  what the process held before it did anything, for the estimate; what it holds now, if
               None
+    world     how many ranks there are
     Raises InputError or Problems with all that is wrong, before any weight is read.
     """
     share_heap()
@@ -156,7 +158,9 @@ def prepare(
         located=located,
         plan=plan,
         base=base,
-        estimates=estimate(plan, device=device, resident=resident, device_memory=device_memory),
+        estimates=estimate(
+            plan, device=device, resident=resident, device_memory=device_memory, world=world
+        ),
         calibration=calibration,
         evaluation=evaluation,
         haystack=haystack,
@@ -248,6 +252,7 @@ def _shared(prepared: Prepared) -> dict[str, Any]:
         "judged": {key: recipe[key] for key in AFTERWARDS if key in recipe},
         "evaluation": prepared.evaluation.sha256 if prepared.evaluation else None,
         "haystack": stated_hash(prepared.haystack),
+        "experts spread": prepared.estimates.alone > 0,
     }
 
 
@@ -320,6 +325,7 @@ def compile_checkpoint(
             on_note=on_note,
             on_fit=on_fit,
             stopping=stopping,
+            spread=prepared.estimates.alone > 0,
             ranks=ranks,
         )
         owner, content = stated_hash(about), SourceContent(plan)

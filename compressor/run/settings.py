@@ -50,6 +50,7 @@ class JobSettings:
     on_fit    told how far a unit is on which a method works long: its name, steps done, how many
               there are, the loss
     stopping  asked between units, and between such steps, whether to stop
+    spread    whether a rank has no room for all experts of a block, so that each has some
     ranks     the processes that work on the job
     """
 
@@ -63,6 +64,7 @@ class JobSettings:
     on_note: Callable[[str], None] = lambda text: None
     on_fit: FitProgress = lambda name, done, total, loss: None
     stopping: Callable[[], bool] = lambda: False
+    spread: bool = False
     ranks: Ranks = ALONE
 
     @property

@@ -16,6 +16,7 @@ from compressor.checkpoint.transaction import disk_errors
 from compressor.errors import Interrupted, MachineError
 from compressor.plan.plan import Plan
 from compressor.plan.shares import output_bytes
+from compressor.plan.spread import spread_units
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.loop import JobResult, Loop
 from compressor.run.model_passes import Outcome
@@ -55,7 +56,8 @@ def run_units(
             if apart:
                 settings = replace(settings, ranks=ALONE)
                 own = ranks.mine(own, lambda i: output_bytes(plan.units[i]))
-            reader = Reader(plan, content, settings.device, settings.ranks)
+            spread = spread_units(plan, ranks.world) if settings.spread and not apart else None
+            reader = Reader(plan, content, settings.device, settings.ranks, spread or frozenset())
             writing = settings.ranks if one_host else ALONE
             loop = Loop(
                 plan, tokens, writer, settings, learned, content, reader, records, own, writing

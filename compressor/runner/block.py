@@ -13,7 +13,7 @@ from torch.func import functional_call
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.runner.expert_groups import ExpertGroups
-from compressor.runner.experts import Experts, experts_of, run_in_groups
+from compressor.runner.experts import Experts, experts_of, hold_some, run_in_groups
 from compressor.runner.handed import argument_of, made, still_handed, taken
 
 if TYPE_CHECKING:
@@ -37,8 +37,14 @@ class Block:
         """Give the layer other weights: checkpoint name → tensor, at least those of the unit."""
         unit, names, limit = self.unit, self.runner.names, self.runner.experts
         apart = (size := limit(unit) if limit else unit.experts) < unit.experts
+        held = names.held(unit, tensors)
+        apart = apart or len(held) < unit.experts
         ready = self._placed(names.block_state(unit, tensors, experts=not apart))
-        if apart:
+        if len(held) < unit.experts:
+            own = self._placed(names.expert_state(unit, tensors, held))
+            some = range(held[0], held[-1] + 1)
+            self.groups = {**hold_some(self.layer, names.expert_modules, own, some)}
+        elif apart:
             self.groups = run_in_groups(
                 self.layer,
                 names.expert_modules,
@@ -46,6 +52,7 @@ class Block:
                 count=unit.experts,
                 size=size,
             )
+        if apart:
             ready |= {name: self.layer.get_parameter(name) for name in names.expert_stacks}
         self.layer.load_state_dict(ready, strict=True, assign=True)
 

@@ -57,6 +57,25 @@ class ExpertGroups:
         return self._held[1], expert - first
 
 
+class HeldExperts(ExpertGroups):
+    """The only experts of a block that are here: other ranks have the others.
+
+    stacks  the module's parameters for them, by name;  held  which they are
+    """
+
+    def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor], held: range) -> None:
+        super().__init__(module, lambda some: stacks, count=len(held), size=len(held))
+        self.held = held
+        self.own = with_experts(module, stacks)
+
+    def __iter__(self) -> Iterator[range]:
+        return iter([self.held])
+
+    def holding(self, expert: int) -> tuple[Any, int]:
+        """The module of them all, and an expert's place in it."""
+        return self.own, expert - self.held.start
+
+
 def with_experts(module: nn.Module, stacks: Mapping[str, Tensor]) -> Any:
     """A module of experts for those in other stacks, by the names of its parameters."""
     few: Any = copy.copy(module)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.errors import InputError
-from compressor.runner.expert_groups import ExpertGroups, with_experts
+from compressor.runner.expert_groups import ExpertGroups, HeldExperts, with_experts
 
 Entering = Callable[[int, str, Tensor], Tensor]
 """(expert, gate or up or down, input [tokens, channels]) → that input as the linear sees it."""
@@ -59,6 +59,35 @@ def run_in_groups(
     return found
 
 
+def hold_some(
+    layer: nn.Module, modules: Iterable[str], stacks: Mapping[str, Tensor], held: range
+) -> dict[nn.Module, HeldExperts]:
+    """Have a layer's modules know some of their experts alone; called, they answer with zeros.
+
+    modules  their paths;  stacks  of those experts, by name relative to the layer
+    """
+    found: dict[nn.Module, HeldExperts] = {}
+    for path in modules:
+        module: Any = layer.get_submodule(path)
+        prefix = f"{path}."
+        own = {n.removeprefix(prefix): t for n, t in stacks.items() if n.startswith(prefix)}
+        found[module] = HeldExperts(module, own, held)
+        module.forward = _to_nobody
+    return found
+
+
+def _to_nobody(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An answer where only what enters modules is looked at."""
+    return torch.zeros_like(hidden)
+
+
+def divisible(module: nn.Module) -> bool:
+    """Whether several processes may each have some of a module's experts: what one of them makes of
+    a token does not depend on the others, and is added up as `Experts.in_groups` does it."""
+    way = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return hasattr(module, "_apply_gate") and way == "grouped_mm"
+
+
 class Experts:
     """The experts of a block; `experts_of` makes it.
 
@@ -86,7 +115,7 @@ class Experts:
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The arguments of a call that decide what each expert gets: tensors of two dimensions,
         the first of which grows with the tokens. They are arguments for the methods below."""
-        return list(_routing(args, kwargs))
+        return list(routing(args, kwargs))
 
     def joined(self, calls: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """What `call` gives of several calls, as of one with all their tokens."""
@@ -98,7 +127,7 @@ class Experts:
 
     def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Expert → the tokens [n, hidden] that a call of the module sends to it."""
-        hidden, chosen, _ = _routing(args, kwargs)
+        hidden, chosen, _ = routing(args, kwargs)
         found: list[Tensor] = []
 
         def tokens(expert: int) -> Tensor:
@@ -115,12 +144,12 @@ class Experts:
 
     def unrouted(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Expert → all tokens [n, hidden] of a call of the module, wherever it sends them."""
-        hidden, _, _ = _routing(args, kwargs)
+        hidden, _, _ = routing(args, kwargs)
         return lambda expert: hidden
 
     def counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """How many tokens a call of the module sends to each expert, int64 [experts]."""
-        _, chosen, _ = _routing(args, kwargs)
+        _, chosen, _ = routing(args, kwargs)
         return torch.bincount(chosen.flatten(), minlength=len(self))[: len(self)]
 
     @torch.no_grad()
@@ -154,7 +183,7 @@ class Experts:
         """The module's forward, expert by expert, with `enter` before each product."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden, chosen, weights = _routing(args, kwargs)
+            hidden, chosen, weights = routing(args, kwargs)
             out = torch.zeros_like(hidden)
             for expert in range(len(self)):
                 token, place = torch.where(chosen == expert)
@@ -171,7 +200,7 @@ class Experts:
         and one of its experts are a row, and rows are weighted and summed as the module does."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden, chosen, weights = _routing(args, kwargs)
+            hidden, chosen, weights = routing(args, kwargs)
             of, count = chosen.flatten(), chosen.shape[1]
             made = torch.zeros(len(of), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
             assert self.groups is not None
@@ -327,7 +356,7 @@ def _same(gate: Tensor, up: Tensor) -> bool:
     return gate is up or torch.equal(gate, up)
 
 
-def _routing(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def routing(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Of a call of the module: tokens [n, hidden], their experts [n, k], and the experts' weights.
 
     Families name the three differently and give them in this order.

@@ -28,6 +28,7 @@ from compressor.runner.execution import Progress as Progress
 from compressor.runner.handed import collect, joined, still_handed
 from compressor.runner.heap import give_back
 from compressor.runner.source_model import Attending, SourceModel
+from compressor.runner.spread import batches_of
 from compressor.runner.stream import Entering, Stream
 
 STAYING = 2**29
@@ -155,7 +156,7 @@ class Step:
             if dealt:
                 yield from self.execution.dealt(stream.rows, attempt)
             else:
-                yield from self.execution.batches(stream.rows, attempt, batches)
+                yield from batches_of(block, stream.rows, attempt, self.execution, batches)
 
     def run(
         self,

@@ -158,6 +158,8 @@ def timed(
         command.append(str(HERE / "bench" / "phases.py"))
     command += ["run", str(recipe), "--json", "--log-format", "json", "--device", options.device]
     command += ["--gpus", str(gpus)]
+    if options.device_memory is not None:
+        command += ["--device-memory", options.device_memory]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
     if done.returncode:
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device-memory", help="of each rank; experts may be spread over them")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try it")
     parser.add_argument("--scratch", type=Path, help="folder for models; default: temporary")
     parser.add_argument("--phases", type=Path, metavar="FOLDER", help="what parts of a block take")

@@ -7,8 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, quantize
+from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import (
-    search_clip_gram,
     search_scales_gram,
     search_scales_reference,
 )

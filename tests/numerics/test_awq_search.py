@@ -9,9 +9,9 @@ from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import awq_search, fake_quantize
 from compressor.numerics import gram as gram_module
+from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import (
     candidate_scales,
-    search_clip_gram,
     search_scales_apart,
     search_scales_gram,
     search_scales_reference,

@@ -52,6 +52,7 @@ MIXTRAL: dict[str, list[dict[str, Any]]] = {
     "moe gptq": [{"gptq": {**INT4, "min_tokens": 8}}],
 }
 MANY: dict[str, list[dict[str, Any]]] = {"awq of stacked experts": MIXTRAL["moe awq"]}
+SPREAD: dict[str, list[dict[str, Any]]] = {"awq of experts spread over ranks": MIXTRAL["moe awq"]}
 LEARNING = {
     "gates": [GATES],
     "forecasts": [{"sparda": FORECASTS}],
@@ -77,11 +78,14 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         "\n\n".join(f"Line {i} of {i % 7} by the river, and {i * i}." for i in range(900))
     )
     many = {"num_local_experts": 18, "intermediate_size": 64}
+    # Stacks of two experts, which stay together: three ranks have 6, 6 and 4.
+    spread = {"num_local_experts": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     models = [("llama", {}, LLAMA), ("mixtral", {}, MIXTRAL), ("mixtral", many, MANY)]
+    models.append(("mixtral", spread, SPREAD))
     recipes = {
         name: {
             "model": str(
-                tiny_model(model, num_hidden_layers=1, **(WIDE if name == "qoq" else sizes))
+                tiny_model(model, **{"num_hidden_layers": 1, **(WIDE if name == "qoq" else sizes)})
             ),
             # Seven rows in batches of two: the last is smaller, and three ranks share unequally.
             "calibration": {"data": str(text), "samples": 7, "length": 32},
@@ -112,6 +116,7 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     }
     run_by = {n: [name for name in recipes if n in worlds(name)] for n in WORLDS}
     jobs = {"folder": str(folder), "worlds": run_by, "batch": 2, "recipes": recipes}
+    jobs["memory"] = dict.fromkeys(SPREAD, 1)  # in which no rank has room for all experts
     jobs |= {"faulty": recipes["awq by running tokens"], "output": str(folder / "faulty")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.support.rank_jobs", str(folder / "jobs.json")]
@@ -122,7 +127,7 @@ def written(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, *MANY, *LEARNING, "judged"])
+@pytest.mark.parametrize("recipe", [*LLAMA, *MIXTRAL, *MANY, *SPREAD, *LEARNING, "judged"])
 def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -> None:
     manifests = {(written / str(n) / recipe / "manifest.json").read_bytes() for n in worlds(recipe)}
     assert len(manifests) == 1
@@ -137,6 +142,16 @@ def test_ranks_share_the_rows_that_gradients_are_of(written: Path, recipe: str) 
     assert ran[1][0] > 0
     for n, counts in ran.items():
         assert sum(counts) == ran[1][0] and max(counts) <= ran[1][0] * MOST[n]
+
+
+def test_each_rank_has_its_share_of_experts_that_are_spread(written: Path) -> None:
+    (recipe,) = SPREAD
+    held = [
+        json.loads((written / "3" / recipe / f"held.{rank}.json").read_text()) for rank in range(3)
+    ]
+    assert [len(some) for some in held] == [6, 6, 4]
+    assert sorted(expert for some in held for expert in some) == list(range(16))
+    assert json.loads((written / "1" / recipe / "held.0.json").read_text()) == list(range(16))
 
 
 @pytest.mark.parametrize("recipe", ["awq of stacked experts", "gptq beside the original"])

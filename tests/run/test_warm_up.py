@@ -38,7 +38,8 @@ SPEC = QuantSpec(
 SEARCH = """
 import os, torch
 from pathlib import Path
-from compressor.numerics.awq_search import search_clip_gram, search_scales_gram
+from compressor.numerics.awq_clip import search_clip_gram
+from compressor.numerics.awq_search import search_scales_gram
 from compressor.numerics.gram import relative_error
 from compressor.methods.awq.method import Awq
 from tests_spec import SPEC

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compressor.ir.qtensor import QuantSpec
-from compressor.numerics.awq_search import clip_group_size, search_clip
+from compressor.numerics.awq_clip import clip_group_size, search_clip
 
 
 def search_clip_reference(

@@ -35,16 +35,21 @@ from compressor.ranks.ranks import Ranks
 from compressor.run.judge import Verdict, judge
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.run.settings import UnitDone
+from compressor.runner.block_runner import Block
 from compressor.runner.pieces import Pieces
 from compressor.verify.verify import verify
 
 CPU = torch.device("cpu")
 IN_ORDER = Pieces._in_order
 WRITE = ShardWriter.write
+LOAD = Block.load
 
 
-def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
-    prepared = prepare(make_recipe({**recipe, "output": str(output)}), device=CPU)
+def run(
+    recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks, memory: int | None = None
+) -> None:
+    made = make_recipe({**recipe, "output": str(output)})
+    prepared = prepare(made, device=CPU, device_memory=memory, world=ranks.world)
     prepared = replace(prepared, batch=batch)
     units: list[str] = []
     ran = written = 0
@@ -59,7 +64,14 @@ def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
         written += sum(tensor.nbytes for tensor in tensors.values())
         return WRITE(self, tensors, data)
 
+    held: set[int] = set()
+
+    def loads(self: Block, tensors: Any) -> None:
+        LOAD(self, tensors)
+        held.update(self.runner.names.held(self.unit, tensors))
+
     with (
+        patch.object(Block, "load", loads),
         patch.object(Pieces, "_in_order", counted),
         patch.object(ShardWriter, "write", wrote),
     ):
@@ -68,6 +80,7 @@ def run(recipe: dict[str, Any], output: Path, batch: int, ranks: Ranks) -> None:
         )
     (output / f"ran.{ranks.rank}").write_text(str(ran))
     (output / f"wrote.{ranks.rank}").write_text(str(written))
+    (output / f"held.{ranks.rank}.json").write_text(json.dumps(sorted(held)))
     if recipe["verify"]:
         (output / f"units.{ranks.rank}.json").write_text(json.dumps(units))
         verdict = judge(prepared, compiled, ranks=ranks)
@@ -96,7 +109,8 @@ def rank(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
     with joined(CPU, place_of_rank(number, world, port)) as ranks:
         for name in jobs["worlds"][str(world)]:
             started = time.perf_counter()
-            run(jobs["recipes"][name], folder / name, jobs["batch"], ranks)
+            memory = jobs["memory"].get(name)
+            run(jobs["recipes"][name], folder / name, jobs["batch"], ranks, memory)
             if number == 0:
                 print(f"{world} {name} {time.perf_counter() - started:.2f} s", flush=True)
 

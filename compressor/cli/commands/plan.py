@@ -97,7 +97,11 @@ def show_plan(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     costs = estimate(
-        plan, device=torch.device(device), resident=resident, device_memory=device_memory
+        plan,
+        device=torch.device(device),
+        resident=resident,
+        device_memory=device_memory,
+        world=world,
     )
     problems, notes = check_data(plan)
     problems += preflight(plan)[1]
@@ -169,6 +173,8 @@ def show(plan: Plan, costs: Estimates, world: int, *, device: str) -> None:
         f"{costs.source_bytes / costs.output_bytes:.2f} times smaller)"
     )
     echo(f"peak memory: host {size(costs.host_bytes)}, device {size(costs.device_bytes)}")
+    if costs.alone:
+        echo(f"experts: spread over {world} ranks; one alone would take {size(costs.alone)}")
     echo(f"time on {device}: about {duration(costs.seconds)}{' of one rank' * (world > 1)}")
     if world > 1:
         for line in in_words(shares(plan, world, costs.batch), led(plan)):

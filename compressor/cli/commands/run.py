@@ -149,6 +149,7 @@ def execute(
             device=device,
             device_memory=device_memory,
             resident=resident,
+            world=ranks.world,
         )
     add_cases([Case("plan", "recipe and model", seconds=time.perf_counter() - started)])
     skipped = skipped_notes(prepared.calibration, prepared.evaluation)

@@ -16,7 +16,8 @@ from compressor.ir.same_shape import Linears, stacked
 from compressor.ir.unit import Unit
 from compressor.methods.common.context import PassContext
 from compressor.numerics import fake_quantize, quantize
-from compressor.numerics.awq_search import ScaleResult, is_plain_int, search_clip_gram
+from compressor.numerics.awq_clip import search_clip_gram
+from compressor.numerics.awq_search import ScaleResult, is_plain_int
 from compressor.numerics.gram import error_of_parts
 
 TILE = 2**25

@@ -20,7 +20,7 @@ from compressor.errors import InputError
 from compressor.ir.floats import Change
 from compressor.ir.layout import Fold, Linear
 from compressor.ir.qtensor import QuantSpec
-from compressor.ir.same_shape import Linears, of_one_shape, stacked
+from compressor.ir.same_shape import Linears, groups_of_experts, of_one_shape, stacked
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.awq.finish import Finished, Rule, Site, finished, put
@@ -29,11 +29,11 @@ from compressor.methods.common.context import PassContext, PassResult, PlanConte
 from compressor.methods.common.integers import int_spec
 from compressor.methods.common.rounding import enter_of, quantizer_of
 from compressor.methods.common.shapes import undivided
+from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import (
     ScaleResult,
     candidate_scales,
     is_plain_int,
-    search_clip_gram,
     search_scales_apart,
     search_scales_gram,
     search_scales_reference,
@@ -99,6 +99,9 @@ class Awq(Pass):
         stats = StatNeeds(absmean=True, absmax=absmax, gram=True, keep_inputs=kept)
         return Needs(stats=stats, rounding=self.bits is None)
 
+    def spreads(self) -> bool:
+        return self.bits is not None and self.search == "gram" and not self.duo
+
     def check(self, context: PlanContext) -> Iterator[InputError]:
         return undivided(context.selected, None if self.bits is None else self.group_size)
 
@@ -151,7 +154,7 @@ class Awq(Pass):
         # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
         # and how many tokens an expert saw is known from its output.
         stacks = of_one_shape(outputs, alike)
-        made = context.ranks.each(stacks, work_on_outputs, _work)
+        made = context.ranks.each(stacks, work_on_outputs, _work, context.home)
         found: dict[str, ScaleResult] = {}
         for linears, done in zip(stacks, made, strict=True):
             for linear, tokens, scales in zip(linears, done.tokens, done.found, strict=True):
@@ -186,7 +189,8 @@ class Awq(Pass):
             if len(waiting) < context.ranks.world and name != order[-1]:
                 continue  # until every rank has something to do
             stacks = of_one_shape(waiting, alike)
-            result = put(result, stacks, context.ranks.each(stacks, finish, _work), rows)
+            ready = context.ranks.each(stacks, finish, _work, context.home)
+            result = put(result, stacks, ready, rows)
             # What was observed is stale after this pass: the largest matrix goes before the next
             # linears need as much.
             for site_name in {linear.site for linear in waiting}:
@@ -266,7 +270,18 @@ class Awq(Pass):
         # Of a single linear both searches have the same loss, and the Gram matrix has all tokens.
         if self.search == "reference" and len(readers) > 1:
             return search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
-        return search_scales_gram(weights, stats.gram, stats.absmean, spec, ranks=ranks, **options)
+        apart = groups_of_experts(readers)
+        number = {expert: i for i, group in enumerate(apart) for expert in group}
+        return search_scales_gram(
+            weights,
+            stats.gram,
+            stats.absmean,
+            spec,
+            ranks=ranks,
+            groups=[-1 if x.expert is None else number.get(x.expert, -1) for x in readers],
+            homes=[context.home([x]) for x in readers],
+            **options,
+        )
 
 
 @dataclass(frozen=True, slots=True)

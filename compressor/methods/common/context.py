@@ -70,6 +70,8 @@ class PassContext:
     progress     told now and then how far a long unit is: steps done, of how many, and the loss
     ranks        the processes that work on the unit, all with the same statistics: what takes long
                  is divided among them (`Ranks.each`), and the rest every one does
+    homes        expert → the rank that has its weights alone; elsewhere they are on the meta
+                 device. Empty where every rank has all, as for methods that do not say `spreads`
     """
 
     stats: Mapping[str, SiteStats]
@@ -87,6 +89,12 @@ class PassContext:
     tune: Callable[[Unit], TunableBlock] | None = None
     progress: Callable[[int, int, float], None] = lambda done, total, loss: None
     ranks: Ranks = ALONE
+    homes: Mapping[int, int] = field(default_factory=dict)
+
+    def home(self, linears: Sequence[Linear]) -> int | None:
+        """The rank that has linears of one stack alone, if one has."""
+        expert = linears[0].expert
+        return None if expert is None else self.homes.get(expert)
 
     @property
     def coded(self) -> list[Linear]:

@@ -1,0 +1,99 @@
+"""AWQ's search of bounds at which scaled weights of each group are clipped (arXiv 2306.00978)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from compressor_kernels.search.awq_candidate import CLIP_SIZES, clip_bounds
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.ir.qtensor import QuantSpec
+from compressor.numerics.awq_search import is_plain_int
+from compressor.numerics.int_affine import fake_quantize_int, group_range
+
+CLIP_GRID, CLIP_STEPS = 20, 10
+"""Bounds are tried in steps of 1/20 of the largest magnitude, down to more than half of it."""
+
+
+def search_clip_gram(
+    weight: Tensor,
+    gram: Tensor,
+    spec: QuantSpec,
+    *,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Bounds [O, groups] that give the least Δ_g G_gg Δ_gᵀ in each group of each row; of a stack
+    of weights [E, O, groups].
+
+    weight  [O, C] or [E, O, C] as it will be quantized, scales included
+    gram    [C, C] of the input before it was divided by `scales` [C]; of a stack [E, C, C] and
+            [E, C], or those of the one input of all
+    """
+    if weight.dim() == 3 and gram.dim() == 2:
+        bounds = search_clip_gram(weight.flatten(0, 1), gram, spec, scales=scales)
+        return bounds.view(*weight.shape[:2], -1)
+    size = clip_group_size(weight, spec)
+    groups = weight.shape[-1] // size
+    blocks = gram.view(*gram.shape[:-2], groups, size, groups, size).diagonal(dim1=-4, dim2=-2)
+    blocks = blocks.movedim(-1, -3).to(torch.float32)
+    if scales is not None:
+        per_group = scales.view(*scales.shape[:-1], groups, size)
+        blocks = blocks / (per_group[..., :, None] * per_group[..., None, :])
+
+    if weight.is_cuda and size in CLIP_SIZES:
+        return clip_bounds(
+            weight.contiguous(),
+            blocks.contiguous(),
+            bits=spec.bits,
+            symmetric=spec.symmetric,
+            stored=spec.scale_dtype,
+            grid=CLIP_GRID,
+            steps=CLIP_STEPS,
+        )
+
+    def searched(weight: Tensor, blocks: Tensor) -> Tensor:
+        def error(delta: Tensor) -> Tensor:
+            by_group = delta.transpose(0, 1)
+            errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
+            return errors.t()
+
+        return search_clip(weight.float(), error, spec)
+
+    if weight.dim() == 2:
+        return searched(weight, blocks)
+    return torch.stack([searched(w, b) for w, b in zip(weight, blocks, strict=True)])
+
+
+def search_clip(weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: QuantSpec) -> Tensor:
+    """Bounds absmax·(1 − i/CLIP_GRID) with the least error, for i below CLIP_STEPS.
+
+    error_of  error [rows, n, g] of grouped weights → squared output error [rows, n]
+    """
+    size = clip_group_size(weight, spec)
+    rows = max(1, (2**24 if weight.is_cuda else 2**18) // weight.shape[1])
+    bounds = []
+    for chunk in torch.split(weight, rows):
+        absmax = chunk.view(chunk.shape[0], -1, size).abs().amax(-1)
+        best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
+        span = group_range(chunk, spec)
+        for i in range(CLIP_STEPS):
+            bound = absmax * (1 - i / CLIP_GRID)
+            delta = fake_quantize_int(chunk, spec, clip_max=bound, span=span).sub_(chunk)
+            error = error_of(delta.view(chunk.shape[0], -1, size))
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, bound, best)
+        bounds.append(best)
+    return torch.cat(bounds)
+
+
+def clip_group_size(weight: Tensor, spec: QuantSpec) -> int:
+    """Inputs that share one bound. Raises InputError for grids that no range decides."""
+    if not is_plain_int(spec):
+        raise InputError(
+            f"clipping bounds need an integer grid per group or channel, not {spec}",
+            hint="turn clipping off for this target",
+        )
+    return (spec.group_size if spec.strategy == "group" else None) or weight.shape[-1]
