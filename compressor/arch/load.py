@@ -148,7 +148,10 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
                 **{k: v for k, v in config.items() if v is not None},
             }
             values = {key: computed(text, said) for key, text in beside.items()}
+            head = data.get("head") if config else None
+            scale = head.get("scale") if isinstance(head, dict) else None
             own = {"twin": twin, "within": within, "twin_config": values, "handed": handed}
+            own["logit_scale"] = None if scale is None else computed(scale, said)
             data["runtime"] = {**data["runtime"], **own}
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))

@@ -206,6 +206,7 @@ class RuntimeNames:
     within   the part of the config that this class takes, where that is not all of it
     twin_config  what it takes beside
     handed   what a layer is given beside hidden states that earlier units made
+    logit_scale  what logits are multiplied with, where the map says it
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -221,6 +222,7 @@ class RuntimeNames:
     within: str | None = None
     twin_config: Mapping[str, float] = field(default_factory=dict)
     handed: Handing = field(default_factory=dict)
+    logit_scale: float | None = None
 
     def stacked(self, unit: UnitLayout) -> dict[str, tuple[Linear, ...]]:
         """Tensors in which files of floats have linears of a unit otherwise than one [out, in] →

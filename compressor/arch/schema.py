@@ -143,10 +143,11 @@ class EmbeddingRow(_Row):
 
 
 class HeadRow(_Row):
-    """Modules of the head unit."""
+    """Modules of the head unit; `scale` is what logits are multiplied with: arithmetic of keys."""
 
     norm: NormRow
     linear: str
+    scale: str | None = None
 
 
 class HandedRow(_Row):

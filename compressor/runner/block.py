@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, UnitLayout
+from compressor.runner.buffers import unload
 from compressor.runner.expert_groups import ExpertGroups
 from compressor.runner.experts import Experts, experts_of, hold_some, run_in_groups
 from compressor.runner.handed import argument_of, made, still_handed, taken
@@ -60,7 +61,7 @@ class Block:
         """Take the weights away."""
         while self.groups:
             del self.groups.popitem()[0].forward
-        self.layer.to("meta")
+        unload(self.layer)
 
     def experts(self, module: nn.Module) -> Experts:
         """The experts of one of the layer's modules, one at a time."""

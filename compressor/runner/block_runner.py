@@ -20,6 +20,7 @@ from compressor.ir.layout import UnitLayout, bias_name
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
 from compressor.runner.block import Block as Block
+from compressor.runner.buffers import rebuild_buffers
 from compressor.runner.handed import of_tokens
 from compressor.runner.layer_inputs import by_row, layer_inputs, no_values
 from compressor.runner.model import build_config, build_model, layers_of
@@ -49,7 +50,8 @@ class BlockRunner:
             )
             self.model = build_model(self.config, dtype)
             self._attention = self.model.config._attn_implementation
-            self._rebuild_buffers()
+            text = self.model.get_submodule(names.layers.rpartition(".")[0])
+            rebuild_buffers(text, self.config.get_text_config(), device)
         self.layers = layers_of(self.model, names)
         self._whole_rows: dict[int, list[dict[str, Any]]] = {}
         self._by_row: tuple[str, ...] = ()
@@ -61,22 +63,6 @@ class BlockRunner:
         """Dtype of a layer's tensor: float32 of routers and corrections, as the family says."""
         wide = self.model._keep_in_fp32_modules_strict or ()
         return torch.float32 if any(f".{x}." in f".{name}." for x in wide) else self.dtype
-
-    def _rebuild_buffers(self) -> None:
-        """Rotary tables and Gemma's embedding scale are buffers that no checkpoint holds; on the
-        meta device they are lost."""
-        root = self.names.layers.rpartition(".")[0]
-        for path, module in list(self.model.named_modules()):
-            if not path.startswith(root):
-                continue  # a tower beside the text model never runs
-            if hasattr(module, "scalar_embed_scale"):
-                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
-            if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
-                with torch.device("cpu"):
-                    own = getattr(module, "config", self.config.get_text_config())
-                    fresh = type(module)(own).to(self.device)
-                parent, _, leaf = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), leaf, fresh)
 
     def _assign(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors into the model under their full in-memory names."""
@@ -293,6 +279,7 @@ class BlockRunner:
         scale = getattr(text, "logit_scale", None) or 1 / (
             getattr(text, "logits_scaling", None) or 1
         )
+        scale = scale if self.names.logit_scale is None else self.names.logit_scale
 
         @torch.set_grad_enabled(gradients)
         def logits(hidden: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ KEPT = {
     *("mixer.gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b", "linear_attn.in_proj_ba"),
     *(f"self_attn.indexer.{name}" for name in ("wq_b", "wk", "weights_proj")),
     *("mlp.gate.wg", "feed_forward.router", "mamba.x_proj", "mamba.dt_proj"),
+    *("block_sparse_moe.router", "mixer.x_proj", "mixer.dt_proj", "mlp.router.gate"),
+    "self_attn.g_proj",
 }
 """Linears of blocks that no method rounds, of all families: routers, gates, indexers, and what
 decides on the steps of a Mamba."""
