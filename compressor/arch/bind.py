@@ -239,6 +239,7 @@ class _Layout:
         others: list[str] = []
         mixers: tuple[Mixer, ...] = ()
         attention = self._section(prefix, index, self.arch.attention)
+        heads = self.read.of_block(attention, index)
         mlp = self._section(prefix, index, self.arch.mlp)
         for section in (attention, mlp):
             read = self.read.of_block(section, index)
@@ -303,7 +304,7 @@ class _Layout:
                     source = f"{prefix}.{fold_row.source.format(e=expert)}"
                     site = fold_row.site.format(e=expert)
                     if site in sites and (source in norms or source in linears):
-                        folds.append(self._fold(fold_row, site, source, norms, linears, mixers))
+                        folds.append(self._fold(fold_row, site, source, norms, linears, heads))
         return UnitLayout(
             name=prefix,
             kind="block",
@@ -371,16 +372,18 @@ class _Layout:
         source: str,
         norms: Mapping[str, Norm],
         linears: Mapping[str, Linear],
-        mixers: Sequence[Mixer],
+        read: ConfigReader,
     ) -> Fold:
         if source in norms:
             return Fold(site, source, "norm", norm_offset=norms[source].offset)
-        rows = next((r for r in linears[source].rows if r.role == row.part), None)
-        shape = next((mixer.shape for mixer in mixers if mixer.shape is not None), None)
-        if not row.per_head or shape is None or shape.heads == shape.kv_heads:
+        linear = linears[source]
+        rows = next((r for r in linear.rows if r.role == row.part), None)
+        heads, kv_heads = read.size("heads"), read.size("kv_heads")
+        if not row.per_head or heads == kv_heads:
             return Fold(site, source, "linear", rows=rows)
-        repeat, head_dim = shape.heads // shape.kv_heads, shape.head_dim
-        return Fold(site, source, "linear", rows=rows, repeat=repeat, head_dim=head_dim)
+        # Of the values, whose heads may have another width than those of keys.
+        head_dim = (rows.total if rows else linear.out_features) // kv_heads
+        return Fold(site, source, "linear", rows=rows, repeat=heads // kv_heads, head_dim=head_dim)
 
 
 def _mixers(

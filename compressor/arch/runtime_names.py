@@ -199,7 +199,8 @@ class RuntimeNames:
     """Where the model in memory keeps its parts, and how a block's tensors get there.
 
     layers, embedding, norm, lm_head  module paths; `layers` is the list of decoder layers
-    renames  module path in the checkpoint → in memory, both relative to the decoder layer
+    renames  module path or tensor in the checkpoint → in memory, relative to the decoder layer
+    joined   tensor in memory → those of the checkpoint whose rows follow one another in it
     outside  the same for modules outside the blocks
     stacks   experts that are one tensor in memory
     twin     the model_type whose class runs it, where transformers has none of its own
@@ -216,6 +217,7 @@ class RuntimeNames:
     norm: str
     lm_head: str
     renames: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     outside: Mapping[str, str] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
     twin: str | None = None
@@ -385,7 +387,12 @@ class RuntimeNames:
         turned = {linear.weight_name for linear in unit.linears if linear.transposed}
         for name in unit.tensors:
             if name not in stacked:
-                path, _, leaf = name.removeprefix(f"{unit.name}.").rpartition(".")
+                own = name.removeprefix(f"{unit.name}.")
+                path, _, leaf = own.rpartition(".")
                 local = f"{self.module_path(path)}.{leaf}".removeprefix(".")
+                local = self.renames.get(own, local)
                 state[local] = tensors[name].T if name in turned else tensors[name]
+        for into, sources in self.joined.items():
+            if all(source in state for source in sources):
+                state[into] = torch.cat([state.pop(source) for source in sources])
         return state

@@ -73,7 +73,7 @@ class ConfigReader:
         own = {}
         for name, key in section.sizes.items():
             value = self.size(key) if key in self.known or not key.isidentifier() else None
-            value = self.value(key) if value is None else value
+            value = self.value(key, index) if value is None else value
             if value is not None:
                 own[name] = _count(key, value)
         # What config.json says of one block counts before what it says of blocks of its kind.

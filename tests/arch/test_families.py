@@ -17,6 +17,7 @@ from compressor.cli.main import cli
 from compressor.errors import InputError
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
+from tests.support.families import ALIKE
 from tests.support.family_checks import (
     compiled,
     compiled_and_loaded,
@@ -48,7 +49,8 @@ def test_a_family_is_mapped_whole_and_compiled(
         ours = torch.stack([head(hidden) for hidden in stream.hidden])
     torch.testing.assert_close(ours, logits_of_transformers(folder))
     no_fold_changes_what_a_block_computes(source, stream)
-    compiled_and_loaded(source, ours, tmp_path, {"rtn": {"bits": 8, "group_size": 8}})
+    if model_type not in ALIKE:
+        compiled_and_loaded(source, ours, tmp_path, {"rtn": {"bits": 8, "group_size": 8}})
 
 
 @pytest.mark.parametrize(

@@ -338,10 +338,66 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "lm_head_multiplier": 0.5,
         "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9],
     },
+    "gptj": {"n_inner": 96, "rotary_dim": 8},
+    "codegen": {"n_inner": 96, "rotary_dim": 8},
+    "gpt_bigcode": {"n_inner": 96},
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "mamba2": {
+        "num_heads": 8,
+        "head_dim": 16,
+        "n_groups": 2,
+        "state_size": 16,
+        "chunk_size": 16,
+    },
+    "afmoe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mup_enabled": True,
+        **EXPERTS,
+    },
+    "hy_v3": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "mlp_layer_types": ["dense", "sparse"],
+        **EXPERTS,
+    },
+    "laguna": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_attention_heads_per_layer": [4, 8],
+        "mlp_layer_types": ["dense", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 32,
+        **SHARED,
+        **EXPERTS,
+    },
+    "mimo_v2_flash": {
+        "head_dim": 32,
+        "v_head_dim": 24,
+        "num_key_value_heads": 1,
+        "sliding_window": 32,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        **GROUPED,
+    },
+    "minicpm3": {**MLA, "dim_model_base": 16},
+    "youtu": {**MLA, "pad_token_id": None},  # whose row transformers empties as it loads
+    "axk1": {**MLA, **GROUPED},
+    "gemma4_unified_text": GEMMA_4,
     "bloom": {"n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256},
 }
 """Family → what is its own; after a space, another of its layouts."""
+
+ALIKE = {
+    *("cwm", "iquestcoder", "mellum", "solar_open", "falcon_mamba", "gemma4_unified_text"),
+    *("youtu", "minicpm3", "granitemoeshared", "granite_swa", "vaultgemma", "hyperclovax"),
+}
+"""Families whose blocks are another's but for a norm or a name: the suite does not compile them,
+`scripts/check_architectures.py` does."""
 
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 32}, VISION),

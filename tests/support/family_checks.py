@@ -155,9 +155,10 @@ def compiled_and_loaded(source: Source, before: Tensor, folder: Path, step: dict
 
 def holds_no_packed_weights(source: Source) -> bool:
     """Whether transformers keeps weights of this model in what is no linear of its own: stacked
-    experts, linears that lie [in, out], Falcon's."""
+    experts, linears that lie [in, out], Falcon's; or fails while it initializes their modules."""
     stacked = any(unit.stacks for unit in source.layout.blocks)
-    return stacked or source.arch.model_type == "falcon"
+    fails = ("falcon", "gpt_bigcode", "mamba", "mamba2", "falcon_mamba")
+    return stacked or source.arch.model_type in fails
 
 
 def said(layout: ModelLayout) -> list[Any]:

@@ -33,7 +33,14 @@ MORE_TYPES = tuple(name for name in (*FAMILIES, *WRAPPERS) if name not in TYPES)
 """All others, and their layouts; `arch/test_families.py` has them."""
 
 OTHER_NAMES = {
-    **dict.fromkeys(("opt", "gpt2", "bloom"), ("intermediate_size", "num_key_value_heads")),
+    **dict.fromkeys(
+        ("opt", "gpt2", "bloom", "gptj", "codegen", "gpt_bigcode"),
+        ("intermediate_size", "num_key_value_heads"),
+    ),
+    **dict.fromkeys(
+        ("mamba", "falcon_mamba", "mamba2"),
+        ("intermediate_size", "num_key_value_heads", "num_attention_heads"),
+    ),
     "mpt": (
         *("intermediate_size", "num_key_value_heads", "hidden_size"),
         *("num_attention_heads", "num_hidden_layers"),
