@@ -40,13 +40,13 @@ OF_EXPERTS = ("expert_count", "expert_used_count", "expert_gating_func")
 SOFTMAX = 1
 """The gating function of the mixtures that are read; the chosen experts' weights sum to 1."""
 NEUTRAL = {
-    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (1,)),
-    **dict.fromkeys(("expert_weights_scale", "attention.output_scale"), (1,)),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0, 1)),
+    **dict.fromkeys(("expert_weights_scale", "attention.output_scale"), (0, 1)),
     "attention.causal": (True,),
     "rope.scaling.yarn_ext_factor": (-1, 1),
     "rope.scaling.yarn_attn_factor": (-1, 1),
 }
-"""Values, beside zero and nothing, with which a key changes nothing."""
+"""Values with which a key changes nothing; of any other key zero and nothing do not."""
 
 
 @dataclass(slots=True)
@@ -82,7 +82,10 @@ class _Keys:
             if key == name or key in self.read or key in UNUSED:
                 continue
             values = value if isinstance(value, list) else [value]
-            if all(not item or item in NEUTRAL.get(key, ()) for item in values):
+            neutral = NEUTRAL.get(key)
+            if key.startswith("rope.scaling.yarn_") and self.value("rope.scaling.type") != "yarn":
+                neutral = (*(neutral or ()), 0)
+            if all(not item if neutral is None else item in neutral for item in values):
                 continue
             raise InputError(
                 f"{self.file.path.name} says {name} is {value!r}, which is not converted",
