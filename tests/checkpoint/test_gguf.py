@@ -76,6 +76,9 @@ def test_a_mixture_computes_what_the_written_one_did(tmp_path, byte_level, famil
     assert {x.expert for unit in source.layout.units for x in unit.linears} >= {0, 1, 2}
 
 
+YARN_WITHOUT_RAMP = {"type": "yarn", "factor": 4.0, "yarn_ext_factor": 0.0}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -204,7 +207,7 @@ def test_llama3_rotary_stretching_is_recovered_and_another_refused(tmp_path, byt
         ({"llama.attention.causal": False}, "causal is False, which is not converted"),
         ({"llama.logit_scale": 2.0}, "logit_scale is 2.0"),
         (
-            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.0},
+            {f"llama.rope.scaling.{k}": v for k, v in YARN_WITHOUT_RAMP.items()},
             "yarn_ext_factor is 0.0",
         ),
         ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
