@@ -34,6 +34,22 @@ CARRIED = (
 """Patterns of names in lower case; the case of a file's name does not matter."""
 FOLDERS = ("*chat_template*", "custom_generate", "licen[cs]es")
 """Folders whose files travel too."""
+DECIDING = (
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map*",
+    "added_tokens*",
+    "*vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config*",
+    "*processor*.json",
+)
+"""Files that loaders take from a checkpoint's folder because they are there."""
 CODE = (".py", ".pyc", ".so", ".sh")
 """Never carried by name, only where a config names the module."""
 WEIGHTS = (
@@ -204,6 +220,11 @@ def _entries(folder: Path) -> list[Path]:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def decides(name: str) -> bool:
+    """Whether loaders take a file for a part of the model because it is there."""
+    return _matches(name, DECIDING)
 
 
 def shard_names(read: Read) -> set[str]:

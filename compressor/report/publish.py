@@ -27,7 +27,7 @@ from compressor.checkpoint.manifest import (
     read_manifest,
 )
 from compressor.checkpoint.secrets import leaks
-from compressor.checkpoint.side_files import leads_out
+from compressor.checkpoint.side_files import decides, leads_out
 from compressor.errors import CheckError, CompressError, InputError, Problems
 from compressor.report.card import CARD_NAME, is_generated
 from compressor.report.data import HTML_NAME, JSON_NAME, read_report
@@ -42,11 +42,12 @@ STALE = re.compile(
         | \.h5 | \.msgpack | \.onnx | \.ot )
     | (?: pytorch_model | model | consolidated )[^/]* \.
         (?: bin | pt | pth | ckpt[^/]* | index\.json )
+    | attention_policy\.json | stream_policy\.json | offsite\.json
     | params\.json | hf_quant_config\.json | quant(?:ize|ization)?_config\.json""",
     re.VERBOSE | re.IGNORECASE,
 )
 """Names at the root of a repository under which loaders look for weights, or for what describes
-them."""
+them; a policy and an adapter's record are among it, which only this program writes."""
 ADAPTER = "adapter_config.json"
 """With this file at its root, transformers takes a repository for an adapter to another model."""
 
@@ -83,6 +84,11 @@ class Changes:
     delete: tuple[str, ...] = ()
     same: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Files that stay and are not of this checkpoint, though loaders read them with it."""
+        return tuple(name for name in self.kept if decides(name))
 
     @property
     def sent(self) -> tuple[str, ...]:

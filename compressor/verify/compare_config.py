@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.side_files import DECIDING
 from compressor.errors import InputError
 from compressor.runner.model import resolved_config
 
@@ -31,23 +32,6 @@ NOT_THE_FUNCTION = (
 )
 """Keys of config.json that training or saving read. How weights are stored, whether the head is,
 and the attention policy are held against the original by what they stand for."""
-
-DECIDING = (
-    "tokenizer*",
-    "tekken.json",
-    "special_tokens_map*",
-    "added_tokens*",
-    "*vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config*",
-    "*processor*.json",
-)
-"""Files that loaders take from a checkpoint's folder because they are there."""
 
 PROVENANCE = ("transformers_version", "_from_model_config", "name_or_path", "_commit_hash")
 

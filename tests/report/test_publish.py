@@ -13,6 +13,7 @@ import pytest
 from compressor.checkpoint.lfs import POINTER
 from compressor.checkpoint.manifest import FileRecord, Manifest
 from compressor.checkpoint.secrets import find_secret
+from compressor.cli.commands.push import show_changes
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.report.card import _sealed
 from compressor.report.publish import (
@@ -173,7 +174,7 @@ def test_a_public_repository_is_not_filled_by_accident(hub: Any, checkpoint: Pat
 
 
 def test_a_version_takes_the_place_of_the_one_before(
-    hub: Any, checkpoint: Path, tmp_path: Path
+    hub: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = {
         "config.json": b"{}",
@@ -184,7 +185,8 @@ def test_a_version_takes_the_place_of_the_one_before(
     push(list_upload(make_version(tmp_path / "one", one)), Publish(repo=REPO))
     others = {"notes/eval.md": b"mine", "figure.png": b"png", "LICENSE": b"edited there"}
     weights = {"pytorch_model.bin": b"w", "consolidated.safetensors": b"w", "params.json": b"{}"}
-    inner = {"original/consolidated.00.pth": b"w"}
+    weights |= {"attention_policy.json": b"{}", "attention_policy.safetensors": b"w"}
+    inner = {"original/consolidated.00.pth": b"w", "tokenizer.model": b"by hand"}
     hub.repos[REPO].commit(
         "main", {n: ("regular", d) for n, d in (others | weights | inner).items()}
     )
@@ -192,10 +194,14 @@ def test_a_version_takes_the_place_of_the_one_before(
     expected = preview(listing, to)
     assert expected.replace == ("config.json", "manifest.json")
     assert expected.delete == (
+        *("attention_policy.json", "attention_policy.safetensors"),
         *("chat_template.jinja", "consolidated.safetensors", "model.safetensors"),
         *("params.json", "pytorch_model.bin"),
     )
     assert set(expected.kept) == {".gitattributes", *others, *inner}
+    assert expected.loaded == ("tokenizer.model",)
+    show_changes(listing, expected)
+    assert "loaders read tokenizer.model there" in capsys.readouterr().out
     commits = len(hub.repos[REPO].commits)
     assert push(listing, to).changes == expected
     assert len(hub.repos[REPO].commits) == commits + 1

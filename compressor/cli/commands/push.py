@@ -12,6 +12,7 @@ from compressor.cli.display import Display, size
 from compressor.cli.echo import echo
 from compressor.cli.junit import Case
 from compressor.cli.options import FOLDER, Told, add_cases, telling_options
+from compressor.errors import several
 
 if TYPE_CHECKING:
     from compressor.report.publish import Changes, Listing
@@ -151,6 +152,11 @@ def show_changes(listing: Listing, changes: Changes) -> None:
         for name in names:
             known = f"  {size(listing.files[name])}" if name in listing.files else ""
             echo(f"  {what:7}  {name}{known}")
+    if changes.loaded:
+        echo(
+            f"note: loaders read {several(changes.loaded, 4)} there, which this checkpoint does "
+            "not have: delete them unless they are meant for it"
+        )
     if CARD_NAME in changes.kept and CARD_NAME in listing.files:
         echo(f"{CARD_NAME} was written by hand there and stays; --replace-card sends this one")
 
