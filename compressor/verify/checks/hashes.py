@@ -17,11 +17,12 @@ from compressor.checkpoint.manifest import (
     read_manifest,
 )
 from compressor.checkpoint.reader import index_name, load_json, stem_of
+from compressor.checkpoint.side_files import DECIDING
 from compressor.errors import InputError, several
 from compressor.ir.layout import UnitLayout
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.verify.checks.base import Check
-from compressor.verify.compare_config import DECIDING, deciding_files
+from compressor.verify.compare_config import deciding_files
 from compressor.verify.findings import Findings
 
 STRAYS = (
