@@ -20,7 +20,7 @@ from compressor.attention.evaluation import as_stored
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
-from compressor.numerics.processor import multiplies_bfloat16
+from compressor.numerics.processor import multiplies_bfloat16, products_of_bfloat16
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.activations import Activations
 from compressor.runner.source_model import Attending
@@ -171,12 +171,8 @@ def _products(
     """Products of bfloat16 models with inputs in bfloat16, as on a GPU, on a CPU that is quicker at
     them; all else, hidden states included, stays in `dtype`."""
     stored = {source.checkpoint.dtype for source in sources}
-    quick = device.type == "cpu" and dtype == torch.float32 and stored == {torch.bfloat16}
-    # Its cache would keep the weights of every block.
-    autocast: AbstractContextManager[None] = torch.autocast(
-        "cpu", torch.bfloat16, enabled=quick and multiplies_bfloat16(), cache_enabled=False
-    )
-    return autocast
+    narrow = device.type == "cpu" and dtype == torch.float32 and stored == {torch.bfloat16}
+    return products_of_bfloat16(quick=narrow and multiplies_bfloat16())
 
 
 def compared(ours: Tensor, original: Tensor, *, counted: Tensor) -> EvaluationResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -17,3 +18,9 @@ def instructions(*names: str) -> bool:
 def multiplies_bfloat16() -> bool:
     """Whether it multiplies bfloat16 faster than float32."""
     return instructions("amx_bf16", "avx512_bf16")
+
+
+def products_of_bfloat16(*, quick: bool = True) -> AbstractContextManager[None]:
+    """Lets a CPU multiply float32 in bfloat16 for the length of a `with`, if `quick`."""
+    # Its cache would keep the weights of every block.
+    return torch.autocast("cpu", torch.bfloat16, enabled=quick, cache_enabled=False)

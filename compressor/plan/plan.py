@@ -32,6 +32,7 @@ from compressor.ir.tensor import TensorShape
 from compressor.methods.base import ModelPass, Needs
 from compressor.methods.common.context import PlanContext
 from compressor.methods.common.shapes import some
+from compressor.numerics.processor import multiplies_bfloat16
 from compressor.plan.activation_store import store_notes, store_problem
 from compressor.plan.check_recipe import check_recipe
 from compressor.plan.delta import as_delta
@@ -83,6 +84,15 @@ class Plan:
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype in which blocks run."""
         return self.source.checkpoint.running_dtype(device)
+
+    def multiplies_bfloat16(self, device: torch.device) -> bool:
+        """Whether blocks of a bfloat16 model multiply in it on a CPU that does that faster, as on a
+        GPU, while all else stays in float32: where passes read sums over inputs and no more."""
+        read = [(p.needs, p.needs.stats) for p in self.passes]
+        more = any(n.kv or n.tokens or n.block or s.keep_inputs or s.cross for n, s in read)
+        quick = device.type == "cpu" and multiplies_bfloat16() and not more
+        dense = not any(linear.expert is not None for linear in self.layout.linears)
+        return quick and dense and self.source.checkpoint.dtype == torch.bfloat16
 
 
 def make_plan(

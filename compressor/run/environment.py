@@ -17,8 +17,8 @@ VERSIONED = ("torch", "transformers", "tokenizers", "triton")
 
 EXTENSIONS = ("avx512_bf16", "avx512_fp16", "avx512_vnni", "sve", "sve2", "bf16", "i8mm")
 MATRIX_UNITS = ("amx_bf16", "amx_fp16", "amx_int8", "sme")
-"""What PyTorch and oneDNN choose other kernels for. With bfloat16 units the errors that searches
-compare are products in bfloat16 (`numerics.gram`)."""
+"""What PyTorch and oneDNN choose other kernels for. Where products of bfloat16 are quick, errors
+that searches compare (`numerics.gram`) and blocks that calibrate are made of them."""
 
 VARIABLES = (
     "MKL_CBWR",

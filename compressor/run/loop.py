@@ -107,15 +107,16 @@ class Loop:
         # Asked by all ranks at once, so that all of them stop.
         agreed = replace(settings, stopping=lambda: ranks.any(settings.stopping()))
         self._check_sources(agreed)
-        dtype = plan.compute_dtype(settings.device)
+        device, dtype = settings.device, plan.compute_dtype(settings.device)
         # What one rank found in the store and another ran would leave them apart.
         kept = settings.activations if ranks.world == 1 else None
         model = SourceModel(
             plan.source,
-            device=settings.device,
+            device=device,
             dtype=dtype,
             activations=kept,
             experts=experts_at_once if settings.experts_apart else None,
+            quick=plan.multiplies_bfloat16(device),
         )
         execution = Execution(
             settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks

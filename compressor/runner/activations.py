@@ -314,8 +314,8 @@ def embedded(
             {key: value for key, value in model.config.items() if key not in UNSAID},
             repr(model.source.arch.runtime),
             str(model.dtype),
-            model.device.type,
-            *(["autocast"] if torch.is_autocast_enabled(model.device.type) else []),
+            kind := model.device.type,
+            *(["autocast"] if torch.is_autocast_enabled(kind) or model.quick else []),
             _content(tensors),
             _content({"ids": ids, **{f"side.{name}": tensor for name, tensor in side.items()}}),
         ]

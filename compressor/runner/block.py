@@ -75,7 +75,8 @@ class Block:
     def forward(self, hidden: Tensor, side: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output for hidden states [rows, length, hidden], and what the rows have
         beside them (`Stream.beside`)."""
-        return self._run({}, hidden, side)
+        with self.runner.products():
+            return self._run({}, hidden, side)
 
     def functional(
         self,

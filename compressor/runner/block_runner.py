@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressor.arch.load import RuntimeNames
 from compressor.foreign.calls import foreign
 from compressor.ir.layout import UnitLayout, bias_name
+from compressor.numerics.processor import products_of_bfloat16
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.attention_call import AttentionHook, Rotary, hooked
 from compressor.runner.block import Block as Block
@@ -39,11 +40,13 @@ class BlockRunner:
         device: torch.device,
         dtype: torch.dtype,
         experts: Callable[[UnitLayout], int] | None = None,
+        quick: bool = False,
     ) -> None:
         # `experts`: how many of a block's are in memory at a time, if not all.
+        # `quick`: whether float32 is multiplied in bfloat16.
         self.names, self.device, self.dtype = names, device, dtype
         self.recorder = Recorder(device)
-        self.experts = experts
+        self.experts, self.quick = experts, quick
         with foreign("transformers does not accept this config.json"):
             self.config = build_config(
                 config, twin=names.twin, within=names.within, beside=names.twin_config
@@ -122,7 +125,12 @@ class BlockRunner:
     def capture(self, inputs: Mapping[str, Tensor], arguments: dict[int, dict[str, Any]]) -> Tensor:
         """What enters the first block for inputs of the model; `arguments` gets what each layer is
         passed beside it."""
-        return layer_inputs(self.model, self.layers, inputs, arguments)
+        with self.products():
+            return layer_inputs(self.model, self.layers, inputs, arguments)
+
+    def products(self) -> AbstractContextManager[None]:
+        """How matrices are multiplied, for the length of a `with`."""
+        return products_of_bfloat16() if self.quick else nullcontext()
 
     def arguments_of(
         self, rows: int, length: int, side: Mapping[str, Tensor]

@@ -31,6 +31,7 @@ class SourceModel:
     as_stored  run it with its inputs and its cache quantized, as the files say
     activations  where hidden states are kept that its blocks make; nowhere, if None
     experts    how many of a block's are in memory at a time, if not all
+    quick      whether its blocks multiply float32 in bfloat16
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SourceModel:
         as_stored: bool = False,
         activations: Activations | None = None,
         experts: Callable[[UnitLayout], int] | None = None,
+        quick: bool = False,
     ) -> None:
         self.source = source
         self.layout: ModelLayout = source.layout
@@ -53,6 +55,7 @@ class SourceModel:
         self.as_stored = as_stored
         self.activations = activations
         self.experts = experts
+        self.quick = quick
 
     @cached_property
     def runner(self) -> BlockRunner:
@@ -66,6 +69,7 @@ class SourceModel:
             device=self.device,
             dtype=self.dtype,
             experts=self.experts,
+            quick=self.quick,
         )
 
     def tokenizer(self) -> Any:

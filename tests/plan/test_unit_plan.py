@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compressor.checkpoint.source import open_source
+from compressor.plan import plan as plan_module
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
 
@@ -84,3 +86,26 @@ def test_outputs_are_those_of_the_format(plan: Callable[..., Plan]) -> None:
     assert names == {"weight_packed", "weight_scale", "weight_shape"}
     others = [name for name in unit.outputs if "o_proj" not in name]
     assert len(others) == 8 and all(name.endswith(".weight") for name in others)
+
+
+def test_a_cpu_multiplies_bfloat16_where_passes_read_sums_over_inputs_alone(
+    tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, source = torch.device("cpu"), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        source[dtype] = open_source(tiny_models.build("llama", tmp_path / str(dtype), dtype=dtype))
+
+    def does(step: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> list[bool]:
+        recipe = make_recipe({"model": "m", "output": "o", "passes": [step]})
+        made, found = make_plan(recipe, source[dtype]), []
+        for quick in (False, True):
+            monkeypatch.setattr(plan_module, "multiplies_bfloat16", lambda quick=quick: quick)
+            found.append(made.multiplies_bfloat16(cpu))
+            assert not made.multiplies_bfloat16(torch.device("cuda"))
+        return found
+
+    awq = {"bits": 4, "group_size": 32}
+    assert does({"awq": awq}) == [False, True]
+    assert does({"awq": awq}, torch.float32) == [False, False]
+    assert does({"awq": {**awq, "search": "reference"}}) == [False, False]
+    assert does({"gptq": {"group_size": 32, "correction": 0.5}}) == [False, False]

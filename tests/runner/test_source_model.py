@@ -24,3 +24,18 @@ def test_the_whole_model_is_the_model(model_type, tiny_model):
     with torch.no_grad():
         assert torch.equal(whole(ids).logits, loaded(ids).logits)
     assert not any(parameter.requires_grad for parameter in whole.parameters())
+
+
+def test_blocks_that_multiply_bfloat16_keep_all_else_in_float32(tiny_model):
+    source = open_source(tiny_model("llama"))
+    ids = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = []
+    for quick in (False, True):
+        model = SourceModel(source, device=torch.device("cpu"), dtype=torch.float32, quick=quick)
+        entering = model.runner.embed(model.tensors(0), ids)
+        with model.runner.loaded(source.layout.blocks[0], model.tensors(1)) as block:
+            found.append(block.forward(entering))
+        assert not torch.is_autocast_enabled("cpu")
+    wide, narrow = found
+    assert narrow.dtype == torch.float32 and not torch.equal(wide, narrow)
+    assert float((narrow - wide).norm() / wide.norm()) < 0.02
