@@ -146,8 +146,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-PIECE = 2**23
-"""Bytes that are looked at while the processor's cache still holds them."""
+PIECE = 2**26
+"""Bytes that are read and looked at by one call each. Between calls other threads take Python, and
+the one that starts a GPU's kernels waits for it."""
 
 
 def read_tensor(
