@@ -157,6 +157,7 @@ def write(
     *,
     about: Mapping[str, Any],
     beside: Path | None,
+    models: Iterable[Path] = (),
     device: torch.device = CPU,
     recipe: bytes | None = None,
     files: Mapping[str, bytes] | None = None,
@@ -166,6 +167,7 @@ def write(
     """Write units one after the other as `read` gives them; the same call continues.
 
     The last one is hashed and written while the next one is read.
+    models   folders that are read, beside `beside`
     device   where `read` puts what is coded
     files    in place of the target's, or beside them
     content  hash of what a unit is made from, where `about` does not say it: what is committed, or
@@ -183,7 +185,7 @@ def write(
     shards = lay_out(target.container, map(target.shapes, target.units))
     along = 0 if beside is None else side_files(beside).size(beside)
     for refused in (
-        refusal(output, manifest=MANIFEST_NAME, model=beside),
+        refusal(output, manifest=MANIFEST_NAME, models=[*models, *filter(None, [beside])]),
         lacking_room(output, shards.size + along),
     ):
         if refused is not None:

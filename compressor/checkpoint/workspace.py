@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ WORK_NAME = ".compress-work"
 JOB_NAME = "job.json"
 
 
-def refusal(output: Path, *, manifest: str, model: Path | None = None) -> InputError | None:
+def refusal(output: Path, *, manifest: str, models: Iterable[Path] = ()) -> InputError | None:
     """Why a run may not write into a folder: it is a file, holds what no run of ours wrote, cannot
-    be written into, or lies in the folder of the model, where it would be taken for files of that.
-    """
-    if model is not None and output.resolve().is_relative_to(model.resolve()):
-        return InputError(
-            f"{output} lies in the folder of the model ({model})",
-            hint="name a folder elsewhere with --output",
-        )
+    be written into, or lies in the folder of one of the models that are read, where it would be
+    taken for files of that."""
+    for model in models:
+        if output.resolve().is_relative_to(model.resolve()):
+            return InputError(
+                f"{output} lies in the folder of the model ({model})",
+                hint="name a folder elsewhere with --output",
+            )
     inside = output / WORK_NAME
     if (why := in_the_way(inside)) is not None:
         return InputError(f"cannot write {output}: {why}", hint="name a folder with --output")

@@ -157,8 +157,8 @@ def make_plan(
     costs = [(plan.step.name, plan.cost(source.checkpoint.dtype)) for plan in passes]
     notes += [f"{name}: {note}" for name, cost in costs for note in cost.notes]
     if output is not None:
-        own = source.checkpoint.folder
-        refused = [refusal(output, manifest=MANIFEST_NAME, model=own), store_problem(recipe)]
+        read = [s.checkpoint.folder for s in (source, *([base.source] if base else ()))]
+        refused = [refusal(output, manifest=MANIFEST_NAME, models=read), store_problem(recipe)]
         problems += filter(None, refused)
     if not problems:
         try:

@@ -116,7 +116,7 @@ def convert(
     """
     source, target = located.source, get_format(format)
     folder = source.checkpoint.folder
-    if (refused := refusal(output, manifest=MANIFEST_NAME, model=folder)) is not None:
+    if (refused := refusal(output, manifest=MANIFEST_NAME, models=[folder])) is not None:
         raise refused
     if target.name != "dense" and not source.quantized:
         raise InputError(

@@ -44,6 +44,7 @@ def apply_delta(
         source.read_unit,
         about=_about(delta),
         beside=delta.checkpoint.folder,
+        models=[base.checkpoint.folder],
         progress=progress,
     )
     return source.checkpoint.nbytes

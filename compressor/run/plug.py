@@ -194,6 +194,7 @@ def unplug(
             "versions": versions(),
         },
         beside=None,
+        models=[folder],
         progress=progress,
     )
     return Plugged(output, len(found), written.shards.size, already=written.finished)

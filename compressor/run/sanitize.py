@@ -142,7 +142,7 @@ def sanitize(
     """
     checkpoint = model.checkpoint
     for error in (
-        refusal(output, manifest=MANIFEST_NAME, model=checkpoint.folder),
+        refusal(output, manifest=MANIFEST_NAME, models=[checkpoint.folder]),
         lacking_room(output, checkpoint.nbytes),
     ):
         if error is not None:

@@ -47,9 +47,9 @@ def test_what_no_run_of_ours_wrote_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_the_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "model")
     for model in (tmp_path / "model", tmp_path / "link"):
-        refused = refusal(tmp_path / "model" / "out", manifest=MANIFEST, model=model)
+        refused = refusal(tmp_path / "model" / "out", manifest=MANIFEST, models=[model])
         assert refused is not None and "in the folder of the model" in refused.message
-    assert refusal(tmp_path / "model-w4", manifest=MANIFEST, model=tmp_path / "model") is None
+    assert refusal(tmp_path / "model-w4", manifest=MANIFEST, models=[tmp_path / "model"]) is None
 
 
 def test_another_run_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:

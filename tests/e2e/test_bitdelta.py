@@ -253,6 +253,11 @@ def test_what_is_wrong_is_said(pair: Pair, tiny_model: Callable[..., Path], tmp_
         prepared(base, fine, tmp_path / "b", top={"format": "dense"})
     with pytest.raises(InputError, match="base: there is no model"):
         prepared(tmp_path / "nowhere", fine, tmp_path / "b")
+    for read in (base, fine):
+        with pytest.raises(Problems, match="lies in the folder of the model"):
+            prepared(base, fine, read / "b")
+    with pytest.raises(InputError, match="lies in the folder of the model"):
+        apply_delta(open_delta(output), open_source(base), base / "b")
     recipe = {"model": str(fine), "output": str(tmp_path / "b"), "format": "bitdelta"}
     two = [{"rtn": {"targets": "attn.q"}}, {"bitdelta": {"base": str(base), "distill": "none"}}]
     with pytest.raises(Problems, match="no other pass"):

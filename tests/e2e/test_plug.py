@@ -136,6 +136,8 @@ def test_what_is_unplugged_and_plugged_is_the_same_to_the_byte(base: Path, tmp_p
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     folder = tmp_path / "sharded"
     assert len(list(folder.glob("model-*.safetensors"))) > 2
+    inside = compress("unplug", folder, folder / "adapter", "--pads", "2,1")
+    assert inside.exit_code == 2 and not (folder / "adapter").exists(), inside.output
     out = compress("unplug", folder, tmp_path / "adapter", "--pads", "2,1")
     assert out.exit_code == 0, out.output
     names = {n.split(".")[2] for n in load_file(tmp_path / "adapter" / "adapter.safetensors")}

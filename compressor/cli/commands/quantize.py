@@ -143,7 +143,7 @@ def command(
             device=device,
         )
         where, own = target.expanduser(), source.checkpoint.folder
-        if (refused := refusal(where, manifest=MANIFEST_NAME, model=own)) is not None:
+        if (refused := refusal(where, manifest=MANIFEST_NAME, models=[own])) is not None:
             raise refused
         if bits_per_weight is None:
             choice = choose(wish, source)
