@@ -65,10 +65,16 @@ def hold_some(
     """Have a layer's modules know some of their experts alone; called, they answer with zeros.
 
     modules  their paths;  stacks  of those experts, by name relative to the layer
+    Raises InputError for a module whose experts cannot be apart.
     """
     found: dict[nn.Module, HeldExperts] = {}
     for path in modules:
         module: Any = layer.get_submodule(path)
+        if not _divisible(module):
+            raise InputError(
+                f"{type(module).__name__} runs experts in a way that ranks cannot share",
+                hint="one process, with --device-memory: they then wait in main memory",
+            )
         prefix = f"{path}."
         own = {n.removeprefix(prefix): t for n, t in stacks.items() if n.startswith(prefix)}
         found[module] = HeldExperts(module, own, held)
@@ -81,9 +87,9 @@ def _to_nobody(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-def divisible(module: nn.Module) -> bool:
-    """Whether several processes may each have some of a module's experts: what one of them makes of
-    a token does not depend on the others, and is added up as `Experts.in_groups` does it."""
+def _divisible(module: nn.Module) -> bool:
+    """Whether what a module's experts make of a token is added up as `Experts.in_groups` does it,
+    so that several processes may each have some of them."""
     way = getattr(getattr(module, "config", None), "_experts_implementation", None)
     return hasattr(module, "_apply_gate") and way == "grouped_mm"
 

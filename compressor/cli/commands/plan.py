@@ -174,7 +174,7 @@ def show(plan: Plan, costs: Estimates, world: int, *, device: str) -> None:
     )
     echo(f"peak memory: host {size(costs.host_bytes)}, device {size(costs.device_bytes)}")
     if costs.alone:
-        echo(f"experts: spread over {world} ranks; one alone would take {size(costs.alone)}")
+        echo(f"experts: spread over {world} ranks; with all of them one takes {size(costs.alone)}")
     echo(f"time on {device}: about {duration(costs.seconds)}{' of one rank' * (world > 1)}")
     if world > 1:
         for line in in_words(shares(plan, world, costs.batch), led(plan)):
