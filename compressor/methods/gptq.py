@@ -9,7 +9,6 @@ that of rounding to nearest keeps the nearest codes.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar, Literal
 
 from compressor_calibration.stats import StatNeeds
@@ -20,13 +19,13 @@ from compressor.methods.base import Needs
 from compressor.methods.common.context import PassContext, PassResult
 from compressor.methods.common.on_grid import OnGrid
 from compressor.methods.common.rounding import with_input_scales
-from compressor.methods.common.second_order import GptqOptions, round_unit, searched
+from compressor.methods.common.second_order import GptqOptions, round_unit
 
 
 class Gptq(OnGrid):
     """Round weights so that each rounding error is corrected by the weights rounded after it."""
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     integers_alone: ClassVar[tuple[str, ...]] = (*OnGrid.integers_alone, "refits")
 
@@ -80,10 +79,8 @@ class Gptq(OnGrid):
             refits=self.refits,
             correction=self.correction,
         )
-        start = None
-        if self.scales == "search":
-            start = partial(searched, context, self.min_tokens)
-        return PassResult(*round_unit(unit, context, options, start=start))
+        search = self.scales == "search"
+        return PassResult(*round_unit(unit, context, options, search=search))
 
 
 PASS = Gptq

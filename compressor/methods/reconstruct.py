@@ -10,7 +10,6 @@ that no step has seen judge it: what is not better on them is not taken.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from compressor.methods.common.block_fit import Division, Kept, draws, loss_of, 
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.on_grid import OnGrid
 from compressor.methods.common.rounding import with_input_scales
-from compressor.methods.common.second_order import GptqOptions, round_unit, searched
+from compressor.methods.common.second_order import GptqOptions, round_unit
 from compressor.numerics.learned_floats import e2m1_step, floats_qtensor, moved_elements
 from compressor.numerics.learned_grid import as_qtensor, grouped, moved_codes, stretched
 from compressor.runner.pieces import UNREPEATABLE
@@ -55,7 +54,7 @@ PRESETS = {"fast": Preset(0, 40), "good": Preset(2, 100), "best": Preset(2, 400)
 class Reconstruct(OnGrid):
     """Round with GPTQ on searched grids, then refine the scales of each block together."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     preset: Literal["fast", "good", "best"] = Field(
         "good", description="how much is done: 40, 100 or 400 steps; descent before all but fast"
@@ -124,8 +123,7 @@ class Reconstruct(OnGrid):
             correction=self.correction,
         )
         unit = with_input_scales(unit, context.coded, context)
-        begin = partial(searched, context, self.min_tokens)
-        started, rows = round_unit(unit, context, options, start=begin)
+        started, rows = round_unit(unit, context, options, search=True)
         # What too few tokens went to would learn those by heart: it keeps the nearest codes.
         seen = {row["linear"] for row in rows if row["error_of"] == "output"}
         learned = [x for x in context.coded if x.name in seen]

@@ -36,6 +36,11 @@ class Columns:
         """Nearest codes of one input's weights [O], and what they stand for."""
         scales = self.scales[column // self.size]
         zeros = None if self.zeros is None else self.zeros[column // self.size]
+        return self.nearest(value, scales, zeros)
+
+    def nearest(self, value: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Nearest codes of values of any shape on grids of the same shape, and what they stand
+        for."""
         codes = nearest_codes(value, self.spec, scales=scales, zeros=zeros, second=self.second)
         if self.lowest:
             codes.clamp_(min=self.lowest)

@@ -39,7 +39,8 @@ def search_grid(
 ) -> QTensor:
     """A weight [O, C] rounded to nearest on the grids with the least error.
 
-    diagonal  [C] of the Gram matrix, any positive multiple
+    diagonal  [C] of the Gram matrix, any positive multiple; or [n, C] for n weights of one shape,
+              one above the other
     spec      integers, with a scale per group or output channel
     narrow    symmetric grids of positive scales whose lowest code is not used
     Raises InputError for a spec that does not fit.
@@ -49,7 +50,11 @@ def search_grid(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(weight):
         groups = weight[rows].float().view(-1, scales.shape[1], weight.shape[1] // scales.shape[1])
-        weights = diagonal.float().view(groups.shape[1:])
+        weights = diagonal.float()
+        if diagonal.dim() == 2:
+            every = torch.arange(rows.start, min(rows.stop, len(weight)), device=weight.device)
+            weights = weights[every // (len(weight) // len(diagonal))]
+        weights = weights.view(-1, *groups.shape[1:])
         start = (scales[rows], None if zeros is None else zeros[rows])
         found = _Search(groups, weights, start, spec, lowest=int(narrow))
         ends = group_range(weight[rows].float(), spec)

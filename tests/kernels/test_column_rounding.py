@@ -66,6 +66,18 @@ def test_gptq_and_descent_are_the_same_through_it(spec, monkeypatch):
     assert DEVICE != "cpu" or torch.equal(ours.q.codes, plain.q.codes)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_several_weights_at_a_time_are_rounded_as_each_alone(zeros):
+    """Rows of one weight do not fill its last program."""
+    cases = [case(21, 6, zeros=zeros, seed=seed) for seed in range(3)]
+    stacked = [torch.stack(parts) for parts in zip(*(given for given, _ in cases), strict=True)]
+    points = torch.stack([p for _, p in cases]) if zeros else None
+    codes, errors = round_columns(*stacked, points, kind="int")
+    for i, (given, own) in enumerate(cases):
+        alone = round_columns(*given, own, kind="int")
+        assert torch.equal(codes[i], alone[0]) and torch.equal(errors[i], alone[1])
+
+
 def test_shapes_that_do_not_fit():
     given, _ = case(16, 5)
     with pytest.raises(ValueError, match=r"for \[16, 5\]"):

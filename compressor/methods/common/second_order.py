@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from compressor_calibration.stats import SiteStats
 
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
+from compressor.ir.same_shape import of_one_shape, stacked
 from compressor.ir.unit import Unit
 from compressor.methods.common.context import PassContext
 from compressor.methods.common.rounding import quantize_all
+from compressor.numerics import quantize
 from compressor.numerics.gptq import InverseFactor, Rounded, gptq, inverse_factor
+from compressor.numerics.gptq_stack import gptq_stack, inverse_factors
 from compressor.numerics.gram import output_error
 from compressor.numerics.grid_search import search_grid
 from compressor.numerics.learned_floats import searched_scales
@@ -52,15 +56,20 @@ def round_unit(
     context: PassContext,
     options: GptqOptions,
     *,
+    search: bool = False,
     start: Start | None = None,
 ) -> tuple[Unit, list[dict[str, Any]]]:
     """The unit with every selected linear that has a spec quantized, and a report row for each.
 
-    start  how linears of one site of a unit are rounded to nearest, on the grid that is to be
-           kept; where None, as the plan says
+    search  whether the grids that are kept are searched
+    start   how linears of one site of a unit are rounded to nearest, on the grid that is to be
+            kept; where None, as the plan says
     Where targets are corrected, a site is observed after those before it have been rounded.
     """
     corrects = options.correction > 0 and context.observe is not None
+    stacks_allowed = start is None and not (options.descent or options.refits)
+    if search:
+        start = partial(searched, context, options.min_tokens)
     by_site: dict[str, list[Linear]] = {}
     for linear in context.coded:
         by_site.setdefault(linear.site, []).append(linear)
@@ -103,7 +112,7 @@ def round_unit(
         for linear in linears:
             rounded = found.get(linear.name)
             q = starts[linear.name] if rounded is None else rounded.q
-            row = _row(linear, q, rounded, inverse)
+            row = _row(linear, q, rounded, None if inverse is None else inverse.damping)
             if rounded is None:
                 row["error"] = output_error(current.weight(linear), q.dequantize(), None)
                 if linear in informed:
@@ -114,19 +123,41 @@ def round_unit(
             done.linears[linear.name] = q, row
         return done
 
+    def alike(linear: Linear) -> Hashable:
+        spec = context.spec(linear)
+        plain = spec.element == "int" and spec.rows_apart and spec.zero != "offset"
+        return (spec, lowest_code(context, linear)) if stacks_allowed and plain else linear.name
+
+    def work_on(sites: Sequence[str]) -> list[_Site]:
+        """Experts' outputs of one shape together, where their inputs have been seen."""
+        found: dict[str, _Site] = {}
+        if len(sites) > 1:
+            found = _work_apart(current, context, [coded[s][0] for s in sites], options, search)
+        return [found.get(site) or work(site) for site in sites]
+
     inputs = [site for site in coded if site not in outputs]
-    waves = [outputs, inputs]
+    stacks = of_one_shape([coded[site][0] for site in outputs], alike)
+    of_outputs = [[linear.site for linear in stack] for stack in stacks]
+    waves = [of_outputs, [[site] for site in inputs]]
     if corrects:
         plain = [site for site in inputs if not _routed(coded[site])]
-        waves = [*([site] for site in plain), outputs, [s for s in inputs if s not in plain]]
+        routed = [[site] for site in inputs if site not in plain]
+        waves = [*([[site]] for site in plain), of_outputs, routed]
     for wave in waves:
-        if corrects and wave and not _routed(coded[wave[0]]):
+        if corrects and wave and not _routed(coded[wave[0][0]]):
             # All ranks observe together, and go on with what one of them made of it.
-            made = context.ranks.share([work(site) for site in wave])
+            made = context.ranks.share([work_on(sites) for sites in wave])
         else:
-            made = context.ranks.each(wave, work, lambda site: _work(coded[site]))
+            made = context.ranks.each(
+                wave, work_on, lambda sites: sum(_work(coded[site]) for site in sites)
+            )
         codes: list[tuple[Linear, QTensor]] = []
-        for site, done in zip(wave, made, strict=True):
+        every = [
+            (site, done)
+            for sites, of in zip(wave, made, strict=True)
+            for site, done in zip(sites, of, strict=True)
+        ]
+        for site, done in every:
             for linear in coded[site]:
                 if linear.role == "expert.down":
                     of_expert[linear.expert] = done.tokens
@@ -141,6 +172,42 @@ class _Site(NamedTuple):
 
     tokens: int
     linears: dict[str, tuple[QTensor, dict[str, Any]]]
+
+
+def _work_apart(
+    unit: Unit,
+    context: PassContext,
+    linears: Sequence[Linear],
+    options: GptqOptions,
+    search: bool,
+) -> dict[str, _Site]:
+    """Linears of one shape, each of a site of its own, by their sites; those are left out that saw
+    few tokens, or whose Gram matrix is of no use."""
+    every = [(x, context.stats[x.site]) for x in linears]
+    seen = [(x, stats) for x, stats in every if stats.tokens >= options.min_tokens]
+    if not seen:
+        return {}
+    weights = stacked([unit.weight(x) for x, _ in seen]).float()
+    inverses = inverse_factors(
+        stacked([stats.gram for _, stats in seen]),
+        damping=options.damping,
+        act_order=options.act_order,
+        divisors=[unit.divisors.get(x.site) for x, _ in seen],
+    )
+    first, flat = seen[0][0], weights.flatten(0, 1)
+    spec, lowest = context.spec(first), lowest_code(context, first)
+    if search:
+        diagonals = inverses.gram.diagonal(dim1=1, dim2=2)
+        starts = search_grid(flat, diagonals, spec, narrow=bool(lowest))
+    else:
+        starts = quantize(flat, spec, **context.rounding.get(first.name, {}))
+    made = gptq_stack(weights, starts, inverses, lowest=lowest)
+    rows = zip(seen, made, inverses.damping, inverses.usable, strict=True)
+    return {
+        x.site: _Site(stats.tokens, {x.name: (rounded.q, _row(x, rounded.q, rounded, damping))})
+        for (x, stats), rounded, damping, usable in rows
+        if usable
+    }
 
 
 def _work(linears: Sequence[Linear]) -> float:
@@ -245,13 +312,15 @@ def searched(
     if stats.tokens < min_tokens:
         return found
     diagonal = stats.gram.diagonal()
-    for x in linears:
-        weight = unit.weight(x)
-        if x.name in found:
-            found[x.name] = searched_scales(found[x.name], weight, diagonal)
-        else:
-            narrow = bool(lowest_code(context, x))
-            found[x.name] = search_grid(weight, diagonal, context.spec(x), narrow=narrow)
+    for x in floats:
+        found[x.name] = searched_scales(found[x.name], unit.weight(x), diagonal)
+    integers = [x for x in linears if x.name not in found]
+    for stack in of_one_shape(integers, lambda x: (context.spec(x), lowest_code(context, x))):
+        weight = stacked([unit.weight(x) for x in stack]).flatten(0, 1)
+        narrow = bool(lowest_code(context, stack[0]))
+        made_of = search_grid(weight, diagonal, context.spec(stack[0]), narrow=narrow)
+        parts = made_of.parts(len(stack))
+        found |= {x.name: q for x, q in zip(stack, parts, strict=True)}
     return found
 
 
@@ -262,10 +331,10 @@ def lowest_code(context: PassContext, linear: Linear) -> int:
 
 
 def _row(
-    linear: Linear, q: QTensor, rounded: Rounded | None, inverse: InverseFactor | None
+    linear: Linear, q: QTensor, rounded: Rounded | None, damping: float | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"linear": linear.name, "bits": q.spec.bits}
-    if rounded is None or inverse is None:
+    if rounded is None or damping is None:
         return {**row, "error": None, "error_of": "weight"}
     return {
         **row,
@@ -274,5 +343,5 @@ def _row(
         "nearest_error": rounded.nearest,
         "rows": linear.out_features,
         "rows_kept_nearest": rounded.kept,
-        "damping": inverse.damping,
+        "damping": damping,
     }

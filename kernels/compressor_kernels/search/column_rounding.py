@@ -36,7 +36,8 @@ def round_columns(
     lowest: int = 0,
     now: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [n, O] and errors e float32 [n, O].
+    """Codes uint8 [n, O] and errors e float32 [n, O]; of several weights at a time all tensors have
+    one more dimension before these.
 
     left    [n, O] float32, n at most `LARGEST`; not changed
     matrix  [n, n] float32, of which entries above the diagonal count
@@ -50,17 +51,20 @@ def round_columns(
 
     from compressor_kernels.search.column_rounding_jit import round_kernel
 
-    count, rows = left.shape
-    if not 0 < count <= LARGEST or matrix.shape != (count, count) or groups.shape != (count,):
+    count, rows = left.shape[-2:]
+    weights = left.shape[:-2]
+    fits = matrix.shape == (*weights, count, count) and groups.shape == (*weights, count)
+    if not 0 < count <= LARGEST or len(weights) > 1 or not fits:
         raise ValueError(f"{list(matrix.shape)} and {list(groups.shape)} for {list(left.shape)}")
-    if scales.shape[1] != rows or (zeros is not None and zeros.shape != scales.shape):
+    wrong = scales.shape[:-2] != weights or scales.shape[-1] != rows
+    if wrong or (zeros is not None and zeros.shape != scales.shape):
         raise ValueError(f"scales {list(scales.shape)} for {rows} rows")
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     errors = torch.empty(left.shape, dtype=torch.float32, device=left.device)
-    round_kernel[(triton.cdiv(rows, ROWS),)](
+    round_kernel[(triton.cdiv(rows, ROWS), *(weights or (1,)))](
         left.contiguous(),
         matrix.contiguous(),
-        groups,
+        groups.contiguous(),
         scales.contiguous(),
         scales if zeros is None else zeros.contiguous(),
         left if now is None else now.contiguous(),
@@ -68,6 +72,7 @@ def round_columns(
         errors,
         rows,
         count,
+        scales.shape[-2],
         E2M1=kind == "e2m1",
         ZEROS=zeros is not None,
         DESCENT=now is not None,

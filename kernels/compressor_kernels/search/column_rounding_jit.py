@@ -9,7 +9,7 @@ NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits below
 FURTHEST = tl.constexpr(1048576.0)  # codes end long before
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["rows", "count", "grids"])
 def round_kernel(
     left_ptr,
     matrix_ptr,
@@ -21,6 +21,7 @@ def round_kernel(
     errors_ptr,
     rows,
     count,
+    grids,
     E2M1: tl.constexpr,
     ZEROS: tl.constexpr,
     DESCENT: tl.constexpr,
@@ -30,8 +31,17 @@ def round_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program: ROWS rows of the weight. left, now, codes and errors are [count, rows], the
-    matrix is [count, count], scales and zeros are [groups, rows]; all dense."""
+    """One program: ROWS rows of one weight. left, now, codes and errors are [weights, count, rows],
+    matrices are [weights, count, count], scales and zeros are [weights, grids, rows]; all dense."""
+    weight = tl.program_id(1).to(tl.int64)
+    left_ptr += weight * count * rows
+    now_ptr += weight * count * rows
+    codes_ptr += weight * count * rows
+    errors_ptr += weight * count * rows
+    matrix_ptr += weight * count * count
+    groups_ptr += weight * count
+    scales_ptr += weight * grids * rows
+    zeros_ptr += weight * grids * rows
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     k = tl.arange(0, WIDTH)
