@@ -59,7 +59,7 @@ def test_codes_are_those_of_each_weight_alone(spec: QuantSpec, act_order: bool) 
 
 
 def test_what_is_of_no_use_is_said_and_spoils_nothing() -> None:
-    weights, grams = problems()
+    _, grams = problems()
     good = inverse_factors(grams, divisors=[None] * 5)
     grams[0] = torch.nan
     grams[4] = 0
