@@ -112,6 +112,7 @@ class _Layout:
             positions=positions if isinstance(positions, int) else None,
             given=self.read.size("layers * layer_ff") if self._handed("tokens") else 0,
             published=sum(self.published.values()),
+            chosen=self.read.chosen_experts,
         )
 
     def _handed(self, by: str) -> bool:

@@ -8,14 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from compressor.arch.schema import MapFile
-from compressor.arch.sizes import ConfigReader
+from compressor.arch.sizes import CHOSEN, ConfigReader
 from compressor.errors import InputError
 from compressor.ir.layout import weight_name
 
 CODES = {"qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax"}
-
-CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_k")
-"""Keys under which families have how many experts see a token."""
 
 
 def broken_requirements(read: ConfigReader) -> Iterator[InputError]:

@@ -24,6 +24,10 @@ ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
 """What a measure may hold beside names and numbers."""
 
 
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_k")
+"""Keys under which families have how many experts see a token."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigReader:
     """A config as a map reads it.
@@ -43,6 +47,12 @@ class ConfigReader:
         if isinstance(value, list) and index is not None:
             return value[index] if index < len(value) else None
         return value
+
+    @property
+    def chosen_experts(self) -> int:
+        """How many experts a token is sent to; 0 where config.json does not say."""
+        said = (self.arch.value(self.config, key) for key in CHOSEN)
+        return next((count for count in said if type(count) is int and count > 0), 0)
 
     def holds(self, when: Mapping[str, Any], index: int | None = None) -> bool:
         """Whether config.json says all of that (of a block)."""

@@ -243,6 +243,7 @@ class Sizes:
     positions  it was made for, if its config says so
     given      numbers that blocks are given of a token beside its hidden states
     published  keys and values of a token that blocks keep for later ones
+    chosen     experts that a token is sent to
     """
 
     hidden: int
@@ -250,6 +251,7 @@ class Sizes:
     positions: int | None = None
     given: int = 0
     published: int = 0
+    chosen: int = 0
 
 
 @dataclass(frozen=True, slots=True)

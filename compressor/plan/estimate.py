@@ -19,9 +19,9 @@ from compressor.attention.masked import PIECE_ELEMENTS
 from compressor.audit.sweep import COARSE_CONTEXTS, COARSE_LENGTH, CONTROLS, EXAMINED
 from compressor.audit.weights import CHUNK
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
-from compressor.ir.layout import UnitLayout
 from compressor.ir.same_shape import of_one_shape
 from compressor.plan.plan import Plan
+from compressor.plan.row_memory import hidden_size, row_bytes
 from compressor.plan.spread import memory_of, working_bytes
 from compressor.plan.unit_plan import PassPlan, UnitPlan
 from compressor.plan.verify_memory import parameters, source_bytes, verifying_bytes
@@ -192,7 +192,7 @@ def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = 
         fixed += max(
             _working_bytes(plan, unit, device=device, batch=0, apart=apart) for unit in plan.units
         )
-        row = max(_row_bytes(plan, unit.layout, device) for unit in plan.units)
+        row = max(row_bytes(plan, unit.layout, device) for unit in plan.units)
         batch = max(1, min(batch, int((device_memory - fixed) // max(row, 1))))
     return batch
 
@@ -205,12 +205,12 @@ def _evaluating_bytes(plan: Plan, device: torch.device) -> int:
         return 0
     models = 2 if wanted.against_original else 1
     beside = plan.layout.sizes.given + plan.layout.sizes.published
-    states = 4 * wanted.windows * wanted.length * (_hidden(plan) + beside)
+    states = 4 * wanted.windows * wanted.length * (hidden_size(plan) + beside)
     if device.type == "cuda":
         units = (sum(source_bytes(plan, u.layout, carried=False)) for u in plan.units)
         return models * (states + max(units))
     vocabulary = plan.layout.sizes.vocabulary
-    head = plan.compute_dtype(device).itemsize * vocabulary * _hidden(plan)
+    head = plan.compute_dtype(device).itemsize * vocabulary * hidden_size(plan)
     logits = 4 * LOGIT_ELEMENTS[device.type]
     return models * (states + head + 3 * logits)
 
@@ -274,22 +274,8 @@ def _input_bytes(plan: Plan, device: torch.device) -> int:
     wanted = plan.recipe.calibration
     streams = (2 if plan.two_streams else 1) + any(unit.tuned for unit in plan.units)
     sizes = plan.layout.sizes
-    token = streams * (_hidden(plan) + sizes.published) + sizes.given
+    token = streams * (hidden_size(plan) + sizes.published) + sizes.given
     return wanted.samples * wanted.length * token * plan.compute_dtype(device).itemsize
-
-
-def _hidden(plan: Plan) -> int:
-    head = plan.layout.head
-    return max(linear.in_features for linear in head.linears)
-
-
-def _row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
-    """Activations of one row while a block runs: its widest site a few times over."""
-    widest = max((max(x.shape) for x in unit.linears if x.role != "lm_head"), default=0)
-    length, size = plan.recipe.calibration.length, plan.compute_dtype(device).itemsize
-    heads = unit.attention.heads if unit.attention else 0
-    scores = heads * length * length if device.type == "cpu" else 0
-    return length * size * (4 * widest + 4 * _hidden(plan)) + scores * size
 
 
 def _working_bytes(
@@ -322,7 +308,7 @@ def _working_bytes(
         beside += (
             plan.recipe.calibration.samples
             * plan.recipe.calibration.length
-            * (width * _hidden(plan))
+            * (width * hidden_size(plan))
         )
         downs = [x for x in experts if x.role == "expert.down" and x.site in unit.needs]
         together = [(len(x), x[0].in_features) for x in of_one_shape(downs, lambda x: x.role)]
@@ -343,16 +329,19 @@ def _working_bytes(
     worked_on = of_one_shape(linears, lambda x: x.role == "expert.down")
     largest = max((sum(math.prod(x.shape) for x in some) for some in worked_on), default=count)
     codes = sum(x.out_features * x.in_features for x in linears) - away
-    rows = batch * _row_bytes(plan, layout, device) if unit.needs else 0
+    rows = batch * row_bytes(plan, layout, device) if unit.needs else 0
     tuning = 0
     for wanted in unit.seen:
         if wanted.block is not None:
             # The block as it stands, candidates and their gradients, and what a step keeps.
             kept = min(batch, wanted.block.rows) * KEPT_ACTIVATIONS
             tuning = max(tuning, 4 * wanted.block.copies * codes + 2 * runtime)
-            rows = max(rows, kept * _row_bytes(plan, layout, device))
+            rows = max(rows, kept * row_bytes(plan, layout, device))
     # A weight, what it was scaled to and its errors, some rows at a time; without data all of them.
     linear = (10 if unit.calibrated else 16) * largest
+    if device.type == "cuda" and not away:
+        # Packed, while the next inputs are made.
+        beside += sum(spec.nbytes for spec in unit.outputs.values())
     return runtime + grams + beside + codes + max(rows, linear) + tuning
 
 

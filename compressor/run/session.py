@@ -41,6 +41,7 @@ from compressor.run.units import run_units
 from compressor.run.warm_up import compile_verdict, warm_up
 from compressor.runner.activations import Activations
 from compressor.runner.heap import share_heap
+from compressor.runner.page_locking import lock_pages_in_threads
 from compressor.runner.process_memory import rss
 from compressor.verify.kernels.check import enable_interpreter
 
@@ -110,6 +111,7 @@ def choose_device(name: str) -> torch.device:
             raise InputError("this machine has no usable GPU", hint="--device cpu")
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"there is no {name}", hint=f"GPUs: {torch.cuda.device_count()}")
+        lock_pages_in_threads()
         return torch.device("cuda", device.index or 0)
     return device
 
