@@ -3,11 +3,13 @@
 A step reads `budget` keys in pages of 64, and the page that is being written. A page is worth what
 its logical pages of 16 keys could score, so that large pages, which kernels and quantized caches
 want, choose nearly as well as small ones: as released, what the best of them could, or what all of
-them could together, whichever keeps more of attention on the calibration text. A choice lasts for
-`reuse` steps. Heads that another method lets stream (`duo_attention`, `retrieval_heads`) keep their
-window; the rest choose pages. Nothing is trained and no weight changes. With `mass` the budget is
-the smallest that keeps so much of attention on the calibration text, with `page: null` a page is
-the largest that keeps nearly what flat pages of the logical size would.
+them could together; and a text's first page, which holds what many heads attend to most, is read
+as released for its score, or always: whichever keeps more of attention on the calibration text. A
+choice lasts for `reuse` steps. Heads that another method lets stream (`duo_attention`,
+`retrieval_heads`) keep their window; the rest choose pages. Nothing is trained and no weight
+changes. With `mass` the budget is the smallest that keeps so much of attention on the calibration
+text, with `page: null` a page is the largest that keeps nearly what flat pages of the logical size
+would.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from compressor.methods.common.learned import Learned
 from compressor.runner.source_model import SourceModel
 
 Weigh = Literal["max", "sum"]
+Way = tuple[Weigh, int]
+"""What a page is worth, and how many first ones are always read."""
 PAGES = (64, 32, 16)
 """Sizes of physical pages that are tried, largest first."""
 BEHIND = 0.02
@@ -41,11 +45,12 @@ LEAST = 3
 
 
 class Budget(Learned):
-    """Keys of a step and of a page, and what a page is worth."""
+    """Keys of a step and of a page, what a page is worth, how many first ones are always read."""
 
     budget: int
     page: int
     weigh: Weigh = "max"
+    first: int = 0
 
 
 class LServe(ModelPass[Budget]):
@@ -63,6 +68,11 @@ class LServe(ModelPass[Budget]):
     budget: int = Field(4096, ge=1, description="keys of a step, in whole pages, at least three")
     mass: float | None = Field(
         None, gt=0, lt=1, description="share of attention to keep: the budget that does, up to this"
+    )
+    first: Literal[0, 1] | None = Field(
+        None,
+        description="whether a text's first page is always read, or as released for its score "
+        "alone (0); by default what keeps more",
     )
     reuse: int = Field(4, ge=1, description="steps from one choice to the next")
     weigh: Weigh | None = Field(
@@ -97,10 +107,10 @@ class LServe(ModelPass[Budget]):
             "block_size": self._pages[0],
             "logical": self.logical,
             "reuse": self.reuse,
+            "init_blocks": self.first or 0,
             **changed,
         }
         return LServePages(
-            init_blocks=0,
             local_blocks=0,
             top_k=max(LEAST, budget // values["block_size"]),
             per=self.per,
@@ -132,21 +142,27 @@ class LServe(ModelPass[Budget]):
             most = min(self.budget, length)
             budgets = [n * pages[0] for n in (4, 8, 16, 32, 64, 128) if n * pages[0] < most]
             budgets.append(self.budget)
-        ways: tuple[Weigh, ...] = ("max", "sum") if self.weigh is None else (self.weigh,)
+        ways: list[Way] = [
+            (weigh, first)
+            for weigh in (("max", "sum") if self.weigh is None else (self.weigh,))
+            for first in ((0, 1) if self.first is None else (self.first,))
+        ]
 
-        def with_logical(page: int, way: Weigh) -> str:
-            return f"pages of {page} with logical ones, {way}"
+        def with_logical(page: int, way: Way) -> str:
+            first = " and the first" if way[1] else ""
+            return f"pages of {page} with logical ones{first}, {way[0]}"
 
-        def reused(page: int, way: Weigh) -> str:
+        def reused(page: int, way: Way) -> str:
             return f"{with_logical(page, way)}, for {self.reuse} steps"
 
         kinds: dict[str, dict[str, Any]] = {}
         for page in pages:
             for way in ways:
-                own = {"block_size": page, "weigh": way}
+                own = {"block_size": page, "weigh": way[0], "init_blocks": way[1]}
                 kinds |= {with_logical(page, way): {**own, "reuse": 1}, reused(page, way): own}
         for size in dict.fromkeys((*pages, self.logical)):
-            kinds[f"flat pages of {size}"] = {"block_size": size, "logical": size, "reuse": 1}
+            flat = {"block_size": size, "logical": size, "reuse": 1, "init_blocks": 0}
+            kinds[f"flat pages of {size}"] = flat
         cases = [(budget, name) for budget in budgets for name in kinds]
         policies = [
             rule_policy(model.layout, self._rule(budget, **kinds[name]), made_by={})
@@ -162,8 +178,8 @@ class LServe(ModelPass[Budget]):
             if max(kept[self.budget, with_logical(page, way)] for way in ways) >= enough
         ]
         page = near[0] if near else pages[-1]
-        weigh = max(ways, key=lambda way: kept[self.budget, reused(page, way)])
-        name = reused(page, weigh)
+        best = max(ways, key=lambda way: kept[self.budget, reused(page, way)])
+        name = reused(page, best)
         full = [b for b in budgets if self.mass is not None and kept[b, name] >= self.mass]
         budget = full[0] if full else self.budget
         rows = [
@@ -178,19 +194,27 @@ class LServe(ModelPass[Budget]):
         chosen = found[cases.index((budget, name))]
         plot = heat_map(chosen.mass, title="Attention kept by LServe's pages", across="query head")
         return LearnResult(
-            Budget(budget=budget, page=page, weigh=weigh),
+            Budget(budget=budget, page=page, weigh=best[0], first=best[1]),
             rows=rows,
             plots={} if plot is None else {"lserve.png": plot},
         )
 
     def policy(self, layout: ModelLayout, learned: Budget | None) -> AttentionPolicy:
         chosen = learned or Budget(
-            budget=self.budget, page=self._pages[0], weigh=self.weigh or "max"
+            budget=self.budget,
+            page=self._pages[0],
+            weigh=self.weigh or "max",
+            first=self.first or 0,
         )
         about = self.model_dump(mode="json", exclude={"targets", "ignore"})
         return rule_policy(
             layout,
-            self._rule(chosen.budget, block_size=chosen.page, weigh=chosen.weigh),
+            self._rule(
+                chosen.budget,
+                block_size=chosen.page,
+                weigh=chosen.weigh,
+                init_blocks=chosen.first,
+            ),
             made_by={"lserve": {**about, **chosen.figures()}},
             dense=self.dense_layers,
         )

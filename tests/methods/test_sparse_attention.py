@@ -110,6 +110,7 @@ def test_blasst_skips_what_was_asked_for(model: SourceModel, tmp_path: Path) -> 
 
 def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) -> None:
     options = {"page": 8, "logical": 2, "budget": 128, "mass": 0.7, "reuse": 2}
+    options |= {"first": 0}
     method, found = learned("lserve", model, tmp_path, **options)
     kept = {(row["name"], row["budget"]): row["attention kept"] for row in found.rows}
     way = found.value.weigh
@@ -136,11 +137,21 @@ def test_lserve_finds_the_smallest_budget(model: SourceModel, tmp_path: Path) ->
     assert json.loads(files["lserve.json"])["sub_chunk_per_block"] == 4
 
 
+def test_lserve_reads_first_pages_where_that_keeps_more(model: SourceModel, tmp_path: Path) -> None:
+    options = {"page": 8, "logical": 2, "budget": 24, "reuse": 1, "weigh": "max"}
+    method, found = learned("lserve", model, tmp_path, **options)
+    kept = {row["name"]: row["attention kept"] for row in found.rows}
+    each = [kept[f"pages of 8 with logical ones{x}, max"] for x in ("", " and the first")]
+    assert each[0] != each[1] and found.value.first == int(each[1] > each[0])
+    rule = method.policy(model.layout, found.value).layers[0].rules[0]
+    assert rule.init_blocks == found.value.first
+
+
 @pytest.mark.parametrize(("budget", "sizes"), [(48, (16, 4)), (100, (32, 16, 4)), (16, (4,))])
 def test_lserve_sizes_pages_by_what_flat_logical_ones_keep(
     budget: int, sizes: tuple[int, ...], model: SourceModel, tmp_path: Path
 ) -> None:
-    options = {"page": None, "logical": 4, "budget": budget, "reuse": 1}
+    options = {"page": None, "logical": 4, "budget": budget, "reuse": 1, "first": 0}
     method, found = learned("lserve", model, tmp_path, **options)
     kept = {row["name"]: row["attention kept"] for row in found.rows}
     best = {

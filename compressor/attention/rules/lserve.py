@@ -98,7 +98,8 @@ class LServePages(KeyBlocks):
     ) -> list[str]:
         lines = super().describe(rules, layers=layers, kv_heads=kv_heads, positions=positions)
         return [
-            f"{line} of {rule.logical} keys{' together' if rule.weigh == 'sum' else ''}, "
+            f"{line} of {rule.logical} keys{' together' if rule.weigh == 'sum' else ''}"
+            f"{', the first always' if rule.init_blocks else ''}, "
             f"anew every {rule.reuse} steps"
             for line, rule in zip(lines, dict.fromkeys(rules), strict=True)
         ]
@@ -128,7 +129,8 @@ def lserve_files(
     policy: AttentionPolicy, tensors: Mapping[str, Tensor], *, model: str
 ) -> dict[str, bytes]:
     """OmniServe's folder: DuoAttention's files for the heads that stream, and in `lserve.json` the
-    options of its server for the others' pages, which it weighs by `max` whatever the rule says.
+    options of its server for the others' pages, which it weighs by `max` whatever the rule says,
+    and of which it reads no first one but for its score.
     Raises InputError where layers differ in these, or pages are not chosen by query head."""
     rules = {r for layer in policy.layers for r in layer.rules if isinstance(r, LServePages)}
     if len(rules) != 1 or next(iter(rules)).per != "query_head":
