@@ -439,5 +439,40 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         FAMILIES["gemma4_text"],
         {**VISION, "head_dim": 16, "num_key_value_heads": 2, "global_head_dim": 16},
     ),
+    "internvl": ("qwen2", {}, {**VISION, "model_type": "internvl_vision"}),
+    "aya_vision": ("cohere2", FAMILIES["cohere2"], {**VISION, "model_type": "siglip_vision_model"}),
+    "vipllava": ("llama", {}, {**VISION, "model_type": "clip_vision_model"}),
+    "llava_onevision": ("qwen2", {}, {**VISION, "model_type": "siglip_vision_model"}),
+    "llava_next_video": ("llama", {}, {**VISION, "model_type": "clip_vision_model"}),
+    "video_llava": ("llama", {}, {**VISION, "model_type": "clip_vision_model"}),
+    "paligemma": ("gemma", {"head_dim": 32}, {**VISION, "model_type": "siglip_vision_model"}),
+    "got_ocr2": ("qwen2", {}, {**VISION, "model_type": "got_ocr2_vision"}),
+    "cohere2_vision": (
+        "cohere2",
+        FAMILIES["cohere2"],
+        {**VISION, "model_type": "siglip_vision_model"},
+    ),
+    "deepseek_vl": ("llama", {}, {**VISION, "model_type": "siglip_vision_model"}),
+    "exaone4_5": ("exaone4", FAMILIES["exaone4"], {**VISION, "model_type": "exaone4_5_vision"}),
+    "lfm2_vl": ("lfm2", FAMILIES["lfm2"], {**VISION, "model_type": "siglip2_vision_model"}),
+    "lighton_ocr": ("qwen3", {"head_dim": 32}, {**VISION, "model_type": "pixtral"}),
+    "minicpmv4_6": (
+        "qwen3_5_text",
+        FAMILIES["qwen3_5_text"],
+        {**VISION, "model_type": "minicpmv4_6_vision"},
+    ),
+    "ovis2": ("qwen2", {}, {**VISION, "model_type": "ovis2_vision"}),
+    "video_llama_3": ("qwen2", {}, {**VISION, "model_type": "video_llama_3_vision"}),
+    "gemma4_unified": ("gemma4_unified_text", GEMMA_4, {}),
+    "idefics2": ("mistral", {}, {**VISION, "model_type": "idefics2_vision"}),
+    "smolvlm": ("llama", {}, {**VISION, "model_type": "smolvlm_vision"}),
 }
 """Model with a tower → its text model's type, what is the text's own, the tower."""
+
+BY_SCRIPT = {
+    *("vipllava", "llava_onevision", "llava_next_video", "video_llava", "paligemma", "got_ocr2"),
+    *("deepseek_vl", "exaone4_5", "lfm2_vl", "lighton_ocr", "minicpmv4_6", "ovis2"),
+    *("video_llama_3", "idefics2", "aya_vision"),
+}
+"""Models with towers that are another's but for names: only `scripts/check_architectures.py` goes
+through them."""

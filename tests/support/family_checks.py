@@ -49,6 +49,9 @@ def logits_of_transformers(folder: Path) -> Tensor:
     if config.model_type == "llama4":
         model = model.language_model  # the whole asks its text model for what came of images
     found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    if config.model_type in ("aya_vision", "cohere2_vision"):
+        # transformers forgets there what the text model alone multiplies its logits with.
+        found *= config.text_config.logit_scale
     return found
 
 
