@@ -252,8 +252,8 @@ CASES: list[Case] = [
     ),
     (
         "an architecture without a map",
-        lambda d: after(d.edit_config(model_type="mamba"), ["plan", d.recipe()]),
-        ["no architecture map for model_type 'mamba'", "the nearest is llama", "map: none"],
+        lambda d: after(d.edit_config(model_type="llama5"), ["plan", d.recipe()]),
+        ["no architecture map for model_type 'llama5'", "the nearest is llama", "map: none"],
     ),
     (
         "a tensor that is missing",
