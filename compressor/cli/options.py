@@ -265,7 +265,8 @@ def device_options(function: Command) -> Command:
         "--device-memory",
         type=SIZE,
         metavar="SIZE",
-        help="Bound on device memory, such as 5GB: smaller batches, then inputs in main memory.",
+        help="Bound on device memory, such as 5GB: smaller batches, then inputs in main memory, "
+        "and experts, of which some at a time are brought from there.",
     )
     return device_option(memory(function))
 

@@ -164,11 +164,12 @@ def _learning_bytes(plan: Plan, device: torch.device, *, apart: bool, spread: in
 
 def experts_apart(plan: Plan, *, device: torch.device, device_memory: int | None) -> bool:
     """Whether a block's experts do not fit beside each other, and can be worked on some at a time:
-    not where a block runs with gradients, or with data in the model as a whole."""
-    if device_memory is None or device.type != "cuda" or any(unit.tuned for unit in plan.units):
+    not where a block runs with gradients."""
+    if device.type != "cuda" or any(unit.tuned for unit in plan.units):
         return False
+    room = device_memory or memory_of(device)
     return any(
-        unit.layout.experts and _working_bytes(plan, unit, device=device, batch=1) > device_memory
+        unit.layout.experts and _working_bytes(plan, unit, device=device, batch=1) > room
         for unit in plan.units
     )
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from compressor.checkpoint.source import open_source
+from compressor.plan import estimate as estimates
 from compressor.plan.estimate import STARTED_BYTES, estimate
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import Recipe, make_recipe
@@ -123,7 +124,7 @@ def test_inputs_wait_in_main_memory_where_the_device_has_no_room_for_them(
 
 
 def test_experts_wait_in_main_memory_where_they_do_not_fit_beside_each_other(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(experts(tiny_model, tmp_path / "out"), open_source(tiny_model("qwen3_moe")))
     device = torch.device("cuda")
@@ -135,6 +136,8 @@ def test_experts_wait_in_main_memory_where_they_do_not_fit_beside_each_other(
     codes = sum(x.out_features * x.in_features for x in weights)
     hidden = 4 * 4 * 32 * plan.layout.sizes.hidden
     assert tight.host_bytes - free.host_bytes == codes + hidden
+    monkeypatch.setattr(estimates, "memory_of", lambda device: 1)  # of a small GPU
+    assert estimate(plan, device=device, resident=0).experts_apart
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

@@ -173,6 +173,8 @@ def show(plan: Plan, costs: Estimates, world: int, *, device: str) -> None:
         f"{costs.source_bytes / costs.output_bytes:.2f} times smaller)"
     )
     echo(f"peak memory: host {size(costs.host_bytes)}, device {size(costs.device_bytes)}")
+    if costs.experts_apart:
+        echo("experts: in main memory, some at a time on the device, which has no room for all")
     if costs.alone:
         echo(f"experts: spread over {world} ranks; with all of them one takes {size(costs.alone)}")
     echo(f"time on {device}: about {duration(costs.seconds)}{' of one rank' * (world > 1)}")
