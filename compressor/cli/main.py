@@ -28,6 +28,7 @@ from compressor.cli.options import CASES
 from compressor.cli.written import obstacle
 from compressor.errors import CompressError, InputError, MachineError, Problems, printable
 from compressor.ranks.place import ERROR_FILE, place_of
+from compressor.runner.page_locking import SETTINGS
 
 COMMANDS = Path(__file__).parent / "commands"
 MISNAMED = (
@@ -87,7 +88,7 @@ def cli(context: click.Context) -> None:
 def main() -> None:
     """Run the command line: every error becomes one message and an exit code."""
     # Blocks of changing sizes would otherwise leave the GPU's memory in pieces.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:True,{SETTINGS}")
     # Without it PyTorch refuses products where kernels are to repeat themselves.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     quieten_libraries()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 SETTINGS = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 """Pages of ordinary memory are touched by eight threads, then locked: 9 GB/s on a host with 16
 cores, where the driver's own allocation, one thread at a time, made 1.9 GB/s."""
@@ -19,6 +17,8 @@ def lock_pages_in_threads() -> None:
     allocations, or this PyTorch cannot."""
     if any(name in os.environ for name in OWN):
         return
+    import torch
+
     settle = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if settle is not None:
         try:
