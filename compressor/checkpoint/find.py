@@ -7,6 +7,7 @@ ever fetched, at a revision that is pinned to a commit before anything else is r
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
 import re
@@ -301,6 +302,12 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise InputError(f"{repo!r} is not a Hub id: {error}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        if error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f": {error.filename}" if error.filename is not None else ""
+            raise MachineError(
+                f"{repo} cannot be kept in the Hub's cache: {error.strerror}{where}",
+                hint="HF_HOME names another folder for it; the same command continues",
+            ) from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise _missing_here(repo) or MachineError(
             f"the Hub did not answer for {repo}: {first}",

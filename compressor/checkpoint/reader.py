@@ -29,6 +29,7 @@ SINGLE_NAME = f"{STEM}.safetensors"
 DIFFUSION = "diffusion_pytorch_model"
 """What diffusers has in place of `model`."""
 ADAPTER_NAME = "adapter_config.json"
+NO_FOLDER = "name a checkpoint's folder; hf download ORG/NAME --local-dir FOLDER fetches one"
 NO_TOKENIZER = "no_tokenizer.json"
 """In the folder of a converted model: why it has no tokenizer, {"message", "hint"}."""
 PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
@@ -175,7 +176,7 @@ def open_checkpoint(folder: Path, *, to_plan: bool = False) -> Checkpoint:
     that points outside the folder or names a tensor its shard does not have.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", hint="name a checkpoint folder or a Hub id")
+        raise InputError(f"{folder} is not a folder", hint=NO_FOLDER)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json", hint=_what_it_is(folder))
     config = load_json(folder / "config.json", what="config")
@@ -340,7 +341,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             hint="download the index file too; without it a missing shard cannot be noticed",
         )
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", hint="name a checkpoint folder or a Hub id")
+        raise InputError(f"{folder} is not a folder", hint=NO_FOLDER)
     begun = [p.name for pattern in UNFINISHED for p in folder.glob(pattern)]
     what = "a download did not finish; " if begun else ""
     raise InputError(

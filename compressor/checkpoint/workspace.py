@@ -142,10 +142,12 @@ def require_same(
     later = {key for key in old if key not in new and key.startswith(known_later)}
     differing = [k for k in sorted({*old, *new} - later) if old.get(k) != new.get(k)]
     if differing:
+        changed = all(key.startswith("source.") for key in differing)
+        mend = "restore the model's files" if changed else "repeat that run's command"
         lines = [f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}" for key in differing]
         raise InputError(
             f"{where} belongs to a run that differs in " + "; ".join(lines),
-            hint="repeat that run's command to continue it, or write elsewhere with --output",
+            hint=f"{mend} to continue it, or write elsewhere with --output",
         )
 
 

@@ -38,7 +38,7 @@ CASES: list[Case] = [
     (
         "a policy of nothing",
         lambda d: ["policy", "show", d.folder / "nothing"],
-        ["nothing is not a folder"],
+        ["nothing is not a folder", "hf download ORG/NAME"],
     ),
     (
         "a recipe for sensitivities",

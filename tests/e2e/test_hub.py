@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.checkpoint.find import _hub_errors
+from compressor.errors import MachineError
 from tests.support.elsewhere import Elsewhere, compress
 
 
@@ -40,6 +43,20 @@ def results(folder: Path) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), "cache: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cache: No space left"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "did not answer"),
+        (TimeoutError("timed out"), "did not answer"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_not_the_hubs_silence(error: OSError, said: str) -> None:
+    with pytest.raises(MachineError, match=said), _hub_errors("org/name", None):
+        raise error
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect"])
