@@ -242,9 +242,25 @@ def _shortlist(
     homes: Sequence[int | None],
 ) -> list[int]:
     """The candidates [R, C] that rows here and there of weights [1, O_i, C] leave, by number."""
+    left = list(range(len(candidates)))
     step = race.stride(sum(weight.shape[1] for weight in stacks))
-    if step is None:
-        return list(range(len(candidates)))
+    while step is not None:
+        losses = _losses_by_row(stacks, gram, candidates[left], spec, ranks, homes, step)
+        left = [left[i] for i in race.shortlist(losses, len(left))]
+        step = race.closer(step, len(left), len(candidates))
+    return left
+
+
+def _losses_by_row(
+    stacks: Sequence[Tensor],
+    gram: Tensor,
+    candidates: Tensor,
+    spec: QuantSpec,
+    ranks: Ranks,
+    homes: Sequence[int | None],
+    step: int,
+) -> race.Losses:
+    """Losses of candidates [R, C] in one of `step` rows of weights [1, O_i, C]."""
     # In the place of what other ranks have there are zeros, whose errors are left out.
     apart = any(home is not None for home in homes)
     some = [weight[0, step // 2 :: step] for weight in stacks]
@@ -267,7 +283,7 @@ def _shortlist(
             found[:, torch.tensor(theirs, device=found.device)] = 0
         return ranks.sum(found)
 
-    return race.shortlist(losses, len(candidates))
+    return losses
 
 
 def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:

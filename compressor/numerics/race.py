@@ -32,6 +32,12 @@ def stride(rows: int) -> int | None:
     return step if step >= LEAST else None
 
 
+def closer(step: int, left: int, count: int) -> int | None:
+    """Of how many rows one is looked at next, where one of `step` left so many of `count`
+    candidates; None where that would cost more than it saves."""
+    return step // LEAST if step >= 2 * LEAST and LEAST < left < count else None
+
+
 def shortlist(losses_of: Losses, count: int) -> list[int]:
     """Those of `count` candidates, which lie in an order, that may be the best.
 

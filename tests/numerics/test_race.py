@@ -55,3 +55,11 @@ def test_what_is_not_finite_is_not_judged(value: float) -> None:
 )
 def test_rows_that_are_looked_at(rows: int, step: int | None) -> None:
     assert race.stride(rows) == step
+
+
+@pytest.mark.parametrize(
+    "left, step, then",
+    [(12, 16, 4), (12, 4, None), (12, 7, None), (4, 16, None), (21, 16, None)],
+)
+def test_a_second_look_where_it_pays(left: int, step: int, then: int | None) -> None:
+    assert race.closer(step, left, 21) == then
