@@ -362,7 +362,9 @@ class _Layout:
             start += size
         if stride * outer != read.size(row.shape[0]):
             raise InputError(
-                f"the map of {self.arch.model_type} splits {row.name} into {stride * outer} rows"
+                f"sizes in config.json do not fit each other: {row.name} of "
+                f"{self.arch.model_type} has {read.size(row.shape[0])} rows, and its parts "
+                f"({', '.join(sizes)}) {stride * outer}"
             )
         return tuple(found)
 

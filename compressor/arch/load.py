@@ -152,6 +152,8 @@ def _checked(path: Path, model_type: str, config: Mapping[str, Any]) -> ArchMap:
             scale = head.get("scale") if isinstance(head, dict) else None
             own = {"twin": twin, "within": within, "twin_config": values, "handed": handed}
             own["logit_scale"] = None if scale is None else computed(scale, said)
+            if own["logit_scale"] == 0:
+                raise InputError(f"config.json: {scale} is 0, and logits are multiplied with it")
             data["runtime"] = {**data["runtime"], **own}
         # Through JSON, since strict validation takes a list for a tuple only there.
         return ArchMap.model_validate_json(json.dumps({"model_type": model_type, **data}))

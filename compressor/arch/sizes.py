@@ -59,9 +59,15 @@ class ConfigReader:
         return all(self.value(key, index) == value for key, value in when.items())
 
     def is_last(self, key: str | None, index: int) -> bool:
-        """Whether a block is one of the last, of which a key says how many there are."""
-        count = self.value(key) if key is not None else None
-        return key is None or (type(count) is int and self.size("layers") - count <= index)
+        """Whether a block is one of the last, of which a key says how many there are. Raises
+        InputError where that is no number of blocks behind others."""
+        count, layers = 0 if key is None else self.value(key) or 0, self.size("layers")
+        if type(count) is not int or not 0 <= count < layers:
+            raise InputError(
+                f"config.json: {key} is {count!r}, not a number of blocks that come after others, "
+                f"of {layers}"
+            )
+        return key is None or layers - count <= index
 
     def size(self, measure: str) -> int:
         """A size by name, or what a measure makes of several. Raises InputError."""

@@ -99,8 +99,10 @@ def check_model(source: Source, observed: Collection[str] = ()) -> None:
         tensors = {name: _stand_in(source, unit, name) for name in unit.tensors}
         with foreign(REFUSED):
             state = runner.names.block_state(unit, tensors)
-        problems += _differences(state, layer.state_dict(), where=unit.name)
-        for linear in unit.linears:
+        differences = _differences(state, layer.state_dict(), where=unit.name)
+        problems += differences
+        # A layer that is another has no modules to look at.
+        for linear in () if differences else unit.linears:
             if linear.role == "expert.down" and linear.site in observed:
                 path = runner.names.linear_path(unit, linear)
                 _try(partial(experts_of, layer.get_submodule(path)), problems)

@@ -139,3 +139,40 @@ def test_blocks_that_share_keys_are_those_that_the_config_says(tiny_model: TinyM
         lay(folder, hidden_size_per_layer_input=16)
     with pytest.raises(InputError, match="per_layer_input is 0, and the files have some"):
         lay(folder, hidden_size_per_layer_input=0)
+
+
+@pytest.mark.parametrize("count", ["two", True, -1, 4, 99])
+def test_a_number_of_last_blocks_leaves_some_before_them(
+    count: object, tiny_model: TinyModel
+) -> None:
+    with pytest.raises(InputError, match=r"num_kv_shared_layers is .*, not a number of blocks"):
+        lay(tiny_model("gemma4_text shared"), num_kv_shared_layers=count)
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "message"),
+    [
+        ("codegen", {"n_head": 3}, r"do not fit each other: attn\.qkv_proj .* has 189 rows"),
+        ("gpt_bigcode", {"multi_query": False}, "multi_query False is not supported"),
+        ("laguna", {"num_attention_heads_per_layer": [0, 8]}, "per_layer is 0, not a count"),
+        ("laguna", {"gating": "per-element"}, r"shape of .*g_proj.* not \[128, 64\]"),
+        ("mimo_v2_flash", {"v_head_dim": 32}, r"shape of .*v_proj.* not \[32, 64\]"),
+        ("minicpm3", {"dim_model_base": 0}, "is 0, and logits are multiplied with it"),
+        ("falcon_h1", {"lm_head_multiplier": "x"}, "lm_head_multiplier is 'x', not a number"),
+        ("hy_v3", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, which is no choice of 4"),
+    ],
+)
+def test_what_contradicts_itself_or_the_files_is_named(
+    family: str, said: dict[str, Any], message: str, tiny_model: TinyModel
+) -> None:
+    with pytest.raises(InputError, match=message):
+        lay(tiny_model(family), **said)
+
+
+def test_experts_in_files_where_config_json_has_none(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("afmoe"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_dense_layers": 2}))
+    with pytest.raises(InputError, match=r"layers.1: the model .* has no place for .*experts"):
+        check_model(open_source(folder), {f"expert.{e}.out" for e in range(4)})
