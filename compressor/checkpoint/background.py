@@ -109,8 +109,8 @@ def fetched(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
     """The bytes of tensors, on the CPU. A piece of memory of which they are a good part is copied
     as a whole: with each copy other threads take Python, and experts are thousands of tensors.
 
-    From a GPU they are copied into page-locked memory, on the current stream: while other memory is
-    copied to, the driver lets no thread start anything.
+    From a GPU they are copied into page-locked memory, on the current stream: while other memory
+    was copied to, other threads waited long to start anything there.
     """
     wanted: Counter[int] = Counter()
     for tensor in tensors.values():
