@@ -387,6 +387,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "youtu": {**MLA, "pad_token_id": None},  # whose row transformers empties as it loads
     "axk1": {**MLA, **GROUPED},
     "gemma4_unified_text": GEMMA_4,
+    "kimi_linear": {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_local_experts": 4,
+        **EXPERTS,
+    },
     "bloom": {"n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256},
 }

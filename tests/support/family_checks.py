@@ -83,6 +83,7 @@ KEPT = {
     *("mlp.gate.wg", "feed_forward.router", "mamba.x_proj", "mamba.dt_proj"),
     *("block_sparse_moe.router", "mixer.x_proj", "mixer.dt_proj", "mlp.router.gate"),
     "self_attn.g_proj",
+    *(f"self_attn.{name}_proj" for name in ("b", "f_a", "f_b", "g_a", "g_b")),
 }
 """Linears of blocks that no method rounds, of all families: routers, gates, indexers, and what
 decides on the steps of a Mamba."""
@@ -160,7 +161,7 @@ def holds_no_packed_weights(source: Source) -> bool:
     """Whether transformers keeps weights of this model in what is no linear of its own: stacked
     experts, linears that lie [in, out], Falcon's; or fails while it initializes their modules."""
     stacked = any(unit.stacks for unit in source.layout.blocks)
-    fails = ("falcon", "gpt_bigcode", "mamba", "mamba2", "falcon_mamba")
+    fails = ("falcon", "gpt_bigcode", "mamba", "mamba2", "falcon_mamba", "kimi_linear")
     return stacked or source.arch.model_type in fails
 
 
