@@ -62,7 +62,7 @@ def add(data: dict[str, Any], path: Path) -> None:
             **({"model": model} if model else {}),
             "grid": grid,
             "method": method,
-            "calibration": "" if method in ("original", "rtn") else calibration,
+            "calibration": "" if method == "original" or _rounds(method) else calibration,
             "top1": round(figures["top1"], 4),
         }
         for key in ("MB", "seconds"):
@@ -78,6 +78,11 @@ def add(data: dict[str, Any], path: Path) -> None:
         # Of the original, a measurement may have other kinds of text than another.
         rows[_key(kept)] = {**rows.get(_key(kept), {}), **kept} if method == "original" else kept
     data["rows"] = [rows[key] for key in sorted(rows)]
+
+
+def _rounds(method: str) -> bool:
+    """Whether it is `rtn`, of a head or a cache, too: it reads no text."""
+    return method.split(",")[0] == "rtn"
 
 
 def _key(row: Row) -> tuple[str, str, str, str]:
@@ -143,7 +148,9 @@ def claims(rows: Sequence[Row]) -> Iterator[str]:
                 for r in rows
                 if r["method"] == baseline and r["calibration"] in ("", row["calibration"])
             ]
-            if not bases or row["method"] == "rtn" or row["method"] == baseline:
+            if not bases or row["method"] in ("rtn", baseline):
+                continue
+            if _rounds(row["method"]) and baseline != "rtn":
                 continue
             found: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
             for kind, label in KINDS.items():
