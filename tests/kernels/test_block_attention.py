@@ -97,20 +97,6 @@ def test_all_blocks_chosen_is_full_attention():
     torch.testing.assert_close(out.float(), want, atol=4e-3, rtol=4e-3)
 
 
-def test_where_blocks_lie_does_not_matter():
-    torch.manual_seed(3)
-    tokens, size = 160, 16
-    rule = BlockRule(block_size=size, init_blocks=1, local_blocks=1, top_k=5)
-    q, k, v = (randn(1, n, t, 32) for n, t in ((4, 1), (2, tokens), (2, tokens)))
-    blocks = choose(2, 1, rule, tokens=tokens, batch=1)
-    order = torch.randperm(tokens // size, device=DEVICE)  # block at each slot
-    token = (order[:, None] * size + torch.arange(size, device=DEVICE)).flatten()
-    slots = torch.argsort(order)[blocks.long()].to(torch.int32)
-    out = block_attention(q, k, v, blocks, block_size=size)
-    moved = {"block_size": size, "slots": slots, "tokens": tokens}
-    assert torch.equal(out, block_attention(q, k[:, :, token], v[:, :, token], blocks, **moved))
-
-
 def test_mask_of_a_piece_is_a_piece_of_the_mask():
     torch.manual_seed(5)
     rule = BlockRule(block_size=8, init_blocks=1, local_blocks=1, top_k=4)
@@ -126,16 +112,14 @@ def test_mask_of_a_piece_is_a_piece_of_the_mask():
         ({"blocks": (2, 3, 1, 4)}, "do not fit"),
         ({"blocks": (2, 2, 5, 4)}, "do not fit"),
         ({"k": (2, 2, 64, 8)}, "does not fit"),
-        ({"slots": (2, 2, 1, 3)}, "slots"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     shapes = {"q": (2, 4, 1, 16), "k": (2, 2, 64, 16), "blocks": (2, 2, 1, 4), **change}
-    slots = torch.zeros(change["slots"], dtype=torch.int32) if "slots" in change else None
     blocks = torch.zeros(shapes["blocks"], dtype=torch.int32)
     q, k, v = randn(*shapes["q"]), randn(*shapes["k"]), randn(2, 2, 64, 16)
     with pytest.raises(ValueError, match=message):
-        block_attention(q, k, v, blocks, block_size=16, slots=slots)
+        block_attention(q, k, v, blocks, block_size=16)
 
 
 def test_a_scale_that_is_not_positive_is_refused():

@@ -54,25 +54,22 @@ def block_attention(
     block_size: int,
     lengths: Tensor | None = None,
     tokens: int | None = None,
-    slots: Tensor | None = None,
     scale: float | None = None,
     tiles: BlockTiles | None = None,
 ) -> Tensor:
     """Attention over chosen blocks, [B, H, Tq, D] in q's dtype.
 
     tokens: keys in the text if k has room for more; lengths int32 [B]: keys of each batch row if
-    they differ. slots [B, S, Tq, K]: where each chosen block lies if k and v are a cache of blocks
-    (`block_cache`) and not the text in order. scale is 1/sqrt(D) if not given. Every query needs a
-    block with a key at or before it. The same inputs give the same bits.
+    they differ. scale is 1/sqrt(D) if not given. Every query needs a block with a key at or before
+    it. The same inputs give the same bits.
     """
     from compressor_kernels.attention import block_attention_jit as jit
     from compressor_kernels.attention.head_attention_jit import combine_kernel
 
     q, k, v = (dense(x) for x in (q, k, v))
     blocks = blocks.contiguous()
-    places = None if slots is None else slots.contiguous()
     tokens = k.shape[2] if tokens is None else tokens
-    _check(q, k, v, blocks, blocks if places is None else places)
+    _check(q, k, v, blocks)
     tiles = tiles or (SINGLE if block_size == 1 else BlockTiles())
     (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
     sets, chosen = blocks.shape[1], blocks.shape[3]
@@ -82,7 +79,7 @@ def block_attention(
     if out.numel() == 0:
         return out
     scale = score_scale(scale, dim) * LOG2_E
-    if q_len > 1 and slots is None and block_size >= 16 and block_size == pow2(block_size):
+    if q_len > 1 and block_size >= 16 and block_size == pow2(block_size):
         where = {"block_size": block_size, "lengths": lengths, "tokens": tokens}
         _attend_tiles(q, k, v, blocks, out, **where, scale=scale, tiles=tiles)
         return out
@@ -96,7 +93,6 @@ def block_attention(
         k,
         v,
         blocks,
-        places,
         lengths,
         out,
         part,
@@ -234,7 +230,7 @@ def block_attention_ref(
     scale: float | None = None,
 ) -> Tensor:
     """`block_attention` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
-    _check(q, k, v, blocks, blocks)
+    _check(q, k, v, blocks)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     seen = block_mask(blocks, k.shape[2], block_size=block_size, lengths=lengths, tokens=tokens)
     seen = seen.repeat_interleave(q.shape[1] // blocks.shape[1], dim=1)
@@ -275,7 +271,7 @@ def _splits(blocks: Tensor, block_size: int, tiles: BlockTiles) -> int:
     return ranges(blocks, lanes=batch * sets, most=most, programs_per_sm=tiles.programs_per_sm)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, places: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> None:
     (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (batch, dim) or heads % groups:
         raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}, v {tuple(v.shape)}")
@@ -284,7 +280,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, places: Tensor) -> N
         raise ValueError(
             f"blocks {tuple(blocks.shape)} do not fit q {tuple(q.shape)} with {groups} KV heads"
         )
-    if places.shape != blocks.shape:
-        raise ValueError(f"slots {tuple(places.shape)} do not fit blocks {tuple(blocks.shape)}")
     if dim > 256:
         raise ValueError(f"head dimension {dim} is over 256")

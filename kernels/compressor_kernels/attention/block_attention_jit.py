@@ -26,10 +26,9 @@ def _chosen(block_ptr, K: tl.constexpr):
 @triton.jit
 def attend_kernel(
     q_ptr,  # [B, H, Tq, D]
-    k_ptr,  # [B, G, T, D], or a cache of blocks
+    k_ptr,  # [B, G, T, D]
     v_ptr,
     block_ptr,  # [B, S, Tq, K] int32, ascending, then -1
-    place_ptr,  # [B, S, Tq, K]: where a block lies in k and v; None where it lies in order
     len_ptr,  # [B] or None
     out_ptr,  # [B, H, Tq, D], dense
     part_ptr,  # [B, H, SPLITS, D] fp32, or None where nothing is split
@@ -95,22 +94,15 @@ def attend_kernel(
     for base in tl.range(start, end, BLOCK_N):
         if BLOCK % BLOCK_N == 0:  # a tile lies in one block
             block = tl.load(block_ptr + row + base // BLOCK)
-            place = block
-            if place_ptr is not None:
-                place = tl.load(place_ptr + row + base // BLOCK)
             offset = base % BLOCK + inner
             live = block * BLOCK + offset <= position
-            at = place.to(tl.int64) * BLOCK + offset
         else:
             flat = base + inner
             inside = flat < end
             block = tl.load(block_ptr + row + flat // BLOCK, mask=inside, other=0)
-            place = block
-            if place_ptr is not None:
-                place = tl.load(place_ptr + row + flat // BLOCK, mask=inside, other=0)
             offset = flat % BLOCK
             live = inside & (block * BLOCK + offset <= position)
-            at = place.to(tl.int64) * BLOCK + offset
+        at = block.to(tl.int64) * BLOCK + offset
         tile = live[:, None] & (dim < D)[None, :]
         k = tl.load(k_base + at[:, None] * k_t, mask=tile, other=0.0)
         scores = tl.where(live[None, :], tl.dot(q, tl.trans(k)), HIDDEN)
