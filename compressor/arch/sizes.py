@@ -154,7 +154,7 @@ def computed(text: str, config: Mapping[str, Any]) -> float:
     return made
 
 
-NONE = ("experts", "layer_ff")
+NONE = ("experts", "layer_ff", "shared", "shared_ff")
 """Sizes that are 0 where a model has no such thing."""
 
 

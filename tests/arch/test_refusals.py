@@ -176,3 +176,21 @@ def test_experts_in_files_where_config_json_has_none(tiny_model: TinyModel, tmp_
     (folder / "config.json").write_text(json.dumps({**config, "num_dense_layers": 2}))
     with pytest.raises(InputError, match=r"layers.1: the model .* has no place for .*experts"):
         check_model(open_source(folder), {f"expert.{e}.out" for e in range(4)})
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "change"),
+    [
+        ("granitemoeshared", {"shared_intermediate_size": 0}, without("shared_mlp")),
+        ("cohere2_moe", {"num_shared_experts": 0}, without("shared_experts")),
+        ("axk1", {}, lambda found: {**found, "model.layers.0.post_mlp_layernorm.weight": (64,)}),
+        ("mellum", {}, lambda found: {**found, "mtp.layers.0.input_layernorm.weight": (64,)}),
+    ],
+)
+def test_what_released_files_leave_out_or_have_more_is_taken(
+    family: str,
+    said: dict[str, Any],
+    change: Callable[[Headers], Headers],
+    tiny_model: TinyModel,
+) -> None:
+    assert lay(tiny_model(family), change, **said).blocks
