@@ -56,7 +56,7 @@ class Budget(Learned):
 class LServe(ModelPass[Budget]):
     """Let decoding read pages of keys by bounds of smaller ones; changes no weight."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     page: int | None = Field(
         64,

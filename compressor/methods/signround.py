@@ -48,7 +48,7 @@ and what they stand for."""
 class Signround(OnGrid):
     """Learn how weights are rounded and ranges clipped, by signs of gradients (AutoRound)."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     steps: int = Field(200, ge=1, le=100_000, description="steps of each block")
     batch: int = Field(8, ge=1, description="calibration rows in each step")
