@@ -33,6 +33,7 @@ Observe = Callable[[Unit, bool, Observable], Observation]
 """Runs the calibration inputs through a unit as it stands; the flag says whether any pass has
 changed it."""
 
+NOT_FINITE = "input vectors were not finite and are left out of all statistics"
 NOWHERE: Mapping[int, int] = MappingProxyType({})
 
 ObserveSite = Callable[[Unit, Unit, str, StatNeeds], SiteStats]
@@ -73,13 +74,15 @@ def apply_passes(
     for number, wanted in zip(unit.steps, unit.seen, strict=True):
         step = plan.passes[number]
         params, needs = step.step.params, step.needs.stats
+        left_out: list[int] = []
         if wanted.anything and seen is None:
             seen = observe(current, changed, wanted)
+            left_out.append(seen.left_out)
         if exact is None or step.effects.transforms:
             exact = None if step.effects.transforms else current
         site = None
         if exact is not None and observe_site is not None and needs.cross:
-            site = partial(_look, observe_site, needs, exact)
+            site = partial(_look, observe_site, needs, left_out, exact)
         context = PassContext(
             stats={} if seen is None else seen.stats,
             schemes=plan.schemes.linears,
@@ -107,6 +110,9 @@ def apply_passes(
         rows.extend(
             {"pass": step.step.name, **row, **_coverage(row, experts, seen)} for row in result.rows
         )
+        if any(left_out):
+            noted = {"note": NOT_FINITE, "noted": sum(left_out)}
+            rows.append({"pass": step.step.name, "unit": unit.layout.name, **noted})
         if result.unit is not current:
             changed = True
             if step.effects.stale:
@@ -116,9 +122,16 @@ def apply_passes(
 
 
 def _look(
-    observe_site: ObserveSite, needs: StatNeeds, exact: Unit, unit: Unit, site: str
+    observe_site: ObserveSite,
+    needs: StatNeeds,
+    left_out: list[int],
+    exact: Unit,
+    unit: Unit,
+    site: str,
 ) -> SiteStats:
-    return observe_site(exact, unit, site, needs)
+    stats = observe_site(exact, unit, site, needs)
+    left_out.append(stats.bad_tokens)
+    return stats
 
 
 def _coverage(

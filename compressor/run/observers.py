@@ -69,7 +69,9 @@ def observer_of_head(step: Step, tensors: Mapping[str, Tensor]) -> Observe:
         stats = runner.head_stats(
             known, stream.hidden, needs=needs, batch=execution.batch, ranks=ranks
         )
-        return Observation(stats={site: stats}, module_loss=_no_module_loss)
+        return Observation(
+            stats={site: stats}, module_loss=_no_module_loss, left_out=stats.bad_tokens
+        )
 
     return look
 

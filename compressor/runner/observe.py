@@ -39,12 +39,14 @@ class Observation:
                  the weights [out, in] of the named linears are replaced; all ranks ask together
     kv           statistics of keys and values, where they were asked for
     routed       expert → tokens that the router sent there; empty where none was watched
+    left_out     input vectors that were not finite, of sites that all tokens enter
     """
 
     stats: Mapping[str, SiteStats]
     module_loss: Callable[[str, Mapping[str, Tensor]], float]
     kv: KVStats | None = None
     routed: Mapping[int, int] = field(default_factory=dict)
+    left_out: int = 0
 
 
 def observe(
@@ -89,7 +91,11 @@ def observe(
         for most in (seen.keys, seen.values, seen.queries):
             ranks.maximum(most)
     return Observation(
-        stats=stats, module_loss=observer.module_loss, kv=seen, routed=observer.routed()
+        stats=stats,
+        module_loss=observer.module_loss,
+        kv=seen,
+        routed=observer.routed(),
+        left_out=sum(found.bad_tokens for found in observer.stats.values()),
     )
 
 

@@ -1,11 +1,13 @@
 """What a run says of its layers beside errors, where people see it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint.source import open_source
 from compressor.cli.main import cli
@@ -94,3 +96,29 @@ def test_experts_without_tokens_have_scales_and_a_line_that_says_so(
     scales = [name for name in source.checkpoint.entries if name.endswith("input_scale")]
     found = torch.cat([x.flatten() for x in source.checkpoint.read(scales).values()])
     assert len(found) > len(downs) and bool((found > 0).all()) and bool(found.isfinite().all())
+
+
+def test_inputs_that_overflow_are_counted(tiny_model, tmp_path):
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e23
+    save_file(tensors, file, {"format": "pt"})
+    recipe = {
+        "model": str(tmp_path / "model"),
+        "output": str(tmp_path / "out"),
+        "calibration": {"samples": 4, "length": 16},
+        "passes": [{"gptq": {"bits": 4, "group_size": 32}}],
+        "verify": False,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(cli, ["run", str(tmp_path / "recipe.yaml"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    (told,) = (x for x in result.stdout.splitlines() if "not finite and are left out" in x)
+    count = int(told.split("gptq: ")[1].split()[0])
+    assert 0 < count <= 64 and told.endswith("in 1 layer")
+    assert any(
+        "left out of all statistics" in x
+        for x in json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
+    )
