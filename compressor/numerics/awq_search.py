@@ -261,12 +261,14 @@ def _losses_by_row(
     step: int,
 ) -> race.Losses:
     """Losses of candidates [R, C] in one of `step` rows of weights [1, O_i, C]."""
-    # In the place of what other ranks have there are zeros, whose errors are left out.
     apart = any(home is not None for home in homes)
     some = [weight[0, step // 2 :: step] for weight in stacks]
+    # In the place of what other ranks have there are zeros.
     rows = torch.cat([torch.zeros_like(w, device=gram.device) if w.is_meta else w for w in some])
-    theirs = [i for w in some for i in [w.is_meta] * len(w)] if apart else []
     rows = rows[None]
+    theirs: list[bool] = []  # rows whose errors another rank adds: of what all have, the first
+    for home, weight in zip(homes, some, strict=True) if apart else ():
+        theirs += [(0 if home is None else home) != ranks.rank] * len(weight)
     height = rows.shape[1]
     room = max(1, min(step, ROWS // height))  # where all rows of one candidate lie later
 

@@ -18,6 +18,7 @@ from compressor.numerics.awq_search import (
     weight_magnitude,
 )
 from compressor.numerics.gram import difference_error, gram_error, relative_error, work_dtype
+from compressor.ranks.ranks import ALONE, Ranks
 from tests.support.clipping import search_clip_reference
 
 SPEC = QuantSpec("int", 3, "group", 16, zero="subtract")
@@ -46,6 +47,29 @@ def test_linears_with_inputs_of_their_own_are_searched_as_each_alone(duo):
         )
     shared = search_clip_gram(weights, grams[0], SPEC)
     assert torch.equal(shared[1], search_clip_gram(weights[1], grams[0], SPEC))
+
+
+@pytest.mark.parametrize("home", [0, 1, 2])
+def test_each_row_counts_once_where_ranks_have_some_weights_alone_and_all_have_others(home):
+    shared, _, gram = problem(rows=64)
+    apart, _, _ = problem(rows=96, seed=1)
+    candidates = torch.rand(3, 64, generator=torch.Generator().manual_seed(2)) + 0.5
+
+    def losses(*weights, ranks=ALONE, homes=()):
+        stacks = [weight[None] for weight in weights]
+        by_row = awq_search._losses_by_row(stacks, gram, candidates, SPEC, ranks, homes, 4)
+        return by_row([0, 2])
+
+    parts = [
+        losses(
+            shared,
+            apart if rank == home else apart.to("meta"),
+            ranks=Ranks(rank=rank, world=3),  # which adds nothing up
+            homes=[None, home],
+        )
+        for rank in range(3)
+    ]
+    assert torch.equal(torch.stack(parts).sum(0), losses(shared, apart))
 
 
 @pytest.mark.parametrize("columns", [7, 64, 200, 403])
