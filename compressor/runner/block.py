@@ -44,7 +44,7 @@ class Block:
         if len(held) < unit.experts:
             own = self._placed(names.expert_state(unit, tensors, held))
             some = range(held[0], held[-1] + 1)
-            self.groups = {**hold_some(self.layer, names.expert_modules, own, some)}
+            self.groups = hold_some(self.layer, names.expert_modules, own, some)
         elif apart:
             self.groups = run_in_groups(
                 self.layer,

@@ -26,6 +26,7 @@ class ExpertGroups:
 
     module   transformers' module of all of them, without weights
     weights  experts → the module's parameters for them, by name
+    experts  those that are here: all, unless other ranks have some
     size     experts of a group
     """
 
@@ -34,46 +35,28 @@ class ExpertGroups:
         module: nn.Module,
         weights: Callable[[range], Mapping[str, Tensor]],
         *,
-        count: int,
+        experts: range,
         size: int,
     ) -> None:
         self.module, self.weights = module, weights
-        self.count, self.size = count, size
-        self._held: tuple[int, Any] | None = None
+        self.experts, self.size = experts, size
+        self._held: tuple[range, Any] | None = None
 
     def __iter__(self) -> Iterator[range]:
         """The experts of each group."""
-        starts = range(0, self.count, self.size)
-        return (range(first, min(first + self.size, self.count)) for first in starts)
+        starts = range(0, len(self.experts), self.size)
+        return (self.experts[first : first + self.size] for first in starts)
 
     def holding(self, expert: int) -> tuple[Any, int]:
         """A module of the experts of an expert's group, and its place among them. Another group's
         is to be let go first, or both are in memory."""
-        first = expert - expert % self.size
-        if self._held is None or self._held[0] != first:
+        place = self.experts.index(expert)
+        first = place - place % self.size
+        some = self.experts[first : first + self.size]
+        if self._held is None or self._held[0] != some:
             self._held = None  # before the next is made
-            some = range(first, min(first + self.size, self.count))
-            self._held = first, with_experts(self.module, self.weights(some))
-        return self._held[1], expert - first
-
-
-class HeldExperts(ExpertGroups):
-    """The only experts of a block that are here: other ranks have the others.
-
-    stacks  the module's parameters for them, by name;  held  which they are
-    """
-
-    def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor], held: range) -> None:
-        super().__init__(module, lambda some: stacks, count=len(held), size=len(held))
-        self.held = held
-        self.own = with_experts(module, stacks)
-
-    def __iter__(self) -> Iterator[range]:
-        return iter([self.held])
-
-    def holding(self, expert: int) -> tuple[Any, int]:
-        """The module of them all, and an expert's place in it."""
-        return self.own, expert - self.held.start
+            self._held = some, with_experts(self.module, self.weights(some))
+        return self._held[1], place - first
 
 
 def with_experts(module: nn.Module, stacks: Mapping[str, Tensor]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.errors import InputError
-from compressor.runner.expert_groups import ExpertGroups, HeldExperts, with_experts
+from compressor.runner.expert_groups import ExpertGroups, with_experts
 
 Entering = Callable[[int, str, Tensor], Tensor]
 """(expert, gate or up or down, input [tokens, channels]) → that input as the linear sees it."""
@@ -54,20 +54,20 @@ def run_in_groups(
         def own(some: range, prefix: str = f"{path}.") -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in weights(some).items()}
 
-        found[module] = ExpertGroups(module, own, count=count, size=size)
+        found[module] = ExpertGroups(module, own, experts=range(count), size=size)
         module.forward = experts_of(module, found[module]).in_groups()
     return found
 
 
 def hold_some(
     layer: nn.Module, modules: Iterable[str], stacks: Mapping[str, Tensor], held: range
-) -> dict[nn.Module, HeldExperts]:
+) -> dict[nn.Module, ExpertGroups]:
     """Have a layer's modules know some of their experts alone; called, they answer with zeros.
 
     modules  their paths;  stacks  of those experts, by name relative to the layer
     Raises InputError for a module whose experts cannot be apart.
     """
-    found: dict[nn.Module, HeldExperts] = {}
+    found: dict[nn.Module, ExpertGroups] = {}
     for path in modules:
         module: Any = layer.get_submodule(path)
         if not _divisible(module):
@@ -75,9 +75,11 @@ def hold_some(
                 f"{type(module).__name__} runs experts in a way that ranks cannot share",
                 hint="one process, with --device-memory: they then wait in main memory",
             )
-        prefix = f"{path}."
-        own = {n.removeprefix(prefix): t for n, t in stacks.items() if n.startswith(prefix)}
-        found[module] = HeldExperts(module, own, held)
+
+        def own(every: range, prefix: str = f"{path}.") -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t for n, t in stacks.items() if n.startswith(prefix)}
+
+        found[module] = ExpertGroups(module, own, experts=held, size=len(held))
         module.forward = _to_nobody
     return found
 

@@ -20,7 +20,6 @@ from compressor.ir.same_shape import homes
 from compressor.ranks.ranks import Ranks
 from compressor.runner.block import Block
 from compressor.runner.execution import Execution
-from compressor.runner.expert_groups import HeldExperts
 from compressor.runner.experts import routing
 
 
@@ -30,7 +29,7 @@ class _Reached(Exception):
 
 def is_spread(block: Block) -> bool:
     """Whether other ranks have some of a loaded block's experts."""
-    return any(isinstance(groups, HeldExperts) for groups in block.groups.values())
+    return any(len(groups.experts) < block.unit.experts for groups in block.groups.values())
 
 
 @contextmanager
@@ -89,12 +88,12 @@ def _made(
     block: Block, calls: Sequence[tuple[Tensor, Tensor, Tensor]], ranks: Ranks
 ) -> list[Tensor]:
     """What experts make of the tokens of each call, weighted and added up."""
-    groups, device = block.groups[_module(block)], block.runner.device
-    assert isinstance(groups, HeldExperts)
+    held, device = block.groups[_module(block)].experts, block.runner.device
+    own, _ = block.groups[_module(block)].holding(held.start)
     home = homes(block.unit.linears, ranks.world)
     rank_of = torch.tensor([home[e] for e in sorted(home)], device=device)
     place_of = torch.full_like(rank_of, -1)
-    place_of[groups.held.start : groups.held.stop] = torch.arange(len(groups.held), device=device)
+    place_of[held.start : held.stop] = torch.arange(len(held), device=device)
     most = max(count for (count,) in ranks.numbers(len(calls)))
     found = []
     for number in range(most):
@@ -102,7 +101,7 @@ def _made(
         every = ranks.gather(None if mine is None else mine[:2])
         width, dtype = next((c[0].shape[1], c[0].dtype) for c in every if c is not None)
         nothing = torch.empty(0, width, dtype=dtype, device=device)
-        parts = [nothing if call is None else _own(groups.own, *call, place_of) for call in every]
+        parts = [nothing if call is None else _own(own, *call, place_of) for call in every]
         counts = [0] * ranks.world
         if mine is not None:
             whose = rank_of[mine[1].flatten()]
