@@ -61,13 +61,18 @@ def _part(unit: UnitPlan, world: int) -> UnitPlan:
     home = list(homes(linears, world).items())
     most = max(range(world), key=[rank for _, rank in home].count)
     others = {expert for expert, rank in home if rank != most}
-    left_out = {x.weight_name for x in linears if x.expert in others}
+    left_out = {x.name for x in linears if x.expert in others}
+
+    def here(name: str) -> bool:
+        return name.rpartition(".")[0] not in left_out
+
     layout = replace(
         unit.layout,
-        linears=tuple(x for x in linears if x.expert not in others),
-        tensors=tuple(name for name in unit.layout.tensors if name not in left_out),
+        linears=tuple(x for x in linears if x.name not in left_out),
+        tensors=tuple(filter(here, unit.layout.tensors)),
     )
-    return replace(unit, layout=layout)
+    outputs = {name: spec for name, spec in unit.outputs.items() if here(name)}
+    return replace(unit, layout=layout, outputs=outputs)
 
 
 def _spreads(plan: Plan, unit: UnitPlan, world: int) -> bool:

@@ -13,7 +13,8 @@ from compressor.ir.same_shape import groups_of_experts, homes, of_one_shape
 from compressor.plan.estimate import Estimates, estimate
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
-from compressor.plan.spread import spread_units
+from compressor.plan.spread import spread_units, working_bytes
+from compressor.plan.unit_plan import UnitPlan
 from tests.support.scripts import load
 
 AWQ = {"bits": 4, "group_size": 32}
@@ -68,6 +69,15 @@ def test_a_rank_without_room_for_a_block_takes_its_share_of_experts(headers: Pat
     for world in (1, 4):
         found = takes(plan, world, 1)
         assert found.experts_apart and found.alone == 0
+
+
+def test_a_rank_packs_no_other_s_experts(headers: Path) -> None:
+    def packed(unit: UnitPlan) -> int:
+        return sum(spec.nbytes for name, spec in unit.outputs.items() if ".experts." in name)
+
+    plan = planned(headers, **AWQ)
+    share, whole = working_bytes(plan, packed, room=0, world=4)
+    assert 0 < 4 * share == whole
 
 
 @pytest.mark.parametrize(
