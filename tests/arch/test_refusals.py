@@ -31,6 +31,14 @@ def without(part: str) -> Callable[[Headers], Headers]:
     return lambda headers: {n: s for n, s in headers.items() if part not in n}
 
 
+def with_biases(*paths: str) -> Callable[[Headers], Headers]:
+    ends = tuple(f"{path}.weight" for path in paths)
+    return lambda headers: (
+        headers
+        | {f"{n.removesuffix('weight')}bias": s[:1] for n, s in headers.items() if n.endswith(ends)}
+    )
+
+
 def stacks(shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[[Headers], Headers]:
     return lambda headers: {
         n: shape(s) if len(s) == 3 and "conv" not in n else s for n, s in headers.items()
@@ -185,6 +193,15 @@ def test_experts_in_files_where_config_json_has_none(tiny_model: TinyModel, tmp_
         ("cohere2_moe", {"num_shared_experts": 0}, without("shared_experts")),
         ("axk1", {}, lambda found: {**found, "model.layers.0.post_mlp_layernorm.weight": (64,)}),
         ("mellum", {}, lambda found: {**found, "mtp.layers.0.input_layernorm.weight": (64,)}),
+        ("falcon_h1", {"projectors_bias": True}, with_biases("mamba.out_proj")),
+        (
+            "hy_v3",
+            {"mlp_bias": True},
+            with_biases(
+                *(f"layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")),
+                *(f"mlp.shared_mlp.{x}_proj" for x in ("gate", "up", "down")),
+            ),
+        ),
     ],
 )
 def test_what_released_files_leave_out_or_have_more_is_taken(
@@ -193,4 +210,5 @@ def test_what_released_files_leave_out_or_have_more_is_taken(
     change: Callable[[Headers], Headers],
     tiny_model: TinyModel,
 ) -> None:
-    assert lay(tiny_model(family), change, **said).blocks
+    laid = lay(tiny_model(family), change, **said)
+    assert laid.blocks and not laid.unannounced
