@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +18,7 @@ from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_fil
 from compressor.attention.rule import Phase, Rule
 from compressor.attention.rules.streaming import StreamingHeads, head_layers
 from compressor.attention.serve import Runtime, attach
-from compressor.attention.serve.stored_cache import LayerRounding
+from compressor.attention.serve.stored_cache import LayerRounding, loaded_from
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import evaluate
@@ -189,6 +191,26 @@ def test_a_cache_of_codes_gives_what_rounding_gives(element: Any) -> None:
     layer.keys, layer.values = layer.keys[:, :, [0, 3, 8]], layer.values[:, :, [0, 3, 8]]
     again, _ = layer.update(keys[:, :, :0], values[:, :, :0])
     assert torch.equal(again, found[0][:, :, [0, 3, 8]])
+
+
+def test_files_of_a_model_from_the_hub_are_in_its_cache(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / commit
+    shutil.copytree(tiny_model("llama"), snapshot)
+    (tmp_path / "models--me--tiny" / "refs").mkdir()
+    (tmp_path / "models--me--tiny" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    model.name_or_path = "me/tiny"
+    assert loaded_from(model) == snapshot
+    model.name_or_path = "me/other"
+    assert loaded_from(model) is None
+    model.name_or_path = ""  # made from a config
+    assert loaded_from(model) is None
+    with pytest.raises(InputError, match="this model carries no attention policy"):
+        attach(model)
 
 
 def test_what_is_not_supported_says_so(tiny_model: Callable[..., Path]) -> None:

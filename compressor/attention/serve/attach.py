@@ -23,7 +23,7 @@ from compressor.attention.rope import Rotary
 from compressor.attention.rule import Held, Rule, RuleCall, past_fit
 from compressor.attention.serve.ahead import Ahead, stored_tensors
 from compressor.attention.serve.cache import HeadLayer, PolicyCache, split
-from compressor.attention.serve.stored_cache import stored_cache
+from compressor.attention.serve.stored_cache import loaded_from, stored_cache
 from compressor.errors import InputError
 
 NAME = "attention_policy"
@@ -41,7 +41,7 @@ def attach(
     length: int = 0,
 ) -> Runtime:
     """Have a loaded model attend by a policy: a value, or that of a checkpoint folder (the one that
-    the model was loaded from, if none is given).
+    the model was loaded from, also in the Hub's cache, if none is given).
 
     tensors  those that rules read a block ahead, by name, if not those of the folder
     kernels  whether kernels of heads with a rule and without are used; None: on a GPU
@@ -51,10 +51,14 @@ def attach(
     goes on with a warning.
     """
     if not isinstance(policy, AttentionPolicy):
-        folder = Path(policy if policy is not None else model.name_or_path)
-        found = read_policy(folder) if folder.is_dir() else None
-        if found is None:
-            raise InputError(f"{folder} carries no attention policy")
+        folder = loaded_from(model) if policy is None else Path(policy)
+        found = read_policy(folder) if folder is not None and folder.is_dir() else None
+        if folder is None or found is None:
+            raise InputError(
+                f"{folder or model.name_or_path or 'this model'} carries no attention policy",
+                hint="attach(model, FOLDER) takes that of another folder; of a model from the Hub "
+                "`hf download` brings it, which loaders leave there",
+            )
         policy = found
         tensors = stored_tensors(folder, policy) if tensors is None else tensors
     check_length(policy, length)

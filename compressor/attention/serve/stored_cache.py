@@ -44,11 +44,26 @@ class LayerRounding:
         return CodesLayer(self, (self.key_scale, self.value_scale))
 
 
+def loaded_from(model: Any) -> Path | None:
+    """Where the files lie that a model was loaded from: a folder, or the Hub's cache. None where
+    they are not here, or it was loaded from none."""
+    from huggingface_hub import snapshot_download
+
+    name = model.name_or_path
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    revision = getattr(model.config, "_commit_hash", None)
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def stored_cache(model: Any) -> list[LayerRounding] | None:
     """By layer, how the files that a model was loaded from say that its cache is rounded; None
     where they say nothing."""
-    folder = Path(model.name_or_path)
-    if getattr(model.config, "quantization_config", None) is None or not folder.is_dir():
+    folder = loaded_from(model)
+    if getattr(model.config, "quantization_config", None) is None or folder is None:
         return None
     source = open_source(folder)
     if source.schemes.kv is None:
