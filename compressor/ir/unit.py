@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from compressor.ir.floats import Change, Floats, elsewhere, narrow, replaced
+from compressor.ir.floats import Change, Floats, elsewhere, home_of, narrow, replaced
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
 from compressor.ir.same_shape import of_one_shape
@@ -77,16 +77,18 @@ class Unit:
     def with_codes(self, coded: Iterable[tuple[Linear, QTensor]]) -> Unit:
         """This unit with the weights of some linears replaced by QTensors, which lie where those
         lay."""
-        by_name = {linear.weight_name: (linear.name, q) for linear, q in coded}
+        by_name = {x.weight_name: (x.name, self.where_it_waits(x, q)) for x, q in coded}
         rest = self.tensors
         if isinstance(rest, Floats):
-            for name, (path, q) in by_name.items():
-                if name in rest and rest.waits(name):
-                    by_name[name] = path, q.to(rest.home(name))
             rest = rest.without(by_name.keys())
         else:
             rest = {k: v for k, v in rest.items() if k not in by_name}
         return replace(self, tensors=rest, quantized={**self.quantized, **dict(by_name.values())})
+
+    def where_it_waits(self, linear: Linear, codes: QTensor) -> QTensor:
+        """Codes, there where the weight whose place they take waits, if it does."""
+        home = home_of(self.tensors, linear.weight_name)
+        return codes if home is None else codes.to(home)
 
     def without(self, linears: Iterable[Linear]) -> Unit:
         """This unit with some coded linears as another rank has them: on the meta device here."""

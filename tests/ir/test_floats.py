@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
+from compressor.checkpoint.source import open_source
 from compressor.ir.floats import Floats, narrow, replaced
+from compressor.ir.qtensor import QuantSpec
+from compressor.ir.unit import Unit
+from compressor.numerics import quantize
 
 
 def test_what_is_read_is_float32_and_what_is_held_stays_as_it_is() -> None:
@@ -36,3 +43,18 @@ def test_a_replaced_tensor_has_no_change_of_what_it_replaces() -> None:
     assert replaced(floats, {"a": torch.full((1,), 7.0)})["a"].item() == 7
     assert replaced({"a": torch.ones(1)}, {"b": torch.zeros(1)}).keys() == {"a", "b"}
     assert "a" not in floats.without({"a"})
+
+
+def test_codes_wait_where_the_weight_did_that_is_read_elsewhere(
+    tiny_model: Callable[..., Path],
+) -> None:
+    layout = open_source(tiny_model("mixtral")).layout.units[1]
+    (waiting, here) = (x for x in layout.linears if x.expert in (0, 1) and x.role == "expert.up")
+    held = {waiting.weight_name: torch.empty(waiting.shape, device="meta")}
+    held |= {here.weight_name: torch.ones(here.shape)}
+    unit = Unit(layout=layout, tensors=Floats(held, device=torch.device("cpu")))
+    q = quantize(torch.ones(here.shape), QuantSpec("int", 4, "group", 32))
+    assert unit.where_it_waits(here, q) is q
+    assert unit.where_it_waits(waiting, q).device.type == "meta"
+    coded = unit.with_codes([(waiting, q), (here, q)]).quantized
+    assert [coded[x.name].device.type for x in (waiting, here)] == ["meta", "cpu"]

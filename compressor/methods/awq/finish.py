@@ -68,11 +68,13 @@ def finished(
     tokens: Sequence[int],
     context: PassContext,
     rule: Rule,
+    home: torch.device | None,
 ) -> list[Finished]:
     """Clip and, if this pass does, round linears of one shape; their report rows.
 
     weights  [out, in] of each as it is after all that was folded
     tokens   that each has seen
+    home     where what becomes of them waits, if elsewhere
     """
     seen = [i for i, count in enumerate(tokens) if count >= rule.min_tokens]
     unseen = [i for i in range(len(linears)) if i not in seen]
@@ -117,7 +119,7 @@ def finished(
                 row["note"] = "calibration tokens came here: rounded without data"
                 row["noted"] = tokens[i]
             rows.append(row)
-        found.append(Finished(places, made, rows))
+        found.append(Finished(places, made if made is None else made.to(home or made.device), rows))
     return found
 
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.ir.floats import Change
+from compressor.ir.floats import Change, home_of
 from compressor.ir.layout import Fold, Linear
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.same_shape import Linears, groups_of_experts, of_one_shape, stacked
@@ -148,7 +148,8 @@ class Awq(Pass):
                 for x, y in zip(linears, scales, strict=True)
             ]
             sites = [Site(seen, y) for seen, y in zip(stats, scales, strict=True)]
-            done = finished(linears, weights, sites, tokens, context, rule)
+            home = home_of(unit.tensors, linears[0].weight_name)
+            done = finished(linears, weights, sites, tokens, context, rule, home)
             return _Outputs(tokens, scales, done)
 
         # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
@@ -172,7 +173,8 @@ class Awq(Pass):
             site = sites[linears[0].site]
             tokens = [of_expert.get(x.expert, site.stats.tokens) for x in linears]
             weights = [result.weight(x) for x in linears]
-            return finished(linears, weights, [site] * len(linears), tokens, context, rule)
+            home = home_of(result.tensors, linears[0].weight_name)
+            return finished(linears, weights, [site] * len(linears), tokens, context, rule, home)
 
         by_site: dict[str, list[Linear]] = {}
         for linear in context.coded:

@@ -142,9 +142,13 @@ def round_to_nearest(
     """
     linears = context.coded
     unit = with_input_scales(unit, linears, context, divided=divided)
-    narrow = [unit.narrow_weight(linear) for linear in linears]
-    every = options_of(context, linears, narrow)
-    options = {x.name: option for x, option in zip(linears, every, strict=True)}
+    fused: dict[Hashable, list[Linear]] = {}
+    for linear in linears:
+        fused.setdefault(fused_with(linear) or linear.name, []).append(linear)
+    options: dict[str, dict[str, Any]] = {}
+    for together in fused.values():  # of experts that wait elsewhere no others are brought here
+        every = options_of(context, together, [unit.narrow_weight(x) for x in together])
+        options |= {x.name: option for x, option in zip(together, every, strict=True)}
     seen = [x for x in linears if divided is None or x.site not in divided]
     informed = {x.name for x in seen if x.site in context.stats}
 
@@ -161,10 +165,12 @@ def round_to_nearest(
         q = quantize(weight, context.spec(first), **options[first.name])
         if len(some) == 1:
             stats = context.stats[first.site] if first.name in informed else None
-            return q, [{**weight_row(first, weight, q, stats=stats), **about(weight, q)}]
+            row = {**weight_row(first, weight, q, stats=stats), **about(weight, q)}
+            return unit.where_it_waits(first, q), [row]
         errors = error_of_parts([(weights, q.dequantize().view(weights.shape))], None)
         parts = zip(some, weights, q.parts(len(some)), errors.tolist(), strict=True)
-        return q, [{**_row(x, y, error), **about(old, y)} for x, old, y, error in parts]
+        told = [{**_row(x, y, error), **about(old, y)} for x, old, y, error in parts]
+        return unit.where_it_waits(first, q), [*told]
 
     stacks = of_one_shape(linears, kind)
     made = context.ranks.each(stacks, rounded, lambda some: sum(math.prod(x.shape) for x in some))

@@ -120,7 +120,7 @@ def round_unit(
                 else:
                     row["note"] = "calibration tokens came here: rounded to nearest"
                     row["noted"] = tokens[linear.name]
-            done.linears[linear.name] = q, row
+            done.linears[linear.name] = current.where_it_waits(linear, q), row
         return done
 
     def alike(linear: Linear) -> Hashable:
@@ -202,12 +202,14 @@ def _work_apart(
     else:
         starts = quantize(flat, spec, **context.rounding.get(first.name, {}))
     made = gptq_stack(weights, starts, inverses, lowest=lowest)
-    rows = zip(seen, made, inverses.damping, inverses.usable, strict=True)
-    return {
-        x.site: _Site(stats.tokens, {x.name: (rounded.q, _row(x, rounded.q, rounded, damping))})
-        for (x, stats), rounded, damping, usable in rows
-        if usable
-    }
+    found: dict[str, _Site] = {}
+    for (x, stats), rounded, damping, usable in zip(
+        seen, made, inverses.damping, inverses.usable, strict=True
+    ):
+        if usable:
+            q, row = unit.where_it_waits(x, rounded.q), _row(x, rounded.q, rounded, damping)
+            found[x.site] = _Site(stats.tokens, {x.name: (q, row)})
+    return found
 
 
 def _work(linears: Sequence[Linear]) -> float:
