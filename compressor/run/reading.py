@@ -20,6 +20,7 @@ class Reader:
     """Reads units of a plan's source, and notes their hashes.
 
     spread  blocks, by index of the unit, of which each rank has some experts alone
+    apart   experts wait in main memory, so that no rank is sent a block by others
     """
 
     plan: Plan
@@ -27,6 +28,7 @@ class Reader:
     device: torch.device
     ranks: Ranks
     spread: frozenset[int] = frozenset()
+    apart: bool = False
     _digests: dict[int, dict[str, str]] = field(default_factory=dict)  # of what was read here
 
     def read(self, index: int) -> Unit:
@@ -80,7 +82,8 @@ class Reader:
     def _divided(self, index: int) -> bool:
         """Blocks are, where no tensor is decoded from several; what else a model carries the
         device may have no room for."""
-        block = self.plan.units[index].layout.kind == "block"
+        layout = self.plan.units[index].layout
+        block = layout.kind == "block" and not (self.apart and layout.experts)
         return self.ranks.world > 1 and block and not self.plan.source.quantized
 
     def _names(self, index: int) -> tuple[str, ...]:

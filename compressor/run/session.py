@@ -255,6 +255,7 @@ def _shared(prepared: Prepared) -> dict[str, Any]:
         "evaluation": prepared.evaluation.sha256 if prepared.evaluation else None,
         "haystack": stated_hash(prepared.haystack),
         "experts spread": prepared.estimates.alone > 0,
+        "experts in main memory": prepared.estimates.experts_apart,
     }
 
 

@@ -57,7 +57,14 @@ def run_units(
                 settings = replace(settings, ranks=ALONE)
                 own = ranks.mine(own, lambda i: output_bytes(plan.units[i]))
             spread = spread_units(plan, ranks.world) if settings.spread and not apart else None
-            reader = Reader(plan, content, settings.device, settings.ranks, spread or frozenset())
+            reader = Reader(
+                plan,
+                content,
+                settings.device,
+                settings.ranks,
+                spread=spread or frozenset(),
+                apart=settings.experts_apart,
+            )
             writing = settings.ranks if one_host else ALONE
             loop = Loop(
                 plan, tokens, writer, settings, learned, content, reader, records, own, writing
