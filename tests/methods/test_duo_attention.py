@@ -293,6 +293,26 @@ def test_sorted_heads_are_the_same_function(
     torch.testing.assert_close(model(random_ids()).logits, before, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("afmoe", "self_attn.gate_proj"),
+        ("gpt_oss", "self_attn.sinks"),
+        ("olmo2", "self_attn.q_norm"),
+        ("gemma4_text shared", "which other blocks read"),
+        ("qwen3", None),
+        ("qwen3_moe", None),
+    ],
+)
+def test_heads_are_sorted_where_all_that_is_by_head_goes_with_them(
+    family: str, what: str | None, tiny_model: Callable[..., Path]
+) -> None:
+    plan = planned(open_source(tiny_model(family)).layout)
+    assert not list(duo().check(plan))
+    found = [problem.message for problem in duo(reorder=True).check(plan)]
+    assert [what in message for message in found] == [True] if what else not found
+
+
 def test_bad_parameters_are_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     for wrong in (
         {"sinks": 8}, {"share": 0.5, "threshold": 0.5}, {"budget": 0.5}, {"deploy_window": 2},

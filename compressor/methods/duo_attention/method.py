@@ -17,8 +17,8 @@ from torch import Tensor
 
 from compressor.attention.policy import AttentionPolicy, attention_shape
 from compressor.attention.rules.streaming import streaming_policy
-from compressor.errors import InputError
-from compressor.ir.layout import Linear, ModelLayout, Rows
+from compressor.errors import InputError, several
+from compressor.ir.layout import Linear, ModelLayout, Rows, UnitLayout
 from compressor.ir.unit import Unit
 from compressor.methods.base import Cost, Effects, ModelPass, Needs
 from compressor.methods.common.context import (
@@ -113,7 +113,13 @@ class DuoAttention(ModelPass[Gates]):
         return Needs(tokens=True, whole_model=True)
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
-        return too_long(self.data, context.layout)
+        yield from too_long(self.data, context.layout)
+        stays = [name for unit in context.layout.blocks for name in _stays(unit)]
+        if self.reorder and stays:
+            yield InputError(
+                f"heads cannot be sorted: {several(stays)} would stay in the model's order",
+                hint="reorder: false, with which runtimes gather heads",
+            )
 
     def cost(self, context: PlanContext, dtype: torch.dtype) -> Cost:
         blocks = context.layout.blocks
@@ -256,6 +262,20 @@ class DuoAttention(ModelPass[Gates]):
                 size = linear.in_features // shape.kv_heads
                 changed[linear.weight_name] = reorder_rows(weight.T, order, size=size).T
         return PassResult(unit.with_tensors({k: v.contiguous() for k, v in changed.items()}))
+
+
+def _stays(unit: UnitLayout) -> Iterator[str]:
+    """What a block's attention has by head, or shares with another block, beside what is sorted:
+    gates, sinks, norms over all heads."""
+    if unit.attention is None:
+        return
+    within = f"{unit.attention_path}."
+    if unit.attention.shared:
+        yield f"{within}k, which other blocks read"
+    moved = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o")
+    yield from (x.name for x in unit.linears if x.role not in moved and x.name.startswith(within))
+    yield from (norm.name for norm in unit.norms if norm.role in ("norm.q.all", "norm.k.all"))
+    yield from (name for name in unit.others if name.startswith(within))
 
 
 def _rows(unit: Unit, linear: Linear, order: Tensor) -> dict[str, Tensor]:
