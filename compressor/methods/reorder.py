@@ -50,6 +50,10 @@ class Reorder(Pass):
                 return None
             if linear.role != "attn.o":
                 return "only o and down projections can be reordered without changing other blocks"
+            if linear in gated:
+                return (
+                    "a gate for each of its inputs would stay as it is; targets: '*.down' would do"
+                )
             return None if linear in by_head else "its inputs are not values by head of this block"
 
         units = [
@@ -58,6 +62,7 @@ class Reorder(Pass):
             if unit.attention is not None and not unit.attention.shared and parts_of(unit, "attn.v")
         ]
         by_head = {linear for unit in units for linear in unit.linears}
+        gated = {x for unit in units if parts_of(unit, "attn.gate") for x in unit.linears}
         return refused(context.selected, reason)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:

@@ -91,6 +91,8 @@ def test_plan_says_what_cannot_be_rotated(tiny_model: Callable[..., Path], tmp_p
         ("gemma2", ["rotate"], {"untie": True}, "does not commute"),
         ("opt", ["rotate"], {"untie": True}, "LayerNorm"),
         ("llama", ["reorder", "rotate"], {}, "which reorder sees"),
+        ("afmoe", ["reorder"], {}, "a gate for each of its inputs"),
+        ("qwen3_next", ["reorder"], {}, "a gate for each of its inputs"),
         ("llama", ["rotate"], {"propagate": "original"}, "basis of the hidden states"),
     ):
         with pytest.raises(Problems, match=message):
