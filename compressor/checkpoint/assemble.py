@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -13,6 +14,15 @@ from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.unit import Unit
 from compressor.ranks.ranks import ALONE, Ranks
+
+
+@contextmanager
+def naming(linear: Linear) -> Iterator[None]:
+    """Lets errors say of which linear they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{linear.name}: {error.message}", hint=error.hint) from error
 
 
 def assembled(
@@ -51,11 +61,8 @@ def assembled(
 
     def decoded(of: tuple[Linear, QuantSpec, dict[str, Tensor]]) -> tuple[QTensor, Tensor | None]:
         linear, spec, local = of
-        try:
+        with naming(linear):
             return format.decode(local, spec), format.input_scale(local)
-        except InputError as error:
-            where = f"{linear.name}: {error.message}"
-            raise InputError(where, hint=error.hint) from error
 
     made = ranks.each(packed, decoded, lambda of: math.prod(of[0].shape)) if packed else []
     found = {x.name: values for (x, _, _), values in zip(packed, made, strict=True)}

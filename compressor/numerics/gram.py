@@ -24,8 +24,8 @@ def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
 
     Computed as Σ_jk (ΔᵀΔ)_jk G_jk over the upper half only, so the Gram matrix is never rounded:
     in bfloat16 Δ is (its 2⁻⁹ is far below what separates two candidates), and on a CPU the products
-    of different columns are, but not the squares, of which one may outweigh all else. They are
-    multiplied with G and summed in float32.
+    of different columns are, but not the sums of squares, of which one may outweigh all else. They
+    are multiplied with G and summed in float32.
     """
     if delta.is_cuda:
         return fused.gram_error(delta, gram)

@@ -186,13 +186,9 @@ def batch_rows(plan: Plan, *, device: torch.device, device_memory: int | None = 
     length, samples = plan.recipe.calibration.length, plan.recipe.calibration.samples
     batch = min(samples, max(1, TOKENS_PER_BATCH[device.type] // length))
     if device_memory is not None:
-        fixed, apart = (
-            _input_bytes(plan, device),
-            experts_apart(plan, device=device, device_memory=device_memory),
-        )
-        fixed += max(
-            _working_bytes(plan, unit, device=device, batch=0, apart=apart) for unit in plan.units
-        )
+        apart = experts_apart(plan, device=device, device_memory=device_memory)
+        works = partial(_working_bytes, plan, device=device, batch=0, apart=apart)
+        fixed = _input_bytes(plan, device) + max(works(unit) for unit in plan.units)
         row = max(row_bytes(plan, unit.layout, device) for unit in plan.units)
         batch = max(1, min(batch, int((device_memory - fixed) // max(row, 1))))
     return batch

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.assemble import naming
 from compressor.checkpoint.source import Source
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor
@@ -38,10 +39,11 @@ class CodedLater:
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def decode(self) -> QTensor:
-        """Its codes."""
+        """Its codes. Raises InputError where its format cannot read them."""
         spec = self.source.schemes.linears[self.linear.name].weight
         assert spec is not None
-        return self.source.format.decode(self.tensors, spec)
+        with naming(self.linear):
+            return self.source.format.decode(self.tensors, spec)
 
     def dequantize(self) -> Tensor:
         return self.decode().dequantize()
