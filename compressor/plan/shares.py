@@ -6,9 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compressor.ir.layout import Linear
+from compressor.ir.same_shape import homes
 from compressor.methods.base import ModelPass
 from compressor.plan.plan import Plan
+from compressor.plan.spread import spread_units
 from compressor.plan.unit_plan import UnitPlan
+from compressor.ranks.divide import owners
 from compressor.ranks.ranks import Ranks
 
 
@@ -27,23 +31,27 @@ class Share:
     weights: int
 
 
-def shares(plan: Plan, world: int, batch: int) -> list[Share]:
+def shares(plan: Plan, world: int, batch: int, *, spread: bool = False) -> list[Share]:
     """Every rank's part, on one host.
 
-    batch  rows in one forward pass
+    batch   rows in one forward pass
+    spread  whether each has some experts of a block alone, where that can be
     """
     ranks = [Ranks(rank=rank, world=world) for rank in range(world)]
     if not plan.calibrated:
         owned = [rank.mine(plan.units, output_bytes) for rank in ranks]
         return [
-            Share(r, 0, len(own), sum(sum(_sizes(plan, unit)) for unit in own))
+            Share(r, 0, len(own), sum(_size(x) for unit in own for x in _coded(plan, unit)))
             for r, own in enumerate(owned)
         ]
     weights = [0] * world
-    for unit in plan.units:
-        sizes = _sizes(plan, unit)
-        for size, owner in zip(sizes, ranks[0].owners(sizes, float), strict=True):
-            weights[owner] += size
+    alone = spread_units(plan, world) if spread else ()
+    for index, unit in enumerate(plan.units):
+        home = homes(unit.layout.linears, world) if index in alone else {}
+        coded = _coded(plan, unit)
+        fixed = [None if x.expert is None else home.get(x.expert) for x in coded]
+        for linear, owner in zip(coded, owners([*map(_size, coded)], world, fixed), strict=True):
+            weights[owner] += _size(linear)
     count = plan.recipe.calibration.samples
     return [
         Share(r, len(rank.rows(count, batch)), None, weights[r]) for r, rank in enumerate(ranks)
@@ -65,10 +73,13 @@ def output_bytes(unit: UnitPlan) -> float:
     return float(sum(tensor.nbytes for tensor in unit.outputs.values()))
 
 
-def _sizes(plan: Plan, unit: UnitPlan) -> list[int]:
-    """Weights of each linear that gets codes."""
-    schemes = plan.schemes.linears
-    return [math.prod(x.shape) for x in unit.layout.linears if schemes[x.name].weight is not None]
+def _coded(plan: Plan, unit: UnitPlan) -> list[Linear]:
+    """Linears that get codes."""
+    return [x for x in unit.layout.linears if plan.schemes.linears[x.name].weight is not None]
+
+
+def _size(linear: Linear) -> int:
+    return math.prod(linear.shape)
 
 
 def in_words(found: Sequence[Share], alone: Sequence[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from compressor.ir.same_shape import groups_of_experts, homes, of_one_shape
 from compressor.plan.estimate import Estimates, estimate
 from compressor.plan.plan import Plan, make_plan
 from compressor.plan.recipe import make_recipe
+from compressor.plan.shares import shares
 from compressor.plan.spread import spread_units, working_bytes
 from compressor.plan.unit_plan import UnitPlan
 from tests.support.scripts import load
@@ -78,6 +81,20 @@ def test_a_rank_packs_no_other_s_experts(headers: Path) -> None:
     plan = planned(headers, **AWQ)
     share, whole = working_bytes(plan, packed, room=0, world=4)
     assert 0 < 4 * share == whole
+
+
+def test_weights_of_a_rank_are_those_of_its_experts(headers: Path) -> None:
+    plan = planned(headers, **AWQ)
+    of_experts = [0, 0, 0]
+    for unit in plan.units:
+        home = homes(unit.layout.linears, 3)
+        for linear in unit.layout.linears:
+            if linear.expert is not None:
+                of_experts[home[linear.expert]] += math.prod(linear.shape)
+    found = [share.weights for share in shares(plan, 3, 2, spread=True)]
+    assert all(map(operator.ge, found, of_experts))
+    even = [share.weights for share in shares(plan, 3, 2)]
+    assert sum(even) == sum(found) and max(even) < max(found)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def describe(plan: Plan, costs: Estimates, world: int) -> dict[str, Any]:
     """The plan as plain data, for so many ranks."""
     from compressor.plan.shares import led, shares
 
+    spread = costs.alone > 0
     return {
         "model_type": plan.layout.model_type,
         "recipe": plan.recipe.resolved(),
@@ -136,7 +137,7 @@ def describe(plan: Plan, costs: Estimates, world: int) -> dict[str, Any]:
         "shards": {shard.file: shard.size for shard in plan.shards.shards},
         "estimates": costs.to_json(),
         "notes": list(plan.notes),
-        "ranks": [asdict(share) for share in shares(plan, world, costs.batch)],
+        "ranks": [asdict(share) for share in shares(plan, world, costs.batch, spread=spread)],
         "led": led(plan),
     }
 
@@ -179,7 +180,8 @@ def show(plan: Plan, costs: Estimates, world: int, *, device: str) -> None:
         echo(f"experts: spread over {world} ranks; with all of them one takes {size(costs.alone)}")
     echo(f"time on {device}: about {duration(costs.seconds)}{' of one rank' * (world > 1)}")
     if world > 1:
-        for line in in_words(shares(plan, world, costs.batch), led(plan)):
+        found = shares(plan, world, costs.batch, spread=costs.alone > 0)
+        for line in in_words(found, led(plan)):
             echo(line)
     for note in plan.notes:
         echo(f"note: {note}")
