@@ -112,6 +112,33 @@ def owned(output: Path, *, manifest: str) -> Iterator[Path]:
         os.close(handle)
 
 
+def require_no_writer(work: Path) -> None:
+    """Raises InputError while ranks of a run whose leading one has ended may still write."""
+    own_folder(work)
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"ranks of a run that was ended still write into {work.parent}",
+            hint="they end within a minute; then the same command continues",
+        ) from None
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing_beside(work: Path) -> Iterator[None]:
+    """Keeps another run from writing for the length of a `with`, though the leading rank, which has
+    locked the output, may have ended."""
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
 def claim(work: Path, fingerprint: Mapping[str, Any]) -> None:
     """Write the run's fingerprint, or compare it with the one that is there.
 

@@ -4,6 +4,7 @@ its own, which then reads, rounds, packs and writes by itself."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from compressor_calibration.tokens import TokenSet
 
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.transaction import disk_errors
+from compressor.checkpoint.workspace import require_no_writer, writing_beside
 from compressor.errors import Interrupted, MachineError
 from compressor.plan.plan import Plan
 from compressor.plan.shares import output_bytes
@@ -41,17 +43,19 @@ def run_units(
     owner    what all that is committed has to be made from: the run and what was learned
     content  the source, where some of it has been read already
     learned  what model passes found, by the index of the pass
-    Raises InputError for a source that is not finite or has changed, MachineError where memory or
-    disk fail, Interrupted when asked to stop.
+    Raises InputError for a source that is not finite or has changed, and while ranks of a run that
+    was ended still write; MachineError where memory or disk fail, Interrupted when asked to stop.
     """
     ranks, content, learned = settings.ranks, content or SourceContent(plan), learned or {}
     try:
-        with disk_errors(f"writing {work}"):
+        with disk_errors(f"writing {work}"), ExitStack() as stack:
             one_host = on_one_host(work, ranks)
             # Where no rows run through the units, each is one rank's.
             apart = ranks.world > 1 and one_host and not any(u.calibrated for u in plan.units)
             writer = ShardWriter(plan.shards, work, owner=owner, alone=not apart)
-            records = ranks.led(lambda: _take_up(writer, plan, settings))
+            records = ranks.led(lambda: _take_up(writer, work, plan, settings))
+            if one_host and not ranks.leads:
+                stack.enter_context(writing_beside(work))
             own: Sequence[int] = range(len(plan.units))
             if apart:
                 settings = replace(settings, ranks=ALONE)
@@ -82,9 +86,10 @@ def run_units(
 
 
 def _take_up(
-    writer: ShardWriter, plan: Plan, settings: JobSettings
+    writer: ShardWriter, work: Path, plan: Plan, settings: JobSettings
 ) -> dict[int, Mapping[str, Any]]:
     """What an interrupted run recorded of the units that it committed."""
+    require_no_writer(work)
     for name in writer.open(settings.check_stop):
         settings.on_note(f"units/{name} or what it tells of is damaged: the unit is done again")
     found = {index: writer.record(index) for index in range(len(plan.units))}

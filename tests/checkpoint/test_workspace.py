@@ -13,7 +13,9 @@ from compressor.checkpoint.workspace import (
     lacking_room,
     owned,
     refusal,
+    require_no_writer,
     require_same,
+    writing_beside,
 )
 from compressor.errors import InputError
 
@@ -84,3 +86,15 @@ def test_what_is_written_needs_no_room_again(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     assert lacking_room(tmp_path, 2 << 20) is None
     assert lacking_room(tmp_path, 3 << 20) is not None
+
+
+def test_no_run_begins_while_ranks_of_an_ended_one_may_write(tmp_path: Path) -> None:
+    work = tmp_path / "out" / WORK_NAME
+    require_no_writer(work)
+    with (
+        writing_beside(work),
+        writing_beside(work),
+        pytest.raises(InputError, match=r"still write into .*out$"),
+    ):
+        require_no_writer(work)
+    require_no_writer(work)
