@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from compressor_calibration.sources import read_documents
+from compressor_calibration.tokens import make_tokens
+from transformers import AutoTokenizer
 
 from compressor.checkpoint.source import open_source
 from compressor.errors import Interrupted
@@ -39,8 +42,10 @@ def run(model: Path, output: Path, *passes: Any, **how: Any) -> dict[str, bytes]
 
 
 def divergence(model: Path, out: Path) -> float:
-    """KL of a checkpoint to its model, on tokens that were not calibrated."""
-    ids = torch.randint(2, 250, (8, 32), generator=torch.Generator().manual_seed(3))
+    """KL of a checkpoint to its model, on text of the kind that was calibrated, but held out."""
+    text = read_documents("bundled/prose", part="held_out")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = make_tokens(tokenizer, text, samples=8, length=32, sampling="consecutive", seed=0).ids
     models = [StreamedModel(open_source(folder)) for folder in (model, out)]
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "batch": 8}
     states = run_blocks(models, ids, **how)

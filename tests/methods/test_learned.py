@@ -66,7 +66,7 @@ def test_equal_gates_stay_sorted(tiny_model: Callable[..., Path]) -> None:
     layout = open_source(tiny_model("llama")).layout
     method = DuoAttention(sinks=1, window=4, share=0.5, reorder=True)
     gates = torch.full((2, 2), 0.5)
-    found = method._result(gates, torch.ones(3, 2)).value
+    found = method._result(gates, torch.ones(3, 2), {}).value
     again = Gates.restore(found.tensors(), found.figures())
     policy = method.policy(layout, again)
     assert policy is not None and make_policy(policy.to_json()) == policy
