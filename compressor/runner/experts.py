@@ -218,14 +218,13 @@ class Experts:
                     alone = torch.ones(len(rows), 1, dtype=hidden.dtype, device=hidden.device)
                     chosen_here = of[rows, None] - some.start
                     made[rows] = self._of_group(some, hidden[rows // count], chosen_here, alone)
-            weighted = made * weights.flatten()[:, None]
-            return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
+            return added_up(made, chosen, weights)
 
         return forward
 
     def _of_group(self, some: range, *args: Tensor) -> Tensor:
         """What a module of some experts makes of a call."""
-        return _forward(self._holding(some.start)[0], *args)
+        return own_forward(self._holding(some.start)[0], *args)
 
     def _holding(self, expert: int) -> tuple[Any, int]:
         """A module that has an expert's weights, and its place there."""
@@ -331,7 +330,7 @@ class _WholeExperts(Experts):
         stacks = {n: stack[place : place + 1] for n, stack in module.named_parameters()}
         alone: Any = with_experts(self.module, stacks)
         with _Before(alone.down_proj, inner):
-            out = _forward(alone, gate)
+            out = own_forward(alone, gate)
         return out.reshape(len(tokens), -1)
 
 
@@ -354,10 +353,17 @@ class _Caught(Exception):
     """Ends a forward pass of which what was wanted has been seen."""
 
 
-def _forward(module: nn.Module, *args: Tensor) -> Tensor:
+def own_forward(module: nn.Module, *args: Tensor) -> Tensor:
     """The module's own forward, without hooks."""
     out: Tensor = type(module).forward(module, *args)
     return out
+
+
+def added_up(pairs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """What pairs of a token and an expert made, [tokens * K, hidden], weighted and summed over the
+    experts [tokens, K] of each token in their order, as transformers' modules do."""
+    weighted = pairs * weights.reshape(-1, 1)
+    return weighted.view(*chosen.shape, -1).sum(dim=1).to(pairs.dtype)
 
 
 def _same(gate: Tensor, up: Tensor) -> bool:

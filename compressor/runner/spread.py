@@ -20,7 +20,7 @@ from compressor.ir.same_shape import homes
 from compressor.ranks.ranks import Ranks
 from compressor.runner.block import Block
 from compressor.runner.execution import Execution
-from compressor.runner.experts import routing
+from compressor.runner.experts import added_up, own_forward, routing
 
 
 class _Reached(Exception):
@@ -113,8 +113,7 @@ def _made(
         pairs = hidden.new_empty(chosen.numel(), width)
         for rank, part in enumerate(arrived):
             pairs[whose == rank] = part
-        weighted = pairs * weights.reshape(-1, 1)
-        found.append(weighted.view(*chosen.shape, width).sum(dim=1).to(dtype))
+        found.append(added_up(pairs, chosen, weights))
     return found
 
 
@@ -127,5 +126,4 @@ def _own(module: nn.Module, hidden: Tensor, chosen: Tensor, place_of: Tensor) ->
     if not len(tokens):
         return tokens
     alone = tokens.new_ones(len(tokens), 1)
-    made: Tensor = type(module).forward(module, tokens, places[pairs, None], alone)
-    return made
+    return own_forward(module, tokens, places[pairs, None], alone)
