@@ -147,3 +147,22 @@ def test_a_graph_gives_what_its_kernels_give(model_type, inputs, tiny_model):
     for block, weights in blocks(folder, **kind):
         assert_same(steps(block, weights), plain)
         assert block.replays
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_with_what_was_recorded():
+    recorder, device = Recorder(torch.device("cuda")), torch.device("cuda")
+    weight = torch.randn(256, 256, device=device, requires_grad=True)
+    place, taken = torch.randn(64, 256, device=device), []
+
+    def work():
+        return torch.autograd.grad((place @ weight).square().sum(), [weight])
+
+    for _ in range(6):
+        piece = Recorded(recorder)
+        for _ in range(3):
+            piece.run(work)
+        assert piece.replays
+        del piece
+        taken.append(torch.cuda.memory_allocated(device))
+    assert len(set(taken[2:])) == 1
