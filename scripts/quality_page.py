@@ -3,7 +3,7 @@
     python scripts/quality_page.py                     write the page
     python scripts/quality_page.py --check             exit code 1 if it is out of date
     python scripts/quality_page.py --add ROWS.json     take rows from what scripts/measure/run.py
-                                                       rounding, or allocation, wrote with --json
+                                                       rounding wrote with --json
     python scripts/quality_page.py --drop WORDS        leave out rows whose method has these words
 
 Rows are kept with a figure for each window of held-out text, so that differences have paired

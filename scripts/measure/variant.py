@@ -37,11 +37,7 @@ class Bench:
 
 
 class Measurement(Protocol):
-    """A module of `kinds/`; its docstring is what --help says.
-
-    It may have CLAIMS, pairs of rows (better, worse), and `judge(rows)`, which says what does not
-    hold of the figures.
-    """
+    """A module of `kinds/`; its docstring is what --help says."""
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         """Add its own, behind those that all have, of which it may set defaults."""

@@ -19,9 +19,3 @@ def load(path: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def measurement(name: str) -> ModuleType:
-    """One of scripts/measure/kinds."""
-    load("scripts/measure/run.py")
-    return importlib.import_module(f"kinds.{name}")
