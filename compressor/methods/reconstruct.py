@@ -54,7 +54,7 @@ PRESETS = {"fast": Preset(0, 40), "good": Preset(2, 100), "best": Preset(2, 400)
 class Reconstruct(OnGrid):
     """Round with GPTQ on searched grids, then refine the scales of each block together."""
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     preset: Literal["fast", "good", "best"] = Field(
         "good", description="how much is done: 40, 100 or 400 steps; descent before all but fast"

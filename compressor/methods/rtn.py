@@ -21,7 +21,7 @@ from compressor.methods.common.shapes import undivided
 class Rtn(Pass):
     """Round every weight to the nearest value of its group's grid, without calibration data."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     bits: int = Field(4, ge=2, le=8, description="bits of one weight")
     group_size: int | None = Field(

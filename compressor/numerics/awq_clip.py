@@ -11,7 +11,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
 from compressor.numerics.awq_search import is_plain_int
-from compressor.numerics.int_affine import fake_quantize_int, group_range
+from compressor.numerics.int_affine import GridOptions, fake_quantize_int, group_range
 
 CLIP_GRID, CLIP_STEPS = 20, 10
 """Bounds are tried in steps of 1/20 of the largest magnitude, down to more than half of it."""
@@ -80,7 +80,8 @@ def search_clip(weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: Quan
         span = group_range(chunk, spec)
         for i in range(CLIP_STEPS):
             bound = absmax * (1 - i / CLIP_GRID)
-            delta = fake_quantize_int(chunk, spec, clip_max=bound, span=span).sub_(chunk)
+            options: GridOptions = {"clip_max": bound, "from_range": True}
+            delta = fake_quantize_int(chunk, spec, span=span, **options).sub_(chunk)
             error = error_of(delta.view(chunk.shape[0], -1, size))
             better = error < least
             least = torch.where(better, error, least)

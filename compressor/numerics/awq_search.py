@@ -98,11 +98,12 @@ def search_scales_reference(
     """
     ratios = [i / grid for i in range(grid)]
     candidates = _candidates(weights, x_absmean, ratios, spec, duo=duo, tie=tie)
+    plain = {"from_range": True} if is_plain_int(spec) else {}
 
     def rounded(scales: Tensor) -> list[Tensor]:
         scaled = [weight * scales for weight in weights]
         if quantizer is None:
-            return [fake_quantize(weight, spec).div_(scales) for weight in scaled]
+            return [fake_quantize(weight, spec, **plain).div_(scales) for weight in scaled]
         return [weight / scales for weight in quantizer(scaled)]
 
     losses = [loss_of(rounded(scales)) for scales in candidates]
@@ -312,7 +313,7 @@ def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -
     weight, scales = weight.float(), scales[:, None]
     scaled = (weight * scales).flatten(0, 1)
     if is_plain_int(spec):
-        rounded = fake_quantize_int(scaled, spec, overwrite=True)
+        rounded = fake_quantize_int(scaled, spec, overwrite=True, from_range=True)
     else:
         rounded = fake_quantize(scaled, spec)
     torch.sub(rounded.view(weight.shape).div_(scales), weight, out=out)

@@ -4,10 +4,13 @@ The error of a group's weights w rounded to ŵ is Σ_c d_c·(ŵ_c − w_c)², wi
 Gram matrix of the inputs: the output error, if inputs did not depend on each other. The grid of the
 whole range is the first candidate, so none does better. Both ends of a range shrink, on their own
 where there are zero points; symmetric grids are tried with either sign of the scale; then scales
-are fitted to their codes and codes to their scales in turn. Zero is in every range.
+are fitted to their codes and codes to their scales in turn. Zero is in every range. A group with
+zero points takes the symmetric grid that is found so where that is better.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from compressor.numerics.int_affine import (
     int_codes,
     int_grid,
     symmetric_scales,
+    with_zeros,
 )
 
 RATIOS = tuple(1 - 0.05 * i for i in range(13))
@@ -55,14 +59,16 @@ def search_grid(
             every = torch.arange(rows.start, min(rows.stop, len(weight)), device=weight.device)
             weights = weights[every // (len(weight) // len(diagonal))]
         weights = weights.view(-1, *groups.shape[1:])
-        start = (scales[rows], None if zeros is None else zeros[rows])
-        found = _Search(groups, weights, start, spec, lowest=int(narrow))
+        search = partial(_Search, groups, weights, spec=spec, lowest=int(narrow))
         ends = group_range(weight[rows].float(), spec)
-        if zeros is None:
-            found.symmetric(*ends, narrow=narrow)
-        else:
-            found.asymmetric(*ends)
+        found = search((symmetric_scales(*ends, spec, narrow=narrow), None))
+        found.symmetric(*ends, narrow=narrow)
         found.refine()
+        if zeros is not None:
+            signed, found = found, search((scales[rows], zeros[rows]))
+            found.asymmetric(*ends)
+            found.refine()
+            found.offer(*with_zeros(signed.scales, spec))
         scales[rows] = found.scales
         if zeros is not None:
             assert found.zeros is not None
@@ -80,7 +86,7 @@ class _Search:
     """The best grids of some groups [R, n, g] so far."""
 
     def __init__(
-        self, groups: Tensor, weights: Tensor, start: Grid, spec: QuantSpec, *, lowest: int
+        self, groups: Tensor, weights: Tensor, start: Grid, *, spec: QuantSpec, lowest: int
     ) -> None:
         self.groups, self.weights, self.spec, self.lowest = groups, weights, spec, lowest
         self.scales, self.zeros = start
@@ -89,9 +95,9 @@ class _Search:
     def symmetric(self, low: Tensor, high: Tensor, *, narrow: bool) -> None:
         for ratio in SIGNED_RATIOS:
             scales = symmetric_scales(low * ratio, high * ratio, self.spec, narrow=narrow)
-            self._offer(scales, None)
+            self.offer(scales, None)
             if not narrow:
-                self._offer(-scales, None)
+                self.offer(-scales, None)
 
     def asymmetric(self, low: Tensor, high: Tensor) -> None:
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -101,7 +107,7 @@ class _Search:
                 new_low = best_low if end == "high" else low * ratio
                 new_high = best_high if end == "low" else high * ratio
                 (scales, zeros), _ = asymmetric_grid(new_low, new_high, self.spec)
-                better = self._offer(scales, zeros)
+                better = self.offer(scales, zeros)
                 best_low = torch.where(better, new_low, best_low)
                 best_high = torch.where(better, new_high, best_high)
 
@@ -113,7 +119,7 @@ class _Search:
             scales = over / steps.square_().mul_(self.weights).sum(-1)
             scales = scales.to(self.scales.dtype)
             usable = torch.isfinite(scales) & (scales * self.scales.sign() > 0)
-            self._offer(torch.where(usable, scales, self.scales), self.zeros)
+            self.offer(torch.where(usable, scales, self.scales), self.zeros)
 
     def codes(self) -> Tensor:
         """Nearest codes uint8 [R, n·g]."""
@@ -121,7 +127,7 @@ class _Search:
         found = int_codes(self.groups, self.scales[..., None], zeros, spec=self.spec)
         return found.clamp_(min=self.lowest).flatten(1)
 
-    def _offer(self, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    def offer(self, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Take these grids where they are better; where that is, [R, n]."""
         errors = self._errors(scales, zeros)
         better = errors < self.errors

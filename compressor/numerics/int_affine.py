@@ -13,10 +13,12 @@ absmax/7 in its place, 4-bit weights lose half a level or more of a grid that ha
 
 Zero is in every grid, which differs from AWQ's code on purpose: there the grid of a group of one
 sign spans [low, high] alone, its zero point saturates, and the far end of the group is cut off.
-Zero points also write every symmetric grid (zero 2^(b−1), or one less for a negative scale). Where
-the range says little about the values, in a group of one sign or one whose range or scale is tiny
-or huge, the symmetric grid is taken if its squared error is smaller: such a group is never worse
-off with zero points than without them.
+Zero points also write every symmetric grid (zero 2^(b−1), or one less for a negative scale), whose
+steps are shorter where a range has about two equal sides: extreme/2 beside (high − low)/3 with 2
+bits. Each group takes the symmetric grid if its squared error is smaller, so that no group is worse
+off with zero points than without them. AWQ's code has the grids of ranges alone, and so have its
+searches here (`from_range`); of those only a group whose range says little about its values, which
+are of one sign, tiny or huge, takes the symmetric grid.
 A scale is rounded to the dtype it is stored in before zero and codes are chosen from it.
 """
 
@@ -46,12 +48,14 @@ class GridOptions(TypedDict, total=False):
     clip_min    [scale_shape] lower bound, where it is not −clip_max
     narrow      symmetric grids with a positive scale whose upper end is exactly absmax; of an
                 asymmetric spec, the symmetric grids it is compared with
+    from_range  of an asymmetric spec, the grids of ranges alone
     arithmetic  dtype of the arithmetic (lower than float32 only to reproduce others' codes)
     """
 
     clip_max: Tensor | None
     clip_min: Tensor | None
     narrow: bool
+    from_range: bool
     arithmetic: torch.dtype
 
 
@@ -144,15 +148,24 @@ def int_grid(
     if spec.zero == "none":
         return symmetric_scales(low, high, spec, narrow=narrow), None
     grid, degenerate = asymmetric_grid(low, high, spec)
-    if not bool(degenerate.any()):
+    judged = degenerate if options.get("from_range", False) else torch.ones_like(degenerate)
+    if not bool(judged.any()):
         return grid
-    levels, centre = 2**spec.bits - 1, 2 ** (spec.bits - 1)
-    signed = symmetric_scales(low, high, spec, narrow=narrow)
-    # A negative scale mirrors the codes: −(c − centre) = (levels − c) − (levels − centre).
-    other = signed.abs(), torch.where(signed < 0, levels - centre, centre).to(low.dtype)
+    other = with_zeros(symmetric_scales(low, high, spec, narrow=narrow), spec)
     errors = [_squared_errors(weight, spec, *g, clip, arithmetic) for g in (grid, other)]
-    better = degenerate & ((errors[1] < errors[0]) | errors[0].isinf())
-    return torch.where(better, other[0], grid[0]), torch.where(better, other[1], grid[1])
+    better = judged & ((errors[1] < errors[0]) | errors[0].isinf())
+    return torch.where(better, other[0], grid[0]), torch.where(
+        better, other[1].to(low.dtype), grid[1]
+    )
+
+
+def with_zeros(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Symmetric grids of signed scales as positive scales and zero points of the same shape.
+
+    A negative scale mirrors the codes: −(c − centre) = (levels − c) − (levels − centre).
+    """
+    levels, centre = 2**spec.bits - 1, 2 ** (spec.bits - 1)
+    return scales.abs(), torch.where(scales < 0, levels - centre, centre)
 
 
 def symmetric_scales(low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: bool) -> Tensor:

@@ -37,7 +37,7 @@ def test_group_quantizer(kind, bits, group):
     golden = vectors(f"quant/awq_pseudoquant_{kind}")
     weight, key = golden["input"], f"w{bits}_g{group}"
     spec = group_spec(bits, group, weight.dtype)
-    q = quantize(weight, spec, arithmetic=weight.dtype)
+    q = quantize(weight, spec, arithmetic=weight.dtype, from_range=True)
     scales, zeros = golden[f"{key}.scales"], golden[f"{key}.zeros_u8"]
     codes = golden[f"{key}.codes_u8"]
     groups = weight.float().view(*scales.shape, -1)
@@ -167,7 +167,7 @@ BLOCKS = [
 def clip_error(weight, inputs, bounds, spec):
     """The clipping search's objective, summed over all groups, in float64."""
     chosen = inputs[:: max(1, inputs.shape[0] // 512)].double()
-    delta = fake_quantize(weight, spec, clip_max=bounds).double() - weight.double()
+    delta = fake_quantize(weight, spec, clip_max=bounds, from_range=True).double() - weight.double()
     size = spec.group_size
     parts = [
         (chosen[:, i : i + size] @ delta[:, i : i + size].t()).square().mean(0).sum()
@@ -213,7 +213,7 @@ def test_block_searches(name):
             ours = clip_error(weight, inputs, bounds, block.spec)
             assert ours <= 1.01 * clip_error(weight, inputs, expected, block.spec), linear
         if f"final.{linear}.codes" in golden:
-            q = quantize(weight, block.spec, clip_max=bounds)
+            q = quantize(weight, block.spec, clip_max=bounds, from_range=True)
             same = (q.codes == golden[f"final.{linear}.codes"]).float().mean()
             assert same >= (0.9 if linear in clipped else 0.999), (linear, same)
 
@@ -230,13 +230,18 @@ def test_gram_searches_are_as_good_as_running_tokens(name):
         published = block.golden[f"scale{i}.scales"]
 
         def error(scales, weights=weights, x=x):
-            deltas = [fake_quantize(w * scales, block.spec) / scales - w for w in weights]
+            deltas = [
+                fake_quantize(w * scales, block.spec, from_range=True) / scales - w for w in weights
+            ]
             return sum(float((x @ d.t()).square().sum()) for d in deltas)
 
         assert min(result.losses) == pytest.approx(error(result.scales), rel=1e-3)
         assert error(result.scales) <= error(published) * (1 + 1e-4)
         scaled = weights[0] * result.scales
         bounds = search_clip_gram(scaled, gram, block.spec, scales=result.scales)
-        clip = fake_quantize(scaled, block.spec, clip_max=bounds) / result.scales - weights[0]
-        plain = fake_quantize(scaled, block.spec) / result.scales - weights[0]
+        clip = (
+            fake_quantize(scaled, block.spec, clip_max=bounds, from_range=True) / result.scales
+            - weights[0]
+        )
+        plain = fake_quantize(scaled, block.spec, from_range=True) / result.scales - weights[0]
         assert gram_error(clip, gram) < gram_error(plain, gram) * 1.1

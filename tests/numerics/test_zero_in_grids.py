@@ -1,5 +1,6 @@
-"""Asymmetric grids hold zero: a group of one sign, of one value, of almost nothing or of enormous
-values never loses more by zero points than a symmetric grid of the same bits does."""
+"""Asymmetric grids hold zero: no group, and least of all one of one sign, of one value, of almost
+nothing or of enormous values, loses more by zero points than a symmetric grid of the same bits
+does."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from compressor.ir.scheme import KVSpec
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.activations import fake_quantize_kv
 from compressor.numerics.gptq import gptq, inverse_factor
+from compressor.numerics.grid_search import search_grid
 from compressor.numerics.progressive import PROTECTIVE_RANGE
 
 GROUP = 8
@@ -51,6 +53,15 @@ def weights(draw, **options) -> Tensor:
     return torch.stack([draw(groups(**options)) for _ in range(draw(st.integers(1, 4)))])
 
 
+@st.composite
+def usual_weights(draw) -> Tensor:
+    """Rows of both signs, with short and long tails, about as long on either side."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    values = torch.randn(draw(st.integers(1, 4)), 4 * GROUP, generator=generator)
+    values = values.sign() * values.abs() ** draw(st.sampled_from([0.2, 1.0, 2.0]))
+    return values + draw(st.sampled_from([0.0, 0.3, -0.5]))
+
+
 def error(values: Tensor, weight: Tensor) -> Tensor:
     return (values.double() - weight.double()).square().sum(-1)
 
@@ -62,7 +73,7 @@ def int_spec(bits: int, strategy: str, zero: str, dtype: torch.dtype) -> QuantSp
 
 @settings(max_examples=300, deadline=None)
 @given(
-    weight=weights(),
+    weight=st.one_of(weights(), usual_weights()),
     bits=st.sampled_from([2, 3, 4, 8]),
     strategy=st.sampled_from(["channel", "group"]),
     dtype=st.sampled_from([F32, F16, BF16]),
@@ -75,6 +86,24 @@ def test_rounding_to_nearest(weight, bits, strategy, dtype, narrow):
     assert values.isfinite().all() and (asymmetric.scales > 0).all()
     assert (error(values, weight) <= error(symmetric.dequantize(), weight)).all()
     assert torch.equal(fake_quantize(weight, specs[0], narrow=narrow), values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weight=usual_weights(),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    strategy=st.sampled_from(["channel", "group"]),
+    seed=st.integers(0, 99),
+)
+def test_searched_grids(weight, bits, strategy, seed):
+    diagonal = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed)) + 0.01
+    size = weight.shape[1] if strategy == "channel" else GROUP
+    errors = []
+    for zero in ("subtract", "none"):
+        q = search_grid(weight, diagonal, int_spec(bits, strategy, zero, F32))
+        off = (q.dequantize().double() - weight.double()).square() * diagonal.double()
+        errors.append(off.view(len(weight), -1, size).sum(-1))
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
 
 
 @settings(max_examples=60, deadline=None)

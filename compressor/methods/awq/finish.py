@@ -103,7 +103,9 @@ def finished(
             values = fake_quantize(weight, spec, **options, **rounding)
             made = _clamped(weight, options["clip_max"]) if options else None
         else:
-            values = made = quantize(weight, spec, **options)
+            # Bounds were searched for the grids of ranges; another grid may do worse under them.
+            plain = {"from_range": True} if options else {}
+            values = made = quantize(weight, spec, **options, **plain)
         errors = error_of_parts(_parts(stack, values, scales), gram).tolist()
         rows = []
         for i, error in zip(places, errors, strict=True):
