@@ -75,6 +75,7 @@ class SiteStats:
         self.device = torch.device(device)
         self._bands, self._cross_bands = bands, cross_bands
         self._counts = self._zeros((2,), torch.int64)  # vectors that are finite, and that are not
+        self._counted: tuple[int, int] | None = None  # the same, once asked for
         self._abssum = self._zeros((channels,)) if needs.absmean else None
         self._absmax = self._zeros((channels,)) if needs.absmax else None
         self._gram = self._zeros((channels, channels)) if needs.gram else None
@@ -110,21 +111,20 @@ class SiteStats:
         x = x.detach().to(self.device).reshape(-1, self.channels)
         if x.shape[0] == 0:
             return []
-        # A vector is finite where its largest magnitude is; NaN counts as the largest. Zeroed
+        # A vector is finite where its largest and smallest values are; NaN counts as both. Zeroed
         # vectors add nothing to any sum, and masking costs no wait for the device.
-        magnitude = x.abs()
-        good = torch.isfinite(magnitude.amax(dim=1, keepdim=True))
+        good = x.amax(dim=1, keepdim=True).isfinite() & x.amin(dim=1, keepdim=True).isfinite()
         found = [torch.cat([good, ~good], dim=1).sum(dim=0)]
         zero = torch.zeros((), dtype=x.dtype, device=x.device)
+        x = torch.where(good, x, zero)
         if self._abssum is not None or self._absmax is not None:
-            magnitude = torch.where(good, magnitude, zero)
+            magnitude = x.abs()
             if self._abssum is not None:
                 found.append(magnitude.sum(dim=0, dtype=torch.float32))
             if self._absmax is not None:
                 found.append(magnitude.amax(dim=0).float())
-        del magnitude
+            del magnitude
         if self.needs.gram or self.needs.cross or self.needs.keep_inputs:
-            x = torch.where(good, x, zero)
             found.append(x)
             if self.needs.cross and original is not None:
                 theirs = original.detach().to(self.device).reshape(x.shape)
@@ -139,6 +139,7 @@ class SiteStats:
             return
         parts = iter(seen)
         self._counts += next(parts)
+        self._counted = None
         if self._abssum is not None:
             self._abssum += next(parts)
         if self._absmax is not None:
@@ -169,12 +170,12 @@ class SiteStats:
     @property
     def bad_tokens(self) -> int:
         """Input vectors left out because they were not finite."""
-        return int(self._counts[1])
+        return self._told()[1]
 
     @property
     def tokens(self) -> int:
         """Input vectors the statistics stand for."""
-        return int(self._counts[0])
+        return self._told()[0]
 
     @property
     def absmean(self) -> Tensor:
@@ -218,6 +219,13 @@ class SiteStats:
             self._kept = [torch.cat(self._kept)]
         return self._kept[0]
 
+    def _told(self) -> tuple[int, int]:
+        """The counts. To ask waits for the device, so it is done once."""
+        if self._counted is None:
+            good, bad = self._counts.tolist()
+            self._counted = good, bad
+        return self._counted
+
     def _wanted(self, value: Tensor | None, name: str) -> Tensor:
         if value is None:
             raise ValueError(f"{name} was not collected at this site")
@@ -228,6 +236,7 @@ class SiteStats:
         if (self.channels, self.needs) != (other.channels, other.needs):
             raise ValueError("statistics of different sites cannot be merged")
         self._counts += other._counts.to(self.device)
+        self._counted = None
         if self._abssum is not None:
             self._abssum += other._wanted(other._abssum, "absmean").to(self.device)
         if self._absmax is not None:

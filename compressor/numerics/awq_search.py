@@ -65,7 +65,8 @@ def candidate_scales(
     Channels that calibration never saw (zero or not finite) keep 1 and do not shift the others.
     """
     x = x_absmean.float()
-    r = torch.tensor(ratios, dtype=torch.float32, device=x.device).view(-1, *[1] * x.dim())
+    r = torch.tensor(ratios, dtype=torch.float32).to(x.device, non_blocking=True)
+    r = r.view(-1, *[1] * x.dim())
     alive = x.isfinite() & (x > 0)
     scales = torch.where(alive, x, 1.0) ** r
     if w_magnitude is not None:
@@ -246,7 +247,8 @@ def _shortlist(
     left = list(range(len(candidates)))
     step = race.stride(sum(weight.shape[1] for weight in stacks))
     while step is not None:
-        losses = _losses_by_row(stacks, gram, candidates[left], spec, ranks, homes, step)
+        tried = torch.stack([candidates[i] for i in left])
+        losses = _losses_by_row(stacks, gram, tried, spec, ranks, homes, step)
         left = [left[i] for i in race.shortlist(losses, len(left))]
         step = race.closer(step, len(left), len(candidates))
     return left
@@ -279,9 +281,12 @@ def _losses_by_row(
         for places in (mine[i : i + room] for i in range(0, len(mine), room)):
             shape = len(places), height, gram.shape[0]
             delta = torch.empty(shape, dtype=work_dtype(gram), device=gram.device)
-            for place, of_one in zip(places, delta, strict=True):
-                _write_delta(rows, candidates[tried[place], None], spec, of_one[None])
-            found[places] = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
+            scales = torch.stack([candidates[tried[place]] for place in places])
+            _write_deltas(rows, scales, spec, delta)
+            made = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
+            # An index of several would wait for the device.
+            for place, of_one in zip(places, made, strict=True):
+                found[place] = of_one
         if apart:
             found[:, torch.tensor(theirs, device=found.device)] = 0
         return ranks.sum(found)
@@ -297,11 +302,20 @@ def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:
     return total
 
 
+def _write_deltas(rows: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
+    """`_write_delta` of one weight [1, O, C] for each of candidates [R, C]; out [R, O, C]."""
+    if rows.is_cuda and is_plain_int(spec):  # in one launch
+        _write_delta(rows.expand(out.shape), scales, spec, out)
+        return
+    for candidate, of_one in zip(scales, out, strict=True):
+        _write_delta(rows, candidate[None], spec, of_one[None])
+
+
 def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
     """Q(W·s)/s − W of weights [E, O, C] and a candidate [E, C], into `out`."""
     if weight.is_cuda and is_plain_int(spec):
         candidate_delta(
-            weight.contiguous(),
+            weight if weight.stride(0) == 0 else weight.contiguous(),
             scales,
             bits=spec.bits,
             group_size=spec.group_size,

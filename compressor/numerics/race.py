@@ -48,13 +48,14 @@ def shortlist(losses_of: Losses, count: int) -> list[int]:
     if bool(_may_be_best(known).all()):
         return list(range(count))
     others = [i for i in range(count) if i not in ends]
-    losses = torch.cat([known, losses_of(others)])[torch.tensor([*ends, *others]).argsort()]
+    found = dict(zip([*ends, *others], [*known, *losses_of(others)], strict=True))
+    losses = torch.stack([found[i] for i in range(count)])
     return [i for i, may in enumerate(_may_be_best(losses).tolist()) if may]
 
 
 def _may_be_best(losses: Tensor) -> Tensor:
     """bool [candidates] of losses [candidates, rows]; what is not finite is not judged."""
     means = losses.mean(1).nan_to_num(nan=torch.inf)
-    over = losses - losses[means.argmin()]
+    over = losses - losses.index_select(0, means.argmin()[None])  # without asking which
     error = over.std(1) / losses.shape[1] ** 0.5
     return torch.logical_not(over.mean(1) > ERRORS * error)

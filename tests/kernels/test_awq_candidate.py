@@ -75,6 +75,15 @@ def test_groups_of_one_sign_and_of_odd_sizes(stored):
     assert (errors[0][:2] < 0.5 * errors[1][:2]).all()
 
 
+def test_several_candidates_of_one_weight_are_those_of_each():
+    weight, scales = matrix(9, 64)
+    every = torch.stack([scales, scales.sqrt(), torch.ones_like(scales)])
+    options = {"bits": 4, "group_size": 32, "symmetric": False, "stored": torch.bfloat16}
+    found = candidate_delta(weight.expand(3, 9, 64), every, **options)
+    for one, candidate in zip(found, every, strict=True):
+        assert torch.equal(one, candidate_delta(weight, candidate, **options))
+
+
 def test_candidate_delta_writes_where_it_is_told():
     weight, scales = matrix(8, 64)
     store = torch.full((16, 64), 7.0, dtype=torch.bfloat16, device=DEVICE)

@@ -42,21 +42,26 @@ def check_int(q: QTensor) -> None:
     spec = q.spec
     expected = spec.scale_shape(*q.shape)
     top = 2**spec.bits - 1
-    if q.codes.dtype != torch.uint8 or (q.codes.numel() and int(q.codes.max()) > top):
-        raise InputError(f"codes are not uint8 values of 0 … {top}")
+    too_large = f"codes are not uint8 values of 0 … {top}"
+    if q.codes.dtype != torch.uint8:
+        raise InputError(too_large)
     if tuple(q.scales.shape) != expected or q.scales.dtype != spec.scale_dtype:
         raise InputError(
             f"scales are {describe(q.scales)}, the spec says {spec.scale_dtype} {list(expected)}"
         )
-    if not bool(torch.isfinite(q.scales).all()):
-        raise InputError("scales hold NaN or infinity")
     if (q.zeros is None) != spec.symmetric:
         raise InputError("zero points do not go with the spec")
-    if q.zeros is not None:
-        if tuple(q.zeros.shape) != expected or q.zeros.dtype != torch.uint8:
-            raise InputError(f"zero points are {describe(q.zeros)}, not uint8 {list(expected)}")
-        if q.zeros.numel() and int(q.zeros.max()) > top:
-            raise InputError(f"a zero point is above {top}")
+    if q.zeros is not None and (tuple(q.zeros.shape) != expected or q.zeros.dtype != torch.uint8):
+        raise InputError(f"zero points are {describe(q.zeros)}, not uint8 {list(expected)}")
+    looks = {"scales hold NaN or infinity": ~torch.isfinite(q.scales).all()}
+    if q.codes.numel():
+        looks[too_large] = q.codes.max() > top
+    if q.zeros is not None and q.zeros.numel():
+        looks[f"a zero point is above {top}"] = q.zeros.max() > top
+    # Asked at once: each answer waits for the device.
+    for what, wrong in zip(looks, torch.stack([*looks.values()]).tolist(), strict=True):
+        if wrong:
+            raise InputError(what)
 
 
 def check_values(q: QTensor) -> None:

@@ -40,7 +40,7 @@ def candidate_delta(
 ) -> Tensor:
     """Q(W·s)/s − W, [O, C] bfloat16, computed in float32; or of a stack of weights [E, O, C].
 
-    weight      [O, C] or [E, O, C] float32, float16 or bfloat16, contiguous
+    weight      [O, C] or [E, O, C] float32, float16 or bfloat16, contiguous, or one expanded to E
     scales      [C] or [E, C] float32, positive
     group_size  inputs that share a grid, None for a whole row
     stored      dtype the grid's scale is rounded to
@@ -51,7 +51,8 @@ def candidate_delta(
 
     from compressor_kernels.search.awq_candidate_jit import delta_kernel
 
-    size = _checked(weight, bits, group_size, stored)
+    shared = weight.dim() == 3 and weight.stride(0) == 0
+    size = _checked(weight[0] if shared else weight, bits, group_size, stored)
     if scales.shape != (*weight.shape[:-2], weight.shape[-1]) or scales.dtype != torch.float32:
         raise ValueError(f"scales {list(scales.shape)} {scales.dtype} for {list(weight.shape)}")
     if out is None:
@@ -59,6 +60,7 @@ def candidate_delta(
     if out.shape != weight.shape or out.dtype != torch.bfloat16 or not out.is_contiguous():
         raise ValueError("out is not a contiguous bfloat16 tensor of the weight's shape")
     groups, width = weight.numel() // size, triton.next_power_of_2(size)
+    per_weight = weight.shape[-2] * weight.shape[-1] // size
     rows = max(1, TILE // width)
     delta_kernel[(triton.cdiv(groups, rows),)](
         weight,
@@ -66,7 +68,8 @@ def candidate_delta(
         out,
         groups,
         weight.shape[-1] // size,
-        weight.shape[-2] * weight.shape[-1] // size,
+        per_weight,
+        0 if shared else per_weight,
         SIZE=size,
         BITS=bits,
         SYMMETRIC=symmetric,
