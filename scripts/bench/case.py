@@ -1,10 +1,12 @@
 """What a family of kernels declares of itself: cases, each with its reference and its peers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
+from compressor_kernels.attention.head_attention import full_decode
 from torch import Tensor
 
 Choice = TypeVar("Choice")
@@ -21,9 +23,14 @@ def first_rows(out: Tensor, want: Tensor) -> float:
     return relative_error(out[: len(want)], want)
 
 
+def last_queries(out: Tensor, want: Tensor) -> float:
+    """The same where it has the last queries alone."""
+    return relative_error(out[:, :, -want.shape[2] :], want)
+
+
 def different(out: Any, want: Any) -> float:
     """Share of elements that are not the same, over all tensors of both."""
-    pairs = list(zip(out, want, strict=True))
+    pairs = [(out, want)] if isinstance(want, Tensor) else list(zip(out, want, strict=True))
     wrong = sum(int((a.float() != b.float()).sum()) for a, b in pairs)
     return wrong / sum(a.numel() for a, _ in pairs)
 
@@ -45,7 +52,7 @@ class Case:
     """A kernel at one shape.
 
     run      `run(i)` works on the i-th of `sets` sets of tensors, which together are larger than
-             the L2 cache; with `tiles`, `run(i, t)` does so with other tiles
+             the L2 cache
     want     what `run(0)` is held against by `error`, which may be `limit`
     moved    bytes of a call;  ops: operations of one
     peers    timed in the same run; `targets`: how many times as fast as each of them, or what share
@@ -54,7 +61,7 @@ class Case:
     """
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[[int], Any]
     want: Callable[[], Any]
     shape: str = ""
     limit: float = 1e-3
@@ -64,8 +71,31 @@ class Case:
     ops: float = 0.0
     peers: Mapping[str, Peer] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
-    tiles: Sequence[Any] = ()
     note: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries [batch, heads, queries, dim] over a cache [batch, groups, tokens, dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def shape(self) -> str:
+        batch, heads = self.q.shape[:2]
+        return f"{batch}x{heads}/{self.k.shape[1]}x{self.k.shape[2]}"
+
+    @property
+    def first(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The first row of the batch, which references take."""
+        return self.q[:1], self.k[:1], self.v[:1]
+
+    @cached_property
+    def full(self) -> Peer:
+        """A decoding step over all of it."""
+        return Peer(lambda i: full_decode(self.q, self.k, self.v))
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,15 @@ class Setup:
     def bits(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         info = torch.iinfo(dtype)
         return self.ints(info.min, info.max, *shape, dtype=dtype)
+
+    def heads(
+        self, batch: int, heads: int, groups: int, tokens: int, dim: int, *, queries: int = 1
+    ) -> Heads:
+        q, k, v = (
+            self.randn(batch, many, length, dim)
+            for many, length in ((heads, queries), (groups, tokens), (groups, tokens))
+        )
+        return Heads(q, k, v)
 
 
 class Family(Protocol):

@@ -1,7 +1,6 @@
 """Check kernels against their references, then time each beside its peers on the CUDA device.
 
     python scripts/bench/run.py w4a16 nvfp4 w4a8        # families; without a name: all of them
-    python scripts/bench/run.py head_attention --tune   # also with other tiles than the shipped
     python scripts/bench/run.py sparse_attention --only MoBA  # cases whose names have this in them
     python scripts/bench/run.py --tiny                  # tiny shapes on a CPU, no times
 
@@ -18,7 +17,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,10 @@ class Row:
 class Runner:
     """Goes through cases; what was wrong is in `red`."""
 
-    def __init__(self, setup: Any, *, tune: bool, only: str = "") -> None:
+    def __init__(self, setup: Any, *, only: str = "") -> None:
         from timing import copy_gbps, peak_gbps
 
-        self.setup, self.tune, self.only = setup, tune, only
+        self.setup, self.only = setup, only
         self.copy, self.peak = (0.0, 0.0) if setup.tiny else (copy_gbps(), peak_gbps())
         self.rows: list[Row] = []
         self.red: list[str] = []
@@ -63,11 +62,8 @@ class Runner:
         module = importlib.import_module(f"families.{name}")
         try:
             for case in module.cases(self.setup):
-                if self.only not in case.name:
-                    continue
-                want = case.want()
-                for tiles in [None, *(case.tiles if self.tune else ())]:
-                    self.case(name, case, tiles, want)
+                if self.only in case.name:
+                    self.case(name, case)
         except Exception:
             traceback.print_exc()
             self.red.append(name)
@@ -78,20 +74,10 @@ class Runner:
 
             torch.cuda.empty_cache()
 
-    def case(self, family: str, case: Any, tiles: Any, want: Any) -> None:
+    def case(self, family: str, case: Any) -> None:
         """Check it and, if it is right, time it."""
-        from triton.runtime.errors import OutOfResources
-
-        name = case.name if tiles is None else f"{case.name}, {tiles}"
-
-        def run(i: int) -> Any:
-            return case.run(i) if tiles is None else case.run(i, tiles)
-
-        try:
-            error = case.error(run(0), want)
-        except OutOfResources as refused:
-            print(f"  {name}, {case.shape}: does not fit: {refused}", flush=True)
-            return
+        name, want = case.name, case.want()
+        error = case.error(case.run(0), want)
         fine = error <= case.limit
         said = f"error {error:.1e} of {case.limit:.0e}{'' if fine else '  RED'}"
         print(f"  {family}: {name}, {case.shape}: {said}", flush=True)
@@ -100,10 +86,10 @@ class Runner:
             return
         self.rows.append(row := Row(family, name, case.shape, error))
         if self.setup.tiny:
-            for peer in () if tiles else case.peers.values():
+            for peer in case.peers.values():
                 self._tried(peer)
         else:
-            self._timed(row, case, run)
+            self._timed(row, case)
         if case.note is not None:
             row.notes.append(case.note())
 
@@ -113,10 +99,10 @@ class Runner:
         except (RuntimeError, AttributeError) as error:
             print(f"    a peer needs a GPU: {str(error)[:60]}")
 
-    def _timed(self, row: Row, case: Any, run: Callable[[int], Any]) -> None:
+    def _timed(self, row: Row, case: Any) -> None:
         from timing import per_call_us
 
-        row.us = per_call_us(run, sets=case.sets)
+        row.us = per_call_us(case.run, sets=case.sets)
         row.gbps, row.tops = case.moved / row.us / 1e3, case.ops / row.us / 1e6
         row.of_copy, row.of_peak = row.gbps / self.copy, row.gbps / self.peak
         for name, peer in case.peers.items():
@@ -148,7 +134,6 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("families", nargs="*", metavar="NAME", help=f"of {', '.join(FAMILIES)}")
-    parser.add_argument("--tune", action="store_true", help="try other tiles too")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their names")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, no times")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -166,7 +151,7 @@ def main() -> int:
     torch.manual_seed(0)
     gpu = "a CPU" if options.tiny else torch.cuda.get_device_name()
     about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
-    runner = Runner(Setup(options.tiny), tune=options.tune, only=options.only)
+    runner = Runner(Setup(options.tiny), only=options.only)
     about |= {"copy_gbps": runner.copy, "peak_gbps": runner.peak}
     print(about, flush=True)
     with torch.inference_mode():

@@ -32,11 +32,11 @@ def test_families_run_in_the_interpreter(
 def test_a_wrong_kernel_has_no_figure(bench: ModuleType) -> None:
     from case import Case, Setup
 
-    runner = bench.Runner(Setup(tiny=True), tune=False)
+    runner = bench.Runner(Setup(tiny=True))
     one = torch.ones(4)
     for name, out in (("right", one), ("wrong", one + 1), ("broken", one * torch.nan)):
         case = Case(name, lambda i, out=out: out, lambda: one, shape="4")
-        runner.case("toy", case, None, one)
+        runner.case("toy", case)
     assert [row.name for row in runner.rows] == ["right"]
     assert runner.red == ["toy: wrong, 4", "toy: broken, 4"]
 

@@ -15,12 +15,11 @@ from compressor_kernels.search.awq_candidate import (
     clip_bounds,
     clip_bounds_ref,
 )
-from compressor_kernels.search.gram_error import GramTiles, gram_error, gram_error_ref
+from compressor_kernels.search.gram_error import gram_error, gram_error_ref
 from torch import Tensor
 
 HIDDEN, WIDE = 4096, 11008
 GRID = {"bits": 4, "symmetric": False, "stored": torch.bfloat16}
-TILES = [GramTiles(num_stages=3), GramTiles(256, 128), GramTiles(128, 128)]
 
 
 def torch_gram_error(delta: Tensor, gram: Tensor, columns: int = 2048) -> Tensor:
@@ -50,13 +49,12 @@ def cases(setup: Setup) -> Iterator[Case]:
         gram = x.t() @ x
         yield Case(
             "tr(ΔGΔᵀ)",
-            lambda i, tiles=None, d=delta, g=gram: gram_error(d, g, tiles=tiles),
+            lambda i, d=delta, g=gram: gram_error(d, g),
             partial(gram_error_ref, delta, gram),
             shape=f"{rows}x{columns}",
             limit=5e-4,  # tensor cores cut off what they add in float32
             ops=rows * columns * (columns + 1),
             peers={"PyTorch": Peer(partial(lambda d, g, i: torch_gram_error(d, g), delta, gram))},
-            tiles=TILES,
         )
     rows, columns = setup.pick((WIDE, HIDDEN), (32, 256))
     weights = [setup.randn(rows, columns, dtype=torch.float32) * 0.02 for _ in range(2)]

@@ -5,13 +5,9 @@ from functools import partial
 
 import torch
 from case import Case, Peer, Setup, nbytes
-from compressor_kernels.linear.bitdelta import DeltaTiles, delta_matmul, delta_matmul_ref
+from compressor_kernels.linear.bitdelta import delta_matmul, delta_matmul_ref
 
 SETS = 4
-TILES = {
-    1: [DeltaTiles(n, 2, 4, stages) for n in (64, 128) for stages in (2, 3, 4)],
-    16: [DeltaTiles(n, tokens, 4, 3) for tokens in (4, 8, 16) for n in (64, 128)],
-}
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -26,9 +22,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         base = setup.randn(tenants, rows, outer, dtype=torch.float16)
         yield Case(
             "one bit",
-            lambda i, tiles=None, x=x, base=base: delta_matmul(
-                x, signs[i], alpha, base_out=base, tiles=tiles
-            ),
+            lambda i, x=x, base=base: delta_matmul(x, signs[i], alpha, base_out=base),
             partial(delta_matmul_ref, x.float(), signs[0], alpha, base_out=base),
             shape=f"{tenants}x{rows}x{outer}x{inner}",
             sets=SETS,
@@ -37,5 +31,4 @@ def cases(setup: Setup) -> Iterator[Case]:
                 "dense fp16": Peer(lambda i, x=x: torch.bmm(x, dense[i]), 2),
                 "dense fp16, transposed": Peer(lambda i, x=x: torch.bmm(x, turned[i]), 2),
             },
-            tiles=TILES.get(rows, ()),
         )

@@ -9,8 +9,6 @@ from compressor_kernels.linear import w4a16
 from compressor_kernels.linear.nvfp4 import nvfp4_matmul, nvfp4_matmul_ref
 from families.w4a16 import FP16, SETS, cublas, int4
 
-TILES = [w4a16.DecodeTiles(16, 8, 1, 8, 4), w4a16.DecodeTiles(32, 4, 1, 4, 4)]
-
 
 def cases(setup: Setup) -> Iterator[Case]:
     outputs, inner = setup.pick((14336, 4096), (64, 256))
@@ -28,7 +26,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         ours = Peer(lambda i, x=x: w4a16.w4a16(x, *plain[i], group_size=128), SETS)
         yield Case(
             "weights only",
-            lambda i, tiles=None, x=x: nvfp4_matmul(x, *weights[i], tiles=tiles),
+            lambda i, x=x: nvfp4_matmul(x, *weights[i]),
             partial(nvfp4_matmul_ref, x.double(), *weights[0]),
             shape=f"{count}x{outputs}x{inner}",
             limit=2e-3,
@@ -36,5 +34,4 @@ def cases(setup: Setup) -> Iterator[Case]:
             moved=nbytes(*weights[0]),
             peers={"our W4A16": ours, "cuBLAS fp16": cublas(setup, x, outputs)},
             targets={"our W4A16": 0.8} if count == 1 else {},
-            tiles=TILES if count == 1 else (),
         )

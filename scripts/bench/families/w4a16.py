@@ -1,7 +1,6 @@
 """Few tokens times int4 weights, and many."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +12,6 @@ from torch.nn.functional import linear
 FP16, SETS = torch.float16, 8
 WIDE = [(14336, 4096), (4096, 14336)]
 OTHERS = [(4096, 4096), (4096, 11008), (8192, 8192)]
-FUSED = [kernel.TiledTiles(128, 64, 1, 4, 4), kernel.TiledTiles(256, 64, 1, 8, 3)]
 
 
 def int4(setup: Setup, outputs: int, inner: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -37,17 +35,23 @@ def cublas(setup: Setup, x: Tensor, outputs: int) -> Peer:
 
 def cases(setup: Setup) -> Iterator[Case]:
     wide = setup.pick(WIDE, [(64, 256)])
-    for outputs, inner in wide:
-        weights = int4(setup, outputs, inner)
-        for count, target in ((1, 2.5), (16, 1.8)):
-            x = setup.randn(count, inner, dtype=FP16)
-            peers = {"cuBLAS fp16": cublas(setup, x, outputs)}
-            yield product(x, weights, peers, target=target, zeros=True)
-            yield product(x, weights, peers, target=target, zeros=False)
-    for outputs, inner in setup.pick(OTHERS, []):
-        x = setup.randn(1, inner, dtype=FP16)
+    few = [(*sides, count, target) for sides in wide for count, target in ((1, 2.5), (16, 1.8))]
+    few += [(*sides, 1, None) for sides in setup.pick(OTHERS, [])]
+    for outputs, inner, count, target in few:
+        weights, x = int4(setup, outputs, inner), setup.randn(count, inner, dtype=FP16)
         peers = {"cuBLAS fp16": cublas(setup, x, outputs)}
-        yield product(x, int4(setup, outputs, inner), peers, target=None, zeros=True)
+        for zeros in (True, False) if target else (True,):
+            parts = [w if zeros else w[:2] for w in weights]
+            yield Case(
+                f"{'a' if zeros else ''}symmetric",
+                lambda i, x=x, parts=parts: kernel.w4a16(x, *parts[i], group_size=128),
+                partial(kernel.w4a16_ref, x.double(), *parts[0], group_size=128),
+                shape=f"{count}x{outputs}x{inner}",
+                sets=SETS,
+                moved=nbytes(*parts[0]),
+                peers=peers,
+                targets={"cuBLAS fp16": target} if target else {},
+            )
     (outputs, inner), count = wide[0], setup.pick(2048, 80)
     many, x = int4(setup, outputs, inner)[:4], setup.randn(count, inner, dtype=FP16)
 
@@ -56,7 +60,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 
     yield Case(
         "asymmetric, many tokens",
-        lambda i, tiles=None: kernel.w4a16(x, *many[i], group_size=128, tiles=tiles),
+        lambda i: kernel.w4a16(x, *many[i], group_size=128),
         partial(kernel.w4a16_ref, x.double(), *many[0], group_size=128),
         shape=f"{count}x{outputs}x{inner}",
         limit=2e-3,
@@ -64,31 +68,4 @@ def cases(setup: Setup) -> Iterator[Case]:
         ops=2 * count * outputs * inner,
         peers={"dequantize + cuBLAS": Peer(plainly, 4), "cuBLAS fp16": cublas(setup, x, outputs)},
         targets={"dequantize + cuBLAS": 0.98},
-        tiles=FUSED,
-    )
-
-
-def product(
-    x: Tensor,
-    weights: list[tuple[Tensor, Tensor, Tensor]],
-    peers: dict[str, Peer],
-    *,
-    target: float | None,
-    zeros: bool,
-) -> Case:
-    """Few tokens."""
-    count, outputs, inner = len(x), len(weights[0][0]), x.shape[1]
-    parts = [w if zeros else w[:2] for w in weights]
-    shipped = kernel.decode_tiles(count, outputs, inner, 128, zeros=zeros)
-    few = [{"num_stages": 2}, {"block_n": 64}, {"slices": 2, "num_warps": 2, "num_stages": 4}]
-    return Case(
-        f"{'a' if zeros else ''}symmetric",
-        lambda i, tiles=None: kernel.w4a16(x, *parts[i], group_size=128, tiles=tiles),
-        partial(kernel.w4a16_ref, x.double(), *parts[0], group_size=128),
-        shape=f"{count}x{outputs}x{inner}",
-        sets=SETS,
-        moved=nbytes(*parts[0]),
-        peers=peers,
-        targets={"cuBLAS fp16": target} if target else {},
-        tiles=[replace(shipped, **changed) for changed in few],
     )

@@ -8,9 +8,6 @@ from case import Case, Setup, nbytes
 from compressor_kernels.linear import w4a8 as kernel
 from families.w4a16 import FP16, SETS, cublas
 
-FEW = [kernel.DecodeTiles(n, 4, 1, 4) for n in (32, 64)] + [kernel.DecodeTiles(64, 8, 1, 3)]
-MANY = [kernel.TiledTiles(128, 128, 4, 3), kernel.TiledTiles(256, 64, 8, 3)]
-
 
 def cases(setup: Setup) -> Iterator[Case]:
     outputs, inner = setup.pick((14336, 4096), (64, 256))
@@ -29,14 +26,11 @@ def cases(setup: Setup) -> Iterator[Case]:
         x = setup.randn(count, inner, dtype=FP16)
         yield Case(
             "progressive",
-            lambda i, tiles=None, a=a, s=scales: kernel.w4a8(
-                a, **weights[i], row_scales=s, tiles=tiles
-            ),
+            lambda i, a=a, s=scales: kernel.w4a8(a, **weights[i], row_scales=s),
             partial(kernel.w4a8_ref, a, **weights[0], row_scales=scales),
             shape=f"{count}x{outputs}x{inner}",
             sets=SETS,
             moved=nbytes(*weights[0].values()),
             peers={"cuBLAS fp16": cublas(setup, x, outputs)},
             targets={"cuBLAS fp16": 1.5} if count == 16 else {},
-            tiles=FEW if count <= kernel.DECODE_TOKENS else MANY,
         )

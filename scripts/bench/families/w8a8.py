@@ -5,20 +5,11 @@ from functools import partial
 
 import torch
 from case import Case, Peer, Setup
-from compressor_kernels.linear.w8a8 import (
-    ProductTiles,
-    w8a8,
-    w8a8_blocks,
-    w8a8_blocks_ref,
-    w8a8_ref,
-)
+from compressor_kernels.linear.w8a8 import w8a8, w8a8_blocks, w8a8_blocks_ref, w8a8_ref
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 SETS = 3
-FAST = [ProductTiles(128, 128, 128, num_stages=stages) for stages in (3, 4)]
-FAST += [ProductTiles(num_stages=3), ProductTiles(256, 128, 128)]
-EXACT = [ProductTiles(128, n, 128, num_stages=s, halves=True) for n in (128, 256) for s in (3, 4)]
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -32,7 +23,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     case = partial(Case, shape=shape, sets=SETS)
     yield case(
         "int8, scales, bf16 out",
-        lambda i, tiles=None: w8a8(a8[i], w8[i], **scales, tiles=tiles),
+        lambda i: w8a8(a8[i], w8[i], **scales),
         partial(w8a8_ref, a8[0], w8[0], **scales),
         limit=3e-3,
         ops=ops,
@@ -41,7 +32,6 @@ def cases(setup: Setup) -> Iterator[Case]:
             "cuBLAS bf16": cublas,
         },
         targets={"torch._int_mm": 0.95, "cuBLAS bf16": 1.0},
-        tiles=FAST,
     )
     a, w = (
         [(setup.randn(rows, k) * 50).clamp(-448, 448).to(FP8) for _ in range(SETS)]
@@ -59,13 +49,12 @@ def cases(setup: Setup) -> Iterator[Case]:
 
         yield case(
             f"fp8, {'fast' if fast else 'exact'} sums",
-            lambda i, tiles=None, fast=fast: w8a8(a[i], w[i], **scales, fast=fast, tiles=tiles),
+            lambda i, fast=fast: w8a8(a[i], w[i], **scales, fast=fast),
             partial(w8a8_ref, a[0], w[0], **scales),
             limit=1e-2 if fast else 4e-3,
             ops=ops,
             peers={"torch._scaled_mm": Peer(scaled_mm, SETS)},
             targets={"torch._scaled_mm": 0.85},
-            tiles=FAST if fast else EXACT,
         )
     blocks = {
         "input_scales": setup.rand(m, k // 128) * 0.01,
