@@ -21,6 +21,8 @@ from compressor.errors import InputError
 MANIFEST_NAME = "manifest.json"
 RECIPE_NAME = "recipe.yaml"
 VERSION = 1
+DECLARED = "config_files"
+"""Key of `about`: what files that loaders read said when they were written, by their names."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -90,6 +92,16 @@ def as_manifest(data: Mapping[str, Any]) -> Manifest:
         tensors=tensors,
         about=about,
     )
+
+
+def declared(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The content of those of some written files that tell loaders what the weights are."""
+    return {n: as_recorded(data) for n, data in files.items() if n.endswith("config.json")}
+
+
+def as_recorded(data: bytes | str) -> Any:
+    """JSON as a manifest has it: infinity and NaN, which configs may hold, by their names."""
+    return json.loads(data, parse_constant=str)
 
 
 def hash_file(path: Path) -> FileRecord:

@@ -32,10 +32,12 @@ from compressor.checkpoint.durable import (
     write_atomically,
 )
 from compressor.checkpoint.manifest import (
+    DECLARED,
     MANIFEST_NAME,
     RECIPE_NAME,
     FileRecord,
     Manifest,
+    declared,
     hash_file,
     read_manifest,
 )
@@ -56,9 +58,8 @@ from compressor.ir.unit import Unit
 
 STATED_NAME = "finishing.json"
 
-FOUND = ("source.content", "environment", "selected")
+FOUND = ("source.content", "environment", "selected", DECLARED)
 """What a manifest may say that is only known after the run."""
-
 
 MENDS = {
     errno.EFBIG: "raise the limit on a file's size (ulimit -f), or that of the file system",
@@ -108,6 +109,7 @@ class Transaction:
         written = {**self.documents, **(files or {})}
         if recipe is not None:
             written[RECIPE_NAME] = recipe
+        said = {**(about or self.about), DECLARED: declared(written)}
         with disk_errors(f"finishing {self.output}"):
             if beside is not None:
                 for name in side_files(beside).carried:
@@ -119,7 +121,7 @@ class Transaction:
             for shard in self.shards.shards:
                 digest = writer.file_hash(shard.file)
                 records[shard.file] = FileRecord(sha256=digest, size=shard.size)
-            manifest = Manifest(records, writer.tensor_hashes(), dict(about or self.about))
+            manifest = Manifest(records, writer.tensor_hashes(), said)
             Records(self.work, owner="finish").put(STATED_NAME, {"hash": _hash(manifest)})
             write_atomically(self.work / MANIFEST_NAME, manifest.to_bytes())
             _move_all(self.work, self.output, [shard.file for shard in self.shards.shards])
@@ -193,7 +195,7 @@ def write(
     with writing(target, output, about=about, shards=shards) as under_way:
         if under_way.finished:
             if content is not None and (made := read_manifest(output)) is not None:
-                require_same(made.about, said(), where=output)
+                require_same(made.about, said(), where=output, known_later=(DECLARED,))
             return under_way
         writer = ShardWriter(under_way.shards, under_way.work, owner=stated_hash(about))
         with disk_errors(f"writing {under_way.work}"):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from compressor.checkpoint.manifest import as_recorded
+from compressor.checkpoint.reader import load_json
 from compressor.checkpoint.side_files import DECIDING
-from compressor.errors import InputError
+from compressor.checkpoint.source import Source, is_cache_scale
+from compressor.checkpoint.target import FLOATS
+from compressor.errors import InputError, several
 from compressor.runner.model import resolved_config
 
 NOT_THE_FUNCTION = (
@@ -33,7 +40,65 @@ NOT_THE_FUNCTION = (
 """Keys of config.json that training or saving read. How weights are stored, whether the head is,
 and the attention policy are held against the original by what they stand for."""
 
+SHOWN = 80
+"""Characters of a value in a message."""
+
 PROVENANCE = ("transformers_version", "_from_model_config", "name_or_path", "_commit_hash")
+
+
+def declared_problems(folder: Path, declared: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Keys of config files that are not as they were written.
+
+    declared  name of a file → its content, as the manifest has it
+    """
+    problems = []
+    for name, content in declared.items():
+        try:
+            now = as_recorded(json.dumps(load_json(folder / name, what=name)))
+        except InputError as error:
+            problems.append(error.message)
+            continue
+        one, other = _flat(now), _flat(content)
+        problems += [
+            f"{name} says {key} {_shown(one, key)}, the run wrote {_shown(other, key)}"
+            for key in sorted({*one, *other})
+            if _shown(one, key, whole=True) != _shown(other, key, whole=True)
+        ]
+    return problems
+
+
+def storage_problems(written: Source, original: Source) -> list[str]:
+    """Where config.json says otherwise than the original how weights and cache are stored, and no
+    tensor bears it out."""
+    problems = []
+    said, before = written.checkpoint.dtype, original.checkpoint.dtype
+    stored = _float_dtype(written)
+    if said not in (before, stored) and stored is not None:
+        problems.append(f"config.json says dtype {_plain(said)}, most floats are {_plain(stored)}")
+    scales = [n for n in _added(written) if is_cache_scale(n)]
+    if scales and written.schemes.kv is None and not any(map(is_cache_scale, _added(original))):
+        problems.append(f"config.json says of no quantized cache, which has {several(scales, 2)}")
+    return problems
+
+
+def _float_dtype(source: Source) -> torch.dtype | None:
+    """That of most bytes which are stored as floats."""
+    sizes: Counter[torch.dtype] = Counter()
+    for unit in source.layout.units:
+        for name in unit.tensors:
+            entry = source.checkpoint.entries.get(name)
+            if entry is not None and entry.spec.dtype in FLOATS:
+                sizes[entry.spec.dtype] += entry.spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def _added(source: Source) -> Iterator[str]:
+    for names in source.added.values():
+        yield from names
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def deciding_files(folder: Path, patterns: tuple[str, ...] = DECIDING) -> set[str]:
@@ -83,8 +148,12 @@ def _ignored(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key.split(".")[0], pattern) for pattern in NOT_THE_FUNCTION)
 
 
-def _shown(config: Mapping[str, Any], key: str) -> str:
-    return json.dumps(config[key], default=str) if key in config else "nothing"
+def _shown(config: Mapping[str, Any], key: str, *, whole: bool = False) -> str:
+    """A value, or as much of it as a line takes."""
+    if key not in config:
+        return "nothing"
+    text = json.dumps(config[key], default=str)
+    return text if whole or len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def file_problems(written: Path, original: Path) -> tuple[list[str], int]:

@@ -31,6 +31,7 @@ from compressor.verify.checks.attention_quality import AttentionQuality
 from compressor.verify.checks.base import Check
 from compressor.verify.checks.base_of_delta import BaseOfDelta
 from compressor.verify.checks.codes import Codes
+from compressor.verify.checks.declared import check_declared
 from compressor.verify.checks.finite import Finite
 from compressor.verify.checks.forecasts import Forecasts
 from compressor.verify.checks.hashes import FileHashes, TensorHashes
@@ -84,6 +85,7 @@ def verify(
     original = None if original is None else _as_read(original, read_offsite_record(folder))
     found = Findings()
     files = FileHashes(folder, found, ranks)
+    check_declared(folder, files.manifest, found)
     asked: dict[str, Any] = {"manifest": files.manifest, "original": original}
     asked |= {"device": device, "seed": seed, "ranks": ranks}
     checks: list[Check] = []

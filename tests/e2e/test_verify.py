@@ -84,6 +84,7 @@ def test_a_whole_checkpoint_passes_every_check(whole: Path, model: Path) -> None
     assert report.ok and not report.damage
     assert [check.name for check in report.checks] == [
         "file hashes",
+        "config as written",
         "headers and tensors",
         "config to the original",
         "files to the original",

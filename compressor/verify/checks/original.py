@@ -33,7 +33,7 @@ from compressor.verify.compare import (
     comparable,
     float_floor,
 )
-from compressor.verify.compare_config import config_problems, file_problems
+from compressor.verify.compare_config import config_problems, file_problems, storage_problems
 from compressor.verify.compare_outputs import WHOLE, OutputError, Outputs
 from compressor.verify.compare_policy import policy_problems
 from compressor.verify.findings import BlockVerdict, LayerVerdict, NothingMore
@@ -68,6 +68,7 @@ class Original(Check):
         written, original = self.written.checkpoint, self.original.checkpoint
         mapped = not self.original.arch.free and has_class(original.config)
         problems = config_problems(written.config, original.config, known=mapped)
+        problems += storage_problems(self.written, self.original)
         self.found.add("config to the original", problems, "every key that decides the function")
         problems, alike = file_problems(self.folder, original.folder)
         detail = f"{alike} files: tokenizer, templates, generation"
