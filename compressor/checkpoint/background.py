@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -24,29 +25,33 @@ class _Waiting(NamedTuple):
 
 
 class CommitQueue:
-    """Units on their way to disk: at most two wait to be written, any number to be synced.
+    """Units on their way to disk, for the length of a `with`: at most two wait to be written, any
+    number to be synced. What is under way when it ends with an error is committed all the same.
 
-    ranks  that write some tensors of each unit; the leading one commits it. All call alike
+    A unit's tensors are fetched from a GPU at once, which holds none of it while it waits.
+    ranks  that write some tensors of each unit; the leading one commits it. All call alike, and
+           what fails on one of them ends all
     """
 
-    def __init__(
-        self,
-        writer: ShardWriter,
-        writes: ThreadPoolExecutor,
-        syncs: ThreadPoolExecutor,
-        device: torch.device,
-        ranks: Ranks = ALONE,
-    ) -> None:
+    def __init__(self, writer: ShardWriter, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.writer = writer
         self.ranks = ranks
         # Copies on the stream of the next unit's work would wait for it, and hold it up.
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.writes = writes
-        self.syncs = syncs
         self.waiting: deque[_Waiting] = deque()
         self.syncing: list[Future[None]] = []
+
+    def __enter__(self) -> CommitQueue:
+        self._threads = ExitStack()
+        self.syncs, self.writes, self.fetches = (
+            self._threads.enter_context(ThreadPoolExecutor(1)) for _ in range(3)
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.close()
 
     def put(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Have a unit written, of which these tensors are this rank's, and committed; raises what
@@ -57,29 +62,28 @@ class CommitQueue:
         # What some rank still writes is not waited for, unless it is the second.
         done = min(count for (count,) in self.ranks.numbers(done))
         self._leave(max(done, len(self.waiting) - 1))
-        for sync in [sync for sync in self.syncing if sync.done()]:
-            sync.result()
-            self.syncing.remove(sync)
+        self.ranks.led(self._look)
         made = None
         if self.copies is not None:
             made = torch.cuda.current_stream(self.copies.device).record_event()
-        written = self.writes.submit(self._write, index, tensors, record, made)
+        data = self.fetches.submit(self._fetch, tensors, made)
+        written = self.writes.submit(self._write, index, data, record)
         self.waiting.append(_Waiting(index, record, written))
 
-    def _write(
-        self,
-        index: int,
-        tensors: Mapping[str, Tensor],
-        record: Mapping[str, Any],
-        made: torch.cuda.Event | None,
-    ) -> dict[str, str]:
+    def _fetch(
+        self, tensors: Mapping[str, Tensor], made: torch.cuda.Event | None
+    ) -> dict[str, memoryview]:
+        self.writer.check(tensors)
         if self.copies is None or made is None:
-            hashes = self.writer.write(tensors)
-        else:
-            with torch.cuda.stream(self.copies):
-                self.copies.wait_event(made)
-                data = fetched(tensors)
-            hashes = self.writer.write(tensors, data)
+            return fetched(tensors)
+        with torch.cuda.stream(self.copies):
+            self.copies.wait_event(made)
+            return fetched(tensors)
+
+    def _write(
+        self, index: int, data: Future[dict[str, memoryview]], record: Mapping[str, Any]
+    ) -> dict[str, str]:
+        hashes = self.writer.write(data.result())
         if self.ranks.world == 1:
             self._commit(index, hashes, record)
         return hashes
@@ -87,20 +91,27 @@ class CommitQueue:
     def _commit(self, index: int, hashes: Mapping[str, str], record: Mapping[str, Any]) -> None:
         self.syncing.append(self.syncs.submit(self.writer.commit, index, hashes, record))
 
+    def _look(self) -> None:
+        """Raises what failed of what has been synced."""
+        for sync in [sync for sync in self.syncing if sync.done()]:
+            sync.result()
+            self.syncing.remove(sync)
+
     def _leave(self, count: int) -> None:
         """Wait until so many units are written by all ranks; the leading one commits them."""
         for _ in range(count):
             unit = self.waiting.popleft()
-            hashes = unit.written.result()
-            if self.ranks.world > 1:
-                every = self.ranks.gather(hashes)
-                if self.ranks.leads:
-                    hashes = {name: digest for some in every for name, digest in some.items()}
-                    self._commit(unit.number, hashes, unit.record)
+            every = self.ranks.gathered(unit.written.result)
+            if self.ranks.world > 1 and self.ranks.leads:
+                hashes = {name: digest for some in every for name, digest in some.items()}
+                self._commit(unit.number, hashes, unit.record)
 
     def drain(self) -> None:
         """Wait until everything is committed."""
         self._leave(len(self.waiting))
+        self.ranks.led(self._synced)
+
+    def _synced(self) -> None:
         for sync in self.syncing:
             sync.result()
 

@@ -115,25 +115,23 @@ class ShardWriter:
         assert set(found) == set(self._home), f"not committed: {set(self._home) ^ set(found)}"
         return found
 
-    def write(
-        self, tensors: Mapping[str, Tensor], data: Mapping[str, memoryview] | None = None
-    ) -> dict[str, str]:
-        """Put tensors at their places; name → SHA-256 of its bytes. They are not committed yet.
-
-        data  their bytes, where they are not on the CPU
-        Raises AssertionError where a tensor is not what the plan said: that is a bug, never a
-        user's error.
-        """
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises AssertionError where a tensor is not what the plan said: that is a bug, never a
+        user's error."""
         for name, tensor in tensors.items():
             planned = self._home[name].tensors[name]
             found = TensorShape(dtype=tensor.dtype, shape=tuple(tensor.shape))
             assert planned == found, f"{name}: planned {planned}, made {found}"
+
+    def write(self, data: Mapping[str, memoryview]) -> dict[str, str]:
+        """Put the bytes of tensors at their places; name → their SHA-256. They are not committed
+        yet."""
         digests: dict[str, str] = {}
         hashed: list[Future[dict[str, str]]] = []
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            for run in self._runs(tensors):
+            for run in self._runs(data):
                 file, offset = self._home[run[0]].file, self._offset(run[0])
-                parts = {n: tensor_bytes(tensors[n]) if data is None else data[n] for n in run}
+                parts = {n: data[n] for n in run}
                 for first in range(HASH_THREADS):
                     share = {n: parts[n] for n in run[first::HASH_THREADS]}
                     hashed.append(pool.submit(_digests, share))
@@ -141,14 +139,14 @@ class ShardWriter:
                     _write_at(handle.fileno(), list(parts.values()), offset)
             for some in hashed:
                 digests |= some.result()
-        return {name: digests[name] for name in tensors}
+        return {name: digests[name] for name in data}
 
-    def _runs(self, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    def _runs(self, data: Mapping[str, memoryview]) -> Iterator[list[str]]:
         """Names of tensors that follow each other in a file, `RUN` bytes or one tensor at most."""
         run: list[str] = []
         place, end, size = "", 0, 0
-        for name in sorted(tensors, key=lambda name: (self._home[name].file, self._offset(name))):
-            file, offset, nbytes = self._home[name].file, self._offset(name), tensors[name].nbytes
+        for name in sorted(data, key=lambda name: (self._home[name].file, self._offset(name))):
+            file, offset, nbytes = self._home[name].file, self._offset(name), data[name].nbytes
             if run and ((file, offset) != (place, end) or size + nbytes > RUN):
                 yield run
                 run, size = [], 0

@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,15 +199,14 @@ def write(
         writer = ShardWriter(under_way.shards, under_way.work, owner=stated_hash(about))
         with disk_errors(f"writing {under_way.work}"):
             writer.open()
-            # What is being written when this ends with an error is committed all the same.
-            with ThreadPoolExecutor(1) as syncs, ThreadPoolExecutor(1) as writes:
-                queue = CommitQueue(writer, writes, syncs, device)
+            with CommitQueue(writer, device) as queue:
                 for index, unit in enumerate(target.units):
                     before = writer.record(index)
                     if before is None:
                         tensors = target.encode(read(unit))
                         seen = {} if content is None else {"source": content(unit)}
                         queue.put(index, tensors, seen)
+                        del tensors  # the queue has them
                     elif content is not None and before["source"] != content(unit):
                         raise InputError(
                             f"{unit.name} of the source is not what was read of it before",

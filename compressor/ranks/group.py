@@ -63,16 +63,15 @@ class Group(Ranks):
         made = {i: value for every in self.gather(told) for i, value in every.items()} | found
         return [made[i] for i in range(len(items))]
 
+    def gathered(self, work: Callable[[], T]) -> list[T]:
+        outcome, error = _tried(work)
+        every = self.gather(outcome)
+        if error is not None:
+            raise error
+        return [_ending(other, None) for other in every]
+
     def led(self, work: Callable[[], T]) -> T:
-        outcome: _Outcome = _Outcome()
-        error: BaseException | None = None
-        if self.leads:
-            try:
-                outcome = _Outcome(work())
-            except Interrupted as stopped:
-                outcome, error = _Outcome(interrupted=True), stopped
-            except Exception as raised:
-                outcome, error = _Outcome(code=getattr(raised, "exit_code", 3)), raised
+        outcome, error = _tried(work) if self.leads else (_Outcome(), None)
         value: T = _ending(self.share(outcome), error)
         return value
 
@@ -305,6 +304,16 @@ class Group(Ranks):
 
 def _nothing() -> Any:
     """What the others do while the leading rank works."""
+
+
+def _tried(work: Callable[[], Any]) -> tuple[_Outcome, BaseException | None]:
+    """How a call ended here, and the error that ended it."""
+    try:
+        return _Outcome(work()), None
+    except Interrupted as stopped:
+        return _Outcome(interrupted=True), stopped
+    except Exception as raised:
+        return _Outcome(code=getattr(raised, "exit_code", 3)), raised
 
 
 def _ending(outcome: _Outcome, error: BaseException | None) -> Any:

@@ -119,6 +119,10 @@ class Ranks:
         """What `work` gives on the rank that leads; an error there is one everywhere."""
         return work()
 
+    def gathered(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on every rank, in their order; an error on one is one everywhere."""
+        return [work()]
+
     def share(self, value: T) -> T:
         """The leading rank's value, which may hold tensors."""
         return value

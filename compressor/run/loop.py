@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -121,8 +120,7 @@ class Loop:
         execution = Execution(
             settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks
         )
-        with ThreadPoolExecutor(1) as syncs, ThreadPoolExecutor(1) as writes:
-            output = CommitQueue(self.writer, writes, syncs, settings.device, self.writing)
+        with CommitQueue(self.writer, settings.device, self.writing) as output:
             started = time.perf_counter()
             try:
                 for step in walk([model], execution=execution, read=self._read, units=self.own):
@@ -144,7 +142,7 @@ class Loop:
                         if (written := self._to_write(worked)) is not None:
                             output.put(step.index, written, made)
                         # The next unit is not to be worked on beside what is left of this one.
-                        del worked
+                        del worked, written
                     self._finished(step.index, rows, started, resumed=record is not None)
                     started = time.perf_counter()
             except Interrupted:

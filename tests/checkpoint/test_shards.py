@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressor.checkpoint.background import fetched
+from compressor.checkpoint.background import CommitQueue, fetched
 from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.checkpoint.shards import ShardWriter
@@ -31,8 +34,10 @@ def writer(folder: Path, *, owner: str = "me") -> ShardWriter:
 
 def fill(one: ShardWriter, *units: int, together: bool = False) -> None:
     for index in units:
-        data = fetched(UNITS[index]) if together else None
-        one.commit(index, one.write(UNITS[index], data), {"note": index})
+        one.check(UNITS[index])
+        data = {name: tensor_bytes(tensor) for name, tensor in UNITS[index].items()}
+        data = fetched(UNITS[index]) if together else data
+        one.commit(index, one.write(data), {"note": index})
 
 
 def test_what_fills_one_piece_of_memory_is_fetched_as_one() -> None:
@@ -111,4 +116,35 @@ def test_a_tensor_that_was_not_planned_so_is_a_bug(tmp_path: Path) -> None:
     one = writer(tmp_path)
     one.open()
     with pytest.raises(AssertionError, match=r"a.weight: planned"):
-        one.write({"a.weight": UNITS[0]["a.weight"].half()})
+        one.check({"a.weight": UNITS[0]["a.weight"].half()})
+
+
+def test_a_unit_that_waits_is_held_by_nobody_but_the_queue(tmp_path: Path) -> None:
+    """What a GPU made of it is let go once it is copied, also while another is being written."""
+    one, begun, held = writer(tmp_path), threading.Event(), threading.Event()
+    one.open()
+    write = one.write
+
+    def slow(data: Mapping[str, memoryview]) -> dict[str, str]:
+        begun.set()
+        assert held.wait(20)
+        return write(data)
+
+    one.write = slow  # type: ignore[method-assign]
+    with CommitQueue(one, torch.device("cpu")) as queue:
+        # As from a GPU: the bytes are a copy.
+        queue._fetch = lambda tensors, made: {  # type: ignore[method-assign]
+            name: memoryview(bytes(tensor_bytes(t))) for name, t in tensors.items()
+        }
+        seen = []
+        for index in range(2):
+            tensors = {name: t.clone() for name, t in UNITS[index].items()}
+            seen += [weakref.ref(tensor) for tensor in tensors.values()]
+            queue.put(index, tensors, {})
+            del tensors
+        assert begun.wait(20)
+        queue.fetches.submit(int).result()
+        assert not any(ref() is not None for ref in seen)
+        held.set()
+        queue.drain()
+    assert [one.record(index) is not None for index in range(3)] == [True, True, False]

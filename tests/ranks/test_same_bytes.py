@@ -219,6 +219,26 @@ def test_a_rank_out_of_memory_while_it_learns_ends_all(written: Path) -> None:
     assert all("ran out of memory while duo_attention learned" in text for _, text in ended)
 
 
+@pytest.mark.parametrize("fault, place", [("full_disk", -1), ("unsynced", 0)])
+def test_a_disk_that_fails_on_one_rank_ends_all(written: Path, fault: str, place: int) -> None:
+    faults = json.loads((written / "faults.json").read_text())
+    ended = faults[fault]
+    assert [code for code, _ in ended] == [3, 3, 3]
+    texts = [text for _, text in ended]
+    assert "No space left on device" in texts.pop(place) and texts == ["another rank failed"] * 2
+    # What was committed before it counts.
+    assert [code for code, _ in faults["rest"]] == [0, 0]
+    whole = written / "1" / "awq by running tokens" / "manifest.json"
+    assert (written / "faulty-full" / "manifest.json").read_bytes() == whole.read_bytes()
+
+
+def test_a_disk_that_fails_where_each_rank_has_its_own_units(written: Path) -> None:
+    faults = json.loads((written / "faults.json").read_text())
+    assert [code for code, _ in faults["full_disk_apart"]] == [3, 3, 3]
+    assert "No space left on device" in faults["full_disk_apart"][-1][1]
+    assert faults["seconds of disks"] < 30
+
+
 def test_a_second_run_on_the_folder_is_refused(written: Path) -> None:
     ended = json.loads((written / "faults.json").read_text())["second"]
     assert [code for code, _ in ended] == [2, 2]

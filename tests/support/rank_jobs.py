@@ -5,6 +5,8 @@ python rank_jobs.py JOBS.json   # {"folder": ..., "worlds": {"2": [...]}, "batch
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,6 @@ from compressor.verify.verify import verify
 
 CPU = torch.device("cpu")
 IN_ORDER = Pieces._in_order
-WRITE = ShardWriter.write
 LOAD = Block.load
 
 
@@ -59,10 +61,12 @@ def run(
         ran += 1
         return IN_ORDER(self, work)
 
-    def wrote(self: ShardWriter, tensors: Any, data: Any = None) -> dict[str, str]:
+    write = ShardWriter.write
+
+    def wrote(self: ShardWriter, data: Mapping[str, memoryview]) -> dict[str, str]:
         nonlocal written
-        written += sum(tensor.nbytes for tensor in tensors.values())
-        return WRITE(self, tensors, data)
+        written += sum(part.nbytes for part in data.values())
+        return write(self, data)
 
     held: set[int] = set()
 
@@ -175,6 +179,46 @@ def short_while_learning(jobs: dict[str, Any], number: int, world: int, port: in
         compile_checkpoint(replace(prepared, batch=jobs["batch"]), ranks=ranks)
 
 
+def full_disk(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The last rank's disk does not take its part of the second unit."""
+    fail(ShardWriter, "write", after=1, where=number == world - 1)
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        run(jobs["faulty"], Path(jobs["output"] + "-full"), jobs["batch"], ranks)
+
+
+def unsynced(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The leading rank cannot sync what all have written."""
+    fail(ShardWriter, "commit", after=0, where=number == 0)
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        run(jobs["faulty"], Path(jobs["output"] + "-full"), jobs["batch"], ranks)
+
+
+def full_disk_apart(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """Each rank writes its own units, and the last one's disk does not take its second."""
+    fail(ShardWriter, "write", after=1, where=number == world - 1)
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        recipe = {**jobs["recipes"]["judged"], "verify": False, "evaluate": None}
+        run(recipe, Path(jobs["output"] + "-apart"), jobs["batch"], ranks)
+
+
+def fail(kind: Any, name: str, *, after: int, where: bool) -> None:
+    """Have a method's later calls meet a full disk."""
+    whole, calls = getattr(kind, name), itertools.count()
+
+    def failing(self: Any, *args: Any) -> Any:
+        if next(calls) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(self, *args)
+
+    if where:
+        setattr(kind, name, failing)
+
+
+def rest(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        run(jobs["faulty"], Path(jobs["output"] + "-full"), jobs["batch"], ranks)
+
+
 def differ(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
     """The last rank has another recipe."""
     with joined(CPU, place_of_rank(number, world, port)) as ranks:
@@ -244,6 +288,10 @@ def main() -> None:
         faults = (short_of_memory, short_while_learning, kill_one, differ, other_files)
         found = {f.__name__: start(f, jobs, 3) for f in faults}
         took = time.monotonic() - began
+        began = time.monotonic()
+        found |= {f.__name__: start(f, jobs, 3) for f in (full_disk, unsynced, full_disk_apart)}
+        found["seconds of disks"] = time.monotonic() - began
+        found["rest"] = start(rest, jobs, 2)
         with owned(Path(jobs["output"]), manifest=MANIFEST_NAME):
             found["second"] = start(finish, jobs, 2)
         # Another number of ranks continues.
