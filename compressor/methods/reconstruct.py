@@ -21,13 +21,19 @@ from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, decode_elements
 from compressor.ir.unit import Unit
 from compressor.methods.base import BlockNeeds, Needs
-from compressor.methods.common.block_fit import Division, Kept, draws, loss_of, steps
+from compressor.methods.common.block_fit import Division, Kept, draws, loss_of, scale_steps, steps
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.on_grid import OnGrid
 from compressor.methods.common.rounding import with_input_scales
 from compressor.methods.common.second_order import GptqOptions, round_unit
 from compressor.numerics.learned_floats import e2m1_step, floats_qtensor, moved_elements
-from compressor.numerics.learned_grid import as_qtensor, grouped, moved_codes, stretched
+from compressor.numerics.learned_grid import (
+    as_qtensor,
+    grouped,
+    moved_codes,
+    scale_gradient,
+    stretched,
+)
 from compressor.runner.pieces import UNREPEATABLE
 
 COPIES = 4
@@ -129,7 +135,8 @@ class Reconstruct(OnGrid):
         learned = [x for x in context.coded if x.name in seen]
         if context.tune is None or not learned:
             return PassResult(started, rows)
-        division = Division.of(learned, context.ranks)
+        ranks = context.ranks
+        division = Division.of(learned, ranks) if self.moves else Division.none(ranks)
         roundings = {
             x.name: refined_rounding(
                 unit.weight(x), started.quantized[x.name], moving=self.moves > 0
@@ -179,23 +186,22 @@ class Reconstruct(OnGrid):
             falling.step()
 
         batches = draws(seen, self.batch, torch.Generator().manual_seed(context.seed + 1))
-        for step in steps(
-            block,
-            roundings,
-            update,
-            count=count,
-            batches=batches,
-            division=division,
-            progress=context.progress,
-        ):
-            if step.number and step.number % (count // CHECKS) == 0:
+        how: dict[str, Any] = {"count": count, "batches": batches, "progress": context.progress}
+        numbers = scale_steps(block, roundings, update, **how)
+        if self.moves:
+            of_all = steps(block, roundings, update, division=division, **how)
+            numbers = (step.number for step in of_all)
+        for number in numbers:
+            if number and number % (count // CHECKS) == 0:
                 least, best_step = self._judged(
-                    loss_of(block, roundings, judges, division), step.number, least, best_step, kept
+                    loss_of(block, roundings, judges, division), number, least, best_step, kept
                 )
         least, best_step = self._judged(
             loss_of(block, roundings, judges, division), count, least, best_step, kept
         )
         kept.restore()
+        if not self.moves:  # all ranks learned the same, and go on with what one of them has
+            kept.restore(context.ranks.share(kept.copies))
         of_block = {"block": unit.layout.name}
         rows = [{**of_block, "loss_of_start": start, "loss": least, "best_step": best_step}]
         if not best_step:
@@ -249,12 +255,32 @@ class RefinedRounding:
         steps, scales = self._rounded()
         return (steps * scales[..., None]).flatten(1)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.scales.shape[0], self.steps[0].numel()
+
+    @property
+    def folded(self) -> tuple[int, ...]:
+        return tuple(self.scales.shape)
+
+    def scales_made(self) -> Tensor:
+        return stretched(self.scales, self.logs, self.spec.scale_dtype)
+
+    def write(self, out: Tensor) -> None:
+        self._write(self.scales_made(), out)
+
+    def _write(self, scales: Tensor, out: Tensor) -> None:
+        torch.mul(self.steps, scales[..., None], out=out.view(self.steps.shape))
+
+    def fold(self, gradient: Tensor) -> Tensor:
+        return scale_gradient(gradient, self.steps)
+
     @torch.no_grad()
     def quantized(self) -> QTensor:
         return as_qtensor(*self._rounded(), self.zeros, self.spec)
 
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        scales = stretched(self.scales, self.logs, self.spec.scale_dtype)
+        scales = self.scales_made()
         if not self.moving:
             return self.steps, scales
         return moved_codes(self.codes + self.offsets, self.spec) - self.zero, scales
@@ -281,6 +307,14 @@ class RefinedFloats(RefinedRounding):
 
     def weight(self) -> Tensor:
         made = super().weight()
+        return made if self.second is None else made * self.second
+
+    def write(self, out: Tensor) -> None:
+        scales = self.scales_made()
+        self._write(scales if self.second is None else scales * self.second, out)
+
+    def fold(self, gradient: Tensor) -> Tensor:
+        made = super().fold(gradient)
         return made if self.second is None else made * self.second
 
     @torch.no_grad()

@@ -14,9 +14,10 @@ AHEAD_ELEMENTS = 2**27
 one gigabyte."""
 
 
-def row_chunks(weight: Tensor, *, multiple: int = 1) -> Iterator[slice]:
-    """Row ranges, each a multiple of `multiple` rows, that fit in cache (CPU) or 64 MiB (GPU)."""
-    elements = 2**24 if weight.is_cuda else 2**18
+def row_chunks(weight: Tensor, *, multiple: int = 1, times: int = 1) -> Iterator[slice]:
+    """Row ranges, each a multiple of `multiple` rows, that fit in cache (CPU) or 64 MiB (GPU), or
+    so many times that."""
+    elements = times * (2**24 if weight.is_cuda else 2**18)
     step = max(1, elements // max(1, weight.shape[1]) // multiple) * multiple
     return (slice(row, row + step) for row in range(0, weight.shape[0], step))
 

@@ -27,8 +27,9 @@ from torch import Tensor
 from compressor.ir.qtensor import QTensor
 from compressor.numerics.columns import Columns
 from compressor.numerics.coordinate_descent import descend
-from compressor.numerics.gram import even_diagonal
+from compressor.numerics.gram import even_diagonal, gram_error, work_dtype
 from compressor.numerics.scale_refit import refit_scales
+from compressor.ranks.ranks import ALONE, Ranks
 
 BLOCK = 128
 """Inputs after which corrections are passed on to all later inputs in one product."""
@@ -134,6 +135,8 @@ def gptq(
     lowest: int = 0,
     descent: int = 0,
     refits: int = 0,
+    ranks: Ranks = ALONE,
+    parts: int = 1,
 ) -> list[Rounded]:
     """Round weights [O_i, C] that read one input, on the grids of their nearest codes.
 
@@ -141,14 +144,17 @@ def gptq(
     lowest   codes below it are not used (1 on a narrow symmetric grid)
     descent  sweeps of coordinate descent after GPTQ, and after each refit
     refits   times that the scales of integers are refitted to the codes
+    ranks    that are given the same, and divide it
+    parts    into which rows are divided at least, whatever the number of ranks: sums of products
+             may have another order for other numbers of rows
     Every row's error in the Hessian's norm is at most that of its nearest codes.
     """
     codes = [torch.empty_like(q.codes) for q in nearest]
     scales = [q.scales.clone() for q in nearest]
-    damped = inverse.damped if descent or refits else inverse.gram
-    # Of each weight: rows kept, and the squares of our error, the nearest codes' and the output.
-    sums = torch.zeros(len(weights), 4, dtype=torch.float64, device=inverse.gram.device)
-    for batch in _batches(weights):
+    gram, damped = inverse.gram, inverse.damped if descent or refits else inverse.gram
+    batches = list(_batches(weights, parts))
+
+    def work(batch: Sequence[tuple[int, slice]]) -> list[tuple[Tensor, Tensor, Tensor]]:
         rows = [(weights[i][part].float(), _rows(nearest[i], part)) for i, part in batch]
         grids = [q for _, q in rows]
         target = torch.cat([w for w, _ in rows])
@@ -160,15 +166,30 @@ def gptq(
                 for q, (w, _) in zip(found, rows, strict=True)
             ]
             found = _descended(found, target, damped, lowest=lowest, sweeps=descent)
+        made = []
         for (i, part), (weight, q), ours in zip(batch, rows, found, strict=True):
-            errors = [row_errors(x.dequantize() - weight, inverse.gram) for x in (ours, q)]
+            errors = [row_errors(x.dequantize() - weight, gram) for x in (ours, q)]
             better = errors[0] < errors[1]
             codes[i][part] = torch.where(better[:, None], ours.codes, q.codes)
             if refits:
                 scales[i][part] = torch.where(better[:, None], ours.scales, q.scales)
             least = torch.where(better, errors[0], errors[1])
-            power = row_errors(weight, inverse.gram)
-            sums[i] += torch.stack([x.double().sum() for x in (~better, least, errors[1], power)])
+            # Errors avoid what counts most; this does not, and may be rounded before.
+            power = gram_error(weight.to(work_dtype(gram)), gram).double()
+            sums = torch.stack([*(x.double().sum() for x in (~better, least, errors[1])), power])
+            made.append((codes[i][part], scales[i][part] if refits else scales[i][:0], sums))
+        return made
+
+    every = ranks.each(batches, work, lambda batch: sum(x.stop - x.start for _, x in batch))
+    # Of each weight: rows kept, and the squares of our error, the nearest codes' and the output.
+    totals = torch.zeros(len(weights), 4, dtype=torch.float64, device=gram.device)
+    for batch, made in zip(batches, every, strict=True):
+        for (i, part), (found, scale, sums) in zip(batch, made, strict=True):
+            totals[i] += sums
+            if ranks.world > 1:
+                codes[i][part] = found
+                if refits:
+                    scales[i][part] = scale
     return [
         Rounded(
             q=replace(q, codes=made, scales=scale),
@@ -177,7 +198,7 @@ def gptq(
             nearest=plain / max(power, 1e-30),
         )
         for q, made, scale, (kept, error, plain, power) in zip(
-            nearest, codes, scales, sums.tolist(), strict=True
+            nearest, codes, scales, totals.tolist(), strict=True
         )
     ]
 
@@ -243,10 +264,11 @@ def _solve(
     return out.t()
 
 
-def _batches(weights: Sequence[Tensor]) -> Iterator[list[tuple[int, slice]]]:
+def _batches(weights: Sequence[Tensor], parts: int) -> Iterator[list[tuple[int, slice]]]:
     """Row ranges (weight, rows) that are worked on together: a loop over the inputs costs the same
     for many rows as for few, until memory is the limit."""
     limit = max(1, ROOM[weights[0].device.type] // weights[0].shape[1])
+    limit = min(limit, -(-sum(weight.shape[0] for weight in weights) // parts))
     batch: list[tuple[int, slice]] = []
     free = limit
     for i, weight in enumerate(weights):

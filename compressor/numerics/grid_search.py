@@ -13,6 +13,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from compressor_kernels.search.grid_sums import grid_sums
+from compressor_kernels.search.group_dot import LARGEST
 from torch import Tensor
 
 from compressor.ir.qtensor import QTensor, QuantSpec
@@ -52,7 +54,7 @@ def search_grid(
     check_int_spec(spec, (weight.shape[0], weight.shape[1]))
     scales, zeros = int_grid(weight, spec, narrow=narrow)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for rows in row_chunks(weight):
+    for rows in row_chunks(weight, times=4 if weight.is_cuda else 1):
         groups = weight[rows].float().view(-1, scales.shape[1], weight.shape[1] // scales.shape[1])
         weights = diagonal.float()
         if diagonal.dim() == 2:
@@ -114,10 +116,13 @@ class _Search:
     def refine(self) -> None:
         """Scales that are best for their codes, and codes that are nearest on those."""
         for _ in range(REFINEMENTS):
-            steps = self._steps(self.scales, self.zeros)
-            over = (steps * self.groups).mul_(self.weights).sum(-1)
-            scales = over / steps.square_().mul_(self.weights).sum(-1)
-            scales = scales.to(self.scales.dtype)
+            if self.fused:
+                _, over, square = self._sums(self.scales, self.zeros)
+            else:
+                steps = self._steps(self.scales, self.zeros)
+                over = (steps * self.groups).mul_(self.weights).sum(-1)
+                square = steps.square_().mul_(self.weights).sum(-1)
+            scales = (over / square).to(self.scales.dtype)
             usable = torch.isfinite(scales) & (scales * self.scales.sign() > 0)
             self.offer(torch.where(usable, scales, self.scales), self.zeros)
 
@@ -138,7 +143,25 @@ class _Search:
             self.zeros = torch.where(better, zeros, self.zeros)
         return better
 
+    @property
+    def fused(self) -> bool:
+        """Whether one kernel looks at a candidate."""
+        return self.groups.is_cuda and self.groups.shape[2] <= LARGEST
+
+    def _sums(self, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        found = grid_sums(
+            self.groups.flatten(0, 1),
+            self.weights.flatten(0, 1),
+            scales.flatten(),
+            None if zeros is None else zeros.flatten(),
+            bits=self.spec.bits,
+            lowest=self.lowest,
+        )
+        return found.view(3, *scales.shape)
+
     def _errors(self, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        if self.fused:
+            return self._sums(scales, zeros)[0]
         values = self._steps(scales, zeros).mul_(scales.float().unsqueeze(-1))
         return values.sub_(self.groups).square_().mul_(self.weights).sum(-1)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from compressor_kernels.search.group_dot import LARGEST, group_dot, group_dot_ref
 from torch import Tensor
 
 from compressor.ir.qtensor import QTensor, QuantSpec
@@ -84,6 +85,14 @@ def stretched(scales: Tensor, logs: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max
     moved = (scales * logs.exp()).clamp(-largest, largest)
     return straight(moved, lambda x: x.to(dtype).to(x.dtype))
+
+
+def scale_gradient(gradient: Tensor, steps: Tensor) -> Tensor:
+    """The gradient [O, n] float32 of scales, given that of a weight [O, C] that is steps [O, n, g]
+    times them."""
+    rows = gradient.reshape(-1, steps.shape[2]), steps.view(-1, steps.shape[2])
+    small = gradient.is_cuda and steps.shape[2] <= LARGEST
+    return (group_dot if small else group_dot_ref)(*rows).view(steps.shape[:2])
 
 
 def as_qtensor(steps: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> QTensor:

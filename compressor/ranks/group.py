@@ -211,6 +211,13 @@ class Group(Ranks):
             dist.all_reduce(tensor)
         return tensor
 
+    def beside(self, tensor: Tensor) -> Tensor:
+        spaces = tensor.new_empty(self.world, *tensor.shape)
+        spaces[self.rank] = tensor
+        with lost():
+            self._gathered(spaces.view(self.world, -1)).wait()
+        return spaces
+
     def swapped(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         sent = torch.cat(list(parts))
         found = sent.new_empty(sum(counts), *sent.shape[1:])

@@ -166,6 +166,11 @@ class Ranks:
         """Adds every rank's values, in place; exact where only one rank's are not zero."""
         return tensor
 
+    def beside(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor [world, ...]; all are on the device and of one shape and dtype. No
+        processor waits for it."""
+        return tensor[None]
+
     def swapped(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """What every rank has for this one, in the order of ranks.
 

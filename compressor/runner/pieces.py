@@ -98,6 +98,42 @@ class Pieces:
         every = [iter(found) for found in self.ranks.gather(own)]
         return losses, [next(every[owner]) for owner in owners]
 
+    def vectors(
+        self,
+        pieces: Sequence[Piece],
+        work: Callable[[Piece], Tensor],
+        width: int,
+        *,
+        settled: Callable[[], bool],
+        certain: bool,
+    ) -> tuple[Tensor, bool]:
+        """The sum over all pieces, in their order, of what `work` makes of each, float32 [width],
+        on every rank; and whether every rank has settled.
+
+        settled  whether this one's work takes no more memory from now on
+        certain  that all have: then no rank asks the others whether theirs was enough, and none
+                 waits for its device
+        """
+        most, short = -(-len(pieces) // self.ranks.world), False
+        found = torch.zeros(most, width, device=self.device)
+        try:
+            for place, piece in zip(found, self._mine(pieces), strict=False):
+                place.copy_(self._in_order(partial(work, piece)))
+        except torch.OutOfMemoryError:
+            if self.ranks.world == 1 or certain:
+                raise
+            short = True
+        if not certain and self.ranks.world > 1:
+            said = self.ranks.numbers(int(short), int(settled()))
+            if any(lacks for lacks, _ in said):
+                raise AgreedShortage
+            certain = all(done for _, done in said)
+        every = self.ranks.beside(found)
+        world, total = self.ranks.world, every[0, 0].clone()
+        for number in range(1, len(pieces)):
+            total += every[number % world, number // world]
+        return total, certain
+
     def _mine(self, pieces: Sequence[Piece]) -> list[Piece]:
         return [pieces[i] for i in self.ranks.own(len(pieces))]
 

@@ -7,9 +7,11 @@ blocks run, batches that fit the device and the graph of a step on a GPU stay he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +33,28 @@ busier."""
 WORK = 2**37
 """Weights times tokens that keep one busy: pieces of small blocks are larger, since there each
 launch counts. By the block alone, so that sums have one order wherever they are made."""
+
+
+UNASKED = 16
+"""Steps between two times that ranks ask each other whether to stop, once theirs are graphs."""
+
+
+class Folding(Protocol):
+    """A weight with few parameters, of whose gradient little is needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in]."""
+
+    @property
+    def folded(self) -> tuple[int, ...]:
+        """The shape of what is needed of its gradient."""
+
+    def write(self, out: Tensor) -> None:
+        """Puts the weight as it stands into [out, in]."""
+
+    def fold(self, gradient: Tensor) -> Tensor:
+        """What is needed of its gradient, float32; linear in it, and the same work each time."""
 
 
 class TunableBlock:
@@ -56,6 +80,7 @@ class TunableBlock:
         self._block, self._inputs, self._targets = block, inputs, targets
         device, dtype = block.runner.device, block.runner.dtype
         self._execution, self._running = execution, Pieces(execution.ranks, device)
+        self._steps, self._settled, self._fresh = 0, False, False
         self._rounded = {
             x.name: StraightInput(scheme.input, unit.input_scales.get(x.name))
             for x in unit.layout.linears
@@ -65,7 +90,7 @@ class TunableBlock:
         # How many tokens an expert is sent differs, and so do shapes.
         self._alike = all(linear.expert is None for linear in unit.layout.linears)
         self._leaves: dict[str, Tensor] = {}
-        self._places: dict[tuple[int, int], _Place] = {}
+        self._places: dict[Hashable, _Place] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,52 +135,107 @@ class TunableBlock:
         owners  the rank of each weight
         """
         self._execution.check_stop()
-        size = self._size(rows)
-        count = sum(weight.numel() for weight in weights.values())
-        most = max(1, max(TOKENS, WORK // max(count, 1)) // self._targets.hidden.shape[1])
+        size, most = self._size(rows), self._at_a_time(weights)
 
         def attempt(batch: int) -> tuple[float, list[Tensor]]:
-            leaves = self._placed(weights)
-            pieces = pieces_of(rows, min(batch, most))
-            work = partial(self._part, leaves, size)
+            leaves = self._leaves_like(weights)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    leaves[name].copy_(weight)
+            gradients = partial(self._gradients, leaves, size)
+
+            def work(piece: Piece) -> Part:
+                loss, *found = self._part(gradients, size, piece)
+                return loss.clone(), found
+
             (loss,), found = self._running.own_gradients(
-                pieces, work, list(leaves.values()), owners
+                pieces_of(rows, min(batch, most)), work, list(leaves.values()), owners
             )
             return loss, found
 
         return self._execution.halving(attempt)
 
-    def _placed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights at addresses that stay, which gradients are taken of."""
+    def loss_and_folded(
+        self, weights: Mapping[str, Folding], rows: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`loss` as a scalar, and what is folded of its gradient for each of the weights, on every
+        rank, which all have all weights. No processor waits for a GPU.
+        """
+        self._steps += 1
+        if not self._settled or self._steps % UNASKED == 0:
+            self._execution.check_stop()
+        size, most = self._size(rows), self._at_a_time(weights)
+        shapes = [weight.folded for weight in weights.values()]
+        sizes = [math.prod(shape) for shape in shapes]
+
+        def attempt(batch: int) -> Tensor:
+            leaves = self._leaves_like(weights)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.write(leaves[name])
+            gradients = partial(self._folded, leaves, weights, size)
+            self._fresh = False
+            total, self._settled = self._running.vectors(
+                pieces_of(rows, min(batch, most)),
+                lambda piece: self._part(gradients, size, piece)[0],
+                1 + sum(sizes),
+                settled=lambda: not self._fresh,
+                certain=self._settled,
+            )
+            return total
+
+        loss, *found = torch.split(self._execution.halving(attempt), [1, *sizes])
+        return loss[0], [x.view(shape) for x, shape in zip(found, shapes, strict=True)]
+
+    def _at_a_time(self, weights: Mapping[str, Tensor] | Mapping[str, Folding]) -> int:
+        """Rows of a piece at most."""
+        count = sum(math.prod(weight.shape) for weight in weights.values())
+        return max(1, max(TOKENS, WORK // max(count, 1)) // self._targets.hidden.shape[1])
+
+    def _leaves_like(
+        self, weights: Mapping[str, Tensor] | Mapping[str, Folding]
+    ) -> dict[str, Tensor]:
+        """Room for the weights at addresses that stay, which gradients are taken of."""
         if self._leaves.keys() != weights.keys():
             dtype, device = self._block.runner.dtype, self._block.runner.device
             self._places.clear()
             self._leaves = {
-                name: torch.empty_like(w, dtype=dtype, device=device).requires_grad_()
+                name: torch.empty(w.shape, dtype=dtype, device=device).requires_grad_()
                 for name, w in weights.items()
             }
-        with torch.no_grad():
-            for name, weight in weights.items():
-                self._leaves[name].copy_(weight)
         return self._leaves
 
-    def _part(self, leaves: Mapping[str, Tensor], size: int, piece: Piece) -> Part:
-        """The share of a piece in the loss and in its gradients."""
+    def _part(self, work: partial[list[Tensor]], size: int, piece: Piece) -> Sequence[Tensor]:
+        """What work gives on a piece's hidden states, targets and what they have beside them; the
+        next piece overwrites it."""
         hidden, target, side = self._rows(piece)
         if side:  # what the model makes of it is made anew for each piece
-            loss, *found = self._gradients(leaves, size, hidden, target, side)
-            return loss, found
-        place = self._places.get((len(piece), size))
+            self._fresh = True
+            return work(hidden, target, side)
+        key = work.func, len(piece), size
+        place = self._places.get(key)
         if place is None:
             recorded = Recorded(self._block.runner.recorder, recordable=self._alike)
-            place = _Place(hidden.clone(), target.clone(), recorded)
-            self._places[len(piece), size] = place
+            place = self._places[key] = _Place(hidden.clone(), target.clone(), recorded)
         place.hidden.copy_(hidden)
         place.target.copy_(target)
-        loss, *found = place.recorded.run(
-            partial(self._gradients, leaves, size, place.hidden, place.target, {})
-        )
-        return loss.clone(), found
+        self._fresh = self._fresh or not place.recorded.replays
+        return place.recorded.run(partial(work, place.hidden, place.target, {}))
+
+    def _folded(
+        self,
+        leaves: Mapping[str, Tensor],
+        weights: Mapping[str, Folding],
+        size: int,
+        hidden: Tensor,
+        target: Tensor,
+        side: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        """The same share, and what is folded of its gradients, in one vector."""
+        loss, *found = self._gradients(leaves, size, hidden, target, side)
+        with torch.no_grad():
+            folded = [w.fold(g).flatten() for w, g in zip(weights.values(), found, strict=True)]
+            return [torch.cat([loss.float().view(1), *folded])]
 
     def _gradients(
         self,
@@ -185,10 +265,13 @@ class TunableBlock:
     def _rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What enters for these rows, what is to leave, and what they have beside them."""
         device, dtype = self._block.runner.device, self._block.runner.dtype
-        index = torch.tensor(rows, device=self._inputs.hidden.device)
         side = {n: tensor[list(rows)] for n, tensor in self._inputs.beside(0, self.rows).items()}
-        hidden = self._inputs.hidden[index].to(device, dtype)
-        return hidden, self._targets.hidden[index].to(device), side
+        # Row by row: an index would wait until the GPU has it.
+        hidden, target = (
+            torch.stack([stream.hidden[row] for row in rows])
+            for stream in (self._inputs, self._targets)
+        )
+        return hidden.to(device, dtype), target.to(device), side
 
     def _error_of(self, weights: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
         return self._error(weights, *self._rows(rows))

@@ -66,12 +66,22 @@ PARTS = {
     },
     "compressor.methods.common.second_order": {
         "inverse_factor": "factors",
+        "correction": "corrections",
+        "_moved": "corrections times weights",
+        "_within_rounding": "corrections held within rounding",
+        "searched": "search of grids",
         "gptq": "rounding",
         "quantize_all": "rounding",
+    },
+    "compressor.numerics.gptq": {"_solve": "columns", "gram_error": "errors"},
+    "compressor.methods.reconstruct": {
+        "refined_rounding": "steps: begun",
+        "Reconstruct._refine": "steps, rest",
     },
     "compressor.runner.tunable_block": {
         "TunableBlock.loss": "forward",
         "TunableBlock.loss_and_gradients": "gradients",
+        "TunableBlock.loss_and_folded": "gradients",
     },
     "compressor.ranks.group": {
         "Group.each": "division",
@@ -80,6 +90,7 @@ PARTS = {
         "Group._from": "exchange: values",
         "Group._made": "exchange: values",
         "Group.gather_rows": "exchange: rows",
+        "Group.beside": "exchange: what is left of gradients",
         "Group.sum": "exchange: sums",
         "Group.maximum": "exchange: sums",
         "Group.numbers": "exchange: numbers",

@@ -8,10 +8,10 @@ Random weights of a 7B Llama's shape and of Qwen3-30B-A3B's, some blocks of each
 left out: it waits for kernels to be compiled. One Markdown table, and a line of JSON for each run:
 seconds from the end of the first block to the end of the last, the same for one block, how many
 times as fast as one GPU and its share of the GPUs, whether the manifests are equal, and the largest
-memory that tensors took on the leading GPU. Of what is learned before any block is worked on
-(`gates`, `forecasts`, `emulator`, `delta`) the same of its steps, of forecasts one a block. With
---phases each run comes once more under the clock of `phases.py`, and a table says what each part of
-a block takes on every rank.
+memory that tensors took on the leading GPU, in all and until the end of each unit. Of what is
+learned before any block is worked on (`gates`, `forecasts`, `emulator`, `delta`) the same of its
+steps, of forecasts one a block. With --phases each run comes once more under the clock of
+`phases.py`, and a table says what each part of a block takes on every rank.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def timed(
     if done.returncode:
         raise SystemExit(f"{name} on {gpus}: {done.stdout}\n{done.stderr[-4000:]}")
     events = [json.loads(line) for line in done.stderr.splitlines() if line[:1] == "{"]
-    units = [(e["unit"], e["time"]) for e in events if e["event"] == "unit"]
+    told = [event for event in events if event["event"] == "unit"]
+    units = [(event["unit"], event["time"]) for event in told]
     # The embedding comes first and the head last.
     blocks = [time for _, time in units[1:-1]]
     if case.learns is not None:
@@ -178,6 +179,7 @@ def timed(
         "blocks_s": round(blocks[-1] - blocks[0], 3),
         "block_s": round((blocks[-1] - blocks[0]) / (len(blocks) - 1), 3),
         "peak_gb": round(json.loads(done.stdout)["peak_device_bytes"] / 1e9, 2),
+        "peaks_mb": [round(event.get("device", 0) / 1e6) for event in told],
         "manifest": (output / "manifest.json").read_text("utf-8"),
     }
 

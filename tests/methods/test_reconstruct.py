@@ -7,7 +7,7 @@ import torch
 from compressor_calibration.stats import StatNeeds
 
 from compressor.methods.gptq import Gptq
-from compressor.methods.reconstruct import Reconstruct, RefinedRounding
+from compressor.methods.reconstruct import Reconstruct, RefinedRounding, refined_rounding
 from compressor.numerics.learned_grid import moved_codes
 from compressor.runner.tunable_block import TunableBlock
 from tests.support.block_bench import BlockBench
@@ -119,18 +119,37 @@ def test_codes_move_where_they_may(bench):
 def test_what_is_not_better_on_rows_held_back_is_not_taken(bench, monkeypatch):
     b = bench("llama")
     start = b.run(Gptq(**GRID, scales="search"))
-    found = TunableBlock.loss_and_gradients
+    found = TunableBlock.loss_and_folded
 
-    def uphill(self, weights, rows, owners):
-        loss, gradients = found(self, weights, rows, owners)
+    def uphill(self, weights, rows):
+        loss, gradients = found(self, weights, rows)
         return loss, [-gradient for gradient in gradients]
 
-    monkeypatch.setattr(TunableBlock, "loss_and_gradients", uphill)
+    monkeypatch.setattr(TunableBlock, "loss_and_folded", uphill)
     ours = b.run(Reconstruct(**FAST))
     assert "its start is kept" in ours.rows[0]["note"] and ours.rows[0]["best_step"] == 0
     for name, q in ours.unit.quantized.items():
         assert torch.equal(q.codes, start.unit.quantized[name].codes)
         assert torch.equal(q.scales, start.unit.quantized[name].scales)
+
+
+@pytest.mark.parametrize("grid", [{**GRID, "symmetric": False}, {"grid": "nvfp4"}])
+def test_a_gradient_of_scales_is_that_of_the_weight_they_make(grid, bench):
+    b = bench("llama")
+    linear, draw = b.layout.linears[0], torch.Generator().manual_seed(3)
+    start = b.run(Gptq(**{**grid, "damping": 0.1, "min_tokens": 16})).unit.quantized[linear.name]
+    refined = refined_rounding(b.unit.weight(linear), start, moving=False)
+    refined.logs.data += 0.02 * torch.randn(refined.logs.shape, generator=draw)
+    weight, made = refined.weight(), torch.empty(refined.shape, requires_grad=True)
+    with torch.no_grad():
+        refined.write(made)
+    assert torch.allclose(made, weight, rtol=1e-6)
+    gradient = torch.randn(weight.shape, generator=draw)
+    (wanted,) = torch.autograd.grad(weight, refined.logs, gradient)
+    folded = refined.fold(gradient)
+    assert folded.shape == refined.folded
+    (ours,) = torch.autograd.grad(refined.scales_made(), refined.logs, folded)
+    assert wanted.abs().sum() > 0 and torch.allclose(ours, wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_codes_move_to_the_nearest_and_pass_gradients_inside_the_grid(bench):

@@ -204,3 +204,18 @@ def test_a_gpu_finds_what_a_cpu_finds(name):
     assert theirs.q.codes.is_cuda
     assert theirs.error == pytest.approx(ours.error, rel=0.02)
     assert (theirs.q.codes.cpu() == ours.q.codes).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("descent", [0, 1])
+def test_rows_are_rounded_in_parts_as_they_are_together(descent):
+    weight, gram = problem()
+    inverse, spec = inverse_factor(gram, damping=0.1), SPECS["int3 group zero"]
+    weights = [weight[:7], weight[7:]]
+    nearest = [quantize(w, spec) for w in weights]
+    whole, parts = (
+        gptq(weights, nearest, inverse, descent=descent, refits=descent, parts=n) for n in (1, 3)
+    )
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.q.codes, other.q.codes) and one.kept == other.kept
+        assert torch.equal(one.q.scales, other.q.scales)
+        assert other.error == pytest.approx(one.error, rel=1e-3)

@@ -113,7 +113,8 @@ def test_rows_are_searched_alone_or_together(monkeypatch):
     weight, diagonal = groups_of_all_kinds()
     whole = search_grid(weight, diagonal, spec_of(3))
     monkeypatch.setattr(
-        "compressor.numerics.grid_search.row_chunks", lambda w: (slice(i, i + 3) for i in (0, 3, 6))
+        "compressor.numerics.grid_search.row_chunks",
+        lambda w, **how: (slice(i, i + 3) for i in (0, 3, 6)),
     )
     parts = search_grid(weight, diagonal, spec_of(3))
     assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.zeros, parts.zeros)

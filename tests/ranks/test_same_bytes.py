@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 WORLDS = (1, 2, 3, 4)
 BY_MANY = {"awq by running tokens", "gptq beside the original", "learned rounding"}
+BY_MANY |= {"refined rounding"}
 BY_MANY |= {"awq of stacked experts", "gates", "judged"}
 """What two and four ranks run, too: each way in which they share work. All else is run by three."""
 INT4 = {"bits": 4, "group_size": 32}
@@ -22,6 +23,7 @@ STATIC = {"smoothquant": {"alpha": "search", "bits": 8, "activations": "static"}
 QOQ = {"qoq": {"attention_alpha": "search"}}
 BESIDE = {"gptq": {**INT4, "correction": 0.5, "scales": "search"}}
 LEARNED = {"signround": {**INT4, "steps": 3, "batch": 4}}
+REFINED = {"reconstruct": {**INT4, "preset": "fast", "batch": 4, "held_back": 3, "min_tokens": 16}}
 REFERENCE = {"awq": {**INT4, "search": "reference", "search_tokens": 100}}
 NEEDLES = {
     **{"keys": 2, "words": 1, "min_length": 180, "max_length": 190, "lengths": 2, "prefix": ""},
@@ -45,6 +47,7 @@ LLAMA: dict[str, list[dict[str, Any]]] = {
     "smoothquant": [STATIC],
     "qoq": [QOQ],
     "learned rounding": [LEARNED],
+    "refined rounding": [REFINED],
 }
 MIXTRAL: dict[str, list[dict[str, Any]]] = {
     "nvfp4": [{"nvfp4": {"activations": "calibrated"}}],
@@ -133,7 +136,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(written: Path, recipe: str) -
     assert len(manifests) == 1
 
 
-@pytest.mark.parametrize("recipe", ["learned rounding", *LEARNING])
+@pytest.mark.parametrize("recipe", ["learned rounding", "refined rounding", *LEARNING])
 def test_ranks_share_the_rows_that_gradients_are_of(written: Path, recipe: str) -> None:
     ran = {
         n: [int((written / str(n) / recipe / f"ran.{r}").read_text()) for r in range(n)]

@@ -32,6 +32,7 @@ from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.workspace import owned
 from compressor.errors import CompressError
 from compressor.methods.awq import method as awq
+from compressor.methods.common import second_order
 from compressor.plan.recipe import make_recipe
 from compressor.ranks.join import joined
 from compressor.ranks.ranks import Ranks
@@ -75,6 +76,7 @@ def run(
         held.update(self.runner.names.held(self.unit, tensors))
 
     with (
+        patch.dict(second_order.HALVED, cpu=2**12),
         patch.object(Block, "load", loads),
         patch.object(Pieces, "_in_order", counted),
         patch.object(ShardWriter, "write", wrote),

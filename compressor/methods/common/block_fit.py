@@ -13,7 +13,7 @@ from torch import Tensor
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
 from compressor.ranks.ranks import Ranks
-from compressor.runner.tunable_block import TunableBlock
+from compressor.runner.tunable_block import Folding, TunableBlock
 
 T = TypeVar("T")
 
@@ -32,6 +32,18 @@ class Rounding(Protocol):
 
     def quantized(self) -> QTensor:
         """The codes and the grid."""
+
+
+class ScaledRounding(Folding, Rounding, Protocol):
+    """One whose scales alone move; what is folded of a gradient is that of its scales.
+
+    logs  its parameters
+    """
+
+    logs: Tensor
+
+    def scales_made(self) -> Tensor:
+        """The scales as they stand, differentiable."""
 
 
 class Step(NamedTuple):
@@ -55,11 +67,16 @@ class Division:
     """Which rank learns which of a block's linears. All of them run rows of the block, and so need
     all weights.
 
-    owners  rank of each linear, by its module path
+    owners  rank of each linear, by its module path; empty where every rank learns all of them
     """
 
     ranks: Ranks
     owners: Mapping[str, int]
+
+    @classmethod
+    def none(cls, ranks: Ranks) -> Division:
+        """Where all learn the same."""
+        return cls(ranks, {})
 
     @classmethod
     def of(cls, linears: Sequence[Linear], ranks: Ranks) -> Division:
@@ -69,10 +86,12 @@ class Division:
 
     def mine(self, linear: Linear) -> bool:
         """Whether this rank learns it."""
-        return self.owners[linear.name] == self.ranks.rank
+        return self.owners.get(linear.name, self.ranks.rank) == self.ranks.rank
 
     def every(self, mine: Mapping[str, T]) -> dict[str, T]:
         """What ranks have of their linears, by module path, of all of them."""
+        if not self.owners:
+            return dict(mine)
         gathered = self.ranks.gather(dict(mine))
         return {name: gathered[rank][name] for name, rank in self.owners.items()}
 
@@ -135,21 +154,48 @@ def steps(
             update(number)
 
 
+def scale_steps(
+    block: TunableBlock,
+    roundings: Mapping[str, ScaledRounding],
+    update: Callable[[int], None],
+    *,
+    count: int,
+    batches: Iterator[list[int]],
+    progress: Callable[[int, int, float], None],
+) -> Iterator[int]:
+    """The numbers of a fit's steps in which scales alone move, before each changes anything. Every
+    rank learns all of them: ranks send each other what is left of gradients, and no weights. It
+    may end early where a loss is not finite."""
+    for number in range(count):
+        made = [rounding.scales_made() for rounding in roundings.values()]
+        for rounding in roundings.values():
+            rounding.logs.grad = None
+        loss, gradients = block.loss_and_folded(roundings, next(batches))
+        if number % TOLD == 0:
+            progress(number, count, float(loss))
+            if not math.isfinite(loss):
+                return
+        yield number
+        torch.autograd.backward(made, gradients)
+        with torch.no_grad():
+            update(number)
+
+
 class Kept:
     """Copies of parameters at their best."""
 
     def __init__(self, roundings: Mapping[str, Rounding]) -> None:
         self._parameters = [p for rounding in roundings.values() for p in rounding.parameters()]
-        self._copies = [p.detach().clone() for p in self._parameters]
+        self.copies = [p.detach().clone() for p in self._parameters]
 
     @torch.no_grad()
     def keep(self) -> None:
         """Remember them as they are."""
-        for copy, parameter in zip(self._copies, self._parameters, strict=True):
+        for copy, parameter in zip(self.copies, self._parameters, strict=True):
             copy.copy_(parameter)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Set them to what was remembered."""
-        for copy, parameter in zip(self._copies, self._parameters, strict=True):
+    def restore(self, copies: Sequence[Tensor] | None = None) -> None:
+        """Set them to what was remembered, or to what another rank remembers."""
+        for copy, parameter in zip(copies or self.copies, self._parameters, strict=True):
             parameter.copy_(copy)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from compressor_calibration.stats import SiteStats
+from torch import Tensor
 
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
@@ -21,8 +24,13 @@ from compressor.numerics.gram import output_error
 from compressor.numerics.grid_search import search_grid
 from compressor.numerics.learned_floats import searched_scales
 from compressor.numerics.target_correction import correction
+from compressor.ranks.ranks import ALONE, Ranks
 
 Start = Callable[[Unit, Sequence[Linear], SiteStats], Mapping[str, QTensor]]
+
+HALVED = {"cpu": 2**24, "cuda": 2**22}
+"""Weights of a site that are rounded in two halves where all ranks work on it together: with fewer
+the loop over inputs takes as long for a half as for all."""
 
 MOVED = 1.0
 """How far a correction may move a weight, in units of its own rounding error. Where all linears
@@ -88,26 +96,52 @@ def round_unit(
 
     def work(site: str) -> _Site:
         linears = coded[site]
-        aim = current
-        if not corrects or context.observe is None or _routed(linears):
-            stats = context.stats[site]
+        aim, divisor, ranks = current, unit.divisors.get(site), ALONE
+        together = corrects and context.observe is not None and not _routed(linears)
+        if together and context.observe is not None:
+            stats, ranks = context.observe(current, site), context.ranks
         else:
-            stats = context.observe(current, site)
-            aim = _corrected(current, site, linears, stats, options)
+            stats = context.stats[site]
+
+        def corrected() -> Tensor | None:
+            if not together or stats.tokens < options.min_tokens:
+                return None
+            strength = options.correction
+            return correction(stats.gram, stats.cross, strength=strength, divisor=divisor)
+
+        def factored() -> InverseFactor | None:
+            found = inverse_factor(
+                stats.gram,
+                damping=options.damping,
+                act_order=options.act_order,
+                divisor=divisor,
+            )
+            # All ranks have the matrix itself.
+            return None if found is None else replace(found, gram=found.gram[:0])
+
+        def halves() -> Iterator[Any]:
+            """The correction, and the factor; alone one after the other, since each takes much
+            memory."""
+            if ranks.world == 1:
+                yield corrected()
+                yield factored()
+            else:
+                yield from ranks.each((corrected, factored), lambda half: half())
+
+        both = halves()
+        aim = _moved(current, linears, next(both))
         starts = nearest(aim, linears, stats)
         if (within := _within_rounding(aim, current, linears, starts)) is not aim:
             aim, starts = within, nearest(within, linears, stats)
         tokens = {x.name: of_expert.get(x.expert, stats.tokens) for x in linears}
         informed = [x for x in linears if tokens[x.name] >= options.min_tokens]
-        inverse = None
-        if informed:
-            inverse = inverse_factor(
-                stats.gram,
-                damping=options.damping,
-                act_order=options.act_order,
-                divisor=unit.divisors.get(site),
-            )
-        found = _solve(aim, context, informed, starts, inverse, options)
+        inverse: InverseFactor | None = next(both) if informed else None
+        if inverse is not None:
+            inverse = replace(inverse, gram=stats.gram.float())
+        parts = 1
+        if together and sum(math.prod(x.shape) for x in informed) >= HALVED[stats.gram.device.type]:
+            parts = 2
+        found = _solve(aim, context, informed, starts, inverse, options, ranks, parts)
         done = _Site(stats.tokens, {})
         for linear in linears:
             rounded = found.get(linear.name)
@@ -145,8 +179,7 @@ def round_unit(
         waves = [*([[site]] for site in plain), of_outputs, routed]
     for wave in waves:
         if corrects and wave and not _routed(coded[wave[0][0]]):
-            # All ranks observe together, and go on with what one of them made of it.
-            made = context.ranks.share([work_on(sites) for sites in wave])
+            made = [work_on(sites) for sites in wave]  # which all ranks do together
         else:
             made = context.ranks.each(
                 wave, work_on, lambda sites: sum(_work(coded[site]) for site in sites)
@@ -233,18 +266,8 @@ def _routed(linears: Sequence[Linear]) -> bool:
     return any(x.expert is not None for x in linears)
 
 
-def _corrected(
-    unit: Unit, site: str, linears: Sequence[Linear], stats: SiteStats, options: GptqOptions
-) -> Unit:
+def _moved(unit: Unit, linears: Sequence[Linear], found: Tensor | None) -> Unit:
     """The unit with the weights that linears of one site should have on its inputs."""
-    if stats.tokens < options.min_tokens:
-        return unit
-    found = correction(
-        stats.gram,
-        stats.cross,
-        strength=options.correction,
-        divisor=unit.divisors.get(site),
-    )
     if found is None:
         return unit
     for linear in linears:
@@ -277,8 +300,13 @@ def _solve(
     starts: Mapping[str, QTensor],
     inverse: InverseFactor | None,
     options: GptqOptions,
+    ranks: Ranks,
+    parts: int,
 ) -> dict[str, Rounded]:
-    """Linears that share an input and a spec are worked on together."""
+    """Linears that share an input and a spec are worked on together.
+
+    ranks, parts  as `gptq` has them
+    """
     found: dict[str, Rounded] = {}
     if inverse is None:
         return found
@@ -293,6 +321,8 @@ def _solve(
             lowest=kind[1],
             descent=options.descent,
             refits=options.refits,
+            ranks=ranks,
+            parts=parts,
         )
         found |= {x.name: rounded for x, rounded in zip(alike, made, strict=True)}
     return found
