@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from weakref import ref
 
 import torch
@@ -24,6 +25,7 @@ from compressor.ir.layout import Linear, UnitLayout, is_bias
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.common.rounding import fused_with
 from compressor.numerics import quantize, shared_options
+from compressor.numerics.awq_search import is_plain_int
 from compressor.numerics.bitdelta import sign_delta
 from compressor.numerics.chunks import row_chunks
 from compressor.verify.alignment import Matrix, align
@@ -119,6 +121,9 @@ class UnitComparison:
 
     def differences(self) -> list[Difference]:
         """Each tensor's, once the original's are moved as the written ones were."""
+        if not self.deltas and self.rotation is None and self._alike():
+            linears_of = {x.weight_name: x.name for x in self.unit.linears}
+            return [Difference(linears_of.get(name, name), 0.0, 0.0) for name in self.written]
         if not self.deltas:  # whose linears are what a fine-tune made of its base
             self.original = align(
                 self.unit,
@@ -135,6 +140,11 @@ class UnitComparison:
             elif name in self.original:
                 found.append(self._plain(name, self.written[name], self.original[name]))
         return found
+
+    def _alike(self) -> bool:
+        """Whether nothing changed, as where a checkpoint went to another format."""
+        both = ((self.written[name], self.original[name]) for name in self.written)
+        return all(torch.equal(new, old) for new, old in both)
 
     def nearest(self) -> Floats:
         """The original's tensors, its linears rounded to nearest, which replace them where they are
@@ -156,10 +166,13 @@ class UnitComparison:
             return sign_delta(weight - base, bits=bits).merged(base, self.dtype).float()
         if spec is None:
             return weight.to(self.dtype).float()
-        return quantize(weight, spec, **self._shared(linear, weight, spec)).dequantize()
+        return quantize(weight, spec, **self._options(linear, weight, spec)).dequantize()
 
-    def _shared(self, linear: Linear, weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
-        """Options of the rounding where fused linears share a scale."""
+    def _options(self, linear: Linear, weight: Tensor, spec: QuantSpec) -> dict[str, Any]:
+        """Options of the rounding: grids of ranges, which the bounds above are of, and what scale
+        fused linears share."""
+        if is_plain_int(spec):
+            return {"from_range": True}
         weights = [weight, *(self.original[x.weight_name] for x in self._fused(linear))]
         group = fused_with(linear) or 0
         return shared_options(weights, [spec] * len(weights), [group] * len(weights))[0]

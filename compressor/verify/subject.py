@@ -306,6 +306,8 @@ def _same(weight: Tensor, q: QTensor) -> bool:
     ours = q.dequantize(torch.float64)
     if weight.shape != ours.shape:
         return False
+    if torch.equal(weight, ours):  # as nearly always, seen at a tenth of the cost
+        return True
     near = [
         torch.isclose(weight[rows], ours[rows], rtol=1e-12, atol=0).all()
         for rows in row_chunks(ours)
