@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
 import itertools
 
-from autoround import run_autoround
+from peers import run_autoround
 
 from compressor.plan.recipe import Recipe, make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare

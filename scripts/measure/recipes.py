@@ -44,6 +44,11 @@ def text_options(
     parser.add_argument("--window", type=int, default=window, help="tokens of each")
 
 
+def megabytes(folder: Path) -> float:
+    """What a checkpoint's tensors take."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+
+
 class Recipes:
     """A model, held-out tokens of each kind, and what the model says of them.
 
@@ -101,7 +106,9 @@ class Recipes:
                 started = time.perf_counter()
                 make(self.rows(), Path(folder))
                 seconds = time.perf_counter() - started
-                return {**self.scores(open_source(Path(folder))), "seconds": seconds}
+                made = open_source(Path(folder))
+                size = {"MB": megabytes(Path(folder))} if made.quantized else {}
+                return {**self.scores(made), **size, "seconds": seconds}
 
         return Variant(name, measure, settings=settings, baseline=baseline)
 
@@ -140,9 +147,8 @@ class Recipes:
                 if row.get("error") is not None:
                     kind = str(row.get("error_of", "output"))
                     errors.setdefault(f"error of {kind}", []).append(float(row["error"]))
-            size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
             means = {kind: sum(values) / len(values) for kind, values in errors.items()}
             scores = self.scores(open_source(output))
-            return {**scores, "MB": size / 1e6, "seconds": seconds, **means}
+            return {**scores, "MB": megabytes(output), "seconds": seconds, **means}
 
         return Variant(name, measure, settings=recipe, baseline=baseline)

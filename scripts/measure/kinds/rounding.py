@@ -5,8 +5,8 @@
 
 Calibration: 128 rows of 512 tokens of State of the Union addresses from 1940 on. Held out: 24 rows
 of 512 of Moby-Dick and of the topics of Python's help, and 64 of each kind of the bundled held-out
-texts. Ratios are to `rtn` on the same grid. `autoround` is AutoRound itself on the same rows, where
-its package is installed.
+texts. Ratios are to `rtn` on the same grid. AutoRound itself, llm-compressor and
+GPTQModel run on the same rows, where their packages are installed.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autoround import run_autoround
 from compressor_calibration.bundled import KINDS
+from peers import run_autoround, run_gptqmodel, run_llm_compressor
 from variant import Bench, Variant
 
 from recipes import Recipes, text_options
@@ -40,8 +40,16 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 PUBLISHED = {"scales": "range", "damping": 0.01, "correction": 0.0}
 UNCORRECTED = {"correction": 0.0}
-STEPS = {"autoround": 200, "autoround 50": 50, "autoround 1000": 1000}
-"""Of AutoRound itself, for each block."""
+PEERS: dict[str, partial[None]] = {
+    "autoround": partial(run_autoround, steps=200),
+    "autoround 50": partial(run_autoround, steps=50),
+    "autoround 1000": partial(run_autoround, steps=1000),
+    "llm-compressor gptq": partial(run_llm_compressor, method="gptq"),
+    "llm-compressor awq": partial(run_llm_compressor, method="awq"),
+    "gptqmodel gptq": partial(run_gptqmodel, method="gptq"),
+    "gptqmodel awq": partial(run_gptqmodel, method="awq"),
+}
+"""Other programs."""
 HEAD = {"targets": "lm_head", "ignore": [], "group_size": 64}
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     # Parameters of each pass; the last one gets the grid as well.
@@ -93,7 +101,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, GGUF file or Hub id")
     parser.add_argument("texts", type=Path, help="what anchor_texts.py makes")
     parser.add_argument("--grids", nargs="*", choices=GRIDS, default=list(GRIDS)[:3])
-    parser.add_argument("--methods", nargs="*", choices=[*METHODS, *STEPS], default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, *PEERS], default=list(METHODS))
     text_options(parser, calibration="", windows=64)
 
 
@@ -108,9 +116,9 @@ def variants(bench: Bench) -> Iterator[Variant]:
     for grid in options.grids:
         for method in options.methods:
             baseline = f"{grid}: rtn"
-            if method in STEPS:
-                settings: dict[str, Any] = {"grid": GRIDS[grid], "steps": STEPS[method]}
-                make = partial(run_autoround, recipes.model, device=bench.device, **settings)
+            if method in PEERS:
+                settings = {"grid": GRIDS[grid], **PEERS[method].keywords}
+                make = partial(PEERS[method], recipes.model, grid=GRIDS[grid], device=bench.device)
                 name = f"{grid}: {method}"
                 yield recipes.foreign(name, make, baseline=baseline, settings=settings)
                 continue
