@@ -13,10 +13,8 @@ training ends where that loss has stopped to fall.
 """
 
 import argparse
-import json
 import math
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.checkpoint.reader import open_checkpoint
 
+VALIDATION = 0.06
+"""Share of the rows, the last, that no step sees."""
+EVERY, PATIENCE = 20, 3
+"""Steps between two validations; validations without a better one after which training ends."""
 
-def rows(options: argparse.Namespace) -> Tensor:
+
+def rows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     """Token ids [rows, length] of all texts."""
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
     first, *rest = (path.read_text("utf-8") for path in options.texts)
     if options.without:
         start, stop = (int(part) for part in options.without.split(":"))
         first = first[:start] + first[stop:]
     pieces = [tokenizer(t, add_special_tokens=False, verbose=False) for t in (first, *rest)]
-    ids = [i for piece in pieces for i in piece.input_ids]
-    count = len(ids) // options.length
-    return torch.tensor(ids[: count * options.length]).view(count, options.length)
+    ids = torch.tensor([i for piece in pieces for i in piece.input_ids])
+    return ids[: len(ids) // options.length * options.length].view(-1, options.length)
 
 
 def loss_of(model: Any, batch: Tensor) -> Tensor:
@@ -48,62 +49,42 @@ def loss_of(model: Any, batch: Tensor) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def validation_loss(model: Any, data: Tensor, batch: int) -> float:
-    """Over rows the model is not trained on."""
-    return sum(float(loss_of(model, part)) * len(part) for part in data.split(batch)) / len(data)
-
-
-def train(options: argparse.Namespace) -> dict[str, float]:
-    """Train, and write the weights of the step whose loss on the rows that are kept for validation
-    was lowest: that loss before and after, and the step."""
-    model: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
-    model = model.to(options.device).eval()  # no dropout: the shortest way to a fine-tune
-    data, steps, batch = rows(options), options.steps, options.batch
-    kept = max(1, round(len(data) * options.validation))
+def train(model: Any, data: Tensor, *, steps: int, batch: int, lr: float) -> None:
+    """Leave the model with the weights whose loss on the last rows was lowest."""
+    kept = max(1, round(len(data) * VALIDATION))
     if kept >= len(data):
         raise SystemExit(f"{len(data)} rows are too few to train and to validate on")
     data, unseen = data[:-kept], data[-kept:]
-    print(f"{len(data)} rows to train on", flush=True)
-    trained = list(model.parameters())
-    optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0)
-    warmup = max(1, steps // 20)
+    warmup, generator = max(1, steps // 20), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda n: min(1.0, (n + 1) / warmup) * (1 + math.cos(math.pi * n / steps)) / 2,
     )
-    generator = torch.Generator().manual_seed(options.seed)
     order: list[int] = []
-    best = before = validation_loss(model, unseen, batch)
-    best_step, weights = 0, [p.detach().clone() for p in trained]
-    for step in range(1, steps + 1):
+    best, best_step, weights = math.inf, 0, {}
+    for step in range(steps + 1):
+        if step % EVERY == 0 or step == steps:
+            with torch.no_grad():
+                parts = [float(loss_of(model, part)) * len(part) for part in unseen.split(batch)]
+            found = sum(parts) / len(unseen)
+            print(f"step {step}  validation {found:.4f}", flush=True)
+            if found < best:
+                best, best_step = found, step
+                weights = {name: value.clone() for name, value in model.state_dict().items()}
+            elif step - best_step >= PATIENCE * EVERY:
+                break
         while len(order) < batch:
             order += torch.randperm(len(data), generator=generator).tolist()
         chosen, order = data[order[:batch]], order[batch:]
         optimizer.zero_grad()
-        loss = loss_of(model, chosen)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        loss_of(model, chosen).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % options.every and step < steps:
-            continue
-        found = validation_loss(model, unseen, batch)
-        print(f"step {step}  loss {float(loss.detach()):.4f}  validation {found:.4f}", flush=True)
-        if found < best:
-            best, best_step = found, step
-            weights = [p.detach().clone() for p in trained]
-        elif step - best_step >= options.patience * options.every:
-            break
     if not best_step:
         raise SystemExit("no step is better than the base on unseen rows: try a lower --lr")
-    with torch.no_grad():
-        for parameter, weight in zip(trained, weights, strict=True):
-            parameter.copy_(weight)
-    model.to(open_checkpoint(options.base).dtype).save_pretrained(options.fine)
-    for path in options.base.glob("*token*"):
-        shutil.copyfile(path, options.fine / path.name)
-    return {"before": before, "after": best, "step": best_step}
+    model.load_state_dict(weights)
 
 
 def main() -> None:
@@ -119,17 +100,18 @@ def main() -> None:
     add("--batch", type=int, default=8)
     add("--length", type=int, default=512)
     add("--lr", type=float, default=5e-5)
-    add("--validation", type=float, default=0.06, help="share of the rows, the last")
-    add("--every", type=int, default=20, help="steps between two validations")
-    add("--patience", type=int, default=3, help="validations without a better one")
-    add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.fine.exists():
         parser.error(f"{options.fine} is already there")
-    started = time.perf_counter()
-    found = train(options)
-    print(json.dumps({**found, "seconds": round(time.perf_counter() - started, 1)}))
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    model = model.to(options.device).eval()  # no dropout: the shortest way to a fine-tune
+    data = rows(options, tokenizer)
+    train(model, data, steps=options.steps, batch=options.batch, lr=options.lr)
+    model.to(open_checkpoint(options.base).dtype).save_pretrained(options.fine)
+    for path in options.base.glob("*token*"):
+        shutil.copyfile(path, options.fine / path.name)
 
 
 if __name__ == "__main__":
