@@ -25,7 +25,7 @@ from compressor.methods.common.second_order import GptqOptions, round_unit
 class Gptq(OnGrid):
     """Round weights so that each rounding error is corrected by the weights rounded after it."""
 
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     integers_alone: ClassVar[tuple[str, ...]] = (*OnGrid.integers_alone, "refits")
 

@@ -18,7 +18,12 @@ RIDGE = 0.05
 
 
 def correction(
-    gram: Tensor, cross: Tensor, *, strength: float, divisor: Tensor | None = None
+    gram: Tensor,
+    cross: Tensor,
+    *,
+    strength: float,
+    divisor: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor | None:
     """α·(X° − X)ᵀX·(XᵀX + λI)⁻¹, float32 [C, C]; None where that is not finite or X is zero.
 
@@ -27,6 +32,7 @@ def correction(
     strength  α
     divisor   [C] what the inputs have been divided by for the rounding's sake: λ is that of the
               inputs before
+    weight    [O, C]: then W times all of that, [O, C], which with few rows is less work
     """
     mean = gram.diagonal().double().mean()
     if not bool(torch.isfinite(cross).all()) or not bool(torch.isfinite(gram).all()) or mean <= 0:
@@ -36,5 +42,6 @@ def correction(
     lower, failed = torch.linalg.cholesky_ex(shifted)
     if bool(failed):
         return None
+    right = cross if weight is None else weight.to(cross.dtype) @ cross
     # The matrix is symmetric: B·M⁻¹ = (M⁻¹·Bᵀ)ᵀ.
-    return torch.cholesky_solve(cross.double().T, lower).T.mul(strength).float()
+    return torch.cholesky_solve(right.double().T, lower).T.mul(strength).float()

@@ -165,3 +165,27 @@ def test_the_half_precision_gram_on_a_gpu_is_accumulated_in_fp32(band, dtype, mo
     exact = x.double().T @ x.double()
     size = x.double().abs().T @ x.double().abs()
     assert ((stats.gram.cpu().double() - exact).abs() <= 3e-5 * size).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
+def test_two_bfloat16_tensors_hold_a_difference(scale):
+    draw = torch.Generator().manual_seed(2)
+    x = (
+        torch.randn(2, 50, 30, generator=draw).bfloat16().float()
+        * torch.tensor([1.0, 0.97])[:, None, None]
+    )
+    difference = scale * (x[0] - x[1])
+    high, low = (half.float() for half in stats_module._in_two(difference))
+    assert ((high + low - difference).abs() <= 2**-16 * difference.abs()).all()
+
+
+@pytest.mark.gpu
+def test_a_cross_product_on_a_gpu_is_that_of_the_exact_difference():
+    draw = torch.Generator().manual_seed(3)
+    ours = torch.randn(3000, 1500, generator=draw).bfloat16()
+    theirs = (ours.float() * (1 + 0.01 * torch.randn(1500, generator=draw))).bfloat16()
+    found = SiteStats(1500, StatNeeds(gram=True, cross=True), device="cuda")
+    found.update(ours.cuda(), theirs.cuda())
+    exact = (theirs.double() - ours.double()).T @ ours.double()
+    off = (found.cross.double().cpu() - exact).norm() / exact.norm()
+    assert off < 1e-4

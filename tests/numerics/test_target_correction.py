@@ -27,6 +27,8 @@ def test_it_is_the_solution_of_least_squares_with_a_ridge():
     aims = torch.cat([(original - ours) @ weight.T, torch.zeros(20, 7, dtype=torch.float64)])
     best = torch.linalg.lstsq(rows, aims).solution.T
     torch.testing.assert_close(weight @ found, best, rtol=1e-3, atol=1e-4)
+    few = correction(gram.float(), cross.float(), strength=1.0, weight=weight).double()
+    torch.testing.assert_close(few, weight @ found, rtol=1e-4, atol=1e-5)
     half = correction(gram.float(), cross.float(), strength=0.5).double()
     torch.testing.assert_close(2 * half, found)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from compressor_calibration.stats import SiteStats
 from torch import Tensor
 
@@ -103,11 +104,20 @@ def round_unit(
         else:
             stats = context.stats[site]
 
+        # Whether less is solved for what a weight becomes than for what multiplies any.
+        few = sum(x.out_features for x in linears) < linears[0].in_features
+
         def corrected() -> Tensor | None:
             if not together or stats.tokens < options.min_tokens:
                 return None
-            strength = options.correction
-            return correction(stats.gram, stats.cross, strength=strength, divisor=divisor)
+            weights = [current.weight(x).float() for x in linears] if few else []
+            return correction(
+                stats.gram,
+                stats.cross,
+                strength=options.correction,
+                divisor=divisor,
+                weight=torch.cat(weights) if few else None,
+            )
 
         def factored() -> InverseFactor | None:
             found = inverse_factor(
@@ -129,7 +139,7 @@ def round_unit(
                 yield from ranks.each((corrected, factored), lambda half: half())
 
         both = halves()
-        aim = _moved(current, linears, next(both))
+        aim = _moved(current, linears, next(both), few)
         starts = nearest(aim, linears, stats)
         if (within := _within_rounding(aim, current, linears, starts)) is not aim:
             aim, starts = within, nearest(within, linears, stats)
@@ -266,13 +276,19 @@ def _routed(linears: Sequence[Linear]) -> bool:
     return any(x.expert is not None for x in linears)
 
 
-def _moved(unit: Unit, linears: Sequence[Linear], found: Tensor | None) -> Unit:
-    """The unit with the weights that linears of one site should have on its inputs."""
+def _moved(unit: Unit, linears: Sequence[Linear], found: Tensor | None, few: bool) -> Unit:
+    """The unit with the weights that linears of one site should have on its inputs.
+
+    found  what weights change by where they have few rows, [all rows, C]; else what each of them
+           is multiplied by for it, [C, C]
+    """
     if found is None:
         return unit
-    for linear in linears:
+    parts = torch.split(found, [x.out_features for x in linears]) if few else ()
+    for number, linear in enumerate(linears):
         weight = unit.weight(linear)
-        unit = unit.with_weight(linear, weight + weight.float() @ found)
+        change = parts[number] if few else weight.float() @ found
+        unit = unit.with_weight(linear, weight + change)
     return unit
 
 
