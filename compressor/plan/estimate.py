@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,9 @@ from compressor.attention.masked import PIECE_ELEMENTS
 from compressor.audit.sweep import COARSE_CONTEXTS, COARSE_LENGTH, CONTROLS, EXAMINED
 from compressor.audit.weights import CHUNK
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
+from compressor.ir.layout import Linear
 from compressor.ir.same_shape import of_one_shape
+from compressor.plan.moving_memory import page_locked_bytes, streamed_bytes
 from compressor.plan.plan import Plan
 from compressor.plan.row_memory import hidden_size, row_bytes
 from compressor.plan.spread import memory_of, working_bytes
@@ -31,6 +32,10 @@ STARTED_BYTES = {"cpu": 250 << 20, "cuda": 1280 << 20}
 """What a process takes beyond PyTorch before it holds any weight: transformers with a model's code
 and a tokenizer, workspaces of products, and CUDA's context and kernels. On a CPU it was the same to
 a few MB with either build of PyTorch; as a figure it spares `plan` the imports of a run."""
+
+FACTORING_BYTES = 512 << 20
+"""What a GPU's run that factors Gram matrices took beyond that and the units (GPTQ of blocks of
+Qwen3-30B-A3B's shape, on an H200): the libraries that do it are loaded then."""
 
 PLAIN_BYTES = 45 << 20
 """The same on a CPU where no token is run, so that neither tokenizer nor model code is loaded."""
@@ -99,12 +104,14 @@ def estimate(
     if device_memory is not None and kind == "cuda" and not any(u.tuned for u in plan.units):
         offload = inputs + working > device_memory
     raw = [sum(source_bytes(plan, unit.layout)) for unit in plan.units]
-    streams = _page_locked_bytes(plan) if kind == "cuda" else _streamed_bytes(plan)
+    streams = page_locked_bytes(plan) if kind == "cuda" else streamed_bytes(plan)
     bases = (plan.target.base_shapes(unit.layout).values() for unit in plan.units)
     streams += max(sum(spec.nbytes for spec in base) for base in bases)
     idle = not (plan.calibrated or plan.recipe.evaluate is not None or _audited_tokens(plan))
     started = PLAIN_BYTES if kind == "cpu" and idle else STARTED_BYTES[kind]
     host = resident + started + streams
+    if kind == "cuda" and any(map(_factors, plan.passes)):
+        host += FACTORING_BYTES
     held, learning = 0, _learning_bytes(plan, device, apart=apart, spread=working * (alone > 0))
     if kind == "cuda":
         held = max(working if offload else inputs + working, learning)
@@ -240,29 +247,6 @@ def _audited_tokens(plan: Plan) -> int:
     return each * (2 if wanted.of == "both" else 1)
 
 
-def _streamed_bytes(plan: Plan) -> int:
-    """One unit being read ahead, one being worked on, one being written."""
-    raw = [sum(source_bytes(plan, unit.layout)) for unit in plan.units]
-    out = [sum(spec.nbytes for spec in unit.outputs.values()) for unit in plan.units]
-    return max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
-
-
-def _page_locked_bytes(plan: Plan) -> int:
-    """What a GPU's units are read into and written from: two units as they were read, and the
-    outputs of two that wait to be written. PyTorch takes page-locked memory in powers of two for
-    every tensor, and keeps what is given back for later tensors of the same power."""
-    raw = [Counter(map(_power_of_two, source_bytes(plan, unit.layout))) for unit in plan.units]
-    out = [Counter(_power_of_two(x.nbytes) for x in unit.outputs.values()) for unit in plan.units]
-    most: Counter[int] = Counter()
-    for i in range(len(raw)):
-        most |= sum((*raw[i : i + 2], *out[max(i - 1, 0) : i + 1]), Counter())
-    return sum(size * count for size, count in most.items())
-
-
-def _power_of_two(nbytes: int) -> int:
-    return 1 << max(nbytes - 1, 0).bit_length()
-
-
 def _input_bytes(plan: Plan, device: torch.device) -> int:
     """The one buffer of activations, with what blocks are given beside them; another where the
     original's stand beside it, and one for what it makes of a block that runs with gradients."""
@@ -325,7 +309,7 @@ def _working_bytes(
     linears = [x for x in layout.linears if not x.beside or plan.schemes.linears[x.name].weight]
     worked_on = of_one_shape(linears, lambda x: x.role == "expert.down")
     largest = max((sum(math.prod(x.shape) for x in some) for some in worked_on), default=count)
-    codes = sum(x.out_features * x.in_features for x in linears) - away
+    codes = sum(_coded_bytes(plan, x) for x in linears) - away
     rows = batch * row_bytes(plan, layout, device) if unit.needs else 0
     tuning = 0
     for wanted in unit.seen:
@@ -336,17 +320,37 @@ def _working_bytes(
             rows = max(rows, kept * row_bytes(plan, layout, device))
     # A weight, what it was scaled to and its errors, some rows at a time; without data all of them.
     linear = (10 if unit.calibrated else 16) * largest
-    if device.type == "cuda" and not away:
-        # Packed, while the next inputs are made.
-        beside += sum(spec.nbytes for spec in unit.outputs.values())
-    return runtime + grams + beside + codes + max(rows, linear) + tuning
+    statistics = grams + beside
+    if device.type != "cuda":
+        return runtime + statistics + codes + max(rows, linear) + tuning
+    packed = 0 if away else sum(spec.nbytes for spec in unit.outputs.values())
+    if tuning:
+        return runtime + statistics + codes + packed + max(rows, linear) + tuning
+    # While passes watch, while they work, and while what was packed makes the next inputs.
+    original = runtime if plan.two_streams else 0
+    rows = max(rows, batch * row_bytes(plan, layout, device) if plan.calibrated else 0)
+    working = statistics + codes + packed + linear
+    return runtime + max(statistics + rows, working, original + codes + packed + rows)
+
+
+def _coded_bytes(plan: Plan, linear: Linear) -> int:
+    """Codes, a byte each, with their scales and zero points."""
+    size, spec = math.prod(linear.shape), plan.schemes.linears[linear.name].weight
+    if spec is None or spec.strategy == "block":
+        return size
+    each = spec.scale_dtype.itemsize + (spec.zero != "none")
+    return size + each * math.prod(spec.scale_shape(*linear.shape))
 
 
 def _wide(step: PassPlan) -> bool:
     """Whether a method leaves weights in float32, or factors Gram matrices, which is about as
     much; others read one linear after the other, and code it."""
-    effects = step.effects
-    return effects.transforms or (step.needs.stats.gram and not effects.rescales)
+    return step.effects.transforms or _factors(step)
+
+
+def _factors(step: PassPlan) -> bool:
+    """Whether a method factors Gram matrices."""
+    return step.needs.stats.gram and not step.effects.rescales
 
 
 def _seconds(plan: Plan, device: torch.device) -> float:

@@ -16,11 +16,13 @@ def row_bytes(plan: Plan, unit: UnitLayout, device: torch.device) -> int:
     inner = max((x.in_features for x in unit.linears if x.role == "expert.down"), default=0)
     if inner and sizes.chosen:
         widest = max((max(x.shape) for x in unit.linears if x.expert is None), default=0)
-    each = max(4 * hidden, hidden + 3 * inner) if inner else 0
+    # What enters and leaves an expert, and twice the latter times the router's weights, which most
+    # families have in float32.
+    each = max(6 * hidden, hidden + 3 * inner) if inner else 0
     length, size = plan.recipe.calibration.length, plan.compute_dtype(device).itemsize
     heads = unit.attention.heads if unit.attention else 0
     scores = heads * length * length if device.type == "cpu" else 0
-    made = max(4 * widest + 4 * hidden, 2 * hidden + sizes.chosen * each)
+    made = 4 * hidden + max(4 * widest, sizes.chosen * each)
     return length * size * made + scores * size
 
 
