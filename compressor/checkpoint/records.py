@@ -44,7 +44,8 @@ class Records:
     def put(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object, durably and whole or not at all."""
         sealed = {**value, SEAL: self._seal(name, stated_hash(value))}
-        self._write(name, json.dumps(sealed, indent=1).encode())
+        # Without line breaks: json has those made in Python, which other threads wait for.
+        self._write(name, json.dumps(sealed).encode())
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The object that `put` wrote, or None."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,20 +158,42 @@ def read_tensor(
 
     look  is shown its bytes in order, piece by piece
     """
-    nbytes = entry.end - entry.begin
-    buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin)
+    buffer = _read(entry.file, entry.begin, entry.end, pin=pin, look=look)
+    return buffer.view(entry.spec.dtype).reshape(entry.spec.shape)
+
+
+def read_run(entries: Sequence[Entry], *, pin: bool = False) -> list[Tensor]:
+    """The data of tensors that follow one another in a file, in one piece of memory."""
+    first = entries[0]
+    buffer = _read(first.file, first.begin, entries[-1].end, pin=pin)
+    return [
+        buffer[x.begin - first.begin : x.end - first.begin].view(x.spec.dtype).reshape(x.spec.shape)
+        for x in entries
+    ]
+
+
+def _read(
+    file: Path,
+    begin: int,
+    end: int,
+    *,
+    pin: bool,
+    look: Callable[[memoryview], object] | None = None,
+) -> Tensor:
+    """Bytes of a file, uint8."""
+    buffer = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pin)
     view = memoryview(buffer.numpy())
     done = 0
-    with entry.file.open("rb", buffering=0) as handle:
-        while done < nbytes:
+    with file.open("rb", buffering=0) as handle:
+        while done < len(view):
             wanted = view[done:] if look is None else view[done : done + PIECE]
-            count = os.preadv(handle.fileno(), [wanted], entry.begin + done)
+            count = os.preadv(handle.fileno(), [wanted], begin + done)
             if count == 0:
-                raise InputError(f"{entry.file.name} became shorter while it was read")
+                raise InputError(f"{file.name} became shorter while it was read")
             if look is not None:
                 look(wanted[:count])
             done += count
-    return buffer.view(entry.spec.dtype).reshape(entry.spec.shape)
+    return buffer
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

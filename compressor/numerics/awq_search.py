@@ -145,9 +145,11 @@ def search_scales_gram(
         stacks = [weight[None] for weight in weights]
         left = _shortlist(stacks, gram, candidates, spec, ranks, homes)
         parts = []
-        for numbers in _numbered(groups or [0] * len(stacks)):
+        for turn, numbers in enumerate(_numbered(groups or [0] * len(stacks))):
             home = homes[numbers[0]] if homes else None
-            mine = [left[place] for place in ranks.own(len(left))] if home is None else left
+            mine = left
+            if home is None:  # in another turn for each group: a few candidates divide unevenly
+                mine = [x for i, x in enumerate(left, turn) if i % ranks.world == ranks.rank]
             part = torch.zeros(len(candidates), 1, dtype=torch.float32, device=gram.device)
             if home in (None, ranks.rank):
                 some = [stacks[i] for i in numbers]

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,11 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compressor.errors import CompressError, Interrupted, MachineError
-from compressor.ranks.parcel import Parcel, aligned, hollow, pack, unpack
+from compressor.ranks.parcel import aligned, hollow, pack, unpack
 from compressor.ranks.ranks import AgreedShortage, Form, Ranks
 
 I = TypeVar("I")
 T = TypeVar("T")
+
+
+FRAME = 2**16
+"""Bytes that ranks tell each other at once; of more they first say how many."""
 
 
 class ElsewhereError(CompressError):
@@ -82,19 +87,20 @@ class Group(Ranks):
         """A rank's value on all of them."""
         with lost():
             mine = source == self.rank
-            parcel, buffers = pack(value) if mine else (None, {})
-            parcel = self._object(source, parcel)
+            parcel, buffers = pack(value if mine else None)
+            (about,) = _framed(pickle.dumps(parcel), partial(self._said_by, source))
+            parcel = pickle.loads(about)
             for kind, size in parcel.sizes.items():
                 if not mine:
                     buffers[kind] = torch.empty(size, dtype=torch.uint8, device=self._on(kind))
                 dist.broadcast(buffers[kind], src=source)
             return value if mine else unpack(parcel, buffers)
 
-    def _object(self, source: int, parcel: Parcel | None) -> Parcel:
-        found = [parcel]
-        dist.broadcast_object_list(found, src=source, device=torch.device("cpu"))
-        assert found[0] is not None
-        return found[0]
+    def _said_by(self, source: int, mine: bytes, room: int) -> list[bytes]:
+        """So many bytes of one rank."""
+        space = _space(mine, room)
+        dist.broadcast(space, src=source)
+        return [space.numpy().tobytes()]
 
     def _on(self, kind: str) -> torch.device:
         return self.device if kind == "cuda" else torch.device(kind)
@@ -103,7 +109,7 @@ class Group(Ranks):
         """In one exchange, in which all ranks send at a time."""
         with lost():
             parcel, buffers = pack(value)
-            about = self._blobs(pickle.dumps(parcel))
+            about = _framed(pickle.dumps(parcel), self._said)
             parcels = [parcel if r == self.rank else pickle.loads(about[r]) for r in self._all]
             every: list[dict[str, Tensor]] = [{} for _ in self._all]
             for kind in sorted({kind for found in parcels for kind in found.sizes}):
@@ -118,13 +124,12 @@ class Group(Ranks):
                     every[r][kind] = spaces[r, : sizes[r]]
             return [value if r == self.rank else unpack(parcels[r], every[r]) for r in self._all]
 
-    def _blobs(self, mine: bytes) -> list[bytes]:
-        """Some bytes of every rank."""
-        sizes = [size for (size,) in self.numbers(len(mine))]
-        spaces = torch.empty((self.world, max(sizes)), dtype=torch.uint8)
-        spaces[self.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    def _said(self, mine: bytes, room: int) -> list[bytes]:
+        """So many bytes of every rank."""
+        spaces = torch.empty((self.world, room), dtype=torch.uint8)
+        spaces[self.rank] = _space(mine, room)
         self._gathered(spaces).wait()
-        return [space[:size].numpy().tobytes() for space, size in zip(spaces, sizes, strict=True)]
+        return [space.numpy().tobytes() for space in spaces]
 
     def _gathered(self, spaces: Tensor) -> Any:
         """Fills [world, bytes] with every rank's row; this one's is there."""
@@ -333,6 +338,25 @@ def _ending(outcome: _Outcome, error: BaseException | None) -> Any:
     if outcome.code is not None:
         raise ElsewhereError(outcome.code)
     return outcome.value
+
+
+def _framed(mine: bytes, tell: Callable[[bytes, int], list[bytes]]) -> list[bytes]:
+    """Bytes of which nobody else knows how many they are: in one exchange, unless they are many."""
+    heads = tell(len(mine).to_bytes(8, "little") + mine[:FRAME], 8 + FRAME)
+    sizes = [int.from_bytes(head[:8], "little") for head in heads]
+    tails = [b""] * len(heads)
+    if max(sizes) > FRAME:
+        tails = tell(mine[FRAME:], max(sizes) - FRAME)
+    return [(h[8:] + t)[:size] for h, t, size in zip(heads, tails, sizes, strict=True)]
+
+
+def _space(data: bytes, room: int) -> Tensor:
+    """Bytes in a tensor that has room for as many or more."""
+    space = torch.zeros(room, dtype=torch.uint8)
+    if data and room:
+        some = data[:room]
+        space[: len(some)] = torch.frombuffer(bytearray(some), dtype=torch.uint8)
+    return space
 
 
 def _bytes(tensor: Tensor) -> Tensor:

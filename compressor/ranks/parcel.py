@@ -93,15 +93,23 @@ def hollow(value: T) -> T:
 
 
 class _Pickler(pickle.Pickler):
+    """Notes tensors and leaves their numbers. `persistent_id` would be called of every value there
+    is, and reports of experts have tens of thousands."""
+
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self.found: list[Tensor] = []
 
-    def persistent_id(self, value: Any) -> int | None:
+    def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return None
+            return NotImplemented
         self.found.append(value)
-        return len(self.found) - 1
+        return _tensor, (len(self.found) - 1,)
+
+
+def _tensor(number: int) -> Tensor:
+    """Stands in a pickle for what gives a tensor by its number."""
+    raise LookupError(f"tensor {number} of a parcel that nobody unpacks")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -109,5 +117,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(stream)
         self.tensors = tensors
 
-    def persistent_load(self, number: int) -> Tensor:
-        return self.tensors[number]
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (__name__, _tensor.__name__):
+            return self.tensors.__getitem__
+        return super().find_class(module, name)

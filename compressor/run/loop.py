@@ -39,6 +39,7 @@ from compressor.run.settings import JobSettings, UnitDone
 from compressor.run.source_content import SourceContent
 from compressor.runner.block_runner import Block
 from compressor.runner.expert_groups import experts_at_once
+from compressor.runner.heap import settled
 from compressor.runner.process_memory import peak_rss
 from compressor.runner.rounds import every_row
 from compressor.runner.source_model import SourceModel
@@ -120,7 +121,7 @@ class Loop:
         execution = Execution(
             settings.batch, offload=settings.offload, stopping=agreed.stopping, ranks=ranks
         )
-        with CommitQueue(self.writer, settings.device, self.writing) as output:
+        with settled(), CommitQueue(self.writer, settings.device, self.writing) as output:
             started = time.perf_counter()
             try:
                 for step in walk([model], execution=execution, read=self._read, units=self.own):
@@ -294,8 +295,8 @@ class Loop:
         kept = original if self._from_source(unit) or self._beside(unit) else {}
         ranks = self.settings.ranks
         own, others = self.plan.target.encode_with(current, ranks=ranks)
-        # The leading rank's decides of what is no one rank's.
-        others, rows = ranks.share((others, rows))
+        # The leading rank's decides of what is no one rank's; it alone keeps rows of the report.
+        others = ranks.share(others)
         return _Worked(own, others, rows, kept, current.quantized)
 
     def _to_write(self, worked: _Worked) -> dict[str, Tensor] | None:

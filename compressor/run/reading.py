@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from compressor.ir.floats import on_device
 from compressor.ir.same_shape import homes
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
+from compressor.ranks.parcel import hollow
 from compressor.ranks.ranks import Ranks
 from compressor.run.source_content import SourceContent
 
@@ -36,9 +37,7 @@ class Reader:
         pin = self.device.type == "cuda"
         if not self._divided(index):
             return self.content.read(index, pin=pin)
-        names, home = self._names(index), self._at_one(index)
-        mine = self.ranks.mine(names, self._nbytes, home.get)
-        part, self._digests[index] = self.content.read_part(index, mine, pin=pin)
+        part, self._digests[index] = self.content.read_part(index, self._mine(index), pin=pin)
         return part
 
     def whole(self, index: int, part: Unit) -> Unit:
@@ -47,13 +46,11 @@ class Reader:
         if not self._divided(index):
             return part
         tensors, digests = {**part.tensors, **part.extra}, self._digests.pop(index)
-
-        def read(name: str) -> tuple[Tensor, str]:
-            return tensors[name].to(self.device, non_blocking=True), digests[name]
-
-        names, home = self._names(index), self._at_one(index)
-        made = self.ranks.each(names, read, self._nbytes, home.get)
-        found = dict(zip(names, made, strict=True))
+        home = self._at_one(index)
+        own = {n: (on_device(tensors[n], self.device), digests[n]) for n in self._mine(index)}
+        told = {n: hollow(x) if n in home else x for n, x in own.items()}
+        found = {n: x for every in self.ranks.gather(told) for n, x in every.items()} | own
+        found = {name: found[name] for name in self._names(index)}
         self.content.note(index, {name: digest for name, (_, digest) in found.items()})
         layout = self.plan.units[index].layout
         return self.plan.source.assemble(layout, {name: t for name, (t, _) in found.items()})
@@ -89,5 +86,18 @@ class Reader:
     def _names(self, index: int) -> tuple[str, ...]:
         return self.plan.source.names(self.plan.units[index].layout)
 
-    def _nbytes(self, name: str) -> float:
-        return float(self.plan.source.checkpoint.entry(name).spec.nbytes)
+    def _mine(self, index: int) -> list[str]:
+        """What this rank reads of a divided unit, beside what it has alone: tensors that follow one
+        another in a file."""
+        home, entry = self._at_one(index), self.plan.source.checkpoint.entry
+        names = sorted(self._names(index), key=lambda n: (entry(n).file, entry(n).begin))
+        total = sum(entry(n).spec.nbytes for n in names if n not in home)
+        mine, done = [], 0
+        for name in names:
+            reader = home.get(name)
+            if reader is None:
+                reader = done * self.ranks.world // max(total, 1)
+                done += entry(name).spec.nbytes
+            if reader == self.ranks.rank:
+                mine.append(name)
+        return mine

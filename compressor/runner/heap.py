@@ -1,20 +1,35 @@
-"""Gives memory that is free back to the system, so that resident size does not grow with depth.
+"""When garbage is looked for, and when memory that is free goes back to the system.
 
-glibc learns to take ever larger blocks (up to 32 MB) from heaps that shrink only at their end.
-Units read, worked on and written by several threads leave such heaps in pieces: on a model of 16
-equal layers the resident size grew by 17 MB with each, with nothing alive. Trimming after each unit
-gives the pieces back; forbidding such heaps would too, but then every product pays for new pages.
+Resident size is not to grow with depth. glibc learns to take ever larger blocks (up to 32 MB) from
+heaps that shrink only at their end. Units read, worked on and written by several threads leave such
+heaps in pieces: on a model of 16 equal layers the resident size grew by 17 MB with each, with
+nothing alive. Trimming after each unit gives the pieces back; forbidding such heaps would too, but
+then every product pays for new pages.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
+from collections.abc import Iterator
 
 import torch
 
 M_ARENA_MAX = -8
 """glibc's number for the most heaps of a process."""
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Look for no garbage among what is there by now, for the length of a `with`: of a million
+    objects that modules made that takes most of a second, in the middle of a block, and other ranks
+    wait for it."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def share_heap() -> None:
