@@ -15,14 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.hashed_reads import hash_of_bytes, read_hashed
 from compressor.checkpoint.lfs import is_pointer, lost_link, pointer_error
-from compressor.checkpoint.safetensors import (
-    Entry,
-    read_header,
-    read_run,
-    read_tensor,
-    tensor_bytes,
-)
+from compressor.checkpoint.safetensors import Entry, read_header, read_tensor
 from compressor.errors import CompressError, InputError, Problems, several
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.layout import weight_name
@@ -43,11 +38,6 @@ UNFINISHED = (".cache/huggingface/download/*.incomplete", "*.incomplete", "*.par
 """What downloads leave where they end early."""
 READ_THREADS = min(16, max(4, 3 * (os.cpu_count() or 1) // 4))
 """A thread hashes 1.2 GB/s: sixteen read and hash 11.9 GB/s of what memory holds, eight 6.8."""
-
-RUN = 2**24
-"""Bytes of tensors that are read as one."""
-ALIGNED = 256
-"""Bytes at whose multiples one of them begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +101,9 @@ class Checkpoint:
     def read_hashed(
         self, names: Iterable[str], *, pin: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """`read`, and the SHA-256 of each tensor's bytes: of what files hold, while it is read.
-
-        Small tensors that follow one another in a file are read as one: what a thread calls once a
-        tensor takes Python from who works meanwhile.
-        """
+        """`read`, and the SHA-256 of each tensor's bytes: of what files hold, while it is read."""
         entries = {name: self.entry(name) for name in names}
-
-        def read(run: list[str]) -> dict[str, tuple[Tensor, str]]:
-            if len(run) == 1:
-                found = hashlib.sha256()
-                tensor = read_tensor(entries[run[0]], pin=pin, look=found.update)
-                return {run[0]: (tensor, found.hexdigest())}
-            data = read_run([entries[name] for name in run], pin=pin)
-            return {n: (t, hash_of_bytes(t)) for n, t in zip(run, data, strict=True)}
-
-        # The largest first: it takes longest.
-        runs = sorted(
-            _runs(entries), key=lambda run: -sum(entries[name].spec.nbytes for name in run)
-        )
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            found = {n: x for some in pool.map(read, runs) for n, x in some.items()}
-        return {n: found[n][0] for n in entries}, {n: found[n][1] for n in entries}
+        return read_hashed(entries, pin=pin, threads=READ_THREADS)
 
     def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """What files hold of the named tensors, as they hold it and under the names there."""
@@ -163,33 +134,6 @@ def digests_of(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) ->
     """SHA-256 of each tensor's bytes."""
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(tensors, pool.map(hash_of_bytes, tensors.values()), strict=True))
-
-
-def hash_of_bytes(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes as they are stored."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def _runs(entries: Mapping[str, Entry]) -> list[list[str]]:
-    """Names of tensors that follow one another in a file, of `RUN` bytes together at most, or of a
-    single one. Each begins where one that is read alone would, as far as arithmetic can tell."""
-    found: list[list[str]] = []
-    first: Entry | None = None
-    last: Entry | None = None
-    for name in sorted(entries, key=lambda n: (entries[n].file, entries[n].begin)):
-        entry = entries[name]
-        follows = first is not None and last is not None
-        if first is not None and last is not None:
-            follows = (entry.file, entry.begin) == (last.file, last.end)
-            follows = follows and entry.end - first.begin <= RUN
-            follows = follows and (entry.begin - first.begin) % ALIGNED == 0
-        if follows:
-            found[-1].append(name)
-        else:
-            found.append([name])
-            first = entry
-        last = entry
-    return found
 
 
 def hash_of(digests: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.checkpoint import reader, safetensors
+from compressor.checkpoint import hashed_reads, safetensors
 from compressor.checkpoint.container import Container, Safetensors, lay_out
 from compressor.checkpoint.reader import digests_of, open_checkpoint
 from compressor.checkpoint.source import Source, open_source
@@ -81,15 +81,15 @@ def test_what_is_hashed_while_it_is_read_is_what_is_read(
 ) -> None:
     """Tensors of files piece by piece or several at once, and those that a checkpoint makes."""
     monkeypatch.setattr(safetensors, "PIECE", 1000)
-    monkeypatch.setattr(reader, "RUN", 100_000)
+    monkeypatch.setattr(hashed_reads, "RUN", 100_000)
     runs: list[int] = []
-    whole = reader.read_run
+    whole = hashed_reads.read_run
 
     def read_run(entries: Sequence[safetensors.Entry], *, pin: bool = False) -> list[torch.Tensor]:
         runs.append(sum(entry.spec.nbytes for entry in entries))
         return whole(entries, pin=pin)
 
-    monkeypatch.setattr(reader, "read_run", read_run)
+    monkeypatch.setattr(hashed_reads, "read_run", read_run)
     source = open_source(tiny_model(model_type))
     for unit in source.layout.units[:2]:
         names = source.names(unit)
