@@ -77,6 +77,9 @@ METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "reconstruct fast": [("reconstruct", {"preset": "fast"})],
     "reconstruct good": [("reconstruct", {"preset": "good"})],
     "reconstruct best": [("reconstruct", {"preset": "best"})],
+    "reconstruct fast, damping .3": [("reconstruct", {"preset": "fast", "damping": 0.3})],
+    "reconstruct fast, damping 1": [("reconstruct", {"preset": "fast", "damping": 1.0})],
+    "reconstruct good, damping .3": [("reconstruct", {"preset": "good", "damping": 0.3})],
     "reconstruct good, reach .15": [("reconstruct", {"reach": 0.15})],
     "reconstruct good, reach .4": [("reconstruct", {"reach": 0.4})],
     "reconstruct good, uncorrected": [("reconstruct", {"correction": 0.0})],
@@ -94,6 +97,10 @@ METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "rotate + gptq uncorrected": [("rotate", {}), ("gptq", UNCORRECTED)],
     "rotate + gptq as published": [("rotate", {}), ("gptq", PUBLISHED)],
     "rotate + reconstruct fast": [("rotate", {}), ("reconstruct", {"preset": "fast"})],
+    "rotate + reconstruct fast, damping .3": [
+        ("rotate", {}),
+        ("reconstruct", {"preset": "fast", "damping": 0.3}),
+    ],
 }
 
 
