@@ -32,10 +32,14 @@ def decode(config: Config, module: str, tensors: Arrays) -> CodedWeight | None:
     scales = numbers(tensors, "scales", shape=(groups, rows), dtypes=FLOAT_DTYPES).T
 
     def nibbles(words: Array) -> NDArray[np.uint8]:
-        bits = np.ascontiguousarray(words.astype("<i4").view("<u4").T)
-        found = np.empty((bits.shape[0] * 8, bits.shape[1]), dtype=np.uint8)
-        for output, nibble in enumerate(AWQ_NIBBLE_OF_OUTPUT):
-            found[output::8] = (bits >> (4 * nibble)) & 15
+        # By bytes, each of which holds two: words are four times as much to go through.
+        turned = np.ascontiguousarray(words.T).astype("<i4", copy=False)
+        pairs = turned.view(np.uint8).reshape(*turned.shape, 4)
+        found = np.empty((turned.shape[0] * 8, turned.shape[1]), dtype=np.uint8)
+        for number in range(4):
+            pair = np.ascontiguousarray(pairs[..., number])
+            found[AWQ_NIBBLE_OF_OUTPUT.index(2 * number) :: 8] = pair & 15
+            found[AWQ_NIBBLE_OF_OUTPUT.index(2 * number + 1) :: 8] = pair >> 4
         return found
 
     codes, zeros = nibbles(qweight), nibbles(qzeros).astype(np.float64)

@@ -29,8 +29,9 @@ def by_rows(
 
 def bit_stream(words: Array, *, bits: int, count: int) -> NDArray[np.uint8]:
     """Codes [n, count] of int32 rows [n, words] read as one little-endian bit stream each."""
-    stream = np.ascontiguousarray(words).astype("<i4").view(np.uint8)
-    stream = np.pad(stream, ((0, 0), (0, 1)))
+    stream = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    if 8 % bits:  # else no code goes on in the next byte
+        stream = np.pad(stream, ((0, 0), (0, 1)))
     codes = np.empty((stream.shape[0], count), dtype=np.uint8)
     period = 8 // math.gcd(bits, 8)  # codes after which one starts at a whole byte again
     for k in range(min(period, count)):
