@@ -1,6 +1,7 @@
 """AutoAWQ's GEMM format: asymmetric 4-bit weights, transposed, eight outputs to a word.
 
-qweight  int32 [in, out/8]: nibble k of word c holds the code of output 8c + ORDER[k]
+qweight  int32 [in, out/8]: the nibbles of word c hold the codes of outputs 8c + 0, 2, 4, 6, 1, 3,
+         5, 7
 qzeros   int32 [in/G, out/8], the same way, zero points as they are
 scales   float16 [in/G, out]
 A symmetric weight is held exactly, with every zero point 8.
@@ -33,8 +34,6 @@ from compressor.ir.scheme import Scheme
 from compressor.ir.tensor import TensorShape
 
 BITS = 4
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 PER_WORD = 8
 
 
@@ -137,15 +136,15 @@ class AutoAWQ(Format):
 
 def _pack(values: Tensor) -> Tensor:
     """uint8 [n, out] → int32 [n, out/8] in AutoAWQ's order."""
-    blocks = values.reshape(values.shape[0], -1, PER_WORD)[:, :, list(ORDER)]
-    return pack_words(blocks.flatten(1), BITS)
+    pairs = values.reshape(values.shape[0], -1, PER_WORD // 2, 2)
+    return pack_words(pairs.mT.flatten(1), BITS)
 
 
 def _unpack(words: Tensor) -> Tensor:
     """The inverse of `_pack`."""
     count = words.shape[1] * PER_WORD
-    blocks = unpack_words(words, BITS, count).reshape(words.shape[0], -1, PER_WORD)
-    return blocks[:, :, list(INVERSE)].flatten(1)
+    halves = unpack_words(words, BITS, count).reshape(words.shape[0], -1, 2, PER_WORD // 2)
+    return halves.mT.flatten(1)
 
 
 FORMAT = AutoAWQ()
