@@ -42,6 +42,9 @@ MAIN = ("smol", "smollm2-135m")
 """Folders of the model that the page is about; those of others are their names."""
 FIRST_PARTS = ("awq", "rotate")
 """What rows of passes that begin with them are held against."""
+OTHERS = ("llm-compressor", "gptqmodel")
+"""Other programs: their rows are held against ours of the same method."""
+OURS = ("gptq", "awq")
 Row = Mapping[str, Any]
 
 
@@ -85,6 +88,12 @@ def _rounds(method: str) -> bool:
     return method.split(",")[0] == "rtn"
 
 
+def _follows(method: str, ours: str) -> bool:
+    """Whether it begins with a pass of ours, or is another program's of the same name."""
+    begins = ours in FIRST_PARTS and method.startswith(f"{ours} + ")
+    return begins or (ours in OURS and method in {f"{other} {ours}" for other in OTHERS})
+
+
 def _key(row: Row) -> tuple[str, str, str, str]:
     return row.get("model", ""), row["grid"], row["method"], row["calibration"]
 
@@ -106,21 +115,19 @@ def page(data: Mapping[str, Any]) -> str:
     for model in ("", *sorted({r["model"] for r in rows if "model" in r})):
         there = [r for r in rows if r.get("model", "") == model]
         originals = [r for r in there if r["method"] == "original"]
-        elsewhere = data["elsewhere"] if not model else []
         for grid, label in data["grids"].items():
             own = [r for r in there if r["grid"] == grid]
             if not own:
                 continue
             own.sort(key=lambda r: (r["calibration"], -r["top1"]))
             title = f"Small {model}: {label}" if model else label
-            parts += [f"## {title}", "", *table([*originals, *own], elsewhere, grid), ""]
+            parts += [f"## {title}", "", *table([*originals, *own]), ""]
             parts += [*claims(own), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def table(rows: Sequence[Row], elsewhere: Sequence[Row], grid: str) -> Iterator[str]:
-    """Perplexities, the mean KL over kinds, agreement, bytes and time; and what is known from
-    elsewhere of AutoRound, where it was not run beside the others."""
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Perplexities, the mean KL over kinds, agreement, bytes and time."""
     yield f"| | calibrated on | {' | '.join(KINDS.values())} | KL | top-1 | MB | seconds |"
     yield "|---" * (len(KINDS) + 6) + "|"
     for row in rows:
@@ -129,19 +136,14 @@ def table(rows: Sequence[Row], elsewhere: Sequence[Row], grid: str) -> Iterator[
         kl = f"{sum(divergences) / len(divergences):.4f}" if divergences else ""
         about = [kl, f"{row['top1']:.3f}", f"{row.get('MB', '')}", f"{row.get('seconds', '')}"]
         yield f"| {_name(row)} | {row['calibration']} | {' | '.join([*cells, *about])} |"
-    for other in elsewhere:
-        if other["grid"] == grid and not any(row["method"] == "autoround" for row in rows):
-            cells = [f"{other['perplexity'].get(kind, '')}" for kind in KINDS]
-            tail = ["", "", "", f"{other['seconds']}"]
-            yield f"| {other['method']} | speeches | {' | '.join([*cells, *tail])} |"
 
 
 def claims(rows: Sequence[Row]) -> Iterator[str]:
     """Each method against what came before it, kind by kind, where a difference is more than two
     paired standard errors."""
-    for baseline in (*BASELINES, *FIRST_PARTS):
+    for baseline in (*BASELINES, *dict.fromkeys((*FIRST_PARTS, *OURS))):
         for row in rows:
-            if baseline in FIRST_PARTS and not row["method"].startswith(f"{baseline} + "):
+            if baseline not in BASELINES and not _follows(row["method"], baseline):
                 continue
             bases = [
                 r
