@@ -24,6 +24,14 @@ def packed_shape(checkpoint: Checkpoint, path: str) -> tuple[int, int]:
     if blocks is not None and len(blocks.spec.shape) == 3:
         rows, groups, half = blocks.spec.shape
         return rows, groups * half * 2
+    words, scales = (entries.get(f"{path}.{leaf}") for leaf in ("qweight", "scales"))
+    if words is not None and scales is not None and len(words.spec.shape) == 2:
+        rows, first = scales.spec.shape[-1], words.spec.shape[0]
+        if words.spec.shape[1] != rows:
+            return rows, first  # AutoAWQ packs outputs, GPTQ inputs
+        bits = (checkpoint.config.get("quantization_config") or {}).get("bits")
+        if type(bits) is int and bits > 0:
+            return rows, first * 32 // bits
     raise InputError(
         f"{path} is packed in a form that does not tell its shape",
         hint="such a checkpoint is read with its architecture's map alone",

@@ -89,6 +89,15 @@ class Source:
         tensors = {leaf: entries[path].spec for leaf, path in paths if path in entries}
         return self.format.stored(tensors, scheme, linear.shape, model_dtype=self.checkpoint.dtype)
 
+    @property
+    def float_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of all tensors, as they are where nothing is quantized."""
+        coded = [x for x in self.layout.linears if self.schemes.linears[x.name].weight is not None]
+        packed = {f"{x.name}.{leaf}" for x in coded for leaf in self.stored(x)}
+        stored = self.checkpoint.shapes.items()
+        shapes = {n: s for n, s in stored if n not in packed and not is_cache_scale(n)}
+        return {**shapes, **{x.weight_name: x.shape for x in coded}}
+
     def names(self, unit: UnitLayout, *, carried: bool = True) -> tuple[str, ...]:
         """Names on disk of all of a unit's tensors, in a fixed order; those that are carried over,
         which no forward pass uses, only where they are asked for."""

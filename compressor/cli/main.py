@@ -97,6 +97,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     context = None
     try:
+        require_utf8(arguments)
         # Not cli.main, which ends with 1, a failed check, when the reader of a pipe has gone.
         with cli.make_context("compress", arguments, color=colour()) as context:
             code = cli.invoke(context)
@@ -113,6 +114,18 @@ def main() -> None:
             problems += _late_junit(error, arguments)
         report(problems, code, as_json="--json" in arguments)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Raises InputError for words that are no UTF-8, as names of files may be."""
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{word} is not UTF-8, and the libraries that read models take no other paths",
+                hint="rename the file or folder, or name it by a link",
+            ) from error
 
 
 def outcome(error: BaseException) -> tuple[int, list[CompressError]]:

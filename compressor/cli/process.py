@@ -38,6 +38,7 @@ def program() -> NoReturn:
     """
     code: Any = 130
     try:
+        speak_utf8()
         sys.setswitchinterval(TURN)
         catch_signals()
         open_streams()
@@ -55,6 +56,14 @@ def program() -> NoReturn:
     except OSError:
         code = 3  # nowhere to report to
     os._exit(code if isinstance(code, int) else 0)
+
+
+def speak_utf8() -> None:
+    """Start again in UTF-8 where the locale has another encoding and Python was told to keep it:
+    recipes are UTF-8, and libraries take paths in nothing else."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts, too
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def catch_signals() -> None:

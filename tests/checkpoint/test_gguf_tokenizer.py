@@ -44,6 +44,22 @@ def test_a_byte_level_tokenizer_gives_the_ids_of_the_one_it_was_written_from(tmp
     assert tokenizer(chat, add_special_tokens=False)["input_ids"][0] == 1
 
 
+def test_named_chat_templates_come_along(tmp_path, byte_level):
+    named = {
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "T {{x}}",
+    }
+    metadata = byte_level_metadata(byte_level)
+    plain = metadata["tokenizer.chat_template"]
+    tokenizer = load_tokenizer(tmp_path, metadata | named)
+    assert tokenizer.chat_template == {"default": plain, "tool_use": "T {{x}}"}
+    said = {"conversation": [{"role": "user", "content": "hi"}], "tokenize": False}
+    assert tokenizer.apply_chat_template(**said) == "<|im_start|>user\nhi"
+    assert tokenizer.apply_chat_template(**said, chat_template="tool_use", x="tools") == "T tools"
+    del metadata["tokenizer.chat_template"]  # named ones alone
+    assert load_tokenizer(tmp_path, metadata | named).chat_template == {"tool_use": "T {{x}}"}
+
+
 @pytest.mark.parametrize(
     ("name", "pieces"),
     [

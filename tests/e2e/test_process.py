@@ -148,3 +148,18 @@ def test_a_source_tree_that_is_not_installed(recipe: Path, tmp_path: Path) -> No
     assert made.returncode == 0, made.stderr
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
     assert config["quantization_config"]["meta"]["quantizer"] == [f"compressor:{__version__}"]
+
+
+def test_a_locale_without_utf8_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "mödel"
+    folder.mkdir()
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "compressor", "inspect"]
+    done = subprocess.run(
+        [*command, folder], env=os.environ | locale, capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"error: {folder} has no config.json".encode() in done.stderr
+    odd = os.fsencode(tmp_path) + b"/m\xf6del"
+    done = subprocess.run([*map(os.fsencode, command), odd], capture_output=True, check=False)
+    assert done.returncode == 2 and b"is not UTF-8" in done.stderr

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from compressor.checkpoint.find import locate
 from compressor.checkpoint.reader import open_checkpoint
 from compressor.cli.main import cli
 from compressor.errors import InputError
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import compile_checkpoint, prepare
 from tests.support.family_checks import marks_of_an_equal_draft, said
 
 
@@ -43,3 +47,34 @@ def test_what_is_not_certain_is_marked_and_the_command_prints_a_map(
     chosen = str(tmp_path / "my.yaml")
     source = locate(str(tiny_model("qwen3")), fetch=False, chosen=chosen).source
     assert said(source.layout) == said(locate(str(tiny_model("qwen3")), fetch=False).source.layout)
+
+
+@pytest.mark.parametrize(
+    ("passes", "format"),
+    [
+        ([{"rtn": {"bits": 4, "group_size": 32, "symmetric": False}}], "compressed-tensors"),
+        ([{"rtn": {"bits": 4, "group_size": 32}}], "gptq"),
+        ([{"awq": {"bits": 4, "group_size": 32, "symmetric": False}}], "autoawq"),
+        ([{"fp8": {}}], "compressed-tensors"),
+        ([{"mxfp4": {}}, {"kv_cache": {"element": "fp8"}}], "compressed-tensors"),
+    ],
+)
+def test_a_quantized_model_gives_the_map_of_its_original(
+    passes: list[Any], format: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    drafted = []
+    recipe = {
+        "model": str(tiny_model("qwen3")),
+        "output": str(tmp_path / "out"),
+        "passes": passes,
+        "format": format,
+        "calibration": {"samples": 2, "length": 32},
+        "verify": False,
+        "report": False,
+    }
+    output = compile_checkpoint(prepare(make_recipe(recipe), device=torch.device("cpu"))).output
+    for folder in (recipe["model"], output):
+        result = CliRunner().invoke(cli, ["map", "draft", str(folder)])
+        assert result.exit_code == 0, result.exception
+        drafted.append(result.output)
+    assert drafted[0] == drafted[1]

@@ -29,6 +29,7 @@ from compressor.errors import InputError
 # Kinds of token, as tokenizer.ggml.token_type counts them.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
+TEMPLATE = "tokenizer.chat_template"
 SPECIAL_TOKENS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": "tokenizer.ggml.eos_token_id",
@@ -119,13 +120,28 @@ def tokenizer_files(metadata: Mapping[str, Any], *, max_length: int) -> dict[str
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        config["chat_template"] = template
+    if templates := _templates(metadata):
+        config["chat_template"] = templates
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": text.encode(),
     }
+
+
+def _templates(metadata: Mapping[str, Any]) -> str | list[dict[str, str]]:
+    """The chat template; with others by their names, for tools or retrieval, all of them as
+    tokenizer_config.json has several."""
+    found = {"default": metadata.get(TEMPLATE)}
+    found |= {
+        key.removeprefix(f"{TEMPLATE}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{TEMPLATE}.")
+    }
+    texts = {name: text for name, text in found.items() if isinstance(text, str)}
+    if [*texts] == ["default"]:
+        return texts["default"]
+    return [{"name": name, "template": text} for name, text in texts.items()]
 
 
 def _special_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:

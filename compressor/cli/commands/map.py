@@ -39,21 +39,19 @@ def draft(model: str, output: Path | None) -> None:
     """
     import yaml
 
+    from compressor.arch.load import NO_MAP
     from compressor.checkpoint.reader import open_checkpoint
-    from compressor.errors import InputError
+    from compressor.checkpoint.source import as_source
     from compressor.foreign.calls import foreign
     from compressor.runner.draft import draft as draft_map
 
     checkpoint = open_checkpoint(Path(model).expanduser())
-    if "quantization_config" in checkpoint.config:
-        raise InputError(
-            f"{model} is quantized, and a map says what the original's tensors are",
-            hint="draft it from the original: both have the same",
-        )
-    headers = {name: entry.spec.shape for name, entry in checkpoint.entries.items()}
+    config, headers = dict(checkpoint.config), checkpoint.shapes
+    if config.pop("quantization_config", None) is not None:
+        headers = as_source(checkpoint, chosen=NO_MAP).float_shapes
     with foreign("no map can be drafted: the model does not run as config.json describes it"):
-        found = draft_map(checkpoint.config, headers)
-    model_type = checkpoint.config.get("model_type")
+        found = draft_map(config, headers)
+    model_type = config.get("model_type")
     lines = [
         f"# {model_type}: a draft. docs/adding.md says what its lines mean.",
         "# Every fold was seen on a block with random weights.",
