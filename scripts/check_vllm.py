@@ -63,22 +63,11 @@ ENVIRONMENT = {
 }
 
 
-def widths(config: dict[str, Any]) -> list[int]:
-    """Numbers that the linears' widths are, as far as config.json says them."""
+def fits(form: Form, config: dict[str, Any]) -> bool:
+    """Whether a form is for the shapes of a model, as far as config.json says them."""
     keys = ("hidden_size", "intermediate_size", "moe_intermediate_size")
-    return [config[key] for key in keys if config.get(key)]
-
-
-def forms_of(model: Path, names: list[str]) -> list[str]:
-    """The forms that fit the shapes of a model."""
-    config = json.loads((model / "config.json").read_text())
-    experts = "num_local_experts" in config or "num_experts" in config
-    return [
-        name
-        for name in names
-        if all(width % FORMS[name].multiple == 0 for width in widths(config))
-        and not (experts and FORMS[name].dense_only)
-    ]
+    even = all((config.get(key) or 0) % form.multiple == 0 for key in keys)
+    return even and not (form.dense_only and {"num_local_experts", "num_experts"} & config.keys())
 
 
 def last_error(log: str) -> str:
@@ -141,7 +130,7 @@ def theirs(output: Path, tokens: Path, args: argparse.Namespace) -> dict[str, An
 
 def child(checkpoint: str, tokens: str, result: str, options: list[str]) -> None:
     """In vLLM's environment: the mean loss of the windows."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, __version__
 
     model = LLM(
         model=checkpoint,
@@ -163,42 +152,21 @@ def child(checkpoint: str, tokens: str, result: str, options: list[str]) -> None
         for window, answer in zip(windows, answers, strict=True)
         for token, entry in zip(window[1:], answer.prompt_logprobs[1:], strict=True)
     ]
-    config = model.llm_engine.vllm_config.model_config
-    from vllm import __version__
-
-    found = {
-        "vllm": sum(losses) / len(losses),
-        "method": config.quantization,
-        "version": __version__,
-    }
+    method = model.llm_engine.vllm_config.model_config.quantization
+    found = {"vllm": sum(losses) / len(losses), "method": method, "version": __version__}
     Path(result).write_text(json.dumps(found))
-
-
-def write_tokens(model: Path, path: Path, *, windows: int) -> None:
-    """The windows that `evaluate` scores."""
-    from compressor.evaluate.settings import Evaluation
-    from compressor.run.tokens import evaluation_tokens
-    from compressor.runner.tokenizer import load_tokenizer
-
-    wanted = Evaluation(data="bundled", windows=windows, length=LENGTH)
-    rows = evaluation_tokens(load_tokenizer(model), wanted, calibration=None)
-    path.write_text(json.dumps(rows.ids.tolist()))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
-    lines = [
-        "| model | form | vLLM's method, kernels | vLLM | ours | difference | source |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [["model", "form", "vLLM's method, kernels", "vLLM", "ours", "difference", "source"]]
+    lines.append(["---"] * len(lines[0]))
     for row in rows:
-        numbers = [f"{row[key]:.3f}" if key in row else "-" for key in ("vllm", "ours")]
-        difference = f"{row['vllm'] - row['ours']:+.4f}" if "vllm" in row and "ours" in row else "-"
+        numbers = [f"{row[key]:.3f}" if key in row else "-" for key in ("vllm", "ours", "source")]
+        apart = f"{row['vllm'] - row['ours']:+.4f}" if {"vllm", "ours"} <= row.keys() else "-"
         how = row.get("error") or ", ".join([str(row.get("method")), *row.get("kernels", ())])
-        source = f"{row['source']:.3f}" if "source" in row else "-"
-        cells = [row["model"], row["form"], how, *numbers, difference, source]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row["model"], row["form"], how, *numbers[:2], apart, numbers[2]])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> int:
@@ -218,9 +186,15 @@ def main() -> int:
     if args.child:
         child(*args.child, args.vllm_option)
         return 0
+    from compressor.evaluate.settings import Evaluation
+    from compressor.run.tokens import evaluation_tokens
+    from compressor.runner.tokenizer import load_tokenizer
+
     args.output.mkdir(parents=True, exist_ok=True)
+    wanted = Evaluation(data="bundled", windows=args.windows, length=LENGTH)
     for model in args.models:
-        write_tokens(model, args.output / f"{model.name}.tokens.json", windows=args.windows)
+        rows = evaluation_tokens(load_tokenizer(model), wanted, calibration=None).ids.tolist()
+        (args.output / f"{model.name}.tokens.json").write_text(json.dumps(rows))
 
     def judge(model: Path, name: str) -> dict[str, Any]:
         output = args.output / f"{model.name}-{name}"
@@ -236,7 +210,9 @@ def main() -> int:
         asked = [
             pool.submit(judge, model, name)
             for model in args.models
-            for name in forms_of(model, args.forms)
+            for config in [json.loads((model / "config.json").read_text())]
+            for name in args.forms
+            if fits(FORMS[name], config)
         ]
         rows = [future.result() for future in asked]
     print(table(rows))

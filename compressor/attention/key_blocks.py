@@ -91,14 +91,8 @@ class KeyBlocks(Rule):
         plain = own.softcap is None and own.window is None
         if not (call.query.is_cuda and call.query.dtype in HALF and plain):
             return super().attend(call, value, own)
-        return block_attention(
-            call.query,
-            call.key,
-            value,
-            self.choose(call),
-            block_size=self.block_size,
-            scale=own.scaling,
-        )
+        q, k, blocks = call.query, call.key, self.choose(call)
+        return block_attention(q, k, value, blocks, block_size=self.block_size, scale=own.scaling)
 
     def share_read(self, length: int) -> float:
         """Share of the keys of a text of `length` tokens that its last query attends to."""

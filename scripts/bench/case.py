@@ -1,9 +1,9 @@
 """What a family of kernels declares of itself: cases, each with its reference and its peers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from compressor_kernels.attention.head_attention import full_decode
@@ -137,11 +137,3 @@ class Setup:
             for many, length in ((heads, queries), (groups, tokens), (groups, tokens))
         )
         return Heads(q, k, v)
-
-
-class Family(Protocol):
-    """A module of `families/`."""
-
-    def cases(self, setup: Setup) -> Iterator[Case]:
-        """One after the other, so that only one holds tensors."""
-        ...

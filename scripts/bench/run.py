@@ -4,10 +4,10 @@
     python scripts/bench/run.py sparse_attention --only MoBA  # cases whose names have this in them
     python scripts/bench/run.py --tiny                  # tiny shapes on a CPU, no times
 
-A family is a file or a folder in `families/`. Times come from CUDA graphs that rotate over more
-memory than the L2 cache holds; peers and the bandwidth of a copy are measured in the same run. A
-kernel that is wrong has no figure, and the exit code is 1. The table is Markdown; --json writes all
-figures.
+A family is a file or a folder in `families/`, whose `cases(setup)` yields one case after the other,
+so that only one holds tensors. Times come from CUDA graphs that rotate over more memory than the L2
+cache holds; peers and the bandwidth of a copy are measured in the same run. A kernel that is wrong
+has no figure, and the exit code is 1. The table is Markdown; --json writes all figures.
 """
 
 import argparse

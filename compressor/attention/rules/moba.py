@@ -72,14 +72,8 @@ class MoBABlocks(KeyBlocks):
         routed = self.block_size % 16 == 0 and own.softcap is None and own.window is None
         if not routed or not by_kernel(call.key):
             return super().attend(call, value, own)
-        return routed_attention(
-            call.query,
-            call.key,
-            value,
-            self.choose(call),
-            block_size=self.block_size,
-            scale=own.scaling,
-        )
+        q, k, blocks = call.query, call.key, self.choose(call)
+        return routed_attention(q, k, value, blocks, block_size=self.block_size, scale=own.scaling)
 
 
 RULE = MoBABlocks

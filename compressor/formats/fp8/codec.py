@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
 from compressor.formats.shared.checks import check_values, matrix_shape, take, take_scales
+from compressor.formats.shared.whole_checkpoint import refuse_cache
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.tensor import TensorShape
@@ -74,12 +75,8 @@ class FP8Blocks(Format):
         return q
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
-        """The entry; every linear that is left alone by exact name. Raises InputError for a
-        quantized KV cache, of which this method has no word."""
-        if schemes.kv is not None:
-            raise InputError(
-                "fp8 has no form for a quantized KV cache", hint="use the compressed-tensors format"
-            )
+        """The entry; every linear that is left alone by exact name."""
+        refuse_cache(schemes, name="fp8")
         if len(schemes.plain) == len(schemes.linears):
             return {}
         return {

@@ -20,6 +20,7 @@ from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Writt
 from compressor.formats.shared.checks import check_values, describe
 from compressor.formats.shared.e2m1 import pack_nibbles, unpack_nibbles
 from compressor.formats.shared.mx import BLOCK, take_exponents
+from compressor.formats.shared.whole_checkpoint import refuse_cache
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import E8M0, MXFP4, QTensor, QuantSpec
 from compressor.ir.scheme import Scheme
@@ -89,13 +90,8 @@ class GptOss(Format):
         return q
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
-        """The entry; every linear that is left alone by exact name. Raises InputError for a
-        quantized KV cache, of which this method has no word."""
-        if schemes.kv is not None:
-            raise InputError(
-                "gpt-oss's own format has no form for a quantized KV cache",
-                hint="use the compressed-tensors format",
-            )
+        """The entry; every linear that is left alone by exact name."""
+        refuse_cache(schemes, name="gpt-oss's own format")
         if len(schemes.plain) == len(schemes.linears):
             return {}
         return {"quant_method": "mxfp4", "modules_to_not_convert": schemes.plain}

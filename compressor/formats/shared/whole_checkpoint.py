@@ -38,6 +38,14 @@ def common_scheme(
     return scheme
 
 
+def refuse_cache(schemes: ModelSchemes, *, name: str) -> None:
+    """Raises InputError for a quantized KV cache, of which a format has no word."""
+    if schemes.kv is not None:
+        raise InputError(
+            f"{name} has no form for a quantized KV cache", hint="use the compressed-tensors format"
+        )
+
+
 def group_size(spec: QuantSpec) -> int:
     """Inputs per scale as these configs write it: −1 for a whole channel."""
     return spec.group_size if spec.strategy == "group" and spec.group_size else -1
