@@ -353,7 +353,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
         largest = torch._foreach_norm(list(floats.values()), torch.inf)  # few kernels for all
     else:
         largest = tuple(torch.stack(torch.aminmax(t)).abs().amax() for t in floats.values())
-    good = torch.stack([value.float() for value in largest]).isfinite()
+    if len({value.dtype for value in largest}) > 1:
+        largest = tuple(value.float() for value in largest)
+    good = torch.stack(largest).isfinite()
     if bool(good.all()):
         return []
     return [name for name, finite in zip(floats, good.tolist(), strict=True) if not finite]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,7 +24,7 @@ def rounds(
     """
     forms: list[Form] = []
     coming: Callable[[], list[list[Tensor]]] | None = None
-    for start in range(0, rows + batch * ranks.world, batch):
+    for start in itertools.count(0, batch):
         count = max(min(batch, rows - start), 0)
         found: list[Tensor] = []
         short = False
@@ -33,17 +34,19 @@ def rounds(
             if ranks.world == 1:
                 raise
             short = True
-        said = ranks.numbers(count, int(short))
-        if any(lacks for _, lacks in said):
+        said = ranks.numbers(count, int(short), int(rows > start + batch))
+        if any(lacks for _, lacks, _ in said):
             raise AgreedShortage
-        counts = [rows for rows, _ in said]
+        counts = [rows for rows, _, _ in said]
         arrived = ranks.gather_rows(found, counts, forms) if any(counts) else None
         del found
         if coming is not None:
             yield coming()
         coming = arrived
-        if coming is None:
-            return
+        if not any(more for _, _, more in said):
+            break
+    if coming is not None:
+        yield coming()
 
 
 def every_row(stream: Stream, batch: int, ranks: Ranks) -> Stream:
