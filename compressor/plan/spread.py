@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from compressor.errors import CompressError
 from compressor.ir.same_shape import homes
 from compressor.methods.base import Pass
 from compressor.plan.plan import Plan
@@ -29,7 +30,8 @@ def spread_units(plan: Plan, world: int) -> frozenset[int]:
         or plan.recipe.propagate != "quantized"
     ):
         return frozenset()
-    return frozenset(i for i, unit in enumerate(plan.units) if _spreads(plan, unit, world))
+    found = frozenset(i for i, unit in enumerate(plan.units) if _spreads(plan, unit, world))
+    return found if found and _divisible(plan) else frozenset()
 
 
 def working_bytes(
@@ -73,6 +75,23 @@ def _part(unit: UnitPlan, world: int) -> UnitPlan:
     )
     outputs = {name: spec for name, spec in unit.outputs.items() if here(name)}
     return replace(unit, layout=layout, outputs=outputs)
+
+
+def _divisible(plan: Plan) -> bool:
+    """Whether what the family's experts make of a token is added up so that ranks may share them:
+    asked of transformers' model, on the meta device."""
+    from compressor.runner.block_runner import BlockRunner  # with imports of seconds
+    from compressor.runner.experts import divisible
+
+    names = plan.source.arch.runtime
+    try:
+        runner = BlockRunner(
+            plan.source.checkpoint.config, names, device=torch.device("cpu"), dtype=torch.float32
+        )
+    except CompressError:
+        return False  # what is wrong with the model is told where it is tried
+    layer = runner.layers[next(u.index for u in plan.layout.blocks if u.experts)]
+    return all(divisible(layer.get_submodule(path)) for path in names.expert_modules)
 
 
 def _spreads(plan: Plan, unit: UnitPlan, world: int) -> bool:

@@ -103,9 +103,13 @@ class Execution:
             except AgreedShortage:
                 self._halve()
 
+    def halve(self) -> None:
+        """Half as many rows at a time from now on."""
+        self.batch //= 2
+        torch.cuda.empty_cache()
+
     def _halve(self) -> None:
         """Called while the error is handled, which is raised again where there is but one row."""
         if self.batch == 1:
             raise
-        self.batch //= 2
-        torch.cuda.empty_cache()
+        self.halve()

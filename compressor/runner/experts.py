@@ -70,7 +70,7 @@ def hold_some(
     found: dict[nn.Module, ExpertGroups] = {}
     for path in modules:
         module: Any = layer.get_submodule(path)
-        if not _divisible(module):
+        if not divisible(module):
             raise InputError(
                 f"{type(module).__name__} runs experts in a way that ranks cannot share",
                 hint="one process, with --device-memory: they then wait in main memory",
@@ -89,7 +89,7 @@ def _to_nobody(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-def _divisible(module: nn.Module) -> bool:
+def divisible(module: nn.Module) -> bool:
     """Whether what a module's experts make of a token is added up as `Experts.in_groups` does it,
     so that several processes may each have some of them."""
     way = getattr(getattr(module, "config", None), "_experts_implementation", None)

@@ -4,20 +4,22 @@ Batches run twice. The first time ends at the experts and notes what goes to the
 makes its experts' part of every batch, one batch of every rank at a time; the second time goes on
 from what came back. So ranks wait for each other between batches only while experts compute, and
 each batch is as large as it would be alone: an expert gets the same tokens in the same order, and
-what all of a token's experts make is added up in one place, in one order.
+what all of a token's experts make is added up in one place, in one order. A rank whose memory does
+not do the second time halves its batch, and what it has not done goes both ways once more, while
+others have nothing left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.ir.same_shape import homes
-from compressor.ranks.ranks import Ranks
+from compressor.ranks.ranks import AgreedShortage, Ranks
 from compressor.runner.block import Block
 from compressor.runner.execution import Execution
 from compressor.runner.experts import added_up, own_forward, routing
@@ -61,6 +63,44 @@ def batches_of(
     if not is_spread(block):
         yield from execution.batches(rows, attempt, recorded)
         return
+    ranks, done = execution.ranks, 0
+    while True:
+        sizes, made = _first_time(block, rows, done, attempt, execution, recorded)
+        short = False
+        with _answering(block, _in_turn(made)):
+            for size in sizes:
+                try:
+                    out = attempt(done, done + size)
+                except torch.OutOfMemoryError:
+                    short = True
+                    break
+                yield done, done + size, out
+                done += size
+        lost = short and (recorded is not None or execution.batch == 1)
+        said = ranks.numbers(rows - done, int(lost))
+        if any(lacks for _, lacks in said):
+            raise AgreedShortage
+        if not any(left for left, _ in said):
+            return
+        if short:
+            del made
+            execution.halve()
+
+
+def _in_turn(made: Iterator[Tensor]) -> Callable[..., Tensor]:
+    """A module that answers what was made for each call before."""
+    return lambda hidden, *args, **kwargs: next(made).view(hidden.shape)
+
+
+def _first_time(
+    block: Block,
+    rows: int,
+    done: int,
+    attempt: Callable[[int, int], Tensor],
+    execution: Execution,
+    recorded: Sequence[int] | None,
+) -> tuple[list[int], Iterator[Tensor]]:
+    """The batches of the rows that are not done, and what experts make of each."""
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     sizes: list[int] = []
 
@@ -69,18 +109,13 @@ def batches_of(
         raise _Reached
 
     def reach(start: int, stop: int) -> None:
-        try:
-            attempt(start, stop)
-        except _Reached:
-            return
+        with suppress(_Reached):
+            attempt(done + start, done + stop)
 
     with _answering(block, note):
-        for start, stop, _ in execution.batches(rows, reach, recorded):
+        for start, stop, _ in execution.batches(rows - done, reach, recorded):
             sizes.append(stop - start)
-    made = iter(_made(block, calls, execution.ranks))
-    calls.clear()
-    with _answering(block, lambda hidden, *args, **kwargs: next(made).view(hidden.shape)):
-        yield from execution.batches(rows, attempt, sizes)
+    return sizes, iter(_made(block, calls, execution.ranks))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from compressor.plan.recipe import make_recipe
 from compressor.plan.shares import shares
 from compressor.plan.spread import spread_units, working_bytes
 from compressor.plan.unit_plan import UnitPlan
+from compressor.runner import experts
 from tests.support.scripts import load
 
 AWQ = {"bits": 4, "group_size": 32}
@@ -111,3 +112,14 @@ def test_what_wants_all_of_a_block_in_one_place_is_not_spread(
 ) -> None:
     assert spread_units(planned(headers, **AWQ), 4) == {1, 2}
     assert spread_units(planned(headers, name, **params), 4) == frozenset()
+
+
+def test_experts_that_transformers_runs_otherwise_are_not_spread(
+    headers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a run would only find out once it loads the first of them."""
+    plan = planned(headers, **AWQ)
+    assert takes(plan, 4, takes(plan, 1).device_bytes - 1).alone
+    monkeypatch.setattr(experts, "divisible", lambda module: False)
+    assert spread_units(plan, 4) == frozenset()
+    assert not takes(plan, 4, takes(plan, 1).device_bytes - 1).alone

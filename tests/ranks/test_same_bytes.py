@@ -222,6 +222,18 @@ def test_a_rank_out_of_memory_while_it_learns_ends_all(written: Path) -> None:
     assert all("ran out of memory while duo_attention learned" in text for _, text in ended)
 
 
+def test_a_rank_without_memory_behind_spread_experts_halves_its_batch(written: Path) -> None:
+    faults = json.loads((written / "faults.json").read_text())
+    assert [code for code, _ in faults["short_second_time"]] == [0, 0, 0], faults
+    for rank in range(3):
+        _, first, _, _ = json.loads((written / "short" / f"batches.{rank}.json").read_text())
+        # Seven rows: two and one, two, and two that the last rank ran one by one.
+        assert first == [2, 2, 1, 1, 1]
+    ended = faults["short_for_one_row"]
+    assert [code for code, _ in ended] == [3, 3, 3]
+    assert all("ran out of memory with one row" in text for _, text in ended)
+
+
 @pytest.mark.parametrize("fault, place", [("full_disk", -1), ("unsynced", 0)])
 def test_a_disk_that_fails_on_one_rank_ends_all(written: Path, fault: str, place: int) -> None:
     faults = json.loads((written / "faults.json").read_text())

@@ -37,8 +37,10 @@ from compressor.plan.recipe import make_recipe
 from compressor.ranks.join import joined
 from compressor.ranks.ranks import Ranks
 from compressor.run.judge import Verdict, judge
+from compressor.run.loop import Loop
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.run.settings import UnitDone
+from compressor.runner import spread
 from compressor.runner.block_runner import Block
 from compressor.runner.pieces import Pieces
 from compressor.verify.verify import verify
@@ -181,6 +183,56 @@ def short_while_learning(jobs: dict[str, Any], number: int, world: int, port: in
         compile_checkpoint(replace(prepared, batch=jobs["batch"]), ranks=ranks)
 
 
+def short_second_time(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """The last rank's memory does not do for two rows that go on from what experts made."""
+    _short_on(more_than=1, where=number == world - 1)
+    _spread(jobs, number, world, port, "short")
+
+
+def short_for_one_row(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
+    """Nor for one."""
+    _short_on(more_than=0, where=number == world - 1)
+    _spread(jobs, number, world, port, "shorter")
+
+
+def _short_on(*, more_than: int, where: bool) -> None:
+    first_time, forward, going_on = spread._first_time, Block.forward, False
+
+    def reached(*args: Any) -> Any:
+        nonlocal going_on
+        going_on = False
+        found = first_time(*args)
+        going_on = True
+        return found
+
+    def runs(self: Block, hidden: torch.Tensor, side: Any = None) -> torch.Tensor:
+        if going_on and hidden.shape[0] > more_than:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, hidden, side)
+
+    if where:
+        spread._first_time = reached
+        Block.forward = runs  # type: ignore[method-assign]
+
+
+def _spread(jobs: dict[str, Any], number: int, world: int, port: int, name: str) -> None:
+    """A run whose experts are spread, and the batches that it ran in."""
+    batches: list[list[int]] = []
+    following = Loop._next_inputs
+
+    def noted(self: Loop, *args: Any) -> dict[str, list[int]]:
+        made = following(self, *args)
+        batches.append(made["batches"])
+        return made
+
+    Loop._next_inputs = noted  # type: ignore[method-assign]
+    (recipe,) = jobs["memory"]
+    with joined(CPU, place_of_rank(number, world, port)) as ranks:
+        output = Path(jobs["folder"]) / name
+        run(jobs["recipes"][recipe], output, jobs["batch"], ranks, jobs["memory"][recipe])
+    (output / f"batches.{number}.json").write_text(json.dumps(batches))
+
+
 def full_disk(jobs: dict[str, Any], number: int, world: int, port: int) -> None:
     """The last rank's disk does not take its part of the second unit."""
     fail(ShardWriter, "write", after=1, where=number == world - 1)
@@ -292,6 +344,7 @@ def main() -> None:
         took = time.monotonic() - began
         began = time.monotonic()
         found |= {f.__name__: start(f, jobs, 3) for f in (full_disk, unsynced, full_disk_apart)}
+        found |= {f.__name__: start(f, jobs, 3) for f in (short_second_time, short_for_one_row)}
         found["seconds of disks"] = time.monotonic() - began
         found["rest"] = start(rest, jobs, 2)
         with owned(Path(jobs["output"]), manifest=MANIFEST_NAME):
