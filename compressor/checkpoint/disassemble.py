@@ -57,12 +57,17 @@ def packed(
             scale = unit.input_scales.get(first.name)
             return format.encode(q, model_dtype=dtype, input=scheme.input, input_scale=scale)
 
+        def there(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            # A shape that is on the CPU goes to a GPU without a wait for it.
+            away = home.type != "cpu"
+            return {name: tensor.to(home, non_blocking=away) for name, tensor in tensors.items()}
+
         if len(linears) == 1:
-            return {n: t.to(home) for n, t in encode(every[0]).items()}
+            return there(encode(every[0]))
         together, one = encode(QTensor.above(every)), encode(every[0])
         alike = leaves(first)
         found = {n: one[n] if t.shape == alike[n].shape else t for n, t in together.items()}
-        return {n: t.to(home) for n, t in found.items()}
+        return there(found)
 
     def made(stacks: Sequence[Linears]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

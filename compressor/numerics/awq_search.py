@@ -249,7 +249,7 @@ def _shortlist(
     left = list(range(len(candidates)))
     step = race.stride(sum(weight.shape[1] for weight in stacks))
     while step is not None:
-        tried = torch.stack([candidates[i] for i in left])
+        tried = race.chosen(candidates, left)
         losses = _losses_by_row(stacks, gram, tried, spec, ranks, homes, step)
         left = [left[i] for i in race.shortlist(losses, len(left))]
         step = race.closer(step, len(left), len(candidates))
@@ -283,12 +283,10 @@ def _losses_by_row(
         for places in (mine[i : i + room] for i in range(0, len(mine), room)):
             shape = len(places), height, gram.shape[0]
             delta = torch.empty(shape, dtype=work_dtype(gram), device=gram.device)
-            scales = torch.stack([candidates[tried[place]] for place in places])
+            scales = race.chosen(candidates, [tried[place] for place in places])
             _write_deltas(rows, scales, spec, delta)
             made = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
-            # An index of several would wait for the device.
-            for place, of_one in zip(places, made, strict=True):
-                found[place] = of_one
+            found.index_copy_(0, race.index_of(places, found.device), made)
         if apart:
             found[:, torch.tensor(theirs, device=found.device)] = 0
         return ranks.sum(found)

@@ -48,9 +48,22 @@ def shortlist(losses_of: Losses, count: int) -> list[int]:
     if bool(_may_be_best(known).all()):
         return list(range(count))
     others = [i for i in range(count) if i not in ends]
-    found = dict(zip([*ends, *others], [*known, *losses_of(others)], strict=True))
-    losses = torch.stack([found[i] for i in range(count)])
+    order = [*ends, *others]
+    losses = torch.cat([known, losses_of(others)])
+    losses = chosen(losses, sorted(range(count), key=order.__getitem__))
     return [i for i, may in enumerate(_may_be_best(losses).tolist()) if may]
+
+
+def chosen(values: Tensor, places: Sequence[int]) -> Tensor:
+    """Some of `values`, in this order, without the wait for the device that a list as index is."""
+    if list(places) == list(range(len(values))):
+        return values
+    return values.index_select(0, index_of(places, values.device))
+
+
+def index_of(places: Sequence[int], device: torch.device) -> Tensor:
+    """Places as an index, which is on its way to the device."""
+    return torch.tensor(places).to(device, non_blocking=True)
 
 
 def _may_be_best(losses: Tensor) -> Tensor:
