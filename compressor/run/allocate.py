@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -149,13 +150,19 @@ def uniform(sensitivity: Sensitivity) -> dict[str, tuple[float, float]]:
     return found
 
 
-def allocate(sensitivity: Sensitivity, bits_per_weight: float) -> list[int]:
+def allocate(
+    sensitivity: Sensitivity,
+    bits_per_weight: float,
+    *,
+    unit: str = "bits per weight",
+    each: float = 1.0,
+) -> list[int]:
     """The option of each group with a small sum of errors, at most `bits_per_weight` on average.
 
     Bits go where each buys most: along the lower convex hull of every group's options, best rate
     first, and what is left over to any single improvement that still fits. No choice can be better
     by more than the last hull step that did not fit. Raises InputError where even the smallest
-    options are too large.
+    options are too large, in a `unit` of which there are so many for `each` bit per weight.
     """
     groups = sensitivity.groups
     total = sum(group.weights for group in groups)
@@ -167,10 +174,12 @@ def allocate(sensitivity: Sensitivity, bits_per_weight: float) -> list[int]:
     )
     slack = 1e-9 * total
     if room < -slack:
-        least = sensitivity.bits_per_weight(choice)
+        least = each * sensitivity.bits_per_weight(choice)
+        scale = 10.0 ** (3 - math.floor(math.log10(least)))
         raise InputError(
-            f"{bits_per_weight:g} bits per weight are fewer than the smallest options take",
-            hint=f"at least {least:.3f}; measure with fewer --bits to go below",
+            f"{each * bits_per_weight:.4g} {unit} are fewer than the smallest options take",
+            hint=f"at least {math.ceil(least * scale) / scale:g}; compress measure takes smaller "
+            "--bits and larger --group-size, to go below",
         )
     steps = []
     for number, (group, hull) in enumerate(zip(groups, hulls, strict=True)):
@@ -304,7 +313,10 @@ def mixed_recipe(sensitivity: Sensitivity, choice: Sequence[int]) -> dict[str, A
         chosen.setdefault(group.options[option].way, []).extend(group.linears)
     alone = chosen.pop(Way(), [])
     if not chosen:
-        raise InputError("nothing would be quantized", hint="allow fewer bits per weight")
+        raise InputError(
+            "nothing would be quantized: the budget holds all linears in float",
+            hint="a smaller one leaves some of them less",
+        )
     usual = max(chosen, key=lambda way: len(chosen[way]))
     others = {way: names for way, names in chosen.items() if way != usual}
     for entry in before:

@@ -184,3 +184,13 @@ def test_files():
     for bad in ("", "{}", '{"groups": []}', "[1"):
         with pytest.raises(InputError, match="x holds no"):
             parse_sensitivity(bad, where="x")
+
+
+@pytest.mark.parametrize(("unit", "each"), [("bits per weight", 1.0), ("megabytes", 3.7e-4)])
+def test_the_least_budget_is_said_in_the_user_s_unit_and_suffices(unit, each):
+    found = sensitivity((group(0, 7, [(3.50625, 0.1), (4.5, 0.0)]),))
+    with pytest.raises(InputError, match=unit) as refused:
+        allocate(found, 3.5, unit=unit, each=each)
+    least = float(str(refused.value.hint).removeprefix("at least ").partition(";")[0])
+    assert least == pytest.approx(3.50625 * each, rel=1e-3)
+    assert allocate(found, least / each, unit=unit, each=each) == [0]

@@ -76,25 +76,30 @@ def command(
     )
     from compressor.run.roofline import GPUS, gpu_of, seconds, timed
 
-    given = [x for x in (bits_per_weight, megabytes, microseconds) if x is not None]
+    asked = {
+        "--bits-per-weight": bits_per_weight,
+        "--megabytes": megabytes,
+        "--microseconds": microseconds,
+    }
+    given = [name for name, value in asked.items() if value is not None]
     if len(given) != 1:
-        raise InputError(
-            "one budget is wanted", hint="--bits-per-weight, --megabytes or --microseconds"
-        )
+        several = f", not {' and '.join(given)}" if given else ""
+        raise InputError(f"one budget is wanted{several}", hint=f"one of {', '.join(asked)}")
     if (microseconds is None) != (gpu is None):
         raise InputError(
             "--microseconds and --gpu go together", hint=f"--gpu one of: {', '.join(GPUS)}"
         )
     found = parse_sensitivity(read_file(file, what="sensitivities"), where=str(file))
     weights = sum(group.weights for group in found.groups)
-    priced, budget = found, bits_per_weight or 0.0
     if megabytes is not None:
-        budget = 8e6 * megabytes / weights
-    if microseconds is not None and gpu is not None:
-        chip = gpu_of(gpu)
-        priced = timed(found, chip, tokens)
-        budget = 8e-6 * microseconds * chip.bandwidth / weights
-    choice = allocate(priced, budget)
+        each = weights / 8e6
+        choice = allocate(found, megabytes / each, unit="megabytes", each=each)
+    elif microseconds is not None and gpu is not None:
+        each = 1e6 * weights / (8 * gpu_of(gpu).bandwidth)
+        priced = timed(found, gpu_of(gpu), tokens)
+        choice = allocate(priced, microseconds / each, unit="microseconds", each=each)
+    else:
+        choice = allocate(found, bits_per_weight or 0.0)
     measured = found if quantizer is None else with_quantizer(found, quantizer)
     with foreign(f"{file} is not what compress measure writes"):
         recipe = mixed_recipe(measured, choice)
@@ -129,8 +134,8 @@ def command(
     time = "" if gpu is None else f", {1e6 * seconds(spent, weights, gpu_of(gpu), tokens):.1f} µs"
     echo(f"{spent:.3f} bits per weight{time}: {shares}", err=True)
     beside = [
-        f"{label} {error / least[1]:.2f} of it at {least[0]:.2f} bits"
+        f"{error / least[1]:.3g} times that of {label} alone ({least[0]:.2f} per weight)"
         for label, least in uniform(found).items()
         if least[1] > 0
     ]
-    echo(f"summed error {error:.3g}: {', '.join(beside)} if all were alike", err=True)
+    echo(f"summed error {error:.3g}: {', '.join(beside)}", err=True)

@@ -154,7 +154,7 @@ def command(
             device=where,
             dtype=source.checkpoint.running_dtype(where),
             batch=lambda length: batch,
-            stage=lambda name: display.stage(name, len(source.layout.units)),
+            stage=lambda name: display.stage(name, 0),
             against=original,
             activations=open_activations(
                 kept, where, lambda text: display.event("note", text=text)
