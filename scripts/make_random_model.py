@@ -1,13 +1,12 @@
 """Write a checkpoint of random weights, for measuring speed and memory at real shapes.
 
-    python scripts/make_random_model.py FOLDER [--shape 7b] [--layers 32] [--device cuda] [--seed 0]
-           [--uneven]
+    python scripts/make_random_model.py FOLDER [--shape 7b] [--layers 32] [--seed 0] [--uneven]
     python scripts/make_random_model.py FOLDER --shape deepseek-v3 --sparse [--fp8]
 
-The weights are drawn one tensor at a time and mean nothing: only time and memory may be measured
-with them. The tokenizer is a byte-level one of 256 tokens. With --sparse the files are headers over
-holes, for a file system that has them: enough for `compress plan`. With --fp8 linears are in float8
-with a scale for each block of 128 x 128, as DeepSeek publishes them.
+The weights are pieces of 2^26 values that are drawn, and mean nothing: only time and memory may be
+measured with them. The tokenizer is a byte-level one of 256 tokens. With --sparse the files are
+headers over holes, for a file system that has them: enough for `compress plan`. With --fp8 linears
+are in float8 with a scale for each block of 128 x 128, as DeepSeek publishes them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compressor.checkpoint.container import Container, Safetensors, Shard
+from compressor.checkpoint.container import Safetensors, Shard
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.ir.tensor import TensorShape
 
@@ -157,79 +156,52 @@ def block(config: Config, layer: int) -> dict[str, Dims]:
     return {name: dims for name, dims in shapes.items() if f".layers.{layer}." in name}
 
 
-def in_bfloat16(shapes: dict[str, Dims]) -> dict[str, TensorShape]:
-    return {name: TensorShape(torch.bfloat16, shape) for name, shape in shapes.items()}
-
-
-def in_float8(shapes: dict[str, Dims]) -> dict[str, TensorShape]:
-    """Linears of blocks in float8 with scales by block, routers and all else in bfloat16."""
+def specs(shapes: dict[str, Dims], *, fp8: bool = False) -> dict[str, TensorShape]:
+    """In bfloat16 or, but for routers, linears of blocks in float8 with scales by block."""
     found: dict[str, TensorShape] = {}
     for name, shape in shapes.items():
-        linear = ".layers." in name and len(shape) == 2 and not name.endswith(".gate.weight")
-        found[name] = TensorShape(torch.float8_e4m3fn if linear else torch.bfloat16, shape)
-        if linear:
+        coded = fp8 and ".layers." in name and len(shape) == 2 and "gate.weight" not in name
+        found[name] = TensorShape(torch.float8_e4m3fn if coded else torch.bfloat16, shape)
+        if coded:
             grid = tuple(-(-n // 128) for n in shape)
             found[f"{name}_scale_inv"] = TensorShape(torch.float32, grid)
     return found
 
 
-ROW = 8192
-"""Values that are taken for a row where tensors are pieces of one."""
+STOCK, ROW = 2**26 + 1, 8192
+"""Values that are drawn, and how many of them are as large as each other."""
 
 
 def write(
-    folder: Path,
-    config: Config,
-    *,
-    layers: int,
-    device: str,
-    seed: int = 0,
-    repeated: int | None = None,
-    uneven: bool = False,
+    folder: Path, config: Config, *, layers: int, seed: int = 0, uneven: bool = False
 ) -> None:
-    """Write config, tokenizer, index and shards of random bfloat16 tensors.
+    """Write config, tokenizer, index and shards of random bfloat16 tensors, which are pieces of
+    what is drawn one after the other, many files at a time: as fast as the disk.
 
-    repeated  so many values are drawn, and tensors are pieces of these one after the other, from
-              the beginning again at the end: smaller files, many at a time, as fast as the disk
-    uneven    rows of weights, and norms' values, differ in size by factors of e^(0.7·N(0, 1)), so
-              that channels are unlike as those of trained models are
+    uneven  rows of weights, and norms' values, differ in size by factors of e^(0.7·N(0, 1)), so
+            that channels are unlike as those of trained models are
     """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def drawn(dims: Dims) -> memoryview:
-        noise = torch.randn(dims, generator=generator, device=device)
-        if len(dims) == 1:
-            values = (0.7 * noise).exp() if uneven else 1 + 0.1 * noise
-        else:
-            values = 0.02 * noise.flatten()
-            if uneven:
-                width = dims[1] if dims[1] > 1 else ROW
-                count = -(-len(values) // width)
-                size = (0.7 * torch.randn(count, generator=generator, device=device)).exp()
-                values *= size.repeat_interleave(width)[: len(values)]
-        return tensor_bytes(values.to(torch.bfloat16))
-
-    stock = None if repeated is None else drawn((repeated, 1))
+    tensors = specs(shapes_of(config, layers))
+    generator = torch.Generator().manual_seed(seed)
+    count = min(STOCK, sum(spec.nbytes for spec in tensors.values()) // 2)
+    noise = torch.randn(count, generator=generator)
+    norms = (0.7 * noise[:ROW]).exp() if uneven else 1 + 0.1 * noise[:ROW]
+    weights = 0.02 * noise
+    if uneven:
+        size = (0.7 * torch.randn(-(-count // ROW), generator=generator)).exp()
+        weights *= size.repeat_interleave(ROW)[:count]
+    stocks = [tensor_bytes(values.to(torch.bfloat16)) for values in (weights, norms)]
 
     def fill(handle: RawIOBase, number: int, shard: Shard) -> None:
         place = 2 * 1009 * number
         for spec in shard.tensors.values():
-            if stock is None or len(spec.shape) == 1:
-                _write(handle, drawn(spec.shape))
-                continue
-            left = spec.nbytes
+            stock, left = stocks[len(spec.shape) == 1], spec.nbytes
             while left:
-                piece = stock[place : place + left]
-                _write(handle, piece)
-                left -= len(piece)
-                place = (place + len(piece)) % len(stock)
+                place %= len(stock)
+                written = handle.write(stock[place : place + left])
+                left, place = left - written, place + written
 
-    tensors = in_bfloat16(shapes_of(config, layers))
-    if stock is None:
-        write_files(folder, config, layers, tensors, fill)
-    else:
-        small, threads = Safetensors(2**30), os.cpu_count() or 1
-        write_files(folder, config, layers, tensors, fill, files=small, threads=threads)
+    write_files(folder, config, layers, tensors, fill, largest=2**30)
 
 
 def write_sparse(folder: Path, config: Config, *, layers: int, fp8: bool = False) -> None:
@@ -238,12 +210,11 @@ def write_sparse(folder: Path, config: Config, *, layers: int, fp8: bool = False
     def leave_out(handle: RawIOBase, number: int, shard: Shard) -> None:
         handle.truncate(shard.size)
 
-    shapes = shapes_of(config, layers)
-    tensors = in_float8(shapes) if fp8 else in_bfloat16(shapes)
     if fp8:
         grid = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         config = {**config, "quantization_config": grid}
-    write_files(folder, config, layers, tensors, leave_out)
+    tensors = specs(shapes_of(config, layers), fp8=fp8)
+    write_files(folder, config, layers, tensors, leave_out, largest=5 * 10**9)
 
 
 def write_files(
@@ -253,12 +224,12 @@ def write_files(
     tensors: dict[str, TensorShape],
     fill: Callable[[RawIOBase, int, Shard], None],
     *,
-    threads: int = 1,
-    files: Container | None = None,
+    largest: int,
 ) -> None:
-    """A new folder with config, tokenizer, index, and shards that `fill` writes behind a header."""
+    """A new folder with config, tokenizer, index, and shards of at most so many bytes, which `fill`
+    writes behind a header."""
     folder.mkdir(parents=True)
-    plan = (files or Safetensors()).lay_out([{name: spec} for name, spec in tensors.items()])
+    plan = Safetensors(largest).lay_out([{name: spec} for name, spec in tensors.items()])
 
     def shard(number: int) -> None:
         written = plan.shards[number]
@@ -266,18 +237,13 @@ def write_files(
             handle.write(written.fixed[0])
             fill(handle, number, written)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(shard, range(len(plan.shards))))
     for name, content in plan.index.items():
         (folder / name).write_bytes(content)
     whole = {**config, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(whole, indent=2))
     save_tokenizer(folder)
-
-
-def _write(handle: RawIOBase, data: memoryview) -> None:
-    while len(data):
-        data = data[handle.write(data) :]
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -299,7 +265,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="default: as many as the model has")
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--uneven", action="store_true", help="channels of unlike sizes")
     parser.add_argument("--sparse", action="store_true", help="headers over holes")
@@ -312,14 +277,7 @@ def main() -> None:
     if args.sparse:
         write_sparse(args.folder, config, layers=layers, fp8=args.fp8)
     else:
-        write(
-            args.folder,
-            config,
-            layers=layers,
-            device=args.device,
-            seed=args.seed,
-            uneven=args.uneven,
-        )
+        write(args.folder, config, layers=layers, seed=args.seed, uneven=args.uneven)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_a_table_says_what_is_missed(bench: ModuleType) -> None:
 @pytest.mark.parametrize("tiny", [True, False])
 def test_blocks_of_large_models_have_the_names_and_shapes_of_their_families(tiny: bool) -> None:
     """Those of the released models, and their sizes in tensors of 16 bits."""
-    models, names = load("scripts/make_random_model.py"), load("scripts/bench/blocks.py").MODELS
+    models, names = load("scripts/make_random_model.py"), load("scripts/bench/shapes.py").LARGE
     found = {}
     for name in names:
         config = models.smaller(models.SHAPES[name]) if tiny else models.SHAPES[name]
