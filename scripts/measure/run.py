@@ -3,9 +3,10 @@
     python scripts/measure/run.py NAME --help
     python scripts/measure/run.py passes SMOLLM2 --json rows.json
 
-A measurement is a file in `kinds/`. A row's failure leaves the others; with --json, rows that the
-file already holds for the same settings are not measured again. A ratio is that of perplexities and
-a standard error one of paired differences over windows.
+A measurement is a file in `kinds/`, whose docstring is what --help says: `options(parser)` adds its
+own and may set defaults, `variants(bench)` yields the rows. A row's failure leaves the others; with
+--json, rows that the file already holds for the same settings are not measured again. A ratio is
+that of perplexities and a standard error one of paired differences over windows.
 """
 
 from __future__ import annotations

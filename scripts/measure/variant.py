@@ -1,10 +1,10 @@
 """What a measurement declares: variants, each measured into figures."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -34,12 +34,3 @@ class Bench:
     options: argparse.Namespace
     device: torch.device
     work: Path
-
-
-class Measurement(Protocol):
-    """A module of `kinds/`; its docstring is what --help says."""
-
-    def options(self, parser: argparse.ArgumentParser) -> None:
-        """Add its own, behind those that all have, of which it may set defaults."""
-
-    def variants(self, bench: Bench) -> Iterator[Variant]: ...
