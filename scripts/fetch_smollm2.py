@@ -58,10 +58,10 @@ def main() -> None:
                 raise SystemExit(f"{source} is not the expected file: SHA-256 {found}")
             try:
                 convert_gguf(source, output)
-            except CompressError as error:
+            except (CompressError, OSError) as error:
                 # Another run may have put the folder in place while this one worked.
                 if not written.is_file():
-                    raise SystemExit(f"{error.message}\n{error.hint or ''}") from error
+                    raise SystemExit(f"{error}\n{getattr(error, 'hint', None) or ''}") from error
     print(output)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,11 +59,9 @@ def declared_problems(folder: Path, declared: Mapping[str, Mapping[str, Any]]) -
         except InputError as error:
             problems.append(error.message)
             continue
-        one, other = _flat(now), _flat(content)
         problems += [
-            f"{name} says {key} {_shown(one, key)}, the run wrote {_shown(other, key)}"
-            for key in sorted({*one, *other})
-            if _shown(one, key, whole=True) != _shown(other, key, whole=True)
+            f"{name} says {key} {here}, the run wrote {before}"
+            for key, here, before in _apart(_flat(now), _flat(content))
         ]
     return problems
 
@@ -124,8 +123,8 @@ def config_problems(
     except InputError as error:
         return [f"config.json cannot be compared: {error.message}"]
     problems = [
-        f"config.json says {key} {_shown(one, key)}, the original {_shown(other, key)}"
-        for key in sorted(set(one) | set(other))
+        f"config.json says {key} {here}, the original {before}"
+        for key, here, before in _apart(one, other)
         if one.get(key) != other.get(key) and not _ignored(key)
     ]
     if one.get("tie_word_embeddings") and not other.get("tie_word_embeddings"):
@@ -148,12 +147,21 @@ def _ignored(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key.split(".")[0], pattern) for pattern in NOT_THE_FUNCTION)
 
 
-def _shown(config: Mapping[str, Any], key: str, *, whole: bool = False) -> str:
-    """A value, or as much of it as a line takes."""
-    if key not in config:
-        return "nothing"
-    text = json.dumps(config[key], default=str)
-    return text if whole or len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Keys that are not alike, with both values, or as much of them as a line takes: of long ones
+    from a little before the place where they part."""
+    for key in sorted({*one, *other}):
+        texts = [json.dumps(x[key], default=str) if key in x else "nothing" for x in (one, other)]
+        if texts[0] == texts[1]:
+            continue
+        same = len(os.path.commonprefix(texts))
+        begin = max(same - SHOWN // 2, 0) if max(map(len, texts)) > SHOWN else 0
+        yield key, _piece(texts[0], begin), _piece(texts[1], begin)
+
+
+def _piece(text: str, begin: int) -> str:
+    end = begin + SHOWN
+    return f"{'…' if begin else ''}{text[begin:end]}{'…' if end < len(text) else ''}"
 
 
 def file_problems(written: Path, original: Path) -> tuple[list[str], int]:

@@ -18,6 +18,7 @@ from compressor.checkpoint.manifest import DECLARED, MANIFEST_NAME, as_recorded,
 from compressor.plan.recipe import make_recipe
 from compressor.run.convert import convert
 from compressor.run.session import compile_checkpoint, prepare
+from compressor.verify.compare_config import declared_problems
 from compressor.verify.verify import verify
 from tests.support.damages import sign
 from tests.support.tiny_models import build
@@ -106,6 +107,14 @@ def test_a_conversion_notes_its_own_files(made: tuple[Path, Path], tmp_path: Pat
         "config.json": as_recorded((output / "config.json").read_bytes())
     }
     convert(locate(str(made[1]), fetch=True), output, format="dense", device=CPU)  # nothing differs
+
+
+def test_long_values_are_shown_where_they_part(tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.mlp.gate" for number in range(30)]
+    (tmp_path / "config.json").write_text(json.dumps({"ignore": names}))
+    (problem,) = declared_problems(tmp_path, {"config.json": {"ignore": [*names[:-1], "lm_head"]}})
+    here, before = problem.split(", the run wrote ")
+    assert names[-1] in here and "lm_head" in before and len(problem) < 300
 
 
 def test_numbers_that_json_does_not_know_are_noted_by_name() -> None:
