@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -154,7 +153,8 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[s
         texts = [json.dumps(x[key], default=str) if key in x else "nothing" for x in (one, other)]
         if texts[0] == texts[1]:
             continue
-        same = len(os.path.commonprefix(texts))
+        shortest = min(map(len, texts))
+        same = next((i for i in range(shortest) if texts[0][i] != texts[1][i]), shortest)
         begin = max(same - SHOWN // 2, 0) if max(map(len, texts)) > SHOWN else 0
         yield key, _piece(texts[0], begin), _piece(texts[1], begin)
 

@@ -179,6 +179,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try it")
     parser.add_argument("--scratch", type=Path, help="folder for models; default: temporary")
     options = parser.parse_args()
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     keys: list[str] = []
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as temporary:
