@@ -8,7 +8,7 @@ blocks run, batches that fit the device and the graph of a step on a GPU stay he
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -90,7 +90,7 @@ class TunableBlock:
         # How many tokens an expert is sent differs, and so do shapes.
         self._alike = all(linear.expert is None for linear in unit.layout.linears)
         self._leaves: dict[str, Tensor] = {}
-        self._places: dict[Hashable, _Place] = {}
+        self._places: dict[tuple[str, int, int], _Place] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,7 +212,8 @@ class TunableBlock:
         if side:  # what the model makes of it is made anew for each piece
             self._fresh = True
             return work(hidden, target, side)
-        key = work.func, len(piece), size
+        # Not by the method itself, which would hold the block, and its memory, in a circle.
+        key = work.func.__name__, len(piece), size
         place = self._places.get(key)
         if place is None:
             recorded = Recorded(self._block.runner.recorder, recordable=self._alike)

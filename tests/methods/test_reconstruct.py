@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from compressor_calibration.stats import StatNeeds
@@ -158,3 +161,21 @@ def test_codes_move_to_the_nearest_and_pass_gradients_inside_the_grid(bench):
     codes = moved_codes(positions, spec)
     codes.sum().backward()
     assert codes.tolist() == [0, 0, 2, 3] and positions.grad.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.3])
+def test_the_memory_of_a_block_is_free_once_it_has_been_refined(reach, bench, monkeypatch):
+    """And not when garbage is next looked for: the next block is worked on before that."""
+    b, made, init = bench("llama"), [], TunableBlock.__init__
+
+    def noted(self, *args, **kwargs):
+        made.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(TunableBlock, "__init__", noted)
+    gc.disable()
+    try:
+        b.run(Reconstruct(**FAST, reach=reach))
+        assert [block() for block in made] == [None]
+    finally:
+        gc.enable()
