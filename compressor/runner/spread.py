@@ -76,14 +76,15 @@ def batches_of(
                     break
                 yield done, done + size, out
                 done += size
-        lost = short and (recorded is not None or execution.batch == 1)
+        # Other ranks may have halved since: batches made before may be larger.
+        lost = short and (recorded is not None or max(size, execution.batch) == 1)
         said = ranks.numbers(rows - done, int(lost))
         if any(lacks for _, lacks in said):
             raise AgreedShortage
         if not any(left for left, _ in said):
             return
-        if short:
-            del made
+        del made
+        if short and execution.batch > 1:
             execution.halve()
 
 
