@@ -39,12 +39,12 @@ def command(
 ) -> None:
     """Reopen a checkpoint's files and prove them.
 
-    Hashes, headers, every tensor the model needs, no NaN; codes and scales by a second reader;
-    each packed layer's product through its kernel against float64 (on a CPU one seeded tile of
-    each in Triton's interpreter). By itself that proves that the files are whole and what was
-    written, not that what was written is the model: with --against, every tensor and every key and
-    file that decides the function is held against the original, and each block's output on
-    held-out text. What cannot be compared fails.
+    Hashes, headers, every key of config.json as it was written, every tensor the model needs, no
+    NaN; codes and scales by a second reader; each packed layer's product through its kernel
+    against float64 (on a CPU one seeded tile of each in Triton's interpreter). By itself that
+    proves that the files are whole and what was written, not that what was written is the model:
+    with --against, every tensor and every key and file that decides the function is held against
+    the original, and each block's output on held-out text. What cannot be compared fails.
 
     Exit code 1: the checkpoint is damaged, or not the original's, and what differs is named. 2:
     there is no checkpoint to read.
