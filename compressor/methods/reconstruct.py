@@ -199,9 +199,8 @@ class Reconstruct(OnGrid):
         least, best_step = self._judged(
             loss_of(block, roundings, judges, division), count, least, best_step, kept
         )
-        kept.restore()
-        if not self.moves:  # all ranks learned the same, and go on with what one of them has
-            kept.restore(context.ranks.share(kept.copies))
+        # Where all ranks learned the same, they go on with what one of them has.
+        kept.restore(None if self.moves else context.ranks.share(kept.copies))
         of_block = {"block": unit.layout.name}
         rows = [{**of_block, "loss_of_start": start, "loss": least, "best_step": best_step}]
         if not best_step:

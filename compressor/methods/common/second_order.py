@@ -146,8 +146,11 @@ def round_unit(
         tokens = {x.name: of_expert.get(x.expert, stats.tokens) for x in linears}
         informed = [x for x in linears if tokens[x.name] >= options.min_tokens]
         inverse: InverseFactor | None = next(both) if informed else None
+        del both
         if inverse is not None:
-            inverse = replace(inverse, gram=stats.gram.float())
+            # A part of what was gathered would keep the room of all ranks.
+            factor = inverse.factor if ranks.world == 1 else inverse.factor.clone()
+            inverse = replace(inverse, gram=stats.gram.float(), factor=factor)
         parts = 1
         if together and sum(math.prod(x.shape) for x in informed) >= HALVED[stats.gram.device.type]:
             parts = 2
