@@ -162,7 +162,7 @@ def timed(case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> 
             for kind in ("device", "host")
             for when in ("", "planned_")
         },
-        "model_s": round(each * SHAPES[case.shape]["num_hidden_layers"]),
+        "model_s": "" if case.learns else round(each * SHAPES[case.shape]["num_hidden_layers"]),
         "manifest": (scratch / "out" / "manifest.json").read_text("utf-8"),
     }
 
