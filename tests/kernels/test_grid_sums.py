@@ -28,6 +28,19 @@ def test_sums(count, size, period, bits, zeros, lowest):
     assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "size"), [(4096, 11008, 128), (1003, 576, 64)])
+def test_real_shapes_on_a_device(rows, columns, size, zeros):
+    groups, counts = drawn(rows * columns // size, size), drawn(columns // size, size, seed=1).abs()
+    scales = drawn(len(groups), seed=2).abs() * 0.2 + 0.1
+    points = torch.full_like(scales, 7) if zeros else None
+    found = grid_sums(groups, counts, scales, points, bits=4)
+    wanted = grid_sums_ref(groups, counts, scales, points, bits=4)
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(grid_sums(groups, counts, scales, points, bits=4), found)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_search_finds_grids_as_good_through_it(symmetric, stacked, monkeypatch):

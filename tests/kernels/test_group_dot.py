@@ -16,6 +16,16 @@ def test_sums_of_products(count, size, kind):
     assert torch.allclose(found, group_dot_ref(a.to(kind), b.bfloat16()), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [16, 128, 11008])
+def test_real_shapes_on_a_device(size):
+    draw = torch.Generator().manual_seed(size)
+    a, b = (torch.randn(4096, size, generator=draw).to(DEVICE).bfloat16() for _ in range(2))
+    found = group_dot(a, b)
+    assert torch.allclose(found, group_dot_ref(a, b), rtol=1e-4, atol=1e-3)
+    assert torch.equal(group_dot(a, b), found)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="\\[2, 16\\]"):
         group_dot(torch.zeros(2, 16), torch.zeros(2, 8))
