@@ -37,6 +37,7 @@ MAKES_STEPS = {
 TAKES_LAYERS = {
     "compressor/runner/draft.py": "one block of each kind, to see what a map of it would say",
     "compressor/plan/preflight.py": "one block of each kind, without data",
+    "compressor/plan/spread.py": "the first block with experts, for the kind of module they are",
     "compressor/methods/emulator/distillation.py": "an emulator's upper blocks, for gradients",
     "compressor/methods/sparda/teacher.py": "what stands before a block's attention: norms alone",
 }
