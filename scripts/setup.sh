@@ -7,5 +7,10 @@ if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -m venv .venv
 fi
 . .venv/bin/activate
-python -m pip install --quiet --disable-pip-version-check "${TORCH:-torch==2.13.0}"
-python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+# pip looks at an installation for seconds, at each call, that has nothing to add.
+wanted="${TORCH:-torch==2.13.0} .[$1] $(cksum < pyproject.toml)"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+    python -m pip install --quiet --disable-pip-version-check "${TORCH:-torch==2.13.0}"
+    python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    echo "$wanted" > .venv/installed
+fi
