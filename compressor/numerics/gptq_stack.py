@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.ir.qtensor import QTensor
 from compressor.numerics.columns import Columns
 from compressor.numerics.gptq import BLOCK, RETRIES, Rounded
-from compressor.numerics.gram import even_diagonal
+from compressor.numerics.gram import even_diagonal, gram_error, work_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,10 @@ def gptq_stack(
     ]
     better = errors[0] < errors[1]
     least = torch.where(better, errors[0], errors[1])
-    power = _row_errors(weights, inverses.gram)
+    # As `gptq` has it.
+    power = gram_error(weights.to(work_dtype(inverses.gram)), inverses.gram).double()
     chosen = torch.where(better.view(-1, 1), codes, nearest.codes)
-    sums = torch.stack([x.double().sum(dim=1) for x in (~better, least, errors[1], power)], dim=1)
+    sums = [x.double().sum(dim=1) for x in (~better, least, errors[1])]
     return [
         Rounded(
             q=q,
@@ -124,7 +125,9 @@ def gptq_stack(
             nearest=plain / max(total, 1e-30),
         )
         for q, (kept, error, plain, total) in zip(
-            replace(nearest, codes=chosen).parts(count), sums.tolist(), strict=True
+            replace(nearest, codes=chosen).parts(count),
+            torch.stack([*sums, power], dim=1).tolist(),
+            strict=True,
         )
     ]
 

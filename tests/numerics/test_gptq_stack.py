@@ -54,12 +54,8 @@ def test_codes_are_those_of_each_weight_alone(spec: QuantSpec, act_order: bool) 
         (expected,) = gptq([weights[i]], [start], alone)
         assert torch.equal(rounded.q.codes, expected.q.codes)
         assert rounded.kept == expected.kept
-        # What errors are relative to may be multiplied in bfloat16 there.
-        assert rounded.error == pytest.approx(expected.error, rel=1e-3)
-        assert rounded.nearest == pytest.approx(expected.nearest, rel=1e-3)
-        assert rounded.error / rounded.nearest == pytest.approx(
-            expected.error / expected.nearest, rel=1e-5
-        )
+        assert rounded.error == pytest.approx(expected.error, rel=1e-5)
+        assert rounded.nearest == pytest.approx(expected.nearest, rel=1e-5)
 
 
 def test_what_is_of_no_use_is_said_and_spoils_nothing() -> None:
