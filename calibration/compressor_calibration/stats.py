@@ -321,16 +321,12 @@ def _add_gram(gram: Tensor, x: Tensor, mine: Collection[int] | None) -> None:
 
     mine  numbers of the bands that are added to, if not all
     """
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        try:
-            for part, left, right in _bands(gram, x, mine):
-                torch.addmm(part, left.T, right, out_dtype=torch.float32, out=part)
-            return
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError):
-            # This build has no half-precision product with an fp32 result: cast instead.
-            pass
+    if (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and all(_added(part, left.T, right) for part, left, right in _bands(gram, x, mine))
+    ):
+        return
     for start in range(0, x.shape[0], CAST_ROWS):
         for part, left, right in _bands(gram, x[start : start + CAST_ROWS].float(), mine):
             part.addmm_(left.T, right)
@@ -364,16 +360,20 @@ def _in_two(x: Tensor) -> list[Tensor]:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left right in place, accumulated in fp32."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-        return
+    if left.dtype == torch.float32 or not _added(total, left, right):
+        total.addmm_(left.float(), right.float())
+
+
+def _added(total: Tensor, left: Tensor, right: Tensor) -> bool:
+    """total += left right in place, of half precision, accumulated in fp32; not where this build
+    has no such product."""
     try:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError):
-        # This build has no half-precision product with an fp32 result: cast instead.
-        total.addmm_(left.float(), right.float())
+        return False
+    return True
 
 
 def _bands(
