@@ -148,12 +148,14 @@ def int_grid(
     if spec.zero == "none":
         return symmetric_scales(low, high, spec, narrow=narrow), None
     grid, degenerate = asymmetric_grid(low, high, spec)
-    judged = degenerate if options.get("from_range", False) else torch.ones_like(degenerate)
-    if not bool(judged.any()):
+    of_ranges = options.get("from_range", False)
+    if of_ranges and not bool(degenerate.any()):
         return grid
     other = with_zeros(symmetric_scales(low, high, spec, narrow=narrow), spec)
     errors = [_squared_errors(weight, spec, *g, clip, arithmetic) for g in (grid, other)]
-    better = judged & ((errors[1] < errors[0]) | errors[0].isinf())
+    better = (errors[1] < errors[0]) | errors[0].isinf()
+    if of_ranges:
+        better &= degenerate
     return torch.where(better, other[0], grid[0]), torch.where(
         better, other[1].to(low.dtype), grid[1]
     )
