@@ -347,7 +347,7 @@ def test_each_row_of_a_batch_generates_with_its_own_fine_tune(
     """The example's rows equal the dense fine-tunes, one of them with a longer vocabulary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    example = load("examples/multi_tenant.py")
+    example = load("docs/examples/multi_tenant.py")
     base = tiny_models.build("qwen2", tmp_path / "base", attention_bias=True)
     deltas, dense = [], []
     for number, vocabulary in enumerate((256, 264)):

@@ -1,6 +1,6 @@
 """One base, several fine-tunes: generate with a different fine-tune in each row of a batch.
 
-    python examples/multi_tenant.py BASE DELTA DELTA ... --prompt "Call me"
+    python docs/examples/multi_tenant.py BASE DELTA DELTA ... --prompt "Call me"
 
 BASE is a checkpoint folder, each DELTA what a recipe with the pass `bitdelta` wrote. The base's
 weights are in memory once; a fine-tune adds one bit for each of them, and its own embeddings, norms

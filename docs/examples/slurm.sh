@@ -1,5 +1,5 @@
 #!/bin/bash
-# A recipe on all GPUs of several hosts: sbatch examples/slurm.sh recipes/llama2-awq.yaml
+# A recipe on all GPUs of several hosts: sbatch docs/examples/slurm.sh recipes/llama2-awq.yaml
 #SBATCH --job-name=compress
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
