@@ -1,10 +1,7 @@
 """Writes docs/quality.md, what rounding costs by method and bits, from docs/quality.json.
 
     python scripts/quality_page.py                     write the page
-    python scripts/quality_page.py --check             exit code 1 if it is out of date
-    python scripts/quality_page.py --add ROWS.json     take rows from what scripts/measure/run.py
-                                                       rounding wrote with --json
-    python scripts/quality_page.py --drop WORDS        leave out rows whose method has these words
+    python scripts/quality_page.py --add ROWS.json     take rows of scripts/measure/run.py --json
 
 Rows are kept with a figure for each window of held-out text, so that differences have paired
 standard errors. A row that is measured again replaces the old one.
@@ -15,18 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "measure"))
-from windows import estimate
-
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WRITTEN = "<!-- Written by scripts/quality_page.py from quality.json; change those instead. -->"
 KINDS = {
-    "moby": "Moby-Dick",
+    "fiction": "Moby-Dick",
     "pydoc": "Python's reference",
     "prose": "speeches",
     "technical": "technical",
@@ -35,67 +29,32 @@ KINDS = {
     "spanish": "Spanish",
 }
 BASELINES = ("rtn", "signround", "autoround", "integers")
-"""What other rows of a grid are held against."""
-SAME = {"moby": "fiction"}
-"""Kinds whose windows are those of a bundled kind."""
-MAIN = ("smol", "smollm2-135m")
-"""Folders of the model that the page is about; those of others are their names."""
-FIRST_PARTS = ("awq", "rotate")
-"""What rows of passes that begin with them are held against."""
+"""What all rows of a grid are held against."""
+NAMESAKES = ("awq", "rotate", "gptq")
+"""What rows are held against that begin with it, or are another program's of that name."""
 OTHERS = ("llm-compressor", "gptqmodel")
-"""Other programs: their rows are held against ours of the same method."""
-OURS = ("gptq", "awq")
+"""Other programs."""
 Row = Mapping[str, Any]
 
 
-def add(data: dict[str, Any], path: Path) -> None:
-    """Take the rows of one measurement."""
-    found = json.loads(path.read_text("utf-8"))
-    source = str(found["settings"]["calibration"])
-    calibration = "mixture" if source == "bundled" else "speeches"
-    folder = Path(str(found["settings"].get("model", MAIN[0]))).name
-    model = "" if folder in MAIN else folder
-    rows = {_key(r): r for r in data["rows"]}
-    for name, entry in found["rows"].items():
-        figures = entry["figures"]
-        if "failed" in figures:
-            continue
-        grid, _, method = name.rpartition(": ")
-        kept: dict[str, Any] = {
-            **({"model": model} if model else {}),
-            "grid": grid,
-            "method": method,
-            "calibration": "" if method == "original" or _rounds(method) else calibration,
-            "top1": round(figures["top1"], 4),
-        }
-        for key in ("MB", "seconds"):
-            if key in figures:
-                kept[key] = round(figures[key], 1)
-        for kind in KINDS:
-            for what in ("nll", "kl"):
-                values = figures.get(
-                    f"{what} {SAME.get(kind, kind)}", figures.get(f"{what} {kind}")
-                )
-                if values is not None:
-                    kept[f"{what} {kind}"] = [round(v, 5) for v in values]
-        # Of the original, a measurement may have other kinds of text than another.
-        rows[_key(kept)] = {**rows.get(_key(kept), {}), **kept} if method == "original" else kept
-    data["rows"] = [rows[key] for key in sorted(rows)]
-
-
-def _rounds(method: str) -> bool:
-    """Whether it is `rtn`, of a head or a cache, too: it reads no text."""
-    return method.split(",")[0] == "rtn"
-
-
-def _follows(method: str, ours: str) -> bool:
-    """Whether it begins with a pass of ours, or is another program's of the same name."""
-    begins = ours in FIRST_PARTS and method.startswith(f"{ours} + ")
-    return begins or (ours in OURS and method in {f"{other} {ours}" for other in OTHERS})
-
-
-def _key(row: Row) -> tuple[str, str, str, str]:
+def key(row: Row) -> tuple[str, str, str, str]:
+    """What no other row has."""
     return row.get("model", ""), row["grid"], row["method"], row["calibration"]
+
+
+def joined(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Rows with new ones in place of old ones; an original keeps its other kinds of text."""
+    kept = {key(row): row for row in rows}
+    for row in new:
+        old = kept.get(key(row), {}) if row["method"] == "original" else {}
+        kept[key(row)] = {**old, **row}
+    return [kept[name] for name in sorted(kept)]
+
+
+def estimate(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), spread / math.sqrt(len(values))
 
 
 def gap(row: Row, other: Row, *kinds: str, what: str = "nll") -> tuple[float, float] | None:
@@ -110,105 +69,100 @@ def gap(row: Row, other: Row, *kinds: str, what: str = "nll") -> tuple[float, fl
 
 def page(data: Mapping[str, Any]) -> str:
     """The page."""
-    rows: list[Row] = data["rows"]
     parts = [WRITTEN, "", "# What rounding costs", "", *data["about"], ""]
-    for model in ("", *sorted({r["model"] for r in rows if "model" in r})):
+    return "\n".join([*parts, *sections(data["rows"], data["grids"])]).rstrip() + "\n"
+
+
+def sections(rows: Sequence[Row], grids: Mapping[str, str]) -> Iterator[str]:
+    """A table, and what follows from it, for each model and grid."""
+    for model in sorted({row.get("model", "") for row in rows}):
         there = [r for r in rows if r.get("model", "") == model]
         originals = [r for r in there if r["method"] == "original"]
-        for grid, label in data["grids"].items():
-            own = [r for r in there if r["grid"] == grid]
-            if not own:
-                continue
-            own.sort(key=lambda r: (r["calibration"], -r["top1"]))
-            title = f"Small {model}: {label}" if model else label
-            parts += [f"## {title}", "", *table([*originals, *own]), ""]
-            parts += [*claims(own), ""]
-    return "\n".join(parts).rstrip() + "\n"
+        for grid, label in grids.items():
+            own = [r for r in there if r["grid"] == grid and r["method"] != "original"]
+            if own:
+                own.sort(key=lambda r: (r["calibration"], -r["top1"]))
+                yield f"## Small {model}: {label}" if model else f"## {label}"
+                yield from ("", *table([*originals, *own]), "", *claims(own), "")
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Perplexities, the mean KL over kinds, agreement, bytes and time."""
-    yield f"| | calibrated on | {' | '.join(KINDS.values())} | KL | top-1 | MB | seconds |"
-    yield "|---" * (len(KINDS) + 6) + "|"
+    kinds = [kind for kind in KINDS if any(f"nll {kind}" in row for row in rows)]
+    yield f"| | calibrated on | {' | '.join(map(KINDS.get, kinds))} | KL | top-1 | MB | seconds |"
+    yield "|---" * (len(kinds) + 6) + "|"
     for row in rows:
-        cells = [_perplexity(row, kind) for kind in KINDS]
-        divergences = [estimate(row[f"kl {kind}"])[0] for kind in KINDS if f"kl {kind}" in row]
-        kl = f"{sum(divergences) / len(divergences):.4f}" if divergences else ""
-        about = [kl, f"{row['top1']:.3f}", f"{row.get('MB', '')}", f"{row.get('seconds', '')}"]
-        yield f"| {_name(row)} | {row['calibration']} | {' | '.join([*cells, *about])} |"
+        cells = [perplexity(row.get(f"nll {kind}")) for kind in kinds]
+        divergences = [estimate(row[f"kl {kind}"])[0] for kind in kinds if f"kl {kind}" in row]
+        cells += [f"{statistics.fmean(divergences):.4f}" if divergences else ""]
+        cells += [f"{row['top1']:.3f}", *(str(row.get(figure, "")) for figure in ("MB", "seconds"))]
+        yield f"| {name(row)} | {row['calibration']} | {' | '.join(cells)} |"
+
+
+def perplexity(losses: Sequence[float] | None) -> str:
+    value = math.exp(min(estimate(losses)[0], 700)) if losses else math.nan
+    return "" if not losses else f"{value:.2f}" if value < 10_000 else f"{value:.2g}"
+
+
+def name(row: Row) -> str:
+    return "original" if row["method"] == "original" else f"`{row['method']}`"
+
+
+def held_against(method: str) -> set[str]:
+    """Methods that a method of the same grid is compared with."""
+    begins, _, then = method.partition(" + ")
+    namesakes = {begins} if then else {method.removeprefix(f"{other} ") for other in OTHERS}
+    plain = method.split(",")[0] == "rtn"  # of a head or a cache, too
+    baselines = BASELINES[:1] if plain else BASELINES
+    return {*baselines, *namesakes.intersection(NAMESAKES)} - {method}
 
 
 def claims(rows: Sequence[Row]) -> Iterator[str]:
     """Each method against what came before it, kind by kind, where a difference is more than two
     paired standard errors."""
-    for baseline in (*BASELINES, *dict.fromkeys((*FIRST_PARTS, *OURS))):
+    for baseline in (*BASELINES, *NAMESAKES):
+        bases = [row for row in rows if row["method"] == baseline]
         for row in rows:
-            if baseline not in BASELINES and not _follows(row["method"], baseline):
-                continue
-            bases = [
-                r
-                for r in rows
-                if r["method"] == baseline and r["calibration"] in ("", row["calibration"])
-            ]
-            if not bases or row["method"] in ("rtn", baseline):
-                continue
-            if _rounds(row["method"]) and baseline != "rtn":
+            same = [base for base in bases if base["calibration"] in ("", row["calibration"])]
+            if not same or baseline not in held_against(row["method"]):
                 continue
             found: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
             for kind, label in KINDS.items():
-                difference = gap(row, bases[0], kind)
-                if difference is not None:
+                if difference := gap(row, same[0], kind):
                     mean, error = difference
                     level = not abs(mean) >= 2 * error
                     verdict = "level" if level else "better" if mean < 0 else "worse"
                     found[verdict].append(f"{label} {mean:+.3f} ± {error:.3f}")
-            says = "; ".join(f"{k} on {', '.join(v)}" for k, v in found.items() if v)
+            says = [f"{verdict} on {', '.join(on)}" for verdict, on in found.items() if on]
+            for label, what in (("in all", "nll"), ("KL", "kl")):
+                if says and (difference := gap(row, same[0], *KINDS, what=what)):
+                    says.append(f"{label} {difference[0]:+.4f} ± {difference[1]:.4f}")
+            trained = f", calibrated on the {row['calibration']}" if row["calibration"] else ""
             if says:
-                whole, divergence = (gap(row, bases[0], *KINDS, what=w) for w in ("nll", "kl"))
-                for label, difference in (("in all", whole), ("KL", divergence)):
-                    if difference is not None:
-                        says += f"; {label} {difference[0]:+.4f} ± {difference[1]:.4f}"
-                trained = f", calibrated on the {row['calibration']}" if row["calibration"] else ""
-                yield f"- {_name(row)}{trained}, against `{baseline}` (nats): {says}."
+                yield f"- {name(row)}{trained}, against `{baseline}` (nats): {'; '.join(says)}."
 
 
-def _name(row: Row) -> str:
-    return "original" if row["method"] == "original" else f"`{row['method']}`"
-
-
-def _perplexity(row: Row, kind: str) -> str:
-    values = row.get(f"nll {kind}")
-    if not values:
-        return ""
-    value = math.exp(estimate(values)[0])
-    return f"{value:.2f}" if value < 10_000 else f"{value:.2g}"
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true")
     parser.add_argument("--add", nargs="*", type=Path, default=[])
-    parser.add_argument("--drop", nargs="*", default=[])
-    options = parser.parse_args()
-    store, written = DOCS / "quality.json", DOCS / "quality.md"
+    store = DOCS / "quality.json"
     data = json.loads(store.read_text("utf-8"))
-    for path in options.add:
-        add(data, path)
-    data["rows"] = [r for r in data["rows"] if not any(w in r["method"] for w in options.drop)]
-    if options.add or options.drop:
-        head = {k: v for k, v in data.items() if k != "rows"}
-        lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in data["rows"])
-        text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
-        store.write_text(f'{text},\n "rows": [\n{lines}\n ]\n}}\n', "utf-8")
-    made = page(data)
-    if options.check:
-        return int(written.read_text("utf-8") != made)
-    written.write_text(made, "utf-8")
-    print(f"written: {written.name}")
-    return 0
+    if added := parser.parse_args().add:
+        for path in added:
+            data["rows"] = joined(data["rows"], json.loads(path.read_text("utf-8"))["rows"])
+        store.write_text(stored(data), "utf-8")
+    (DOCS / "quality.md").write_text(page(data), "utf-8")
+
+
+def stored(data: Mapping[str, Any]) -> str:
+    """JSON with a line for each row."""
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in data["rows"])
+    head = {k: v for k, v in data.items() if k != "rows"}
+    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+    return f'{text},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -176,7 +176,7 @@ def test_scripts_that_are_shown_exist_with_their_options() -> None:
             assert (ROOT / script).is_file(), f"{page.name}: {script}"
             name, *words = rest.split() or [""]
             if script == "scripts/measure/run.py":
-                known = measure.parser_of(name)[1]._option_string_actions
+                known = measure.parser()._option_string_actions
                 used = {word for word in words if word.startswith("--")}
                 assert used <= set(known), f"{page.name}: {script} {rest}"
                 seen += 1

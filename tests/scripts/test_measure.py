@@ -5,38 +5,43 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from tests.support.scripts import load
 
 
-@pytest.fixture(scope="module")
-def runner() -> ModuleType:
-    return load("scripts/measure/run.py")
-
-
 def test_rows_are_kept_and_resumed_from(
-    runner: ModuleType,
     tiny_model: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept = tmp_path / "rows.json"
+    kept, runner = tmp_path / "rows.json", load("scripts/measure/run.py")
     options = [str(tiny_model("llama")), "--samples", "2", "--length", "32", "--windows", "2"]
     options += ["--window", "24", "--device", "cpu", "--json", str(kept)]
     passes = ["rtn: {bits: 4, group_size: 32}", "[smoothquant, rtn: {bits: 9}]"]
-    runner.run("passes", [*options, "--pass", *passes])
+    monkeypatch.setattr("sys.argv", ["run.py", *options, "--pass", *passes])
+    runner.main()
     said = capsys.readouterr().out
-    rows = json.loads(kept.read_text())["rows"]
-    assert set(rows) == {"unquantized", *passes}
-    assert rows["unquantized"]["figures"]["kl"] == [0.0, 0.0]
-    assert "failed" in rows[passes[1]]["figures"] and "bits" in rows[passes[1]]["figures"]["failed"]
-    # | name | perplexity | kl | ratio | …
-    (line,) = (x for x in said.splitlines() if x.startswith(f"| {passes[0]}"))
-    assert line.count("±") == 2
-    rows["unquantized"]["figures"]["nll"] = [0.0, 0.0]
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "rows": rows}))
-    runner.run("passes", [*options, "--pass", *passes])
-    assert "| unquantized | 1.000 |" in capsys.readouterr().out
+    found = json.loads(kept.read_text())
+    original, row = found["rows"]
+    assert (original["method"], row["method"]) == ("original", passes[0])
+    assert original["kl fiction"] == [0.0, 0.0] and row["kl fiction"][0] > 0
+    assert f"{passes[1]}: failed: passes.1.rtn.bits is 9" in said
+    assert f"| `{passes[0]}` |" in said and "passes.1" not in said.partition("## ")[2]
+    original["nll fiction"] = [0.0, 0.0]
+    kept.write_text(json.dumps(found))
+    runner.main()
+    assert "| original |  | 1.00 |" in capsys.readouterr().out
+
+
+def test_a_method_gets_the_grid_in_its_last_pass() -> None:
+    runner = load("scripts/measure/run.py")
+    words = ["M", "--grids", "w4-g32", "nvfp4", "--methods", "rtn", "awq + gptq"]
+    assert list(runner.wanted(runner.parser().parse_args(words))) == [
+        ("w4-g32", "rtn", [{"rtn": {"bits": 4, "group_size": 32}}]),
+        ("w4-g32", "awq + gptq", [{"awq": {}}, {"gptq": {"bits": 4, "group_size": 32}}]),
+        ("nvfp4", "rtn", [{"nvfp4": {}}]),
+        ("nvfp4", "awq + gptq", [{"awq": {}}, {"gptq": {"grid": "nvfp4"}}]),
+    ]

@@ -20,7 +20,7 @@ def row(method, values, **more):
         "method": method,
         "top1": 0.5,
         "calibration": "",
-        "nll moby": values,
+        "nll fiction": values,
         **more,
     }
 
@@ -52,32 +52,29 @@ def test_another_program_is_held_against_ours_of_the_same_method(quality):
     ]
 
 
-def test_rows_are_added_and_replaced(quality, tmp_path):
-    figures = {"top1": 0.5, "nll moby": [1.0, 2.0], "kl moby": [0.1, 0.1], "seconds": 1.23}
-    rows = {"g: ours": {"figures": figures}, "g: lost": {"figures": {"failed": "why"}}}
-    file, data = tmp_path / "rows.json", {"rows": []}
-    for top1 in (0.5, 0.75):
-        figures["top1"] = top1
-        file.write_text(json.dumps({"settings": {"calibration": "bundled"}, "rows": rows}))
-        quality.add(data, file)
-    assert [(r["method"], r["calibration"], r["top1"]) for r in data["rows"]] == [
-        ("ours", "mixture", 0.75)
+def test_rows_are_added_and_replaced(quality):
+    rows = [row("ours", [1.0, 2.0], top1=0.5), row("original", [1.0, 1.0], **{"nll pydoc": [3.0]})]
+    new = [row("ours", [1.0, 1.5]), row("original", [2.0, 2.0]), row("theirs", [1.0, 1.0])]
+    found = {r["method"]: r for r in quality.joined(rows, new)}
+    assert list(found) == ["original", "ours", "theirs"]
+    assert found["ours"]["nll fiction"] == [1.0, 1.5]
+    assert found["original"]["nll fiction"] == [2.0, 2.0]
+    assert found["original"]["nll pydoc"] == [3.0]
+
+
+def test_another_model_has_tables_of_its_own(quality):
+    rows = [
+        row(method, [v, v + 0.1], model=model, calibration=read, **{"kl fiction": [v, v]})
+        for model in ("", "llama")
+        for method, v, read in (
+            ("rtn", 3.0, ""),
+            ("autoround", 2.0, "speeches"),
+            ("ours", 1.5, "speeches"),
+        )
+        if model or method != "autoround"
     ]
-
-
-def test_another_model_has_tables_of_its_own(quality, tmp_path):
-    file, data = tmp_path / "rows.json", {"rows": [], "about": [], "grids": {"g": "G"}}
-    names = {"original": 1.0, "g: rtn": 3.0, "g: autoround": 2.0, "g: ours": 1.5}
-    for folder in ("smol", "llama"):
-        rows = {
-            name: {"figures": {"top1": 0.5, "nll fiction": [v, v + 0.1], "kl fiction": [v, v]}}
-            for name, v in names.items()
-            if folder == "llama" or name != "g: autoround"
-        }
-        settings = {"calibration": "speeches.txt", "model": f"/there/{folder}"}
-        file.write_text(json.dumps({"settings": settings, "rows": rows}))
-        quality.add(data, file)
-    first, second = quality.page(data).split("## Small llama: G")
+    page = quality.page({"rows": rows, "about": [], "grids": {"g": "G"}})
+    first, second = page.split("## Small llama: G")
     assert "`ours`" in first and "`autoround`" not in first
     assert "`ours`, calibrated on the speeches, against `autoround` (nats): better" in second
     assert "in all -0.5000 ± 0.0000; KL -0.5000 ± 0.0000" in second
