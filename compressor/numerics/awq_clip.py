@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from compressor_kernels.search.awq_candidate import CLIP_SIZES, clip_bounds
@@ -17,23 +18,45 @@ CLIP_GRID, CLIP_STEPS = 20, 10
 """Bounds are tried in steps of 1/20 of the largest magnitude, down to more than half of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """What was found for each group of each row.
+
+    bounds  at which weights are clipped
+    signed  of an asymmetric spec, whether the symmetric grid does better under its bound
+    """
+
+    bounds: Tensor
+    signed: Tensor | None = None
+
+    def options(self) -> GridOptions:
+        """Of the rounding that was searched, for the weights of a stack one above the other."""
+        bounds, signed = (
+            None if x is None else x.reshape(-1, x.shape[-1]) for x in (self.bounds, self.signed)
+        )
+        return {"clip_max": bounds, "from_range": True, "signed": signed}
+
+
 def search_clip_gram(
     weight: Tensor,
     gram: Tensor,
     spec: QuantSpec,
     *,
     scales: Tensor | None = None,
-) -> Tensor:
+) -> Clipping:
     """Bounds [O, groups] that give the least Δ_g G_gg Δ_gᵀ in each group of each row; of a stack
     of weights [E, O, groups].
+
+    Zero points write symmetric grids too, which are searched beside those of ranges: with 2 or 3
+    bits most groups do better on them.
 
     weight  [O, C] or [E, O, C] as it will be quantized, scales included
     gram    [C, C] of the input before it was divided by `scales` [C]; of a stack [E, C, C] and
             [E, C], or those of the one input of all
     """
+    shape = weight.shape[:-1]
     if weight.dim() == 3 and gram.dim() == 2:
-        bounds = search_clip_gram(weight.flatten(0, 1), gram, spec, scales=scales)
-        return bounds.view(*weight.shape[:2], -1)
+        weight = weight.flatten(0, 1)
     size = clip_group_size(weight, spec)
     groups = weight.shape[-1] // size
     blocks = gram.view(*gram.shape[:-2], groups, size, groups, size).diagonal(dim1=-4, dim2=-2)
@@ -41,8 +64,22 @@ def search_clip_gram(
     if scales is not None:
         per_group = scales.view(*scales.shape[:-1], groups, size)
         blocks = blocks / (per_group[..., :, None] * per_group[..., None, :])
+    specs = [spec] if spec.symmetric else [spec, replace(spec, zero="none")]
+    found = [_searched(weight, blocks, each) for each in specs]
+    bounds, errors = (x.view(*shape, groups) for x in found[0])
+    if spec.symmetric:
+        return Clipping(bounds)
+    others, rivals = (x.view(*shape, groups) for x in found[1])
+    signed = rivals < errors
+    return Clipping(torch.where(signed, others, bounds), signed)
 
-    if weight.is_cuda and size in CLIP_SIZES:
+
+def _searched(weight: Tensor, blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Bounds and errors of groups on one kind of grid, [O, groups] or [E, O, groups].
+
+    blocks  [groups, g, g] or [E, groups, g, g], the diagonal of the Gram matrix
+    """
+    if weight.is_cuda and blocks.shape[-1] in CLIP_SIZES:
         return clip_bounds(
             weight.contiguous(),
             blocks.contiguous(),
@@ -52,28 +89,29 @@ def search_clip_gram(
             grid=CLIP_GRID,
             steps=CLIP_STEPS,
         )
+    if weight.dim() == 3:
+        parts = [_searched(w, b, spec) for w, b in zip(weight, blocks, strict=True)]
+        bounds, errors = zip(*parts, strict=True)
+        return torch.stack(bounds), torch.stack(errors)
 
-    def searched(weight: Tensor, blocks: Tensor) -> Tensor:
-        def error(delta: Tensor) -> Tensor:
-            by_group = delta.transpose(0, 1)
-            errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
-            return errors.t()
+    def error(delta: Tensor) -> Tensor:
+        by_group = delta.transpose(0, 1)
+        errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
+        return errors.t()
 
-        return search_clip(weight.float(), error, spec)
-
-    if weight.dim() == 2:
-        return searched(weight, blocks)
-    return torch.stack([searched(w, b) for w, b in zip(weight, blocks, strict=True)])
+    return search_clip(weight.float(), error, spec)
 
 
-def search_clip(weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: QuantSpec) -> Tensor:
-    """Bounds absmax·(1 − i/CLIP_GRID) with the least error, for i below CLIP_STEPS.
+def search_clip(
+    weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """Bounds absmax·(1 − i/CLIP_GRID) with the least error, for i below CLIP_STEPS, and the errors.
 
     error_of  error [rows, n, g] of grouped weights → squared output error [rows, n]
     """
     size = clip_group_size(weight, spec)
     rows = max(1, (2**24 if weight.is_cuda else 2**18) // weight.shape[1])
-    bounds = []
+    bounds, errors = [], []
     for chunk in torch.split(weight, rows):
         absmax = chunk.view(chunk.shape[0], -1, size).abs().amax(-1)
         best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
@@ -87,7 +125,8 @@ def search_clip(weight: Tensor, error_of: Callable[[Tensor], Tensor], spec: Quan
             least = torch.where(better, error, least)
             best = torch.where(better, bound, best)
         bounds.append(best)
-    return torch.cat(bounds)
+        errors.append(least)
+    return torch.cat(bounds), torch.cat(errors)
 
 
 def clip_group_size(weight: Tensor, spec: QuantSpec) -> int:

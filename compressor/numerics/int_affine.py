@@ -16,9 +16,10 @@ sign spans [low, high] alone, its zero point saturates, and the far end of the g
 Zero points also write every symmetric grid (zero 2^(b−1), or one less for a negative scale), whose
 steps are shorter where a range has about two equal sides: extreme/2 beside (high − low)/3 with 2
 bits. Each group takes the symmetric grid if its squared error is smaller, so that no group is worse
-off with zero points than without them. AWQ's code has the grids of ranges alone, and so have its
-searches here (`from_range`); of those only a group whose range says little about its values, which
-are of one sign, tiny or huge, takes the symmetric grid.
+off with zero points than without them. AWQ's code has the grids of ranges alone, and so has the
+search of its scales here (`from_range`); of those only a group whose range says little about its
+values, which are of one sign, tiny or huge, takes the symmetric grid. The search of its bounds has
+both, and says which groups take which (`signed`).
 A scale is rounded to the dtype it is stored in before zero and codes are chosen from it.
 """
 
@@ -49,6 +50,8 @@ class GridOptions(TypedDict, total=False):
     narrow      symmetric grids with a positive scale whose upper end is exactly absmax; of an
                 asymmetric spec, the symmetric grids it is compared with
     from_range  of an asymmetric spec, the grids of ranges alone
+    signed      [scale_shape] bool, of an asymmetric spec, which groups take the symmetric grid
+                whatever its squared error; the others take that of their range
     arithmetic  dtype of the arithmetic (lower than float32 only to reproduce others' codes)
     """
 
@@ -56,6 +59,7 @@ class GridOptions(TypedDict, total=False):
     clip_min: Tensor | None
     narrow: bool
     from_range: bool
+    signed: Tensor | None
     arithmetic: torch.dtype
 
 
@@ -148,14 +152,20 @@ def int_grid(
     if spec.zero == "none":
         return symmetric_scales(low, high, spec, narrow=narrow), None
     grid, degenerate = asymmetric_grid(low, high, spec)
-    of_ranges = options.get("from_range", False)
-    if of_ranges and not bool(degenerate.any()):
+    signed = options.get("signed")
+    of_ranges = options.get("from_range", False) or signed is not None
+    judged = not of_ranges or bool(degenerate.any())
+    if not judged and signed is None:
         return grid
     other = with_zeros(symmetric_scales(low, high, spec, narrow=narrow), spec)
-    errors = [_squared_errors(weight, spec, *g, clip, arithmetic) for g in (grid, other)]
-    better = (errors[1] < errors[0]) | errors[0].isinf()
+    better = torch.zeros_like(degenerate)
+    if judged:
+        errors = [_squared_errors(weight, spec, *g, clip, arithmetic) for g in (grid, other)]
+        better = (errors[1] < errors[0]) | errors[0].isinf()
     if of_ranges:
         better &= degenerate
+    if signed is not None:
+        better |= signed
     return torch.where(better, other[0], grid[0]), torch.where(
         better, other[1].to(low.dtype), grid[1]
     )

@@ -238,10 +238,7 @@ def test_gram_searches_are_as_good_as_running_tokens(name):
         assert min(result.losses) == pytest.approx(error(result.scales), rel=1e-3)
         assert error(result.scales) <= error(published) * (1 + 1e-4)
         scaled = weights[0] * result.scales
-        bounds = search_clip_gram(scaled, gram, block.spec, scales=result.scales)
-        clip = (
-            fake_quantize(scaled, block.spec, clip_max=bounds, from_range=True) / result.scales
-            - weights[0]
-        )
+        found = search_clip_gram(scaled, gram, block.spec, scales=result.scales)
+        clip = fake_quantize(scaled, block.spec, **found.options()) / result.scales - weights[0]
         plain = fake_quantize(scaled, block.spec, from_range=True) / result.scales - weights[0]
         assert gram_error(clip, gram) < gram_error(plain, gram) * 1.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,16 +39,18 @@ def test_linears_with_inputs_of_their_own_are_searched_as_each_alone(duo):
     weights, grams = (torch.stack([p[i] for p in problems]) for i in (0, 2))
     absmean = torch.stack([x.abs().mean(0) for _, x, _ in problems])
     found = search_scales_apart(weights, grams, absmean, SPEC, duo=duo)
-    bounds = search_clip_gram(weights, grams, SPEC, scales=torch.stack([x.scales for x in found]))
+    clipped = search_clip_gram(weights, grams, SPEC, scales=torch.stack([x.scales for x in found]))
     for i, one in enumerate(found):
         alone = search_scales_gram([weights[i]], grams[i], absmean[i], SPEC, duo=duo)
         assert torch.equal(one.scales, alone.scales)
         assert (one.ratio, one.losses) == (alone.ratio, alone.losses)
-        assert torch.equal(
-            bounds[i], search_clip_gram(weights[i], grams[i], SPEC, scales=one.scales)
-        )
+        other = search_clip_gram(weights[i], grams[i], SPEC, scales=one.scales)
+        assert torch.equal(clipped.bounds[i], other.bounds)
+        assert torch.equal(clipped.signed[i], other.signed)
     shared = search_clip_gram(weights, grams[0], SPEC)
-    assert torch.equal(shared[1], search_clip_gram(weights[1], grams[0], SPEC))
+    other = search_clip_gram(weights[1], grams[0], SPEC)
+    assert torch.equal(shared.bounds[1], other.bounds)
+    assert torch.equal(shared.signed[1], other.signed)
 
 
 @pytest.mark.parametrize("home", [0, 1, 2])
@@ -193,27 +197,36 @@ def test_no_finite_loss_is_an_error():
         search_scales_gram([weight], gram * torch.nan, x.abs().mean(0), SPEC)
 
 
-@pytest.mark.parametrize("zero", ["none", "subtract"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("strategy", ["group", "channel"])
-def test_clipping_never_makes_a_group_worse(zero, strategy):
+def test_no_group_is_worse_clipped_nor_with_zero_points(bits, strategy):
     weight, x, gram = problem()
     weight[:, ::16] *= 4
-    spec = QuantSpec("int", 3, strategy, 16 if strategy == "group" else None, zero=zero)
+    spec = QuantSpec("int", bits, strategy, 16 if strategy == "group" else None)
     size = spec.group_size or 64
     scales = torch.linspace(0.5, 2, 64)
-    bounds = search_clip_gram(weight * scales, gram, spec, scales=scales)
-    by_tokens = search_clip_reference(weight * scales, x / scales, spec, tokens=200)
-    assert torch.isclose(bounds, by_tokens, rtol=1e-4).float().mean() > 0.95
 
-    def errors(**options):
-        values = fake_quantize(weight * scales, spec, from_range=True, **options)
-        delta = values / scales - weight
-        groups = delta.view(24, -1, size)
+    def errors(spec, **options):
+        values = fake_quantize(weight * scales, spec, **options)
+        groups = (values / scales - weight).view(24, -1, size)
         inputs = x.view(-1, 64 // size, size)
         return torch.einsum("tgc,rgc->trg", inputs, groups).square().sum(0)
 
-    assert (errors(clip_max=bounds) <= errors() * (1 + 1e-4)).all()
-    assert errors(clip_max=bounds).sum() < 0.95 * errors().sum()
+    found = {}
+    for zero in ("none", "subtract"):
+        spec = replace(spec, zero=zero)
+        clipped = search_clip_gram(weight * scales, gram, spec, scales=scales)
+        by_tokens = search_clip_reference(weight * scales, x / scales, spec, tokens=200)
+        of_range = ~clipped.signed if zero == "subtract" else torch.ones_like(by_tokens) > 0
+        same = torch.isclose(clipped.bounds, by_tokens, rtol=1e-4)[of_range]
+        assert same.float().mean() > 0.95
+        found[zero] = errors(spec, **clipped.options())
+        published = errors(spec, clip_max=by_tokens, from_range=True)
+        plain = errors(spec, from_range=True)
+        assert (found[zero] <= torch.minimum(published, plain) * (1 + 1e-4)).all()
+        assert found[zero].sum() < 0.95 * plain.sum()
+    assert (found["subtract"] <= found["none"] * (1 + 1e-4)).all()
+    assert 0 < clipped.signed.float().mean() < 1
 
 
 def test_what_has_no_range_has_no_bounds():

@@ -19,4 +19,4 @@ def search_clip_reference(
     def error(delta: Tensor) -> Tensor:
         return (delta.transpose(0, 1) @ x.transpose(1, 2)).square().mean(-1).t()
 
-    return search_clip(weight, error, spec)
+    return search_clip(weight, error, spec)[0]

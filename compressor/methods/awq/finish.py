@@ -19,6 +19,7 @@ from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import ScaleResult, is_plain_int
 from compressor.numerics.gram import error_of_parts
+from compressor.numerics.int_affine import GridOptions
 
 TILE = 2**25
 """Weights of a linear whose rounded values are in memory at a time."""
@@ -90,22 +91,22 @@ def finished(
         scales = None
         if of_site[0].found is not None:
             scales = _shared([site.found.scales for site in of_site if site.found is not None])
-        weight, options = stack.flatten(0, 1), {}
+        weight = stack.flatten(0, 1)
+        options: GridOptions = {}
         # A quantizer that searches its ranges finds better ones towards weights that are whole.
         clips = rule.clip and first.name not in context.fitted
         if clips and gram is not None and is_plain_int(spec):
-            bounds = search_clip_gram(stack, gram, spec, scales=scales)
-            options["clip_max"] = bounds.flatten(0, 1)
+            options = search_clip_gram(stack, gram, spec, scales=scales).options()
         made: QTensor | Tensor | None
         values: QTensor | Tensor
         if not rule.rounds:
             rounding = context.rounding.get(first.name, {})
-            values = fake_quantize(weight, spec, **options, **rounding)
-            made = _clamped(weight, options["clip_max"]) if options else None
+            bounds = options.get("clip_max")
+            values = weight if bounds is None else _clamped(weight, bounds)
+            made = None if bounds is None else values
+            values = fake_quantize(values, spec, **rounding)
         else:
-            # Bounds were searched for the grids of ranges; another grid may do worse under them.
-            plain = {"from_range": True} if options else {}
-            values = made = quantize(weight, spec, **options, **plain)
+            values = made = quantize(weight, spec, **options)
         errors = error_of_parts(_parts(stack, values, scales), gram).tolist()
         rows = []
         for i, error in zip(places, errors, strict=True):

@@ -108,14 +108,15 @@ def clip_bounds(
     stored: torch.dtype,
     grid: int = 20,
     steps: int = 10,
-) -> Tensor:
-    """Bounds absmax·(1 − i/grid), i < steps, with the least Δ_g G_gg Δ_gᵀ in each group of a row.
+) -> tuple[Tensor, Tensor]:
+    """Bounds absmax·(1 − i/grid), i < steps, with the least Δ_g G_gg Δ_gᵀ in each group of a row,
+    and that error.
 
     weight  [O, C] float32, float16 or bfloat16, contiguous; or a stack of weights [E, O, C]
     gram    [C / g, g, g] float32, the diagonal blocks of the inputs' Gram matrix; g in
             `CLIP_SIZES`; of a stack one for each weight, [E, C / g, g, g]
-    Returns [O, C / g] float32, or [E, O, C / g]. Raises ValueError for shapes and dtypes that do
-    not fit.
+    Returns two of [O, C / g] float32, or [E, O, C / g]. Raises ValueError for shapes and dtypes
+    that do not fit.
     """
     import triton
 
@@ -127,12 +128,14 @@ def clip_bounds(
     if size not in CLIP_SIZES or gram.shape != (*weight.shape[:-2], groups, size, size):
         raise ValueError(f"gram {list(gram.shape)} for a weight {list(weight.shape)}")
     rows = max(16, CLIP_TILE // size)
-    bounds = torch.empty(*weight.shape[:-1], groups, dtype=torch.float32, device=weight.device)
+    shape = (2, *weight.shape[:-1], groups)
+    bounds, errors = torch.empty(shape, dtype=torch.float32, device=weight.device)
     tiles, weights = triton.cdiv(weight.shape[-2], rows), math.prod(weight.shape[:-2])
     clip_kernel[(weights * tiles, groups)](
         weight,
         gram.float().contiguous(),
         bounds,
+        errors,
         weight.shape[-2],
         weight.shape[-1],
         tiles,
@@ -145,7 +148,7 @@ def clip_bounds(
         ROWS=rows,
         num_warps=CLIP_WARPS,
     )
-    return bounds
+    return bounds, errors
 
 
 def clip_bounds_ref(
@@ -157,7 +160,7 @@ def clip_bounds_ref(
     stored: torch.dtype,
     grid: int = 20,
     steps: int = 10,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The plain reference of `clip_bounds`."""
     size = gram.shape[-1]
     groups = weight.float().view(*weight.shape[:-1], -1, size)
@@ -180,7 +183,7 @@ def clip_bounds_ref(
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, bound, best)
-    return best
+    return best, least
 
 
 def _rounded_ref(

@@ -119,6 +119,7 @@ def clip_kernel(
     w_ptr,
     gram_ptr,
     bound_ptr,
+    error_ptr,
     rows,
     columns,
     tiles,
@@ -157,4 +158,6 @@ def clip_kernel(
         better = error < least
         least = tl.where(better, error, least)
         best = tl.where(better, bound, best)
-    tl.store(bound_ptr + row * (columns // SIZE) + group, best, mask=live)
+    place = row * (columns // SIZE) + group
+    tl.store(bound_ptr + place, best, mask=live)
+    tl.store(error_ptr + place, least, mask=live)
