@@ -271,6 +271,15 @@ def device_options(function: Command) -> Command:
     return device_option(memory(function))
 
 
+def again_option(function: Command) -> Command:
+    """Whether what still holds is found out anew."""
+    return click.option(
+        "--again",
+        is_flag=True,
+        help="Verify and evaluate a finished output again, though nothing has changed since.",
+    )(function)
+
+
 def json_option(function: Command) -> Command:
     """Machine-readable output."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(

@@ -100,6 +100,8 @@ class ReportData(Strict):
     activations rows that were read from the activation store in place of running them through a
                 block, and rows that ran: {"read", "ran"}
     started     ISO 8601 with a time zone
+    seal        hash of all of this and of what was judged, by which the next run of the same recipe
+                knows that it still holds
     """
 
     schema_version: Literal[1] = 1
@@ -129,6 +131,7 @@ class ReportData(Strict):
     environment: tuple[dict[str, str], ...] = ()
     activations: dict[str, int] | None = None
     started: str = ""
+    seal: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in which a number that is not finite is null."""

@@ -1,7 +1,7 @@
 """From a compiled checkpoint to one that can be trusted: verdict, report, card, publishing.
 
 Everything here stands outside the manifest: it carries times, and limits that may change. A run
-that finds its checkpoint finished judges it again.
+that finds its checkpoint finished judges it again, unless nothing has changed since (`standing`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file, read_manife
 from compressor.methods.sparda.choice_record import read_record
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.report.card import CardData, source_metadata, write_card
-from compressor.report.data import Costs, ReportData, UnitReport, read_report, write_report
+from compressor.report.data import (
+    HTML_NAME,
+    Costs,
+    ReportData,
+    UnitReport,
+    read_report,
+    write_report,
+)
 from compressor.report.notes import row_notes
 from compressor.run.by_size import find_mixes, find_peers
 from compressor.run.environment import versions
 from compressor.run.judge import Unwatched, Verdict, Watch, judge
 from compressor.run.portable import portable
 from compressor.run.session import Compiled, Prepared
+from compressor.run.standing import Standing, sealed
 from compressor.run.tokens import skipped_notes
 from compressor.runner.process_memory import peak_rss
 
@@ -40,6 +48,7 @@ class Released:
     host_bytes  largest resident size of the run, of what judges the checkpoint too
     report      path of report.html, or None where the recipe wants none
     card_kept   a model card that somebody wrote by hand is there, and was not replaced
+    since       when the verdict was found, if an earlier run found it
     """
 
     verdict: Verdict
@@ -47,6 +56,7 @@ class Released:
     host_bytes: int
     report: Path | None
     card_kept: bool = False
+    since: str | None = None
 
 
 def conclude(
@@ -54,18 +64,30 @@ def conclude(
     compiled: Compiled,
     *,
     seconds: float,
+    before: Standing | None = None,
     watch: Watch | None = None,
     ranks: Ranks = ALONE,
 ) -> Released:
     """Judge a compiled checkpoint as its recipe says, and write its report and card.
 
     seconds  wall time of the run so far
+    before   the verdict of an earlier run, which is taken as it is, and its report with it
     ranks    that judge it together: this is the leading one, the others call `judge`
     Raises MachineError where a file cannot be written.
     """
     watch = watch or Unwatched()
     started = datetime.now(UTC)
     units = unit_reports(compiled)
+    if before is not None:
+        written = write_card(compiled.output, card_data(prepared, compiled, before.verdict))
+        return Released(
+            verdict=before.verdict,
+            units=units,
+            host_bytes=host_peak(compiled),
+            report=compiled.output / HTML_NAME,
+            card_kept=not written,
+            since=before.since,
+        )
     unjudged = report_data(prepared, compiled, Verdict(), units, started, seconds=seconds)
     if prepared.recipe.report and not compiled.already:
         # Written before the verdict too, since only this process knows what the passes found.
@@ -76,7 +98,7 @@ def conclude(
     if not prepared.recipe.report:
         return Released(verdict=verdict, units=units, host_bytes=host, report=None)
     data = report_data(prepared, compiled, verdict, units, started, seconds=seconds)
-    _, page = write_report(compiled.output, data)
+    _, page = write_report(compiled.output, sealed(data, prepared, compiled.output))
     written = write_card(compiled.output, card_data(prepared, compiled, verdict))
     return Released(
         verdict=verdict, units=units, host_bytes=host, report=page, card_kept=not written

@@ -15,6 +15,7 @@ from compressor.cli.options import (
     MODEL,
     Command,
     Told,
+    again_option,
     device_options,
     runtime_option,
     telling_options,
@@ -89,6 +90,7 @@ def quality_option(function: Command) -> Command:
 )
 @device_options
 @gpus_option
+@again_option
 @click.option("--recipe-only", is_flag=True, help="Stop once the recipe is printed and saved.")
 @telling_options
 def command(
@@ -102,6 +104,7 @@ def command(
     device: str,
     device_memory: int | None,
     gpus: str | None,
+    again: bool,
     recipe_only: bool,
     told: Told,
 ) -> None:
@@ -162,7 +165,8 @@ def command(
         return
     from compressor.cli.commands.run import run_recipe
 
-    run_recipe(make_recipe(choice.data), device=device, device_memory=device_memory, told=told)
+    recipe = make_recipe(choice.data)
+    run_recipe(recipe, device=device, device_memory=device_memory, again=again, told=told)
 
 
 def output_folder(model: str, output: str | None, scheme: str) -> Path:

@@ -21,6 +21,7 @@ from compressor.cli.options import (
     Asked,
     Told,
     add_cases,
+    again_option,
     device_options,
     recipe_options,
     telling_options,
@@ -48,6 +49,7 @@ WORST = 3
 @recipe_options
 @device_options
 @gpus_option
+@again_option
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; like compress plan.")
 @telling_options
 def command(
@@ -55,13 +57,15 @@ def command(
     device: str,
     device_memory: int | None,
     gpus: str | None,
+    again: bool,
     dry_run: bool,
     told: Told,
 ) -> None:
     """Run a recipe: write the packed checkpoint, verify and evaluate it, hold it to the gate.
 
-    The same command continues an interrupted run after the last finished unit; a finished output
-    is judged again and otherwise left as it is. The exit code is 0 only if every check passed. A
+    The same command continues an interrupted run after the last finished unit. A finished output
+    is left as it is, and judged again unless it passed and all hashes (its files, the source, the
+    recipe, the text) are those of its report. The exit code is 0 only if every check passed. A
     failed one keeps the files; report.html beside them says what was found.
 
     \b
@@ -80,23 +84,30 @@ def command(
     start_ranks(gpus)
     with uncollected():
         loaded = asked.recipe()
-    run_recipe(loaded, device=device, device_memory=device_memory, told=told)
+    run_recipe(loaded, device=device, device_memory=device_memory, again=again, told=told)
 
 
-def run_recipe(recipe: Recipe, *, device: str, device_memory: int | None, told: Told) -> None:
+def run_recipe(
+    recipe: Recipe, *, device: str, device_memory: int | None, again: bool, told: Told
+) -> None:
     """Run it, say what came of it, and end with the exit code that stands for that."""
     display = told.display()
     with joined_ranks(device) as (chosen, ranks):
         run = execute(
-            recipe, device=chosen, device_memory=device_memory, display=display, ranks=ranks
+            recipe,
+            device=chosen,
+            device_memory=device_memory,
+            again=again,
+            display=display,
+            ranks=ranks,
         )
         code = ranks.share(130 if run is None else 0 if run.ok else 1)
     if not ranks.leads:
         click.get_current_context().exit(code)
     if run is None:
         if told.as_json:
-            again = {"message": "interrupted", "hint": "the same command continues"}
-            echo(json.dumps({"ok": False, "exit_code": 130, "errors": [again]}, indent=2))
+            ended = {"message": "interrupted", "hint": "the same command continues"}
+            echo(json.dumps({"ok": False, "exit_code": 130, "errors": [ended]}, indent=2))
         click.get_current_context().exit(130)
     if told.as_json:
         echo(json.dumps(summary(run), indent=2))
@@ -126,11 +137,15 @@ def execute(
     *,
     device: torch.device,
     device_memory: int | None,
+    again: bool,
     display: Display,
     ranks: Ranks,
 ) -> Run | None:
     """Compile, judge and release; None where Ctrl-C or SIGTERM stopped it, and on ranks that do not
-    lead."""
+    lead.
+
+    again  a finished checkpoint is judged also where an earlier verdict still holds
+    """
     started = time.perf_counter()
     with uncollected():
         from compressor.cli.main import interruptible
@@ -172,10 +187,17 @@ def execute(
         display.event("interrupted", hint="the same command continues after the last unit")
         add_cases([Case("compress", ENDED, error="interrupted")])
         return None
-    if not ranks.leads:
-        from compressor.run.judge import judge
+    before = None
+    if compiled.already and not again:
+        from compressor.run.standing import standing
 
-        judge(prepared, compiled, ranks=ranks)
+        with display.stage("compare", len(prepared.plan.units)):
+            before = ranks.led(lambda: standing(prepared, compiled.output, progress=display.unit))
+    if not ranks.leads:
+        if before is None:
+            from compressor.run.judge import judge
+
+            judge(prepared, compiled, ranks=ranks)
         return None
     seconds = time.perf_counter() - started
     add_cases([Case("compress", "checkpoint written", seconds=seconds)])
@@ -183,11 +205,14 @@ def execute(
     if compiled.audit is not None:
         add_cases(audit_cases(compiled.audit, "of the model", decides=decides))
     if compiled.already:
-        display.event("already done", output=str(compiled.output))
+        since = {} if before is None else {"verdict": f"of {before.since}"}
+        display.event("already done", output=str(compiled.output), **since)
     # Imported only here: it brings kernels, which nothing needs before.
     from compressor.run.release import conclude
 
-    released = conclude(prepared, compiled, seconds=seconds, watch=display, ranks=ranks)
+    released = conclude(
+        prepared, compiled, seconds=seconds, before=before, watch=display, ranks=ranks
+    )
     add_cases(verdict_cases(released.verdict))
     if released.verdict.audit is not None:
         written = audit_cases(released.verdict.audit, "of what was written", decides=decides)
@@ -236,6 +261,7 @@ def summary(run: Run) -> dict[str, Any]:
         "ok": run.ok,
         "output": str(run.compiled.output),
         "already_done": run.compiled.already,
+        "judged_before": run.released.since,
         "seconds": round(run.seconds, 3),
         "output_bytes": run.prepared.plan.shards.size,
         "source_bytes": planned.source_bytes,
@@ -274,6 +300,8 @@ def report(run: Run) -> None:
         for line in audit_lines("of the model", run.compiled.audit):
             echo(f"  {line}")
     show_verdict(run.released.verdict, rows)
+    if run.released.since is not None:
+        echo(f"  unchanged   since it was judged, {run.released.since}; --again judges anew")
     if run.released.report is not None:
         echo(f"  report      {run.released.report}")
     if run.released.card_kept:
