@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compressor.checkpoint.as_stored import AsTheyAre
 from compressor.checkpoint.container import Container, Shard, ShardLayout
 from compressor.checkpoint.kept_blocks import block_of
 from compressor.checkpoint.lora import lora_deltas
@@ -28,8 +29,6 @@ from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError
 from compressor.ir.layout import UnitLayout
 from compressor.ir.tensor import TensorShape
-from compressor.ir.unit import Unit
-from compressor.ranks.ranks import ALONE, Ranks
 
 WEIGHTS_NAME = "adapter.safetensors"
 
@@ -191,7 +190,7 @@ def _unrecorded(path: Path) -> InputError:
 
 
 @dataclass(frozen=True)
-class AdapterTarget:
+class AdapterTarget(AsTheyAre):
     """An adapter as a file of its own with its record; one unit, which is all of it."""
 
     specs: Mapping[str, TensorShape]
@@ -216,16 +215,6 @@ class AdapterTarget:
     def shapes(self, unit: UnitLayout) -> dict[str, TensorShape]:
         """As they are."""
         return dict(self.specs)
-
-    def encode(self, unit: Unit) -> dict[str, Tensor]:
-        """As they are."""
-        return {name: unit.tensors[name] for name in self.specs}
-
-    def decode(
-        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
-    ) -> Unit:
-        """As they are."""
-        return Unit(layout=unit, tensors=tensors)
 
     def config(self) -> dict[str, Any]:
         """It is no model."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from compressor.checkpoint.container import Container, Shard, ShardLayout
-from compressor.checkpoint.reader import INDEX_NAME, load_json, read_entries
+from compressor.checkpoint.reader import INDEX_NAME, load_json
 from compressor.checkpoint.safetensors import Entry
 from compressor.ir.layout import UnitLayout
 from compressor.ir.tensor import TensorShape
@@ -23,6 +23,20 @@ from compressor.ranks.ranks import ALONE, Ranks
 
 PART = 1 << 30
 """Bytes of tensors that are in memory at a time, at least one tensor."""
+
+
+class AsTheyAre:
+    """Of a target, what there is to say of tensors that are written as they come."""
+
+    def encode(self, unit: Unit) -> dict[str, Tensor]:
+        """As they are."""
+        return {name: unit.tensors[name] for name in unit.layout.tensors}
+
+    def decode(
+        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
+    ) -> Unit:
+        """As they are."""
+        return Unit(layout=unit, tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ def _shard(path: Path, entries: Mapping[str, Entry]) -> Shard:
 
 
 @dataclass(frozen=True)
-class StoredTarget:
+class StoredTarget(AsTheyAre):
     """A folder's checkpoint, or a part of it, as it is stored; a unit is some of its tensors.
 
     files_as  how its files are laid out: as they are, if None
@@ -90,16 +104,6 @@ class StoredTarget:
         """As they are."""
         return {name: self.entries[name].spec for name in unit.tensors}
 
-    def encode(self, unit: Unit) -> dict[str, Tensor]:
-        """As they are."""
-        return {name: unit.tensors[name] for name in unit.layout.tensors}
-
-    def decode(
-        self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
-    ) -> Unit:
-        """As they are."""
-        return Unit(layout=unit, tensors=tensors)
-
     def config(self) -> dict[str, Any]:
         """The folder's."""
         return load_json(self.folder / "config.json", what="config")
@@ -107,8 +111,3 @@ class StoredTarget:
     def files(self) -> dict[str, Any]:
         """None of its own."""
         return {}
-
-
-def stored_target(folder: Path) -> StoredTarget:
-    """A folder's checkpoint. Raises InputError, or Problems with all that is wrong."""
-    return StoredTarget(folder, read_entries(folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def open_consolidated(folder: Path) -> Checkpoint:
                 problems.append(
                     InputError(f"{name} has {entry.spec.shape[0]} rows, {PARAMS} says {size}")
                 )
-            stored[ours] = Stored({"weight": name}, entry.spec.shape, Halves(*size))
+            turned = partial(_turned, heads=size[0])
+            stored[ours] = Stored({"weight": name}, entry.spec.shape, turned)
     if problems:
         raise Problems(problems)
     return DecodedCheckpoint(
@@ -121,17 +122,16 @@ def open_consolidated(folder: Path) -> Checkpoint:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Halves:
-    """Rows [heads · dim] in which RoPE turns neighbours → in which it turns i and i + dim / 2."""
+def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Reorder a q or k weight [heads · head_dim, in], or bias, from rows of which RoPE turns the
+    neighbours (2i, 2i+1) of a head together, as Mistral's files and llama.cpp have them, to a
+    checkpoint's, of which it turns (i, i + head_dim/2)."""
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
-    heads: int
-    dim: int
 
-    def __call__(self, parts: Mapping[str, Tensor]) -> Tensor:
-        weight = parts["weight"].float()
-        pairs = weight.view(self.heads, self.dim // 2, 2, -1)
-        return pairs.transpose(1, 2).reshape(weight.shape)
+def _turned(parts: Mapping[str, Tensor], *, heads: int) -> Tensor:
+    return halves_from_pairs(parts["weight"].float(), heads)
 
 
 def _renamed(name: str) -> str | None:

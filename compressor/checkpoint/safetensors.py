@@ -10,9 +10,11 @@ Format: 8 bytes little-endian header length, JSON header, tensor data without ga
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises InputError for a file that is damaged or not safetensors.
     """
-
-    def damaged(why: str) -> InputError:
-        return InputError(
-            f"{path.name} is damaged: {why}",
-            hint="download the file again, and compare its size and hash with the source's",
-        )
-
+    damaged = partial(_damaged, path)
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:
@@ -86,12 +82,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 def parse_header(path: Path, raw: bytes, size: int) -> dict[str, Entry]:
     """The entries of a header whose JSON is `raw`, for a file of `size` bytes."""
 
-    def damaged(why: str) -> InputError:
-        return InputError(
-            f"{path.name} is damaged: {why}",
-            hint="download the file again, and compare its size and hash with the source's",
-        )
-
+    damaged = partial(_damaged, path)
     try:
         header = parse_json(raw, pairs=_no_duplicates)
     except ValueError as error:
@@ -123,10 +114,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, Entry]:
         if any(type(n) is not int or n < 0 or n > 1 << 62 for n in numbers):
             raise damaged(f"the shape or offsets of {name} are not counts")
         spec = TensorShape(dtype=dtype, shape=tuple(shape))
-        count = 1
-        for n in shape:
-            count *= n
-        if end - begin != count * dtype.itemsize or start + end > size:
+        if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
             raise damaged(f"{name} claims bytes {begin} to {end}, which do not fit")
         entries[name] = Entry(file=path, spec=spec, begin=start + begin, end=start + end)
     reached = start
@@ -137,6 +125,13 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, Entry]:
     if reached != size:
         raise damaged(f"{size - reached} bytes follow the last tensor (or are missing)")
     return entries
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path.name} is damaged: {why}",
+        hint="download the file again, and compare its size and hash with the source's",
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

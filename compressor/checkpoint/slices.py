@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressor.checkpoint.parts import PartsCheckpoint
 from compressor.checkpoint.reader import Checkpoint
@@ -51,9 +51,4 @@ def _entry(stack: Entry, ref: TensorRef) -> Entry:
     shape = shape[::-1] if ref.transposed else shape
     if ref.rows is not None:
         shape = (ref.rows.total, *shape[1:])
-    return Entry(
-        file=stack.file,
-        spec=TensorShape(stack.spec.dtype, tuple(shape)),
-        begin=stack.begin,
-        end=stack.end,
-    )
+    return replace(stack, spec=TensorShape(stack.spec.dtype, tuple(shape)))

@@ -124,7 +124,7 @@ class Display:
             shown: Mapping[str, Any] = {"stage": stage.name, "unit": name, "done": done}
             self.event("unit", **shown, total=total, left_seconds=left, **fields)
         elif not self.live:
-            note = "  ".join(described(fields))
+            note = "  ".join(described(key, value) for key, value in fields.items())
             note += f"  left {duration(stage.left)}" if done < total else ""
             self._print(f"  [{done}/{total}] {name}  {note.strip()}".rstrip())
 
@@ -196,7 +196,7 @@ class _Stage:
         )
         rows: list[RenderableType] = [head]
         if self.unit:
-            fields = "".join(f"  {part}" for part in described(self.fields))
+            fields = "".join(f"  {described(key, value)}" for key, value in self.fields.items())
             rows.append(_line((f"  {self.unit}", "cyan"), (fields, "default"), overflow="ellipsis"))
         if len(self.errors) > 1:
             bars = (sparkline(self.errors, 64), "magenta")
@@ -218,12 +218,8 @@ def _line(*parts: tuple[str, str], overflow: Literal["crop", "ellipsis"]) -> Tex
     return line
 
 
-def described(fields: Mapping[str, Any]) -> list[str]:
-    """The fields of a unit in words."""
-    return [_described(key, value) for key, value in fields.items()]
-
-
-def _described(key: str, value: Any) -> str:
+def described(key: str, value: Any) -> str:
+    """A field of a unit in words."""
     if key in ("memory", "device"):
         return f"{key} {size(value)}"
     if key == "seconds":

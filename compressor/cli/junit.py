@@ -88,9 +88,7 @@ def error_cases(error: BaseException, command: str) -> list[Case]:
 
 def checked(group: str, name: str, text: str, *, ok: bool, seconds: float = 0.0) -> Case:
     """A check that held or did not, and what it found."""
-    if ok:
-        return Case(group, name, seconds, output=text)
-    return Case(group, name, seconds, failure=text)
+    return Case(group, name, seconds, **{"output" if ok else "failure": text})
 
 
 def verify_cases(found: VerifyReport, *, seconds: float = 0.0) -> list[Case]:

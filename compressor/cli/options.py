@@ -110,33 +110,11 @@ SIZE, DEVICE, MODEL, PADS = Size(), Device(), Model(), Pads()
 RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)
 
+REPLACED = ("overrides", "model", "output", "max_shard_size", "runtime")
+"""Options that replace parts of a recipe."""
+
 CASES = "compressor.cases"
 """Where a context keeps what was checked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A recipe's file, and what replaces parts of it."""
-
-    file: Path
-    overrides: tuple[str, ...]
-    model: str | None
-    output: str | None
-    max_shard_size: int | None
-    runtime: str | None
-
-    def recipe(self) -> Recipe:
-        """The recipe with all of it. Raises InputError for what is no recipe."""
-        from compressor.plan.recipe import load_recipe
-
-        return load_recipe(
-            self.file,
-            self.overrides,
-            model=self.model,
-            output=self.output,
-            max_shard_size=self.max_shard_size,
-            runtime=self.runtime,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,32 +129,27 @@ class Told:
         return Display(log_format=self.log_format)
 
 
-def runtime_option(function: Command) -> Command:
-    """Where the result is to be loaded."""
-    return click.option(
-        "--for",
-        "runtime",
-        type=KnownName("runtime", known_runtimes),
-        metavar="RUNTIME",
-        help="Where it is to be loaded: vllm, sglang@0.5.23, 'vllm@0.24, tp: 2, gpu: h100'.",
-    )(function)
+runtime_option = click.option(
+    "--for",
+    "runtime",
+    type=KnownName("runtime", known_runtimes),
+    metavar="RUNTIME",
+    help="Where it is to be loaded: vllm, sglang@0.5.23, 'vllm@0.24, tp: 2, gpu: h100'.",
+)
 
 
 def recipe_options(function: Command) -> Command:
-    """RECIPE and what replaces parts of it, as `asked`."""
+    """RECIPE and what replaces parts of it, as `asked`, which reads it."""
 
     @wraps(function)
-    def gathered(
-        *args: Any,
-        recipe: Path,
-        overrides: tuple[str, ...],
-        model: str | None,
-        output: str | None,
-        max_shard_size: int | None,
-        runtime: str | None,
-        **kwargs: Any,
-    ) -> Any:
-        asked = Asked(recipe, overrides, model, output, max_shard_size, runtime)
+    def gathered(*args: Any, recipe: Path, **kwargs: Any) -> Any:
+        replaced = {key: kwargs.pop(key) for key in REPLACED}
+
+        def asked() -> Recipe:
+            from compressor.plan.recipe import load_recipe
+
+            return load_recipe(recipe, **replaced)
+
         return function(*args, asked=asked, **kwargs)
 
     found = cast(Command, gathered)
@@ -226,15 +199,9 @@ def folder_argument(name: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def shard_option(function: Command) -> Command:
-    """How large files may become."""
-    return click.option(
-        "--max-shard-size",
-        type=SIZE,
-        metavar="SIZE",
-        default="5GB",
-        help="Largest output file.",
-    )(function)
+shard_option = click.option(
+    "--max-shard-size", type=SIZE, metavar="SIZE", default="5GB", help="Largest output file."
+)
 
 
 def checkpoint_options(function: Command) -> Command:
@@ -248,15 +215,9 @@ def checkpoint_options(function: Command) -> Command:
     return function
 
 
-def device_option(function: Command) -> Command:
-    """Where to compute."""
-    return click.option(
-        "--device",
-        type=DEVICE,
-        metavar="TEXT",
-        default="auto",
-        help="cpu, cuda or cuda:1.",
-    )(function)
+device_option = click.option(
+    "--device", type=DEVICE, metavar="TEXT", default="auto", help="cpu, cuda or cuda:1."
+)
 
 
 def device_options(function: Command) -> Command:
@@ -271,30 +232,22 @@ def device_options(function: Command) -> Command:
     return device_option(memory(function))
 
 
-def again_option(function: Command) -> Command:
-    """Whether what still holds is found out anew."""
-    return click.option(
-        "--again",
-        is_flag=True,
-        help="Verify and evaluate a finished output again, though nothing has changed since.",
-    )(function)
+again_option = click.option(
+    "--again",
+    is_flag=True,
+    help="Verify and evaluate a finished output again, though nothing has changed since.",
+)
 
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
+)
 
-def json_option(function: Command) -> Command:
-    """Machine-readable output."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(
-        function
-    )
-
-
-def log_option(function: Command) -> Command:
-    """How progress is written."""
-    return click.option(
-        "--log-format",
-        type=click.Choice(["auto", "plain", "json"]),
-        default="auto",
-        help="Progress on stderr: live in a terminal, plain lines, or one JSON line per event.",
-    )(function)
+log_option = click.option(
+    "--log-format",
+    type=click.Choice(["auto", "plain", "json"]),
+    default="auto",
+    help="Progress on stderr: live in a terminal, plain lines, or one JSON line per event.",
+)
 
 
 def junit_option(function: Command) -> Command:

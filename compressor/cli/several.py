@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from compressor.cli.echo import echo
-from compressor.cli.options import Command
 from compressor.ranks.place import place_of
 
 if TYPE_CHECKING:
@@ -19,14 +18,12 @@ if TYPE_CHECKING:
     from compressor.ranks.ranks import Ranks
 
 
-def gpus_option(function: Command) -> Command:
-    """How many ranks there are to be."""
-    return click.option(
-        "--gpus",
-        metavar="N",
-        help="Work on N GPUs of this machine, a process each; auto takes all. With --device cpu, "
-        "N processes on the CPU.",
-    )(function)
+gpus_option = click.option(
+    "--gpus",
+    metavar="N",
+    help="Work on N GPUs of this machine, a process each; auto takes all. With --device cpu, "
+    "N processes on the CPU.",
+)
 
 
 def ranks_to_start(gpus: str | None) -> int:

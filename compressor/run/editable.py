@@ -14,9 +14,9 @@ from torch import Tensor
 
 from compressor.arch.sizes import vocabulary
 from compressor.audit.prune import idle_channels, idlest
-from compressor.checkpoint.as_stored import stored_target
+from compressor.checkpoint.as_stored import StoredTarget
 from compressor.checkpoint.container import Safetensors
-from compressor.checkpoint.reader import Checkpoint
+from compressor.checkpoint.reader import Checkpoint, read_entries
 from compressor.checkpoint.source import Source
 from compressor.checkpoint.target import ModelTarget, Target
 from compressor.errors import InputError
@@ -34,6 +34,10 @@ from compressor.runner.tokenizer import load_tokenizer
 
 ROUNDS = 6
 """One in so many of an encoder's tokens is masked at a time, about as BERT was trained."""
+
+
+Written = tuple[Target, Callable[[UnitLayout], Unit], Mapping[str, bytes]]
+"""How an edited checkpoint is written: target, units, and files as they are."""
 
 
 class Editable(Protocol):
@@ -58,10 +62,8 @@ class Editable(Protocol):
         Raises InputError where channels cannot be silenced one by one."""
         ...
 
-    def written(
-        self, checkpoint: Checkpoint, max_shard_size: int
-    ) -> tuple[Target, Callable[[UnitLayout], Unit], Mapping[str, bytes]]:
-        """How an edited checkpoint is written: target, units, and files as they are."""
+    def written(self, checkpoint: Checkpoint, max_shard_size: int) -> Written:
+        """How an edited checkpoint is written."""
         ...
 
 
@@ -125,9 +127,7 @@ class Decoder:
         ids = calibration_tokens(self.tokenizer, _other_text(self.held_out), seed=0).ids
         return idle_channels(running, ids, share, batch=8, progress=progress)
 
-    def written(
-        self, checkpoint: Checkpoint, max_shard_size: int
-    ) -> tuple[Target, Callable[[UnitLayout], Unit], Mapping[str, bytes]]:
+    def written(self, checkpoint: Checkpoint, max_shard_size: int) -> Written:
         source = replace(self.source, checkpoint=checkpoint)
         target = ModelTarget(
             source=source,
@@ -209,14 +209,13 @@ class MaskedEncoder:
             )
         return {name: idlest(size, share) for name, size in found.items()}
 
-    def written(
-        self, checkpoint: Checkpoint, max_shard_size: int
-    ) -> tuple[Target, Callable[[UnitLayout], Unit], Mapping[str, bytes]]:
+    def written(self, checkpoint: Checkpoint, max_shard_size: int) -> Written:
         def read(part: UnitLayout) -> Unit:
             return Unit(layout=part, tensors=checkpoint.read(part.tensors))
 
         config = (checkpoint.folder / "config.json").read_bytes()
-        return stored_target(checkpoint.folder), read, {"config.json": config}
+        target = StoredTarget(checkpoint.folder, read_entries(checkpoint.folder))
+        return target, read, {"config.json": config}
 
 
 def _other_text(held_out: Evaluation) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from compressor.checkpoint.adapter import Adapter, AdapterTarget, of_emulator
-from compressor.checkpoint.as_stored import stored_target
+from compressor.checkpoint.as_stored import StoredTarget
 from compressor.checkpoint.find import Located
 from compressor.checkpoint.numbered import require_alike
 from compressor.checkpoint.offsite import (
@@ -109,14 +109,13 @@ def plug(
     raw = read_entries(folder)
     at = {(e.file.name, e.begin): name for name, e in raw.items()}
     new = {at[entries[n].file.name, entries[n].begin]: tensor for n, tensor in made.items()}
-    target = stored_target(folder)
 
     def read(part: UnitLayout) -> Unit:
         tensors = {n: new[n] if n in new else read_tensor(raw[n]) for n in part.tensors}
         return Unit(layout=part, tensors=tensors)
 
     written = write(
-        target,
+        StoredTarget(folder, raw),
         output,
         read,
         about={

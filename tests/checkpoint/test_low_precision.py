@@ -98,7 +98,7 @@ def test_the_golden_vectors(tmp_path):
     keys = {"weight": next(k for k in ragged if k.startswith("weight_u8") or k == "weight_u8")}
     parts = {"weight": ragged[keys["weight"]].view(E4M3)}
     scale = next(v for k, v in ragged.items() if "scale" in k)
-    value = fp8._Scaled((128, 128))({**parts, "scale": scale})
+    value = fp8._scaled({**parts, "scale": scale}, size=(128, 128))
     assert torch.equal(value, ragged["ct_dequant_fp32"])
     assert torch.equal(value.bfloat16(), ragged["ct_dequant_bf16"])
     for name in ("fp8_block_tf_float", "fp8_block_tf_ue8m0"):
@@ -106,10 +106,10 @@ def test_the_golden_vectors(tmp_path):
         scale = golden.get("weight_scale_inv", golden.get("weight_scale_inv_u8"))
         size = (-(-golden["weight_u8"].shape[0] // scale.shape[0]),) * 2
         parts = {"weight": golden["weight_u8"].view(E4M3), "scale": scale}
-        assert torch.equal(fp8._Scaled(size)(parts).bfloat16(), golden["dequant_bf16"]), name
+        assert torch.equal(fp8._scaled(parts, size=size).bfloat16(), golden["dequant_bf16"]), name
     golden = vectors("formats/fp8_per_tensor")
     parts = {"weight": golden["weight_u8"].view(E4M3), "scale": golden["weight_scale"]}
-    assert torch.equal(fp8._Scaled(golden["weight_u8"].shape)(parts), golden["dequant_fp32"])
+    assert torch.equal(fp8._scaled(parts, size=golden["weight_u8"].shape), golden["dequant_fp32"])
 
 
 @pytest.mark.parametrize("declared", [True, False])

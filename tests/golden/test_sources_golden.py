@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.checkpoint.consolidated import Halves
+from compressor.checkpoint.consolidated import halves_from_pairs
 from compressor.checkpoint.find import locate
 from compressor.errors import InputError, Problems
 from compressor.formats.base import get_format
@@ -25,7 +25,7 @@ from tests.support.golden_files import GOLDEN, vectors, vectors_and_notes
 def test_rows_of_mistral_s_own_files(name: str) -> None:
     golden, notes = vectors_and_notes("formats/mistral_permute")
     heads = int(notes["n_heads" if name == "q" else "n_kv_heads"])
-    turned = Halves(heads, int(notes["head_dim"]))({"weight": golden[f"w{name}"]})
+    turned = halves_from_pairs(golden[f"w{name}"].float(), heads)
     assert torch.equal(turned.to(torch.bfloat16), golden[f"hf.{name}_proj"])
     assert torch.equal(golden[f"w{name}"][golden[f"row_index.{name}_proj"]], turned.bfloat16())
 

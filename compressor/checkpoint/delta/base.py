@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.find import locate
+from compressor.checkpoint.hashed_reads import hash_of_bytes
 from compressor.checkpoint.reader import READ_THREADS, Checkpoint, load_json
-from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, weight_name
@@ -110,7 +110,7 @@ def survey(base: Base, fine: Checkpoint) -> Base:
         same = other is not None and other.spec == entries[name].spec
         if same and other is not None:
             same = torch.equal(_bytes(tensor), _bytes(fine.read([name])[name]))
-        return stored_hash(tensor), same
+        return hash_of_bytes(tensor), same
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         seen = dict(zip(entries, pool.map(look, entries), strict=True))
@@ -130,11 +130,6 @@ def delta_shapes(linear: Linear, bits: int) -> dict[str, TensorShape]:
         f"{linear.name}.{SIGNS}": TensorShape(torch.int32, (bits, words, linear.out_features)),
         f"{linear.name}.{SCALES}": TensorShape(torch.float32, (bits,)),
     }
-
-
-def stored_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes as they are stored."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from compressor.checkpoint.delta.base import (
     delta_shapes,
     locate_base,
     read_base_record,
-    stored_hash,
     stored_names,
 )
+from compressor.checkpoint.hashed_reads import hash_of_bytes
 from compressor.checkpoint.reader import Checkpoint, load_json, open_checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.source import Source, as_source, open_source
@@ -142,7 +142,7 @@ class MergedCheckpoint(Wrapper):
         """Tensors of the base as they are stored, if they are those the delta was made from."""
         tensors = self.base.checkpoint.read(names)
         for name, tensor in tensors.items():
-            if stored_hash(tensor) != self.delta.record.tensors.get(name):
+            if hash_of_bytes(tensor) != self.delta.record.tensors.get(name):
                 raise InputError(
                     f"{self.base.checkpoint.folder} is not the base of this delta: "
                     f"{name} holds other values",

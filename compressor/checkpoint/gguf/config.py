@@ -49,6 +49,11 @@ NEUTRAL = {
 """Values with which a key changes nothing; of any other key zero and nothing do not."""
 
 
+def unconverted(message: str) -> InputError:
+    """Of what is not known here, or has no place in a config of transformers."""
+    return InputError(message, hint="use its Hugging Face checkpoint")
+
+
 @dataclass(slots=True)
 class _Keys:
     """The architecture's keys, and which of them were read."""
@@ -87,9 +92,8 @@ class _Keys:
                 neutral = (*(neutral or ()), 0)
             if all(not item if neutral is None else item in neutral for item in values):
                 continue
-            raise InputError(
-                f"{self.file.path.name} says {name} is {value!r}, which is not converted",
-                hint="use its Hugging Face checkpoint",
+            raise unconverted(
+                f"{self.file.path.name} says {name} is {value!r}, which is not converted"
             )
 
 
@@ -113,10 +117,9 @@ def model_config(
         raise InputError(f"{name} holds no model, but is of the type {kind!r}")
     stated = {key: keys.value(key, 0) for key in OF_EXPERTS}
     if experts and stated["expert_gating_func"] not in (0, SOFTMAX):
-        raise InputError(
+        raise unconverted(
             f"{name} says {architecture}.expert_gating_func is {stated['expert_gating_func']!r}, "
-            "which is not converted",
-            hint="use its Hugging Face checkpoint",
+            "which is not converted"
         )
     if EMBEDDING not in file.tensors:
         raise InputError(f"{name} has no {EMBEDDING}")
@@ -131,9 +134,7 @@ def model_config(
     heads, hidden = keys.number("attention.head_count"), keys.number("embedding_length")
     head_dim = keys.number("attention.key_length", hidden // heads)
     if keys.number("rope.dimension_count", head_dim) != head_dim:
-        raise InputError(
-            f"{name} rotates only a part of each head", hint="use its Hugging Face checkpoint"
-        )
+        raise unconverted(f"{name} rotates only a part of each head")
     if (width := keys.value("attention.value_length", head_dim)) != head_dim:
         raise InputError(f"{name} has values of {width!r} channels for keys of {head_dim}")
     context = keys.number("context_length")
@@ -193,16 +194,14 @@ def _check_attention(keys: _Keys, *, head_dim: int, context: int) -> None:
     name, architecture = keys.file.path.name, keys.architecture
     window = keys.value("attention.sliding_window", 0)
     if window and not (type(window) is int and window >= context):
-        raise InputError(
+        raise unconverted(
             f"{name} says {architecture}.attention.sliding_window is {window!r}, below its context "
-            f"of {context}: a window is not converted",
-            hint="use its Hugging Face checkpoint",
+            f"of {context}: a window is not converted"
         )
     scale = keys.value("attention.scale", 0)
     if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
-        raise InputError(
-            f"{name} says {architecture}.attention.scale is {scale!r}, which is not converted",
-            hint="use its Hugging Face checkpoint",
+        raise unconverted(
+            f"{name} says {architecture}.attention.scale is {scale!r}, which is not converted"
         )
 
 
@@ -224,26 +223,19 @@ def _rope_scaling(keys: _Keys, *, theta: float, head_dim: int, context: int) -> 
     if any(type(n) not in (int, float) or not 0 <= n < math.inf for n in numbers):
         raise InputError(f"{name}: {prefix} holds {numbers!r}; positive numbers are needed")
     if kind not in ("none", "linear", "yarn"):
-        raise InputError(
-            f"{name} stretches its rotary frequencies by {kind!r}",
-            hint="use its Hugging Face checkpoint",
-        )
+        raise unconverted(f"{name} stretches its rotary frequencies by {kind!r}")
     factor = 1.0 if kind == "none" else float(str(np.float32(factor)))
     attention = float(str(np.float32(attention)))
     if kind != "yarn" and attention != 1:
         raise InputError(f"{name} says {prefix}.attn_factor is {attention}, which needs yarn")
     if ROPE_FACTORS in keys.file.tensors:
         if factor != 1:
-            raise InputError(
-                f"{name} stretches its rotary frequencies twice, by {ROPE_FACTORS} and by {kind!r}",
-                hint="use its Hugging Face checkpoint",
+            raise unconverted(
+                f"{name} stretches its rotary frequencies twice, by {ROPE_FACTORS} and by {kind!r}"
             )
         return _llama3(keys.file, theta=theta, head_dim=head_dim, original=int(original) or 8192)
     if kind == "yarn" and factor == 1:
-        raise InputError(
-            f"{name} says {prefix}.type is 'yarn', but states no factor",
-            hint="use its Hugging Face checkpoint",
-        )
+        raise unconverted(f"{name} says {prefix}.type is 'yarn', but states no factor")
     if kind == "yarn":
         # The temperature of the attention is the method's own unless the file multiplies it.
         temperature = {"attention_factor": attention * (0.1 * math.log(factor) + 1)}
@@ -280,8 +272,7 @@ def _llama3(file: GgufFile, *, theta: float, head_dim: int, original: int) -> di
     smooth = ((turns - 1) / (4 - 1)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
-        raise InputError(
-            f"{file.path.name} stretches its rotary frequencies in a way that is not Llama 3's",
-            hint="use its Hugging Face checkpoint",
+        raise unconverted(
+            f"{file.path.name} stretches its rotary frequencies in a way that is not Llama 3's"
         )
     return scaling

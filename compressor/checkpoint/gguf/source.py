@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from compressor.checkpoint.consolidated import halves_from_pairs
 from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.durable import move, write_atomically
 from compressor.checkpoint.gguf.config import (
@@ -24,6 +24,7 @@ from compressor.checkpoint.gguf.config import (
     ROPE_FACTORS,
     generation_config,
     model_config,
+    unconverted,
 )
 from compressor.checkpoint.gguf.file import GgufFile, open_gguf
 from compressor.checkpoint.gguf.tokenizer import UnknownTokenizer, tokenizer_files
@@ -294,10 +295,7 @@ def _names(file: GgufFile, family: _Family, config: Mapping[str, Any]) -> dict[s
     unknown = sorted(file.tensors.keys() - set(wanted) - {ROPE_FACTORS})
     for found, what in ((missing, "lacks"), (unknown, "has tensors this model does not have:")):
         if found:
-            raise InputError(
-                f"{file.path.name} {what} {several(found, 3)}",
-                hint="use its Hugging Face checkpoint",
-            )
+            raise unconverted(f"{file.path.name} {what} {several(found, 3)}")
     return names
 
 
@@ -351,14 +349,3 @@ def _write_weights(
             os.fsync(out.fileno())
     for name, data in layout.index.items():
         write_atomically(folder / name, data)
-
-
-def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Reorder a q or k weight [heads · head_dim, in], or bias, from llama.cpp's rows to a
-    checkpoint's.
-
-    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head together, a checkpoint rows
-    (i, i + head_dim/2).
-    """
-    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape)

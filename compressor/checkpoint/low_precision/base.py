@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -116,15 +116,8 @@ def decoded(
                 f"{name} ({kind}) is left over: what it does to the weights is not known here",
                 hint="start from the original weights, or dequantize it with the tool it is from",
             )
-    entries = {
-        name: Entry(
-            file=checkpoint.entries[next(iter(item.parts.values()))].file,
-            spec=TensorShape(dtype, item.shape),
-            begin=checkpoint.entries[next(iter(item.parts.values()))].begin,
-            end=checkpoint.entries[next(iter(item.parts.values()))].end,
-        )
-        for name, item in stored.items()
-    }
+    first = {n: checkpoint.entries[next(iter(x.parts.values()))] for n, x in stored.items()}
+    entries = {n: replace(first[n], spec=TensorShape(dtype, x.shape)) for n, x in stored.items()}
     said = layout.describe(declared)
     kind = str(dtype).removeprefix("torch.")
     notes = [f"{len(stored)} weights are stored as {said or 'float8'} and read as {kind}"]

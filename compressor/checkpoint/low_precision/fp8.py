@@ -13,6 +13,7 @@ Without a scale and without a declaration the values are the weights (raw FP8).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,12 +83,13 @@ class FP8Weights:
             shape = entries[name].spec.shape
             if not scales:
                 bare.append(name)
-                found[name] = Stored({"weight": name}, shape, _plain)
+                found[name] = Stored({"weight": name}, shape, lambda parts: parts["weight"].float())
                 continue
             if entries[scales[0]].spec.dtype in FP8:
                 raise InputError(f"{scales[0]} is itself float8: it is not known as a scale")
             size = _block(scales[0], entries[scales[0]].spec.shape, shape, block)
-            found[name] = Stored({"weight": name, "scale": scales[0]}, shape, _Scaled(size))
+            decode = partial(_scaled, size=size)
+            found[name] = Stored({"weight": name, "scale": scales[0]}, shape, decode)
         if bare and (declared is not None or len(bare) < len(found)):
             raise InputError(
                 f"{bare[0]} is float8, but has no scale"
@@ -98,24 +100,19 @@ class FP8Weights:
         return found
 
 
-class _Scaled:
+def _scaled(parts: Mapping[str, Tensor], *, size: tuple[int, int]) -> Tensor:
     """A weight times its scale, in float32.
 
     size  rows and columns that one scale is for
     """
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-
-    def __call__(self, parts: Mapping[str, Tensor]) -> Tensor:
-        weight, scale = parts["weight"].float(), multiplier(parts["scale"])
-        if scale.numel() == 1:
-            return weight * scale.reshape(())
-        grid = scale.reshape(scale.shape[0], -1)
-        for row in range(grid.shape[0]):
-            rows = weight[row * self.size[0] : (row + 1) * self.size[0]]
-            rows *= grid[row].repeat_interleave(self.size[1])[: weight.shape[1]]
-        return weight
+    weight, scale = parts["weight"].float(), multiplier(parts["scale"])
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    grid = scale.reshape(scale.shape[0], -1)
+    for row in range(grid.shape[0]):
+        rows = weight[row * size[0] : (row + 1) * size[0]]
+        rows *= grid[row].repeat_interleave(size[1])[: weight.shape[1]]
+    return weight
 
 
 def multiplier(scale: Tensor) -> Tensor:
@@ -126,10 +123,6 @@ def multiplier(scale: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         raise InputError("its scale is not finite", hint="the checkpoint is damaged")
     return value
-
-
-def _plain(parts: Mapping[str, Tensor]) -> Tensor:
-    return parts["weight"].float()
 
 
 def _stated_block(declared: Mapping[str, Any]) -> tuple[int, int] | None:

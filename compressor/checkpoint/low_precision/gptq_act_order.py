@@ -8,6 +8,7 @@ another format could keep, so such a checkpoint is read as floats. A trivial g_i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,26 +77,21 @@ class GPTQActOrder:
                 or shapes["qzeros"] != (groups, out * bits // WORD)
             ):
                 raise InputError(f"{path}: its parts do not fit together: {shapes}")
-            decode = _Ordered(bits, shift=1 if marker == "gptq" else 0)
+            decode = partial(_ordered, bits=bits, shift=1 if marker == "gptq" else 0)
             found[weight_name(path)] = Stored(parts, (out, columns), decode)
         return found
 
 
-class _Ordered:
-    """shift  what was subtracted from zero points before they were stored."""
-
-    def __init__(self, bits: int, *, shift: int) -> None:
-        self.bits, self.shift = bits, shift
-
-    def __call__(self, parts: Mapping[str, Tensor]) -> Tensor:
-        order, scales = parts["g_idx"].long(), parts["scales"].float()
-        groups, out = scales.shape
-        if bool((order < 0).any() or (order >= groups).any()):
-            raise InputError(f"g_idx names groups beyond its {groups}")
-        codes = unpack_words(parts["qweight"].t(), self.bits, order.numel()).float()
-        zeros = unpack_words(parts["qzeros"], self.bits, out).float() + self.shift
-        codes -= zeros.t()[:, order]
-        return codes.mul_(scales.t()[:, order])
+def _ordered(parts: Mapping[str, Tensor], *, bits: int, shift: int) -> Tensor:
+    """The weight; `shift` was subtracted from zero points before they were stored."""
+    order, scales = parts["g_idx"].long(), parts["scales"].float()
+    groups, out = scales.shape
+    if bool((order < 0).any() or (order >= groups).any()):
+        raise InputError(f"g_idx names groups beyond its {groups}")
+    codes = unpack_words(parts["qweight"].t(), bits, order.numel()).float()
+    zeros = unpack_words(parts["qzeros"], bits, out).float() + shift
+    codes -= zeros.t()[:, order]
+    return codes.mul_(scales.t()[:, order])
 
 
 LAYOUT = GPTQActOrder()

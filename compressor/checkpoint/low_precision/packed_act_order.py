@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class PackedActOrder:
                 raise InputError(f"{path}: packed weights of this kind are not read")
             shape = (parts[PACKED].shape[0], _columns(parts, spec))
             local = {leaf: f"{path}.{leaf}" for leaf in parts}
-            found[weight_name(path)] = Stored(local, shape, _Ordered(spec, shape))
+            decode = partial(_ordered, spec=spec, shape=shape)
+            found[weight_name(path)] = Stored(local, shape, decode)
         return found
 
 
@@ -99,25 +101,21 @@ def _columns(parts: Mapping[str, TensorShape], spec: QuantSpec) -> int:
     return parts[PACKED].shape[-1] * WORD // spec.bits
 
 
-class _Ordered:
-    def __init__(self, spec: QuantSpec, shape: tuple[int, int]) -> None:
-        self.spec, self.shape = spec, shape
-
-    def __call__(self, parts: Mapping[str, Tensor]) -> Tensor:
-        packed = dict(parts)
-        order = packed.pop(ORDER, None)
-        q = get_format("compressed-tensors").decode(packed, self.spec)
-        if q.shape != self.shape:
-            raise InputError(f"weight_shape says {list(q.shape)}, its parts {list(self.shape)}")
-        groups = q.scales.shape[1]
-        if order is None or _in_order(order, groups=groups):
-            return q.dequantize()
-        order = order.long()
-        if bool((order < 0).any() or (order >= groups).any()):
-            raise InputError(f"{ORDER} names groups beyond its {groups}")
-        codes = q.codes.float()
-        codes -= 2 ** (self.spec.bits - 1) if q.zeros is None else q.zeros.float()[:, order]
-        return codes.mul_(q.scales.float()[:, order])
+def _ordered(parts: Mapping[str, Tensor], *, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    packed = dict(parts)
+    order = packed.pop(ORDER, None)
+    q = get_format("compressed-tensors").decode(packed, spec)
+    if q.shape != shape:
+        raise InputError(f"weight_shape says {list(q.shape)}, its parts {list(shape)}")
+    groups = q.scales.shape[1]
+    if order is None or _in_order(order, groups=groups):
+        return q.dequantize()
+    order = order.long()
+    if bool((order < 0).any() or (order >= groups).any()):
+        raise InputError(f"{ORDER} names groups beyond its {groups}")
+    codes = q.codes.float()
+    codes -= 2 ** (spec.bits - 1) if q.zeros is None else q.zeros.float()[:, order]
+    return codes.mul_(q.scales.float()[:, order])
 
 
 def _in_order(order: Tensor, *, groups: int) -> bool:

@@ -109,7 +109,7 @@ def command(
             max_shard_size=max_shard_size,
             device=where,
             verifying=verifying,
-            progress=lambda name, count, total: display.unit(name, count, total),
+            progress=display.unit,
         )
     rounded = "\n".join(f"rounded {report}" for report in done.rounded)
     add_cases([Case("convert", f"{done.source_format} to {done.target_format}", output=rounded)])

@@ -68,7 +68,7 @@ def apply(
             source,
             output,
             max_shard_size=max_shard_size,
-            progress=lambda name, done, total: display.unit(name, done, total),
+            progress=display.unit,
         )
     line = f"{output}: {size(count)}, from a delta of {size(opened.checkpoint.nbytes)}"
     found = {"ok": True, "output": str(output), "bytes": count}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from compressor.cli.display import size
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.options import FOLDER, Told, folder_argument, telling_options
 
 
@@ -96,12 +95,12 @@ def command(
             known=None if known is None else read_conditions(known),
             progress=display.unit,
         )
-    if told.as_json:
-        echo(json.dumps(done.to_json(), indent=2))
-        return
     record = done.conditions.record
     vectors = sum(tensor.nbytes for tensor in done.conditions.tensors.values())
-    echo(f"{done.output}: {len(record.subjects)} subjects in {size(vectors)}")
-    echo(f"  {size(done.dropped)} of the encoder left out, {size(done.kept)} kept")
+    lines = [
+        f"{done.output}: {len(record.subjects)} subjects in {size(vectors)}",
+        f"  {size(done.dropped)} of the encoder left out, {size(done.kept)} kept",
+    ]
     if record.schedule is not None:
-        echo(f"  plain text in the first {record.schedule.text_steps} of {steps} steps")
+        lines.append(f"  plain text in the first {record.schedule.text_steps} of {steps} steps")
+    say(done.to_json(), lines, as_json=told.as_json)

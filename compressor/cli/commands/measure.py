@@ -156,7 +156,7 @@ def command(
             groups=groups,
             weighted=kind == "kl",
             activations=open_activations(recipe.activation_store, where),
-            progress=lambda name, done, total: display.unit(name, done, total),
+            progress=display.unit,
         )
     write_file(out, (found.model_dump_json(indent=1) + "\n").encode())
     if as_json:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.junit import Case
 from compressor.cli.options import (
-    Asked,
     add_cases,
     device_options,
     json_option,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from compressor.audit.settings import AuditSettings
     from compressor.plan.estimate import Estimates
     from compressor.plan.plan import Plan
+    from compressor.plan.recipe import Recipe
 
 
 @click.command()
@@ -41,7 +42,11 @@ if TYPE_CHECKING:
 @junit_option
 @json_option
 def command(
-    asked: Asked, device: str, device_memory: int | None, gpus: str | None, as_json: bool
+    asked: Callable[[], Recipe],
+    device: str,
+    device_memory: int | None,
+    gpus: str | None,
+    as_json: bool,
 ) -> None:
     """Show what a run would do and cost, and everything that is wrong with it.
 
@@ -60,7 +65,7 @@ def command(
 
 
 def show_plan(
-    asked: Asked,
+    asked: Callable[[], Recipe],
     *,
     device: str,
     device_memory: int | None,
@@ -80,7 +85,7 @@ def show_plan(
     from compressor.runner.process_memory import rss
 
     world, resident = ranks_to_start(gpus), rss()
-    loaded = asked.recipe()
+    loaded = asked()
     located = locate(
         loaded.model,
         fetch=False,
@@ -147,7 +152,7 @@ def show(plan: Plan, costs: Estimates, world: int, *, device: str) -> None:
     from compressor.plan.shares import in_words, led, shares
 
     recipe, source = plan.recipe, plan.source
-    parameters = sum(elements(entry.spec.shape) for entry in source.checkpoint.entries.values())
+    parameters = sum(math.prod(entry.spec.shape) for entry in source.checkpoint.entries.values())
     echo(
         f"{recipe.model}: {plan.layout.model_type}, {len(plan.layout.blocks)} blocks, "
         f"{parameters / 1e6:.1f} M parameters, {source.checkpoint.dtype}".replace("torch.", "")
@@ -236,11 +241,3 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor of this shape."""
-    count = 1
-    for length in shape:
-        count *= length
-    return count

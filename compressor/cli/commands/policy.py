@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from compressor.cli.echo import echo, say
+from compressor.cli.echo import say
 from compressor.cli.groups import Group
 from compressor.cli.options import FOLDER, folder_argument, json_option
 
@@ -41,17 +40,14 @@ def show(checkpoint: Path, as_json: bool) -> None:
     from compressor.attention.policy import describe
 
     policy = _policy(checkpoint)
-    if as_json:
-        echo(json.dumps({"ok": True, **policy.to_json()}, indent=2))
-        return
-    for line in describe(policy):
-        echo(line)
+    lines = [*describe(policy)]
     for length in (4096, 32768):
         whole = length * len(policy.layers) * policy.kv_heads
         share = policy.cached_tokens(length) / whole
-        echo(f"a text of {length} tokens keeps {share:.1%} of its keys and values")
+        lines.append(f"a text of {length} tokens keeps {share:.1%} of its keys and values")
     for number, heads in enumerate(policy.whole_heads()):
-        echo(f"  layer {number:>3}  {''.join('#' if head else '.' for head in heads)}")
+        lines.append(f"  layer {number:>3}  {''.join('#' if head else '.' for head in heads)}")
+    say({"ok": True, **policy.to_json()}, lines, as_json=as_json)
 
 
 @command.command()

@@ -137,13 +137,8 @@ def look(listing: Listing, to: Publish, display: Display, *, replace_card: bool)
 
 def described(changes: Changes) -> dict[str, Any]:
     """Changes as plain data."""
-    return {
-        "add": list(changes.add),
-        "replace": list(changes.replace),
-        "delete": list(changes.delete),
-        "same": list(changes.same),
-        "kept": list(changes.kept),
-    }
+    kinds = ("add", "replace", "delete", "same", "kept")
+    return {kind: list(getattr(changes, kind)) for kind in kinds}
 
 
 def show_changes(listing: Listing, changes: Changes) -> None:

@@ -13,7 +13,6 @@ from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.options import (
     MODEL,
-    Command,
     Told,
     again_option,
     device_options,
@@ -56,15 +55,13 @@ class Scheme(click.Choice):  # type: ignore[type-arg]  # no generic before click
 SCHEME = Scheme(SCHEMES)
 
 
-def quality_option(function: Command) -> Command:
-    """How much is done for it."""
-    return click.option(
-        "--quality",
-        type=click.Choice(["fast", "good", "best"]),
-        default="good",
-        help="fast: rounding without data; good: calibrated; best: refined with gradients, where "
-        "the scheme has that.",
-    )(function)
+quality_option = click.option(
+    "--quality",
+    type=click.Choice(["fast", "good", "best"]),
+    default="good",
+    help="fast: rounding without data; good: calibrated; best: refined with gradients, where "
+    "the scheme has that.",
+)
 
 
 @click.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.echo import echo
+from compressor.cli.echo import echo, say
 from compressor.cli.options import json_option
 from compressor.cli.written import WRITTEN, put
 from compressor.errors import InputError, nearest
@@ -42,9 +42,5 @@ def command(name: str | None, output: Path | None, as_json: bool) -> None:
     if output is not None:
         raise click.UsageError("--output needs the NAME of a recipe")
     titles = {key: text.split("\n", 1)[0].lstrip("# ") for key, text in found.items()}
-    if as_json:
-        echo(json.dumps(titles, indent=2))
-        return
     width = max(map(len, titles), default=0)
-    for key, title in titles.items():
-        echo(f"{key:{width}}  {title}")
+    say(titles, (f"{key:{width}}  {title}" for key, title in titles.items()), as_json=as_json)

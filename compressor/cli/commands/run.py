@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
 from compressor.cli.junit import ENDED, Case, verdict_cases
 from compressor.cli.options import (
-    Asked,
     Told,
     add_cases,
     again_option,
@@ -53,7 +52,7 @@ WORST = 3
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; like compress plan.")
 @telling_options
 def command(
-    asked: Asked,
+    asked: Callable[[], Recipe],
     device: str,
     device_memory: int | None,
     gpus: str | None,
@@ -83,7 +82,7 @@ def command(
         return
     start_ranks(gpus)
     with uncollected():
-        loaded = asked.recipe()
+        loaded = asked()
     run_recipe(loaded, device=device, device_memory=device_memory, again=again, told=told)
 
 

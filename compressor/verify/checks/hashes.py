@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.checkpoint.delta.base import stored_hash
+from compressor.checkpoint.hashed_reads import hash_of_bytes
 from compressor.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -56,7 +56,7 @@ class TensorHashes(Check):
     def stored(self, tensors: Mapping[str, Tensor]) -> None:
         self.seen += tensors
         if self.subject.manifest is not None:
-            self.coming = {n: self.pool.submit(stored_hash, t) for n, t in tensors.items()}
+            self.coming = {n: self.pool.submit(hash_of_bytes, t) for n, t in tensors.items()}
 
     def over(self, unit: UnitLayout) -> None:
         """What was hashed while the other checks went on."""
