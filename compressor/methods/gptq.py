@@ -71,14 +71,7 @@ class Gptq(OnGrid):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         unit = with_input_scales(unit, context.coded, context)
-        options = GptqOptions(
-            damping=self.damping,
-            act_order=self.act_order,
-            min_tokens=self.min_tokens,
-            descent=self.descent,
-            refits=self.refits,
-            correction=self.correction,
-        )
+        options = GptqOptions(**{name: getattr(self, name) for name in GptqOptions._fields})
         search = self.scales == "search"
         return PassResult(*round_unit(unit, context, options, search=search))
 

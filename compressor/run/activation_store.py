@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from compressor.plan.recipe import ActivationStore
-from compressor.run.environment import environment, versions
+from compressor.run.environment import device_name, environment, versions
 from compressor.runner.activations import Activations
 
 
@@ -20,11 +20,10 @@ def open_activations(
     """The store, or None where none is wanted. Raises InputError where its folder will not do."""
     if settings is None:
         return None
-    cuda = device.type == "cuda"
     here = {
         **versions(),
         **environment(device),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "device": device_name(device),
         "float32 products": torch.get_float32_matmul_precision(),
     }
     store = Activations.open(Path(settings.dir).expanduser(), settings.max_size, here)

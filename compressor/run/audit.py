@@ -77,13 +77,8 @@ def options_of(wanted: AuditSettings) -> SweepOptions | None:
     """How the sweep goes that a recipe asks for; None for tensors alone."""
     if wanted.weights_only:
         return None
-    return SweepOptions(
-        text=wanted.text,
-        contexts=wanted.contexts,
-        length=wanted.length,
-        position=wanted.position,
-        tokens=wanted.tokens,
-    )
+    own = {"text", "contexts", "length", "position", "tokens"}
+    return SweepOptions(**wanted.model_dump(include=own))
 
 
 def audit_first(

@@ -108,16 +108,9 @@ def conclude(
 def unit_reports(compiled: Compiled) -> tuple[UnitReport, ...]:
     """The units of this run, or those that an earlier run's report tells of."""
     if compiled.units:
+        fields = UnitReport.model_fields
         return tuple(
-            UnitReport(
-                name=unit.name,
-                seconds=unit.seconds,
-                peak_rss=unit.peak_rss,
-                peak_device=unit.peak_device,
-                resumed=unit.resumed,
-                rows=tuple(dict(row) for row in unit.rows),
-            )
-            for unit in compiled.units
+            UnitReport(**{name: getattr(unit, name) for name in fields}) for unit in compiled.units
         )
     before = read_report(compiled.output)
     return () if before is None else before.units

@@ -27,10 +27,11 @@ from compressor.plan.recipe import make_recipe
 from compressor.plan.unit_plan import Observable, UnitPlan
 from compressor.run.allocate import Group, Option, Sensitivity, Way, split_bits
 from compressor.run.apply import apply_passes
+from compressor.run.observers import observer
 from compressor.runner.activations import Activations
 from compressor.runner.block_runner import Block
 from compressor.runner.end_gradients import end_gradients
-from compressor.runner.observe import Observation, observe
+from compressor.runner.observe import Observation
 from compressor.runner.simulate import StoredInput, quantized_inputs
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import Stream
@@ -140,20 +141,10 @@ def _measure_block(plans: Mapping[Way, Plan], step: Step, gradients: Tensor | No
     wanted = groups_of(layout, any_plan.passes[-1].names)
     options: list[list[Option]] = [[] for _ in wanted]
     with step.loaded(start.tensors) as block:
+        watch = observer(step, block, all_experts=any_plan.recipe.calibration.all_experts)
 
         def look(current: Unit, changed: bool, needs: Observable) -> Observation:
-            block.tensors = current.dequantized()
-            block.load(block.tensors)
-            return step.execution.halving(
-                lambda batch: observe(
-                    block,
-                    entering,
-                    needs=needs.sites,
-                    batch=batch,
-                    kv=needs.kv,
-                    all_experts=any_plan.recipe.calibration.all_experts,
-                )
-            )
+            return watch(current, True, needs)  # the block has weights of what was tried before
 
         for way, plan in plans.items():
             unit = plan.units[index]

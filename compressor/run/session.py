@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -149,11 +149,15 @@ def prepare(
     tokenizer, problems = preflight(plan)
     if problems:
         raise Problems(problems)
-    calibration = evaluation = None
-    haystack = ""
-    if tokenizer is not None:
-        with foreign("cannot make rows of tokens"):
-            calibration, evaluation, haystack = _token_sets(recipe, plan, tokenizer)
+    calibration, evaluation, haystack = None, None, ""
+    with foreign("cannot make rows of tokens"):
+        if tokenizer is not None and plan.calibrated:
+            calibration = calibration_tokens(
+                tokenizer, recipe.calibration, seed=recipe.seed, candidates=True
+            )
+        if tokenizer is not None and recipe.evaluate is not None:
+            evaluation = evaluation_tokens(tokenizer, recipe.evaluate, calibration=calibration)
+            haystack = passkey_text(tokenizer, recipe.evaluate)
     _check_vocabulary(plan, calibration, evaluation)
     return Prepared(
         recipe=plan.recipe,
@@ -186,21 +190,6 @@ def _base(recipe: Recipe, located: Located) -> Base | None:
         return None
     _plan(recipe, located, base)
     return survey(base, located.source.checkpoint)
-
-
-def _token_sets(
-    recipe: Recipe, plan: Plan, tokenizer: Any
-) -> tuple[TokenSet | None, TokenSet | None, str]:
-    """Calibration and evaluation rows, and the text of the passkey probe; those that are needed."""
-    calibration = evaluation = None
-    haystack = ""
-    if plan.calibrated:
-        wanted = recipe.calibration
-        calibration = calibration_tokens(tokenizer, wanted, seed=recipe.seed, candidates=True)
-    if recipe.evaluate is not None:
-        evaluation = evaluation_tokens(tokenizer, recipe.evaluate, calibration=calibration)
-        haystack = passkey_text(tokenizer, recipe.evaluate)
-    return calibration, evaluation, haystack
 
 
 def _check_vocabulary(plan: Plan, *sets: TokenSet | None) -> None:
@@ -272,15 +261,6 @@ def _map_file(recipe: Recipe) -> dict[str, str]:
     return {"map": hash_file(Path(str(recipe.map)).expanduser()).sha256}
 
 
-class _Beforehand(NamedTuple):
-    """What is known before anything is learned: what the model's audit found, rows, and why they
-    were selected."""
-
-    audit: Audit | None
-    tokens: TokenSet | None
-    selected: Selection | None
-
-
 def compile_checkpoint(
     prepared: Prepared,
     *,
@@ -333,7 +313,7 @@ def compile_checkpoint(
         )
         owner, content = stated_hash(about), SourceContent(plan)
 
-        def beforehand() -> _Beforehand:
+        def beforehand() -> tuple[Audit | None, TokenSet | None, Selection | None]:
             model = audited_of(prepared.located)
             audited = audit_first(model, recipe.audit, under_way.work, owner, settings)
             rows, selected = prepared.calibration, None
@@ -341,7 +321,7 @@ def compile_checkpoint(
                 kept = Records(under_way.work / "selection", owner)
                 selected = select_rows(plan, rows, kept, settings)
                 rows = rows if selected is None else selected.tokens
-            return _Beforehand(audited, rows, selected)
+            return audited, rows, selected
 
         audited, tokens, selected = ranks.led(beforehand)
         learned = learn(plan, tokens, under_way.work, settings, owner=owner, content=content)

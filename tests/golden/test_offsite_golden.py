@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.checkpoint.records import Records
 from compressor.checkpoint.source import Source, open_source
 from compressor.methods.emulator.borders import record_borders
-from compressor.methods.emulator.distillation import Settings, Student
+from compressor.methods.emulator.distillation import Distill, Student
 from compressor.methods.emulator.method import evenly
 from compressor.numerics.border_loss import border_loss
 from compressor.runner.kept_blocks import with_blocks
@@ -72,9 +72,7 @@ def test_losses_and_gradients_of_a_distillation_step(name: str, tmp_path: Path) 
     torch.testing.assert_close(
         borders.outputs.read([0, 1]), tensors["teacher_output"], atol=1e-5, rtol=1e-4
     )
-    settings = Settings(
-        steps=1, batch=2, lr=1e-4, warmup=0, lm_weight=1.0, kd_weight=30.0, clip=1.0
-    )
+    settings = Distill(steps=1, batch=2, lr=1e-4, warmup=0, lm_weight=1.0, kd_weight=30.0, clip=1.0)
     units = shorter.layout.blocks[2:4]
     for rows_at_once in (2, 1):  # the teacher's size is that of the whole batch in both
         with ExitStack() as stack:

@@ -23,18 +23,16 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from compressor.arch.load import RuntimeNames
-from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
 from compressor.ir.layout import UnitLayout, weight_name
 from compressor.methods.common.context import LearnContext
+from compressor.methods.common.training_state import keep_state, resume_state
 from compressor.numerics.bitdelta import merge, sign_delta
 from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.source_model import SourceModel
 
 OWN_LR = 0.03
 NORM_LR = 1e-4
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE = "distillation.safetensors"
 KEEP_EVERY = 20
 """Steps between two records of the training's state."""
 
@@ -90,7 +88,9 @@ def distill(
         running = Pieces(context.ranks, model.device)
 
         def pieces(step: int) -> list[Piece]:
-            return pieces_of(_rows(ids.shape[0], step, settings.batch), context.batch)
+            first = step * settings.batch
+            rows = [i % ids.shape[0] for i in range(first, first + settings.batch)]
+            return pieces_of(rows, context.batch)
 
         def loss(piece: Piece) -> Tensor:
             return student.loss(ids[torch.tensor(piece)]) * (len(piece) / settings.batch)
@@ -102,7 +102,8 @@ def distill(
             return part, torch.autograd.grad(part, parameters)
 
         (first,) = running.losses(pieces(0), loss)
-        done, before = _resume(context.scratch, optimizer, student.trained, first)
+        done, state = resume_state(context.scratch, optimizer, student.trained)
+        before = float(state.get("before", first))
         for step in range(done, settings.steps):
             for group, most in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = most * (1 + math.cos(math.pi * step / settings.steps)) / 2
@@ -112,7 +113,8 @@ def distill(
             optimizer.step()
             stop = context.stops()
             if stop or (step + 1) % KEEP_EVERY == 0:
-                _keep(context.scratch, optimizer, student.trained, step + 1, before)
+                kept_loss = torch.tensor([before], dtype=torch.float64)
+                keep_state(context.scratch, optimizer, student.trained, step + 1, before=kept_loss)
             context.progress("distill", step + 1, settings.steps)
             if stop:
                 raise Interrupted
@@ -122,11 +124,6 @@ def distill(
         return Trained(scales=trained, before=before, after=after, norms=norms)
     finally:
         student.close()
-
-
-def _rows(count: int, step: int, batch: int) -> list[int]:
-    """Which of so many rows one step takes."""
-    return [(step * batch + number) % count for number in range(batch)]
 
 
 class Student:
@@ -263,41 +260,3 @@ class _Merging(nn.Module):
                 merged[name] = norm.to(self.rest[name].dtype)
         state = self.student.names.block_state(self.unit, {**self.rest, **merged})
         return functional_call(self.layer, state, args, kwargs)
-
-
-def _keep(
-    scratch: Records,
-    optimizer: torch.optim.Optimizer,
-    trained: Mapping[str, nn.Parameter],
-    done: int,
-    before: float,
-) -> None:
-    """Put the state after `done` steps in place, whole or not at all."""
-    tensors = {
-        "done": torch.tensor([done]),
-        "before": torch.tensor([before], dtype=torch.float64),
-    }
-    for name, parameter in trained.items():
-        tensors[name] = parameter.detach()
-        for moment in MOMENTS:
-            tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
-    scratch.put_tensors(STATE, tensors)
-
-
-def _resume(
-    scratch: Records,
-    optimizer: torch.optim.Optimizer,
-    trained: Mapping[str, nn.Parameter],
-    before: float,
-) -> tuple[int, float]:
-    """Steps that are done and the loss before them; the state is set to that of the record."""
-    tensors = scratch.get_tensors(STATE)
-    if tensors is None:
-        return 0, before
-    done = int(tensors["done"])
-    for name, parameter in trained.items():
-        with torch.no_grad():
-            parameter.copy_(tensors[name])
-        moments = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(done)), **moments}
-    return done, float(tensors["before"])

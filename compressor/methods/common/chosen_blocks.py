@@ -16,6 +16,9 @@ from compressor.methods.common.learned import Learned
 
 L = TypeVar("L", bound=Learned)
 
+OF_METHODS = {"targets", "ignore"}
+"""Parameters of every method, of which a rule knows nothing."""
+
 
 class ChosenBlocks(ModelPass[L], Generic[L]):
     """Blocks that compressed keys choose: InfLLM-V2's parameters."""
@@ -40,15 +43,7 @@ class ChosenBlocks(ModelPass[L], Generic[L]):
     @property
     def block_choice(self) -> InfLLMBlocks:
         """What layers do."""
-        return self.rule(
-            block_size=self.block_size,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            init_blocks=self.init_blocks,
-            local_blocks=self.local_blocks,
-            top_k=self.top_k,
-            dense_below=self.dense_below,
-        )
+        return self.rule(**self.model_dump(include=set(ChosenBlocks.model_fields) - OF_METHODS))
 
     @property
     def parameters(self) -> dict[str, Any]:

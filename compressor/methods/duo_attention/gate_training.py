@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.records import Records
 from compressor.errors import Interrupted
 from compressor.methods.common.context import LearnContext
 from compressor.methods.common.needles import Needles, make_row
+from compressor.methods.common.training_state import keep_state, resume_state
 from compressor.methods.duo_attention.two_stream import TwoStream
 from compressor.numerics.head_gates import distillation_loss, hoyer_square, schedule
 from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.source_model import SourceModel
 
-STATE = "gates.safetensors"
 SAVE_EVERY = 20
 
 
@@ -76,14 +75,14 @@ def train_gates(
     encode = model.tokenizer()
     gates = start.detach().clone().to(model.device, torch.float32).requires_grad_()
     optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
-    losses = torch.zeros(steps, 2)
-    scratch = context.scratch
-    first = _resume(scratch, gates, optimiser, losses)
+    trained, scratch = {"gates": gates}, context.scratch
+    first, state = resume_state(scratch, optimiser, trained)
+    losses = state.get("losses", torch.zeros(steps, 2))
     running = Pieces(context.ranks, model.device)
     with TwoStream(model, sinks=sinks, window=window).loaded() as streams:
         for step in range(first, steps):
             if context.stops():
-                _save(scratch, step, gates, optimiser, losses)
+                keep_state(scratch, optimiser, trained, step, losses=losses)
                 raise Interrupted
             with torch.no_grad():
                 gates.clamp_(0, 1)
@@ -114,7 +113,7 @@ def train_gates(
             optimiser.zero_grad()
             losses[step] = torch.tensor([distilled, float(pushed.detach())])
             if (step + 1) % SAVE_EVERY == 0:
-                _save(scratch, step + 1, gates, optimiser, losses)
+                keep_state(scratch, optimiser, trained, step + 1, losses=losses)
             context.progress(name, step + 1, steps)
     return Trained(gates=gates.detach().clamp(0, 1).cpu(), losses=losses)
 
@@ -128,35 +127,3 @@ def start_gates(
         return (scores / scores.max().clamp(min=1e-8)).clamp(0, 1)
     generator = torch.Generator().manual_seed(seed)
     return 1 - spread * torch.rand(shape, generator=generator)
-
-
-def _save(
-    scratch: Records, step: int, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor
-) -> None:
-    state = optimiser.state[gates]
-    kept = {
-        "step": torch.tensor(step),
-        "gates": gates.detach(),
-        "exp_avg": state.get("exp_avg", torch.zeros_like(gates)),
-        "exp_avg_sq": state.get("exp_avg_sq", torch.zeros_like(gates)),
-        "losses": losses,
-    }
-    scratch.put_tensors(STATE, kept)
-
-
-def _resume(scratch: Records, gates: Tensor, optimiser: torch.optim.AdamW, losses: Tensor) -> int:
-    """Put a saved state back, and give the step that comes next; 0 where none was saved."""
-    state = scratch.get_tensors(STATE)
-    if state is None:
-        return 0
-    step = int(state["step"])
-    with torch.no_grad():
-        gates.copy_(state["gates"])
-    if step:
-        optimiser.state[gates] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": state["exp_avg"].to(gates.device),
-            "exp_avg_sq": state["exp_avg_sq"].to(gates.device),
-        }
-    losses.copy_(state["losses"])
-    return step

@@ -16,14 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressor.checkpoint.records import Records
 from compressor.errors import CheckError, Interrupted
+from compressor.ir.frozen import Strict
 from compressor.ir.layout import UnitLayout
 from compressor.methods.common.context import LearnContext
+from compressor.methods.common.training_state import keep_state, resume_state
 from compressor.methods.emulator.borders import Borders, record_borders
 from compressor.numerics.border_loss import border_loss, teacher_rms
 from compressor.runner.block_runner import Block
@@ -31,8 +34,6 @@ from compressor.runner.pieces import Part, Piece, Pieces, pieces_of
 from compressor.runner.source_model import SourceModel
 from compressor.runner.sweep import Execution
 
-STATE = "distillation.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 RECORDS = 10
 """Records of the training's state in one run at most, which are as large as the optimizer's."""
 KEEP_SECONDS = 60.0
@@ -41,18 +42,28 @@ HELD_OUT = 16
 """One in so many rows is measured on and not trained on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How the middle is trained; see `method.Distill`."""
+class Distill(Strict):
+    """How the emulator's middle is trained; the defaults are the published ones."""
 
-    steps: int
-    batch: int
-    lr: float
-    warmup: float
-    lm_weight: float
-    kd_weight: float
-    clip: float
-    skip_first: int = 0
+    steps: int = Field(2000, ge=1, description="steps of AdamW")
+    batch: int = Field(8, ge=1, description="rows of calibration tokens in one step")
+    lr: float = Field(1e-4, gt=0, description="learning rate, annealed to 0 by a cosine")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which it rises")
+    lm_weight: float = Field(1.0, ge=0, description="weight of the next token's cross entropy")
+    kd_weight: float = Field(30.0, ge=0, description="weight of the difference at the border")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    skip_first: int = Field(
+        0,
+        ge=0,
+        description="first tokens of a row that do not count at the border, where a few "
+        "huge values would decide",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if not self.lm_weight and not self.kd_weight:
+            raise ValueError("lm_weight and kd_weight are both 0: nothing to train on")
+        return self
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: it rises in a line, then falls as a cosine to 0."""
@@ -103,7 +114,7 @@ def distill(
     *,
     pads: tuple[int, int],
     units: Sequence[UnitLayout],
-    settings: Settings,
+    settings: Distill,
 ) -> Distilled:
     """Train the blocks `units` of `model`, which has some of the teacher's.
 
@@ -145,7 +156,7 @@ def _train(
 ) -> None:
     settings = student.settings
     optimizer = torch.optim.AdamW(student.trained.values(), lr=settings.lr, weight_decay=0.0)
-    done = _resume(context.scratch, optimizer, student.trained)
+    done, _ = resume_state(context.scratch, optimizer, student.trained)
     every, kept = math.ceil(settings.steps / RECORDS), time.monotonic()
     for step, batch in enumerate(settings.order(rows, context.seed)):
         if step < done:
@@ -163,7 +174,7 @@ def _train(
         stop = context.stops()
         late = context.ranks.any(time.monotonic() - kept >= KEEP_SECONDS)
         if stop or (late and (step + 1) % every == 0):
-            _keep(context.scratch, optimizer, student.trained, step + 1)
+            keep_state(context.scratch, optimizer, student.trained, step + 1)
             kept = time.monotonic()
         context.progress(f"distill, loss {loss:.4g}", step + 1, settings.steps)
         if stop:
@@ -180,7 +191,7 @@ class Student:
         self,
         model: SourceModel,
         units: Sequence[UnitLayout],
-        settings: Settings,
+        settings: Distill,
         stack: ExitStack,
     ) -> None:
         self.model, self.settings = model, settings
@@ -281,36 +292,3 @@ class Student:
             with self.model.runner.embedding(self.model.tensors(0)) as embed:
                 embed(ids[:2])
             self._lengths.add(ids.shape[1])
-
-
-def _keep(
-    scratch: Records,
-    optimizer: torch.optim.Optimizer,
-    trained: Mapping[str, nn.Parameter],
-    done: int,
-) -> None:
-    """Put the state after `done` steps in place, whole or not at all."""
-    tensors: dict[str, Tensor] = {"done": torch.tensor([done])}
-    for name, parameter in trained.items():
-        tensors[name] = parameter.detach()
-        # An expert that no token went to has none.
-        for moment in MOMENTS if parameter in optimizer.state else ():
-            tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
-            tensors[f"{name}.step"] = optimizer.state[parameter]["step"]
-    scratch.put_tensors(STATE, tensors)
-
-
-def _resume(
-    scratch: Records, optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
-) -> int:
-    """Steps that are done; the state is set to that of the record."""
-    tensors = scratch.get_tensors(STATE)
-    if tensors is None:
-        return 0
-    for name, parameter in trained.items():
-        with torch.no_grad():
-            parameter.copy_(tensors[name])
-        if f"{name}.step" in tensors:
-            moments = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
-            optimizer.state[parameter] = {"step": tensors[f"{name}.step"], **moments}
-    return int(tensors["done"])

@@ -22,7 +22,6 @@ from compressor.checkpoint.offsite import OFFSITE_NAME, OffsiteRecord, check_pad
 from compressor.checkpoint.source import Source
 from compressor.checkpoint.transaction import json_bytes
 from compressor.errors import InputError
-from compressor.ir.frozen import Strict
 from compressor.ir.unit import Unit
 from compressor.methods.base import Cost, Effects, ModelPass, Needs
 from compressor.methods.common.context import (
@@ -33,7 +32,7 @@ from compressor.methods.common.context import (
     PlanContext,
 )
 from compressor.methods.common.learned import Learned
-from compressor.methods.emulator.distillation import Settings, distill, held_out
+from compressor.methods.emulator.distillation import Distill, distill, held_out
 from compressor.methods.emulator.given import given_middle
 from compressor.runner.kept_blocks import check_kinds, with_blocks
 from compressor.runner.source_model import SourceModel
@@ -44,30 +43,6 @@ class Middle(Learned):
     full model's."""
 
     tensors_by_name: dict[str, Tensor] = Field(default_factory=dict)
-
-
-class Distill(Strict):
-    """How the emulator's middle is trained; the defaults are the published ones."""
-
-    steps: int = Field(2000, ge=1, description="steps of AdamW")
-    batch: int = Field(8, ge=1, description="rows of calibration tokens in one step")
-    lr: float = Field(1e-4, gt=0, description="learning rate, annealed to 0 by a cosine")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which it rises")
-    lm_weight: float = Field(1.0, ge=0, description="weight of the next token's cross entropy")
-    kd_weight: float = Field(30.0, ge=0, description="weight of the difference at the border")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    skip_first: int = Field(
-        0,
-        ge=0,
-        description="first tokens of a row that do not count at the border, where a few "
-        "huge values would decide",
-    )
-
-    @model_validator(mode="after")
-    def _has_a_loss(self) -> Self:
-        if not self.lm_weight and not self.kd_weight:
-            raise ValueError("lm_weight and kd_weight are both 0: nothing to train on")
-        return self
 
 
 class Emulator(ModelPass[Middle]):
@@ -219,11 +194,10 @@ class Emulator(ModelPass[Middle]):
             return LearnResult(Middle(tensors_by_name=given), files=files)
         if self.distill is None:
             return LearnResult(Middle(), files=files)
-        settings = Settings(**self.distill.model_dump())
         teacher = SourceModel(
             whole, device=model.device, dtype=model.dtype, activations=model.activations
         )
-        found = distill(teacher, model, context, pads=self.pads, units=units, settings=settings)
+        found = distill(teacher, model, context, pads=self.pads, units=units, settings=self.distill)
         row: Mapping[str, Any] = {
             "linear": "middle",
             "loss_before": found.before.border,
