@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from compressor_kernels.attention.block_attention import block_attention, block_mask
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from compressor.attention.masked import OwnAttention
 from compressor.attention.rule import Rule, RuleCall, Seen
+
+if TYPE_CHECKING:
+    from compressor.attention.policy import AttentionPolicy
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -99,9 +102,7 @@ class KeyBlocks(Rule):
         return min(1.0, self.top_k / self.blocks.blocks(length))
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
         when = {"prefill": " in prompts", "decode": " in steps of decoding"}
         of = "".join(text for phase, text in when.items() if cls.phases & when.keys() == {phase})
         whom = {
@@ -109,7 +110,7 @@ class KeyBlocks(Rule):
             "kv_head": "the query heads of each KV head together",
         }
         return [
-            f"{rules.count(rule)} of {layers} layers read {rule.top_k} blocks of "
+            f"{rules.count(rule)} of {len(policy.layers)} layers read {rule.top_k} blocks of "
             f"{rule.block_size} keys{of}, chosen for {whom[rule.per]} by {cls.title}"
             + (f", in texts of {rule.dense_below} keys and more" if rule.dense_below else "")
             for rule in dict.fromkeys(rules)

@@ -9,7 +9,7 @@ blocks, but masks by token.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -348,12 +348,7 @@ def describe(policy: AttentionPolicy) -> list[str]:
     rules = [rule for layer in policy.layers for rule in layer.rules]
     lines = []
     for kind in sorted({type(rule) for rule in rules}, key=lambda kind: _first(kind, rules)):
-        lines += kind.describe(
-            [rule for rule in rules if type(rule) is kind],
-            layers=len(policy.layers),
-            kv_heads=policy.kv_heads,
-            positions=policy.positions,
-        )
+        lines += kind.describe([rule for rule in rules if type(rule) is kind], policy)
     if policy.reordered:
         lines.append("KV heads are reordered in the weights, full ones first")
     return lines or ["every head is full"]
@@ -386,15 +381,19 @@ def rule_policy(
 ) -> AttentionPolicy:
     """Every block attends by one rule, but for the `dense` ones. Raises InputError where a policy
     cannot describe the model."""
-    shape = attention_shape(layout)
     blocks = sum(unit.kind == "block" for unit in layout.units)
-    layers = tuple(LayerPolicy(rules=() if index in dense else (rule,)) for index in range(blocks))
+    layers = [LayerPolicy(rules=() if index in dense else (rule,)) for index in range(blocks)]
+    return policy_of(layout, layers, made_by=dict(made_by), positions=positions)
+
+
+def policy_of(
+    layout: ModelLayout, layers: Iterable[LayerPolicy], **options: Any
+) -> AttentionPolicy:
+    """The policy by which a model's blocks attend as `layers` say; `options` are its other fields.
+    Raises InputError where a policy cannot describe the model."""
+    shape = attention_shape(layout)
     policy = AttentionPolicy(
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        positions=positions,
-        layers=layers,
-        made_by=dict(made_by),
+        heads=shape.heads, kv_heads=shape.kv_heads, layers=tuple(layers), **options
     )
     check_policy(policy, layout)
     return policy

@@ -23,6 +23,7 @@ from compressor.ir.frozen import messages
 from compressor.ir.layout import UnitLayout
 
 if TYPE_CHECKING:
+    from compressor.attention.policy import AttentionPolicy
     from compressor.runner.attention_call import AttentionCall
 
 Phase = Literal["prefill", "decode", "draft"]
@@ -218,15 +219,18 @@ class Rule(Value):
         return {}
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
         """Lines for people on all rules of this kind in a policy of so many layers."""
-        return [f"{len(rules)} of {layers} layers attend by {rules[0].kind}"]
+        return [f"{share_of(rules, policy)} attend by {rules[0].kind}"]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what is None is left out."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def share_of(rules: Sequence[Rule], policy: AttentionPolicy) -> str:
+    """How many of a policy's layers have one of these rules, for people."""
+    return f"{len(rules)} of {len(policy.layers)} layers"
 
 
 def past_fit(rule: Rule, length: int) -> InputError | None:

@@ -19,7 +19,7 @@ from compressor.checkpoint.reader import load_json
 from compressor.checkpoint.records import stated_hash, tensors_hash
 from compressor.checkpoint.safetensors import read_header, read_tensor
 from compressor.errors import InputError
-from compressor.ir.frozen import Strict
+from compressor.ir.frozen import Strict, messages
 
 RECORD_NAME = "conditions.json"
 TENSORS_NAME = "conditions.safetensors"
@@ -111,9 +111,7 @@ def read_conditions(folder: Path) -> Conditions:
     try:
         record = ConditionRecord.model_validate(data)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(map(str, wrong["loc"]))
-        raise InputError(f"{RECORD_NAME} is damaged: {where}: {wrong['msg']}") from error
+        raise InputError(f"{RECORD_NAME} is damaged: {messages(error)[0]}") from error
     entries = read_header(folder / TENSORS_NAME)
     expected = {f"subject.{name}" for name in record.subjects}
     expected |= {

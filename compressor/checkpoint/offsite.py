@@ -20,7 +20,7 @@ from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.checkpoint.slices import unsliced
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.ir.frozen import Strict
+from compressor.ir.frozen import Strict, messages
 
 OFFSITE_NAME = "offsite.json"
 
@@ -81,10 +81,8 @@ def read_offsite_record(folder: Path) -> OffsiteRecord | None:
         data = load_json(folder / OFFSITE_NAME, what="record of the full model")
         return OffsiteRecord.model_validate(data)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(map(str, wrong["loc"]))
         raise InputError(
-            f"{folder / OFFSITE_NAME} is damaged: {where}: {wrong['msg']}",
+            f"{folder / OFFSITE_NAME} is damaged: {messages(error)[0]}",
             hint="take it from the emulator or the adapter once more",
         ) from error
 

@@ -92,13 +92,19 @@ class Format(ABC):
     kv_names: tuple[str, str] | None = None
     """Where an attention module keeps the static scales of its keys and values."""
 
-    @abstractmethod
+    scales_in: torch.dtype | None = None
+    """Dtype of stored scales, where it is always one."""
+
+    floats_in: torch.dtype | None = None
+    """Dtype of unquantized tensors, where it is always one (AutoAWQ wants float16)."""
+
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """Dtype in which this format stores the scales of `spec`."""
+        return self.scales_in or model_dtype
 
     def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Dtype of unquantized tensors in the written checkpoint (AutoAWQ wants float16)."""
-        return dtype
+        """Dtype of unquantized tensors in the written checkpoint."""
+        return self.floats_in or dtype
 
     @abstractmethod
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:

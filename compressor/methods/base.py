@@ -287,5 +287,8 @@ def get_pass(name: str) -> type[Method]:
     """The class in the file or folder called `name`; InputError names the known ones."""
     if name not in pass_names():
         raise InputError(f"unknown pass {name!r}", hint=f"one of: {', '.join(pass_names())}")
-    found: type[Method] = importlib.import_module(f"compressor.methods.{name}").PASS
+    module = importlib.import_module(f"compressor.methods.{name}")
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"compressor.methods.{name}.method")
+    found: type[Method] = module.PASS
     return found

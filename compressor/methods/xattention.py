@@ -18,7 +18,12 @@ from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import AttentionPolicy, LayerPolicy, attention_shape, check_policy
+from compressor.attention.policy import (
+    AttentionPolicy,
+    LayerPolicy,
+    attention_shape,
+    policy_of,
+)
 from compressor.attention.quality import watch_attention
 from compressor.attention.rules.xattention import XAttention as Tiles
 from compressor.errors import InputError
@@ -120,25 +125,14 @@ class XAttention(ModelPass[Thresholds]):
         values, calibrated = torch.ones(len(layout.blocks), shape.heads), None
         if learned is not None:
             values, calibrated = learned.threshold, learned.calibrated
+        rules = (self._rule(line, calibrated) for line in values)
         layers = [
-            LayerPolicy(
-                rules=() if number in self.dense_layers else (self._rule(line, calibrated),)
-            )
-            for number, line in enumerate(values)
+            LayerPolicy(rules=() if number in self.dense_layers else (rule,))
+            for number, rule in enumerate(rules)
         ]
-        policy = AttentionPolicy(
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            layers=tuple(layers),
-            made_by={
-                "xattention": {
-                    **self.model_dump(mode="json", exclude={"targets", "ignore"}),
-                    **({} if calibrated is None else {"calibrated": calibrated}),
-                }
-            },
-        )
-        check_policy(policy, layout)
-        return policy
+        about = self.model_dump(mode="json", exclude={"targets", "ignore"})
+        about |= {} if calibrated is None else {"calibrated": calibrated}
+        return policy_of(layout, layers, made_by={"xattention": about})
 
     def _rule(self, threshold: Tensor, calibrated: int | None) -> Tiles:
         return Tiles(

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from string import Template
 from typing import Any
 
 from compressor.audit.findings import SUSPECT, Audit
-from compressor.report.elements import TEMPLATE, section, table
+from compressor.report.elements import page, section, table
 from compressor.report.text import number
 
 LIMITS = (
@@ -23,19 +22,14 @@ Data = Mapping[str, Any]
 
 def page_of(found: Audit) -> str:
     """The findings as a page."""
-    template = Template(TEMPLATE.read_text("utf-8"))
-    title = escape(f"{found.name}: audit")
-    return template.substitute(title=title, body=_page(found.to_json()))
-
-
-def _page(found: Data) -> str:
+    data = found.to_json()
     parts = [
-        f'<header><h1>{escape(found["name"])}</h1><div class="badges">{_badge(found)}</div>'
+        f'<header><h1>{escape(found.name)}</h1><div class="badges">{_badge(data)}</div>'
         f'</header><p class="quiet">{escape(LIMITS)}</p>',
-        section("Findings", _findings(found)),
-        section("Tokens", _tokens(found["sweep"])) if found["sweep"] else "",
+        section("Findings", _findings(data)),
+        section("Tokens", _tokens(data["sweep"])) if data["sweep"] else "",
     ]
-    return "\n".join(part for part in parts if part)
+    return page(f"{found.name}: audit", parts)
 
 
 def audit_badges(audits: Mapping[str, Data]) -> list[str]:

@@ -6,10 +6,9 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
-from string import Template
 from typing import Any
 
-from compressor.report.elements import TEMPLATE, breakable, section, table
+from compressor.report.elements import breakable, page, section, table
 from compressor.report.svg import Point, dots, lines
 from compressor.report.text import (
     MISSING,
@@ -30,10 +29,7 @@ def page_of(sides: Sequence[Side], *, text: str) -> str:
     """The page; `text` says on what was measured."""
     parts = [_header(sides), _figures(sides, text), _pareto(sides), _layers(sides)]
     parts += [_kernels(sides), _notes(sides)]
-    body = "\n".join(part for part in parts if part)
-    title = escape("Comparison: " + ", ".join(side["name"] for side in sides))
-    template = Template(TEMPLATE.read_text("utf-8"))
-    return template.substitute(title=title, body=body)
+    return page("Comparison: " + ", ".join(side["name"] for side in sides), parts)
 
 
 def figures(side: Side) -> dict[str, str]:

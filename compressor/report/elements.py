@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 
 TEMPLATE = Path(__file__).with_name("template.html")
 """A page: $title and $body."""
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A page of parts that are HTML already, those that are empty left out."""
+    template = Template(TEMPLATE.read_text("utf-8"))
+    return template.substitute(title=escape(title), body="\n".join(filter(None, parts)))
 
 
 def breakable(name: str) -> str:

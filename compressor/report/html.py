@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from string import Template
 from typing import Any
 
 import yaml
@@ -12,7 +11,7 @@ import yaml
 from compressor.report.audit import audit_badges, audits
 from compressor.report.by_size import by_size
 from compressor.report.choices import choices
-from compressor.report.elements import TEMPLATE, breakable, mark, section, table
+from compressor.report.elements import breakable, mark, page, section, table
 from compressor.report.layers import experts, layers
 from compressor.report.nearest import beside_nearest
 from compressor.report.svg import Point, columns, lines
@@ -44,7 +43,7 @@ def render(data: Data, *, attention: str = "") -> str:
         _gate(data),
         _evaluation(data),
         _passkey(data),
-        _choices(data),
+        section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else "",
         section("Attention", attention) if attention else "",
         by_size(data),
         beside_nearest(data["verify"]),
@@ -57,9 +56,7 @@ def render(data: Data, *, attention: str = "") -> str:
         _units(data),
         _origins(data),
     ]
-    body = "\n".join(part for part in parts if part)
-    template = Template(TEMPLATE.read_text("utf-8"))
-    return template.substitute(title=escape(f"{data['title']}: report"), body=body)
+    return page(f"{data['title']}: report", parts)
 
 
 def _header(data: Data) -> str:
@@ -202,10 +199,6 @@ def _passkey(data: Data) -> str:
         "whole.</p>"
     )
     return section("Passkey retrieval", body + table(header, rows, numbers=range(len(header))))
-
-
-def _choices(data: Data) -> str:
-    return section("Chosen key blocks", choices(data["choices"])) if data.get("choices") else ""
 
 
 def _verify(data: Data) -> str:

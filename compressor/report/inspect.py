@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from compressor.arch.beside import kind_of, part_of
@@ -89,31 +89,23 @@ class CheckpointInfo:
             **{key: getattr(self, key) for key in (*plain, *more)},
             "bits_per_weight": round(8 * self.nbytes / max(self.parameters, 1), 4),
             "added": list(self.added),
-            "beside": [
-                {
-                    "kind": part.kind,
-                    "path": part.path,
-                    "tensors": part.tensors,
-                    "bytes": part.nbytes,
-                    "linears": part.linears,
-                }
-                for part in self.beside
-            ],
+            "beside": [_json(part) for part in self.beside],
             "attention_policy": list(self.policy),
             "notes": list(self.notes),
             "about": self.about,
             "layers": [
                 {
-                    "name": layer.name,
-                    "role": layer.role,
+                    **_json(layer),
                     "shape": list(layer.shape),
-                    "scheme": layer.scheme,
-                    "bytes": layer.nbytes,
                     "bits_per_weight": round(layer.bits_per_weight, 4),
                 }
                 for layer in self.layers
             ],
         }
+
+
+def _json(value: LayerInfo | Part) -> dict[str, Any]:
+    return {"bytes" if key == "nbytes" else key: held for key, held in asdict(value).items()}
 
 
 def inspect(located: Located) -> CheckpointInfo:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import Field, ValidationError
 
 from compressor.errors import InputError
-from compressor.ir.frozen import Strict
+from compressor.ir.frozen import Strict, messages
 from compressor.methods.base import get_pass
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -106,11 +106,8 @@ def parse_sensitivity(text: str | bytes, *, where: str) -> Sensitivity:
     try:
         return Sensitivity.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        what = f"{place}: {first['msg']}" if place else first["msg"]
         raise InputError(
-            f"{where} holds no measured sensitivities: {what}",
+            f"{where} holds no measured sensitivities: {messages(error)[0]}",
             hint="compress measure writes such a file",
         ) from error
 

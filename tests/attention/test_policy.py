@@ -375,9 +375,10 @@ def test_every_rule_is_said_in_plain_words() -> None:
             if scorer != "moba" or per == "query_head":
                 entries[f"{scorer} {per}"] = {"scorer": scorer, "per": per}
     said = {}
+    policy = AttentionPolicy(heads=4, kv_heads=2, layers=(LayerPolicy(),) * 4)
     for name, values in entries.items():
         rule = make_rule("blocks" if "scorer" in values else name, values)
-        (said[name],) = type(rule).describe([rule], layers=4, kv_heads=2, positions="text")
+        (said[name],) = type(rule).describe([rule], policy)
         assert not {*said[name]} & {*"_[]{}="} and any(n in said[name] for n in "124"), said[name]
     assert said["moba query_head"].startswith("1 of 4 layers read 96 blocks of 64 keys in prompts")
     assert "the query heads of each KV head together" in said["lserve kv_head"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressor_kernels.attention.skip_softmax import (
     SkipTiles,
@@ -20,7 +20,10 @@ from torch import Tensor
 from compressor import __version__
 from compressor.attention.key_blocks import by_kernel
 from compressor.attention.masked import OwnAttention
-from compressor.attention.rule import Rule, RuleCall, Seen, Value
+from compressor.attention.rule import Rule, RuleCall, Seen, Value, share_of
+
+if TYPE_CHECKING:
+    from compressor.attention.policy import AttentionPolicy
 
 FORMULA = "a * exp(b * target_sparsity)"
 """What ModelOpt calls the scale of thresholds."""
@@ -139,9 +142,7 @@ class Blasst(Rule):
         }
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
         rule = rules[0]
         wanted = [
             f"{phase.sparsity:.0%} in {name}"
@@ -149,8 +150,8 @@ class Blasst(Rule):
             if phase is not None
         ]
         return [
-            f"{len(rules)} of {layers} layers skip tiles of {rule.rows} x {rule.keys} by BLASST's "
-            f"threshold for {' and '.join(wanted)}"
+            f"{share_of(rules, policy)} skip tiles of {rule.rows} x {rule.keys} by "
+            f"BLASST's threshold for {' and '.join(wanted)}"
         ]
 
 

@@ -4,7 +4,7 @@ training."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,9 +13,12 @@ from torch import Tensor
 from compressor.attention.context_memory import ContextMemory, MemorySizes
 from compressor.attention.masked import OwnAttention
 from compressor.attention.rope import Rotary, rotated_back
-from compressor.attention.rule import Rule, RuleCall
+from compressor.attention.rule import Rule, RuleCall, share_of
 from compressor.errors import InputError
 from compressor.runner.attention_call import AttentionCall
+
+if TYPE_CHECKING:
+    from compressor.attention.policy import AttentionPolicy
 
 MEMORY = "infllm_memory"
 
@@ -101,13 +104,11 @@ class InfLLMMemory(Rule):
         return torch.stack(out)
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
         rule = rules[0]
         return [
-            f"{len(rules)} of {layers} layers see {rule.init} first and {rule.local} recent tokens "
-            f"and look up {rule.top_k} blocks of {rule.block} (InfLLM's memory)"
+            f"{share_of(rules, policy)} see {rule.init} first and {rule.local} recent "
+            f"tokens and look up {rule.top_k} blocks of {rule.block} (InfLLM's memory)"
         ]
 
 

@@ -93,10 +93,8 @@ class LServePages(KeyBlocks):
         return in_pieces(choose, query, query.shape[1] * -(-tokens // self.logical))
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
-        lines = super().describe(rules, layers=layers, kv_heads=kv_heads, positions=positions)
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
+        lines = super().describe(rules, policy)
         return [
             f"{line} of {rule.logical} keys{' together' if rule.weigh == 'sum' else ''}"
             f"{', the first always' if rule.init_blocks else ''}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from compressor_kernels.attention.block_attention import block_attention
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from compressor.attention.key_blocks import by_kernel
 from compressor.attention.masked import OwnAttention
-from compressor.attention.rule import Phase, Rule, RuleCall, Seen
+from compressor.attention.rule import Phase, Rule, RuleCall, Seen, share_of
+
+if TYPE_CHECKING:
+    from compressor.attention.policy import AttentionPolicy
 
 SHARES, BEGUN, KEYS, LENGTH = "pillar.shares", "pillar.begun", "pillar.keys", "pillar.length"
 
@@ -100,13 +103,11 @@ class Pillar(Rule):
         )
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
         rule = rules[0]
         return [
-            f"{len(rules)} of {layers} layers draft {rule.stride} tokens over {rule.ratio:.0%} of "
-            f"the keys, at least {rule.min_budget}: those that verifying attended to most"
+            f"{share_of(rules, policy)} draft {rule.stride} tokens over {rule.ratio:.0%} "
+            f"of the keys, at least {rule.min_budget}: those that verifying attended to most"
         ]
 
 

@@ -141,15 +141,13 @@ class StreamingHeads(Rule):
         return softmax_attention(torch.cat([near, far], dim=-1), keys, value, mask, own)
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
         streaming = sum(len(rule.heads) for rule in rules)
         windows = sorted({(rule.sinks, rule.window) for rule in rules})
         shown = ", ".join(f"{sinks} sinks + {window} recent" for sinks, window in windows)
         return [
-            f"{streaming} of {layers * kv_heads} KV heads streaming ({shown}; positions by "
-            f"{positions})"
+            f"{streaming} of {len(policy.layers) * policy.kv_heads} KV heads streaming "
+            f"({shown}; positions by {policy.positions})"
         ]
 
 

@@ -4,7 +4,7 @@ the scores finds worth a share of attention, by query head."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from compressor_kernels.attention.antidiagonal import (
@@ -20,7 +20,10 @@ from torch import Tensor
 
 from compressor.attention.key_blocks import by_kernel
 from compressor.attention.masked import OwnAttention
-from compressor.attention.rule import Phase, Rule, RuleCall, Seen
+from compressor.attention.rule import Phase, Rule, RuleCall, Seen, share_of
+
+if TYPE_CHECKING:
+    from compressor.attention.policy import AttentionPolicy
 
 
 class XAttention(Rule):
@@ -103,14 +106,12 @@ class XAttention(Rule):
         return f"xattention has {len(self.threshold)} thresholds for {own} query heads"
 
     @classmethod
-    def describe(
-        cls, rules: Sequence[Self], *, layers: int, kv_heads: int, positions: str
-    ) -> list[str]:
+    def describe(cls, rules: Sequence[Self], policy: AttentionPolicy) -> list[str]:
         shares = [share for rule in rules for share in rule.threshold]
         rule = rules[0]
         return [
-            f"{len(rules)} of {layers} layers read prompts in tiles of {rule.block_size} that hold "
-            f"{min(shares):.0%} to {max(shares):.0%} of XAttention's estimate, by query head"
+            f"{share_of(rules, policy)} read prompts in tiles of {rule.block_size} that "
+            f"hold {min(shares):.0%} to {max(shares):.0%} of XAttention's estimate, by query head"
         ]
 
 

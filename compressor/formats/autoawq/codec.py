@@ -42,14 +42,8 @@ class AutoAWQ(Format):
 
     name = "autoawq"
     codes = ("qweight",)
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """float16."""
-        return torch.float16
-
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float16: its kernels compute in nothing else."""
-        return torch.float16
+    scales_in = torch.float16
+    floats_in = torch.float16  # its kernels compute in nothing else
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """4-bit integers by group or channel, outputs a multiple of 8."""

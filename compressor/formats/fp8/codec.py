@@ -35,10 +35,7 @@ class FP8Blocks(Format):
     """E4M3 weights with a scale per 128 × 128 block, E4M3 inputs with one per 128 of a token."""
 
     name = "fp8"
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """float32."""
-        return torch.float32
+    scales_in = torch.float32
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Blocks of 128 × 128, of which edge ones may be short, with inputs in whole groups."""

@@ -34,11 +34,8 @@ class GptOss(Format):
     """MXFP4 experts of gpt-oss, stacked under its own names."""
 
     name = "gpt-oss"
+    scales_in = E8M0  # whose bytes are stored as uint8
     stacked = ("blocks", "scales")
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """E8M0, whose bytes are stored as uint8."""
-        return E8M0
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """MXFP4 weights in whole groups, whose inputs stay float."""

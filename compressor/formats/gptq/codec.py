@@ -54,14 +54,8 @@ class GPTQ(Format):
     shift: int
 
     codes = ("qweight",)
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """float16."""
-        return torch.float16
-
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float16: a loader that runs in another dtype rounds the scales to it."""
-        return torch.float16
+    scales_in = torch.float16
+    floats_in = torch.float16  # a loader that runs in another dtype rounds the scales to it
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """2, 3, 4 or 8 bits by group or channel, both sides filling whole words."""

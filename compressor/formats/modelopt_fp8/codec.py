@@ -38,10 +38,7 @@ class ModelOptFP8(ModelOpt):
     """E4M3 weights and static E4M3 inputs, one scale each."""
 
     name = "modelopt-fp8"
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """float32."""
-        return torch.float32
+    scales_in = torch.float32
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """E4M3 with one scale per tensor and static inputs."""

@@ -47,10 +47,7 @@ class ModelOptNVFP4(ModelOpt):
     """NVFP4 weights, all with NVFP4 inputs or all with float ones."""
 
     name = "modelopt-nvfp4"
-
-    def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
-        """float8_e4m3fn."""
-        return SCALE_DTYPE
+    scales_in = SCALE_DTYPE
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """NVFP4 of whole blocks."""

@@ -43,14 +43,11 @@ class QServe(Format):
     """4-bit weights, one way of quantizing for the whole checkpoint, which is in float16."""
 
     name = "qserve"
+    floats_in = torch.float16
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """int8 for the scales of groups, float16 for those of channels."""
         return torch.int8 if spec.strategy == "group" else torch.float16
-
-    def model_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float16."""
-        return torch.float16
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """QoQ's weights in whole tiles, with int8 inputs per token."""

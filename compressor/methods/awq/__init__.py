@@ -1,5 +1,1 @@
 """AWQ (arXiv 2306.00978): inputs that see large activations are scaled up before rounding."""
-
-from compressor.methods.awq.method import PASS
-
-__all__ = ["PASS"]

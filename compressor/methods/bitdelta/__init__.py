@@ -1,5 +1,1 @@
 """BitDelta (arXiv 2402.10193): a fine-tune as signs on its base."""
-
-from compressor.methods.bitdelta.method import PASS
-
-__all__ = ["PASS"]

@@ -34,7 +34,7 @@ def keep_state(
 def resume_state(
     scratch: Records, optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]
 ) -> tuple[int, Mapping[str, Tensor]]:
-    """Steps that are done, and all that was kept then; parameters and optimizer are as they were."""
+    """Steps that are done, and all that was kept then; parameters and optimizer as then."""
     tensors = scratch.get_tensors(STATE)
     if tensors is None:
         return 0, {}

@@ -1,5 +1,1 @@
-"""Offsite-Tuning: see `method`."""
-
-from compressor.methods.emulator.method import Emulator
-
-PASS = Emulator
+"""Offsite-Tuning (arXiv 2302.04870): fewer blocks, on which the first and last are tuned."""

@@ -1,5 +1,1 @@
 """SparDA (arXiv 2606.04511): forecasts of the blocks of keys that come to be read."""
-
-from compressor.methods.sparda.method import PASS
-
-__all__ = ["PASS"]

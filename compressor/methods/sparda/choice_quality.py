@@ -40,18 +40,8 @@ class LayerQuality:
     mass: float
 
 
-@dataclass(slots=True)
-class _Sums:
-    hit: float = 0.0
-    wanted: float = 0.0
-    mass: float = 0.0
-    rows: float = 0.0
-
-    def add(self, other: _Sums) -> None:
-        self.hit += other.hit
-        self.wanted += other.wanted
-        self.mass += other.mass
-        self.rows += other.rows
+Sums = tuple[float, float, float, float]
+"""Blocks that were hit and that were wanted, attention's mass, and rows of queries."""
 
 
 @dataclass(slots=True)
@@ -62,7 +52,7 @@ class ChoiceMeter:
     """
 
     teacher: Teacher
-    parts: dict[tuple[int, int], list[tuple[str, _Sums]]] = field(default_factory=dict)
+    parts: dict[tuple[int, int], list[tuple[str, Sums]]] = field(default_factory=dict)
 
     @torch.no_grad()
     def add(self, layer: int, call: AttentionCall, chosen: Mapping[str, Tensor]) -> None:
@@ -87,24 +77,21 @@ class ChoiceMeter:
                 mine = _mask(blocks[:, :, at], count)
                 by_set = wanted.repeat_interleave(mine.shape[1] // wanted.shape[1], dim=1)
                 by_head = mine.repeat_interleave(heads // mine.shape[1], 1)
-                sums = _Sums(
-                    hit=float((mine & by_set).sum()),
-                    wanted=float(by_set.sum()),
-                    mass=float((mass * by_head).sum()),
-                    rows=float(choosing.sum()) * heads * part.shape[0],
-                )
-                parts.append((scorer, sums))
+                hit, there = float((mine & by_set).sum()), float(by_set.sum())
+                rows = float(choosing.sum()) * heads * part.shape[0]
+                parts.append((scorer, (hit, there, float((mass * by_head).sum()), rows)))
 
     def qualities(self) -> list[LayerQuality]:
         """What was found, in order of layers; nothing where no query had to choose."""
-        whole: dict[tuple[int, str], _Sums] = {}
+        whole: dict[tuple[int, str], list[Sums]] = {}
         for (layer, _), parts in self.parts.items():
             for scorer, sums in parts:
-                whole.setdefault((layer, scorer), _Sums()).add(sums)
-        return [
-            LayerQuality(layer, scorer, s.hit / max(s.wanted, 1.0), s.mass / max(s.rows, 1.0))
-            for (layer, scorer), s in whole.items()
-        ]
+                whole.setdefault((layer, scorer), []).append(sums)
+        found = []
+        for (layer, scorer), every in whole.items():
+            hit, wanted, mass, rows = (sum(values) for values in zip(*every, strict=True))
+            found.append(LayerQuality(layer, scorer, hit / max(wanted, 1.0), mass / max(rows, 1.0)))
+        return found
 
 
 def measure_choices(

@@ -1,5 +1,1 @@
 """StreamingLLM: sinks and a window for every head."""
-
-from compressor.methods.streaming.method import PASS
-
-__all__ = ["PASS"]
