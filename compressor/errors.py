@@ -66,7 +66,7 @@ class MachineError(CompressError):
 class Problems(InputError):
     """Several input errors found in one look, reported together."""
 
-    def __init__(self, problems: list[CompressError]) -> None:
+    def __init__(self, problems: Sequence[CompressError]) -> None:
         problems = _together(problems)
         left = problems[MOST:]
         if left:
@@ -79,7 +79,7 @@ class Problems(InputError):
         )
 
 
-def _together(problems: list[CompressError]) -> list[CompressError]:
+def _together(problems: Sequence[CompressError]) -> list[CompressError]:
     """What is wrong with many tensors alike ("NAME: what") as one problem, in the first's place."""
     alike: dict[tuple[str, str | None] | int, list[CompressError]] = {}
     for number, problem in enumerate(problems):

@@ -54,20 +54,16 @@ def headless(names: Iterable[str], arch: MapFile) -> str | None:
 
 def wrong_experts(
     arch: MapFile, experts: int | None, names: Iterable[str], config: Mapping[str, Any]
-) -> list[InputError]:
+) -> Iterator[InputError]:
     """Experts that are not as many as config.json says: of a block, where each has tensors of its
     own, and of those that a token is sent to."""
     if experts is None:
-        return []
-    key = _key(arch, config)
-    found = []
+        return
     for chosen in CHOSEN:
         count = arch.value(config, chosen)
         if count is not None and (type(count) is not int or not 1 <= count <= experts):
-            found.append(
-                InputError(f"config.json: {chosen} is {count!r}, which is no choice of {experts}")
-            )
-    found += _wrong_groups(arch, experts, config)
+            yield InputError(f"config.json: {chosen} is {count!r}, which is no choice of {experts}")
+    yield from _wrong_groups(arch, experts, config)
     wrong: dict[str, str] = {}
     for block, there in _numbered(arch, names).items():
         lacking = sorted(set(range(experts)) - there)
@@ -81,13 +77,11 @@ def wrong_experts(
     if wrong:
         block, what = next(iter(wrong.items()))
         more = f" and {len(wrong) - 1} more blocks like it" if len(wrong) > 1 else ""
-        found.append(
-            InputError(
-                f"config.json says {key} {experts}, numbered from 0; {block} {what}{more}",
-                hint="config.json is another model's, or a shard is missing",
-            )
+        yield InputError(
+            f"config.json says {_key(arch, config)} {experts}, numbered from 0; {block} {what}"
+            f"{more}",
+            hint="config.json is another model's, or a shard is missing",
         )
-    return found
 
 
 def _wrong_groups(arch: MapFile, experts: int, config: Mapping[str, Any]) -> Iterator[InputError]:

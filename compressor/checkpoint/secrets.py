@@ -88,17 +88,13 @@ def _text(path: Path) -> Iterator[bytes]:
             before = data[-OVERLAP:]
 
 
-def leaks(folder: Path, names: Iterable[str]) -> list[InputError]:
+def leaks(folder: Path, names: Iterable[str]) -> Iterator[InputError]:
     """An error for each of a folder's files that seems to hold a secret; files that are not there
     are left out."""
-    found = []
     for name in names:
         kind = find_secret(folder / name) if (folder / name).is_file() else None
         if kind is not None:
-            found.append(
-                InputError(
-                    f"{name} holds what looks like {kind}",
-                    hint="take it out, and revoke it if it was ever shared; nothing was uploaded",
-                )
+            yield InputError(
+                f"{name} holds what looks like {kind}",
+                hint="take it out, and revoke it if it was ever shared; nothing was uploaded",
             )
-    return found

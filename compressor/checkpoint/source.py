@@ -32,7 +32,7 @@ from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.safetensors import Entry
 from compressor.checkpoint.slices import sliced
 from compressor.checkpoint.stored_names import canonical
-from compressor.errors import InputError, Problems
+from compressor.errors import CompressError, InputError, Problems
 from compressor.foreign.bounded_yaml import load_yaml
 from compressor.foreign.untrusted import read_file
 from compressor.formats.base import Format, ModelSchemes, format_names, get_format
@@ -224,7 +224,8 @@ def as_source(
         schemes=_complete(schemes, layout),
         added=_by_unit(added, layout),
     )
-    _check_stored(source)
+    if problems := [*_wrongly_stored(source)]:
+        raise Problems(problems)
     return source
 
 
@@ -303,9 +304,8 @@ def _by_unit(names: list[str], layout: ModelLayout) -> dict[str, tuple[str, ...]
     return found
 
 
-def _check_stored(source: Source) -> None:
-    """Every tensor of a quantized linear is there, with the dtype and shape its scheme implies."""
-    problems: list[Any] = []
+def _wrongly_stored(source: Source) -> Iterator[CompressError]:
+    """Tensors of quantized linears that are not there, or not in the shape that is implied."""
     entries: Mapping[str, Entry] = source.checkpoint.entries
     leaves: dict[str, set[str]] = {}
     for name in entries:
@@ -317,30 +317,24 @@ def _check_stored(source: Source) -> None:
             continue
         reason = source.format.accepts(source.schemes.linears[linear.name], linear.shape)
         if reason:
-            problems.append(InputError(f"{linear.name}: {reason}"))
+            yield InputError(f"{linear.name}: {reason}")
             continue
         stored = source.stored(linear)
         for leaf in leaves.get(linear.name, set()) - stored.keys() - {"bias", "k_scale", "v_scale"}:
-            problems.append(
-                InputError(
-                    f"{linear.name}.{leaf} is left over: {source.format.name} does not say what it "
-                    "does to the weight",
-                    hint="start from the original weights, or convert it with the tool it is from",
-                )
+            yield InputError(
+                f"{linear.name}.{leaf} is left over: {source.format.name} does not say what it "
+                "does to the weight",
+                hint="start from the original weights, or convert it with the tool it is from",
             )
         for local, planned in stored.items():
             name = f"{linear.name}.{local}"
             if name not in entries:
-                problems.append(InputError(f"the checkpoint lacks {name}"))
+                yield InputError(f"the checkpoint lacks {name}")
             elif entries[name].spec.shape != planned.shape:
-                problems.append(
-                    InputError(
-                        f"{name} has shape {list(entries[name].spec.shape)}; its scheme implies "
-                        f"{list(planned.shape)}"
-                    )
+                yield InputError(
+                    f"{name} has shape {list(entries[name].spec.shape)}; its scheme implies "
+                    f"{list(planned.shape)}"
                 )
-    if problems:
-        raise Problems(problems)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

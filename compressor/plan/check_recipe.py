@@ -14,21 +14,17 @@ from compressor.methods.base import Needs
 from compressor.plan.recipe import Recipe
 
 
-def check_recipe(recipe: Recipe, source: Source) -> list[CompressError]:
+def check_recipe(recipe: Recipe, source: Source) -> Iterator[CompressError]:
     """Rows longer than the model or than what is calibrated, tasks without their harness, a gate
     that could never be judged, publishing that nothing guards."""
-    problems: list[CompressError] = [
-        *_too_long(recipe, source),
-        *_past_calibration(recipe),
-        *_unmapped(recipe, source),
-    ]
+    yield from _too_long(recipe, source)
+    yield from _past_calibration(recipe)
+    yield from _unmapped(recipe, source)
     wanted = recipe.evaluate
     if wanted is not None and wanted.tasks and importlib.util.find_spec("lm_eval") is None:
-        problems.append(
-            InputError(
-                "evaluate.tasks needs lm-evaluation-harness, which is not installed",
-                hint="pip install 'compressor[harness]', or drop the tasks",
-            )
+        yield InputError(
+            "evaluate.tasks needs lm-evaluation-harness, which is not installed",
+            hint="pip install 'compressor[harness]', or drop the tasks",
         )
     if recipe.gate is not None:
         missing = recipe.gate.unmeasured(
@@ -38,18 +34,13 @@ def check_recipe(recipe: Recipe, source: Source) -> list[CompressError]:
             tasks=wanted.tasks if wanted is not None else (),
         )
         if missing:
-            problems.append(
-                InputError(
-                    f"gate: nothing in this recipe measures {', '.join(missing)}",
-                    hint="ask for it under evaluate: (against_original, passkey, tasks), "
-                    "or drop the limit",
-                )
+            yield InputError(
+                f"gate: nothing in this recipe measures {', '.join(missing)}",
+                hint="ask for it under evaluate: (against_original, passkey, tasks), "
+                "or drop the limit",
             )
     if recipe.publish is not None and not recipe.verify:
-        problems.append(
-            InputError("publish: unverified files are not published", hint="verify: true")
-        )
-    return problems
+        yield InputError("publish: unverified files are not published", hint="verify: true")
 
 
 def _unmapped(recipe: Recipe, source: Source) -> Iterator[InputError]:
@@ -99,12 +90,12 @@ def _past_calibration(recipe: Recipe) -> Iterator[InputError]:
                 )
 
 
-def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
+def _too_long(recipe: Recipe, source: Source) -> Iterator[InputError]:
     """Rows that a model has no positions for: learned ones end, and rotary ones are not evaluated
     beyond what the model was made for."""
     positions = source.layout.sizes.positions
     if positions is None:
-        return []
+        return
     learned = source.arch.embedding.position is not None
     lengths = {}
     if learned and any(step.params.needs().stats != StatNeeds() for step in recipe.passes):
@@ -115,12 +106,10 @@ def _too_long(recipe: Recipe, source: Source) -> list[InputError]:
     if recipe.audit is not None and not recipe.audit.weights_only:
         lengths["audit.length"] = recipe.audit.length
     lengths |= _evaluated(recipe)
-    return [
-        InputError(
-            f"{key}: rows of {length} tokens, but the model has {positions} "
-            f"{'learned ' if learned else ''}positions",
-            hint=f"at most {positions}",
-        )
-        for key, length in lengths.items()
-        if length > positions
-    ]
+    for key, length in lengths.items():
+        if length > positions:
+            yield InputError(
+                f"{key}: rows of {length} tokens, but the model has {positions} "
+                f"{'learned ' if learned else ''}positions",
+                hint=f"at most {positions}",
+            )

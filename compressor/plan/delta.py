@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,10 @@ def as_delta(
         )
     source = target.source
     linears = [x for x in source.layout.linears if x.name in found.names]
-    problems.extend(_misfits(base.source, source, linears))
+    misfits = [*_misfits(base.source, source, linears)]
+    problems += misfits[:4]
+    if len(misfits) > 4:
+        problems.append(InputError(f"and {len(misfits) - 4} more linears like these"))
     entries = base.source.checkpoint.entries
     blocks = source.layout.blocks if found.effects.retrains_norms else ()
     retrained = {name for unit in blocks for name in unit.norm_tensors}
@@ -102,33 +105,25 @@ def _moves(name: str, params: Any) -> bool:
         return False
 
 
-def _misfits(base: Source, fine: Source, linears: Sequence[Linear]) -> list[CompressError]:
+def _misfits(base: Source, fine: Source, linears: Sequence[Linear]) -> Iterator[CompressError]:
     """Why the one cannot be what the other was fine-tuned from."""
     ours, theirs = fine.layout.model_type, base.layout.model_type
     if ours != theirs:
         message = f"the base is a {theirs}, the fine-tune a {ours}"
-        return [InputError(message, hint="name the checkpoint that was fine-tuned")]
+        yield InputError(message, hint="name the checkpoint that was fine-tuned")
+        return
     known = {x.name: x for x in base.layout.linears if x.role != "lm_head" or not base.layout.tied}
-    problems: list[CompressError] = []
     for linear in linears:
         other = known.get(linear.name)
         if other is None:
-            problems.append(
-                InputError(
-                    f"the base has no {linear.name}",
-                    hint="name the checkpoint that was fine-tuned, or ignore this linear",
-                )
+            yield InputError(
+                f"the base has no {linear.name}",
+                hint="name the checkpoint that was fine-tuned, or ignore this linear",
             )
         elif other.shape != linear.shape:
             why = " (the fine-tune's vocabulary was resized)" if linear.role == "lm_head" else ""
-            problems.append(
-                InputError(
-                    f"{linear.name} is {list(linear.shape)} in the fine-tune and "
-                    f"{list(other.shape)} in the base{why}",
-                    hint=f"keep it in full precision with ignore: [{linear.name}]",
-                )
+            yield InputError(
+                f"{linear.name} is {list(linear.shape)} in the fine-tune and "
+                f"{list(other.shape)} in the base{why}",
+                hint=f"keep it in full precision with ignore: [{linear.name}]",
             )
-    if len(problems) > 4:
-        more = InputError(f"and {len(problems) - 4} more linears like these")
-        problems = [*problems[:4], more]
-    return problems

@@ -17,7 +17,7 @@ from compressor.plan.unit_plan import PassPlan
 
 def composition_problems(
     passes: Sequence[PassPlan], layout: ModelLayout, schemes: Mapping[str, Scheme]
-) -> list[CompressError]:
+) -> Iterator[CompressError]:
     """Everything about the order and targets of passes that cannot give what was meant."""
     owners = {
         name: number
@@ -25,22 +25,18 @@ def composition_problems(
         if plan.effects.scheme is not None
         for name in plan.names
     }
-    problems: list[CompressError] = []
     for number, plan in enumerate(passes):
-        problems += _searches(plan, schemes)
+        yield from _searches(plan, schemes)
         if plan.needs.cache and not any(p.effects.kv for p in passes):
-            problems.append(
-                InputError(
-                    f"{plan.step.name} searches by what rounding keys does to attention, but "
-                    "nothing rounds them",
-                    hint="add kv_cache after it, or give alpha a number",
-                )
+            yield InputError(
+                f"{plan.step.name} searches by what rounding keys does to attention, but "
+                "nothing rounds them",
+                hint="add kv_cache after it, or give alpha a number",
             )
-        problems += _stale_cache(number, passes)
+        yield from _stale_cache(number, passes)
         if plan.effects.transforms:
-            problems += _shared_inputs(number, passes, layout, owners)
-    problems += _shared_scales(passes, layout, schemes, owners)
-    return problems
+            yield from _shared_inputs(number, passes, layout, owners)
+    yield from _shared_scales(passes, layout, schemes, owners)
 
 
 def order_problems(recipe: Recipe, passes: Sequence[PassPlan]) -> Iterator[CompressError]:

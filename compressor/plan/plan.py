@@ -133,12 +133,12 @@ def make_plan(
         )
     passes = tuple(_select(step, recipe, source, problems, notes) for step in recipe.passes)
     schemes = pass_schemes(passes, source.layout, fmt, dtype, problems, recipe.runtime)
-    _check_tied(recipe, source.layout, passes, problems)
+    problems += _tied(recipe, source.layout, passes)
     by_linear = ((linear, schemes[linear.name]) for linear in source.layout.linears)
     if reason := fmt.refuses(source.layout.model_type, by_linear):
         problems.append(InputError(f"format {fmt.name}: {reason}", hint="use compressed-tensors"))
     problems += order_problems(recipe, passes)
-    _check_fused(source.layout, schemes, problems)
+    problems += _unlike(source.layout, schemes)
     if not problems:
         problems += composition_problems(passes, source.layout, schemes)
     kv = _kv(passes, problems)
@@ -341,29 +341,22 @@ def _without_data(step: Step) -> bool:
     return silent and effects.scheme is not None and not effects.rescales
 
 
-def _check_tied(
-    recipe: Recipe,
-    layout: ModelLayout,
-    passes: Sequence[PassPlan],
-    problems: list[CompressError],
-) -> None:
+def _tied(
+    recipe: Recipe, layout: ModelLayout, passes: Sequence[PassPlan]
+) -> Iterator[CompressError]:
     if layout.tied is None or recipe.untie:
         return
     heads = {linear.name for linear in layout.linears if linear.role == "lm_head"}
     for plan in passes:
         if plan.names & heads:
-            problems.append(
-                InputError(
-                    f"{plan.step.name} targets lm_head, which shares its weight with {layout.tied}",
-                    hint="leave it alone with ignore: [lm_head], or write it separately with "
-                    "untie: true at the top of the recipe",
-                )
+            yield InputError(
+                f"{plan.step.name} targets lm_head, which shares its weight with {layout.tied}",
+                hint="leave it alone with ignore: [lm_head], or write it separately with "
+                "untie: true at the top of the recipe",
             )
 
 
-def _check_fused(
-    layout: ModelLayout, schemes: Mapping[str, Scheme], problems: list[CompressError]
-) -> None:
+def _unlike(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> Iterator[CompressError]:
     """Runtimes fuse q/k/v and gate/up into one matrix: they need one scheme."""
     groups: dict[str, list[Linear]] = {}
     for linear in layout.linears:
@@ -371,12 +364,10 @@ def _check_fused(
             groups.setdefault(linear.fused, []).append(linear)
     for linears in groups.values():
         if len({schemes[linear.name] for linear in linears}) > 1:
-            problems.append(
-                InputError(
-                    f"{', '.join(linear.name for linear in linears)} would get different schemes, "
-                    "but runtimes fuse them into one matrix",
-                    hint="target or ignore them together",
-                )
+            yield InputError(
+                f"{', '.join(linear.name for linear in linears)} would get different schemes, "
+                "but runtimes fuse them into one matrix",
+                hint="target or ignore them together",
             )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from compressor.checkpoint.manifest import (
 )
 from compressor.checkpoint.secrets import leaks
 from compressor.checkpoint.side_files import decides, leads_out
-from compressor.errors import CheckError, CompressError, InputError, Problems
+from compressor.errors import CheckError, InputError, Problems
 from compressor.report.card import CARD_NAME, is_generated
 from compressor.report.data import HTML_NAME, JSON_NAME, read_report
 from compressor.report.hub_retry import patiently
@@ -124,19 +124,7 @@ def list_upload(folder: Path) -> Listing:
             f"{folder} lacks {', '.join(missing[:4])}, which its manifest names",
             hint="repeat the run that made it in a new folder",
         )
-    problems: list[CompressError] = []
-    for name in names:
-        if leads_out(folder, folder / name):
-            problems.append(
-                InputError(
-                    f"{name} is a link that leads out of {folder}",
-                    hint="put the file itself there; nothing outside the folder is uploaded",
-                )
-            )
-        elif is_pointer(folder / name):
-            problems.append(pointer_error(name))
-    problems = problems or [*leaks(folder, names)]
-    if problems:
+    if problems := [*_no_files(folder, names)] or [*leaks(folder, names)]:
         raise Problems(problems)
     tops = {name.partition("/")[0] for name in names}
     return Listing(
@@ -144,6 +132,18 @@ def list_upload(folder: Path) -> Listing:
         files={name: (folder / name).stat().st_size for name in sorted(names)},
         left_out=tuple(sorted({path.name for path in folder.iterdir()} - tops)),
     )
+
+
+def _no_files(folder: Path, names: Iterable[str]) -> Iterator[InputError]:
+    """What lies in place of files."""
+    for name in names:
+        if leads_out(folder, folder / name):
+            yield InputError(
+                f"{name} is a link that leads out of {folder}",
+                hint="put the file itself there; nothing outside the folder is uploaded",
+            )
+        elif is_pointer(folder / name):
+            yield pointer_error(name)
 
 
 def _manifest(folder: Path) -> Manifest:

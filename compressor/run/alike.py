@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compressor.checkpoint.source import Source
-from compressor.errors import InputError, Problems
+from compressor.errors import CompressError, InputError, Problems
 from compressor.ranks.ranks import Ranks
 from compressor.run.environment import device_name, environment, versions
 
@@ -51,22 +51,17 @@ def require_alike(ranks: Ranks, about: Mapping[str, Any], *sources: Source) -> N
     # First what all have, and have otherwise.
     named = {key for one in every for key in one}
     keys = sorted(named, key=lambda key: (any(key not in one for one in every), key))
-    wrong: list[InputError] = []
+    wrong: list[CompressError] = []
     for key in keys:
-        if len(wrong) == MANY:
-            break
-        for rank, one in enumerate(every):
-            if one.get(key) != every[0].get(key):
-                said = f"rank 0 has {_short(every[0].get(key))}, rank {rank} {_short(one.get(key))}"
-                wrong.append(
-                    InputError(
-                        f"ranks differ in {key}: {said}",
-                        hint="all ranks need the same recipe, model, packages and kind of device",
-                    )
-                )
-                break
+        first = every[0].get(key)
+        others = [(rank, one.get(key)) for rank, one in enumerate(every) if one.get(key) != first]
+        if others and len(wrong) < MANY:
+            rank, other = others[0]
+            said = f"rank 0 has {_short(first)}, rank {rank} {_short(other)}"
+            hint = "all ranks need the same recipe, model, packages and kind of device"
+            wrong.append(InputError(f"ranks differ in {key}: {said}", hint=hint))
     if wrong:
-        raise Problems([*wrong])
+        raise Problems(wrong)
 
 
 def _files(source: Source) -> dict[str, str]:
