@@ -72,22 +72,13 @@ class _Layout:
         experts = self.read.known.get("experts")
         problems += wrong_experts(self.arch, experts, self.headers, self.config)
         unassigned = sorted(self.headers.keys() - self.taken.keys() - set(carried))
-        if unassigned:
-            problems.append(
-                self._listed(
-                    "the map has no place for", unassigned, hint=way_out(unassigned, self.config)
-                )
-            )
-        if self.missing:
-            problems.append(
-                self._listed(
-                    "the checkpoint lacks", self.missing, hint=headless(self.missing, self.arch)
-                )
-            )
-        if self.misshapen:
-            problems.append(
-                self._listed("config.json and the files disagree on the shape of", self.misshapen)
-            )
+        for what, names, hint in (
+            ("the map has no place for", unassigned, way_out(unassigned, self.config)),
+            ("the checkpoint lacks", self.missing, headless(self.missing, self.arch)),
+            ("config.json and the files disagree on the shape of", self.misshapen, None),
+        ):
+            if names:
+                problems.append(self._listed(what, names, hint=hint))
         if problems:
             raise Problems(problems)
         token = weight_name(self.arch.embedding.token)

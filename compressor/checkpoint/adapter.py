@@ -75,16 +75,17 @@ def open_adapter(
     if not path.is_dir():
         raise InputError(f"there is no adapter at {path}")
     record = read_offsite_record(path) or _recorded(emulator)
+    if record is None:
+        raise InputError(
+            f"{path} has no {OFFSITE_NAME}, which says whose adapter it is",
+            hint="trainers don't copy it: name the emulator that was tuned with --emulator FOLDER",
+        )
     if (path / WEIGHTS_NAME).is_file():
-        if record is None:
-            raise _unrecorded(path)
         entries = read_header(path / WEIGHTS_NAME)
         shapes = {name: entry.spec.shape for name, entry in entries.items()}
         return Adapter(
             path.name, shapes, lambda name: read_tensor(entries[name]), record, record.pads
         )
-    if record is None:
-        raise _unrecorded(path)
     if (path / ADAPTER_NAME).is_file() and not (path / "config.json").is_file():
         return _of_lora(path, base, record)
     return of_emulator(open_source(path), [block.name for block in base.layout.blocks], record)
@@ -180,13 +181,6 @@ def _recorded(emulator: Path | None) -> OffsiteRecord | None:
     if record is None:
         raise InputError(f"{emulator} has no {OFFSITE_NAME}", hint="name an emulator's folder")
     return record
-
-
-def _unrecorded(path: Path) -> InputError:
-    return InputError(
-        f"{path} has no {OFFSITE_NAME}, which says whose adapter it is",
-        hint="trainers don't copy it: name the emulator that was tuned with --emulator FOLDER",
-    )
 
 
 @dataclass(frozen=True)

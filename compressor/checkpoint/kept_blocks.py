@@ -40,10 +40,6 @@ class KeptCheckpoint(Wrapper):
         found = self.original.read(theirs.values(), pin=pin, threads=threads)
         return {name: found[other] for name, other in theirs.items()}
 
-    def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
-        """What the original's files hold of them, under the names here where both agree."""
-        return self.read(names, pin=pin)
-
 
 def kept_source(source: Source, kept: Sequence[int], config: Mapping[str, Any]) -> Source:
     """The source whose block i is block kept[i] (ascending) of another.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compressor.arch.schema import MapFile
+from compressor.checkpoint.low_precision.base import FLOATS
 from compressor.checkpoint.reader import Checkpoint, load_json
 from compressor.checkpoint.safetensors import Entry, read_tensor
 from compressor.errors import InputError, several
@@ -20,7 +21,6 @@ from compressor.ir.layout import ModelLayout, weight_name
 from compressor.ir.tensor import TensorShape
 
 CHUNK = 64 << 20
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _gptq(file: Mapping[str, Any]) -> dict[str, Any]:

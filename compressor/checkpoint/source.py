@@ -216,12 +216,13 @@ def as_source(
         if not (linear.role == "lm_head" and layout.tied) and not _plain(linear, modules)
     }
     schemes = fmt.schemes(declared if isinstance(declared, dict) else {}, linears)
+    every = {linear.name: schemes.linears.get(linear.name, Scheme()) for linear in layout.linears}
     source = Source(
         checkpoint=checkpoint,
         arch=arch,
         layout=layout,
         format=fmt,
-        schemes=_complete(schemes, layout),
+        schemes=ModelSchemes(linears=every, kv=schemes.kv),
         added=_by_unit(added, layout),
     )
     if problems := [*_wrongly_stored(source)]:
@@ -288,11 +289,6 @@ def _plain(linear: Linear, modules: Mapping[str, Mapping[str, TensorShape]]) -> 
     family, so that no class of modules means it, and towers go by other names in configs."""
     weight = modules.get(linear.name, {}).get("weight")
     return (linear.beside or linear.role == "router") and weight is not None and _is_float(weight)
-
-
-def _complete(schemes: ModelSchemes, layout: ModelLayout) -> ModelSchemes:
-    every = {linear.name: schemes.linears.get(linear.name, Scheme()) for linear in layout.linears}
-    return ModelSchemes(linears=every, kv=schemes.kv)
 
 
 def _by_unit(names: list[str], layout: ModelLayout) -> dict[str, tuple[str, ...]]:

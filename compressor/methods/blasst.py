@@ -128,11 +128,8 @@ class Blasst(ModelPass[Fits]):
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Fits]:
         ids, layers = context.ids, len(model.layout.blocks)
         held = max(1, len(ids) // 4)
-        wanted = {
-            phase: share
-            for phase, share in (("prefill", self.prefill), ("decode", self.decode))
-            if share is not None
-        }
+        phases = {"prefill": self.prefill, "decode": self.decode}
+        wanted = {phase: share for phase, share in phases.items() if share is not None}
         trials = torch.tensor(SKIP_TRIALS, dtype=torch.float64)
         counts: dict[str, dict[tuple[int, int], Tensor]] = {phase: {} for phase in wanted}
 
@@ -223,16 +220,9 @@ class Blasst(ModelPass[Fits]):
             for phase in ("prefill", "decode")
             if (fit := getattr(found, phase)) is not None
         }
-        rule = Skipping(
-            prefill=phases.get("prefill"),
-            decode=phases.get("decode"),
-            rows=self.rows,
-            keys=self.keys,
-            targets=tuple(found.targets),
-        )
+        rule = Skipping(**phases, rows=self.rows, keys=self.keys, targets=tuple(found.targets))
         parameters = self.model_dump(mode="json", exclude={"targets", "ignore"})
-        figures = found.figures()
-        made_by = {"blasst": {"parameters": parameters, **figures}}
+        made_by = {"blasst": {"parameters": parameters, **found.figures()}}
         return rule_policy(layout, rule, made_by=made_by)
 
 

@@ -70,16 +70,9 @@ class MoBA(ModelPass[Trained]):
     def policy(self, layout: ModelLayout, learned: Trained | None) -> AttentionPolicy | None:
         if learned is None:
             return None
-        return rule_policy(
-            layout,
-            MoBABlocks(
-                block_size=learned.block_size,
-                top_k=learned.top_k,
-                convolution=learned.convolution,
-            ),
-            made_by={"moba": learned.figures()},
-            dense=self.dense_layers,
-        )
+        found = learned.figures()
+        made_by, rule = {"moba": found}, MoBABlocks(**found)
+        return rule_policy(layout, rule, made_by=made_by, dense=self.dense_layers)
 
 
 PASS = MoBA

@@ -248,8 +248,7 @@ def _tuned_beside(source: Source, adapter: Adapter) -> Iterator[InputError]:
                 hint=f"its head shares {tied}: keep both frozen" if tied else None,
             )
             continue
-        own = stored(source).read([name])[name]
-        if tensor.shape != own.shape or not bool((tensor.to(own.dtype) == own).all()):
+        if _moved(source, name, tensor):
             shared = " (which the head shares)" if name == tied else ""
             yield InputError(
                 f"{adapter.what}: {name}{shared} was tuned, but belongs to no block of the adapter",
@@ -261,13 +260,13 @@ def _tuned_beside(source: Source, adapter: Adapter) -> Iterator[InputError]:
 def _tuned_middle(source: Source, adapter: Adapter) -> list[str]:
     """Names of tensors of the middle that are the full model's no more."""
     entries = stored(source).entries
-    moved = []
-    for name, read in adapter.middle.items():
-        if name in entries:
-            tensor, own = read(), stored(source).read([name])[name]
-            if tensor.shape != own.shape or not bool((tensor.to(own.dtype) == own).all()):
-                moved.append(name)
-    return moved
+    found = ((name, read) for name, read in adapter.middle.items() if name in entries)
+    return [name for name, read in found if _moved(source, name, read())]
+
+
+def _moved(source: Source, name: str, tensor: Tensor) -> bool:
+    own = stored(source).read([name])[name]
+    return tensor.shape != own.shape or not bool((tensor.to(own.dtype) == own).all())
 
 
 def _fitted(source: Source, adapter: Adapter, name: str) -> tuple[Tensor, bool]:

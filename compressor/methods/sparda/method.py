@@ -100,15 +100,8 @@ class SparDA(ChosenBlocks[Recall]):
         fine = WindowRule(kernel_size=self.teacher_kernel, stride=self.teacher_stride)
         return Training(
             teacher=Teacher(selection=self.block_choice, fine=fine, pooling=self.pooling),
-            steps=self.steps,
-            rows_per_step=self.rows_per_step,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            progressive=self.progressive,
-            initial=self.initial,
             chosen_states=self.states == "chosen",
+            **self.model_dump(include={*Training.__dataclass_fields__} & {*SparDA.model_fields}),
         )
 
     def effects(self) -> Effects:
