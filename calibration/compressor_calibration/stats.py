@@ -6,20 +6,14 @@ one, and there is never a second copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Rows cast to fp32 at a time where a product cannot take the input's own dtype.
-CAST_ROWS = 4096
-# Rows of a Gram matrix that are added to at a time, from the diagonal on: fewer compute less twice,
-# too few make small products.
-BAND, GPU_BAND = 192, 2048
-# Rows of the cross product with the original's inputs that are computed at a time.
-CROSS_BAND = 1024
+from compressor_calibration.products import add_cross, add_gram, mirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +103,9 @@ class SiteStats:
         if x.ndim == 0 or x.shape[-1] != self.channels:
             raise ValueError(f"expected [..., {self.channels}], got {list(x.shape)}")
         x = x.detach().to(self.device).reshape(-1, self.channels)
-        if x.shape[0] == 0:
-            return []
-        # A vector is finite where its largest and smallest values are; NaN counts as both. Zeroed
-        # vectors add nothing to any sum, and masking costs no wait for the device.
-        good = x.amax(dim=1, keepdim=True).isfinite() & x.amin(dim=1, keepdim=True).isfinite()
-        found = [torch.cat([good, ~good], dim=1).sum(dim=0)]
-        zero = torch.zeros((), dtype=x.dtype, device=x.device)
-        x = torch.where(good, x, zero)
-        if self._abssum is not None or self._absmax is not None:
-            magnitude = x.abs()
-            if self._abssum is not None:
-                found.append(magnitude.sum(dim=0, dtype=torch.float32))
-            if self._absmax is not None:
-                found.append(magnitude.amax(dim=0).float())
-            del magnitude
-        if self.needs.gram or self.needs.cross or self.needs.keep_inputs:
-            found.append(x)
-            if self.needs.cross and original is not None:
-                theirs = original.detach().to(self.device).reshape(x.shape)
-                found.append(torch.where(good, theirs, torch.zeros_like(zero, dtype=theirs.dtype)))
-        return found
+        if original is not None:
+            original = original.detach().to(self.device).reshape(x.shape)
+        return _look(self.needs, x, [len(x)], original)[0]
 
     @torch.no_grad()
     def add(self, seen: Sequence[Tensor]) -> None:
@@ -148,13 +124,13 @@ class SiteStats:
         if x is None:
             return
         if self._gram is not None:
-            _add_gram(self._gram, x, self._bands)
+            add_gram(self._gram, x, self._bands)
             self._one_sided = True
         theirs = next(parts, None)
         if theirs is not None:
             if self._cross is None:
                 self._cross = self._zeros((self.channels, self.channels))
-            _add_cross(self._cross, theirs, x, self._cross_bands)
+            add_cross(self._cross, theirs, x, self._cross_bands)
         missing = self.needs.keep_inputs - self._kept_rows
         if missing > 0:
             self._kept.append(x[:missing].clone())
@@ -192,7 +168,7 @@ class SiteStats:
         """Sum of x xᵀ, fp32 [channels, channels]; divide by `tokens` for the mean."""
         gram = self._wanted(self._gram, "gram")
         if self._one_sided:
-            _mirror(gram)
+            mirror(gram)
             self._one_sided = False
         return gram
 
@@ -253,6 +229,54 @@ class SiteStats:
             self._kept_rows += self._kept[-1].shape[0]
 
 
+@torch.no_grad()
+def update_each(sites: Sequence[SiteStats], parts: Sequence[Tensor]) -> None:
+    """`update` of sites that are alike, each with some activations [tokens, channels] of its own:
+    what is done to values one by one is done to those of all at once, to the same bits."""
+    together = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    every = _look(sites[0].needs, together.detach(), [len(part) for part in parts], None)
+    for site, seen in zip(sites, every, strict=True):
+        site.add(seen)
+
+
+def count_each(sites: Sequence[SiteStats]) -> None:
+    """Learn how many tokens each of several sites has seen, with one wait for the device."""
+    counts = torch.stack([site._counts for site in sites]).tolist()
+    for site, (good, bad) in zip(sites, counts, strict=True):
+        site._counted = good, bad
+
+
+def _look(
+    needs: StatNeeds, x: Tensor, sizes: Sequence[int], original: Tensor | None
+) -> list[list[Tensor]]:
+    """`SiteStats.look` of vectors [tokens, channels] of several sites, so many of each."""
+    if 0 in sizes:
+        left = iter(_look(needs, x, [n for n in sizes if n], original) if any(sizes) else [])
+        return [next(left) if n else [] for n in sizes]
+    # A vector is finite where its largest and smallest values are; NaN counts as both. Zeroed
+    # vectors add nothing to any sum, and masking costs no wait for the device.
+    good = x.amax(dim=1, keepdim=True).isfinite() & x.amin(dim=1, keepdim=True).isfinite()
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    x = torch.where(good, x, zero)
+    lengths = list(sizes)
+    flags = torch.split(torch.cat([good, ~good], dim=1), lengths)
+    found = [[part.sum(dim=0)] for part in flags]
+    if needs.absmean or needs.absmax:
+        for seen, magnitude in zip(found, torch.split(x.abs(), lengths), strict=True):
+            if needs.absmean:
+                seen.append(magnitude.sum(dim=0, dtype=torch.float32))
+            if needs.absmax:
+                seen.append(magnitude.amax(dim=0).float())
+    if needs.gram or needs.cross or needs.keep_inputs:
+        for seen, part in zip(found, torch.split(x, lengths), strict=True):
+            seen.append(part)
+        if needs.cross and original is not None:
+            theirs = torch.where(good, original, torch.zeros_like(zero, dtype=original.dtype))
+            for seen, part in zip(found, torch.split(theirs, lengths), strict=True):
+                seen.append(part)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class KVNeeds:
     """What is wanted of a block's keys and values beside their largest magnitudes.
@@ -303,96 +327,3 @@ class KVStats:
             good = torch.isfinite(magnitude.amax(dim=-1, keepdim=True))
             seen = torch.where(good, magnitude, 0.0).amax(dim=(0, 2)).float()
             torch.maximum(most, seen.to(most.device), out=most)
-
-
-def bands(channels: int, device: torch.device) -> list[float]:
-    """How much work each band of a Gram matrix is."""
-    edges = _edges(channels, device.type)
-    return [float((min(last, channels) - first) * (channels - first)) for first, last in edges]
-
-
-def cross_bands(channels: int) -> int:
-    """How many bands of equal work a cross product has."""
-    return -(-channels // CROSS_BAND)
-
-
-def _add_gram(gram: Tensor, x: Tensor, mine: Collection[int] | None) -> None:
-    """gram += xᵀ x in place, accumulated in fp32; below the diagonal only in part.
-
-    mine  numbers of the bands that are added to, if not all
-    """
-    if (
-        x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and all(_added(part, left.T, right) for part, left, right in _bands(gram, x, mine))
-    ):
-        return
-    for start in range(0, x.shape[0], CAST_ROWS):
-        for part, left, right in _bands(gram, x[start : start + CAST_ROWS].float(), mine):
-            part.addmm_(left.T, right)
-
-
-def _add_cross(total: Tensor, theirs: Tensor, ours: Tensor, mine: Collection[int] | None) -> None:
-    """total += (theirs − ours)ᵀ ours in place, in fp32.
-
-    theirs  an infinity is the largest number
-    mine  numbers of the bands of rows that are added to, if not all
-    """
-    for start in range(0, ours.shape[0], CAST_ROWS):
-        rows = slice(start, start + CAST_ROWS)
-        right = ours[rows].float()
-        left = theirs[rows].float().nan_to_num_() - right
-        quick = ours.is_cuda and ours.dtype == torch.bfloat16
-        halves = _in_two(left) if quick else [left]
-        for number, first in enumerate(range(0, total.shape[0], CROSS_BAND)):
-            if mine is None or number in mine:
-                band = slice(first, first + CROSS_BAND)
-                for half in halves:
-                    _add_product(total[band], half[:, band].T, ours[rows] if quick else right)
-
-
-def _in_two(x: Tensor) -> list[Tensor]:
-    """Two bfloat16 tensors whose sum has 16 bits of x: multiplied in tensor cores both take a sixth
-    of what one float32 product does."""
-    high = x.clamp(*(torch.finfo(torch.bfloat16).max * sign for sign in (-1, 1))).bfloat16()
-    return [high, (x - high.float()).bfloat16()]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right in place, accumulated in fp32."""
-    if left.dtype == torch.float32 or not _added(total, left, right):
-        total.addmm_(left.float(), right.float())
-
-
-def _added(total: Tensor, left: Tensor, right: Tensor) -> bool:
-    """total += left right in place, of half precision, accumulated in fp32; not where this build
-    has no such product."""
-    try:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
-def _bands(
-    gram: Tensor, x: Tensor, mine: Collection[int] | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows of a Gram matrix from the diagonal on, and the columns of x whose products they hold."""
-    for number, (first, last) in enumerate(_edges(gram.shape[0], gram.device.type)):
-        if mine is None or number in mine:
-            yield gram[first:last, first:], x[:, first:last], x[:, first:]
-
-
-def _edges(channels: int, device: str) -> Iterator[tuple[int, int]]:
-    """First and last row of each band."""
-    band = GPU_BAND if device == "cuda" else BAND
-    for first in range(0, channels, band):
-        yield first, first + band
-
-
-def _mirror(gram: Tensor) -> None:
-    """Fill in what `_add_gram` leaves out."""
-    for first, last in _edges(gram.shape[0], gram.device.type):
-        gram[last:, first:last] = gram[first:last, last:].T

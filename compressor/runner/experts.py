@@ -179,6 +179,18 @@ class Experts:
         return inner
 
     @torch.no_grad()
+    def each_entering_down(
+        self, experts: Sequence[int], tokens: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """`entering_down` of several experts, each of tokens of its own: gated together, since each
+        kernel would be started once for each of them."""
+        if len(experts) == 1:
+            return [self.entering_down(experts[0], tokens[0])]
+        made = [self._product(self.first, e, part) for e, part in zip(experts, tokens, strict=True)]
+        gate = self.module.act_fn if self.first == "up_proj" else self.module._apply_gate
+        return torch.split(gate(torch.cat(made)), [len(part) for part in made])
+
+    @torch.no_grad()
     def output(self, expert: int, tokens: Tensor, enter: Entering = as_it_is) -> Tensor:
         """What an expert makes of tokens [n, hidden], before it is weighted by the router."""
         inner = self.entering_down(expert, tokens, enter)
@@ -282,6 +294,11 @@ class _WholeExperts(Experts):
         with suppress(_Caught):
             self._run(expert, tokens, enter, catch)
         return found[0].reshape(len(tokens), -1)
+
+    def each_entering_down(
+        self, experts: Sequence[int], tokens: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return [self.entering_down(e, part) for e, part in zip(experts, tokens, strict=True)]
 
     @torch.no_grad()
     def output(self, expert: int, tokens: Tensor, enter: Entering = as_it_is) -> Tensor:

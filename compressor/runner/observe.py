@@ -1,7 +1,8 @@
 """Watches a block while it runs: statistics of every input site, and what a changed weight costs.
 
 Experts are stacked into one module in memory, so what enters an expert's down projection is never
-seen by a hook; it is computed from the tokens routed to it, one expert at a time, when a pass asks.
+seen by a hook; it is computed from the tokens routed to it, for some experts at a time, when a pass
+asks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from compressor_calibration.stats import KVNeeds, KVStats, SiteStats, StatNeeds, bands
+from compressor_calibration.products import bands
+from compressor_calibration.stats import (
+    KVNeeds,
+    KVStats,
+    SiteStats,
+    StatNeeds,
+    count_each,
+    update_each,
+)
 from torch import Tensor, nn
 
 from compressor.ir.floats import replaced
@@ -299,20 +308,24 @@ class _LazyStats(Mapping[str, SiteStats]):
     def __getitem__(self, site: str) -> SiteStats:
         if site in self._ready:
             return self._ready[site]
-        if site not in self._sites or self._experts is None:
-            raise KeyError(site)
         if self._last is None or self._last[0] != site:
             self._last = None
-            self._last = (site, self._compute(site, self._experts))
+            self._last = (site, self.several([site])[0])
         return self._last[1]
 
-    def _compute(self, site: str, experts: ExpertTokens) -> SiteStats:
-        down = self._block.unit.site_linears(site)[0]
-        assert down.expert is not None
-        device = self._block.runner.device
-        stats = SiteStats(down.in_features, self._needs[site], device=device)
-        for inputs in experts.entering_down(down.expert):
-            stats.update(inputs)
+    def several(self, sites: Sequence[str]) -> list[SiteStats]:
+        """Those of several sites; of what leaves experts, which are of one shape, made together."""
+        if all(site in self._ready for site in sites):
+            return [self._ready[site] for site in sites]
+        if self._experts is None or not set(sites) <= set(self._sites):
+            raise KeyError(sites)
+        downs = [self._block.unit.site_linears(site)[0] for site in sites]
+        device, needs = self._block.runner.device, self._needs[sites[0]]
+        stats = [SiteStats(down.in_features, needs, device=device) for down in downs]
+        experts = [down.expert for down in downs if down.expert is not None]
+        for places, inputs in self._experts.entering_down(experts):
+            update_each([stats[place] for place in places], inputs)
+        count_each(stats)
         return stats
 
     def __contains__(self, site: object) -> bool:

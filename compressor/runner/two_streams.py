@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from compressor_calibration.stats import SiteStats, StatNeeds, bands, cross_bands
+from compressor_calibration.products import bands, cross_bands
+from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor, nn
 
 from compressor.ranks.ranks import ALONE, Ranks

@@ -14,6 +14,8 @@ from compressor.runner.experts import Experts
 TOGETHER = 2**12
 """Tokens for each expert of calls that are taken as one, on average and at least: what one makes of
 its own is in memory at a time."""
+AT_ONCE = 2**25
+"""Values of tokens that several experts are given at a time, or one expert's."""
 
 
 class Watch(Protocol):
@@ -90,7 +92,7 @@ class ExpertTokens:
         self.parts = experts.parts
         self.tokens_of = experts.unrouted if every else experts.routed
         self.calls: list[Callable[[int], Tensor]] = []
-        self.counts: list[Tensor] = []
+        self.counts: list[Tensor] = []  # of those
         self._apart: list[list[Tensor]] = []  # calls that are not in `calls` yet
         self._each = 0  # tokens of those for each expert
 
@@ -100,7 +102,6 @@ class ExpertTokens:
         return self.experts.call(args, kwargs)
 
     def add(self, seen: Sequence[Tensor]) -> None:
-        self.counts.append(self.experts.counts(seen, {}))
         self._apart.append(list(seen))
         self._each += len(seen[0]) if self.every else self.experts.share(seen)
         if self._each >= TOGETHER:
@@ -108,13 +109,31 @@ class ExpertTokens:
 
     def counted(self) -> dict[int, int]:
         """Expert → tokens routed to it."""
+        self._join()
         return dict(enumerate(torch.stack(self.counts).sum(dim=0).tolist())) if self.counts else {}
 
-    def entering_down(self, expert: int) -> Iterator[Tensor]:
-        """What enters an expert's down projection, many tokens at a time."""
+    def entering_down(
+        self, experts: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
+        """What enters the down projections of experts, many tokens at a time: of some of them, by
+        their places, what each one's is given."""
         self._join()
         for tokens_of in self.calls:
-            yield self.experts.entering_down(expert, tokens_of(expert))
+            places: list[int] = []
+            tokens: list[Tensor] = []
+            for place, expert in enumerate(experts):
+                own = tokens_of(expert)
+                if places and sum(part.numel() for part in (*tokens, own)) > AT_ONCE:
+                    yield places, self._made(experts, places, tokens)
+                    places, tokens = [], []
+                places.append(place)
+                tokens.append(own)
+            yield places, self._made(experts, places, tokens)
+
+    def _made(
+        self, experts: Sequence[int], places: Sequence[int], tokens: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return self.experts.each_entering_down([experts[place] for place in places], tokens)
 
     def _join(self) -> None:
         """Take calls as one: an expert gets few tokens of each."""
@@ -122,4 +141,5 @@ class ExpertTokens:
             several = len(self._apart) > 1
             joined = self.experts.joined(self._apart) if several else self._apart[0]
             self.calls.append(self.tokens_of(joined, {}))
+            self.counts.append(self.experts.counts(joined, {}))
             self._apart, self._each = [], 0

@@ -6,11 +6,11 @@
 A case is some blocks of a model and a recipe. The first block is left out, where there are others:
 it waits for kernels to be compiled. A line of JSON for each run, and one Markdown table: seconds of
 a block, from the end of the first to the end of the last; for how many GPUs how many times as fast
-as the first of --gpus and its share of them, and whether the manifests are equal; the largest
-memory on the leading GPU and of the process, each with what was planned; and blocks of the whole
-model times the seconds of one. Of what is learned before any block is worked on (`gates`,
-`forecasts`, `emulator`, `delta`) a step in place of a block, of forecasts one a block. A folder in
-memory (/dev/shm) is quickest.
+as the first of --gpus and its share of them, and whether all tensors are the same bytes (manifests
+also say how many threads a process had, which ranks share); the largest memory on the leading GPU
+and of the process, each with what was planned; and blocks of the whole model times the seconds of
+one. Of what is learned before any block is worked on (`gates`, `forecasts`, `emulator`, `delta`) a
+step in place of a block, of forecasts one a block. A folder in memory (/dev/shm) is quickest.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def model_of(case: Case, options: argparse.Namespace, scratch: Path, seed: int =
 
 
 def timed(case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """One run, with its manifest."""
+    """One run, with the hashes of its tensors."""
     samples, length = (24, 64) if options.tiny else (case.samples, case.length)
     step = json.loads(json.dumps(case.step))
     if "bitdelta" in step:
@@ -163,7 +163,7 @@ def timed(case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> 
             for when in ("", "planned_")
         },
         "model_s": "" if case.learns else round(each * SHAPES[case.shape]["num_hidden_layers"]),
-        "manifest": (scratch / "out" / "manifest.json").read_text("utf-8"),
+        "hashes": json.loads((scratch / "out" / "manifest.json").read_text("utf-8"))["tensors"],
     }
 
 
@@ -200,7 +200,7 @@ def main() -> None:
                     print(f"{name} on {gpus}: {failed}", flush=True)
                     continue
                 one = one or dict(found)
-                same = found.pop("manifest") == one["manifest"]
+                same = found.pop("hashes") == one["hashes"]
                 times = one["block_s"] / max(found["block_s"], 1e-9)
                 beside = {"times": round(times, 2), "efficiency": f"{times / gpus:.0%}"}
                 row = {"case": name, "gpus": gpus, **found, **beside, "same_bytes": same}

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compressor_calibration import stats as stats_module
-from compressor_calibration.stats import SiteStats, StatNeeds
+from compressor_calibration import products
+from compressor_calibration.stats import SiteStats, StatNeeds, count_each, update_each
 
 ALL = StatNeeds(absmean=True, absmax=True, gram=True, keep_inputs=7)
 
@@ -32,6 +32,23 @@ def test_every_statistic_is_that_of_float64(shape, dtype):
     assert stats.gram.dtype == torch.float32
     kept = torch.cat([p.reshape(-1, shape[-1]) for p in pieces])[:7]
     assert stats.inputs.dtype == dtype and torch.equal(stats.inputs, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sites_that_are_looked_at_together_have_the_bits_of_each_alone(dtype):
+    draw = torch.Generator().manual_seed(8)
+    rounds = [[torch.randn(n, 70, generator=draw).to(dtype) for n in (9, 0, 31)] for _ in range(2)]
+    rounds[1][2][4, 3] = torch.nan
+    together = [SiteStats(70, ALL, device="cpu") for _ in range(3)]
+    for parts in rounds:
+        update_each(together, parts)
+    count_each(together)
+    for number, found in enumerate(together):
+        alone = collect([parts[number] for parts in rounds])
+        assert (found.tokens, found.bad_tokens) == (alone.tokens, alone.bad_tokens)
+        for name in ("absmean", "absmax", "gram", "inputs"):
+            assert torch.equal(getattr(found, name), getattr(alone, name)), name
+    assert together[1].tokens == 0 and together[2].bad_tokens == 1
 
 
 def test_a_vector_that_is_not_finite_is_left_out_and_counted():
@@ -101,7 +118,7 @@ def test_the_gram_is_updated_in_place():
 
 
 def test_a_gram_that_was_read_goes_on_in_all_its_bands():
-    x = torch.randn(50, 2 * stats_module.BAND + 9, generator=torch.Generator().manual_seed(6))
+    x = torch.randn(50, 2 * products.BAND + 9, generator=torch.Generator().manual_seed(6))
     stats = collect([x[:20]])
     torch.testing.assert_close(stats.gram, stats.gram.T)
     stats.update(x[20:])
@@ -136,7 +153,7 @@ def test_bands_that_are_summed_apart_have_the_bits_of_one_sum(owned):
     x[9, 1] = float("inf")
     pieces = [x[:11], x[11:13], x[13:]]
     whole = collect(pieces)
-    assert len(stats_module.bands(500, whole.device)) == 3
+    assert len(products.bands(500, whole.device)) == 3
     parts = [SiteStats(500, ALL, device="cpu", bands=mine) for mine in owned]
     for piece, looks in zip(pieces, (0, 1, 0), strict=True):
         seen = parts[looks].look(piece)  # who has the rows looks at them
@@ -155,7 +172,7 @@ def test_bands_that_are_summed_apart_have_the_bits_of_one_sum(owned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("band", [96, 2048])
 def test_the_half_precision_gram_on_a_gpu_is_accumulated_in_fp32(band, dtype, monkeypatch):
-    monkeypatch.setattr(stats_module, "GPU_BAND", band)
+    monkeypatch.setattr(products, "GPU_BAND", band)
     x = torch.randn(5000, 264, generator=torch.Generator().manual_seed(5)).to(dtype)
     stats = SiteStats(264, ALL, device="cuda")
     stats.update(x[:2000].cuda())
@@ -175,7 +192,7 @@ def test_two_bfloat16_tensors_hold_a_difference(scale):
         * torch.tensor([1.0, 0.97])[:, None, None]
     )
     difference = scale * (x[0] - x[1])
-    high, low = (half.float() for half in stats_module._in_two(difference))
+    high, low = (half.float() for half in products._in_two(difference))
     assert ((high + low - difference).abs() <= 2**-16 * difference.abs()).all()
 
 

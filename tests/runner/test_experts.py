@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
-from compressor.ir.layout import UnitLayout
+from compressor.ir.layout import Linear, UnitLayout
+from compressor.runner import watches
 from compressor.runner.experts import experts_of
 from compressor.runner.observe import observe
 from compressor.runner.source_model import SourceModel
@@ -81,6 +82,14 @@ def gated(bench: Bench, gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
+def several(stats: Any, linears: Sequence[Linear]) -> list[SiteStats]:
+    """Statistics of several sites, made together, a few tokens at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watches, "AT_ONCE", 64 * 24)
+        found: list[SiteStats] = stats.several([x.site for x in linears])
+    return found
+
+
 class Unfused(nn.Module):
     """One expert as three linears, made of the checkpoint's own tensors."""
 
@@ -126,6 +135,12 @@ def test_statistics_of_fused_experts_are_those_of_an_unfused_copy(bench: Bench) 
                 assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max(), name
             seen += len(mine)
         assert seen == routed
+        for down, stats in zip(downs, several(found.stats, downs), strict=True):
+            for name in ("tokens", "bad_tokens"):
+                assert getattr(stats, name) == getattr(found.stats[down.site], name), name
+            for name in ("gram", "absmax", "absmean"):
+                alone = getattr(found.stats[down.site], name)
+                assert torch.equal(getattr(stats, name), alone), name
         # What every token enters has seen every token, be it computed before the experts or after.
         for site in {x.site for x in bench.unit.linears if x.expert is None} | {"expert.in"}:
             assert found.stats[site].tokens == IDS.numel(), site

@@ -140,7 +140,7 @@ class Awq(Pass):
 
         def work_on_outputs(linears: Linears) -> _Outputs:
             """What becomes of experts' outputs, whose statistics are there only meanwhile."""
-            stats = [context.stats[x.site] for x in linears]
+            stats = context.stats_of(linears)
             tokens = [seen.tokens for seen in stats]
             scales = self._search_apart(linears, stats, tokens, unit, context, folds)
             weights = [

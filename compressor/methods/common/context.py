@@ -96,6 +96,13 @@ class PassContext:
         expert = linears[0].expert
         return None if expert is None else self.homes.get(expert)
 
+    def stats_of(self, linears: Sequence[Linear]) -> list[SiteStats]:
+        """Statistics of the sites of linears of one stack, made together where they are made only
+        when they are asked for."""
+        sites = [linear.site for linear in linears]
+        several = getattr(self.stats, "several", None)
+        return [self.stats[site] for site in sites] if several is None else several(sites)
+
     @property
     def coded(self) -> list[Linear]:
         """The selected linears that get codes."""

@@ -229,7 +229,7 @@ def _work_apart(
 ) -> dict[str, _Site]:
     """Linears of one shape, each of a site of its own, by their sites; those are left out that saw
     few tokens, or whose Gram matrix is of no use."""
-    every = [(x, context.stats[x.site]) for x in linears]
+    every = list(zip(linears, context.stats_of(linears), strict=True))
     seen = [(x, stats) for x, stats in every if stats.tokens >= options.min_tokens]
     if not seen:
         return {}
