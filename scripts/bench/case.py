@@ -1,6 +1,6 @@
 """What a family of kernels declares of itself: cases, each with its reference and its peers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -13,19 +13,13 @@ Choice = TypeVar("Choice")
 
 
 def relative_error(out: Tensor, want: Tensor) -> float:
-    """||out - want|| / ||want|| in fp32; NaN if either holds one."""
-    out, want = out.float(), want.float()
+    """||out - want|| / ||want|| in fp32; NaN if either holds one. A reference may have the first
+    rows, the first heads and the last queries alone; where it is -inf nothing is compared."""
+    if want.ndim == 4:
+        out = out[: len(want), : want.shape[1], -want.shape[2] :]
+    there = want != -torch.inf
+    out, want = out[there].float(), want[there].float()
     return ((out - want).norm() / want.norm()).item()
-
-
-def first_rows(out: Tensor, want: Tensor) -> float:
-    """The same where the reference has the first rows of the batch alone."""
-    return relative_error(out[: len(want)], want)
-
-
-def last_queries(out: Tensor, want: Tensor) -> float:
-    """The same where it has the last queries alone."""
-    return relative_error(out[:, :, -want.shape[2] :], want)
 
 
 def different(out: Any, want: Any) -> float:
@@ -35,43 +29,64 @@ def different(out: Any, want: Any) -> float:
     return wrong / sum(a.numel() for a, _ in pairs)
 
 
-def nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+EXACT = {"error": different, "limit": 0.0}
+
+
+def first(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A reference on the first row of the batch: it repeats keys in float64."""
+
+    def cut(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.ndim > 1 else value
+
+    return lambda *args, **how: reference(*map(cut, args), **{k: cut(v) for k, v in how.items()})
+
+
+def nbytes(*values: Any) -> int:
+    """Bytes of tensors, of those in tuples, too."""
+    inside = [nbytes(*value) for value in values if isinstance(value, tuple)]
+    return sum(inside) + sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True, eq=False)
-class Peer:
-    """What a kernel is timed beside: `run(i)` works on the i-th of `sets` sets of tensors."""
+class Call:
+    """A function on one after the other of sets of arguments, which together are larger than the
+    L2 cache."""
 
-    run: Callable[[int], object]
-    sets: int = 1
+    function: Callable[..., Any]
+    sets: Sequence[tuple[Any, ...]] = ((),)
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, i: int = 0) -> Any:
+        return self.function(*self.sets[i], **self.how)
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class Case(Call):
     """A kernel at one shape.
 
-    run      `run(i)` works on the i-th of `sets` sets of tensors, which together are larger than
-             the L2 cache
-    want     what `run(0)` is held against by `error`, which may be `limit`
-    moved    bytes of a call;  ops: operations of one
-    peers    timed in the same run; `targets`: how many times as fast as each of them, or what share
-             of the bandwidth of a copy ("copy"), is wanted
-    note     said behind the figures, asked once they are there
+    reference  what the kernel is held against by `error`, which may be `limit`
+    moved      bytes of a call; if not given, those of its arguments and of what comes out
+    ops        operations of one
+    peers      timed in the same run; `targets`: how many times as fast as each of them, or what
+               share of the bandwidth of a copy ("copy"), is wanted
+    note       said behind the figures
     """
 
-    name: str
-    run: Callable[[int], Any]
-    want: Callable[[], Any]
-    shape: str = ""
+    name: str = field(kw_only=True)
+    reference: Callable[..., Any] = field(kw_only=True)
+    shape: str = field(kw_only=True)
     limit: float = 1e-3
     error: Callable[[Any, Any], float] = relative_error
-    sets: int = 1
-    moved: float = 0.0
+    moved: float | None = None
     ops: float = 0.0
-    peers: Mapping[str, Peer] = field(default_factory=dict)
+    peers: Mapping[str, Call] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
-    note: Callable[[], str] | None = None
+    note: str = ""
+
+    def bytes_moved(self, out: Any) -> float:
+        if self.moved is None and not self.ops and self.sets[0]:
+            return nbytes(self.sets[0], tuple(self.how.values()), out)
+        return self.moved or 0.0
 
 
 @dataclass(frozen=True)
@@ -88,14 +103,13 @@ class Heads:
         return f"{batch}x{heads}/{self.k.shape[1]}x{self.k.shape[2]}"
 
     @property
-    def first(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The first row of the batch, which references take."""
-        return self.q[:1], self.k[:1], self.v[:1]
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
 
     @cached_property
-    def full(self) -> Peer:
+    def full(self) -> Call:
         """A decoding step over all of it."""
-        return Peer(lambda i: full_decode(self.q, self.k, self.v))
+        return Call(full_decode, [self.all])
 
 
 @dataclass(frozen=True)
@@ -132,8 +146,5 @@ class Setup:
     def heads(
         self, batch: int, heads: int, groups: int, tokens: int, dim: int, *, queries: int = 1
     ) -> Heads:
-        q, k, v = (
-            self.randn(batch, many, length, dim)
-            for many, length in ((heads, queries), (groups, tokens), (groups, tokens))
-        )
-        return Heads(q, k, v)
+        q = self.randn(batch, heads, queries, dim)
+        return Heads(q, *(self.randn(batch, groups, tokens, dim) for _ in range(2)))

@@ -30,25 +30,48 @@ def test_families_run_in_the_interpreter(
 
 
 def test_a_wrong_kernel_has_no_figure(bench: ModuleType) -> None:
-    from case import Case, Setup
-
-    runner = bench.Runner(Setup(tiny=True))
-    one = torch.ones(4)
-    for name, out in (("right", one), ("wrong", one + 1), ("broken", one * torch.nan)):
-        case = Case(name, lambda i, out=out: out, lambda: one, shape="4")
+    runner = bench.Runner(bench.Setup(tiny=True))
+    for name, wrong in (("right", 0.0), ("wrong", 1.0), ("broken", torch.nan)):
+        case = bench.Case(
+            lambda x, wrong=wrong: x + wrong,
+            [(torch.ones(4),)],
+            name=name,
+            reference=lambda x: x,
+            shape="4",
+        )
         runner.case("toy", case)
     assert [row.name for row in runner.rows] == ["right"]
     assert runner.red == ["toy: wrong, 4", "toy: broken, 4"]
 
 
+def test_errors_are_of_the_part_that_a_reference_has(bench: ModuleType) -> None:
+    out = torch.ones(2, 4, 3, 8)
+    error = bench.Case.error
+    assert error(out, out[:1, :2, -1:]) == 0.0
+    out[0, 0, 0] = 5.0
+    assert error(out, torch.ones(1, 4, 1, 8)) == 0.0
+    assert error(out, torch.ones(1, 4, 3, 8)) > 0.1
+    hidden = torch.ones(3).index_fill(0, torch.tensor([1]), -torch.inf)
+    assert error(torch.tensor([1.0, torch.nan, 1.0]), hidden) == 0.0
+    assert error(torch.full((3,), torch.nan), hidden) != 0.0
+
+
+def test_bytes_are_those_of_arguments_and_results(bench: ModuleType) -> None:
+    x = torch.ones(4, dtype=torch.float16)
+    how = {"name": "toy", "reference": torch.neg, "shape": "4"}
+    assert bench.Case(torch.neg, [(x,)], **how).bytes_moved((x.float(), x)) == 8 + 16 + 8
+    assert bench.Case(torch.neg, [(x,)], ops=1.0, **how).bytes_moved(x) == 0.0
+    assert bench.Case(lambda: x, **how).bytes_moved(x) == 0.0
+    assert bench.Case(torch.neg, [(x,)], moved=5.0, **how).bytes_moved(x) == 5.0
+
+
 def test_a_table_says_what_is_missed(bench: ModuleType) -> None:
-    row = bench.Row("toy", "fast", "4", 0.0, us=10.0, gbps=1000.0, of_copy=0.5, of_peak=0.4)
-    row.beside, row.peers_us, row.missed = {"cuBLAS": 2.0}, {"cuBLAS": 20.0}, ["cuBLAS 2.5"]
-    *_, line = bench.table([row])
-    assert line == (
-        "| toy | fast | 4 | 10.0 µs | 1,000 GB/s | 50% | 40% | 2.00x cuBLAS (20.0 µs) | "
-        "MISSED: cuBLAS 2.5 |"
-    )
+    figures = {"us": 10.0, "gbps": 1000.0, "of_copy": 0.5, "peers_us": {"cuBLAS": 20.0}}
+    row = bench.Row("toy", "fast", "4", 0.0, missed=["cuBLAS 2.5"], **figures)
+    assert list(row.cells()) == [
+        *("toy", "fast", "4", "10.0 µs", "1,000 GB/s", "50%"),
+        *("2.00x cuBLAS (20.0 µs)", "MISSED: cuBLAS 2.5"),
+    ]
 
 
 @pytest.mark.parametrize("tiny", [True, False])

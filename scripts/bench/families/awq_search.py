@@ -4,11 +4,10 @@ The Gram matrix's error tr(ΔGΔᵀ) is timed at the shapes of a block of Llama-
 upper half of the square, which is what is needed.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
-from case import Case, Peer, Setup
+from case import Call, Case, Setup
 from compressor_kernels.search.awq_candidate import (
     candidate_delta,
     candidate_delta_ref,
@@ -33,12 +32,11 @@ def torch_gram_error(delta: Tensor, gram: Tensor, columns: int = 2048) -> Tensor
     return total
 
 
-def off(relative: float, absolute: float = 0.0):
+def off(relative: float, absolute: float = 0.0) -> Callable[[Tensor, Tensor], float]:
     """Share of elements that differ by more."""
     return lambda out, want: (
-        ((out.float() - want.float()).abs() > relative * want.float().abs() + absolute)
-        .float().mean().item()
-    )  # fmt: skip
+        1 - torch.isclose(out.float(), want.float(), rtol=relative, atol=absolute).float().mean()
+    ).item()  # fmt: skip
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -46,38 +44,39 @@ def cases(setup: Setup) -> Iterator[Case]:
     for rows, columns in setup.pick(shapes, [(96, 256)]):
         # All values are positive, so that each element of the square counts alike.
         delta, x = setup.rand(rows, columns, dtype=torch.bfloat16), setup.rand(columns, columns)
-        gram = x.t() @ x
+        both = [(delta, x.t() @ x)]
         yield Case(
-            "tr(ΔGΔᵀ)",
-            lambda i, d=delta, g=gram: gram_error(d, g),
-            partial(gram_error_ref, delta, gram),
+            gram_error,
+            both,
+            name="tr(ΔGΔᵀ)",
+            reference=gram_error_ref,
             shape=f"{rows}x{columns}",
             limit=5e-4,  # tensor cores cut off what they add in float32
             ops=rows * columns * (columns + 1),
-            peers={"PyTorch": Peer(partial(lambda d, g, i: torch_gram_error(d, g), delta, gram))},
+            peers={"PyTorch": Call(torch_gram_error, both)},
         )
     rows, columns = setup.pick((WIDE, HIDDEN), (32, 256))
     weights = [setup.randn(rows, columns, dtype=torch.float32) * 0.02 for _ in range(2)]
     scales = torch.exp(setup.randn(columns, dtype=torch.float32))
-    outs = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
     yield Case(
-        "a candidate's Δ",
-        lambda i: candidate_delta(weights[i], scales, group_size=128, out=outs[i], **GRID),
-        partial(candidate_delta_ref, weights[0], scales, group_size=128, **GRID),
+        candidate_delta,
+        [(weight, scales) for weight in weights],
+        {"group_size": 128, **GRID},
+        name="a candidate's Δ",
+        reference=candidate_delta_ref,
         shape=f"{rows}x{columns}",
         error=off(1e-2, 1e-6),
-        sets=2,
-        moved=weights[0].numel() * 6,
     )
     x = setup.randn(columns // 128, 512, 128, dtype=torch.float32)
     gram = x.mT @ x
     yield Case(
-        "bounds of clipping",
-        lambda i: clip_bounds(weights[i], gram, **GRID)[0],
-        lambda: clip_bounds_ref(weights[0], gram, **GRID)[0],
+        clip_bounds,
+        [(weight, gram) for weight in weights],
+        GRID,
+        name="bounds of clipping",
+        reference=clip_bounds_ref,
         shape=f"{rows}x{columns}",
         limit=0.05,  # where two bounds are as good
-        error=off(1e-3),
-        sets=2,
+        error=lambda out, want: off(1e-3)(out[0], want[0]),
         ops=2 * weights[0].numel() * 128 * 10,
     )

@@ -6,18 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from case import Case, Peer, Setup, different, first_rows, last_queries, nbytes, relative_error
+from case import EXACT, Call, Case, Setup, first
 from compressor_kernels.attention import block_windows as windows
-from compressor_kernels.attention.block_attention import (
-    BlockTiles,
-    block_attention,
-    block_attention_ref,
-    tile_blocks,
-)
+from compressor_kernels.attention.block_attention import block_attention, block_attention_ref
 from compressor_kernels.attention.block_pages import page_bounds, page_scores
 from compressor_kernels.attention.block_selection import BlockRule, top_blocks, top_blocks_ref
 from compressor_kernels.attention.block_windows import WindowRule
-from compressor_kernels.attention.head_attention import full_decode_ref, head_prefill
+from compressor_kernels.attention.head_attention import full_decode, full_decode_ref, head_prefill
 from torch import Tensor
 
 FULL = (
@@ -35,130 +30,95 @@ TINY = (
 
 
 def cases(setup: Setup) -> Iterator[Case]:
+    yield from decode(setup)
+    yield from prefill(setup)
+
+
+def decode(setup: Setup) -> Iterator[Case]:
     sides, rule, window, pages = setup.pick(FULL, TINY)
-    yield from decode(setup, sides, rule, window, pages)
-    yield from prefill(setup, sides, rule, window)
-
-
-def decode(
-    setup: Setup,
-    sides: tuple[int, int, int, int, int],
-    rule: BlockRule,
-    window: WindowRule,
-    pages: BlockRule,
-) -> Iterator[Case]:
-    step, tokens = setup.heads(*sides), sides[3]
-    forecast = setup.randn(sides[0], sides[2], 1, sides[4])
+    batch, _, groups, tokens, dim = sides
+    step = setup.heads(*sides)
     compressed = windows.compress_keys(step.k, window)
     low, high = page_bounds(step.k, page_size=pages.block_size)
-    scored = (forecast, compressed, rule, window)
+    forecast = (setup.randn(batch, groups, 1, dim), compressed, rule, window)
+    by_forecast = partial(windows.forecast_scores, *forecast, tokens=tokens)
+    looked = (step.q, compressed, rule, window)
+    by_attention = partial(windows.attention_scores, *looked, tokens=tokens)
+    by_pages = partial(page_scores, step.q, low, high)
 
-    def by_forecast() -> Tensor:
-        return windows.forecast_scores(*scored, tokens=tokens)
+    def chosen(
+        attend: Callable[..., Tensor],
+        top: Callable[..., Tensor],
+        scores: Callable[[], Tensor],
+        rule: BlockRule,
+    ) -> Tensor:
+        return attend(*step.all, top(scores(), rule, tokens=tokens), block_size=rule.block_size)
 
-    def by_attention() -> Tensor:
-        return windows.attention_scores(step.q, compressed, rule, window, tokens=tokens)
-
-    def by_pages(group_max: bool) -> Tensor:
-        return page_scores(step.q, low, high, group_max=group_max)
-
-    def attend(blocks: Tensor, rule: BlockRule = rule) -> Tensor:
-        return block_attention(step.q, step.k, step.v, blocks, block_size=rule.block_size)
-
-    def exact(blocks: Tensor, rule: BlockRule = rule) -> Tensor:
-        """Of the first row, by the reference."""
-        return block_attention_ref(*step.first, blocks[:1], block_size=rule.block_size)
-
-    def chosen(found: Callable[[], Tensor], rule: BlockRule = rule) -> dict[str, Any]:
-        """Selection and attention, held against attention to what a plain selection chooses."""
-        return {
-            "run": lambda i: attend(top_blocks(found(), rule, tokens=tokens), rule),
-            "want": lambda: exact(top_blocks_ref(found(), rule, tokens=tokens), rule),
-        }
-
-    scores = by_forecast()
-    blocks = top_blocks(scores, rule, tokens=tokens)
-    case = partial(Case, shape=step.shape, limit=6e-3, error=first_rows)
+    case = partial(Case, shape=step.shape, limit=6e-3)
     yield case(
-        "decode, full attention",
-        step.full.run,
-        lambda: full_decode_ref(*step.first),
-        moved=nbytes(step.k, step.v),
+        full_decode,
+        [step.all],
+        name="decode, full attention",
+        reference=first(full_decode_ref),
         targets={"copy": 0.75},
     )
-    ways: dict[str, dict[str, Any]] = {
-        "forecast: selection and attention": {
-            **chosen(by_forecast),
-            "targets": {"full attention": 5.0},
-        },
-        "forecast: scores": {
-            "run": lambda i: by_forecast(),
-            "want": lambda: windows.forecast_scores_ref(*scored, tokens=tokens),
-            "error": finite_error,
-        },
-        "forecast: top-k": {
-            "run": lambda i: top_blocks(scores, rule, tokens=tokens),
-            "want": lambda: top_blocks_ref(scores, rule, tokens=tokens),
-            "error": different,
-            "limit": 0.0,
-        },
-        "forecast: attention": {"run": lambda i: attend(blocks), "want": lambda: exact(blocks)},
-        "InfLLM-V2: selection and attention": chosen(by_attention),
-        "Quest by query head": chosen(partial(by_pages, False), pages),
-        "Quest by KV head": chosen(partial(by_pages, True), pages),
+    case = partial(case, peers={"full attention": step.full})
+    ways: dict[str, tuple[Callable[[], Tensor], BlockRule, dict[str, float]]] = {
+        "forecast": (by_forecast, rule, {"full attention": 5.0}),
+        "InfLLM-V2": (by_attention, rule, {}),
+        "Quest by query head": (partial(by_pages, group_max=False), pages, {}),
+        "Quest by KV head": (partial(by_pages, group_max=True), pages, {}),
     }
-    for name, way in ways.items():
-        yield case(f"decode, {name}", **way, peers={"full attention": step.full})
+    for name, (scores, by, targets) in ways.items():
+        how = {"scores": scores, "rule": by}
+        yield case(
+            partial(chosen, block_attention, top_blocks),
+            how=how,
+            name=f"decode, {name}: selection and attention",
+            reference=partial(chosen, first(block_attention_ref), top_blocks_ref),
+            targets=targets,
+        )
+    how = {"tokens": tokens}
+    yield case(
+        windows.forecast_scores,
+        [forecast],
+        how,
+        name="decode, forecast: scores",
+        reference=windows.forecast_scores_ref,
+    )
+    top: dict[str, Any] = {"name": "decode, forecast: top-k", "reference": top_blocks_ref}
+    yield case(top_blocks, [(by_forecast(), rule)], how, **top, **EXACT)
+    yield case(
+        block_attention,
+        [(*step.all, top_blocks(by_forecast(), rule, tokens=tokens))],
+        {"block_size": rule.block_size},
+        name="decode, forecast: attention",
+        reference=first(block_attention_ref),
+        moved=0,  # it reads the blocks that are chosen alone
+    )
 
 
-def finite_error(out: Tensor, want: Tensor) -> float:
-    """Of scores, where blocks that are not yet past have none."""
-    past = torch.isfinite(want)
-    return relative_error(out[past], want[past])
-
-
-def prefill(
-    setup: Setup, sides: tuple[int, int, int, int, int], rule: BlockRule, window: WindowRule
-) -> Iterator[Case]:
-    """The last piece of a prompt, which sees the most keys; what its tokens forecast is as alike
-    from one to the next as the correlation says (0: not at all, the hardest case)."""
-    _, heads, groups, tokens, dim = sides
+def prefill(setup: Setup) -> Iterator[Case]:
+    """The last piece of a prompt, which sees the most keys; what its tokens forecast is not alike
+    from one to the next, the hardest case."""
+    (_, heads, groups, tokens, dim), rule, window, _ = setup.pick(FULL, TINY)
     queries = min(4096, tokens // 2)
     piece = setup.heads(1, heads, groups, tokens, dim, queries=queries)
-    q, k, v = piece.q, piece.k, piece.v
-    compressed = windows.compress_keys(k, window)
     none = torch.zeros(groups, dtype=torch.bool, device=setup.device)
-    full = Peer(lambda i: head_prefill(q, k, v, streaming=none, sink=0, window=1))
-    case = partial(Case, shape=f"{piece.shape}, {queries} queries", peers={"full": full})
-    size = {"block_size": rule.block_size}
-    for alike in (0.0, 0.9, 0.99):
-        forecast = alike_forecasts(setup, (1, groups, queries, dim), alike)
-
-        def choose(i: int = 0, forecast: Tensor = forecast) -> Tensor:
-            found = windows.forecast_scores(forecast, compressed, rule, window, tokens=tokens)
-            return top_blocks(found, rule, tokens=tokens)
-
-        blocks = choose()
-        yield case(f"prefill, choosing, correlation {alike}", choose, choose)
-        for rows in (64, 128):
-            tiles = BlockTiles(rows=rows)
-            read = tile_blocks(
-                blocks, tile=rows * groups // heads, count=rule.blocks(tokens)
-            )[2].float().mean()  # fmt: skip
-            yield case(
-                f"prefill, chosen blocks, correlation {alike}, tiles of {rows} rows",
-                lambda i, b=blocks, t=tiles: block_attention(q, k, v, b, **size, tiles=t),
-                partial(block_attention_ref, q[:, :, -2:], k, v, blocks[:, :, -2:], **size),
-                limit=6e-3,
-                error=last_queries,
-                note=lambda read=read: f"{read:.0f} blocks a tile",
-            )
-
-
-def alike_forecasts(setup: Setup, shape: tuple[int, ...], alike: float) -> Tensor:
-    """Forecasts [1, G, queries, D] of which neighbours correlate by `alike`."""
-    out = setup.randn(*shape)
-    for token in range(1, shape[2] if alike else 0):
-        fresh = out[:, :, token] * (1 - alike**2) ** 0.5
-        out[:, :, token] = alike * out[:, :, token - 1] + fresh
-    return out
+    full = Call(head_prefill, [piece.all], {"streaming": none, "sink": 0, "window": 1})
+    compressed = windows.compress_keys(piece.k, window)
+    forecast = setup.randn(1, groups, queries, dim)
+    scores = windows.forecast_scores(forecast, compressed, rule, window, tokens=tokens)
+    yield Case(
+        block_attention,
+        [(*piece.all, top_blocks(scores, rule, tokens=tokens))],
+        {"block_size": rule.block_size},
+        name="prefill, chosen blocks",
+        reference=lambda q, k, v, blocks, **how: block_attention_ref(
+            q[:, :, -2:], k, v, blocks[:, :, -2:], **how
+        ),
+        shape=f"{piece.shape}, {queries} queries",
+        limit=6e-3,
+        moved=0,
+        peers={"full": full},
+    )

@@ -1,13 +1,12 @@
 """Float inputs times NVFP4 weights."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
-from case import Case, Peer, Setup, nbytes
-from compressor_kernels.linear import w4a16
+from case import Call, Case, Setup
 from compressor_kernels.linear.nvfp4 import nvfp4_matmul, nvfp4_matmul_ref
-from families.w4a16 import FP16, SETS, cublas, int4
+from compressor_kernels.linear.w4a16 import w4a16
+from families.w4a16 import FP16, GROUPS, SETS, cublas, int4
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -23,15 +22,14 @@ def cases(setup: Setup) -> Iterator[Case]:
     ]
     for count in setup.pick((1, 16, 64, 2048), (1, 70)):
         x = setup.randn(count, inner, dtype=FP16)
-        ours = Peer(lambda i, x=x: w4a16.w4a16(x, *plain[i], group_size=128), SETS)
+        ours = Call(w4a16, [(x, *parts) for parts in plain], GROUPS)
         yield Case(
-            "weights only",
-            lambda i, x=x: nvfp4_matmul(x, *weights[i]),
-            partial(nvfp4_matmul_ref, x.double(), *weights[0]),
+            nvfp4_matmul,
+            [(x, *parts) for parts in weights],
+            name="weights only",
+            reference=nvfp4_matmul_ref,
             shape=f"{count}x{outputs}x{inner}",
             limit=2e-3,
-            sets=SETS,
-            moved=nbytes(*weights[0]),
             peers={"our W4A16": ours, "cuBLAS fp16": cublas(setup, x, outputs)},
             targets={"our W4A16": 0.8} if count == 1 else {},
         )

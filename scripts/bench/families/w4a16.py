@@ -1,15 +1,15 @@
 """Few tokens times int4 weights, and many."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
-from case import Case, Peer, Setup, nbytes
+from case import Call, Case, Setup
 from compressor_kernels.linear import w4a16 as kernel
 from torch import Tensor
 from torch.nn.functional import linear
 
 FP16, SETS = torch.float16, 8
+GROUPS = {"group_size": 128}
 WIDE = [(14336, 4096), (4096, 14336)]
 OTHERS = [(4096, 4096), (4096, 11008), (8192, 8192)]
 
@@ -27,10 +27,13 @@ def int4(setup: Setup, outputs: int, inner: int) -> list[tuple[Tensor, Tensor, T
     ]
 
 
-def cublas(setup: Setup, x: Tensor, outputs: int) -> Peer:
+def cublas(setup: Setup, x: Tensor, outputs: int) -> Call:
     """The product with a dense fp16 weight."""
-    dense = [setup.randn(outputs, x.shape[1], dtype=FP16) for _ in range(4)]
-    return Peer(lambda i: linear(x, dense[i]), 4)
+    return Call(linear, [(x, setup.randn(outputs, x.shape[1], dtype=FP16)) for _ in range(4)])
+
+
+def dequantized(x: Tensor, *parts: Tensor) -> Tensor:
+    return linear(x, kernel.w4a16_dequantize(*parts, in_features=x.shape[1], **GROUPS))
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -41,31 +44,31 @@ def cases(setup: Setup) -> Iterator[Case]:
         weights, x = int4(setup, outputs, inner), setup.randn(count, inner, dtype=FP16)
         peers = {"cuBLAS fp16": cublas(setup, x, outputs)}
         for zeros in (True, False) if target else (True,):
-            parts = [w if zeros else w[:2] for w in weights]
             yield Case(
-                f"{'a' if zeros else ''}symmetric",
-                lambda i, x=x, parts=parts: kernel.w4a16(x, *parts[i], group_size=128),
-                partial(kernel.w4a16_ref, x.double(), *parts[0], group_size=128),
+                kernel.w4a16,
+                [(x, *(parts if zeros else parts[:2])) for parts in weights],
+                GROUPS,
+                name=f"{'a' if zeros else ''}symmetric",
+                reference=kernel.w4a16_ref,
                 shape=f"{count}x{outputs}x{inner}",
-                sets=SETS,
-                moved=nbytes(*parts[0]),
                 peers=peers,
                 targets={"cuBLAS fp16": target} if target else {},
             )
     (outputs, inner), count = wide[0], setup.pick(2048, 80)
-    many, x = int4(setup, outputs, inner)[:4], setup.randn(count, inner, dtype=FP16)
-
-    def plainly(i: int) -> Tensor:
-        return linear(x, kernel.w4a16_dequantize(*many[i], in_features=inner, group_size=128))
-
+    x = setup.randn(count, inner, dtype=FP16)
+    sets = [(x, *parts) for parts in int4(setup, outputs, inner)[:4]]
     yield Case(
-        "asymmetric, many tokens",
-        lambda i: kernel.w4a16(x, *many[i], group_size=128),
-        partial(kernel.w4a16_ref, x.double(), *many[0], group_size=128),
+        kernel.w4a16,
+        sets,
+        GROUPS,
+        name="asymmetric, many tokens",
+        reference=kernel.w4a16_ref,
         shape=f"{count}x{outputs}x{inner}",
         limit=2e-3,
-        sets=4,
         ops=2 * count * outputs * inner,
-        peers={"dequantize + cuBLAS": Peer(plainly, 4), "cuBLAS fp16": cublas(setup, x, outputs)},
+        peers={
+            "dequantize + cuBLAS": Call(dequantized, sets),
+            "cuBLAS fp16": cublas(setup, x, outputs),
+        },
         targets={"dequantize + cuBLAS": 0.98},
     )
