@@ -27,6 +27,10 @@ from compressor.ranks.ranks import ALONE, Ranks
 SCALE_FLOOR = 1e-4
 """Smallest value of a channel's scale before it is normalised, as in the published code."""
 
+TOGETHER = 4
+"""Candidates of a stack that a GPU works out at a time: their errors are as large as the stack in
+float64, for which a plan has room."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScaleResult:
@@ -190,7 +194,10 @@ def search_scales_apart(
     magnitude = torch.stack([weight_magnitude([w], spec) for w in weights]) if duo else None
     candidates = candidate_scales(x_absmean, ratios=ratios[1:], w_magnitude=magnitude)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
-    losses = _losses([weights], grams, candidates, spec, range(candidates.shape[0]))
+    # The same ones together for any number of ranks, of which each has whole stacks.
+    together = TOGETHER if weights.is_cuda else 1
+    every = range(candidates.shape[0])
+    losses = _losses([weights], grams, candidates, spec, every, together=together)
     found = []
     for number, tried in enumerate(losses.T.tolist()):
         best = _first_minimum(tried)
@@ -209,21 +216,28 @@ def _losses(
     candidates: Tensor,
     spec: QuantSpec,
     mine: Sequence[int],
+    *,
+    together: int = 1,
 ) -> Tensor:
     """Σ_i tr(Δ_i G Δ_iᵀ) of each input for each candidate, float32 [R, E]; zero where it is none of
     `mine`.
 
     weights     stacks [E, O_i, C] of linears that share an input;  grams  [E, C, C]
-    candidates  [R, E, C]
+    candidates  [R, E, C];  together  how many are worked out at a time, if `mine` are all
     """
     losses = torch.zeros(candidates.shape[:2], dtype=torch.float32, device=grams.device)
     for rows in _row_blocks(weights):
         # One below the other: experts are hundreds of linears, and each would be a kernel.
         block = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        delta = torch.empty(block.shape, dtype=work_dtype(grams), device=grams.device)
-        for i in mine:
-            _write_delta(block, candidates[i], spec, delta)
-            losses[i] += gram_error(delta, grams)
+        shape = together, *block.shape
+        delta = torch.empty(shape, dtype=work_dtype(grams), device=grams.device)
+        for first in range(0, len(mine), together):
+            # Of several that are worked out together none is left out between them.
+            some = slice(mine[first], mine[first : first + together][-1] + 1)
+            tried = candidates[some]
+            made = delta[: len(tried)]
+            _write_deltas(block, tried, spec, made)
+            losses[some] += gram_error(made.flatten(0, 1), grams).view(len(tried), -1)
     return losses
 
 
@@ -284,7 +298,7 @@ def _losses_by_row(
             shape = len(places), height, gram.shape[0]
             delta = torch.empty(shape, dtype=work_dtype(gram), device=gram.device)
             scales = race.chosen(candidates, [tried[place] for place in places])
-            _write_deltas(rows, scales, spec, delta)
+            _write_deltas(rows, scales[:, None], spec, delta[:, None])
             made = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
             found.index_copy_(0, race.index_of(places, found.device), made)
         if apart:
@@ -302,20 +316,20 @@ def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:
     return total
 
 
-def _write_deltas(rows: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
-    """`_write_delta` of one weight [1, O, C] for each of candidates [R, C]; out [R, O, C]."""
-    if rows.is_cuda and is_plain_int(spec):  # in one launch
-        _write_delta(rows.expand(out.shape), scales, spec, out)
+def _write_deltas(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
+    """`_write_delta` of weights [E, O, C] for each of candidates [R, E, C]; out [R, E, O, C]."""
+    if weight.is_cuda and is_plain_int(spec):
+        _write_delta(weight, scales, spec, out)  # in one launch
         return
     for candidate, of_one in zip(scales, out, strict=True):
-        _write_delta(rows, candidate[None], spec, of_one[None])
+        _write_delta(weight, candidate, spec, of_one)
 
 
 def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
     """Q(W·s)/s − W of weights [E, O, C] and a candidate [E, C], into `out`."""
     if weight.is_cuda and is_plain_int(spec):
         candidate_delta(
-            weight if weight.stride(0) == 0 else weight.contiguous(),
+            weight.contiguous(),
             scales,
             bits=spec.bits,
             group_size=spec.group_size,

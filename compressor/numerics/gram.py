@@ -20,7 +20,7 @@ ROWS = 2**15
 
 def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
     """tr(Δ G Δᵀ) of an error Δ [O, C] in `work_dtype`, as a scalar tensor; or of a stack [E, O, C],
-    of which each has a Gram matrix or all have the same one, [E].
+    [E], each of which has a Gram matrix of its own, or all the same one, or a few in turn.
 
     Computed as Σ_jk (ΔᵀΔ)_jk G_jk over the upper half only, so the Gram matrix is never rounded:
     in bfloat16 Δ is (its 2⁻⁹ is far below what separates two candidates), and on a CPU the products
@@ -30,8 +30,8 @@ def gram_error(delta: Tensor, gram: Tensor) -> Tensor:
     if delta.is_cuda:
         return fused.gram_error(delta, gram)
     if delta.dim() == 3:
-        grams = gram.expand(len(delta), *gram.shape[-2:])
-        return torch.stack([gram_error(d, g) for d, g in zip(delta, grams, strict=True)])
+        grams = gram[None] if gram.dim() == 2 else gram
+        return torch.stack([gram_error(d, grams[i % len(grams)]) for i, d in enumerate(delta)])
     width, step = delta.shape[1], _step(delta)
     total = torch.zeros((), dtype=gram.dtype)
     squares = delta.square().sum(0, dtype=gram.dtype)

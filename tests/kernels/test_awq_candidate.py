@@ -75,13 +75,19 @@ def test_groups_of_one_sign_and_of_odd_sizes(stored):
     assert (errors[0][:2] < 0.5 * errors[1][:2]).all()
 
 
-def test_several_candidates_of_one_weight_are_those_of_each():
-    weight, scales = matrix(9, 64)
+@pytest.mark.parametrize("count", [None, 1, 2])
+def test_several_candidates_are_those_of_each(count):
+    both = [matrix(9, 64, seed=seed) for seed in range(count or 1)]
+    weight, scales = (torch.stack(parts) for parts in zip(*both, strict=True))
+    if count is None:
+        weight, scales = weight[0], scales[0]
     every = torch.stack([scales, scales.sqrt(), torch.ones_like(scales)])
     options = {"bits": 4, "group_size": 32, "symmetric": False, "stored": torch.bfloat16}
-    found = candidate_delta(weight.expand(3, 9, 64), every, **options)
+    found = candidate_delta(weight, every, **options)
+    assert found.shape == (3, *weight.shape)
     for one, candidate in zip(found, every, strict=True):
         assert torch.equal(one, candidate_delta(weight, candidate, **options))
+    assert_same_codes(found, candidate_delta_ref(weight, every, **options))
 
 
 def test_candidate_delta_writes_where_it_is_told():

@@ -85,6 +85,18 @@ def test_a_stack_is_its_parts(rows, columns, shared):
         assert_equal(one, other)
 
 
+@pytest.mark.parametrize("rows", [64, 40])  # whole steps of SMALL, or not
+def test_errors_meet_fewer_gram_matrices_in_turn(rows):
+    parts = [problem(rows, 70, seed=seed) for seed in range(6)]
+    delta, grams = torch.stack([d for d, _ in parts]), torch.stack([g for _, g in parts[:2]])
+    found, want = gram_error(delta, grams, tiles=SMALL), gram_error_ref(delta, grams)
+    for number, (one, other) in enumerate(zip(found, want, strict=True)):
+        assert_equal(one, other)
+        assert_equal(one, gram_error_ref(delta[number], grams[number % 2]))
+    with pytest.raises(ValueError, match="do not fit"):
+        gram_error(delta[:5], grams, tiles=SMALL)
+
+
 @pytest.mark.parametrize("cut", ["rows", "columns", "odd", "turned"])
 def test_strides(cut):
     delta, gram = problem(48, 96)

@@ -53,6 +53,17 @@ def test_linears_with_inputs_of_their_own_are_searched_as_each_alone(duo):
     assert torch.equal(shared.signed[1], other.signed)
 
 
+def test_candidates_that_are_worked_out_together_have_the_losses_of_each():
+    problems = [problem(seed=seed) for seed in range(2)]
+    weights, grams = (torch.stack([p[i] for p in problems]) for i in (0, 2))
+    tried = torch.rand(7, 2, 64, generator=torch.Generator().manual_seed(3)) + 0.5
+    alone, together = (
+        awq_search._losses([weights], grams, tried, SPEC, range(7), together=count)
+        for count in (1, 3)
+    )
+    assert torch.equal(alone, together) and bool((alone > 0).all())
+
+
 @pytest.mark.parametrize("home", [0, 1, 2])
 def test_each_row_counts_once_where_ranks_have_some_weights_alone_and_all_have_others(home):
     shared, _, gram = problem(rows=64)

@@ -38,29 +38,32 @@ def candidate_delta(
     stored: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Q(W·s)/s − W, [O, C] bfloat16, computed in float32; or of a stack of weights [E, O, C].
+    """Q(W·s)/s − W, [O, C] bfloat16, computed in float32; or of a stack of weights [E, O, C]; or of
+    either for each of several candidates, one after the other [R, ...].
 
-    weight      [O, C] or [E, O, C] float32, float16 or bfloat16, contiguous, or one expanded to E
-    scales      [C] or [E, C] float32, positive
+    weight      [O, C] or [E, O, C] float32, float16 or bfloat16, contiguous
+    scales      [C] or [E, C] float32, positive; of several candidates [R, ...]
     group_size  inputs that share a grid, None for a whole row
     stored      dtype the grid's scale is rounded to
-    out         contiguous bfloat16 of the weight's shape to write into
+    out         contiguous bfloat16 of the result's shape to write into
     Raises ValueError for shapes and dtypes that do not fit.
     """
     import triton
 
     from compressor_kernels.search.awq_candidate_jit import delta_kernel
 
-    shared = weight.dim() == 3 and weight.stride(0) == 0
-    size = _checked(weight[0] if shared else weight, bits, group_size, stored)
-    if scales.shape != (*weight.shape[:-2], weight.shape[-1]) or scales.dtype != torch.float32:
-        raise ValueError(f"scales {list(scales.shape)} {scales.dtype} for {list(weight.shape)}")
+    size = _checked(weight, bits, group_size, stored)
+    one = (*weight.shape[:-2], weight.shape[-1])
+    if scales.shape[-len(one) :] != one or scales.dim() > len(one) + 1:
+        raise ValueError(f"scales {list(scales.shape)} for {list(weight.shape)}")
+    if scales.dtype != torch.float32:
+        raise ValueError(f"scales in {scales.dtype}, not float32")
+    shape = (*scales.shape[: -len(one)], *weight.shape)
     if out is None:
-        out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-    if out.shape != weight.shape or out.dtype != torch.bfloat16 or not out.is_contiguous():
-        raise ValueError("out is not a contiguous bfloat16 tensor of the weight's shape")
-    groups, width = weight.numel() // size, triton.next_power_of_2(size)
-    per_weight = weight.shape[-2] * weight.shape[-1] // size
+        out = torch.empty(shape, dtype=torch.bfloat16, device=weight.device)
+    if out.shape != shape or out.dtype != torch.bfloat16 or not out.is_contiguous():
+        raise ValueError("out is not a contiguous bfloat16 tensor of the result's shape")
+    groups, width = out.numel() // size, triton.next_power_of_2(size)
     rows = max(1, TILE // width)
     delta_kernel[(triton.cdiv(groups, rows),)](
         weight,
@@ -68,8 +71,8 @@ def candidate_delta(
         out,
         groups,
         weight.shape[-1] // size,
-        per_weight,
-        0 if shared else per_weight,
+        weight.shape[-2] * weight.shape[-1] // size,
+        weight.numel() // size,
         SIZE=size,
         BITS=bits,
         SYMMETRIC=symmetric,
@@ -93,10 +96,10 @@ def candidate_delta_ref(
     """The plain reference of `candidate_delta`."""
     size = _checked(weight, bits, group_size, stored)
     scales = scales.unsqueeze(-2)
-    scaled = (weight.float() * scales).view(*weight.shape[:-1], -1, size)
+    scaled = (weight.float() * scales).unflatten(-1, (-1, size))
     low, high = scaled.aminmax(dim=-1)
     values = _rounded_ref(scaled, low, high, bits=bits, symmetric=symmetric, stored=stored)
-    return (values.view(weight.shape) / scales - weight.float()).to(torch.bfloat16)
+    return (values.flatten(-2) / scales - weight.float()).to(torch.bfloat16)
 
 
 def clip_bounds(

@@ -79,7 +79,7 @@ def _rounded(w, low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORED: 
         return _asymmetric(w, low, high, BITS, STORED)
 
 
-@triton.jit(do_not_specialize=["groups", "per_row", "per_weight", "apart"])
+@triton.jit(do_not_specialize=["groups", "per_row", "per_weight", "of_all"])
 def delta_kernel(
     w_ptr,
     s_ptr,
@@ -87,7 +87,7 @@ def delta_kernel(
     groups,
     per_row,
     per_weight,
-    apart,
+    of_all,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -96,14 +96,14 @@ def delta_kernel(
     WIDTH: tl.constexpr,
 ):
     """One program: ROWS groups of SIZE weights. W and out are dense: groups follow each other,
-    those of a row, and those of each weight of a stack; the latter lie `apart` groups apart in W,
-    0 where all are the same. Scales are one row for each weight."""
+    those of a row, and those of each weight of a stack, `of_all` in all; out has these once for
+    each candidate. Scales are one row for each weight, of one candidate after the other."""
     group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, WIDTH)
     inside = (group[:, None] < groups) & (j[None, :] < SIZE)
     at = group[:, None] * SIZE + j[None, :]
     number = group // per_weight
-    w_at = (number * apart + group % per_weight)[:, None] * SIZE + j[None, :]
+    w_at = (group % of_all)[:, None] * SIZE + j[None, :]
     w = tl.load(w_ptr + w_at, mask=inside, other=0.0).to(tl.float32)
     column = (number * per_row + group % per_row)[:, None] * SIZE + j[None, :]
     s = tl.load(s_ptr + column, mask=inside, other=1.0)

@@ -47,22 +47,22 @@ def gram_error(delta: Tensor, gram: Tensor, *, tiles: GramTiles | None = None) -
 
     delta  [O, C] bfloat16, or [E, O, C]; copied where the bulk copy engine cannot read it as it
            lies
-    gram   [C, C] float32, symmetric, or of a stack [E, C, C]; only its upper half counts
+    gram   [C, C] float32, symmetric, or of a stack [G, C, C], which E is a multiple of: Δ after Δ
+           meets the next, and the first after the last; only its upper half counts
     The same inputs give the same bits on the same device. Raises ValueError for what does not fit.
     """
     _check(delta, gram)
     if delta.dim() == 2:
-        return gram_error(delta[None], gram[None], tiles=tiles)[0]
+        return gram_error(delta[None], gram, tiles=tiles)[0]
     tiles = tiles or _tiles(delta.device)
     count, rows, columns = delta.shape
     if not delta.numel():
         return torch.zeros(count, dtype=torch.float32, device=delta.device)
-    gram = gram.expand(count, columns, columns)
+    gram = gram[None] if gram.dim() == 2 else gram
     if count > 1 and rows % tiles.block_k:
         # A step would reach into the rows of the next.
-        return torch.stack(
-            [gram_error(d, g, tiles=tiles) for d, g in zip(delta, gram, strict=True)]
-        )
+        met = [gram[number % len(gram)] for number in range(count)]
+        return torch.stack([gram_error(d, g, tiles=tiles) for d, g in zip(delta, met, strict=True)])
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from compressor_kernels.search.gram_error_jit import gram_kernel
@@ -77,6 +77,7 @@ def gram_error(delta: Tensor, gram: Tensor, *, tiles: GramTiles | None = None) -
         work,
         parts,
         columns,
+        len(gram),
         gram.stride(0),
         gram.stride(1),
         most,
@@ -94,6 +95,8 @@ def gram_error_ref(delta: Tensor, gram: Tensor) -> Tensor:
     """`gram_error` in plain PyTorch, in float64."""
     _check(delta, gram)
     wide, upper = delta.double(), gram.double().triu()
+    if upper.dim() == 3:
+        upper = upper.repeat(len(delta) // len(gram), 1, 1)
     return ((wide.mT @ wide) * (upper + upper.triu(1))).sum((-2, -1))
 
 
@@ -136,6 +139,7 @@ def _work(
     return torch.tensor(programs, dtype=torch.int32, device=device), max(made)
 
 
+@lru_cache(maxsize=64)
 def _tiles(device: torch.device) -> GramTiles:
     tiles = GramTiles()
     if device.type == "cuda":
@@ -159,8 +163,9 @@ def _copyable(delta: Tensor) -> Tensor:
 
 def _check(delta: Tensor, gram: Tensor) -> None:
     columns = delta.shape[-1]
-    fits = (columns, columns), (*delta.shape[:-2], columns, columns)
-    if delta.dim() not in (2, 3) or gram.shape not in fits:
+    fits = delta.dim() in (2, 3) and gram.dim() in (2, delta.dim())
+    fits = fits and gram.shape[-2:] == (columns, columns)
+    if not fits or (gram.dim() == 3 and len(delta) % max(len(gram), 1)):
         raise ValueError(f"Δ {list(delta.shape)} and a Gram matrix {list(gram.shape)} do not fit")
     if delta.dtype != torch.bfloat16 or gram.dtype != torch.float32:
         raise ValueError(f"Δ in {delta.dtype}, Gram matrix in {gram.dtype}: bfloat16 and float32")

@@ -14,14 +14,15 @@ def _halved(tiles, M: tl.constexpr, N: tl.constexpr):
     return halves
 
 
-@triton.jit(do_not_specialize=["most"])
+@triton.jit(do_not_specialize=["grams", "most"])
 def gram_kernel(
     left_desc,  # Δ [O, C], of a stack one after the other, in tiles of BK x BM
     right_desc,  # the same Δ in tiles of BK x BN
-    gram_ptr,  # fp32 [E, C, C]
+    gram_ptr,  # fp32 [grams, C, C], of which each is met by every so many-th Δ
     work_ptr,  # int32 [programs, 6]
     out_ptr,  # fp32 [E, most]
     C,
+    grams,
     apart,
     stride,
     most,
@@ -51,7 +52,7 @@ def gram_kernel(
     m = tl.arange(0, BM)[:, None]
     n = tl.arange(0, WIDE)[None, :]
     number = tl.load(work + 4).to(tl.int64)
-    corner = gram_ptr + number * apart
+    corner = gram_ptr + number % grams * apart
     corner += row.to(tl.int64) * stride + column
     met = tl.zeros((BM, WIDE), tl.float32)
     for i in tl.static_range(8):
