@@ -136,13 +136,6 @@ def tokens_needed(samples: int, length: int, sampling: Sampling) -> int:
     return length + (samples - 1) * ((length + 1) // 2)
 
 
-def windows(
-    tokenizer: Tokenizer, documents: Iterable[Document], *, windows: int, length: int
-) -> TokenSet:
-    """The first `windows` consecutive rows of `length` tokens, without BOS, for evaluation."""
-    return make_tokens(tokenizer, documents, samples=windows, length=length, sampling="consecutive")
-
-
 def shares(weights: Sequence[float], total: int) -> list[int]:
     """How many of `total` rows each weight gets: in proportion, and at least one each where there
     are enough."""
@@ -163,16 +156,15 @@ def mixed(sets: Sequence[TokenSet], *, seed: int | None) -> TokenSet:
     ids = torch.cat([tokens.ids for tokens in sets])
     if seed is not None:
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-    met = BadRows(count=sum(tokens.skipped for tokens in sets))
-    met.first = next((tokens.first_skipped for tokens in sets if tokens.skipped), "")
+    first = next((tokens.first_skipped for tokens in sets if tokens.skipped), "")
+    met = BadRows(count=sum(tokens.skipped for tokens in sets), first=first)
     source = "; ".join(f"{len(tokens.ids)} rows of {tokens.source}" for tokens in sets)
     return _token_set(ids, source, "; ".join(dict.fromkeys(t.sampling for t in sets)), met)
 
 
 def token_set(ids: Tensor, *, like: TokenSet, sampling: str) -> TokenSet:
     """Rows that were taken out of another set's."""
-    met = BadRows(count=like.skipped)
-    met.first = like.first_skipped
+    met = BadRows(count=like.skipped, first=like.first_skipped)
     return _token_set(ids, like.source, sampling, met)
 
 
@@ -249,10 +241,11 @@ class _Reader:
     def _read(self, characters: int) -> None:
         while self._size < characters and (document := next(self._unread, None)) is not None:
             try:
-                piece = _piece(self.tokenizer, document)
+                text = check_document(self.tokenizer, document)
             except DataError as error:
                 self._met.meet(error)
                 continue
+            piece = _Piece(text, begins=bool(document.messages), ids=document.ids)
             self._taken.append(piece)
             self._sources[document.source] = None
             self._size += len(piece.text) + len(piece.ids) * CHARACTERS_OF_TOKEN
@@ -265,11 +258,6 @@ class _Piece:
     text: str = ""
     begins: bool = False
     ids: tuple[int, ...] = ()
-
-
-def _piece(tokenizer: Tokenizer, document: Document) -> _Piece:
-    text = check_document(tokenizer, document)
-    return _Piece(text=text, begins=bool(document.messages), ids=document.ids)
 
 
 def check_document(tokenizer: Tokenizer, document: Document) -> str:

@@ -83,23 +83,20 @@ class Gate(BaseModel):
         """
         ranked = rank_layers(rows)
         worst = Estimate(ranked[0].error, 0.0) if ranked else None
-        found: dict[str, tuple[Estimate | None, float | None, bool]] = {
-            "ppl": (evaluation.perplexity if evaluation else None, self.ppl, True),
-            "ppl_ratio": (
-                evaluation.perplexity_ratio if evaluation else None,
-                self.ppl_ratio,
-                True,
-            ),
-            "kl": (evaluation.kl if evaluation else None, self.kl, True),
-            "top1": (evaluation.top1 if evaluation else None, self.top1, False),
-            "passkey": (passkey.accuracy if passkey else None, self.passkey, False),
-            "layer_error": (worst, self.layer_error, True),
+        found: dict[str, Estimate | None] = {
+            "ppl": evaluation.perplexity if evaluation else None,
+            "ppl_ratio": evaluation.perplexity_ratio if evaluation else None,
+            "kl": evaluation.kl if evaluation else None,
+            "top1": evaluation.top1 if evaluation else None,
+            "passkey": passkey.accuracy if passkey else None,
+            "layer_error": worst,
+            **{f"tasks.{name}": value for name, value in (tasks or {}).items()},
         }
-        for name, limit in self.tasks.items():
-            found[f"tasks.{name}"] = ((tasks or {}).get(name), limit, False)
+        limits: dict[str, float | None] = {name: getattr(self, name) for name in LIMITS}
+        limits |= {f"tasks.{name}": limit for name, limit in self.tasks.items()}
         checks = tuple(
-            _judge(name, value, limit, highest=highest)
-            for name, (value, limit, highest) in found.items()
+            _judge(name, found.get(name), limit)
+            for name, limit in limits.items()
             if limit is not None
         )
         passed = all(check.passed for check in checks)
@@ -111,8 +108,6 @@ class Gate(BaseModel):
         )
 
 
-LIMITS = ("ppl", "ppl_ratio", "kl", "top1", "passkey", "layer_error")
-
 WHAT = {
     "ppl": "perplexity",
     "ppl_ratio": "perplexity relative to the original",
@@ -121,6 +116,9 @@ WHAT = {
     "passkey": "passkey accuracy",
     "layer_error": "largest error of a linear",
 }
+LIMITS = tuple(WHAT)
+HIGHEST = ("ppl", "ppl_ratio", "kl", "layer_error")
+"""Limits that a value may not pass; the others it has to reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,17 +244,14 @@ def _with_siblings(names: Sequence[str], layout: ModelLayout | None) -> list[str
     return [linear.name for linear in layout.linears if linear.name in wanted]
 
 
-def _judge(name: str, value: Estimate | None, limit: float, *, highest: bool) -> GateCheck:
+def _judge(name: str, value: Estimate | None, limit: float) -> GateCheck:
     what = WHAT.get(name, f"accuracy in {name.removeprefix('tasks.')}")
-    side = "at most" if highest else "at least"
-    if value is None:
-        message = f"{what} was not measured; the gate asks for {side} {limit:g}"
-        return GateCheck(name, False, None, 0.0, limit, message)
+    asked = f"the gate asks for {'at most' if name in HIGHEST else 'at least'} {limit:g}"
+    if value is None or not math.isfinite(value.value):
+        how = "was not measured" if value is None else "is not finite"
+        return GateCheck(name, False, None, 0.0, limit, f"{what} {how}; {asked}")
     number = value.value
-    passed = number <= limit if highest else number >= limit
-    if not math.isfinite(number):
-        message = f"{what} is not finite; the gate asks for {side} {limit:g}"
-        return GateCheck(name, False, None, 0.0, limit, message)
+    passed = number <= limit if name in HIGHEST else number >= limit
     spread = f" ± {value.error:.2g}" if value.error > 0 else ""
-    message = f"{what} is {number:.4g}{spread}; the gate asks for {side} {limit:g}"
+    message = f"{what} is {number:.4g}{spread}; {asked}"
     return GateCheck(name, passed, number, value.error, limit, message)

@@ -91,6 +91,16 @@ MXFP4 = QuantSpec(element="fp4_e2m1", bits=4, strategy="group", group_size=32, s
 MXFP8 = QuantSpec(element="fp8_e4m3", bits=8, strategy="group", group_size=32, scale_dtype=E8M0)
 
 
+def progressive(group_size: int | None, zero: ZeroForm) -> QuantSpec:
+    """QoQ's 4-bit weights: an int8 scale per group over a float16 one per output channel; without
+    groups the latter alone."""
+    if group_size is None:
+        return QuantSpec("int", 4, "channel", zero=zero, scale_dtype=torch.float16)
+    return QuantSpec(
+        "int", 4, "group", group_size, zero=zero, scale_dtype=torch.int8, second="channel"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class QTensor:
     """Codes and scales of one weight.

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
-import torch
 from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
 
 from compressor.errors import InputError
 from compressor.ir.layout import Linear
-from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.qtensor import QTensor, progressive
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.unit import Unit
 from compressor.methods.base import Effects, Needs, Pass
@@ -64,16 +63,7 @@ class Progressive(Pass):
         return self.group_size is None if self.clip is None else self.clip
 
     def effects(self) -> Effects:
-        grouped = self.group_size is not None
-        weight = QuantSpec(
-            element="int",
-            bits=4,
-            strategy="group" if grouped else "channel",
-            group_size=self.group_size,
-            zero=self.zero,
-            scale_dtype=torch.int8 if grouped else torch.float16,
-            second="channel" if grouped else "none",
-        )
+        weight = progressive(self.group_size, self.zero)
         return Effects(scheme=Scheme(weight=weight, input=ActivationSpec("int8", "token")))
 
     def needs(self) -> Needs:

@@ -30,9 +30,14 @@ LAYOUT = ModelLayout(
 
 INT8, FP8 = ActivationSpec("int8", "token"), ActivationSpec("fp8_e4m3", "token")
 
+FP8_CHANNEL = QuantSpec("fp8_e4m3", 8, "channel")
+FP8_STATIC = Scheme(QuantSpec("fp8_e4m3", 8, "tensor"), ActivationSpec("fp8_e4m3", "static"))
 FP8_BLOCKS = Scheme(
     QuantSpec("fp8_e4m3", 8, "block", block=(128, 128)), ActivationSpec("fp8_e4m3", "group", 128)
 )
+NVFP4_BOTH = Scheme(NVFP4, ActivationSpec("fp4_e2m1", "local", 16))
+MXFP4_BOTH = Scheme(MXFP4, ActivationSpec("fp4_e2m1", "mx", 32))
+MXFP8_BOTH = Scheme(MXFP8, ActivationSpec("fp8_e4m3", "mx", 32))
 
 
 def _int(bits: int, group: int | None = 128, *, zeros: bool = False) -> QuantSpec:
@@ -50,63 +55,23 @@ SCHEMES: tuple[tuple[str, str, Scheme], ...] = (
     ("int8 in groups, int8 inputs per token", "compressed-tensors", Scheme(_int(8), INT8)),
     ("int4 groups of 128, int8 inputs per token", "compressed-tensors", Scheme(_int(4), INT8)),
     ("int4 groups of 128, FP8 inputs per token", "compressed-tensors", Scheme(_int(4), FP8)),
-    (
-        "FP8 per channel, inputs per token",
-        "compressed-tensors",
-        Scheme(QuantSpec("fp8_e4m3", 8, "channel"), FP8),
-    ),
-    (
-        "FP8 per tensor, static inputs",
-        "compressed-tensors",
-        Scheme(QuantSpec("fp8_e4m3", 8, "tensor"), ActivationSpec("fp8_e4m3", "static")),
-    ),
-    (
-        "FP8 in blocks of 128 x 128, inputs by 128",
-        "compressed-tensors",
-        FP8_BLOCKS,
-    ),
-    (
-        "FP8 per channel, weights alone",
-        "compressed-tensors",
-        Scheme(QuantSpec("fp8_e4m3", 8, "channel")),
-    ),
+    ("FP8 per channel, inputs per token", "compressed-tensors", Scheme(FP8_CHANNEL, FP8)),
+    ("FP8 per tensor, static inputs", "compressed-tensors", FP8_STATIC),
+    ("FP8 in blocks of 128 x 128, inputs by 128", "compressed-tensors", FP8_BLOCKS),
+    ("FP8 per channel, weights alone", "compressed-tensors", Scheme(FP8_CHANNEL)),
     ("NVFP4, weights alone", "compressed-tensors", Scheme(NVFP4)),
-    (
-        "NVFP4, inputs too",
-        "compressed-tensors",
-        Scheme(NVFP4, ActivationSpec("fp4_e2m1", "local", 16)),
-    ),
+    ("NVFP4, inputs too", "compressed-tensors", NVFP4_BOTH),
     ("MXFP4, weights alone", "compressed-tensors", Scheme(MXFP4)),
-    (
-        "MXFP4, inputs too",
-        "compressed-tensors",
-        Scheme(MXFP4, ActivationSpec("fp4_e2m1", "mx", 32)),
-    ),
-    (
-        "MXFP8, inputs too",
-        "compressed-tensors",
-        Scheme(MXFP8, ActivationSpec("fp8_e4m3", "mx", 32)),
-    ),
+    ("MXFP4, inputs too", "compressed-tensors", MXFP4_BOTH),
+    ("MXFP8, inputs too", "compressed-tensors", MXFP8_BOTH),
     ("int4 groups of 128, zero points", "autoawq", Scheme(_int(4, zeros=True))),
     ("int4 groups of 128", "gptq", Scheme(_int(4))),
     ("int4 groups of 128, zero points", "gptq", Scheme(_int(4, zeros=True))),
     ("int3 groups of 128", "gptq", Scheme(_int(3))),
     ("int4 groups of 128", "gptq-v2", Scheme(_int(4))),
-    (
-        "FP8 in blocks of 128 x 128, inputs by 128",
-        "fp8",
-        FP8_BLOCKS,
-    ),
-    (
-        "FP8 per tensor, static inputs",
-        "modelopt-fp8",
-        Scheme(QuantSpec("fp8_e4m3", 8, "tensor"), ActivationSpec("fp8_e4m3", "static")),
-    ),
-    (
-        "NVFP4, inputs too",
-        "modelopt-nvfp4",
-        Scheme(NVFP4, ActivationSpec("fp4_e2m1", "local", 16)),
-    ),
+    ("FP8 in blocks of 128 x 128, inputs by 128", "fp8", FP8_BLOCKS),
+    ("FP8 per tensor, static inputs", "modelopt-fp8", FP8_STATIC),
+    ("NVFP4, inputs too", "modelopt-nvfp4", NVFP4_BOTH),
     ("W4A8 of QoQ", "qserve", Scheme(_int(4), INT8)),
     ("floats", "dense", Scheme()),
     ("signs and scales", "bitdelta", Scheme()),

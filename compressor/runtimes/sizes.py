@@ -20,13 +20,12 @@ def wrong_size(runtime: Runtime, line: Loads, linear: Linear, scheme: Scheme) ->
     """What is wrong with a weight's size on each GPU; empty where nothing is."""
     outputs, inputs = linear.shape
     across = linear.role in SPLIT_INPUTS
+    count, what = (inputs, "inputs") if across else (outputs, "outputs")
+    if count % runtime.tp:
+        return f"cannot split the model's {count} {what} between {runtime.tp} GPUs"
     if across:
-        if inputs % runtime.tp:
-            return f"cannot split the model's {inputs} inputs between {runtime.tp} GPUs"
         inputs //= runtime.tp
     else:
-        if outputs % runtime.tp:
-            return f"cannot split the model's {outputs} outputs between {runtime.tp} GPUs"
         outputs //= runtime.tp
     split = f", split between {runtime.tp} GPUs" if runtime.tp > 1 else ""
     size = line.multiples

@@ -10,7 +10,7 @@ from compressor_calibration import tokens
 from compressor_calibration.bundled import KINDS, bundled_text
 from compressor_calibration.documents import DataError, Document
 from compressor_calibration.overlap import overlap
-from compressor_calibration.tokens import make_tokens, mixed, shares, windows
+from compressor_calibration.tokens import make_tokens, mixed, shares
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -35,6 +35,10 @@ def byte_tokenizer(*, adds_bos: bool = False, bos: str | None = "<s>") -> PreTra
 
 def text(*parts: str) -> list[Document]:
     return [Document(text=part, source="here") for part in parts]
+
+
+def windows(tokenizer, documents, *, windows, length):
+    return make_tokens(tokenizer, documents, samples=windows, length=length, sampling="consecutive")
 
 
 def letters(count: int, seed: int = 0) -> str:

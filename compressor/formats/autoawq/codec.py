@@ -76,10 +76,7 @@ class AutoAWQ(Format):
         """Unpack; a symmetric `spec` is refused where a zero point is not 8."""
         columns, words = matrix_shape(tensors, "qweight")
         shape = (words * PER_WORD, columns)
-        if reason := self.accepts(Scheme(weight=spec), shape):
-            raise InputError(f"tensor 'qweight': {reason}")
-        shapes = self.shapes(Scheme(weight=spec), shape, torch.float16)
-        packed, qzeros, scales = take_packed(tensors, shapes, spec)
+        packed, qzeros, scales = take_packed(self, tensors, spec, shape)
         return with_zeros(
             spec, codes=_unpack(packed).t(), scales=scales.t(), zeros=_unpack(qzeros).t()
         )

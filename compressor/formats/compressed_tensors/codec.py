@@ -18,11 +18,13 @@ from compressor.foreign.patterns import Names
 from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
 from compressor.formats.compressed_tensors.layouts.base import CTLayout
 from compressor.formats.compressed_tensors.layouts.float_quantized import FloatQuantized
+from compressor.formats.compressed_tensors.layouts.inputs import input_entry
 from compressor.formats.compressed_tensors.layouts.int_quantized import IntQuantized
 from compressor.formats.compressed_tensors.layouts.kv_cache import kv_entry, read_kv
 from compressor.formats.compressed_tensors.layouts.mx_quantized import MXQuantized
 from compressor.formats.compressed_tensors.layouts.nvfp4_pack_quantized import NVFP4PackQuantized
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
+from compressor.formats.compressed_tensors.layouts.weights import weight_entry
 from compressor.formats.shared.checks import weight_of
 from compressor.ir.qtensor import MXFP4, MXFP8, QTensor, QuantSpec
 from compressor.ir.scheme import KVSpec, Scheme
@@ -107,9 +109,12 @@ class CompressedTensors(Format):
             if scheme.weight is None:
                 continue
             if scheme not in keys:
-                layout = holder(scheme)
-                group = {**layout.group(scheme), "output_activations": None}
-                group["format"] = layout.format
+                group = {
+                    "weights": weight_entry(scheme.weight),
+                    "input_activations": scheme.input and input_entry(scheme.input),
+                    "output_activations": None,
+                    "format": holder(scheme).format,
+                }
                 keys[scheme] = json.dumps(group, sort_keys=True)
                 groups[keys[scheme]] = group
             targets.setdefault(keys[scheme], []).append(module)

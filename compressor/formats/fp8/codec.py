@@ -18,7 +18,13 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
-from compressor.formats.shared.checks import check_values, matrix_shape, take, take_scales
+from compressor.formats.shared.checks import (
+    check_values,
+    matrix_shape,
+    refuse_other,
+    take,
+    take_scales,
+)
 from compressor.formats.shared.whole_checkpoint import refuse_cache
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
@@ -67,9 +73,8 @@ class FP8Blocks(Format):
         shape = matrix_shape(tensors, "weight")
         codes = take(tensors, "weight", shape=shape, dtypes=(torch.float8_e4m3fn,))
         scales = take_scales(tensors, SCALES, spec=spec, shape=spec.scale_shape(*shape))
-        q = QTensor(spec=spec, codes=codes.contiguous().view(torch.uint8), scales=scales)
-        check_values(q)
-        return q
+        codes = codes.contiguous().view(torch.uint8)
+        return check_values(QTensor(spec=spec, codes=codes, scales=scales))
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
         """The entry; every linear that is left alone by exact name."""
@@ -93,9 +98,7 @@ class FP8Blocks(Format):
         """Every linear with an FP8 weight is in blocks. Raises InputError where the config says
         another thing than the tensors."""
         expected = {"weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
-        for key, value in expected.items():
-            if config.get(key) != value:
-                raise InputError(f"quantization_config.{key} is {config.get(key)!r}, not {value!r}")
+        refuse_other(config, expected, where="quantization_config")
         plain = config.get("modules_to_not_convert")
         if not isinstance(plain, list) or not all(isinstance(name, str) for name in plain):
             raise InputError("quantization_config.modules_to_not_convert is not a list of names")

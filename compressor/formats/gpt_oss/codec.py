@@ -82,9 +82,7 @@ class GptOss(Format):
         codes = unpack_nibbles(blocks.flatten(1))
         shape = (codes.shape[0], codes.shape[1])
         scales = take_exponents(tensors, "scales", spec=spec, shape=shape)
-        q = QTensor(spec=spec, codes=codes, scales=scales)
-        check_values(q)
-        return q
+        return check_values(QTensor(spec=spec, codes=codes, scales=scales))
 
     def config(self, schemes: ModelSchemes) -> dict[str, Any]:
         """The entry; every linear that is left alone by exact name."""

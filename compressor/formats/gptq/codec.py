@@ -106,10 +106,7 @@ class GPTQ(Format):
         that does not fit, and for a symmetric `spec` where a zero point is not at the centre."""
         words, rows = matrix_shape(tensors, "qweight")
         shape = (rows, words * WORD // spec.bits)
-        if reason := self.accepts(Scheme(weight=spec), shape):
-            raise InputError(f"tensor 'qweight': {reason}")
-        shapes = self.shapes(Scheme(weight=spec), shape, torch.float16)
-        packed, qzeros, scales = take_packed(tensors, shapes, spec)
+        packed, qzeros, scales = take_packed(self, tensors, spec, shape)
         if "g_idx" in tensors:
             order = take(tensors, "g_idx", shape=(shape[1],), dtypes=(torch.int32, torch.int64))
             if not torch.equal(

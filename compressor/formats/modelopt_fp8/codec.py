@@ -72,11 +72,8 @@ class ModelOptFP8(ModelOpt):
         shape = matrix_shape(tensors, "weight")
         codes = take(tensors, "weight", shape=shape, dtypes=(torch.float8_e4m3fn,))
         scale = take_number(tensors, "weight_scale", shape=())
-        q = QTensor(
-            spec=spec, codes=codes.contiguous().view(torch.uint8), scales=scale.reshape(1, 1)
-        )
-        check_values(q)
-        return q
+        codes = codes.contiguous().view(torch.uint8)
+        return check_values(QTensor(spec=spec, codes=codes, scales=scale.reshape(1, 1)))
 
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """`input_scale`."""

@@ -26,7 +26,7 @@ from compressor.errors import InputError
 from compressor.formats.base import Format, Headers, ModelSchemes, Shapes, Written
 from compressor.formats.shared.checks import describe, finite, matrix_shape, take, weight_of
 from compressor.formats.shared.whole_checkpoint import common_scheme, group_size, read_group_size
-from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.ir.qtensor import QTensor, QuantSpec, progressive
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
 from compressor.ir.tensor import TensorShape
 
@@ -157,18 +157,7 @@ class QServe(Format):
         for key, values in known.items():
             if config.get(key) not in values:
                 raise InputError(f"quantization_config.{key} {config.get(key)!r} is not supported")
-        size = read_group_size(config)
-        grouped = size is not None
-        spec = QuantSpec(
-            element="int",
-            bits=4,
-            strategy="group" if grouped else "channel",
-            group_size=size,
-            zero=config["zero"],
-            scale_dtype=torch.int8 if grouped else torch.float16,
-            second="channel" if grouped else "none",
-        )
-        scheme = Scheme(weight=spec, input=INPUT)
+        scheme = Scheme(progressive(read_group_size(config), config["zero"]), INPUT)
         return ModelSchemes(
             linears={m: scheme if "qweight" in t else Scheme() for m, t in linears.items()},
             kv=None if config.get("kv_cache") is None else KV,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ def check_int(q: QTensor) -> None:
             raise InputError(what)
 
 
-def check_values(q: QTensor) -> None:
-    """Raise InputError where a float-element QTensor breaks its own spec or is not finite."""
+def check_values(q: QTensor) -> QTensor:
+    """The QTensor; InputError where it, of floats, breaks its own spec or is not finite."""
     expected = q.spec.scale_shape(*q.shape)
     if q.codes.dtype != torch.uint8:
         raise InputError(f"codes are {describe(q.codes)}, not uint8")
@@ -79,6 +80,7 @@ def check_values(q: QTensor) -> None:
         raise InputError("codes are not uint8 values of 0 … 15")
     if q.spec.element == "fp8_e4m3" and bool(((q.codes & 127) == 127).any()):
         raise InputError("codes hold NaN")
+    return q
 
 
 def finite(tensor: Tensor) -> bool:
@@ -119,6 +121,13 @@ def take_scales(
     if not finite(scales):
         raise InputError(f"tensor {name!r} holds NaN or infinity")
     return scales
+
+
+def refuse_other(entry: Mapping[str, Any], values: Mapping[str, Any], *, where: str) -> None:
+    """InputError for a key of a config's entry that has another value."""
+    for key, value in values.items():
+        if entry.get(key) != value:
+            raise InputError(f"{where}.{key} is {entry.get(key)!r}, not {value!r}")
 
 
 def describe(tensor: Tensor) -> str:

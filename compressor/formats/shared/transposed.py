@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.base import Headers, ModelSchemes, Shapes
+from compressor.formats.base import Format, Headers, ModelSchemes
 from compressor.formats.shared.checks import (
     SCALE_DTYPES,
     check_int,
@@ -56,9 +56,14 @@ def stored_zeros(q: QTensor) -> Tensor:
 
 
 def take_packed(
-    tensors: Mapping[str, Tensor], shapes: Shapes, spec: QuantSpec
+    fmt: Format, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qweight`, `qzeros` and `scales` as they lie there; InputError for one that does not fit."""
+    """`qweight`, `qzeros` and `scales` of a weight [out, in] as they lie there; InputError for one
+    that does not fit, or a spec that the format does not accept."""
+    scheme = Scheme(weight=spec)
+    if reason := fmt.accepts(scheme, shape):
+        raise InputError(f"tensor 'qweight': {reason}")
+    shapes = fmt.shapes(scheme, shape, torch.float16)
     packed, zeros = (
         take(tensors, name, shape=shapes[name].shape, dtypes=(torch.int32,))
         for name in ("qweight", "qzeros")
@@ -68,18 +73,16 @@ def take_packed(
 
 def with_zeros(spec: QuantSpec, *, codes: Tensor, scales: Tensor, zeros: Tensor) -> QTensor:
     """The QTensor of tensors in [out, …] order; a symmetric spec needs every zero at the centre."""
-    if spec.symmetric:
-        if not bool((zeros == centre(spec)).all()):
-            raise InputError(
-                f"tensor 'qzeros' holds zero points other than {centre(spec)}, "
-                "but the weight is declared symmetric"
-            )
-        return QTensor(spec=spec, codes=codes.contiguous(), scales=scales.contiguous())
+    if spec.symmetric and not bool((zeros == centre(spec)).all()):
+        raise InputError(
+            f"tensor 'qzeros' holds zero points other than {centre(spec)}, "
+            "but the weight is declared symmetric"
+        )
     return QTensor(
         spec=spec,
         codes=codes.contiguous(),
         scales=scales.contiguous(),
-        zeros=zeros.contiguous(),
+        zeros=None if spec.symmetric else zeros.contiguous(),
     )
 
 

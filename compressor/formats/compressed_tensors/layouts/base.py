@@ -48,10 +48,6 @@ class CTLayout(Protocol):
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor: ...
 
-    def group(self, scheme: Scheme) -> dict[str, Any]:
-        """`weights` and `input_activations` of a config group."""
-        ...
-
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """The scheme of one linear from its config group and header entries."""
         ...

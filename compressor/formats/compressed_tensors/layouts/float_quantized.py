@@ -90,16 +90,8 @@ class FloatQuantized(CTLayout):
         shape = matrix_shape(tensors, "weight")
         scales = weights.read_scales(tensors, spec, shape)
         codes = take(tensors, "weight", shape=shape, dtypes=(STORED,))
-        q = QTensor(spec=spec, codes=codes.contiguous().view(torch.uint8), scales=scales)
-        check_values(q)
-        return q
-
-    def group(self, scheme: Scheme) -> dict[str, Any]:
-        """QuantizationArgs of the weight and, where it is quantized, the input."""
-        spec = scheme.weight
-        assert spec is not None
-        entry = None if scheme.input is None else inputs.input_entry(scheme.input)
-        return {"weights": weights.weight_entry(spec), "input_activations": entry}
+        codes = codes.contiguous().view(torch.uint8)
+        return check_values(QTensor(spec=spec, codes=codes, scales=scales))
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""

@@ -15,51 +15,36 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts.base import arguments
 from compressor.formats.shared.checks import SCALE_DTYPES
-from compressor.formats.shared.e2m1 import DYNAMIC, LOCAL
+from compressor.formats.shared.e2m1 import DYNAMIC, LOCAL, SCALE_DTYPE
 from compressor.formats.shared.mx import INPUTS
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import ActivationSpec
 from compressor.ir.tensor import TensorShape
 
-TYPES = {"int8": "int", "fp8_e4m3": "float"}
 EXPONENTS = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
 """What makes a group's scales E8M0."""
+BLOCK_SCALES = {"scale_dtype": str(SCALE_DTYPE)}
+"""What is said of NVFP4's, of weights and inputs."""
 STRATEGIES = {"token": "token", "tensor": "tensor", "static": "tensor", "group": "group"}
 
 
 def input_entry(input: ActivationSpec) -> dict[str, Any]:
     """The QuantizationArgs of an input. Raises InputError for what has no form here."""
-    if input in (LOCAL, DYNAMIC):
-        return arguments(
-            bits=4,
-            type="float",
-            symmetric=True,
-            strategy="tensor_group",
-            dynamic="local" if input == LOCAL else True,
-            group_size=input.group_size,
-        )
-    if input in INPUTS.values():
-        entry = arguments(
-            bits=4 if input.element == "fp4_e2m1" else 8,
-            type="float",
-            symmetric=True,
-            strategy="group",
-            dynamic=True,
-            group_size=input.group_size,
-        )
-        return {**entry, **EXPONENTS}
-    if input.element not in TYPES or input.mode not in STRATEGIES:
+    nvfp4, mx = input in (LOCAL, DYNAMIC), input in INPUTS.values()
+    plain = input.element in ("int8", "fp8_e4m3") and input.mode in STRATEGIES
+    if not (nvfp4 or mx or plain):
         raise InputError(
             f"compressed-tensors has no form for {input.element} inputs with {input.mode} scales"
         )
-    return arguments(
-        bits=8,
-        type=TYPES[input.element],
+    entry = arguments(
+        bits=4 if input.element == "fp4_e2m1" else 8,
+        type="int" if input.element == "int8" else "float",
         symmetric=True,
-        strategy=STRATEGIES[input.mode],
-        dynamic=input.mode != "static",
-        group_size=input.group_size if input.mode == "group" else None,
+        strategy="tensor_group" if nvfp4 else "group" if mx else STRATEGIES[input.mode],
+        dynamic="local" if input == LOCAL else input.mode != "static",
+        group_size=None if plain and input.mode != "group" else input.group_size,
     )
+    return entry | (EXPONENTS if mx else BLOCK_SCALES if nvfp4 else {})
 
 
 def uneven_inputs(input: ActivationSpec | None, shape: tuple[int, int]) -> str | None:

@@ -93,15 +93,6 @@ class IntQuantized(CTLayout):
         codes = _raised(tensors, "weight", shape, spec)
         return QTensor(spec=spec, codes=codes, scales=scales, zeros=zeros)
 
-    def group(self, scheme: Scheme) -> dict[str, Any]:
-        """QuantizationArgs of the weight and the input."""
-        spec, input = scheme.weight, scheme.input
-        assert spec is not None and input is not None
-        return {
-            "weights": weights.weight_entry(spec),
-            "input_activations": inputs.input_entry(input),
-        }
-
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""
         if group.get("input_activations") is None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.compressed_tensors.layouts.base import CTLayout, arguments
-from compressor.formats.compressed_tensors.layouts.inputs import EXPONENTS, input_entry, read_input
-from compressor.formats.shared.checks import check_values, matrix_shape, take
+from compressor.formats.compressed_tensors.layouts.base import CTLayout
+from compressor.formats.compressed_tensors.layouts.inputs import read_input
+from compressor.formats.shared.checks import check_values, matrix_shape, refuse_other, take
 from compressor.formats.shared.e2m1 import pack_nibbles, unpack_nibbles
 from compressor.formats.shared.mx import BLOCK, INPUTS, take_exponents
 from compressor.ir.qtensor import E8M0, QTensor, QuantSpec
@@ -102,23 +102,11 @@ class MXQuantized(CTLayout):
         if reason := self.accepts(Scheme(weight=spec), shape):
             raise InputError(f"tensor {self.weight!r}: {reason}")
         scales = take_exponents(tensors, "weight_scale", spec=spec, shape=shape)
-        q = QTensor(spec=spec, codes=codes, scales=scales)
-        check_values(q)
-        return q
-
-    def group(self, scheme: Scheme) -> dict[str, Any]:
-        """QuantizationArgs of the weight and, where it is quantized, the input."""
-        weights = arguments(
-            bits=self.spec.bits, type="float", symmetric=True, strategy="group", group_size=BLOCK
-        )
-        inputs = None if scheme.input is None else input_entry(scheme.input)
-        return {"weights": {**weights, **EXPONENTS}, "input_activations": inputs}
+        return check_values(QTensor(spec=spec, codes=codes, scales=scales))
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """The spec; anything else that is declared is refused."""
         args, inputs = group["weights"], group.get("input_activations")
         wanted = {"type": "float", "num_bits": self.spec.bits, "group_size": BLOCK}
-        for key, value in {**wanted, "strategy": "group"}.items():
-            if args.get(key) != value:
-                raise InputError(f"weights.{key} is {args.get(key)!r}, not {value!r}")
+        refuse_other(args, {**wanted, "strategy": "group"}, where="weights")
         return Scheme(weight=self.spec, input=None if inputs is None else read_input(inputs))

@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.formats.compressed_tensors.layouts.base import CTLayout, arguments
-from compressor.formats.compressed_tensors.layouts.inputs import (
-    input_entry,
-    positive_scale,
-    read_input,
-)
+from compressor.formats.compressed_tensors.layouts.base import CTLayout
+from compressor.formats.compressed_tensors.layouts.inputs import positive_scale, read_input
+from compressor.formats.shared.checks import refuse_other
 from compressor.formats.shared.e2m1 import (
     BLOCK,
     LOCAL,
@@ -111,22 +108,9 @@ class NVFP4PackQuantized(CTLayout):
         divisor = take_number(tensors, "weight_global_scale", shape=(1,))
         return read_nvfp4(tensors, spec, packed="weight_packed", second=divisor.reciprocal())
 
-    def group(self, scheme: Scheme) -> dict[str, Any]:
-        """QuantizationArgs of the weight and, where it is quantized, the input."""
-        weights = arguments(
-            bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=BLOCK
-        )
-        weights["scale_dtype"] = str(SCALE_DTYPE)
-        inputs = None if scheme.input is None else input_entry(scheme.input)
-        if inputs is not None:
-            inputs["scale_dtype"] = str(SCALE_DTYPE)
-        return {"weights": weights, "input_activations": inputs}
-
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """NVFP4; anything else that is declared is refused."""
         args, inputs = group["weights"], group.get("input_activations")
         wanted = {"type": "float", "num_bits": 4, "group_size": BLOCK, "strategy": "tensor_group"}
-        for key, value in wanted.items():
-            if args.get(key) != value:
-                raise InputError(f"weights.{key} is {args.get(key)!r}, not {value!r}")
+        refuse_other(args, wanted, where="weights")
         return Scheme(weight=NVFP4, input=None if inputs is None else read_input(inputs))

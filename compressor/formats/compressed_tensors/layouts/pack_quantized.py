@@ -105,13 +105,6 @@ class PackQuantized(CTLayout):
         codes = _unpack(tensors, "weight_packed", bits=spec.bits, shape=(rows, columns), along=1)
         return QTensor(spec=spec, codes=codes, scales=scales, zeros=_zeros(tensors, spec, scales))
 
-    def group(self, scheme: Scheme) -> dict[str, Any]:
-        """QuantizationArgs of the weight, and of inputs that are quantized."""
-        spec, input = scheme.weight, scheme.input
-        assert spec is not None
-        entry = None if input is None else inputs.input_entry(input)
-        return {"weights": weights.weight_entry(spec), "input_activations": entry}
-
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """Specs of weight and input; the scale's dtype is the stored one."""
         spec = weights.read_int_weight(group["weights"], tensors, format=self.format)

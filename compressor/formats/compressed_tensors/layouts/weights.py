@@ -1,4 +1,4 @@
-"""How compressed-tensors writes down quantized weights, NVFP4 aside: `weights` and the scales.
+"""How compressed-tensors writes down quantized weights: `weights`, and the scales, NVFP4's aside.
 
 weight_scale  [out, in/G], [out, 1] or [⌈out/rows⌉, ⌈in/columns⌉], but [1] for one per tensor
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts.base import arguments
+from compressor.formats.compressed_tensors.layouts.inputs import BLOCK_SCALES, EXPONENTS
 from compressor.formats.shared.checks import SCALE_DTYPES, int_reason, take_scales, weight_of
 from compressor.ir.qtensor import QTensor, QuantSpec, Strategy
 from compressor.ir.scheme import Scheme
@@ -21,14 +22,16 @@ from compressor.ir.tensor import TensorShape
 
 def weight_entry(spec: QuantSpec) -> dict[str, Any]:
     """The QuantizationArgs of a weight."""
-    return arguments(
+    nvfp4 = spec.second == "tensor"
+    entry = arguments(
         bits=spec.bits,
         type="int" if spec.element == "int" else "float",
         symmetric=spec.symmetric,
-        strategy=spec.strategy,
+        strategy="tensor_group" if nvfp4 else spec.strategy,
         group_size=spec.group_size if spec.strategy == "group" else None,
         block=spec.block if spec.strategy == "block" else None,
     )
+    return entry | (EXPONENTS if spec.microscaled else BLOCK_SCALES if nvfp4 else {})
 
 
 def int_weight_reason(scheme: Scheme, shape: tuple[int, int]) -> str | None:
