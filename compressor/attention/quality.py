@@ -73,7 +73,6 @@ def measure_policies(
     policies: Sequence[AttentionPolicy],
     ids: Tensor,
     *,
-    batch: int = 1,
     progress: Progress = lambda name, done, total: None,
 ) -> list[Quality]:
     """Measure policies on rows of tokens, with the model's own attention before each layer. Every
@@ -92,7 +91,7 @@ def measure_policies(
             seen[number, unit.index] += counted * call.query.shape[0] / len(ids)
             held[number, unit.index] += mass * call.query.shape[0] / len(ids)
 
-    watch_attention(model, ids, watch, batch=batch, progress=progress)
+    watch_attention(model, ids, watch, batch=1, progress=progress)
     return [Quality(a.float(), b.float()) for a, b in zip(seen, held, strict=True)]
 
 

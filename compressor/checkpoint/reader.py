@@ -125,14 +125,14 @@ class Checkpoint:
             raise InputError(f"the checkpoint has no tensor {name!r}") from None
 
 
-def content_hash(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> str:
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the names and the bytes of `tensors`, in order of name."""
-    return hash_of(digests_of(tensors, threads=threads))
+    return hash_of(digests_of(tensors))
 
 
-def digests_of(tensors: Mapping[str, Tensor], *, threads: int = READ_THREADS) -> dict[str, str]:
+def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """SHA-256 of each tensor's bytes."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         return dict(zip(tensors, pool.map(hash_of_bytes, tensors.values()), strict=True))
 
 

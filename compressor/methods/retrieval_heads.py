@@ -120,9 +120,9 @@ class RetrievalHeads(ModelPass[Scores]):
         return {**parameters, **found.figures()}
 
 
-def _ranking(scores: Tensor, top: int = 10) -> dict[str, Any]:
+def _ranking(scores: Tensor) -> dict[str, Any]:
     """The strongest heads, and how many reach the published marks for (strong) retrieval heads."""
-    best = scores.flatten().argsort(descending=True)[:top].tolist()
+    best = scores.flatten().argsort(descending=True)[:10].tolist()
     heads = scores.shape[1]
     return {
         "top": [f"{i // heads}-{i % heads}: {float(scores.flatten()[i]):.2f}" for i in best],

@@ -41,12 +41,7 @@ def dots(series: Series, *, x_title: str, y_title: str, show: Format) -> str:
         radius = 3.5 if axes.width == WIDE else 2.5
         if sum(map(len, series.values())) <= FEW:
             radius *= 2
-        return "".join(
-            f'<circle class="c{i % COLOURS}" cx="{axes.x(p.x):.1f}" cy="{axes.y(p.y):.1f}" '
-            f'r="{radius}"><title>{escape(p.label)}</title></circle>'
-            for i, points in enumerate(series.values())
-            for p in points
-        )
+        return "".join(_dots(axes, points, i, radius) for i, points in enumerate(series.values()))
 
     return _figure(series, draw, x_title=x_title, y_title=y_title, show=show, log=True)
 
@@ -66,11 +61,7 @@ def lines(
         for i, points in enumerate(series.values()):
             path = " ".join(f"{axes.x(p.x):.1f},{axes.y(p.y):.1f}" for p in points)
             drawn.append(f'<polyline class="l{i % COLOURS}" points="{path}"/>')
-            drawn += [
-                f'<circle class="c{i % COLOURS}" cx="{axes.x(p.x):.1f}" cy="{axes.y(p.y):.1f}" '
-                f'r="2.5"><title>{escape(p.label)}</title></circle>'
-                for p in points
-            ]
+            drawn.append(_dots(axes, points, i, 2.5))
         return "".join(drawn)
 
     return _figure(series, draw, x_title=x_title, y_title=y_title, show=show, log=log)
@@ -147,6 +138,14 @@ def _figure(
         )
     caption = f"<figcaption>{escape(y_title)}</figcaption>"
     return f"<figure>{caption}{_legend(kept)}{''.join(pictures)}</figure>"
+
+
+def _dots(axes: _Axes, points: Sequence[Point], series: int, radius: float) -> str:
+    return "".join(
+        f'<circle class="c{series % COLOURS}" cx="{axes.x(p.x):.1f}" cy="{axes.y(p.y):.1f}" '
+        f'r="{radius}"><title>{escape(p.label)}</title></circle>'
+        for p in points
+    )
 
 
 def _legend(series: Series) -> str:

@@ -22,6 +22,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "mxfp8": {"mxfp8": {}},
 }
 """Forms beside integers, as passes that round to nearest; inputs stay in float."""
+POINTS = 24
+"""Budgets along a frontier."""
 
 
 class Way(NamedTuple):
@@ -117,19 +119,18 @@ def error_of(sensitivity: Sensitivity, choice: Sequence[int]) -> float:
     return sum(g.options[i].error for g, i in zip(sensitivity.groups, choice, strict=True))
 
 
-def frontier(sensitivity: Sensitivity, points: int = 24) -> list[tuple[float, float]]:
+def frontier(sensitivity: Sensitivity) -> list[tuple[float, float]]:
     """(bits for each weight, sum of errors) of the best choices, from the smallest to the largest:
     all of them from one measuring."""
-    sizes = [
-        [f(o.bits_per_weight for o in g.options) for g in sensitivity.groups] for f in (min, max)
-    ]
-    weights = [group.weights for group in sensitivity.groups]
+    groups = sensitivity.groups
     low, high = (
-        sum(b * n for b, n in zip(size, weights, strict=True)) / sum(weights) for size in sizes
+        sum(f(o.bits_per_weight for o in g.options) * g.weights for g in groups)
+        / sum(g.weights for g in groups)
+        for f in (min, max)
     )
     found = []
-    for i in range(points):
-        budget = low * (high / low) ** (i / max(points - 1, 1))
+    for i in range(POINTS):
+        budget = low * (high / low) ** (i / (POINTS - 1))
         choice = allocate(sensitivity, max(budget, low))
         found.append((sensitivity.bits_per_weight(choice), error_of(sensitivity, choice)))
     return sorted(set(found))
@@ -138,9 +139,9 @@ def frontier(sensitivity: Sensitivity, points: int = 24) -> list[tuple[float, fl
 def uniform(sensitivity: Sensitivity) -> dict[str, tuple[float, float]]:
     """What (bits for each weight, sum of errors) is where all groups have the same form."""
     labels = dict.fromkeys(o.label for g in sensitivity.groups for o in g.options)
+    places = [[o.label for o in g.options] for g in sensitivity.groups]
     found = {}
     for label in labels:
-        places = [[o.label for o in g.options] for g in sensitivity.groups]
         if all(label in names for names in places):
             choice = [names.index(label) for names in places]
             found[label] = (sensitivity.bits_per_weight(choice), error_of(sensitivity, choice))

@@ -55,10 +55,7 @@ class ChosenBlocks(ModelPass[L], Generic[L]):
         return rule_policy(layout, self.block_choice, made_by=made_by)
 
 
-def reads(rule: KeyBlocks, length: int = 65536) -> str:
+def reads(rule: KeyBlocks) -> str:
     """What a rule saves, for people."""
-    share = rule.share_read(length)
-    return (
-        f"{rule.top_k} blocks of {rule.block_size} keys: after {length:,} tokens a "
-        f"query reads {share:.1%} of them"
-    )
+    read = f"a query reads {rule.share_read(65536):.1%} of them"
+    return f"{rule.top_k} blocks of {rule.block_size} keys: after 65,536 tokens {read}"

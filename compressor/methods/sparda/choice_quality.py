@@ -8,7 +8,7 @@ so do queries that have no more blocks than they may choose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -101,8 +101,6 @@ def measure_choices(
     scorers: Mapping[str, KeyBlocks | None],
     *,
     forecasts: Mapping[str, Tensor] | None = None,
-    batch: int = 1,
-    stopping: Callable[[], bool] = lambda: False,
 ) -> list[LayerQuality]:
     """Measure scorers on rows of token ids [rows, length].
 
@@ -131,7 +129,7 @@ def measure_choices(
 
         return hook
 
-    for _ in sweep(model, ids, hook=watching, execution=Execution(batch, stopping=stopping)):
+    for _ in sweep(model, ids, hook=watching, execution=Execution(1)):
         pass
     return meter.qualities()
 
