@@ -11,7 +11,6 @@ runs. Exit code 1: a file did not load, or losses differ by more than rounding d
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ def ours(model: Path, output: Path, form: Form, *, windows: int) -> dict[str, An
     }
 
 
-def theirs(output: Path, tokens: Path, args: argparse.Namespace) -> dict[str, Any]:
+def theirs(output: Path, tokens: Path, args: Namespace) -> dict[str, Any]:
     """vLLM's loss on a checkpoint, from a process of its own."""
     result, log = output.with_suffix(".vllm.json"), output.with_suffix(".log")
     command = [sys.executable, __file__, "--child", str(output), str(tokens), str(result)]
@@ -170,9 +170,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, nargs="?")
     parser.add_argument("models", type=Path, nargs="*")
     parser.add_argument("--vllm", help="folder of packages with vLLM")
@@ -181,7 +179,7 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=6)
     parser.add_argument("--vllm-option", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child, args.vllm_option)

@@ -11,13 +11,13 @@ The 4-bit weights are the baseline of anything measured on this folder, not the 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from compressor.checkpoint.gguf.source import convert_gguf
@@ -44,9 +44,7 @@ def get_file(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEFAULT, help=f"default: {DEFAULT}")
     output = parser.parse_args().output
     written = output / "config.json"

@@ -9,7 +9,6 @@ hangs. Prints a line for each fault, and a table of counts.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import multiprocessing
@@ -18,6 +17,7 @@ import resource
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -99,9 +99,7 @@ def run(root: Path, kind: str, seeds: range, *, loud: bool) -> tuple[Counter[str
 
 def main() -> int:
     """The table, and 1 where there was a fault."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5000, help="cases of all kinds together")
     parser.add_argument("--kind", choices=KINDS, help="one kind only")
     parser.add_argument("--seed", type=int, default=0, help="of the first case of each kind")

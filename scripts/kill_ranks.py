@@ -12,8 +12,7 @@ again. Nothing hangs, or this says so and ends with 1.
 
 from __future__ import annotations
 
-import argparse
-import os
+import contextlib
 import random
 import shutil
 import signal
@@ -21,24 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
+
+import psutil
 
 MINUTE = 60.0
 
 
-def ranks_of(launcher: int) -> list[int]:
-    """Processes whose parent it is."""
-    tasks = Path(f"/proc/{launcher}/task/{launcher}/children")
-    return [int(one) for one in tasks.read_text().split()] if tasks.exists() else []
-
-
-def alive(process: int) -> bool:
+def alive(process: psutil.Process) -> bool:
     """Whether it runs still, and is no more than an entry."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def attempt(
@@ -48,17 +43,17 @@ def attempt(
 
     expected  exit code of the launcher then
     """
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait = draw.uniform(0, longest)
-    began = time.monotonic()
-    while time.monotonic() - began < wait and launcher.poll() is None:
-        time.sleep(0.02)
-    ranks = ranks_of(launcher.pid)
+    launcher = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with contextlib.suppress(psutil.TimeoutExpired):
+        launcher.wait(draw.uniform(0, longest))
+    ranks = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks = launcher.children()
     chosen = draw.choice(ranks) if ranks else None
     if number == signal.SIGTERM and launcher.poll() is None:
-        chosen = launcher.pid
+        chosen = launcher
     if chosen is not None:
-        os.kill(chosen, number)
+        chosen.send_signal(number)
     lost = time.monotonic()
     try:
         _, errors = launcher.communicate(timeout=MINUTE if chosen is not None else 10 * MINUTE)
@@ -68,7 +63,7 @@ def attempt(
     took = time.monotonic() - lost
     if left := [rank for rank in ranks if alive(rank)]:
         for rank in left:
-            os.kill(rank, signal.SIGKILL)
+            rank.kill()
         return f"HANGS: {len(left)} ranks are there after the launcher"
     if launcher.returncode == 0:
         return "finished"
@@ -78,9 +73,7 @@ def attempt(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=3, help="at most so many, at least 2")

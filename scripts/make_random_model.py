@@ -1,20 +1,19 @@
 """Write a checkpoint of random weights, for measuring speed and memory at real shapes.
 
     python scripts/make_random_model.py FOLDER [--shape 7b] [--layers 32] [--seed 0] [--uneven]
-    python scripts/make_random_model.py FOLDER --shape deepseek-v3 --sparse [--fp8]
+    python scripts/make_random_model.py FOLDER --shape deepseek-v3 --sparse
 
 The weights are pieces of 2^26 values that are drawn, and mean nothing: only time and memory may be
 measured with them. The tokenizer is a byte-level one of 256 tokens. With --sparse the files are
-headers over holes, for a file system that has them: enough for `compress plan`. With --fp8 linears
-are in float8 with a scale for each block of 128 x 128, as DeepSeek publishes them.
+headers over holes, for a file system that has them: enough for `compress plan`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
@@ -156,18 +155,6 @@ def block(config: Config, layer: int) -> dict[str, Dims]:
     return {name: dims for name, dims in shapes.items() if f".layers.{layer}." in name}
 
 
-def specs(shapes: dict[str, Dims], *, fp8: bool = False) -> dict[str, TensorShape]:
-    """In bfloat16 or, but for routers, linears of blocks in float8 with scales by block."""
-    found: dict[str, TensorShape] = {}
-    for name, shape in shapes.items():
-        coded = fp8 and ".layers." in name and len(shape) == 2 and "gate.weight" not in name
-        found[name] = TensorShape(torch.float8_e4m3fn if coded else torch.bfloat16, shape)
-        if coded:
-            grid = tuple(-(-n // 128) for n in shape)
-            found[f"{name}_scale_inv"] = TensorShape(torch.float32, grid)
-    return found
-
-
 STOCK, ROW = 2**26 + 1, 8192
 """Values that are drawn, and how many of them are as large as each other."""
 
@@ -181,15 +168,15 @@ def write(
     uneven  rows of weights, and norms' values, differ in size by factors of e^(0.7·N(0, 1)), so
             that channels are unlike as those of trained models are
     """
-    tensors = specs(shapes_of(config, layers))
+    size = sum(torch.Size(dims).numel() for dims in shapes_of(config, layers).values())
     generator = torch.Generator().manual_seed(seed)
-    count = min(STOCK, sum(spec.nbytes for spec in tensors.values()) // 2)
+    count = min(STOCK, size)
     noise = torch.randn(count, generator=generator)
     norms = (0.7 * noise[:ROW]).exp() if uneven else 1 + 0.1 * noise[:ROW]
     weights = 0.02 * noise
     if uneven:
-        size = (0.7 * torch.randn(-(-count // ROW), generator=generator)).exp()
-        weights *= size.repeat_interleave(ROW)[:count]
+        scales = (0.7 * torch.randn(-(-count // ROW), generator=generator)).exp()
+        weights *= scales.repeat_interleave(ROW)[:count]
     stocks = [tensor_bytes(values.to(torch.bfloat16)) for values in (weights, norms)]
 
     def fill(handle: RawIOBase, number: int, shard: Shard) -> None:
@@ -201,27 +188,22 @@ def write(
                 written = handle.write(stock[place : place + left])
                 left, place = left - written, place + written
 
-    write_files(folder, config, layers, tensors, fill, largest=2**30)
+    write_files(folder, config, layers, fill, largest=2**30)
 
 
-def write_sparse(folder: Path, config: Config, *, layers: int, fp8: bool = False) -> None:
+def write_sparse(folder: Path, config: Config, *, layers: int) -> None:
     """The same with holes for the data, so that headers alone take room."""
 
     def leave_out(handle: RawIOBase, number: int, shard: Shard) -> None:
         handle.truncate(shard.size)
 
-    if fp8:
-        grid = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-        config = {**config, "quantization_config": grid}
-    tensors = specs(shapes_of(config, layers), fp8=fp8)
-    write_files(folder, config, layers, tensors, leave_out, largest=5 * 10**9)
+    write_files(folder, config, layers, leave_out, largest=5 * 10**9)
 
 
 def write_files(
     folder: Path,
     config: Config,
     layers: int,
-    tensors: dict[str, TensorShape],
     fill: Callable[[RawIOBase, int, Shard], None],
     *,
     largest: int,
@@ -229,7 +211,9 @@ def write_files(
     """A new folder with config, tokenizer, index, and shards of at most so many bytes, which `fill`
     writes behind a header."""
     folder.mkdir(parents=True)
-    plan = Safetensors(largest).lay_out([{name: spec} for name, spec in tensors.items()])
+    shapes = shapes_of(config, layers).items()
+    units = [{name: TensorShape(torch.bfloat16, shape)} for name, shape in shapes]
+    plan = Safetensors(largest).lay_out(units)
 
     def shard(number: int) -> None:
         written = plan.shards[number]
@@ -259,23 +243,18 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="default: as many as the model has")
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--uneven", action="store_true", help="channels of unlike sizes")
     parser.add_argument("--sparse", action="store_true", help="headers over holes")
-    parser.add_argument("--fp8", action="store_true", help="of sparse files: linears in float8")
     args = parser.parse_args()
-    if args.fp8 and not args.sparse:
-        parser.error("--fp8 goes with --sparse")
     config = SHAPES[args.shape]
     layers = args.layers or config["num_hidden_layers"]
     if args.sparse:
-        write_sparse(args.folder, config, layers=layers, fp8=args.fp8)
+        write_sparse(args.folder, config, layers=layers)
     else:
         write(args.folder, config, layers=layers, seed=args.seed, uneven=args.uneven)
 

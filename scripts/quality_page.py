@@ -9,10 +9,10 @@ standard errors. A row that is measured again replaces the old one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,7 @@ def claims(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs="*", type=Path, default=[])
     store = DOCS / "quality.json"
     data = json.loads(store.read_text("utf-8"))

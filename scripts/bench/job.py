@@ -15,16 +15,17 @@ of minimum and median; with OUT set, the last log too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import statistics
 import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from whole import ROOT, markdown, run
+from tables import markdown
+from whole import ROOT, run
 
 
 def settle(model: Path, *, cold: bool) -> None:
@@ -39,7 +40,7 @@ def settle(model: Path, *, cold: bool) -> None:
                     pass
 
 
-def timed(package: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def timed(package: Path, options: Namespace, scratch: Path) -> dict[str, Any]:
     """One run of a version."""
     awq = {"bits": 4, "group_size": options.group_size, "symmetric": False}
     calibration = {"data": options.data, "samples": options.samples, "length": options.length}
@@ -78,9 +79,7 @@ def timed(package: Path, options: argparse.Namespace, scratch: Path) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--package", type=Path, action="append", help="a version to time")
     parser.add_argument("--device", default="cuda")

@@ -10,12 +10,12 @@ holds; peers and the bandwidth of a copy are measured in the same run. A kernel 
 figure, and the exit code is 1. The table is Markdown; --json writes all figures.
 """
 
-import argparse
 import importlib
 import json
 import os
 import sys
 import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,9 +140,7 @@ def tried(peer: Call) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="NAME", help=f"of {', '.join(FAMILIES)}")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their names")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, no times")

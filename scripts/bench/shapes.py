@@ -6,22 +6,20 @@
 A case is some blocks of a model and a recipe. The first block is left out, where there are others:
 it waits for kernels to be compiled. A line of JSON for each run, and one Markdown table: seconds of
 a block, from the end of the first to the end of the last; for how many GPUs how many times as fast
-as the first of --gpus and its share of them, and whether all tensors are the same bytes (manifests
-also say how many threads a process had, which ranks share); the largest memory on the leading GPU
-and of the process, each with what was planned; and blocks of the whole model times the seconds of
-one. Of what is learned before any block is worked on (`gates`, `forecasts`, `emulator`, `delta`) a
-step in place of a block, of forecasts one a block. A folder in memory (/dev/shm) is quickest.
+as the first of --gpus and its share of them, and whether the manifests are equal; the largest
+memory on the leading GPU and of the process, each with what was planned; and blocks of the whole
+model times the seconds of one. A folder in memory (/dev/shm) is quickest.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import shutil
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,42 +28,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from make_random_model import SHAPES, Config, block, smaller, write
-from whole import AWQ, markdown, run
+from tables import markdown
+from whole import AWQ, run
 
 GPTQ = {"gptq": {"bits": 4, "group_size": 128, "correction": 0.5, "scales": "search"}}
 PLAIN_GPTQ = {"gptq": {"bits": 4, "group_size": 128, "correction": 0.0, "scales": "range"}}
-GATES = {
-    "duo_attention": {
-        "data": {"keys": 4, "words": 4, "min_length": 2048, "max_length": 2048, "lengths": 1},
-        **{"batch": 4, "num_steps": 20},
-    }
-}
-FORECASTS = {
-    "sparda": {
-        **{"block_size": 64, "local_blocks": 2, "top_k": 8, "dense_below": 0},
-        **{"steps": 20, "rows_per_step": 8, "held_out_rows": 1},
-    }
-}
-EMULATOR = {"emulator": {"pads": [1, 1], "keep": 2, "distill": {"steps": 20, "batch": 8}}}
-DELTA = {"bitdelta": {"distill": "logits", "steps": 20, "batch": 4}}
 LEARNED = {"reconstruct": {"bits": 4, "group_size": 128, "preset": "fast"}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of `make_random_model.py`, how many blocks of it, what is done to it.
-
-    learns  what the names of its steps begin with, where the whole model is learned of
-    format  in which it is written
-    """
+    """A shape of `make_random_model.py`, how many blocks of it, what is done to it."""
 
     shape: str
     layers: int
     step: dict[str, Any]
     samples: int
     length: int
-    learns: str | None = None
-    format: str = "compressed-tensors"
 
 
 LARGE = ("llama-3-70b", "llama-3-405b", "mixtral-8x22b", "qwen3-235b-a22b", "deepseek-v3")
@@ -78,10 +57,6 @@ CASES = {
     "gptq-beside": Case("7b", 2, GPTQ, 64, 512),
     "reconstruct": Case("7b", 2, LEARNED, 64, 512),
     "moe-awq": Case("30b-a3b", 4, AWQ, 128, 512),
-    "gates": Case("7b", 4, GATES, 16, 2048, "duo_attention", "dense"),
-    "forecasts": Case("7b", 4, FORECASTS, 32, 2048, "forecast for model.layers", "dense"),
-    "emulator": Case("7b", 6, EMULATOR, 64, 512, "distill", "dense"),
-    "delta": Case("7b", 2, DELTA, 64, 512, "distill", "bitdelta"),
     **{name: Case(name, 3, AWQ, 128, 512) for name in LARGE},
 }
 
@@ -94,21 +69,7 @@ def write_text(path: Path) -> None:
     path.write_text("\n\n".join(lines))
 
 
-def smaller_step(step: dict[str, Any]) -> None:
-    """What is learned of a small model in few steps."""
-    ((name, params),) = step.items()
-    if name == "duo_attention":
-        params["data"] |= {"keys": 2, "words": 1, "min_length": 480, "max_length": 480}
-        params |= {"num_steps": 3, "window": 160}
-    elif name == "sparda":
-        params |= {"block_size": 4, "kernel_size": 4, "stride": 2, "steps": 3}
-    elif name == "emulator":
-        params["keep"], params["distill"]["steps"] = 1, 3
-    elif name == "bitdelta":
-        params["steps"] = 3
-
-
-def model_of(case: Case, options: argparse.Namespace, scratch: Path, seed: int = 0) -> Path:
+def model_of(case: Case, options: Namespace, scratch: Path) -> Path:
     """Its random weights, written once; one block where main memory does not hold eight."""
     config: Config = SHAPES[case.shape]
     if options.tiny:
@@ -120,25 +81,19 @@ def model_of(case: Case, options: argparse.Namespace, scratch: Path, seed: int =
     size = 2 * sum(torch.Size(shape).numel() for shape in block(config, 0).values())
     if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 * size:
         layers = 1
-    folder = scratch / f"{case.shape}-{layers}-{seed}"
+    folder = scratch / f"{case.shape}-{layers}"
     if not folder.exists():
-        write(folder, config, layers=layers, seed=seed, uneven=options.uneven)
+        write(folder, config, layers=layers, uneven=options.uneven)
     return folder
 
 
-def timed(case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """One run, with the hashes of its tensors."""
+def timed(case: Case, gpus: int, options: Namespace, scratch: Path) -> dict[str, Any]:
+    """One run, with its manifest."""
     samples, length = (24, 64) if options.tiny else (case.samples, case.length)
-    step = json.loads(json.dumps(case.step))
-    if "bitdelta" in step:
-        step["bitdelta"]["base"] = str(model_of(case, options, scratch, seed=1))
-    if options.tiny:
-        smaller_step(step)
     recipe = {
         "model": str(model_of(case, options, scratch)),
         "calibration": {"data": str(scratch / "text.txt"), "samples": samples, "length": length},
-        "passes": [step],
-        "format": case.format,
+        "passes": [case.step],
         "verify": False,
         "report": False,
     }
@@ -147,8 +102,6 @@ def timed(case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> 
     said = [event for event in ran.events if event["event"] == "unit"]
     # The embedding comes first and the head last.
     blocks = said[1:-1]
-    if case.learns is not None:
-        blocks = [event for event in said if event["unit"].startswith(case.learns)]
     took = blocks[-1]["time"] - blocks[0]["time"]
     each = took / (len(blocks) - 1) if len(blocks) > 1 else blocks[0]["seconds"]
     found = ran.result
@@ -162,15 +115,13 @@ def timed(case: Case, gpus: int, options: argparse.Namespace, scratch: Path) -> 
             for kind in ("device", "host")
             for when in ("", "planned_")
         },
-        "model_s": "" if case.learns else round(each * SHAPES[case.shape]["num_hidden_layers"]),
-        "hashes": json.loads((scratch / "out" / "manifest.json").read_text("utf-8"))["tensors"],
+        "model_s": round(each * SHAPES[case.shape]["num_hidden_layers"]),
+        "manifest": (scratch / "out" / "manifest.json").read_text("utf-8"),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--device", default="cuda")
@@ -200,7 +151,7 @@ def main() -> None:
                     print(f"{name} on {gpus}: {failed}", flush=True)
                     continue
                 one = one or dict(found)
-                same = found.pop("hashes") == one["hashes"]
+                same = found.pop("manifest") == one["manifest"]
                 times = one["block_s"] / max(found["block_s"], 1e-9)
                 beside = {"times": round(times, 2), "efficiency": f"{times / gpus:.0%}"}
                 row = {"case": name, "gpus": gpus, **found, **beside, "same_bytes": same}

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,6 @@ class Ran:
     seconds: float
     processor_s: float
     host_gb: float
-
-    def of_unit(self, name: str) -> float:
-        """Seconds that a unit took by itself."""
-        return next(float(e["seconds"]) for e in self.events if e.get("unit") == name)
 
 
 def run(
@@ -77,9 +73,3 @@ def run(
         processor_s=usage.ru_utime + usage.ru_stime,
         host_gb=usage.ru_maxrss * 1024 / 1e9,
     )
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

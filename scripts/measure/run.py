@@ -11,12 +11,12 @@ measured again, and `scripts/quality_page.py --add` takes them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 import time
 import traceback
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,8 @@ METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder, GGUF file or Hub id")
     parser.add_argument("--grids", nargs="*", choices=GRIDS, default=list(GRIDS)[:3])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
@@ -95,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, list[Any]]]:
+def wanted(options: Namespace) -> Iterator[tuple[str, str, list[Any]]]:
     """Grid, method and passes of each row."""
     for words in options.passes or ():
         passes = yaml.safe_load(words)
@@ -111,7 +109,7 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, list[Any]]]:
 class Bench:
     """A model, held-out tokens of each kind of text, and what the model says of them."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Namespace) -> None:
         self.options, self.device = options, choose_device(options.device)
         self.source = locate(options.model, fetch=True).source
         tokenizer = load_tokenizer(self.source.checkpoint.folder)
