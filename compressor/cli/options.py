@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.junit import Case, junit
 from compressor.cli.written import WRITTEN
+from compressor.plan.byte_sizes import parse_size
 
 if TYPE_CHECKING:
     from compressor.plan.recipe import Recipe
@@ -29,8 +30,6 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # no generic before clic
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The bytes. A usage error where there are none."""
-        from compressor.plan.recipe import parse_size
-
         try:
             size = int(parse_size(value))
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,32 +23,12 @@ from compressor.evaluate.gate import Gate
 from compressor.evaluate.settings import Evaluation
 from compressor.ir.frozen import Strict
 from compressor.methods.base import Method, get_pass, pass_names
+from compressor.plan.byte_sizes import parse_size
 from compressor.plan.calibration import Calibration
 from compressor.plan.explain import WrongKey, explain
 from compressor.plan.recipe_file import Written, read_recipe
 from compressor.report.settings import CardSection, Publish
 from compressor.runtimes.contract import Runtime, parse_runtime
-
-SIZE_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
-
-
-def parse_size(value: Any) -> Any:
-    """Bytes from "5GB", "512MiB" or a number."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", value.upper())
-        if not found:
-            raise ValueError(f"{value!r} is not a size such as 5GB or 512MiB")
-        return int(float(found[1]) * SIZE_UNITS[found[2] or ""])
-    return value
-
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 

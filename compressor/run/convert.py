@@ -45,8 +45,10 @@ from compressor.plan.offers import format_offer
 from compressor.run.convert_source import ConvertedSource
 from compressor.run.environment import versions
 from compressor.run.mx_to_nvfp4 import as_nvfp4_where_held
-from compressor.run.warm_up import compile_verdict, import_model
+from compressor.run.warm_up import compile_verdict
+from compressor.verify.apart import Apart
 from compressor.verify.findings import VerifyReport
+from compressor.verify.kernels.check import enable_interpreter
 from compressor.verify.verify import verify
 
 CPU = torch.device("cpu")
@@ -106,11 +108,13 @@ def convert(
     device: torch.device = CPU,
     verifying: bool = False,
     progress: Progress = lambda name, done, total: None,
+    apart: Apart | None = None,
 ) -> Converted:
     """Write a checkpoint's weights in `format` into `output`, a new folder.
 
     device     where codes are unpacked and packed
     verifying  reopen what was written and hold it against the source, as a run does
+    apart      a process that has a part in that (`verify`)
     Raises InputError or Problems that name every tensor without a form in the target, before
     anything is written; a folder that this conversion does not own is refused.
     """
@@ -129,13 +133,15 @@ def convert(
             + "; a conversion chooses no codes",
             hint="quantize it with a recipe: compress recipes",
         )
+    if verifying and device.type == "cpu":
+        # Now, since others import Triton, and it looks only once.
+        enable_interpreter()
     job = _Conversion(ConvertedSource(source, device), target, allow_rounding)
     steps = (3 if verifying else 2) * len(source.layout.units)
-    model = import_model(source, device) if verifying else None
     container = Safetensors(max_shard_size, source.checkpoint.stem)
     made = job.study(container, partial(_show, progress, 0, steps))
     if verifying:
-        compile_verdict(made, device)
+        compile_verdict(made, device, apart)
     units = len(source.layout.units)
     recipe = folder / RECIPE_NAME
     written = write(
@@ -157,13 +163,12 @@ def convert(
     )
     report = None
     if verifying:
-        if model is not None:
-            model.join()
         report = verify(
             output,
             against=job.remaining(),
             device=device,
             progress=partial(_show, progress, 2 * units, steps),
+            apart=apart,
         )
     return Converted(
         output=output,

@@ -7,18 +7,16 @@ passes are all needed by the first block, and none of them needs a weight or a t
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from itertools import accumulate
 
 import torch
 
-from compressor.checkpoint.source import Source
 from compressor.checkpoint.target import ModelTarget
 from compressor.methods.base import Pass
 from compressor.plan.plan import Plan
-from compressor.runner.source_model import SourceModel
-from compressor.verify.kernels.ahead import CompiledAhead
+from compressor.verify.apart import Apart
+from compressor.verify.kernels.ahead import CompiledAhead, Wanted
 
 UNITS_AHEAD = 3
 """Units whose weights get page-locked memory beforehand: the embedding, a block that is worked on,
@@ -27,9 +25,6 @@ and one that is read meanwhile. Later ones find what these gave back."""
 LOCKED_AHEAD = 2**31
 """Bytes of it at most: of large blocks it takes seconds, and the first of them is read before it is
 there, so that both would hold what one needs."""
-
-TURN = 5e-5
-"""Seconds for which a thread that imports may keep the interpreter to itself."""
 
 
 def warm_up(plan: Plan, device: torch.device) -> None:
@@ -43,39 +38,22 @@ def warm_up(plan: Plan, device: torch.device) -> None:
     threading.Thread(target=_warm_up, args=(plan, device), daemon=True).start()
 
 
-def compile_verdict(target: ModelTarget, device: torch.device) -> None:
-    """Have the kernels compiled, in the background, by which verification will multiply."""
-    CompiledAhead(
-        [(target.schemes.linears[x.name], x.shape) for x in target.source.layout.linears],
+def compile_verdict(target: ModelTarget, device: torch.device, apart: Apart | None = None) -> None:
+    """Have the kernels compiled, in the background, by which verification will multiply.
+
+    apart  a process that does it, if not this one
+    """
+    wanted = Wanted.of(
+        target.source.layout.linears,
+        target.schemes,
         format=target.format,
         dtype=target.dtype,
         device=device,
     )
-
-
-def import_model(source: Source, device: torch.device) -> threading.Thread | None:
-    """Import, in the background, what runs a model's blocks; nothing else may import transformers
-    until the thread has ended. None for a CPU, whose cores have enough to do."""
-    if device.type != "cuda" or source.arch.free:
-        return None
-    with contextlib.suppress(ImportError):
-        import triton.language  # noqa: F401
-    thread = threading.Thread(target=_import_model, args=(source,), daemon=True)
-    thread.start()
-    return thread
-
-
-def _import_model(source: Source) -> None:
-    # An import keeps the interpreter to itself for as long as it may each time, before which no
-    # operation of another thread ends.
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(TURN)
-    try:
-        with contextlib.suppress(Exception):
-            model = SourceModel(source, device=torch.device("cpu"), dtype=torch.float32)
-            _ = model.runner, model.tokenizer()
-    finally:
-        sys.setswitchinterval(usual)
+    if apart is None:
+        CompiledAhead(wanted)
+    else:
+        apart.compile(wanted)
 
 
 def _warm_up(plan: Plan, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""transformers' import of generation, without what it takes along unused."""
+"""Imports of transformers that all its models need, without what they take along unused."""
 
 
 def import_generation() -> None:
@@ -13,3 +13,13 @@ def import_generation() -> None:
         import transformers.generation.candidate_generator  # noqa: F401
     finally:
         utils.is_sklearn_available = known
+
+
+def import_models() -> None:
+    """What all models of transformers import, before it is known which one is wanted."""
+    import_generation()
+    import transformers.masking_utils
+    import transformers.modeling_layers
+    import transformers.modeling_rope_utils
+    import transformers.modeling_utils  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401

@@ -54,6 +54,7 @@ def build_config(
     within  the part of the config that describes what it runs, where that is not all
     beside  what that class's config says that the model's own does not
     """
+    import_generation()  # which some families' configs import
     from transformers import AutoConfig
 
     part = config if within is None else config[within]

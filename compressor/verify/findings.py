@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,14 @@ class Findings:
         self.add(name, problems, detail)
         self.checks += checks
         self.damage += damage
+
+    def take(self, others: Findings) -> None:
+        """What was found elsewhere; of layers that is the distance to the original's."""
+        self.checks += others.checks
+        self.damage += others.damage
+        self.blocks += others.blocks
+        for name, layer in others.layers.items():
+            self.layers[name] = replace(self.layers.get(name, layer), error=layer.error)
 
     def gathered(self) -> dict[str, LayerVerdict]:
         """The layers so far, which are taken out."""

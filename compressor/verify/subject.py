@@ -35,7 +35,7 @@ from compressor.numerics.bitdelta import SCALES, SIGNS
 from compressor.numerics.chunks import CODED_AHEAD, DECODERS, layers_ahead, row_chunks
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.verify.dense_weight import PlacedWeight, dense
-from compressor.verify.kernels.ahead import CompiledAhead
+from compressor.verify.kernels.ahead import CompiledAhead, Wanted
 from compressor.verify.kernels.bitdelta import BASE, SignsOnBase
 from compressor.verify.kernels.check import kernel_for
 from compressor.verify.kernels.layer import KernelCheck, Layer
@@ -116,10 +116,13 @@ class Subject:
         """A GPU's kernels for the packed linears, on their way."""
         source = self.source
         return CompiledAhead(
-            [(source.schemes.linears[x.name], x.shape) for x in source.layout.linears],
-            format=source.format,
-            dtype=source.checkpoint.dtype,
-            device=self.device,
+            Wanted.of(
+                source.layout.linears,
+                source.schemes,
+                format=source.format,
+                dtype=source.checkpoint.dtype,
+                device=self.device,
+            )
         )
 
     def stored(self, unit: UnitLayout) -> dict[str, Tensor]:
@@ -261,9 +264,8 @@ class DeltaSubject(Subject):
         return SignsOnBase()
 
     def compile_kernels(self) -> CompiledAhead:
-        return CompiledAhead(
-            [], format=self.source.format, dtype=self.source.checkpoint.dtype, device=self.device
-        )
+        source = self.source
+        return CompiledAhead(Wanted((), source.format, source.checkpoint.dtype, self.device))
 
     def ahead(self, unit: UnitLayout) -> dict[str, Tensor]:
         return self.stored(unit)

@@ -7,25 +7,21 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.offsite import OffsiteRecord, read_offsite_record
-from compressor.checkpoint.read_ahead import read_ahead
 from compressor.checkpoint.reader import INDEX_NAME
 from compressor.checkpoint.source import Source, open_source
 from compressor.errors import InputError, Problems
-from compressor.ir.layout import UnitLayout
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.runner.execution import Progress
-from compressor.runner.heap import give_back
 from compressor.runner.kept_blocks import with_blocks
+from compressor.verify.apart import Apart
 from compressor.verify.checks.attention_policy import AttentionPolicy
 from compressor.verify.checks.attention_quality import AttentionQuality
 from compressor.verify.checks.base import Check
@@ -39,9 +35,11 @@ from compressor.verify.checks.headers import Headers
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.checks.original import Original
 from compressor.verify.checks.stream_policy import StreamPolicy
-from compressor.verify.findings import Findings, LayerVerdict, NothingMore, VerifyReport
+from compressor.verify.elsewhere import Elsewhere
+from compressor.verify.findings import Findings, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
 from compressor.verify.subject import Subject, kind_of
+from compressor.verify.walk import walk
 
 CHECKS: tuple[type[Check], ...] = (
     Headers,
@@ -68,9 +66,12 @@ def verify(
     seed: int = 0,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    apart: Apart | None = None,
 ) -> VerifyReport:
     """Check a checkpoint folder; `against` is the original that its layers are compared with,
     `base` a delta's, if not the recorded one. All `ranks`, which share the units, get the report.
+
+    apart  a process that makes the comparison with the original meanwhile, for one rank alone
 
     Raises InputError where there is no checkpoint to read, a base is named for what is no delta,
     or `against` is none.
@@ -89,10 +90,14 @@ def verify(
     asked: dict[str, Any] = {"manifest": files.manifest, "original": original}
     asked |= {"device": device, "seed": seed, "ranks": ranks}
     checks: list[Check] = []
+    elsewhere: Elsewhere | None = None
     wrong: InputError | None = None
     try:
         subject = kind.open(folder, base, **asked)
         checks = [check(subject, found) for check in CHECKS]
+        if apart is not None and original is not None:
+            elsewhere = Elsewhere(subject, found, apart)
+            checks = [elsewhere if type(check) is Original else check for check in checks]
     except InputError as error:
         wrong = error
     ranks.agree(2 * len(checks) + (files.manifest is None), f"what {folder} holds")
@@ -102,7 +107,9 @@ def verify(
         files.finish()
         return found.report(folder)
     try:
-        _check(subject, checks, found, progress)
+        walk(subject, checks, found, progress)
+        if elsewhere is not None:
+            elsewhere.join(checks)
     except NothingMore:
         files.finish()
         return found.report(folder)
@@ -115,74 +122,6 @@ def _concluded(folder: Path, checks: list[Check], found: Findings) -> VerifyRepo
         for check in checks:
             check.conclude()
     return found.report(folder)
-
-
-def _check(
-    subject: Subject, checks: list[Check], found: Findings, progress: Progress | None
-) -> None:
-    """Show the checks every unit, and put together what they found in the units' order.
-
-    Raises NothingMore, on all ranks or on none, before a second unit is read.
-    """
-    ranks, count = subject.ranks, len(subject.source.layout.units)
-    made: dict[int, tuple[dict[str, LayerVerdict], list[list[list[Any]]]]] = {}
-    with _agreed(ranks):
-        for check in checks:
-            check.begin()
-    units = subject.units
-    reading = read_ahead(subject.ahead, list(units.values()), ahead=subject.on_gpu)
-    for (index, unit), stored in zip(units.items(), reading, strict=True):
-        with nullcontext() if index else _agreed(ranks):
-            _show(unit, stored, subject, checks)
-        added = found.gathered(), [check.gathered() for check in checks]
-        if index or ranks.leads:  # all look at the first unit
-            made[index] = added
-        give_back()
-        if progress is not None:
-            progress(unit.name, index + 1, count)
-    every = {index: added for some in ranks.gather(made) for index, added in some.items()}
-    for _, (layers, lists) in sorted(every.items()):
-        found.layers |= layers
-        for check, gathered in zip(checks, lists, strict=True):
-            check.put(gathered)
-
-
-@contextmanager
-def _agreed(ranks: Ranks) -> Iterator[None]:
-    """NothingMore ends all ranks or none."""
-    try:
-        yield
-    except NothingMore:
-        ranks.agree(1, "the model")
-        raise
-    ranks.agree(0, "the model")
-
-
-def _show(
-    unit: UnitLayout,
-    read: Callable[[], dict[str, Tensor]],
-    subject: Subject,
-    checks: list[Check],
-) -> None:
-    """Each check what there is of a unit; a layer is decoded once for all of them."""
-    try:
-        stored = read()
-        for check in checks:
-            check.stored(stored)
-        tensors = subject.read(unit, stored)
-        here = subject.on_device(tensors)
-        for check in checks:
-            check.read(here)
-        for linear, layer in subject.layers(unit, tensors, here):
-            for check in checks:
-                check.layer(linear, layer)
-        for check in checks:
-            check.unit(unit, here)
-    except InputError as error:
-        for check in checks:
-            check.unread(f"{unit.name}: {error.message}")
-    for check in checks:
-        check.over(unit)
 
 
 def _as_read(original: Source, record: OffsiteRecord | None) -> Source:

@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import compile_checkpoint, prepare
+
+CPU = torch.device("cpu")
 
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "tokenizers", "huggingface_hub", "triton")
 """Not for `--help`."""
@@ -59,7 +65,7 @@ def recipes(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Paths of a recipe without data and one with it."""
     folder = tmp_path_factory.mktemp("recipes")
     model = tiny_models.build("llama", folder / "model")
-    found = {}
+    found: dict[str, str] = {}
     grid = {"bits": 4, "group_size": 32, "symmetric": True}
     for name in ("rtn", "awq"):
         recipe = {
@@ -89,3 +95,38 @@ def test_a_run_imports_nothing_that_only_happens_to_be_installed(
     seen = imported(tmp_path, "run", recipes["awq"], "--device", "cpu", "--set", "verify=false")
     assert "transformers" in seen
     assert not seen & set(NEVER)
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of int4 weights."""
+    folder = tmp_path_factory.mktemp("packed")
+    model = tiny_models.build("llama", folder / "model", dtype=torch.float16)
+    passes = [{"rtn": {"bits": 4, "group_size": 32, "symmetric": False}}]
+    recipe = {"model": str(model), "output": str(folder / "out"), "passes": passes}
+    return str(compile_checkpoint(prepare(make_recipe(recipe), device=CPU)).output)
+
+
+def test_files_are_proved_without_what_runs_models(packed: str, tmp_path: Path) -> None:
+    """Packed linears are read, decoded and multiplied by kernels; no block of the model runs."""
+    without = {*OF_RUNS, *NEVER} - {"triton"}
+    assert not imported(tmp_path, "verify", packed, "--device", "cpu") & without
+
+
+def test_a_conversion_runs_no_model(packed: str, tmp_path: Path) -> None:
+    output = [str(tmp_path / "out"), "--format", "autoawq", "--device", "cpu"]
+    seen = imported(tmp_path, "convert", packed, *output, "--no-verify")
+    assert not seen & {"transformers", "accelerate", *NEVER}
+
+
+def test_an_original_is_compared_with_in_a_process_of_its_own(packed: str, tmp_path: Path) -> None:
+    """Beside a GPU; here by the same call for a CPU."""
+    asked = f"Path({packed!r}), against=Path({packed!r}), device=torch.device('cpu'), apart=apart"
+    text = (
+        "import sys, torch\nfrom pathlib import Path\n"
+        "from compressor.verify.apart import Apart\nfrom compressor.verify.verify import verify\n"
+        f"with Apart('cpu') as apart:\n    report = verify({asked})\n"
+        "assert report.ok and 'outputs to the original' in [c.name for c in report.checks]\n"
+        "assert 'transformers' not in sys.modules, 'the comparison was made here'\n"
+    )
+    subprocess.run([sys.executable, "-c", text], check=True)

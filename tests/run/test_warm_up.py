@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from compressor.checkpoint.source import open_source
-from compressor.formats.base import get_format
+from compressor.formats.base import ModelSchemes, get_format
+from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.methods.awq.method import Awq
 from compressor.plan.plan import make_plan
 from compressor.plan.recipe import make_recipe
 from compressor.run.warm_up import warm_up
-from compressor.verify.kernels.ahead import CompiledAhead
+from compressor.verify.kernels.ahead import CompiledAhead, Wanted
 from compressor.verify.kernels.layer import EVERYTHING
 
 PACKED = get_format("compressed-tensors")
@@ -92,7 +93,7 @@ def test_kernels_compiled_beforehand_serve_every_shape(tmp_path: Path) -> None:
 
 def test_what_is_compiled_for_a_verdict_is_a_layer_of_every_scheme() -> None:
     """On a CPU nothing is compiled; what would be runs through the plain reference there."""
-    ahead = CompiledAhead([], format=PACKED, dtype=torch.bfloat16, device=torch.device("cpu"))
+    ahead = CompiledAhead(Wanted((), PACKED, torch.bfloat16, torch.device("cpu")))
     int8 = QuantSpec(element="int", bits=8, strategy="channel", scale_dtype=torch.bfloat16)
     inputs = ActivationSpec(element="int8", mode="token")
     for scheme, name in ((Scheme(SPEC), "w4a16"), (Scheme(int8, inputs), "w8a8")):
@@ -105,11 +106,14 @@ def test_what_is_compiled_for_a_verdict_is_a_layer_of_every_scheme() -> None:
 
 
 def test_a_layer_without_a_kernel_is_left_out() -> None:
-    ahead = CompiledAhead(
-        [(Scheme(SPEC), (64, 96)), (Scheme(), (64, 96))],
+    linears = [Linear(n, "mlp.up", 64, 96, "mlp.in") for n in ("packed", "plain", "again")]
+    schemes = {"packed": Scheme(SPEC), "plain": Scheme(), "again": Scheme(SPEC)}
+    wanted = Wanted.of(
+        linears,
+        ModelSchemes(linears=schemes),
         format=PACKED,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
-    ahead.wait()
-    assert not ahead.coming
+    assert wanted.layers == ((Scheme(SPEC), (64, 96)),)
+    assert not CompiledAhead(wanted).coming  # a CPU has nothing to compile

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import torch
 
+from compressor.plan.recipe import make_recipe
+from compressor.run.session import compile_checkpoint, prepare
 from compressor.verify.kernels import check as kernel_checks
 
 
@@ -47,3 +54,24 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.skipif(kernel_checks._triton() < kernel_checks.INTERPRETER, reason="too old")
+def test_a_conversion_is_proved_by_it(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """In a process of its own: what it imports on its way may bring Triton with it."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton is left to the GPU")
+    output = tmp_path / "packed"
+    passes = [{"rtn": {"bits": 4, "group_size": 32, "symmetric": False}}]
+    recipe = {"model": str(tiny_model("llama", dtype=torch.float16)), "output": str(output)}
+    compile_checkpoint(
+        prepare(make_recipe({**recipe, "passes": passes}), device=torch.device("cpu"))
+    )
+    words = ["convert", str(output), str(tmp_path / "out"), "--format", "autoawq", "--json"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "compressor", *words, "--device", "cpu"],
+        env=environment, capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    layers = json.loads(done.stdout)["verify"]["layers"]
+    assert len(layers) == 14 and all(layer["triton"] for layer in layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ import click
 from compressor.cli.commands.verify import lines
 from compressor.cli.display import size
 from compressor.cli.echo import echo
+from compressor.cli.importing import uncollected
 from compressor.cli.junit import Case, verify_cases
 from compressor.cli.options import (
     MODEL,
@@ -22,6 +24,8 @@ from compressor.cli.options import (
     shard_option,
     telling_options,
 )
+from compressor.runner.driver import start_driver
+from compressor.verify.apart import beside_gpu
 
 SHOWN = 5
 
@@ -76,11 +80,6 @@ def command(
     compress convert out/llama2-awq -o out/llama2-float --format dense
     compress convert --unpickle ./mpt-7b ./mpt-7b-safetensors
     """
-    from compressor.checkpoint.find import locate
-    from compressor.formats.base import format_names, get_format
-    from compressor.run.convert import convert
-    from compressor.run.session import choose_device
-
     display = told.display()
     if unpickle:
         if target is not None:
@@ -95,6 +94,15 @@ def command(
         else:
             echo(f"{output}: {len(written)} files of safetensors")
         return
+    start_driver(device)
+    beside = beside_gpu(device) if verifying else nullcontext()
+    apart = click.get_current_context().with_resource(beside)
+    with uncollected():
+        from compressor.checkpoint.find import locate
+        from compressor.formats.base import format_names, get_format
+        from compressor.run.convert import convert
+        from compressor.run.session import choose_device
+
     if target is None:
         raise click.UsageError(f"--format names what to write: {', '.join(format_names())}")
     get_format(target)
@@ -110,6 +118,7 @@ def command(
             device=where,
             verifying=verifying,
             progress=display.unit,
+            apart=apart if where.type == "cuda" else None,
         )
     rounded = "\n".join(f"rounded {report}" for report in done.rounded)
     add_cases([Case("convert", f"{done.source_format} to {done.target_format}", output=rounded)])

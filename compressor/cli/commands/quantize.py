@@ -21,6 +21,7 @@ from compressor.cli.options import (
 )
 from compressor.cli.several import gpus_option, start_ranks
 from compressor.cli.written import write_file
+from compressor.runner.driver import start_driver
 
 if TYPE_CHECKING:
     from compressor.checkpoint.source import Source
@@ -127,6 +128,7 @@ def command(
     target = output_folder(model, output, scheme or f"{bits_per_weight:g}-bits")
     if scheme is not None and not recipe_only:
         start_ranks(gpus)
+    start_driver(device)
     with uncollected():
         from compressor.checkpoint.manifest import MANIFEST_NAME
         from compressor.checkpoint.workspace import refusal

@@ -27,6 +27,7 @@ from compressor.cli.options import (
 )
 from compressor.cli.several import gpus_option, joined_ranks, start_ranks
 from compressor.report.notes import kept_rows, row_notes
+from compressor.runner.driver import start_driver
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,7 @@ def command(
         )
         return
     start_ranks(gpus)
+    start_driver(device)
     with uncollected():
         loaded = asked()
     run_recipe(loaded, device=device, device_memory=device_memory, again=again, told=told)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from compressor.cli.echo import say
+from compressor.cli.importing import uncollected
 from compressor.cli.junit import verify_cases
 from compressor.cli.options import (
     Told,
@@ -17,6 +19,9 @@ from compressor.cli.options import (
     telling_options,
 )
 from compressor.cli.several import gpus_option, joined_ranks, start_ranks
+from compressor.ranks.place import place_of
+from compressor.runner.driver import start_driver
+from compressor.verify.apart import beside_gpu
 
 if TYPE_CHECKING:
     from compressor.verify.findings import VerifyReport
@@ -55,14 +60,19 @@ def command(
     compress verify out/vicuna-delta --base ./llama2-7b --against ./vicuna --junit verify.xml
     """
     start_ranks(gpus)
-    from compressor.checkpoint.find import locate
-    from compressor.run.alike import computing, require_alike
-    from compressor.verify.verify import verify
+    start_driver(device)
+    beside = beside_gpu(device) if against and place_of() is None else nullcontext()
+    apart = click.get_current_context().with_resource(beside)
+    with uncollected():
+        from compressor.checkpoint.find import locate
+        from compressor.run.alike import computing, require_alike
+        from compressor.verify.verify import verify
 
     display = told.display()
     with joined_ranks(device) as (where, ranks), display.stage("verify", 0):
         original = locate(against, fetch=True).source if against else None
-        require_alike(ranks, computing(where), *([original] if original else []))
+        if ranks.world > 1:  # what a GPU computes with takes a while to ask
+            require_alike(ranks, computing(where), *([original] if original else []))
         report = verify(
             checkpoint,
             base=base,
@@ -71,6 +81,7 @@ def command(
             seed=seed,
             progress=display.unit,
             ranks=ranks,
+            apart=apart if where.type == "cuda" else None,
         )
     add_cases(verify_cases(report))
     say(report.to_json(), lines(report), as_json=told.as_json)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
-from compressor.formats.base import Format
+from compressor.formats.base import Format, ModelSchemes
+from compressor.ir.layout import Linear
 from compressor.ir.scheme import Scheme
 from compressor.numerics import quantize
 from compressor.verify.kernels.check import GPU_TOKENS, kernel_for
@@ -22,24 +24,40 @@ THREADS = 6
 """More would not be faster: much of the compiler runs one thread at a time."""
 
 
-class CompiledAhead:
-    """The kernels on their way.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which kernels, for whoever is to compile them.
 
     layers  scheme and shape of linears: the packed ones count, each kind once
     format, dtype  of the checkpoint
     """
 
-    def __init__(
-        self,
-        layers: Iterable[tuple[Scheme, tuple[int, int]]],
+    layers: tuple[tuple[Scheme, tuple[int, int]], ...]
+    format: Format
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        linears: Iterable[Linear],
+        schemes: ModelSchemes,
         *,
         format: Format,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> None:
-        self.format, self.dtype, self.device = format, dtype, device
+    ) -> Wanted:
+        kinds = dict.fromkeys((schemes.linears[x.name], x.shape) for x in linears)
+        return cls(tuple(kind for kind in kinds if kind[0].weight), format, dtype, device)
+
+
+class CompiledAhead:
+    """The kernels on their way."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.format, self.dtype, self.device = wanted.format, wanted.dtype, wanted.device
         self.coming: list[Future[None]] = []
-        if device.type != "cuda":
+        if self.device.type != "cuda":
             return
         with contextlib.suppress(ImportError):
             # Once, and what it starts with the device, before several threads want them.
@@ -48,7 +66,7 @@ class CompiledAhead:
             triton.runtime.driver.active.get_current_device()
         pool = ThreadPoolExecutor(THREADS)
         first: Future[None] | None = None
-        for scheme, shape in dict.fromkeys((s, shape) for s, shape in layers if s.weight):
+        for scheme, shape in wanted.layers:
             with contextlib.suppress(Exception):  # it fails again where it is needed
                 check, layer = self.stand_in(scheme, shape)
                 for tokens in GPU_TOKENS:

@@ -1,0 +1,164 @@
+"""The comparison with an original in a process of its own, beside the other checks.
+
+It alone runs blocks, for which transformers is imported: by itself that takes as long as everything
+before it. A process that starts with the command does so while this one reads headers, goes through
+the other checks, or converts; threads of one process would take Python from each other.
+
+Both are this program on this machine, and send each other pickled values through pipes. A process
+that fails is one that was never there: the comparison is made here then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import pickle
+import queue
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+from compressor.runner.driver import has_gpu, start_driver
+
+if TYPE_CHECKING:
+    from compressor.verify.findings import Findings
+    from compressor.verify.kernels.ahead import Wanted
+    from compressor.verify.subject import Subject
+
+PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from compressor.verify.apart import serve
+serve(sys.argv[2])
+"""
+
+LENGTH = struct.Struct("<Q")
+"""Bytes of a value, in front of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What the comparison found.
+
+    begun   before the first unit;  ended  in the end, or None where what begun found leaves
+            nothing more to check
+    unread  units that could not be read to their end, here or of the original
+    """
+
+    begun: Findings
+    ended: Findings | None
+    unread: tuple[str, ...] = ()
+
+
+class Apart:
+    """The process, as who started it sees it; it ends with the `with`, or with its starter."""
+
+    def __init__(self, device: str) -> None:
+        """device  as the command was told"""
+        environment = dict(os.environ)
+        if sys.pycache_prefix is not None:
+            environment["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+        if not sys.dont_write_bytecode:
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(sys.path), device],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Its failures are no failures of the command.
+            stderr=None if "COMPRESS_DEBUG" in os.environ else subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for its starter
+        )
+
+    def compile(self, wanted: Wanted) -> None:
+        """Have kernels compiled, which verification will find."""
+        self._send(wanted)
+
+    def compare(self, subject: Subject) -> None:
+        """Begin the comparison of a subject."""
+        self._send(subject)
+
+    def compared(self) -> Compared | None:
+        """What it found, once it has; None where the process did not get there."""
+        with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
+            assert self._process.stdout is not None
+            found = pickle.loads(_received(self._process.stdout))
+            if isinstance(found, Compared):
+                return found
+        return None
+
+    def _send(self, value: Any) -> None:
+        assert self._process.stdin is not None
+        # Who cannot be told will have found nothing.
+        with contextlib.suppress(OSError):
+            _send(self._process.stdin, value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def beside_gpu(device: str) -> contextlib.AbstractContextManager[Apart | None]:
+    """The process where a command's device is a GPU; none for a CPU, whose cores and memory have
+    enough to do."""
+    return Apart(device) if has_gpu(device) else contextlib.nullcontext()
+
+
+def serve(device: str) -> None:
+    """The process: import what is needed, then do what comes, the comparison last."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
+    start_driver(device)
+    gc.disable()  # as `cli.importing` does
+    from compressor.runner.generation_import import import_models
+    from compressor.verify.elsewhere import compare
+    from compressor.verify.kernels.ahead import CompiledAhead, Wanted
+
+    import_models()
+    gc.freeze()
+    gc.enable()
+    while isinstance(value := pickle.loads(asked.get()), Wanted):
+        CompiledAhead(value)
+    _send(answers, compare(value))
+    os._exit(0)
+
+
+def _listen(asked: queue.SimpleQueue[bytes]) -> None:
+    """Pass on what is asked; without whoever asks there is nothing to do."""
+    with contextlib.suppress(OSError, EOFError):
+        while True:
+            asked.put(_received(sys.stdin.buffer))
+    os._exit(0)
+
+
+def _send(pipe: BinaryIO | Any, value: Any) -> None:
+    data = pickle.dumps(value)
+    pipe.write(LENGTH.pack(len(data)) + data)
+    pipe.flush()
+
+
+def _received(pipe: BinaryIO | Any) -> bytes:
+    """The bytes of one value. Raises EOFError where there is none."""
+    (length,) = LENGTH.unpack(_exactly(pipe, LENGTH.size))
+    return _exactly(pipe, length)
+
+
+def _exactly(pipe: BinaryIO | Any, count: int) -> bytes:
+    data: bytes = pipe.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
