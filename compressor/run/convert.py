@@ -119,30 +119,25 @@ def convert(
     anything is written; a folder that this conversion does not own is refused.
     """
     source, target = located.source, get_format(format)
-    folder = source.checkpoint.folder
+    folder, units = source.checkpoint.folder, len(source.layout.units)
     if (refused := refusal(output, manifest=MANIFEST_NAME, models=[folder])) is not None:
         raise refused
     if target.name != "dense" and not source.quantized:
+        low = source.low_precision
+        held = f"{low}, which is read as floats" if low else "float weights"
         raise InputError(
-            f"{source.checkpoint.folder} holds "
-            + (
-                f"{source.low_precision}, which is read as floats"
-                if source.low_precision
-                else "float weights"
-            )
-            + "; a conversion chooses no codes",
+            f"{folder} holds {held}; a conversion chooses no codes",
             hint="quantize it with a recipe: compress recipes",
         )
     if verifying and device.type == "cpu":
         # Now, since others import Triton, and it looks only once.
         enable_interpreter()
     job = _Conversion(ConvertedSource(source, device), target, allow_rounding)
-    steps = (3 if verifying else 2) * len(source.layout.units)
+    steps = (3 if verifying else 2) * units
     container = Safetensors(max_shard_size, source.checkpoint.stem)
     made = job.study(container, partial(_show, progress, 0, steps))
     if verifying:
         compile_verdict(made, device, apart)
-    units = len(source.layout.units)
     recipe = folder / RECIPE_NAME
     written = write(
         made,
