@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/architectures.md"
@@ -103,15 +104,9 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         "else it is by hand",
         "A name after the type is another of its layouts. In a model with a tower or with layers "
         "for several tokens at once these are carried over byte for byte; calibration is of text.",
-        "\n".join(
-            [
-                "| " + " | ".join(head) + " |",
-                "|" + "---|" * len(head),
-                *(
-                    f"| `{family}` | " + " | ".join(row[column] for column in head[1:]) + " |"
-                    for family, row in sorted(rows.items())
-                ),
-            ]
+        markdown(
+            head,
+            ([f"`{f}`", *(row[column] for column in head[1:])] for f, row in sorted(rows.items())),
         ),
         "Maps of types that transformers has no class for by itself, bound against names alone: "
         + ", ".join(f"`{name}`" for name in unseen)

@@ -19,12 +19,17 @@ import shutil
 import subprocess
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tables import markdown
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+from whole import run
 
 LENGTH = 512
 TOLERANCE = 0.03
@@ -77,12 +82,10 @@ def last_error(log: str) -> str:
     return str(lines[-1])[:300]
 
 
-def ours(model: Path, output: Path, form: Form, *, windows: int) -> dict[str, Any]:
+def ours(model: Path, folder: Path, form: Form, *, windows: int) -> dict[str, Any]:
     """Write and evaluate a checkpoint: loss of the written file and of its source."""
-    recipe = output.with_suffix(".yaml")
-    keys = {
+    recipe = {
         "model": str(model),
-        "output": str(output),
         "calibration": {"data": "bundled", "samples": 64, "length": 512},
         "passes": form.passes,
         "format": form.format,
@@ -90,27 +93,18 @@ def ours(model: Path, output: Path, form: Form, *, windows: int) -> dict[str, An
         "dtype": "bfloat16",
         "evaluate": {"data": "bundled", "windows": windows, "length": LENGTH},
     }
-    recipe.write_text(json.dumps(keys))
-    done = subprocess.run(
-        [sys.executable, "-m", "compressor", "run", str(recipe), "--json", "--log-format", "plain"],
-        capture_output=True,
-        text=True,
-    )
-    told = json.loads(done.stdout or "{}")
-    if done.returncode:
-        said = [error["message"] for error in told.get("errors", ())] or [last_error(done.stderr)]
-        return {"error": f"exit code {done.returncode}: {'; '.join(said)}"}
-    found = told["evaluate"]
-    return {
-        "ours": math.log(found["perplexity"]["value"]),
-        "source": math.log(found["original_perplexity"]["value"]),
-    }
+    try:
+        found = run(recipe, folder, device="auto").result["evaluate"]
+    except SystemExit as error:
+        return {"error": str(error).splitlines()[0]}
+    perplexities = {"ours": found["perplexity"], "source": found["original_perplexity"]}
+    return {name: math.log(each["value"]) for name, each in perplexities.items()}
 
 
-def theirs(output: Path, tokens: Path, args: Namespace) -> dict[str, Any]:
+def theirs(folder: Path, tokens: Path, args: Namespace) -> dict[str, Any]:
     """vLLM's loss on a checkpoint, from a process of its own."""
-    result, log = output.with_suffix(".vllm.json"), output.with_suffix(".log")
-    command = [sys.executable, __file__, "--child", str(output), str(tokens), str(result)]
+    result, log = folder.with_suffix(".vllm.json"), folder.with_suffix(".log")
+    command = [sys.executable, __file__, "--child", f"{folder}/out", str(tokens), str(result)]
     command += [part for option in args.vllm_option for part in ("--vllm-option", option)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": args.vllm}
     with log.open("w") as handle:
@@ -157,16 +151,16 @@ def child(checkpoint: str, tokens: str, result: str, options: list[str]) -> None
     Path(result).write_text(json.dumps(found))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown."""
-    lines = [["model", "form", "vLLM's method, kernels", "vLLM", "ours", "difference", "source"]]
-    lines.append(["---"] * len(lines[0]))
+HEAD = ("model", "form", "vLLM's method, kernels", "vLLM", "ours", "difference", "source")
+
+
+def cells(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """A table's."""
     for row in rows:
         numbers = [f"{row[key]:.3f}" if key in row else "-" for key in ("vllm", "ours", "source")]
         apart = f"{row['vllm'] - row['ours']:+.4f}" if {"vllm", "ours"} <= row.keys() else "-"
         how = row.get("error") or ", ".join([str(row.get("method")), *row.get("kernels", ())])
-        lines.append([row["model"], row["form"], how, *numbers[:2], apart, numbers[2]])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        yield [row["model"], row["form"], how, *numbers[:2], apart, numbers[2]]
 
 
 def main() -> int:
@@ -195,12 +189,13 @@ def main() -> int:
         (args.output / f"{model.name}.tokens.json").write_text(json.dumps(rows))
 
     def judge(model: Path, name: str) -> dict[str, Any]:
-        output = args.output / f"{model.name}-{name}"
-        written = ours(model, output, FORMS[name], windows=args.windows)
+        folder = args.output / f"{model.name}-{name}"
+        folder.mkdir(exist_ok=True)
+        written = ours(model, folder, FORMS[name], windows=args.windows)
         row: dict[str, Any] = {"model": model.name, "form": name, **written}
         if "error" not in row and args.vllm:
-            row |= theirs(output, args.output / f"{model.name}.tokens.json", args)
-        shutil.rmtree(output, ignore_errors=True)
+            row |= theirs(folder, args.output / f"{model.name}.tokens.json", args)
+        shutil.rmtree(folder)
         print(json.dumps(row), flush=True)
         return row
 
@@ -213,7 +208,7 @@ def main() -> int:
             if fits(FORMS[name], config)
         ]
         rows = [future.result() for future in asked]
-    print(table(rows))
+    print(markdown(HEAD, cells(rows)))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     bad = [row for row in rows if "error" in row]

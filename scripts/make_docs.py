@@ -1,24 +1,22 @@
 """Writes the reference pages that follow from the code: docs/cli.md, recipe.md and formats.md.
 
-python scripts/make_docs.py            write them
-python scripts/make_docs.py --check    exit code 1 if one of them is out of date
+python scripts/make_docs.py
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
-import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from tables import markdown
 
 from compressor.cli.main import cli
 from compressor.methods.base import Method, get_pass, pass_names
@@ -42,21 +40,13 @@ def cli_page() -> str:
         WRITTEN,
         "Every command prints progress on stderr and its result on stdout, which is one JSON "
         "object with `--json`. Nothing asks a question.",
-        _help(cli, "compress"),
+        *_helps(cli, "compress"),
     ]
-    context = click.Context(cli, info_name="compress")
-    for name in cli.list_commands(context):
-        command = cli.get_command(context, name)
-        assert command is not None
-        parts += [f"## compress {name}", _help(command, f"compress {name}")]
-        if isinstance(command, click.Group):
-            parts += [
-                _help(inner, f"compress {name} {sub}") for sub, inner in command.commands.items()
-            ]
     return "\n\n".join(parts) + "\n"
 
 
-def _help(command: click.Command, name: str) -> str:
+def _helps(command: click.Command, name: str) -> Iterator[str]:
+    """What a command prints with --help, and those in it; each of the program has a heading."""
     context = click.Context(
         command,
         info_name=name,
@@ -65,31 +55,32 @@ def _help(command: click.Command, name: str) -> str:
         help_option_names=["-h", "--help"],
         show_default=True,
     )
-    return f"```text\n{command.get_help(context).rstrip()}\n```"
+    yield f"```text\n{command.get_help(context).rstrip()}\n```"
+    if isinstance(command, click.Group):
+        for sub in command.list_commands(context):
+            inner = command.get_command(context, sub)
+            assert inner is not None
+            yield from [f"## compress {sub}"] if command is cli else []
+            yield from _helps(inner, f"{name} {sub}")
 
 
 def recipe_page() -> str:
     """Every key of a recipe, and every pass with its parameters."""
-    sections, seen = [], set()
+    sections: list[str] = []
+    seen = set()
     for path, model in _models("", Recipe):
         if model in seen:
             continue
         seen.add(model)
-        title = f"## `{path}`" if path else "## Keys"
-        about = "" if model is Recipe else _about(model)
-        sections.append("\n\n".join(filter(None, [title, about, _table(model)])))
-    own = set(Method.model_fields)
-    passes = []
+        sections += [f"## `{path}`", _about(model)] if path else ["## Keys"]
+        sections.append(_table(model))
+    passes: list[str] = []
     for name in pass_names():
-        kind = get_pass(name)
-        link = f"[{name}](methods/{name}.md)"
-        fields = _table(kind, leave_out=own)
-        inner = [
-            f"`{path}`: {_about(model)}\n\n{_table(model)}"
-            for path, model in _models("", kind)
-            if path
-        ]
-        passes.append("\n\n".join(filter(None, [f"### {link}", _about(kind), fields, *inner])))
+        (_, kind), *inside = _models("", get_pass(name))
+        passes += [f"### [{name}](methods/{name}.md)", _about(kind)]
+        passes.append(_table(kind, leave_out=Method.model_fields))
+        for path, model in inside:
+            passes += [f"`{path}`: {_about(model)}", _table(model)]
     parts = [
         "# The recipe",
         WRITTEN,
@@ -106,7 +97,7 @@ def recipe_page() -> str:
         _table(Method),
         *passes,
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _models(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -129,10 +120,10 @@ def _about(model: type[BaseModel]) -> str:
     return inspect.cleandoc(model.__doc__ or "")
 
 
-def _table(model: type[BaseModel], *, leave_out: set[str] | None = None) -> str:
+def _table(model: type[BaseModel], *, leave_out: Collection[str] = ()) -> str:
     rows = []
     for name, field in model.model_fields.items():
-        if name in (leave_out or set()):
+        if name in leave_out:
             continue
         default = field.get_default(call_default_factory=True)
         if default is PydanticUndefined:
@@ -140,13 +131,10 @@ def _table(model: type[BaseModel], *, leave_out: set[str] | None = None) -> str:
         elif isinstance(default, BaseModel):
             shown = "see below"
         else:
-            value = list(default) if isinstance(default, tuple) else default
-            shown = f"`{json.dumps(value, ensure_ascii=False, default=str)}`"
+            shown = f"`{json.dumps(default, ensure_ascii=False, default=str)}`"
         about = " ".join((field.description or "").split())
-        rows.append(f"| `{name}` | {_type(field.annotation)} | {_cell(shown)} | {_cell(about)} |")
-    if not rows:
-        return ""
-    return "\n".join(["| key | value | default | |", "|---|---|---|---|", *rows])
+        rows.append([f"`{name}`", _type(field.annotation), _cell(shown), _cell(about)])
+    return markdown(("key", "value", "default", ""), rows) if rows else ""
 
 
 def _type(annotation: Any) -> str:
@@ -173,20 +161,6 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "\\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    check = parser.parse_args().check
-    stale = []
-    for name, text in pages().items():
-        path = DOCS / name
-        if not path.is_file() or path.read_text("utf-8") != text:
-            stale.append(name)
-            if not check:
-                path.write_text(text, "utf-8")
-    print(f"{'out of date' if check else 'written'}: {', '.join(stale) or 'nothing'}")
-    sys.exit(1 if check and stale else 0)
-
-
 if __name__ == "__main__":
-    main()
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, "utf-8")

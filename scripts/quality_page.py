@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tables import markdown
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WRITTEN = "<!-- Written by scripts/quality_page.py from quality.json; change those instead. -->"
 KINDS = {
@@ -83,20 +85,21 @@ def sections(rows: Sequence[Row], grids: Mapping[str, str]) -> Iterator[str]:
             if own:
                 own.sort(key=lambda r: (r["calibration"], -r["top1"]))
                 yield f"## Small {model}: {label}" if model else f"## {label}"
-                yield from ("", *table([*originals, *own]), "", *claims(own), "")
+                yield from ("", table([*originals, *own]), "", *claims(own), "")
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
+def table(rows: Sequence[Row]) -> str:
     """Perplexities, the mean KL over kinds, agreement, bytes and time."""
     kinds = [kind for kind in KINDS if any(f"nll {kind}" in row for row in rows)]
-    yield f"| | calibrated on | {' | '.join(map(KINDS.get, kinds))} | KL | top-1 | MB | seconds |"
-    yield "|---" * (len(kinds) + 6) + "|"
+    head = ("", "calibrated on", *map(KINDS.get, kinds), "KL", "top-1", "MB", "seconds")
+    lines = []
     for row in rows:
         cells = [perplexity(row.get(f"nll {kind}")) for kind in kinds]
         divergences = [estimate(row[f"kl {kind}"])[0] for kind in kinds if f"kl {kind}" in row]
         cells += [f"{statistics.fmean(divergences):.4f}" if divergences else ""]
         cells += [f"{row['top1']:.3f}", *(str(row.get(figure, "")) for figure in ("MB", "seconds"))]
-        yield f"| {name(row)} | {row['calibration']} | {' | '.join(cells)} |"
+        lines.append([name(row), row["calibration"], *cells])
+    return markdown(head, lines)
 
 
 def perplexity(losses: Sequence[float] | None) -> str:

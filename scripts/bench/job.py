@@ -19,11 +19,13 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tables import markdown
 from whole import ROOT, run
 

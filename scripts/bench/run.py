@@ -27,7 +27,7 @@ import torch
 import triton
 from triton.testing import do_bench, do_bench_cudagraph
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.extend(map(str, Path(__file__).resolve().parents[:2]))
 from case import Call, Case, Setup
 from tables import markdown
 

@@ -62,7 +62,8 @@ def run(
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{told}\n{log.read_text()[-4000:]}")
+        said = [error["message"] for error in json.loads(told or "{}").get("errors", ())]
+        raise SystemExit(f"{'; '.join(said)}\n{' '.join(command)}:\n{log.read_text()[-4000:]}")
     events = [json.loads(line) for line in log.read_text().splitlines() if line[:1] == "{"]
     done = [event for event in events if event["event"] == "unit"]
     return Ran(

@@ -5,5 +5,5 @@ from collections.abc import Iterable, Sequence
 
 def markdown(head: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """A table."""
-    lines: list[Iterable[object]] = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+    lines = (f"| {' | '.join(str(cell) for cell in row)} |" for row in (head, *rows))
+    return "\n".join([next(lines), "|---" * len(head) + "|", *lines])
