@@ -207,27 +207,6 @@ class SiteStats:
             raise ValueError(f"{name} was not collected at this site")
         return value
 
-    def merge(self, other: SiteStats) -> None:
-        """Add another accumulator of the same site. Raises ValueError for different sites."""
-        if (self.channels, self.needs) != (other.channels, other.needs):
-            raise ValueError("statistics of different sites cannot be merged")
-        self._counts += other._counts.to(self.device)
-        self._counted = None
-        if self._abssum is not None:
-            self._abssum += other._wanted(other._abssum, "absmean").to(self.device)
-        if self._absmax is not None:
-            theirs = other.absmax.to(self.device)
-            torch.maximum(self._absmax, theirs, out=self._absmax)
-        if self._gram is not None:
-            self._gram += other.gram.to(self.device)
-        if other._cross is not None:
-            ours = other._cross.to(self.device)
-            self._cross = ours.clone() if self._cross is None else self._cross + ours
-        missing = self.needs.keep_inputs - self._kept_rows
-        if missing > 0 and other._kept_rows:
-            self._kept.append(other.inputs[:missing].to(self.device, copy=True))
-            self._kept_rows += self._kept[-1].shape[0]
-
 
 @torch.no_grad()
 def update_each(sites: Sequence[SiteStats], parts: Sequence[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +192,8 @@ def _linear(
     for hole in holes:
         uneven = hole.uneven == 1 or any(size % hole.uneven for size in linear.shape)
         if not unlike(hole) and uneven and (linear.transposed or not hole.transposed):
-            reasons.append((hole.says, f"{hole.instead}{_issue(hole)}"))
+            issue = f" ({hole.issue})" if hole.issue else ""
+            reasons.append((hole.says, f"{hole.instead}{issue}"))
     if reasons:
         return reasons
     lines = [line for line in contract.loads if line.holds_in(runtime.version)]
@@ -216,24 +217,20 @@ def _linear(
     return [] if "" in sizes else [(sizes[0], right_sizes(runtime, running, linear, scheme))]
 
 
-def _cache(runtime: Runtime, written: Written) -> list[InputError]:
+def _cache(runtime: Runtime, written: Written) -> Iterator[InputError]:
     kv = written.kv
-    if kv is None:
-        return []
     lines = [line for line in runtime.contract.kv if line.holds_in(runtime.version)]
-    if any(
+    if kv is None or any(
         written.format in line.formats and kv.element in line.elements and kv.per in line.per
         for line in lines
     ):
-        return []
+        return
     offers = [f"{' or '.join(x.elements)} per {' or '.join(x.per)}" for x in lines]
-    return [
-        InputError(
-            f"{runtime.title} does not read a KV cache of {kv.element} per {kv.per} from the "
-            f"format {written.format}",
-            hint=f"it reads {'; '.join(dict.fromkeys(offers))}" if offers else "leave it in float",
-        )
-    ]
+    yield InputError(
+        f"{runtime.title} does not read a KV cache of {kv.element} per {kv.per} from the "
+        f"format {written.format}",
+        hint=f"it reads {'; '.join(dict.fromkeys(offers))}" if offers else "leave it in float",
+    )
 
 
 def _offer(lines: Iterable[Loads], schemes: Iterable[Scheme]) -> str:
@@ -287,7 +284,7 @@ def fitting_lines(runtime: Runtime, written: Written) -> list[Loads]:
     return list(found.values())
 
 
-def _fused(runtime: Runtime, written: Written) -> list[InputError]:
+def _fused(runtime: Runtime, written: Written) -> Iterator[InputError]:
     """Linears of which a runtime makes one, and which have different schemes."""
     fused = runtime.contract.fused
     fuses = {} if fused is None else fused.of(written.model_type, runtime.version)
@@ -301,29 +298,18 @@ def _fused(runtime: Runtime, written: Written) -> list[InputError]:
     for (name, _), schemes in groups.items():
         if len(set(schemes.values())) > 1:
             wrong.setdefault(name, []).extend(schemes)
-    return [
-        InputError(
+    for name, names in wrong.items():
+        yield InputError(
             f"{runtime.title} makes one {name} of {', '.join(fuses[name])} and wants one scheme "
             f"for them ({several(names)})",
             hint="quantize them alike, or none of them",
         )
-        for name, names in wrong.items()
-    ]
 
 
-def _targets(runtime: Runtime, written: Written) -> list[InputError]:
-    if not written.classes or not wants_names(
-        runtime, groups=written.groups, experts=written.experts
-    ):
-        return []
-    return [
-        InputError(
+def _targets(runtime: Runtime, written: Written) -> Iterator[InputError]:
+    if written.classes and wants_names(runtime, groups=written.groups, experts=written.experts):
+        yield InputError(
             f"{runtime.title} wants config groups that name each linear, not "
             f"{', '.join(written.classes[:3])}",
             hint=f"runtime: {runtime.name} in the recipe writes names",
         )
-    ]
-
-
-def _issue(scope: Scope) -> str:
-    return f" ({scope.issue})" if scope.issue else ""

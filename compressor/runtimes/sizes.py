@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from compressor.errors import InputError
@@ -67,19 +67,17 @@ def right_sizes(runtime: Runtime, lines: Sequence[Loads], linear: Linear, scheme
     return ", or ".join([*found, "leave it in float (ignore)"])
 
 
-def wrong_heads(runtime: Runtime, attention: Iterable[AttentionShape]) -> list[InputError]:
-    """Attention whose heads do not divide between the GPUs."""
+def wrong_heads(runtime: Runtime, attention: Iterable[AttentionShape]) -> Iterator[InputError]:
+    """The first attention whose heads do not divide between the GPUs."""
     tp = runtime.tp
     for shape in attention:
         if not _divide(shape, tp):
-            return [
-                InputError(
-                    f"{runtime.title} cannot split the model's {shape.heads} heads and "
-                    f"{shape.kv_heads} KV heads between {tp} GPUs",
-                    hint=f"tp: {or_(n for n in range(1, tp) if _divide(shape, n))}",
-                )
-            ]
-    return []
+            yield InputError(
+                f"{runtime.title} cannot split the model's {shape.heads} heads and "
+                f"{shape.kv_heads} KV heads between {tp} GPUs",
+                hint=f"tp: {or_(n for n in range(1, tp) if _divide(shape, n))}",
+            )
+            return
 
 
 def _divide(shape: AttentionShape, gpus: int) -> bool:

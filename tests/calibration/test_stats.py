@@ -73,21 +73,14 @@ def test_products_with_the_originals_inputs_are_those_of_float64(dtype):
     pairs = [[torch.randn(2, 30, 17, generator=draw).to(dtype) for _ in "xo"] for _ in range(3)]
     pairs[1][0][0, 4, 2] = float("nan")  # neither of the two counts where ours is not finite
     pairs[1][1][0, 4, 3] = float("inf")
-    stats, parts = (
-        [SiteStats(17, StatNeeds(gram=True, cross=True), device="cpu") for _ in range(n)]
-        for n in (1, 3)
-    )
-    for part, (x, original) in zip(parts, pairs, strict=True):
-        stats[0].update(x, original)
-        part.update(x, original)
+    stats = SiteStats(17, StatNeeds(gram=True, cross=True), device="cpu")
+    for x, original in pairs:
+        stats.update(x, original)
     x, original = (torch.cat([p[i] for p in pairs]).reshape(-1, 17).double() for i in (0, 1))
     good = x.isfinite().all(1)
     exact = (original - x)[good].T @ x[good]
-    for part in parts[1:]:
-        parts[0].merge(part)
-    for found in (stats[0], parts[0]):
-        assert found.tokens == 179
-        torch.testing.assert_close(found.cross.double(), exact, rtol=1e-4, atol=1e-3)
+    assert stats.tokens == 179
+    torch.testing.assert_close(stats.cross.double(), exact, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="cross was not collected"):
         collect([torch.ones(4, 3)], needs=StatNeeds(cross=True)).cross  # noqa: B018
 
@@ -125,20 +118,6 @@ def test_a_gram_that_was_read_goes_on_in_all_its_bands():
     other = collect([x])
     torch.testing.assert_close(stats.gram, stats.gram.T)
     torch.testing.assert_close(stats.gram, other.gram)
-    stats.merge(other)
-    torch.testing.assert_close(stats.gram, 2 * other.gram)
-
-
-def test_merging_equals_one_pass():
-    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(2))
-    x[11] = float("nan")
-    whole, left, right = collect([x[:4], x[4:]]), collect([x[:4]]), collect([x[4:]])
-    left.merge(right)
-    assert (left.tokens, left.bad_tokens) == (29, 1)
-    for name in ("absmean", "absmax", "gram", "inputs"):
-        torch.testing.assert_close(getattr(left, name), getattr(whole, name))
-    with pytest.raises(ValueError, match="different sites"):
-        left.merge(collect([x], needs=StatNeeds(gram=True)))
 
 
 def test_the_same_input_gives_the_same_bits():
