@@ -44,13 +44,7 @@ from compressor.checkpoint.records import Records, stated_hash
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.target import Target
-from compressor.checkpoint.workspace import (
-    claim,
-    lacking_room,
-    owned,
-    refusal,
-    require_same,
-)
+from compressor.checkpoint.workspace import claim, lacking_room, owned, refusal, require_same
 from compressor.errors import CheckError, InputError, MachineError
 from compressor.ir.layout import UnitLayout
 from compressor.ir.unit import Unit

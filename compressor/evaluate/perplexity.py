@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -240,7 +240,7 @@ def token_scores(
         for part in (part for places in chunks for part in torch.split(places, at_once)):
             row, column = part[:, 0], part[:, 1]
             logs = [
-                _log_probabilities(head, stream.hidden[row, column])
+                torch.log_softmax(head(stream.hidden[row, column]), dim=-1)
                 for head, stream in zip(heads, streams, strict=True)
             ]
             wanted = targets[row, column].to(logs[0].device).unsqueeze(1)
@@ -253,10 +253,6 @@ def token_scores(
                 gap = (theirs - mine).masked_fill_(theirs.isneginf(), 0.0)
                 kl[row, column] = theirs.exp_().mul_(gap).sum(1).double().cpu()
     return nlls[0], (nlls[1] if len(nlls) == 2 else None), kl, same
-
-
-def _log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    return torch.log_softmax(head(hidden), dim=-1)
 
 
 def _squares(ours: Tensor, original: Tensor) -> Tensor:

@@ -18,12 +18,7 @@ from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.attention.policy import (
-    AttentionPolicy,
-    LayerPolicy,
-    attention_shape,
-    policy_of,
-)
+from compressor.attention.policy import AttentionPolicy, LayerPolicy, attention_shape, policy_of
 from compressor.attention.quality import watch_attention
 from compressor.attention.rules.xattention import XAttention as Tiles
 from compressor.errors import InputError

@@ -213,12 +213,7 @@ def push(
     Raises InputError for a repository that may not be written, MachineError where the network or
     the Hub keep failing, CheckError where the Hub holds something else than was sent.
     """
-    from huggingface_hub import (
-        CommitOperation,
-        CommitOperationAdd,
-        CommitOperationDelete,
-        HfApi,
-    )
+    from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()

@@ -15,7 +15,6 @@ from compressor.runtimes.contract import (
     Contract,
     Fused,
     Known,
-    Loads,
     Runtime,
     load_contract,
     runtime_names,
@@ -148,7 +147,7 @@ def formats_page() -> str:
 
 def _section(contract: Contract) -> list[str]:
     """All lines of one contract."""
-    rows = [[_when(line), line.describe(), _gpu(line), *_how(line)] for line in contract.loads]
+    rows = [[_when(line), line.describe(), line.gpus, *_how(line)] for line in contract.loads]
     for kv in contract.kv:
         per, elements = " or ".join(kv.per), " or ".join(kv.elements)
         about = f"KV cache of {elements} per {per}, as {' or '.join(kv.formats)}"
@@ -208,10 +207,6 @@ def _fused(fused: Fused) -> list[str]:
 
 def _when(line: Known) -> str:
     return ", ".join(line.versions) or "all"
-
-
-def _gpu(line: object) -> str:
-    return line.gpus if isinstance(line, Loads) else ""
 
 
 def _how(line: Known) -> list[str]:

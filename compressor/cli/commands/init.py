@@ -11,12 +11,7 @@ import click
 from compressor.cli.commands.quantize import SCHEME, output_folder, quality_option, read_headers
 from compressor.cli.echo import echo
 from compressor.cli.importing import uncollected
-from compressor.cli.options import (
-    MODEL,
-    device_option,
-    json_option,
-    runtime_option,
-)
+from compressor.cli.options import MODEL, device_option, json_option, runtime_option
 from compressor.cli.written import WRITTEN, new_file, put
 
 if TYPE_CHECKING:

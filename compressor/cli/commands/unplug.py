@@ -8,14 +8,7 @@ import click
 
 from compressor.cli.display import size
 from compressor.cli.echo import say
-from compressor.cli.options import (
-    FOLDER,
-    MODEL,
-    PADS,
-    Told,
-    folder_argument,
-    telling_options,
-)
+from compressor.cli.options import FOLDER, MODEL, PADS, Told, folder_argument, telling_options
 
 
 @click.command()

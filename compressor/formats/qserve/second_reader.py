@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressor.formats.second_reader.arrays import (
-    Array,
-    Arrays,
-    Config,
-    array,
-    by_rows,
-    numbers,
-)
+from compressor.formats.second_reader.arrays import Array, Arrays, Config, array, by_rows, numbers
 from compressor.formats.second_reader.grids import CodedWeight, group_count, known_bits
 
 QSERVE_OUTPUTS = tuple(half + n for half in (0, 16) for k in range(8) for n in (k, k + 8))

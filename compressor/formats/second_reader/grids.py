@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.formats.second_reader.arrays import (
-    Arrays,
-    Config,
-    Float64,
-    array,
-    by_rows,
-    e4m3,
-)
+from compressor.formats.second_reader.arrays import Arrays, Config, Float64, array, by_rows, e4m3
 
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 SIGNED_E2M1 = np.concatenate([E2M1, -E2M1])

@@ -12,13 +12,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import Format, Headers, ModelSchemes
-from compressor.formats.shared.checks import (
-    SCALE_DTYPES,
-    check_int,
-    int_reason,
-    take,
-    take_scales,
-)
+from compressor.formats.shared.checks import SCALE_DTYPES, check_int, int_reason, take, take_scales
 from compressor.formats.shared.whole_checkpoint import config_number, group_size, read_group_size
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import Scheme

@@ -7,12 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.checkpoint.numbered import (
-    numbered_tensors,
-    require_alike,
-    shapes_of,
-    under_names,
-)
+from compressor.checkpoint.numbered import numbered_tensors, require_alike, shapes_of, under_names
 from compressor.checkpoint.offsite import stored
 from compressor.checkpoint.source import Source, not_finite
 from compressor.errors import InputError

@@ -6,7 +6,6 @@ checkpoint is needed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,11 +154,6 @@ def check_record(model: SourceModel, record: ChoiceRecord, *, quantized: bool) -
 
 def _recalls(qualities: Sequence[LayerQuality]) -> dict[int, float]:
     return {q.layer: q.recall for q in qualities if q.scorer == FORECAST}
-
-
-def record_bytes(record: ChoiceRecord) -> bytes:
-    """The record as it is stored."""
-    return (json.dumps(record.to_json(), indent=1) + "\n").encode()
 
 
 def model_dtype(model: SourceModel) -> torch.dtype:

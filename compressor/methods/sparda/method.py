@@ -9,6 +9,7 @@ on the block's own attention; the model stays as it is.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -28,12 +29,7 @@ from compressor.methods.base import Cost, Effects, Needs
 from compressor.methods.common.chosen_blocks import ChosenBlocks, reads
 from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.learned import Learned
-from compressor.methods.sparda.choice_record import (
-    RECORD_NAME,
-    model_dtype,
-    record_bytes,
-    record_choices,
-)
+from compressor.methods.sparda.choice_record import RECORD_NAME, model_dtype, record_choices
 from compressor.methods.sparda.teacher import Teacher
 from compressor.methods.sparda.training import Trainer, Training, store_bytes
 from compressor.runner.source_model import SourceModel
@@ -135,7 +131,8 @@ class SparDA(ChosenBlocks[Recall]):
         layout, rows, length = context.layout, context.rows, context.length
         tensors = self.adds(layout, context.dtype).values()
         added = sum(math.prod(tensor.shape) for unit in tensors for tensor in unit.values())
-        kept = store_bytes(rows, length, _width(layout), context.dtype)
+        width = max(linear.in_features for linear in layout.head.linears)
+        kept = store_bytes(rows, length, width, context.dtype)
         seen = self.steps * self.rows_per_step / rows
         # A teacher for each row of each step; for each row as it goes on, one more and the
         # attention that its choice is for.
@@ -202,7 +199,7 @@ class SparDA(ChosenBlocks[Recall]):
             Recall(recall=recall),
             extra=forecasts,
             rows=rows,
-            files={RECORD_NAME: record_bytes(record)},
+            files={RECORD_NAME: (json.dumps(record.to_json(), indent=1) + "\n").encode()},
         )
 
     def policy(self, layout: ModelLayout, learned: Recall | None) -> AttentionPolicy:
@@ -216,10 +213,6 @@ def _attention(unit: UnitLayout) -> str:
 
 def _entering(unit: UnitLayout) -> int:
     return next(x.in_features for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
-
-
-def _width(layout: ModelLayout) -> int:
-    return max(linear.in_features for linear in layout.head.linears)
 
 
 PASS = SparDA
