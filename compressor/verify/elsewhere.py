@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import torch
 
 from compressor.verify.apart import Apart, Compared
 from compressor.verify.checks.base import Check
@@ -10,6 +13,25 @@ from compressor.verify.checks.original import Original
 from compressor.verify.findings import Findings, NothingMore
 from compressor.verify.subject import Subject
 from compressor.verify.walk import walk
+
+ROOM = 24
+"""Bytes of a GPU's free memory for each weight of the largest unit, from which two processes go
+through it beside each other: it and the original's in float32, what is rounded or moved of that,
+and both as they are stored."""
+
+
+def has_room(subject: Subject) -> bool:
+    """Whether the device has memory for another process that compares."""
+    if not subject.on_gpu:
+        return True
+    entries = subject.source.checkpoint.entries
+    free, _ = torch.cuda.mem_get_info(subject.device)
+    sizes = [sum(math.prod(x.shape) for x in u.linears) for u in subject.source.layout.units]
+    stored = [
+        sum(math.prod(entries[name].spec.shape) for name in u.tensors if name in entries)
+        for u in subject.source.layout.units
+    ]
+    return free >= ROOM * max(*sizes, *stored)
 
 
 def compare(subject: Subject) -> Compared:

@@ -35,7 +35,7 @@ from compressor.verify.checks.headers import Headers
 from compressor.verify.checks.kernels import Kernels
 from compressor.verify.checks.original import Original
 from compressor.verify.checks.stream_policy import StreamPolicy
-from compressor.verify.elsewhere import Elsewhere
+from compressor.verify.elsewhere import Elsewhere, has_room
 from compressor.verify.findings import Findings, NothingMore, VerifyReport
 from compressor.verify.kernels.check import enable_interpreter
 from compressor.verify.subject import Subject, kind_of
@@ -96,8 +96,11 @@ def verify(
         subject = kind.open(folder, base, **asked)
         checks = [check(subject, found) for check in CHECKS]
         if apart is not None and original is not None:
-            elsewhere = Elsewhere(subject, found, apart)
-            checks = [elsewhere if type(check) is Original else check for check in checks]
+            if has_room(subject):
+                elsewhere = Elsewhere(subject, found, apart)
+                checks = [elsewhere if type(check) is Original else check for check in checks]
+            else:
+                apart.end()
     except InputError as error:
         wrong = error
     ranks.agree(2 * len(checks) + (files.manifest is None), f"what {folder} holds")

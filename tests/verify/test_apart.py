@@ -18,9 +18,12 @@ from compressor.plan.recipe import make_recipe
 from compressor.run.convert import convert
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.verify import apart as apart_module
+from compressor.verify import verify as verifying
 from compressor.verify.apart import Apart, beside_gpu
+from compressor.verify.elsewhere import ROOM, has_room
 from compressor.verify.findings import VerifyReport
 from compressor.verify.kernels import check as kernel_checks
+from compressor.verify.subject import Subject
 from compressor.verify.verify import verify
 from tests.support.damages import in_tensors, scaled, sign
 from tests.support.delta_pairs import pairs
@@ -133,6 +136,27 @@ def test_what_a_process_does_not_get_to_is_done_here(
 
     report = verify(made[1], against=made[0], device=CPU, apart=apart, progress=progress)
     assert report == verify(made[1], against=made[0], device=CPU)
+
+
+def test_a_device_without_room_has_one_process(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 0)
+    asked: dict[str, Any] = {"manifest": None, "original": None, "seed": 0}
+    subject = Subject.open(made[1], None, device=gpu, **asked)
+    most = max(sum(x.shape[0] * x.shape[1] for x in u.linears) for u in subject.source.layout.units)
+    for free, fits in ((ROOM * most, True), (ROOM * most - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
+        assert has_room(subject) == fits
+    assert has_room(Subject.open(made[1], None, device=CPU, **asked))
+
+
+def test_without_room_it_ends(
+    made: tuple[Path, Path], apart: Apart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "has_room", lambda subject: False)
+    assert verify(made[1], against=made[0], device=CPU, apart=apart).ok
+    assert apart._process.poll() == -signal.SIGKILL
 
 
 def test_it_ends_with_its_starter() -> None:
