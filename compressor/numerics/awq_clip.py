@@ -11,8 +11,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
-from compressor.numerics.awq_search import is_plain_int
-from compressor.numerics.int_affine import GridOptions, fake_quantize_int, group_range
+from compressor.numerics.int_affine import GridOptions, group_range, is_plain_int, nearest_int
 
 CLIP_GRID, CLIP_STEPS = 20, 10
 """Bounds are tried in steps of 1/20 of the largest magnitude, down to more than half of it."""
@@ -110,16 +109,15 @@ def search_clip(
     error_of  error [rows, n, g] of grouped weights → squared output error [rows, n]
     """
     size = clip_group_size(weight, spec)
-    rows = max(1, (2**24 if weight.is_cuda else 2**18) // weight.shape[1])
+    rows = max(1, (2**24 if weight.is_cuda else 2**20) // weight.shape[1])
     bounds, errors = [], []
     for chunk in torch.split(weight, rows):
         absmax = chunk.view(chunk.shape[0], -1, size).abs().amax(-1)
         best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
-        span = group_range(chunk, spec)
+        span, delta = group_range(chunk, spec), torch.empty_like(chunk)
         for i in range(CLIP_STEPS):
             bound = absmax * (1 - i / CLIP_GRID)
-            options: GridOptions = {"clip_max": bound, "from_range": True}
-            delta = fake_quantize_int(chunk, spec, span=span, **options).sub_(chunk)
+            nearest_int(chunk, spec, out=delta, span=span, clip_max=bound).sub_(chunk)
             error = error_of(delta.view(chunk.shape[0], -1, size))
             better = error < least
             least = torch.where(better, error, least)

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from compressor_kernels.search.awq_candidate import candidate_delta
 from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, race
-from compressor.numerics.gram import ROWS, difference_error, gram_error, row_errors, work_dtype
-from compressor.numerics.int_affine import fake_quantize_int
+from compressor.numerics.awq_rows import looked_at, shortlist, write_deltas
+from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
+from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import Quantizer
 from compressor.ranks.ranks import ALONE, Ranks
 
@@ -145,9 +145,12 @@ def search_scales_gram(
     candidates = _candidates(weights, x_absmean, ratios[1:], spec, duo=duo, tie=tie)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
     left = list(range(len(candidates)))
-    if quantizer is None:
-        stacks = [weight[None] for weight in weights]
-        left = _shortlist(stacks, gram, candidates, spec, ranks, homes)
+    stacks = [weight[None] for weight in weights]
+    looks = None if gram.is_cuda else race.looks(sum(len(weight) for weight in weights))
+    if quantizer is None and looks is not None:
+        left, losses = looked_at(stacks, gram, candidates, spec, ranks, homes, looks)
+    elif quantizer is None:
+        left = shortlist(stacks, gram, candidates, spec, ranks, homes)
         parts = []
         for turn, numbers in enumerate(_numbered(groups or [0] * len(stacks))):
             home = homes[numbers[0]] if homes else None
@@ -236,7 +239,7 @@ def _losses(
             some = slice(mine[first], mine[first : first + together][-1] + 1)
             tried = candidates[some]
             made = delta[: len(tried)]
-            _write_deltas(block, tried, spec, made)
+            write_deltas(block, tried, spec, made)
             losses[some] += gram_error(made.flatten(0, 1), grams).view(len(tried), -1)
     return losses
 
@@ -251,110 +254,12 @@ def _numbered(groups: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def _shortlist(
-    stacks: Sequence[Tensor],
-    gram: Tensor,
-    candidates: Tensor,
-    spec: QuantSpec,
-    ranks: Ranks,
-    homes: Sequence[int | None],
-) -> list[int]:
-    """The candidates [R, C] that rows here and there of weights [1, O_i, C] leave, by number."""
-    left = list(range(len(candidates)))
-    step = race.stride(sum(weight.shape[1] for weight in stacks))
-    while step is not None:
-        tried = race.chosen(candidates, left)
-        losses = _losses_by_row(stacks, gram, tried, spec, ranks, homes, step)
-        left = [left[i] for i in race.shortlist(losses, len(left))]
-        step = race.closer(step, len(left), len(candidates))
-    return left
-
-
-def _losses_by_row(
-    stacks: Sequence[Tensor],
-    gram: Tensor,
-    candidates: Tensor,
-    spec: QuantSpec,
-    ranks: Ranks,
-    homes: Sequence[int | None],
-    step: int,
-) -> race.Losses:
-    """Losses of candidates [R, C] in one of `step` rows of weights [1, O_i, C]."""
-    apart = any(home is not None for home in homes)
-    some = [weight[0, step // 2 :: step] for weight in stacks]
-    # In the place of what other ranks have there are zeros.
-    rows = torch.cat([torch.zeros_like(w, device=gram.device) if w.is_meta else w for w in some])
-    rows = rows[None]
-    theirs: list[bool] = []  # rows whose errors another rank adds: of what all have, the first
-    for home, weight in zip(homes, some, strict=True) if apart else ():
-        theirs += [(0 if home is None else home) != ranks.rank] * len(weight)
-    height = rows.shape[1]
-    room = max(1, min(step, ROWS // height))  # where all rows of one candidate lie later
-
-    def losses(tried: Sequence[int]) -> Tensor:
-        found = torch.zeros(len(tried), height, dtype=torch.float32, device=gram.device)
-        mine = list(range(len(tried)) if apart else ranks.own(len(tried)))
-        for places in (mine[i : i + room] for i in range(0, len(mine), room)):
-            shape = len(places), height, gram.shape[0]
-            delta = torch.empty(shape, dtype=work_dtype(gram), device=gram.device)
-            scales = race.chosen(candidates, [tried[place] for place in places])
-            _write_deltas(rows, scales[:, None], spec, delta[:, None])
-            made = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
-            found.index_copy_(0, race.index_of(places, found.device), made)
-        if apart:
-            found[:, torch.tensor(theirs, device=found.device)] = 0
-        return ranks.sum(found)
-
-    return losses
-
-
 def _gram_loss(old: Tensor, new: Tensor, gram: Tensor) -> Tensor:
     """tr(Δ G Δᵀ) of a weight [O, C] in row blocks."""
     total = torch.zeros((), dtype=torch.float32, device=gram.device)
     for a, b in zip(torch.split(old, ROWS), torch.split(new, ROWS), strict=True):
         total += difference_error(b, a, gram)
     return total
-
-
-def _write_deltas(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
-    """`_write_delta` of weights [E, O, C] for each of candidates [R, E, C]; out [R, E, O, C]."""
-    if weight.is_cuda and is_plain_int(spec):
-        _write_delta(weight, scales, spec, out)  # in one launch
-        return
-    for candidate, of_one in zip(scales, out, strict=True):
-        _write_delta(weight, candidate, spec, of_one)
-
-
-def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
-    """Q(W·s)/s − W of weights [E, O, C] and a candidate [E, C], into `out`."""
-    if weight.is_cuda and is_plain_int(spec):
-        candidate_delta(
-            weight.contiguous(),
-            scales,
-            bits=spec.bits,
-            group_size=spec.group_size,
-            symmetric=spec.symmetric,
-            stored=spec.scale_dtype,
-            out=out,
-        )
-        return
-    weight, scales = weight.float(), scales[:, None]
-    scaled = (weight * scales).flatten(0, 1)
-    if is_plain_int(spec):
-        rounded = fake_quantize_int(scaled, spec, overwrite=True, from_range=True)
-    else:
-        rounded = fake_quantize(scaled, spec)
-    torch.sub(rounded.view(weight.shape).div_(scales), weight, out=out)
-
-
-def is_plain_int(spec: QuantSpec) -> bool:
-    """Whether the spec is integers with one scale per group or row, chosen from the range."""
-    return (
-        spec.element == "int"
-        and spec.second == "none"
-        and spec.zero != "offset"
-        and spec.strategy in ("group", "channel")
-    )
 
 
 def _candidates(

@@ -116,6 +116,34 @@ def fake_quantize_int(
     return out
 
 
+def nearest_int(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    out: Tensor,
+    span: tuple[Tensor, Tensor] | None = None,
+    clip_max: Tensor | None = None,
+) -> Tensor:
+    """`fake_quantize_int` from the range, of a group or channel spec, into `out`, which may be the
+    weight: float32 and contiguous both. Only a zero may have another sign.
+
+    In fewer passes: rounding keeps order, so that bounds are rounded in place of all that is cut
+    off at them, and codes are never made positive.
+    """
+    scales, zeros = int_grid(weight, spec, span=span, clip_max=clip_max, from_range=True)
+    step = scales.to(weight.dtype).unsqueeze(-1)
+    zero = torch.full_like(step, 2 ** (spec.bits - 1)) if zeros is None else zeros.unsqueeze(-1)
+    lower, upper = -zero, 2**spec.bits - 1 - zero
+    if clip_max is not None:
+        end = (clip_max.unsqueeze(-1) / step).round_().abs_()
+        lower, upper = torch.clamp(-end, lower, upper), torch.clamp(end, lower, upper)
+    groups = _grouped(out, spec)
+    torch.div(_grouped(weight, spec), step, out=groups).round_()
+    torch.minimum(torch.maximum(groups, lower, out=groups), upper, out=groups)
+    groups.mul_(step)
+    return out
+
+
 def clip_of(options: GridOptions) -> tuple[Tensor | None, Tensor | None]:
     """Upper and lower bounds of groups."""
     return options.get("clip_max"), options.get("clip_min")
@@ -250,6 +278,16 @@ def check_int_spec(spec: QuantSpec, shape: tuple[int, int]) -> None:
             f"{shape[1]} inputs do not divide into groups of {spec.group_size}",
             hint="choose a group size that divides every targeted linear's inputs",
         )
+
+
+def is_plain_int(spec: QuantSpec) -> bool:
+    """Whether the spec is integers with one scale per group or row, chosen from the range."""
+    return (
+        spec.element == "int"
+        and spec.second == "none"
+        and spec.zero != "offset"
+        and spec.strategy in ("group", "channel")
+    )
 
 
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 Losses add up over rows, and those of two candidates go up and down together, so that a few hundred
 rows tell most of them apart from the best. Whoever has to know which is best works the rest out on
-all rows: what is left out here would have to be further from its mean than `ERRORS`.
+all rows: what is left out here would have to be further from its mean than `ERRORS`. On a CPU rows
+are looked at by and by, each once, and candidates go in between.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ more than it saves."""
 
 ERRORS = 6.0
 """Standard errors of the mean difference to the best, beyond which a candidate is given up."""
+
+LOOK = 64
+"""Rows that are looked at between two decisions, at least, where rows are looked at once."""
+
+CAREFUL = 4.0
+"""`ERRORS` where all rows are looked at by and by, so that what is still unknown shrinks to
+nothing."""
 
 Losses = Callable[[Sequence[int]], Tensor]
 """Candidates, by number → their losses by row [candidates, rows], NaN and infinity allowed."""
@@ -54,6 +62,20 @@ def shortlist(losses_of: Losses, count: int) -> list[int]:
     return [i for i, may in enumerate(_may_be_best(losses).tolist()) if may]
 
 
+def looks(rows: int) -> int | None:
+    """In how many parts of equal size rows are looked at by and by; None where there are too few
+    for that."""
+    return None if stride(rows) is None else min(rows // LOOK, MOST)
+
+
+def remaining(losses: Tensor, rows: int) -> list[int]:
+    """Those of candidates that may be the best of all `rows`, as losses [candidates, some rows] of
+    some tell, spread over all."""
+    unknown = (1 - losses.shape[1] / rows) ** 0.5
+    may = _may_be_best(losses, CAREFUL * unknown)
+    return [i for i, stays in enumerate(may.tolist()) if stays]
+
+
 def chosen(values: Tensor, places: Sequence[int]) -> Tensor:
     """Some of `values`, in this order, without the wait for the device that a list as index is."""
     if list(places) == list(range(len(values))):
@@ -66,9 +88,9 @@ def index_of(places: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(places).to(device, non_blocking=True)
 
 
-def _may_be_best(losses: Tensor) -> Tensor:
+def _may_be_best(losses: Tensor, errors: float = ERRORS) -> Tensor:
     """bool [candidates] of losses [candidates, rows]; what is not finite is not judged."""
     means = losses.mean(1).nan_to_num(nan=torch.inf)
     over = losses - losses.index_select(0, means.argmin()[None])  # without asking which
     error = over.std(1) / losses.shape[1] ** 0.5
-    return torch.logical_not(over.mean(1) > ERRORS * error)
+    return torch.logical_not(over.mean(1) > errors * error)

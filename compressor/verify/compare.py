@@ -25,9 +25,9 @@ from compressor.ir.layout import Linear, UnitLayout, is_bias
 from compressor.ir.qtensor import QuantSpec
 from compressor.methods.common.rounding import fused_with
 from compressor.numerics import quantize, shared_options
-from compressor.numerics.awq_search import is_plain_int
 from compressor.numerics.bitdelta import sign_delta
 from compressor.numerics.chunks import row_chunks
+from compressor.numerics.int_affine import is_plain_int
 from compressor.verify.alignment import Matrix, align
 
 ERROR = 3.0

@@ -12,6 +12,7 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import awq_search, fake_quantize
 from compressor.numerics import gram as gram_module
 from compressor.numerics.awq_clip import search_clip_gram
+from compressor.numerics.awq_rows import losses_by_row
 from compressor.numerics.awq_search import (
     candidate_scales,
     search_scales_apart,
@@ -19,7 +20,13 @@ from compressor.numerics.awq_search import (
     search_scales_reference,
     weight_magnitude,
 )
-from compressor.numerics.gram import difference_error, gram_error, relative_error, work_dtype
+from compressor.numerics.gram import (
+    difference_error,
+    gram_error,
+    relative_error,
+    row_errors,
+    work_dtype,
+)
 from compressor.ranks.ranks import ALONE, Ranks
 from tests.support.clipping import search_clip_reference
 
@@ -64,6 +71,35 @@ def test_candidates_that_are_worked_out_together_have_the_losses_of_each():
     assert torch.equal(alone, together) and bool((alone > 0).all())
 
 
+def test_rows_are_looked_at_once_and_the_best_of_all_of_them_is_found():
+    weight, x, gram = problem(rows=640)
+    weights, absmean = list(weight.split([512, 128])), x.abs().mean(0)
+    found = search_scales_gram(weights, gram, absmean, SPEC)
+    tried = torch.cat(
+        [torch.ones(1, 64), candidate_scales(absmean, ratios=[i / 20 for i in range(1, 21)])]
+    )
+    errors = [
+        float(
+            ((fake_quantize(weight * s, SPEC, from_range=True) / s - weight) @ x.t()).square().sum()
+        )
+        for s in tried
+    ]
+    best = errors.index(min(errors))
+    assert torch.equal(found.scales, tried[best]) and found.ratio == best / 20
+    left = [i for i, loss in enumerate(found.losses) if loss < float("inf")]
+    assert best in left and len(left) < 15
+    assert found.losses[best] == pytest.approx(errors[best], rel=5e-3)
+
+
+@pytest.mark.parametrize("rows, columns", [(64, 576), (65, 1536), (192, 200)])
+def test_errors_of_a_row_are_the_same_whatever_is_beside_it(rows, columns):
+    delta, _, gram = problem(rows=5 * rows, columns=columns)
+    delta, gram = delta.to(work_dtype(gram)), gram.to(work_dtype(gram))
+    whole = row_errors(delta, gram)
+    for count in (1, 2, 4):
+        assert torch.equal(row_errors(delta[: count * rows], gram), whole[: count * rows])
+
+
 @pytest.mark.parametrize("home", [0, 1, 2])
 def test_each_row_counts_once_where_ranks_have_some_weights_alone_and_all_have_others(home):
     shared, _, gram = problem(rows=64)
@@ -72,7 +108,7 @@ def test_each_row_counts_once_where_ranks_have_some_weights_alone_and_all_have_o
 
     def losses(*weights, ranks=ALONE, homes=()):
         stacks = [weight[None] for weight in weights]
-        by_row = awq_search._losses_by_row(stacks, gram, candidates, SPEC, ranks, homes, 4)
+        by_row = losses_by_row(stacks, gram, candidates, SPEC, ranks, homes, 4)
         return by_row([0, 2])
 
     parts = [

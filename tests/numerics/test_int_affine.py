@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, quantize
-from compressor.numerics.int_affine import int_grid
+from compressor.numerics.int_affine import fake_quantize_int, int_grid, nearest_int
 
 
 def spec(bits=4, strategy="group", group_size=16, zero="none", scale_dtype=torch.float32):
@@ -129,3 +129,18 @@ def test_what_cannot_be_quantized_is_refused():
         quantize(weight(), QuantSpec("int", 4, "block", block=(8, 8)))
     with pytest.raises(InputError, match="no arithmetic"):
         quantize(weight(), QuantSpec("int", 4, "group", 16, second="tensor"))
+
+
+@pytest.mark.parametrize("zero", ["none", "subtract"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("size", [16, None])
+def test_fewer_passes_round_to_the_same_values(zero, bits, size):
+    w = torch.randn(32, 64, generator=torch.Generator().manual_seed(bits))
+    w[0], w[1], w[2, 3] = 0, w[1].abs(), 50
+    s = QuantSpec("int", bits, "group" if size else "channel", size, zero=zero)
+    absmax = w.view(32, -1, size or 64).abs().amax(-1)
+    for bound in (None, absmax, absmax * 0.7, absmax * 0.01):
+        want = fake_quantize_int(w, s, clip_max=bound, from_range=True)
+        assert torch.equal(nearest_int(w, s, out=torch.empty_like(w), clip_max=bound), want)
+        scaled = w.clone()
+        assert torch.equal(nearest_int(scaled, s, out=scaled, clip_max=bound), want)

@@ -63,3 +63,21 @@ def test_rows_that_are_looked_at(rows: int, step: int | None) -> None:
 )
 def test_a_second_look_where_it_pays(left: int, step: int, then: int | None) -> None:
     assert race.closer(step, left, 21) == then
+
+
+@pytest.mark.parametrize("rows, parts", [(100, None), (511, None), (512, 8), (960, 15), (4096, 16)])
+def test_parts_that_rows_are_looked_at_in(rows: int, parts: int | None) -> None:
+    assert race.looks(rows) == parts
+
+
+def test_the_more_rows_are_known_the_fewer_candidates_may_be_the_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(512, generator=generator)
+    losses = rows * (1 + 0.005 * torch.arange(21)[:, None])
+    losses += 0.2 * torch.randn(21, 512, generator=generator)
+    best = int(losses.mean(1).argmin())
+    left = [race.remaining(losses[:, ::step], 512) for step in (8, 4, 2, 1)]
+    assert all(best in some for some in left)
+    assert len(left[0]) > len(left[1]) >= len(left[2]) and left[3] == [best]
+    losses[5, 0] = torch.nan
+    assert 5 in race.remaining(losses[:, :256], 512)

@@ -17,9 +17,9 @@ from compressor.ir.unit import Unit
 from compressor.methods.common.context import PassContext
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_clip import search_clip_gram
-from compressor.numerics.awq_search import ScaleResult, is_plain_int
+from compressor.numerics.awq_search import ScaleResult
 from compressor.numerics.gram import error_of_parts
-from compressor.numerics.int_affine import GridOptions
+from compressor.numerics.int_affine import GridOptions, is_plain_int
 
 TILE = 2**25
 """Weights of a linear whose rounded values are in memory at a time."""

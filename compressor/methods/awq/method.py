@@ -33,13 +33,13 @@ from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import (
     ScaleResult,
     candidate_scales,
-    is_plain_int,
     search_scales_apart,
     search_scales_gram,
     search_scales_reference,
 )
 from compressor.numerics.folding import consumer_scale, fold_changes, rescaled, source_scale
 from compressor.numerics.gram import relative_error
+from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import search_scales_with_inputs
 from compressor.ranks.ranks import ALONE, Ranks
 
@@ -50,7 +50,7 @@ class Awq(Pass):
     Without `bits` it only changes weights, and searches with the quantizer that comes after it.
     """
 
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     bits: int | None = Field(
         None, ge=2, le=8, description="bits of one weight; null leaves rounding to a later pass"

@@ -19,8 +19,8 @@ from compressor.ir.unit import Unit
 from compressor.methods.common.context import PassContext, PassResult
 from compressor.numerics import fake_quantize, quantize, shared_options
 from compressor.numerics.activations import fake_quantize_activation, stored_scale
-from compressor.numerics.awq_search import is_plain_int
 from compressor.numerics.gram import error_of_parts, output_error
+from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import Quantizer
 
 

@@ -1,0 +1,133 @@
+"""What AWQ's candidates make of rows of weights, and which of them may be the best by that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from compressor_kernels.search.awq_candidate import candidate_delta
+from torch import Tensor
+
+from compressor.ir.qtensor import QuantSpec
+from compressor.numerics import fake_quantize, race
+from compressor.numerics.gram import ROWS, row_errors, work_dtype
+from compressor.numerics.int_affine import is_plain_int, nearest_int
+from compressor.ranks.ranks import Ranks
+
+
+def shortlist(
+    stacks: Sequence[Tensor],
+    gram: Tensor,
+    candidates: Tensor,
+    spec: QuantSpec,
+    ranks: Ranks,
+    homes: Sequence[int | None],
+) -> list[int]:
+    """The candidates [R, C] that rows here and there of weights [1, O_i, C] leave, by number."""
+    left = list(range(len(candidates)))
+    step = race.stride(sum(weight.shape[1] for weight in stacks))
+    while step is not None:
+        tried = race.chosen(candidates, left)
+        losses = losses_by_row(stacks, gram, tried, spec, ranks, homes, step)
+        left = [left[i] for i in race.shortlist(losses, len(left))]
+        step = race.closer(step, len(left), len(candidates))
+    return left
+
+
+def looked_at(
+    stacks: Sequence[Tensor],
+    gram: Tensor,
+    candidates: Tensor,
+    spec: QuantSpec,
+    ranks: Ranks,
+    homes: Sequence[int | None],
+    looks: int,
+) -> tuple[list[int], Tensor]:
+    """The candidates [R, C] that all rows of weights [1, O_i, C] leave, by number, and the losses
+    of these [R]; rows are looked at in so many parts. Of a single one that is left before the last
+    of them the loss is what it would be if other rows were as those."""
+    left, height = list(range(len(candidates))), sum(weight.shape[1] for weight in stacks)
+    narrow = gram.to(work_dtype(gram))
+    seen = torch.zeros(len(left), 0, dtype=torch.float32, device=gram.device)
+    for first in range(looks):
+        tried = race.chosen(candidates, left)
+        by_row = losses_by_row(stacks, narrow, tried, spec, ranks, homes, looks, first)
+        seen = torch.cat([seen, by_row(range(len(left)))], dim=1)
+        stay = race.remaining(seen, height) if first < looks - 1 else range(len(left))
+        left, seen = [left[i] for i in stay], race.chosen(seen, stay)
+        if len(left) == 1:
+            break
+    losses = torch.full((len(candidates),), torch.inf, device=gram.device)
+    losses[left] = seen.mean(1) * height
+    return left, losses
+
+
+def losses_by_row(
+    stacks: Sequence[Tensor],
+    gram: Tensor,
+    candidates: Tensor,
+    spec: QuantSpec,
+    ranks: Ranks,
+    homes: Sequence[int | None],
+    step: int,
+    first: int | None = None,
+) -> race.Losses:
+    """Losses of candidates [R, C] in one of `step` rows of weights [1, O_i, C], from `first` on or
+    in the midst of these."""
+    apart = any(home is not None for home in homes)
+    some = [weight[0, step // 2 if first is None else first :: step] for weight in stacks]
+    # In the place of what other ranks have there are zeros.
+    rows = torch.cat([torch.zeros_like(w, device=gram.device) if w.is_meta else w for w in some])
+    rows = rows[None]
+    theirs: list[bool] = []  # rows whose errors another rank adds: of what all have, the first
+    for home, weight in zip(homes, some, strict=True) if apart else ():
+        theirs += [(0 if home is None else home) != ranks.rank] * len(weight)
+    height, dtype = rows.shape[1], work_dtype(gram)
+    room = max(1, min(step, ROWS // height))  # where all rows of one candidate lie later
+
+    def losses(tried: Sequence[int]) -> Tensor:
+        found = torch.zeros(len(tried), height, dtype=torch.float32, device=gram.device)
+        mine = list(range(len(tried)) if apart else ranks.own(len(tried)))
+        for places in (mine[i : i + room] for i in range(0, len(mine), room)):
+            shape = len(places), height, gram.shape[0]
+            delta = torch.empty(shape, dtype=dtype, device=gram.device)
+            scales = race.chosen(candidates, [tried[place] for place in places])
+            write_deltas(rows, scales[:, None], spec, delta[:, None])
+            made = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
+            found.index_copy_(0, race.index_of(places, found.device), made)
+        if apart:
+            found[:, torch.tensor(theirs, device=found.device)] = 0
+        return ranks.sum(found)
+
+    return losses
+
+
+def write_deltas(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
+    """`_write_delta` of weights [E, O, C] for each of candidates [R, E, C]; out [R, E, O, C]."""
+    if weight.is_cuda and is_plain_int(spec):
+        _write_delta(weight, scales, spec, out)  # in one launch
+        return
+    for candidate, of_one in zip(scales, out, strict=True):
+        _write_delta(weight, candidate, spec, of_one)
+
+
+def _write_delta(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:
+    """Q(W·s)/s − W of weights [E, O, C] and a candidate [E, C], into `out`."""
+    if weight.is_cuda and is_plain_int(spec):
+        candidate_delta(
+            weight.contiguous(),
+            scales,
+            bits=spec.bits,
+            group_size=spec.group_size,
+            symmetric=spec.symmetric,
+            stored=spec.scale_dtype,
+            out=out,
+        )
+        return
+    weight, scales = weight.float(), scales[:, None]
+    scaled = (weight * scales).flatten(0, 1)
+    if is_plain_int(spec):
+        rounded = nearest_int(scaled, spec, out=scaled)
+    else:
+        rounded = fake_quantize(scaled, spec)
+    out.copy_(rounded.view(weight.shape).div_(scales).sub_(weight))
