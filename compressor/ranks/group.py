@@ -106,7 +106,8 @@ class Group(Ranks):
         return self.device if kind == "cuda" else torch.device(kind)
 
     def gather(self, value: T) -> list[T]:
-        """In one exchange, in which all ranks send at a time."""
+        """In one exchange, in which all ranks send at a time, unless that takes half as much room
+        again as they send."""
         with lost():
             parcel, buffers = pack(value)
             about = _framed(pickle.dumps(parcel), self._said)
@@ -114,15 +115,35 @@ class Group(Ranks):
             every: list[dict[str, Tensor]] = [{} for _ in self._all]
             for kind in sorted({kind for found in parcels for kind in found.sizes}):
                 sizes = [found.sizes.get(kind, 0) for found in parcels]
-                spaces = torch.empty(
-                    (self.world, aligned(max(sizes))), dtype=torch.uint8, device=self._on(kind)
-                )
-                if kind in buffers:
-                    spaces[self.rank, : sizes[self.rank]] = buffers.pop(kind)
-                self._gathered(spaces).wait()
-                for r in self._all:
-                    every[r][kind] = spaces[r, : sizes[r]]
+                uneven = 2 * self.world * max(sizes) > 3 * sum(sizes)
+                meet = self._sent_by_few if uneven else self._sent_by_all
+                for r, space in enumerate(meet(buffers.pop(kind, None), sizes, self._on(kind))):
+                    every[r][kind] = space
             return [value if r == self.rank else unpack(parcels[r], every[r]) for r in self._all]
+
+    def _sent_by_all(
+        self, mine: Tensor | None, sizes: Sequence[int], device: torch.device
+    ) -> list[Tensor]:
+        """Every rank's bytes, each with the room of the most."""
+        room = aligned(max(sizes))
+        spaces = torch.empty((self.world, room), dtype=torch.uint8, device=device)
+        if mine is not None:
+            spaces[self.rank, : len(mine)] = mine
+        self._gathered(spaces).wait()
+        return [space[:size] for space, size in zip(spaces, sizes, strict=True)]
+
+    def _sent_by_few(
+        self, mine: Tensor | None, sizes: Sequence[int], device: torch.device
+    ) -> list[Tensor]:
+        """The same, where few send most of it, one after the other."""
+        others = [0 if r == self.rank else size for r, size in enumerate(sizes)]
+        spaces = [torch.empty(size, dtype=torch.uint8, device=device) for size in others]
+        if mine is not None:
+            spaces[self.rank] = mine
+        for r, space in enumerate(spaces):
+            if sizes[r]:
+                dist.broadcast(space, src=r)
+        return spaces
 
     def _said(self, mine: bytes, room: int) -> list[bytes]:
         """So many bytes of every rank."""
