@@ -94,9 +94,11 @@ class OutputError:
 class Outputs:
     """The original's hidden states on their way through its blocks, and what is put beside them."""
 
-    def __init__(self, written: Source, original: Source, *, device: torch.device) -> None:
+    def __init__(
+        self, written: Source, original: Source, rows: tuple[Tensor, str], *, device: torch.device
+    ) -> None:
         self.written, self.original = written, original
-        self.ids, self.text = held_out_rows(original)
+        self.ids, self.text = rows
         self.models = [
             SourceModel(source, device=device, dtype=torch.float32, experts=experts_at_once)
             for source in (original, written)

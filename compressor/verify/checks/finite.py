@@ -23,7 +23,7 @@ class Finite(Check):
 
 def _finite(tensor: Tensor) -> bool:
     """Whether every value is; in chunks, so that no copy of a large tensor is made."""
-    flat, step = tensor.reshape(-1), 1 << (26 if tensor.is_cuda else 22)
+    flat, step = tensor.reshape(-1), 1 << (26 if tensor.is_cuda else 20)
     return all(
         bool(flat[start : start + step].float().isfinite().all())
         for start in range(0, flat.numel(), step)
