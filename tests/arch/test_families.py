@@ -55,7 +55,14 @@ def test_a_family_is_mapped_whole_and_compiled(
 
 @pytest.mark.parametrize(
     "model_type",
-    ["cohere", "qwen3_5_moe_text", "glm_moe_dsa shared", "gpt_oss", "granitemoehybrid"],
+    [
+        "cohere",
+        "qwen3_5_moe_text",
+        "glm_moe_dsa shared",
+        "gpt_oss",
+        "granitemoehybrid",
+        "olmo_hybrid",
+    ],
 )
 def test_scales_are_searched_in_every_shape_of_block(
     model_type: str, tiny_model: TinyModel, tmp_path: Path

@@ -148,6 +148,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {},
     "olmo3": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo_hybrid": {**LINEAR, "head_dim": 16, "pad_token_id": None, "eos_token_id": None},
     "ministral3": {"head_dim": 32},
     "apertus": {},
     "qwen3_5_text": {**LINEAR},

@@ -82,7 +82,7 @@ KEPT = {
     *(f"self_attn.indexer.{name}" for name in ("wq_b", "wk", "weights_proj")),
     *("mlp.gate.wg", "feed_forward.router", "mamba.x_proj", "mamba.dt_proj"),
     *("block_sparse_moe.router", "mixer.x_proj", "mixer.dt_proj", "mlp.router.gate"),
-    "self_attn.g_proj",
+    *("self_attn.g_proj", "linear_attn.a_proj", "linear_attn.b_proj"),
     *(f"self_attn.{name}_proj" for name in ("b", "f_a", "f_b", "g_a", "g_b")),
 }
 """Linears of blocks that no method rounds, of all families: routers, gates, indexers, and what
@@ -161,7 +161,8 @@ def holds_no_packed_weights(source: Source) -> bool:
     """Whether transformers keeps weights of this model in what is no linear of its own: stacked
     experts, linears that lie [in, out], Falcon's; or fails while it initializes their modules."""
     stacked = any(unit.stacks for unit in source.layout.blocks)
-    fails = ("falcon", "gpt_bigcode", "mamba", "mamba2", "falcon_mamba", "kimi_linear")
+    fails = {"falcon", "gpt_bigcode", "mamba", "mamba2", "falcon_mamba"}
+    fails |= {"kimi_linear", "olmo_hybrid"}
     return stacked or source.arch.model_type in fails
 
 
