@@ -6,9 +6,10 @@
 A case is some blocks of a model and a recipe. The first block is left out, where there are others:
 it waits for kernels to be compiled. A line of JSON for each run, and one Markdown table: seconds of
 a block, from the end of the first to the end of the last; for how many GPUs how many times as fast
-as the first of --gpus and its share of them, and whether the manifests are equal; the largest
-memory on the leading GPU and of the process, each with what was planned; and blocks of the whole
-model times the seconds of one. A folder in memory (/dev/shm) is quickest.
+as the first of --gpus and its share of them, and whether all tensors are the same bytes (manifests
+also say how many threads a process had, which ranks share); the largest memory on the leading GPU
+and of the process, each with what was planned; and blocks of the whole model times the seconds of
+one. A folder in memory (/dev/shm) is quickest.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def model_of(case: Case, options: Namespace, scratch: Path) -> Path:
 
 
 def timed(case: Case, gpus: int, options: Namespace, scratch: Path) -> dict[str, Any]:
-    """One run, with its manifest."""
+    """One run, with the hashes of its tensors."""
     samples, length = (24, 64) if options.tiny else (case.samples, case.length)
     recipe = {
         "model": str(model_of(case, options, scratch)),
@@ -116,7 +117,7 @@ def timed(case: Case, gpus: int, options: Namespace, scratch: Path) -> dict[str,
             for when in ("", "planned_")
         },
         "model_s": round(each * SHAPES[case.shape]["num_hidden_layers"]),
-        "manifest": (scratch / "out" / "manifest.json").read_text("utf-8"),
+        "hashes": json.loads((scratch / "out" / "manifest.json").read_text("utf-8"))["tensors"],
     }
 
 
@@ -151,7 +152,7 @@ def main() -> None:
                     print(f"{name} on {gpus}: {failed}", flush=True)
                     continue
                 one = one or dict(found)
-                same = found.pop("manifest") == one["manifest"]
+                same = found.pop("hashes") == one["hashes"]
                 times = one["block_s"] / max(found["block_s"], 1e-9)
                 beside = {"times": round(times, 2), "efficiency": f"{times / gpus:.0%}"}
                 row = {"case": name, "gpus": gpus, **found, **beside, "same_bytes": same}
