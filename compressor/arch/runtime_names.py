@@ -10,7 +10,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from compressor.ir.floats import elsewhere, on_device
+from compressor.ir.floats import elsewhere, room_for
 from compressor.ir.layout import Linear, Rows, TensorRef, UnitLayout, bias_name, weight_name
 
 Handing = Mapping[str, int | Literal["tokens", "filled"]]
@@ -119,15 +119,16 @@ class Stack:
                 if self.bias is not None:
                     yield bias_name(f"{block}.{source.format(e=e)}")
 
-    def place(
+    def room(
         self,
         block: str,
         experts: Sequence[int],
         tensors: Mapping[str, Tensor],
         device: torch.device,
     ) -> dict[str, Tensor]:
-        """Copies on a device of the weights that it is built from, laid out so that building it
-        takes no other copy; none where it has them otherwise than one after the other."""
+        """Memory on a device for the weights that it is built from, laid out so that building it
+        takes no copy; they themselves where they lie so already, and none where it has them
+        otherwise than one after the other."""
         if self.interleaved or self.transposed:
             return {}
         names = self._names(block, experts, weight_name)
@@ -135,14 +136,15 @@ class Stack:
         rows = [tensor.shape[0] for tensor in first]
         if any(tensors[n].dtype != first[0].dtype for expert in names for n in expert):
             return {}
-        out = torch.empty(
-            len(names), sum(rows), first[0].shape[1], dtype=first[0].dtype, device=device
-        )
-        found = {}
-        for e, expert in enumerate(names):
-            for n, part in zip(expert, torch.split(out[e], rows), strict=True):
-                found[n] = part.copy_(tensors[n], non_blocking=True)
-        return found
+        if first[0].device == device and _placed(first[0], names, tensors, sum(rows)) is not None:
+            return {n: tensors[n] for expert in names for n in expert}
+        shape = len(names), sum(rows), first[0].shape[1]
+        out = torch.empty(shape, dtype=first[0].dtype, device=device)
+        return {
+            n: part
+            for e, expert in enumerate(names)
+            for n, part in zip(expert, torch.split(out[e], rows), strict=True)
+        }
 
     def _names(
         self, block: str, experts: Iterable[int], name: Callable[[str], str]
@@ -329,15 +331,15 @@ class RuntimeNames:
             return f"{self.layers}.{unit.index}.{self.linear_path(unit, linear)}"
         return self.outside.get(linear.name, linear.name)
 
-    def placed(
+    def room(
         self, unit: UnitLayout, tensors: Mapping[str, Tensor], device: torch.device
     ) -> dict[str, Tensor]:
-        """A block's tensors on a device, experts as parts of the stacks of `block_state`."""
+        """Memory on a device for a block's tensors, experts as parts of the stacks of
+        `block_state`; those that are there as it wants them, or another rank's, as they are."""
         found: dict[str, Tensor] = {}
-        held = self.held(unit, tensors)
-        for stack in self.stacks if held else ():
-            found |= stack.place(unit.name, held, tensors, device)
-        return {n: found[n] if n in found else on_device(t, device) for n, t in tensors.items()}
+        for stack in self.stacks if (held := self.held(unit, tensors)) else ():
+            found |= stack.room(unit.name, held, tensors, device)
+        return found | room_for({n: t for n, t in tensors.items() if n not in found}, device)
 
     def held(self, unit: UnitLayout, tensors: Mapping[str, Tensor]) -> list[int]:
         """The experts of a block whose weights are here, and no other rank's; all of them where

@@ -333,28 +333,46 @@ def _wrongly_stored(source: Source) -> Iterator[CompressError]:
                 )
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that hold NaN or an infinity, found without a copy of any."""
+@dataclass(frozen=True, slots=True)
+class Finite:
+    """Whether tensors are finite, as their device finds out; to ask waits for it.
+
+    names  of the tensors;  good  bool, one for each
+    """
+
+    names: tuple[str, ...]
+    good: Tensor | None
+
+    def bad(self) -> list[str]:
+        """Names of those that hold NaN or an infinity."""
+        if self.good is None or bool(self.good.all()):
+            return []
+        return [n for n, finite in zip(self.names, self.good.tolist(), strict=True) if not finite]
+
+    def require(self) -> None:
+        """Raises InputError naming the tensors that hold NaN or an infinity."""
+        if bad := self.bad():
+            raise InputError(
+                f"the source holds NaN or infinity in {', '.join(bad[:4])}",
+                hint="the checkpoint is damaged: download it again, or take another revision",
+            )
+
+
+def whether_finite(tensors: Mapping[str, Tensor]) -> Finite:
+    """Whether tensors hold NaN or an infinity, found without a copy of any."""
     # The largest magnitude is finite exactly where all values are; NaN counts as the largest.
     floats = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel()}
     if not floats:
-        return []
+        return Finite((), None)
     if all(tensor.is_cuda for tensor in floats.values()):
         largest = torch._foreach_norm(list(floats.values()), torch.inf)  # few kernels for all
     else:
         largest = tuple(torch.stack(torch.aminmax(t)).abs().amax() for t in floats.values())
     if len({value.dtype for value in largest}) > 1:
         largest = tuple(value.float() for value in largest)
-    good = torch.stack(largest).isfinite()
-    if bool(good.all()):
-        return []
-    return [name for name, finite in zip(floats, good.tolist(), strict=True) if not finite]
+    return Finite(tuple(floats), torch.stack(largest).isfinite())
 
 
-def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises InputError naming the tensors that hold NaN or an infinity."""
-    if bad := not_finite(tensors):
-        raise InputError(
-            f"the source holds NaN or infinity in {', '.join(bad[:4])}",
-            hint="the checkpoint is damaged: download it again, or take another revision",
-        )
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold NaN or an infinity."""
+    return whether_finite(tensors).bad()

@@ -174,10 +174,22 @@ def elsewhere(tensors: Mapping[str, Tensor], name: str) -> bool:
     return tensors[name].is_meta if told is None else bool(told(name))
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, without waiting for it; on the meta device where it is another
-    rank's."""
-    return tensor if tensor.is_meta else tensor.to(device, non_blocking=True)
+def room_for(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Memory on a device for tensors; those that are there, or another rank's, as they are."""
+    return {
+        name: t if t.is_meta or t.device == device else torch.empty_like(t, device=device)
+        for name, t in tensors.items()
+    }
+
+
+def fill(room: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors into what `room_for` gave, without waiting for it. It is one call: with each
+    other threads take Python, and experts are hundreds of tensors."""
+    pairs = [(room[name], tensor) for name, tensor in tensors.items() if room[name] is not tensor]
+    if pairs:
+        into, read = zip(*pairs, strict=True)
+        torch._foreach_copy_(into, read, non_blocking=True)
+    return {name: room[name] for name in tensors}
 
 
 def narrow(tensors: Mapping[str, Tensor], name: str) -> Tensor:

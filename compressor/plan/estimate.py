@@ -20,7 +20,7 @@ from compressor.audit.weights import CHUNK
 from compressor.evaluate.perplexity import LOGIT_ELEMENTS
 from compressor.ir.layout import Linear
 from compressor.ir.same_shape import of_one_shape
-from compressor.plan.moving_memory import page_locked_bytes, streamed_bytes
+from compressor.plan.moving_memory import ahead_bytes, page_locked_bytes, streamed_bytes
 from compressor.plan.plan import Plan
 from compressor.plan.row_memory import hidden_size, row_bytes
 from compressor.plan.spread import memory_of, working_bytes
@@ -48,6 +48,8 @@ DISK_BYTES_PER_SECOND = 1e9
 SEARCH_CANDIDATES = 21
 KEPT_ACTIVATIONS = 3
 """What a forward pass keeps for its gradients, in activations of a row that runs without."""
+AHEAD_SHARE = 0.8
+"""Of a GPU's memory: where a block fills more of it, the next one is not brought beside it."""
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 
 
@@ -59,6 +61,7 @@ class Estimates:
     offload  whether hidden states wait in main memory between blocks, since the device has no room
     experts_apart  whether experts do, too, and some at a time are on the device
     alone    what one rank would take of the device where experts are spread over several; else 0
+    ahead    whether the next block is brought to the device while one is worked on
     """
 
     source_bytes: int
@@ -70,6 +73,7 @@ class Estimates:
     offload: bool = False
     experts_apart: bool = False
     alone: int = 0
+    ahead: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,8 +107,11 @@ def estimate(
         working, alone = max(works(unit, apart=True) for unit in plan.units), 0
     if device_memory is not None and kind == "cuda" and not any(u.tuned for u in plan.units):
         offload = inputs + working > device_memory
+    coming = ahead_bytes(plan) if kind == "cuda" and not (offload or apart or alone) else 0
+    most = device_memory or AHEAD_SHARE * memory_of(device)
+    ahead = 0 < coming <= most - inputs - working
     raw = [sum(source_bytes(plan, unit.layout)) for unit in plan.units]
-    streams = page_locked_bytes(plan) if kind == "cuda" else streamed_bytes(plan)
+    streams = page_locked_bytes(plan, ahead=ahead) if kind == "cuda" else streamed_bytes(plan)
     bases = (plan.target.base_shapes(unit.layout).values() for unit in plan.units)
     streams += max(sum(spec.nbytes for spec in base) for base in bases)
     idle = not (plan.calibrated or plan.recipe.evaluate is not None or _audited_tokens(plan))
@@ -114,7 +121,7 @@ def estimate(
         host += FACTORING_BYTES
     held, learning = 0, _learning_bytes(plan, device, apart=apart, spread=working * (alone > 0))
     if kind == "cuda":
-        held = max(working if offload else inputs + working, learning)
+        held = max(working + (0 if offload else inputs) + ahead * coming, learning)
         # They wait in float32.
         host += inputs * 4 // plan.compute_dtype(device).itemsize if offload else 0
         host += max(_codes_of_experts(plan, unit) for unit in plan.units) if apart else 0
@@ -137,6 +144,7 @@ def estimate(
         offload=offload,
         experts_apart=apart,
         alone=alone and inputs + alone,
+        ahead=ahead,
     )
 
 

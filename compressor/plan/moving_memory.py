@@ -1,4 +1,4 @@
-"""Main memory of units on their way from the disk and back, from shapes alone."""
+"""Memory of units on their way from the disk and back, from shapes alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,28 @@ def streamed_bytes(plan: Plan) -> int:
     return max(sum(raw[i : i + 2]) + (out[i - 1] if i else 0) for i in range(len(raw)))
 
 
-def page_locked_bytes(plan: Plan) -> int:
-    """What a GPU's units are read into and written from: two units as they were read, and the
-    outputs of two that wait to be written. PyTorch takes page-locked memory in powers of two for
-    every tensor, and keeps what is given back for later tensors of the same power."""
+def page_locked_bytes(plan: Plan, *, ahead: bool) -> int:
+    """What a GPU's units are read into and written from: two units as they were read, or one where
+    blocks are on the GPU by the time the next is read (`ahead`), and the outputs of two that wait
+    to be written. PyTorch takes page-locked memory in powers of two for every tensor, and keeps
+    what is given back for later tensors of the same power."""
     raw = [Counter(map(_power_of_two, source_bytes(plan, unit.layout))) for unit in plan.units]
     out = [Counter(_power_of_two(x.nbytes) for x in unit.outputs.values()) for unit in plan.units]
     most: Counter[int] = Counter()
-    for i in range(len(raw)):
-        most |= sum((*raw[i : i + 2], *out[max(i - 1, 0) : i + 1]), Counter())
+    for i, unit in enumerate(plan.units):
+        there = ahead and unit.layout.kind == "block"
+        coming = raw[i + 1 : i + 2] if there else raw[i : i + 2]
+        most |= sum((*coming, *out[max(i - 1, 0) : i + 1]), Counter())
     return sum(size * count for size, count in most.items())
+
+
+def ahead_bytes(plan: Plan) -> int:
+    """A block that is brought to the GPU while the one before it is worked on; 0 where none is:
+    its weights are decoded in main memory, or a block is worked on for long."""
+    if plan.source.quantized or any(unit.tuned for unit in plan.units):
+        return 0
+    blocks = (unit.layout for unit in plan.units if unit.layout.kind == "block")
+    return max((sum(source_bytes(plan, layout)) for layout in blocks), default=0)
 
 
 def _power_of_two(nbytes: int) -> int:

@@ -30,7 +30,7 @@ from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.reader import load_json, read_entries
 from compressor.checkpoint.records import stated_hash, tensors_hash
 from compressor.checkpoint.safetensors import Entry, read_header, read_tensor
-from compressor.checkpoint.source import require_finite
+from compressor.checkpoint.source import whether_finite
 from compressor.checkpoint.transaction import Progress, write
 from compressor.errors import InputError
 from compressor.foreign.calls import foreign
@@ -99,7 +99,7 @@ def fold(
     entries = read_entries(folder)
     config = load_json(folder / "config.json", what="config")
     encoder, module = (_part(entries, prefix) for prefix in (parts.encoder, parts.fuse))
-    require_finite({**encoder, **module})
+    whether_finite({**encoder, **module}).require()
     made_by = module_hash(config.get("vision_config"), encoder)
     fused_by = module_hash(None, module)
     vectors: dict[str, Tensor] = {}

@@ -31,7 +31,7 @@ from compressor.ranks.ranks import Ranks
 from compressor.run.apply import Observe, ObserveSite, Tune, apply_passes
 from compressor.run.environment import environment
 from compressor.run.model_passes import Outcome
-from compressor.run.observers import observer, observer_beside, observer_of_head
+from compressor.run.observers import observer, observer_beside, observer_of_head, when_finite
 from compressor.run.original import not_observed, rotated, start_of, values_of
 from compressor.run.placing import placed
 from compressor.run.reading import Reader
@@ -210,9 +210,9 @@ class Loop:
         step.run(tensors=tensors, batches=self._own(record["batches"], step.stream))
         if self._beside(unit):
             assert source is not None and self.originals is not None
-            originals = self._rotated(
-                step.index, source, placed(self.plan, unit, source, self.settings)
-            )
+            moved, finite = placed(self.plan, unit, source, self.settings)
+            finite.require()
+            originals = self._rotated(step.index, source, moved)
             batches = self._own(record["original_batches"], self.originals)
             step.run(self.originals, tensors=originals, batches=batches)
 
@@ -267,7 +267,7 @@ class Loop:
     def _work(self, step: Step) -> _Worked:
         """What becomes of one unit."""
         unit, device, source = self.plan.units[step.index], self.settings.device, step.take()
-        layout, moved = unit.layout, placed(self.plan, unit, source, self.settings)
+        layout, (moved, finite) = unit.layout, placed(self.plan, unit, source, self.settings)
         # The next but one is read into this page-locked memory, which is free once all is done that
         # the GPU was asked to before it was given back: now, and not after the whole block.
         source = replace(source, tensors={}, quantized={})
@@ -283,7 +283,7 @@ class Loop:
                 step.index,
                 unit,
                 start_of(self.plan, step.index, source, moved, self.learned, device=device),
-                observe=look,
+                observe=when_finite(look, finite),
                 observe_site=look_beside,
                 tune=tune,
                 progress=partial(self.settings.on_fit, layout.name),

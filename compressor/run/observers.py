@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from compressor_calibration.stats import SiteStats, StatNeeds
 from torch import Tensor
 
+from compressor.checkpoint.source import Finite
 from compressor.ir.unit import Unit
 from compressor.plan.unit_plan import Observable
 from compressor.run.apply import Observe, ObserveSite
@@ -39,6 +40,17 @@ def observer(step: Step, block: Block, *, all_experts: bool) -> Observe:
         )
 
     return look
+
+
+def when_finite(look: Observe, finite: Finite) -> Observe:
+    """The same, which then raises InputError where the unit's weights are not finite."""
+
+    def then(current: Unit, changed: bool, wanted: Observable) -> Observation:
+        seen = look(current, changed, wanted)
+        finite.require()
+        return seen
+
+    return then
 
 
 def observer_beside(step: Step, block: Block, originals: Stream) -> ObserveSite:

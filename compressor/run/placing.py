@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from compressor.checkpoint.source import require_finite
-from compressor.ir.floats import Moved, on_device
+from compressor.checkpoint.source import Finite, whether_finite
+from compressor.ir.floats import Moved, fill, room_for
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.plan.unit_plan import UnitPlan
@@ -18,28 +19,35 @@ AT_ONCE = 16
 """Tensors that are brought to the device to look at them."""
 
 
-def placed(plan: Plan, unit: UnitPlan, source: Unit, settings: JobSettings) -> Mapping[str, Tensor]:
+def placed(
+    plan: Plan, unit: UnitPlan, source: Unit, settings: JobSettings
+) -> tuple[Mapping[str, Tensor], Finite]:
     """A unit's tensors in float on the device, those of experts when they are read if they lie
-    apart. Raises InputError where one is not finite."""
+    apart; and whether they are finite. Where no pass looks at the unit first that is asked at once,
+    and InputError is raised; to ask waits for the device, which looking does anyway."""
     layout, device = unit.layout, settings.device
     read = source.dequantized(plan.compute_dtype(device))
     paths: set[str] = set()
     if settings.experts_apart:
         paths = {x.name for x in layout.linears if x.expert is not None}
-    moved: Mapping[str, Tensor]
     if paths:
-        here = {
-            name: t if name.rpartition(".")[0] in paths else t.to(device, non_blocking=True)
-            for name, t in read.items()
-        }
-        moved = Moved(here, device)
+        here = {n: t for n, t in read.items() if n.rpartition(".")[0] not in paths}
+        moved = Moved({**read, **fill(room_for(here, device), here)}, device)
         every = list(moved)
         for first in range(0, len(every), AT_ONCE):
-            require_finite({name: moved[name] for name in every[first : first + AT_ONCE]})
-        return moved
-    if layout.kind == "block" and unit.calibrated and device.type == "cuda":
-        moved = plan.source.arch.runtime.placed(layout, read, device)
-    else:
-        moved = {name: on_device(t, device) for name, t in read.items()}
-    require_finite({name: t for name, t in moved.items() if not t.is_meta})
-    return moved
+            whether_finite({n: moved[n] for n in every[first : first + AT_ONCE]}).require()
+        return moved, whether_finite({})
+    here = fill(room(plan, unit, read, device), read)
+    finite = whether_finite({n: t for n, t in here.items() if not t.is_meta})
+    if not (unit.seen and unit.seen[0].anything):
+        finite.require()
+    return here, finite
+
+
+def room(
+    plan: Plan, unit: UnitPlan, tensors: Mapping[str, Tensor], device: torch.device
+) -> Mapping[str, Tensor]:
+    """Memory on the device for a unit's tensors, as they are worked on."""
+    if unit.layout.kind == "block" and unit.calibrated and device.type == "cuda":
+        return plan.source.arch.runtime.room(unit.layout, tensors, device)
+    return room_for(tensors, device)

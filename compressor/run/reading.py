@@ -3,16 +3,18 @@ those that read it: a link between GPUs is faster than a disk, and than hashing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from compressor.ir.floats import on_device
+from compressor.ir.floats import fill, room_for
 from compressor.ir.same_shape import homes
 from compressor.ir.unit import Unit
 from compressor.plan.plan import Plan
 from compressor.ranks.parcel import hollow
 from compressor.ranks.ranks import Ranks
+from compressor.run.ahead import Ahead
+from compressor.run.placing import room
 from compressor.run.source_content import SourceContent
 
 
@@ -22,6 +24,7 @@ class Reader:
 
     spread  blocks, by index of the unit, of which each rank has some experts alone
     apart   experts wait in main memory, so that no rank is sent a block by others
+    ahead   brings blocks to the device once they are read; None: whoever works on them does
     """
 
     plan: Plan
@@ -30,24 +33,46 @@ class Reader:
     ranks: Ranks
     spread: frozenset[int] = frozenset()
     apart: bool = False
+    ahead: Ahead | None = None
     _digests: dict[int, dict[str, str]] = field(default_factory=dict)  # of what was read here
+    _coming: dict[int, torch.cuda.Event] = field(default_factory=dict)  # once they are there
 
     def read(self, index: int) -> Unit:
-        """A unit on the CPU, or this rank's part of it."""
+        """A unit on the CPU, or on its way to the device, or this rank's part of it."""
         pin = self.device.type == "cuda"
+        if self.ahead is not None:
+            self.ahead.settle()
         if not self._divided(index):
-            return self.content.read(index, pin=pin)
+            return self._brought(index, self.content.read(index, pin=pin))
         part, self._digests[index] = self.content.read_part(index, self._mine(index), pin=pin)
-        return part
+        return self._brought(index, part)
+
+    def _brought(self, index: int, part: Unit) -> Unit:
+        unit = self.plan.units[index]
+        if self.ahead is None or unit.layout.kind != "block":
+            return part
+        tensors = part.tensors
+        if self._divided(index):  # what others read is missing in stacks
+            here = self.ahead.bring(tensors, lambda: room_for(tensors, self.device))
+        else:
+            here = self.ahead.bring(tensors, lambda: room(self.plan, unit, tensors, self.device))
+        if here is None:
+            return part
+        self._coming[index] = here.there
+        return replace(part, tensors=here.tensors)
 
     def whole(self, index: int, part: Unit) -> Unit:
         """The unit of which every rank has read a part, then on the device; all ask together.
         Experts that other ranks have alone are on the meta device."""
+        if self.ahead is not None and (there := self._coming.pop(index, None)) is not None:
+            self.ahead.follow(there)
         if not self._divided(index):
             return part
         tensors, digests = {**part.tensors, **part.extra}, self._digests.pop(index)
         home = self._at_one(index)
-        own = {n: (on_device(tensors[n], self.device), digests[n]) for n in self._mine(index)}
+        read = {name: tensors[name] for name in self._mine(index)}
+        here = fill(room_for(read, self.device), read)
+        own = {name: (tensor, digests[name]) for name, tensor in here.items()}
         told = {n: hollow(x) if n in home else x for n, x in own.items()}
         found = {n: x for every in self.ranks.gather(told) for n, x in every.items()} | own
         found = {name: found[name] for name in self._names(index)}

@@ -309,6 +309,7 @@ def compile_checkpoint(
             on_fit=on_fit,
             stopping=stopping,
             spread=prepared.estimates.alone > 0,
+            ahead=prepared.estimates.ahead,
             ranks=ranks,
         )
         owner, content = stated_hash(about), SourceContent(plan)

@@ -51,6 +51,7 @@ class JobSettings:
               there are, the loss
     stopping  asked between units, and between such steps, whether to stop
     spread    whether a rank has no room for all experts of a block, so that each has some
+    ahead     whether the next block is brought to the device while one is worked on
     ranks     the processes that work on the job
     """
 
@@ -65,6 +66,7 @@ class JobSettings:
     on_fit: FitProgress = lambda name, done, total, loss: None
     stopping: Callable[[], bool] = lambda: False
     spread: bool = False
+    ahead: bool = False
     ranks: Ranks = ALONE
 
     @property

@@ -20,6 +20,7 @@ from compressor.plan.plan import Plan
 from compressor.plan.shares import output_bytes
 from compressor.plan.spread import spread_units
 from compressor.ranks.ranks import ALONE, Ranks
+from compressor.run.ahead import Ahead
 from compressor.run.loop import JobResult, Loop
 from compressor.run.model_passes import Outcome
 from compressor.run.one_host import on_one_host
@@ -68,6 +69,7 @@ def run_units(
                 settings.ranks,
                 spread=spread or frozenset(),
                 apart=settings.experts_apart,
+                ahead=Ahead(settings.device) if settings.ahead else None,
             )
             writing = settings.ranks if one_host else ALONE
             loop = Loop(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from compressor.arch import load as arch
 from compressor.arch.load import known_model_types, load_map
 from compressor.errors import InputError
+from compressor.ir.floats import fill
 from tests.support.families import WRAPPERS
 from tests.support.tiny_models import MORE_TYPES, TYPES
 
@@ -348,7 +349,10 @@ def test_experts_that_are_placed_as_memory_stacks_them_are_stacked_without_a_cop
     unit, names = layout.units[1], load_map("mixtral").runtime
     own = {name: tensors[name] for name in unit.tensors}
     expected = names.block_state(unit, own)
-    placed = names.placed(unit, own, torch.device("cpu"))
+    placed = fill(names.room(unit, own, torch.device("cpu")), own)
+    assert [*placed] == [*own]
+    again = names.room(unit, placed, torch.device("cpu"))
+    assert all(again[name] is tensor for name, tensor in placed.items())
     state = names.block_state(unit, placed)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

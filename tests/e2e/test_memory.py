@@ -62,8 +62,9 @@ def test_what_a_process_takes_is_planned_for_the_build_of_pytorch_that_is_instal
     assert run["peak_host_bytes"] == pytest.approx(planned, rel=SLACK)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    ahead: bool, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Played through: blocks of powers of two, given back to a pool and taken from it again."""
     recipe = make_recipe(
@@ -74,7 +75,8 @@ def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
             "verify": False,  # which holds both checkpoints' units
         }
     )
-    plan = make_plan(recipe, open_source(Path(recipe.model)))
+    plan, device = make_plan(recipe, open_source(Path(recipe.model))), torch.device("cuda")
+    alone = estimate(plan, device=device, resident=1000)
     entries = plan.source.checkpoint.entries
     free: Counter[int] = Counter()
     pool = 0
@@ -89,12 +91,17 @@ def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
     reads = ([entries[n].spec.nbytes for n in plan.source.names(u.layout)] for u in plan.units)
     source, written = take(next(reads)), Counter[int]()
     for unit in plan.units:
-        ahead = take(next(reads, []))
+        if ahead and unit.layout.kind == "block":  # it is on the device by now
+            free += source
+            source = Counter()
+        coming = take(next(reads, []))
         results = take(spec.nbytes for spec in unit.outputs.values())
         free += source + written
-        source, written = ahead, results
-    planned = estimate(plan, device=torch.device("cuda"), resident=1000).host_bytes
-    assert planned == 1000 + STARTED_BYTES["cuda"] + pool
+        source, written = coming, results
+    bound = None if ahead else alone.device_bytes - 1
+    planned = estimate(plan, device=device, resident=1000, device_memory=bound)
+    assert planned.ahead is ahead
+    assert planned.host_bytes == 1000 + STARTED_BYTES["cuda"] + pool
 
 
 def test_inputs_wait_in_main_memory_where_the_device_has_no_room_for_them(
@@ -118,6 +125,8 @@ def test_inputs_wait_in_main_memory_where_the_device_has_no_room_for_them(
     assert tight.batch < 64 and tight.device_bytes <= bound
     least = estimate(plan, device=device, resident=0, device_memory=1)
     assert least.offload and least.batch == 1
+    free = estimate(plan, device=device, resident=0, device_memory=free.device_bytes - 1)
+    assert not free.ahead and free.batch == 64
     hidden = plan.layout.sizes.hidden
     assert least.host_bytes - free.host_bytes == 4 * 64 * 128 * hidden  # in float32
     assert least.device_bytes < tight.device_bytes
@@ -129,7 +138,10 @@ def test_experts_wait_in_main_memory_where_they_do_not_fit_beside_each_other(
     plan = make_plan(experts(tiny_model, tmp_path / "out"), open_source(tiny_model("qwen3_moe")))
     device = torch.device("cuda")
     free = estimate(plan, device=device, resident=0)
-    assert not free.experts_apart
+    assert free.ahead and not free.experts_apart
+    # Page-locked memory is of other sizes where the next block is brought beside this one.
+    free = estimate(plan, device=device, resident=0, device_memory=free.device_bytes - 1)
+    assert not free.ahead and not free.experts_apart
     tight = estimate(plan, device=device, resident=0, device_memory=1)
     assert tight.experts_apart
     weights = [x for x in plan.layout.blocks[0].linears if x.expert is not None]

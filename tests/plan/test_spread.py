@@ -49,6 +49,11 @@ def takes(plan: Plan, world: int, memory: int | None = None) -> Estimates:
     return estimate(plan, device=cuda, resident=0, device_memory=memory, world=world)
 
 
+def least(plan: Plan) -> int:
+    """Of a GPU's memory with which a block is whole on one rank, with no other beside it."""
+    return takes(plan, 1, takes(plan, 1).device_bytes - 1).device_bytes
+
+
 def test_no_stack_lies_at_two_ranks(headers: Path) -> None:
     linears = planned(headers, **AWQ).units[1].layout.linears
     groups = groups_of_experts(linears)
@@ -64,7 +69,7 @@ def test_no_stack_lies_at_two_ranks(headers: Path) -> None:
 
 def test_a_rank_without_room_for_a_block_takes_its_share_of_experts(headers: Path) -> None:
     plan = planned(headers, **AWQ)
-    whole = takes(plan, 1).device_bytes
+    whole = least(plan)
     assert takes(plan, 4, whole).alone == 0
     spread = takes(plan, 4, whole - 1)
     assert spread.alone == whole and not spread.experts_apart
@@ -119,7 +124,7 @@ def test_experts_that_transformers_runs_otherwise_are_not_spread(
 ) -> None:
     """Which a run would only find out once it loads the first of them."""
     plan = planned(headers, **AWQ)
-    assert takes(plan, 4, takes(plan, 1).device_bytes - 1).alone
+    assert takes(plan, 4, least(plan) - 1).alone
     monkeypatch.setattr(experts, "divisible", lambda module: False)
     assert spread_units(plan, 4) == frozenset()
-    assert not takes(plan, 4, takes(plan, 1).device_bytes - 1).alone
+    assert not takes(plan, 4, least(plan) - 1).alone
