@@ -146,7 +146,7 @@ def test_reports_count_what_was_read(model: Path, tmp_path: Path) -> None:
         "evaluate: {windows: 4, length: 32, data: bundled/prose}\nverify: false\n"
     )
     for read in (0, BLOCKS * 4):
-        said = CliRunner().invoke(cli, ["run", str(path), "--json"])
+        said = CliRunner().invoke(cli, ["run", str(path), "--json", "--again"])
         assert json.loads(said.stdout)["activations"] == {"read": read, "ran": BLOCKS * 4 - read}
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["activations"] == {"read": BLOCKS * 4, "ran": 0}
