@@ -37,7 +37,12 @@ def test_real_shapes_on_a_device(rows, columns, size, zeros):
     points = torch.full_like(scales, 7) if zeros else None
     found = grid_sums(groups, counts, scales, points, bits=4)
     wanted = grid_sums_ref(groups, counts, scales, points, bits=4)
-    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(found[0], wanted[0], rtol=1e-3, atol=1e-3)
+    # Of a weight half-way between two codes either is nearest: its error is the same, k is not.
+    steps = (groups / scales[:, None]).abs()
+    between = ((steps - steps.floor() - 0.5).abs() < 1e-5).any(1)
+    assert between.float().mean() < 0.01
+    assert torch.allclose(found[:, ~between], wanted[:, ~between], rtol=1e-3, atol=1e-3)
     assert torch.equal(grid_sums(groups, counts, scales, points, bits=4), found)
 
 

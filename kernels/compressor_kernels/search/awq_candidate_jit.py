@@ -17,6 +17,15 @@ def _nearest(x):
 
 
 @triton.jit
+def _over(x, scale, STORED: tl.constexpr):
+    """x / scale, to the last bit where scales are stored in float32: of a range that is clipped to
+    +-b the scale is 2b / levels then, and -b, b and the zero point lie half-way between codes."""
+    if STORED == "float32":
+        return tl.div_rn(x, scale)
+    return x / scale
+
+
+@triton.jit
 def _storable(scale, STORED: tl.constexpr):
     """A positive scale as it will be stored, in float32."""
     if STORED == "float16":
@@ -49,10 +58,11 @@ def _asymmetric(w, low, high, BITS: tl.constexpr, STORED: tl.constexpr):
     one_sign = (low >= 0) | (high <= 0)
     low = tl.minimum(low, 0.0)
     high = tl.maximum(high, 0.0)
-    step = tl.maximum(high - low, RANGE_FLOOR) / LEVELS
+    step = tl.maximum(high - low, RANGE_FLOOR)
+    step = _over(step, tl.full(step.shape, LEVELS, tl.float32), STORED)
     scale = _storable(step, STORED)
-    steps = _nearest(w / scale[:, None])
-    zero = tl.minimum(tl.maximum(-_nearest(low / scale), 0.0), LEVELS)[:, None]
+    steps = _nearest(_over(w, tl.broadcast_to(scale[:, None], w.shape), STORED))
+    zero = tl.minimum(tl.maximum(-_nearest(_over(low, scale, STORED)), 0.0), LEVELS)[:, None]
     values = (tl.minimum(tl.maximum(steps + zero, 0.0), LEVELS) - zero) * scale[:, None]
     tiny = (high - low < TINY) | (step < SMALLEST)
     degenerate = one_sign | tiny | (high - low > HUGE)
