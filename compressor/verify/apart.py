@@ -66,7 +66,7 @@ class Apart:
         if not sys.dont_write_bytecode:
             environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(sys.path), device],
+            [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), device],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -95,8 +95,12 @@ class Apart:
     def _send(self, value: Any) -> None:
         assert self._process.stdin is not None
         # Who cannot be told will have found nothing.
-        with contextlib.suppress(OSError):
+        try:
             _send(self._process.stdin, value)
+        except OSError:
+            pass
+        except (pickle.PicklingError, AttributeError, TypeError):  # as pickle says it of a lambda
+            self._process.kill()
 
     def __enter__(self) -> Self:
         return self

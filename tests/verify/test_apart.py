@@ -159,6 +159,12 @@ def test_without_room_it_ends(
     assert apart._process.poll() == -signal.SIGKILL
 
 
+def test_what_cannot_be_handed_over_is_done_here(apart: Apart) -> None:
+    subject: Any = lambda: None  # noqa: E731
+    apart.compare(subject)
+    assert apart.compared() is None
+
+
 def test_it_ends_with_its_starter() -> None:
     text = "import os\nfrom compressor.verify.apart import Apart\n"
     text += "print(Apart('cpu')._process.pid, flush=True)\nos._exit(0)"
