@@ -23,43 +23,30 @@ def shortlist(
     ranks: Ranks,
     homes: Sequence[int | None],
 ) -> list[int]:
-    """The candidates [R, C] that rows here and there of weights [1, O_i, C] leave, by number."""
-    left = list(range(len(candidates)))
-    step = race.stride(sum(weight.shape[1] for weight in stacks))
-    while step is not None:
+    """The candidates [R, C] that rows of weights [1, O_i, C] leave, by number: on a GPU rows here
+    and there, on a CPU as many parts of them as it takes, one after the other."""
+    left, height = list(range(len(candidates))), sum(weight.shape[1] for weight in stacks)
+    looks = None if gram.is_cuda else race.looks(height)
+    narrow = gram if looks is None else gram.to(work_dtype(gram))
+
+    def by_row(step: int, first: int) -> race.Losses:
         tried = race.chosen(candidates, left)
-        losses = losses_by_row(stacks, gram, tried, spec, ranks, homes, step)
-        left = [left[i] for i in race.shortlist(losses, len(left))]
+        return losses_by_row(stacks, narrow, tried, spec, ranks, homes, step, first)
+
+    if looks is not None:
+        seen = torch.zeros(len(left), 0, dtype=torch.float32, device=gram.device)
+        for first in range(looks - 1):
+            seen = torch.cat([seen, by_row(looks, first)(range(len(left)))], dim=1)
+            stay = race.remaining(seen, height)
+            left, seen = [left[i] for i in stay], race.chosen(seen, stay)
+            if len(left) == 1:
+                break
+        return left
+    step = race.stride(height)
+    while step is not None:
+        left = [left[i] for i in race.shortlist(by_row(step, step // 2), len(left))]
         step = race.closer(step, len(left), len(candidates))
     return left
-
-
-def looked_at(
-    stacks: Sequence[Tensor],
-    gram: Tensor,
-    candidates: Tensor,
-    spec: QuantSpec,
-    ranks: Ranks,
-    homes: Sequence[int | None],
-    looks: int,
-) -> tuple[list[int], Tensor]:
-    """The candidates [R, C] that all rows of weights [1, O_i, C] leave, by number, and the losses
-    of these [R]; rows are looked at in so many parts. Of a single one that is left before the last
-    of them the loss is what it would be if other rows were as those."""
-    left, height = list(range(len(candidates))), sum(weight.shape[1] for weight in stacks)
-    narrow = gram.to(work_dtype(gram))
-    seen = torch.zeros(len(left), 0, dtype=torch.float32, device=gram.device)
-    for first in range(looks):
-        tried = race.chosen(candidates, left)
-        by_row = losses_by_row(stacks, narrow, tried, spec, ranks, homes, looks, first)
-        seen = torch.cat([seen, by_row(range(len(left)))], dim=1)
-        stay = race.remaining(seen, height) if first < looks - 1 else range(len(left))
-        left, seen = [left[i] for i in stay], race.chosen(seen, stay)
-        if len(left) == 1:
-            break
-    losses = torch.full((len(candidates),), torch.inf, device=gram.device)
-    losses[left] = seen.mean(1) * height
-    return left, losses
 
 
 def losses_by_row(
@@ -70,12 +57,11 @@ def losses_by_row(
     ranks: Ranks,
     homes: Sequence[int | None],
     step: int,
-    first: int | None = None,
+    first: int,
 ) -> race.Losses:
-    """Losses of candidates [R, C] in one of `step` rows of weights [1, O_i, C], from `first` on or
-    in the midst of these."""
+    """Losses of candidates [R, C] in one of `step` rows of weights [1, O_i, C], from `first` on."""
     apart = any(home is not None for home in homes)
-    some = [weight[0, step // 2 if first is None else first :: step] for weight in stacks]
+    some = [weight[0, first::step] for weight in stacks]
     # In the place of what other ranks have there are zeros.
     rows = torch.cat([torch.zeros_like(w, device=gram.device) if w.is_meta else w for w in some])
     rows = rows[None]

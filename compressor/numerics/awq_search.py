@@ -17,8 +17,8 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QuantSpec
-from compressor.numerics import fake_quantize, race
-from compressor.numerics.awq_rows import looked_at, shortlist, write_deltas
+from compressor.numerics import fake_quantize
+from compressor.numerics.awq_rows import shortlist, write_deltas
 from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
 from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import Quantizer
@@ -145,11 +145,8 @@ def search_scales_gram(
     candidates = _candidates(weights, x_absmean, ratios[1:], spec, duo=duo, tie=tie)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
     left = list(range(len(candidates)))
-    stacks = [weight[None] for weight in weights]
-    looks = None if gram.is_cuda else race.looks(sum(len(weight) for weight in weights))
-    if quantizer is None and looks is not None:
-        left, losses = looked_at(stacks, gram, candidates, spec, ranks, homes, looks)
-    elif quantizer is None:
+    if quantizer is None:
+        stacks = [weight[None] for weight in weights]
         left = shortlist(stacks, gram, candidates, spec, ranks, homes)
         parts = []
         for turn, numbers in enumerate(_numbered(groups or [0] * len(stacks))):

@@ -3,7 +3,7 @@
 Losses add up over rows, and those of two candidates go up and down together, so that a few hundred
 rows tell most of them apart from the best. Whoever has to know which is best works the rest out on
 all rows: what is left out here would have to be further from its mean than `ERRORS`. On a CPU rows
-are looked at by and by, each once, and candidates go in between.
+are looked at in parts, each once, and candidates go in between.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ ERRORS = 6.0
 """Standard errors of the mean difference to the best, beyond which a candidate is given up."""
 
 LOOK = 64
-"""Rows that are looked at between two decisions, at least, where rows are looked at once."""
+"""Rows that are looked at between two decisions, at least, where they are looked at in parts."""
 
 CAREFUL = 4.0
-"""`ERRORS` where all rows are looked at by and by, so that what is still unknown shrinks to
-nothing."""
+"""`ERRORS` of what is still unknown, where rows are looked at in parts."""
 
 Losses = Callable[[Sequence[int]], Tensor]
 """Candidates, by number → their losses by row [candidates, rows], NaN and infinity allowed."""
@@ -63,8 +62,8 @@ def shortlist(losses_of: Losses, count: int) -> list[int]:
 
 
 def looks(rows: int) -> int | None:
-    """In how many parts of equal size rows are looked at by and by; None where there are too few
-    for that."""
+    """How many parts of equal size rows have that are looked at one after the other, all but the
+    last; None where there are too few rows for that."""
     return None if stride(rows) is None else min(rows // LOOK, MOST)
 
 

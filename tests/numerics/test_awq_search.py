@@ -89,6 +89,10 @@ def test_rows_are_looked_at_once_and_the_best_of_all_of_them_is_found():
     left = [i for i, loss in enumerate(found.losses) if loss < float("inf")]
     assert best in left and len(left) < 15
     assert found.losses[best] == pytest.approx(errors[best], rel=5e-3)
+    # Those that are left are judged by all rows, with products that are not rounded.
+    stacks = [weight[None] for weight in weights]
+    every = awq_search._losses(stacks, gram[None], tried[:, None], SPEC, range(21))[:, 0].tolist()
+    assert all(found.losses[i] == every[i] for i in left)
 
 
 @pytest.mark.parametrize("rows, columns", [(64, 576), (65, 1536), (192, 200)])
@@ -108,7 +112,7 @@ def test_each_row_counts_once_where_ranks_have_some_weights_alone_and_all_have_o
 
     def losses(*weights, ranks=ALONE, homes=()):
         stacks = [weight[None] for weight in weights]
-        by_row = losses_by_row(stacks, gram, candidates, SPEC, ranks, homes, 4)
+        by_row = losses_by_row(stacks, gram, candidates, SPEC, ranks, homes, 4, 2)
         return by_row([0, 2])
 
     parts = [
