@@ -19,6 +19,7 @@ from compressor.run.session import Prepared
 from compressor.run.settings import JobSettings, Progress
 from compressor.run.source_content import SourceContent
 from compressor.verify.checks.hashes import FileHashes
+from compressor.verify.compare_config import deciding_files
 from compressor.verify.findings import Findings
 
 _VERDICT = TypeAdapter(Verdict)
@@ -66,13 +67,15 @@ def standing(
 
 
 def _seal(data: ReportData, prepared: Prepared, output: Path) -> str:
-    """A hash of what a report says, and of what decides it: the manifest names the source, the
-    recipe, the versions and the device."""
+    """A hash of what a report says, and of what decides it: the manifest names the source's tensors
+    and config, the recipe, the versions and the device."""
     said = data.to_json()
     del said["seal"]
     recipe = portable(prepared.recipe)
+    source = prepared.plan.source.checkpoint.folder
     about: dict[str, Any] = {
         "said": said,
+        "beside": {x: hash_file(source / x).sha256 for x in sorted(deciding_files(source))},
         "manifest": hash_file(output / MANIFEST_NAME).sha256,
         "judged": {key: recipe[key] for key in AFTERWARDS if key in recipe},
         "evaluation": prepared.evaluation.sha256 if prepared.evaluation else None,

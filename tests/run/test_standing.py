@@ -88,8 +88,9 @@ def _edited(path, old, new):
         (lambda where: (where / "out" / "report.html").unlink(), 0),
         (lambda where: (where / "held_out.txt").write_text(TEXT.replace("best", "last")), 0),
         (lambda where: _flipped(where / "model" / "model.safetensors", -2), 1),
+        (lambda where: (where / "model" / "chat_template.jinja").write_text("{{ messages }}"), 1),
     ],
-    ids=["weights", "stray", "config", "verdict", "spaces", "page", "text", "source"],
+    ids=["weights", "stray", "config", "verdict", "spaces", "page", "text", "source", "template"],
 )
 def test_what_changed_is_judged_again(change, code, run, tmp_path, request):
     assert run()["code"] == 0
