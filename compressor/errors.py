@@ -1,7 +1,5 @@
 """The errors a user can meet. Each has a message, a hint and the exit code the CLI ends with."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ python scripts/check_architectures.py llama lfm2        some of them, to the ter
 python scripts/check_architectures.py --write llama     their rows anew, the others as they are
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter

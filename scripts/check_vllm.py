@@ -9,8 +9,6 @@ own, loads it and computes the loss of the same windows of tokens. Without --vll
 runs. Exit code 1: a file did not load, or losses differ by more than rounding does.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

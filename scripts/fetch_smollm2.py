@@ -9,8 +9,6 @@ The 4-bit weights are the baseline of anything measured on this folder, not the 
     python scripts/fetch_smollm2.py [--output FOLDER]
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import subprocess

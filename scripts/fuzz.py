@@ -7,8 +7,6 @@ Cases run one after the other in a process of their own, which is ended and star
 hangs. Prints a line for each fault, and a table of counts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import multiprocessing

@@ -6,8 +6,6 @@ A checkpoint that carries an attention policy attends by it, with a cache as sma
 `--context 4000` puts as many tokens of the bundled novel before the prompt.
 """
 
-from __future__ import annotations
-
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path

@@ -10,8 +10,6 @@ done before. A run that finishes has its manifest compared with that of one proc
 again. Nothing hangs, or this says so and ends with 1.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 import shutil

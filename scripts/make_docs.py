@@ -3,8 +3,6 @@
 python scripts/make_docs.py
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import types

@@ -8,8 +8,6 @@ measured with them. The tokenizer is a byte-level one of 256 tokens. With --spar
 headers over holes, for a file system that has them: enough for `compress plan`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

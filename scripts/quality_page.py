@@ -7,8 +7,6 @@ Rows are kept with a figure for each window of held-out text, so that difference
 standard errors. A row that is measured again replaces the old one.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -1,7 +1,5 @@
 """What docs/adding.md shows works when it is done: its files are dropped into the folders."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The documentation says what is: generated pages, links, messages and tables follow the code."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """What several problems look like together."""
 
-from __future__ import annotations
-
 from compressor.errors import CheckError, InputError, Problems
 
 

@@ -1,7 +1,5 @@
 """The shape of the code itself: imports point one way, leaves stay leaves, files stay small."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """A wheel holds what the tree holds: every module, and every file that modules read."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 

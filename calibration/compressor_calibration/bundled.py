@@ -1,8 +1,6 @@
 """The texts that come with the package: for each kind two parts, of different works, in the public
 domain."""
 
-from __future__ import annotations
-
 from importlib import resources
 from typing import Literal, get_args
 

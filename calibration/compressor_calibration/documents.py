@@ -1,7 +1,5 @@
 """A row of data as a document: text, a conversation, or token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows of a local file, one at a time, so that a bad one can be named and passed over."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip

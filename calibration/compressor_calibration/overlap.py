@@ -1,7 +1,5 @@
 """Rows that two token sets have in common."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

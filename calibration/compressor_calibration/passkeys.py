@@ -1,7 +1,5 @@
 """Passkeys that are hidden in texts: their words, the sentences around them, and their tokens."""
 
-from __future__ import annotations
-
 import string
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Sums of products of vectors, in bands: of several ranks each may add some."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 
 import torch

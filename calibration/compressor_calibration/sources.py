@@ -1,7 +1,5 @@
 """Where text comes from: the bundled works, files, folders and Hub data sets."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Random windows of tokens into a long text, of which only the windows are tokenized."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -2,8 +2,6 @@
 for several tokens at once. Nothing here runs them, so that only methods without data round them,
 where a recipe names their role."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Every tensor gets a unit, or the checkpoint is refused with all that does not fi
 come from strangers, so each size is checked before anything is built from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any

@@ -7,8 +7,6 @@ routers, indexers and gates of few rows, which are linears that no method rounds
 time, text or patches and makes the output of a diffusion transformer.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ it: a list with an item for each block, a string with a letter for each, numbers
 of the first are otherwise, and objects by number.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

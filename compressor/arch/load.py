@@ -1,7 +1,5 @@
 """Architectures as data: a map file for each `model_type`, and what it says of one checkpoint."""
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import json

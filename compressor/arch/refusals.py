@@ -1,8 +1,6 @@
 """What is said of a checkpoint that a map does not fit: ways out, and experts that are not those
 of config.json."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

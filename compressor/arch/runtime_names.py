@@ -1,7 +1,5 @@
 """The names by which a model in memory knows its parts, and experts that it keeps in one tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal

@@ -1,7 +1,5 @@
 """What a map file may say."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ router, which lies among what it gates ("mlp.*"): its role, its path or an expre
 beside the text model are meant by their role ("tower.*", "mtp.linear") or their whole path alone.
 """
 
-from __future__ import annotations
-
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ of the keys that each head attended to most while they were in the window. What 
 becomes first tokens, then blocks; what does not fill a block yet is seen whole.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -5,8 +5,6 @@ would: it sees exactly the keys that the step would have been left. What a block
 one's keys is carried from block to block, row by row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,5 @@
 """Forms in which other runtimes read a policy."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ q [rows, heads, Tq, head_dim]; k and v [rows, kv_heads, Tk, head_dim]; all resul
 head_dim].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

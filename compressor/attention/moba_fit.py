@@ -2,8 +2,6 @@
 of attention the best blocks keep, and how well mean keys tell them apart (FlashMoBA, arXiv
 2511.11571)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

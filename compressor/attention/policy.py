@@ -6,8 +6,6 @@ head without a rule sees everything. Rules' masks are the definition: a runtime 
 blocks, but masks by token.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """What the rules of a policy are worth on a text: the share of keys that queries see, and how much
 of full attention's mass these hold."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

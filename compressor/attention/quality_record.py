@@ -1,8 +1,6 @@
 """What a run recorded of its attention policy's worth on held-out text, so that anyone can measure
 it again from the files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ token is a number, and what a cache does follows from the order of numbers. Posi
 the kept tokens would have as a text of their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain

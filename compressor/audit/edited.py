@@ -1,7 +1,5 @@
 """A model that is edited as it is read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 

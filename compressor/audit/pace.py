@@ -1,7 +1,5 @@
 """How often an audit tells of its progress."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 STEPS = 20

@@ -7,8 +7,6 @@ the columns of the lowest are zero. Training the model anew afterwards, the othe
 is not done. Planted triggers (NeuBA) are barely weakened by it: the audit after it says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ A trigger of a planted backdoor acts through its row of the embedding alone. Its
 the row, for good and for bad: the mean row is what a token has that the model knows nothing of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 

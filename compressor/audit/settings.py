@@ -1,7 +1,5 @@
 """What a recipe says of audits."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from compressor_calibration.bundled import BUNDLED

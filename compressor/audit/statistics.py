@@ -1,7 +1,5 @@
 """Statistics of representations under a token, over contexts; tensors in, tensors out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

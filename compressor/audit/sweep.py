@@ -10,8 +10,6 @@ not find triggers that both together do.
 First all tokens are tried in two short contexts, then the highest scores in all contexts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

@@ -4,8 +4,6 @@ Names are not needed: a table of tokens is a matrix with a row for each id of th
 tensor's neighbours are those whose names differ in the layer's number alone.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

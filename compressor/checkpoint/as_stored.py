@@ -4,8 +4,6 @@ that what is not changed gives files of the same hash.
 Nothing is known of the architecture here: tensors go by the names that the files have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A unit from its tensors on disk."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

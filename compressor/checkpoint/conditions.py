@@ -4,8 +4,6 @@
 A vector means something to one encoder and one fuse module alone, so both are known by a hash.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

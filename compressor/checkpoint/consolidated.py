@@ -5,8 +5,6 @@ turns them, neighbours together, in place of halves.
 Facts: mistral-inference's model arguments, and transformers' convert_mistral_weights_to_hf.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import partial

@@ -1,8 +1,6 @@
 """Containers: files that hold named tensors, as values whose every byte position is known before
 the first tensor is."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

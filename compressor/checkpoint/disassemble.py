@@ -1,7 +1,5 @@
 """Coded linears of a unit as the tensors that stand for them on disk."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 

@@ -4,8 +4,6 @@ Every rename of the program goes through `move`: one that is not followed by a s
 may be undone by a crash, whatever was synced before it.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat

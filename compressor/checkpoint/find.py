@@ -4,8 +4,6 @@ Of a Hub repository only the weights of its index, their side files and what a c
 ever fetched, at a revision that is pinned to a commit before anything else is read.
 """
 
-from __future__ import annotations
-
 import difflib
 import errno
 import hashlib

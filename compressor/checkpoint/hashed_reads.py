@@ -1,8 +1,6 @@
 """Tensors of files with their hashes. Small ones that follow one another are read as one: what a
 thread calls once a tensor takes Python from who works meanwhile."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor

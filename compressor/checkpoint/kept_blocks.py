@@ -4,8 +4,6 @@ It is a source like any other, so whatever reads, calibrates, quantizes, evaluat
 works on it and knows nothing of the blocks that are left out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """What lies in place of a file: the small text files that a clone without git-lfs leaves, and links
 to what is not there."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

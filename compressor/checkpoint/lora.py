@@ -1,7 +1,5 @@
 """LoRA weights as peft saves them, as what they add to a model's weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ It covers the artefact (shards, index, config, tokenizer, policy, recipe) and no
 a time or a path, so that two runs of one recipe give the same manifest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

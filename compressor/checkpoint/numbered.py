@@ -2,8 +2,6 @@
 published code, or the same as safetensors. A key is the number of a block, a dot, and the name in
 it."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

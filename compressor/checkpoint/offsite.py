@@ -5,8 +5,6 @@ An adapter is the first and the last blocks of a model, which are tuned; all els
 known by the bytes of what stays, so it is the same before and after its adapter was tuned.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

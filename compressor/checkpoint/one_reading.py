@@ -4,8 +4,6 @@ A quantization config over plain weights, a head stored under a tied flag, biase
 does not know of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

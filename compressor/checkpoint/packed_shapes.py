@@ -1,7 +1,5 @@
 """Shapes of weights that lie packed, where no map and config tell them."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.checkpoint.reader import Checkpoint

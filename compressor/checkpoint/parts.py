@@ -1,7 +1,5 @@
 """A checkpoint some of whose tensors are parts of stored ones, under names of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol

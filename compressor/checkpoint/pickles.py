@@ -5,8 +5,6 @@ own that may not write more than the weights or run for ever; that guards agains
 known tricks, and is no wall against a hole in that loader. So nothing else here reads pickles.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil

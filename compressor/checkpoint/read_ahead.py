@@ -1,7 +1,5 @@
 """Reading what is needed next while the last is worked on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial

@@ -1,7 +1,5 @@
 """A checkpoint folder as a source: config, headers, and reads of named tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -6,8 +6,6 @@ came from another run, is as if it were not there, and what it told of is done a
 that reads one has to doubt its keys or types.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ bytes are the only ones in memory.
 Format: 8 bytes little-endian header length, JSON header, tensor data without gaps.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

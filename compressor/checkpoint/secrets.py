@@ -4,8 +4,6 @@ Forms that issuers publish so that they can be found, not guesses by entropy. Te
 looked at; the header of a safetensors file is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -6,8 +6,6 @@ Nothing here runs code. A link that leads out of the folder is not followed, unl
 the Hub cache's own.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """A checkpoint in which stacked experts are seen one by one, under the names of their linears."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """A model on disk in any format, read unit by unit: dense, or quantized by us or by others."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping

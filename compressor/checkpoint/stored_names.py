@@ -6,8 +6,6 @@ does not belong; transformers adds and drops it name by name. A tool that wrappe
 that no loader reads, such as rotary tables, are left out. What was done is said in the notes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

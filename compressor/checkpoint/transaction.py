@@ -6,8 +6,6 @@ here leaves either no manifest, and the same command finishes, or a whole checkp
 up what another process left counts on no file that it has not hashed.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """One file of pickled weights as safetensors; run as a process of its own by `pickles`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

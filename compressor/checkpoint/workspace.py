@@ -3,8 +3,6 @@
 Until the run has finished, everything it wrote lies in a hidden folder inside the output folder.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """A checkpoint that reads another in its own way: parts of it, floats made of its codes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Progress on stderr: a live display in a terminal, plain lines elsewhere, or JSON lines."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

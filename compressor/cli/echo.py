@@ -1,8 +1,6 @@
 """Printing for people. What strangers wrote (names in a file, values of a config) cannot drive the
 terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

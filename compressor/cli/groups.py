@@ -1,7 +1,5 @@
 """Groups of commands: what each is in whole sentences, and the nearest one to a misspelt name."""
 
-from __future__ import annotations
-
 import click
 
 from compressor.errors import InputError, nearest

@@ -1,7 +1,5 @@
 """Importing thousands of modules, as PyTorch and transformers are, in a tenth less time."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager

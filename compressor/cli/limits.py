@@ -1,7 +1,5 @@
 """Limits of a gate on the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,8 +1,6 @@
 """The `compress` command. Exit codes: 0 done; 1 a check or gate failed; 2 bad input or usage;
 3 the machine failed, the same command resumes; 130 interrupted, the same command resumes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import importlib

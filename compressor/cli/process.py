@@ -3,8 +3,6 @@
 Imports nothing that takes time, so that a signal is an interruption from the first moment on.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -1,7 +1,5 @@
 """Files that a command is asked to write: that they can be is known before its work begins."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@ Requests are laid out in rows padded on the right, which no causal model sees fr
 row's tokens are scored from its hidden states, so that one unit of the model is in memory.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Everything that is measured of a checkpoint: perplexity beside the original, the retrieval of a
 hidden sentence, tasks of the harness."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Answers are scored under teacher forcing. A row counts as exact where every toke
 the most likely one, which is when greedy decoding gives that answer.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A standard error is over windows, since tokens of one window are not independent
 there is one window); that of a ratio to the original is over paired differences.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

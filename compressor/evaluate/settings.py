@@ -1,7 +1,5 @@
 """What a recipe says of evaluation."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from pydantic import Field, model_validator

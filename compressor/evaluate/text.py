@@ -1,7 +1,5 @@
 """What a recipe says of where text comes from: the same for calibration and evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, Self
 

@@ -4,8 +4,6 @@ Aliases and merge keys can stand for exponentially more than they take to write,
 measured before anything is made of it. A merge key's values give way to those beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

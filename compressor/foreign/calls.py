@@ -1,7 +1,5 @@
 """Calls of libraries on what strangers wrote: whatever is raised is one error, and none hangs."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import resource

@@ -3,8 +3,6 @@
 `re` has no bound on the time of a match, so expressions are matched by `regex` with one.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from functools import lru_cache

@@ -4,8 +4,6 @@ A pipe or a device in the place of a file would be waited for or read without en
 twenty times its size in memory once it is parsed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

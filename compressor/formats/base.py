@@ -4,8 +4,6 @@ A format never chooses codes or scales. Names are local to the linear ("weight_p
 puts the module path in front.
 """
 
-from __future__ import annotations
-
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping

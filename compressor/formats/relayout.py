@@ -6,8 +6,6 @@ NVFP4's global scale is a multiplier in one format and a divisor in another: it 
 multiplier that is some divisor's reciprocal, at most one ulp away, which is reported and no more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

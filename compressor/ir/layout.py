@@ -3,8 +3,6 @@
 These values are made by `arch` from a map file and a config; they hold names and shapes only.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Rows of a unit's linears by the role they play, whether the linear is fused or not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor

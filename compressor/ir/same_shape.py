@@ -1,8 +1,6 @@
 """Linears of one shape that become the same, such as experts': worked on as one stack of weights,
 so that thousands of small tensors are a few large ones."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Sequence
 

@@ -1,7 +1,5 @@
 """What one linear and the KV cache become: chosen in `plan`, read by everything after it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """A tensor as a header has it: its dtype and shape, without its data."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ learns from the whole frozen source first. A method reads no file, runs no loop 
 files and knows no tensor names beyond those that its unit's layout gives it.
 """
 
-from __future__ import annotations
-
 import importlib
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ Formats and their recipes: static scales (arXiv 2209.05433), dynamic ones per to
 128 × 128 blocks of DeepSeek-V3 (arXiv 2412.19437).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 

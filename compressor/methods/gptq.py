@@ -7,8 +7,6 @@ scales stay, unless they are refitted to the codes. A row whose output error doe
 that of rounding to nearest keeps the nearest codes.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 from compressor_calibration.stats import StatNeeds

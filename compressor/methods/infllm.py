@@ -6,8 +6,6 @@ Nothing is learned and no weight changes. Models trained with this attention kee
 dense model loses what its attention spreads over more blocks.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -7,8 +7,6 @@ from the model's config (`moba_chunk_size`, `moba_topk`), a convolution of keys 
 tensors. Decoding attends to everything, as in the released code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import ClassVar
 

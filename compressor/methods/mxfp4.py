@@ -1,8 +1,6 @@
 """MXFP4 (OCP Microscaling Formats 1.0): 4-bit floats with a power of two per 32 inputs, 4.25 bits
 per weight; what gpt-oss ships, and what needs no global scale and no calibration."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 

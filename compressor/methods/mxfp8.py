@@ -1,7 +1,5 @@
 """MXFP8 (OCP Microscaling Formats 1.0): MXFP4 with another element, E4M3; 8.25 bits per weight."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from pydantic import Field

@@ -5,8 +5,6 @@ Values saturate at 6 and scales at 448, as in hardware. The published Four Over 
 instead where a block's scale is subnormal, and turns its largest value into zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 

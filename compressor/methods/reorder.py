@@ -8,8 +8,6 @@ reordered when the model runs. Channels of a head stay in it, and query heads th
 head share its order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import ClassVar, Literal

@@ -5,8 +5,6 @@ the reference decodes and looks at whole models. A KV head takes the highest sco
 heads; the reference leaves that open.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

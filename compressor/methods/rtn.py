@@ -1,7 +1,5 @@
 """Round-to-nearest: integer weights without calibration, and int8 or FP8 inputs where asked."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import ClassVar
 

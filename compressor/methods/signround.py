@@ -5,8 +5,6 @@ range are shrunk. Offsets and shares go by one fixed length along the sign of th
 less with every step, so that what leaves a block comes closer to what leaves the original one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The arithmetic of number formats: from a float weight and a spec to a QTensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 

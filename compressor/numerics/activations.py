@@ -7,8 +7,6 @@ inputs have a power of two per 32 by compressed-tensors' rule;
 is an offset in units of the value: a head of one sign keeps its whole range without a wider grid.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

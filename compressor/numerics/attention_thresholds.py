@@ -3,8 +3,6 @@
 q [rows, heads, Tq, head_dim], the last Tq of the text; k [rows, kv_heads, T, head_dim].
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """AWQ's search of bounds at which scaled weights of each group are clipped (arXiv 2306.00978)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

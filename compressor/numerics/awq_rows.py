@@ -1,7 +1,5 @@
 """What AWQ's candidates make of rows of weights, and which of them may be the best by that."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

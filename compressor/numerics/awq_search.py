@@ -6,8 +6,6 @@ paper's code does. The Gram form needs only G = XᵀX of the inputs: a weight th
 a squared output error of tr(Δ G Δᵀ), whatever the number of tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ the checkpoint's dtype and rounds the scaled signs to it before adding; here bot
 and only the sum is rounded, which is closer to the fine-tune.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any

@@ -1,8 +1,6 @@
 """The loss by which a shortened stack of blocks learns from the whole one (Offsite-Tuning, arXiv
 2302.04870): the squared difference at the border where both end, relative to the teacher's size."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

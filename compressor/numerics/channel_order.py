@@ -1,7 +1,5 @@
 """Orders of a linear's input channels by how much they matter, for groups of like channels."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

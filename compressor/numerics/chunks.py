@@ -1,7 +1,5 @@
 """How much of a model is worked on at once, which bounds the memory of copies in wide floats."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The grids of several weights that read one input, one input at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ and a column's nearest codes to v_j are the best that it can have while all othe
 lowers every row's error or leaves it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ Scales are given per source channel. Where several query heads read one value he
 columns take the head's scale once for each of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import Literal

@@ -12,8 +12,6 @@ query if it starts at or before it, in the teacher as in the student: it may the
 the query does not see, as the published training has it.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -5,8 +5,6 @@ A scale that was rounded down leaves quotients just above 448, which saturate; E
 and torch's cast would make them NaN.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -16,8 +16,6 @@ What differs from the published code:
 - Its codes may be improved by coordinate descent, and scales refitted to them, on the damped H.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

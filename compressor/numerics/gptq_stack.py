@@ -4,8 +4,6 @@ There are hundreds of them, and one after the other they would take as long as i
 many small operations. Here all of a stack are worked on in each operation, as `gptq` works on one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

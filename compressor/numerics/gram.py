@@ -3,8 +3,6 @@
 A weight that is off by Δ makes a squared output error of tr(Δ G Δᵀ), whatever the number of tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 

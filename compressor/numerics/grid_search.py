@@ -8,8 +8,6 @@ are fitted to their codes and codes to their scales in turn. Zero is in every ra
 zero points takes the symmetric grid that is found so where that is better.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -11,8 +11,6 @@ Paley, with q prime, Q_ij = χ(j − i) the Legendre symbol and 1 a column of on
 The first row of every matrix here is constant.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ attention the head keeps. The Hoyer-square penalty is SpaLoc's (arXiv 2303.05496
 below Q/S down and those above it up, so that the threshold comes out by itself.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

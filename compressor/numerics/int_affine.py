@@ -23,8 +23,6 @@ both, and says which groups take which (`signed`).
 A scale is rounded to the dtype it is stored in before zero and codes are chosen from it.
 """
 
-from __future__ import annotations
-
 from typing import TypedDict, Unpack
 
 import torch

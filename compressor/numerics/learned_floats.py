@@ -9,8 +9,6 @@ The divisor is one over the matrix's global scale. Where a scale is zero everyth
 gradient comes from there; AutoRound's is NaN, whose sign counts for nothing either.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

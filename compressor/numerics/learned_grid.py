@@ -12,8 +12,6 @@ A scale is rounded to the dtype it is stored in in the forward pass alone: a flo
 graph, as in AutoRound, stores its gradient in float16 too, and tiny ones vanish.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

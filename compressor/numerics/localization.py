@@ -2,8 +2,6 @@
 less its mean inside, −1 at best, 0 where attention knows no place (FastComposer, arXiv 2305.10431).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -7,8 +7,6 @@ code takes a channel that calibration never saw (max|x_j| = 0) to 1e-5, and divi
 weight by that overflows float16; here such a channel keeps its scale of 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

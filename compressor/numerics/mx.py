@@ -13,8 +13,6 @@ chosen in float32 whatever the weight's dtype; compressed-tensors takes them in 
 weights, where small groups become zero.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -14,8 +14,6 @@ does not: where a scale is subnormal and was rounded down, a quotient of 7 or mo
 which decodes to zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict, Unpack
 

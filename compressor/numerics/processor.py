@@ -1,7 +1,5 @@
 """What the processor has instructions for, as PyTorch tells."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from functools import cache
 

@@ -20,8 +20,6 @@ may lose more by that than a symmetric grid, s = max|t|/8, on the same levels of
 that one where its squared error is smaller, which the published code does not.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ all rows: what is left out here would have to be further from its mean than `ERR
 are looked at in parts, each once, and candidates go in between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

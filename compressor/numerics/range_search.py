@@ -4,8 +4,6 @@ Both ends of a range shrink by one ratio r, tried from 1 downwards; a group take
 least error of its part of the output, Δ_g G_gg Δ_gᵀ, from the Gram matrix of the inputs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,8 +1,6 @@
 """Rejection sampling of drafted tokens: what is emitted is distributed as the target says (vLLM's
 sampler, which SparseSpec uses)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ point in group i and zeros elsewhere. Moving the scales by δ changes its error 
 which is least where A·δ = b.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ Keys are those after the rotary embedding, which turns channel i together with i
 where it is applied after the weights, both need one λ, that of the larger.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 """FastComposer's fuse module (arXiv 2305.10431): text embeddings at the positions of subjects,
 fused with what an image encoder makes of each; and when a sampler begins to use them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -6,8 +6,6 @@ nats a context lowers the loss of the tokens that follow it; only the ratio, wha
 is nothing to hold, and the exponent are the paper's.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -6,8 +6,6 @@ with ‖X·W*ᵀ − X°·Wᵀ‖² least (QEP, arXiv 2504.09629; GPTAQ, arXiv 2
 All of it follows the noise of the calibration text; a share of it generalizes better.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What a plan says of the activation store that a recipe names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Imports nothing that takes time, since commands read their options first.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a recipe says of the tokens that statistics are taken over."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import Field, model_validator

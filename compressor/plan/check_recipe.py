@@ -1,7 +1,5 @@
 """What is wrong with a recipe beside its passes: lengths, the gate, tasks, publishing."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A recipe for a scheme: chosen by the model's headers, the GPU and the runtime's contract."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A recipe's YAML with every key that there is: those with a value, and the others as comments."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

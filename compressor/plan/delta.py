@@ -1,7 +1,5 @@
 """What a run writes where a pass names a base: which tensors become deltas, which are left out."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Memory follows what is alive at the worst moment of the largest unit. Throughput
 of common machines, so the time is an estimate of its order, not a promise.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import asdict, dataclass

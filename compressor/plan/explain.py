@@ -1,7 +1,5 @@
 """What pydantic found wrong with keys that a user wrote, in a user's words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 

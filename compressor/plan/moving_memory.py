@@ -1,7 +1,5 @@
 """Memory of units on their way from the disk and back, from shapes alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from compressor.plan.plan import Plan

@@ -1,7 +1,5 @@
 """What would do where a format does not hold a scheme."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

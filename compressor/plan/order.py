@@ -1,7 +1,5 @@
 """Which passes make sense together: what the plan refuses beyond a second quantizer of a target."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

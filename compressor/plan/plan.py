@@ -4,8 +4,6 @@ Everything that can fail fails here: all problems are collected and raised toget
 weight is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -4,8 +4,6 @@ transformers builds the model from its config.json without memory for weights, e
 held against the checkpoint's tensors and run once on the meta device, and the tokenizer is loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar

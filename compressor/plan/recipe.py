@@ -1,7 +1,5 @@
 """A recipe: a frozen value made from YAML and checked; unknown keys name the nearest valid one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal

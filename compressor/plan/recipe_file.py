@@ -1,7 +1,5 @@
 """A recipe's YAML file, and on which line each of its keys stands."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable

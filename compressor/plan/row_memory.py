@@ -1,7 +1,5 @@
 """Memory of a row of tokens that runs through a block, from shapes alone."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.ir.layout import UnitLayout

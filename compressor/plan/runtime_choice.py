@@ -1,8 +1,6 @@
 """The plan against runtimes' contracts: what would not load where the recipe says it goes, in
 which form it would, and whether anything known loads it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

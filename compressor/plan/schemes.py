@@ -1,7 +1,5 @@
 """What each linear becomes: the scheme of the one quantizer that targets it, in a format."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What each of several ranks does in a run: shapes alone decide, so a plan can say it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes and the recipe decide it, so that all ranks know.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a run does in one unit: which passes, what they read of it, and what is written."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Memory that `verify` takes, from shapes alone."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Divides pieces of unequal work."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -5,8 +5,6 @@ waits for a time-out: a rank that is lost or hangs is found by its heartbeat (`w
 time-out would have to outlast the longest solve.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,5 @@
 """This process's place among the ranks that torchrun, or `compress run --gpus`, started."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

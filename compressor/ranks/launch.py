@@ -4,8 +4,6 @@ Nothing heavy is imported: this process only waits. torchrun does the same and m
 hosts, but ends with 1 whatever a rank ended with.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

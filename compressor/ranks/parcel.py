@@ -1,7 +1,5 @@
 """A value as bytes, with its tensors beside them, to be sent to another process of the same run."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Sequence

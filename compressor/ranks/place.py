@@ -1,7 +1,5 @@
 """What the environment says of a process among several; nothing is imported for it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ that is stopped, whose host is gone, or that hangs without using its processor. 
 tell: they wait as long as the longest solve takes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import threading

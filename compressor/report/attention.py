@@ -1,7 +1,5 @@
 """The report's part on attention: what the policy says, and the pictures that passes drew."""
 
-from __future__ import annotations
-
 import base64
 from html import escape
 from pathlib import Path

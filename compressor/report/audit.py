@@ -1,8 +1,6 @@
 """The findings of audits: a page of its own, and a part of a run's report. All from plain data
 (`Audit.to_json`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from html import escape
 from typing import Any

@@ -1,7 +1,5 @@
 """Its part on quality by size: this checkpoint beside others of its model, and other mixes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from html import escape
 from typing import Any

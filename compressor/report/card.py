@@ -1,8 +1,6 @@
 """The model card: README.md with metadata the Hub understands, how to load the checkpoint, what was
 measured, and the recipe that made it. It stands outside the manifest."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The report's part on chosen key blocks: how much of the teacher's choice each scorer finds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from html import escape
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints beside each other, as a page."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Both stand outside the manifest, since they carry times and what the machine did.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pieces of HTML that a report is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Draws report.json as one HTML page that needs nothing but itself."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from html import escape
 from typing import Any

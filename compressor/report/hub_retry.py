@@ -1,7 +1,5 @@
 """Calls to the Hub that are repeated while the network or the Hub fail, and what ends them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """What is in a checkpoint, from its config and headers alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass

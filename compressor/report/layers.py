@@ -1,7 +1,5 @@
 """What units tell of their layers: errors, and the tokens that experts saw."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections.abc import Mapping, Sequence

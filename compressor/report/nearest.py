@@ -1,7 +1,5 @@
 """What blocks compute, beside the original rounded to nearest at the same bits."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any

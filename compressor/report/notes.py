@@ -1,7 +1,5 @@
 """What the rows of a run's passes say beside errors, in a line for each kind."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ are sent once, also over several tries or runs, since the Hub keeps what has arr
 Last, what the Hub says it holds is compared with what lies here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """What a recipe says of the model card and of publishing."""
 
-from __future__ import annotations
-
 import re
 
 from pydantic import Field, field_validator

@@ -1,8 +1,6 @@
 """Plots of the report as inline SVG: no script, colours from the page, drawn once for narrow and
 once for wide screens so that text keeps its size."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

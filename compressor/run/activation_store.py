@@ -1,7 +1,5 @@
 """Opens the activation store of a recipe or a command, for what this machine computes with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

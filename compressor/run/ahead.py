@@ -1,8 +1,6 @@
 """Brings the next block to the GPU while the present one is worked on, on a stream of its own: work
 there would wait for it, 10 to 40 ms a block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 

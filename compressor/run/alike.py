@@ -1,7 +1,5 @@
 """Ranks that would not compute the same are refused before any work."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

@@ -1,8 +1,6 @@
 """Mixed precision from measured sensitivities: in which form each group of linears is stored, and
 the recipe that says so. Pure: it reads no model."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,8 +1,6 @@
 """The passes of one unit, in order. Statistics are taken just before the first pass that reads
 them, and anew once a pass has changed what can be observed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """An audit of a model: its tensors, then every token in texts that are the model's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass

@@ -1,8 +1,6 @@
 """Where a finished checkpoint stands by size and quality, from what was measured before: reports
 of other checkpoints of its model beside it, and sensitivities."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path

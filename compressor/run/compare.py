@@ -1,7 +1,5 @@
 """Checkpoints beside each other: what they take, and how far each is from one of them."""
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ interrupted continues.
 What was written can then be verified against the source, as a run verifies against the original.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

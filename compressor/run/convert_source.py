@@ -5,8 +5,6 @@ Whether a weight has a form in another format is a matter of its scales and zero
 its bytes. What is read is hashed both times, so that a source that changes in between is noticed.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

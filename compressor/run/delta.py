@@ -1,7 +1,5 @@
 """A dense fine-tune from a base and a delta, written unit by unit; the same call continues."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

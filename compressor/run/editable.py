@@ -2,8 +2,6 @@
 an edit costs is measured in perplexity, an encoder's in that of masked words.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property

@@ -4,8 +4,6 @@ Versions and the device's name belong to a run's fingerprint. The rest is named 
 in the report, and belongs to the fingerprint of a recipe that asks to be `reproducible`.
 """
 
-from __future__ import annotations
-
 import os
 from importlib.metadata import PackageNotFoundError, version
 

@@ -7,8 +7,6 @@ text encoder nor fuse module have to run. Whether the images made so are any goo
 embeddings are compared, no image is made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

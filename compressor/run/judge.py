@@ -1,8 +1,6 @@
 """What is found out about a finished checkpoint by reopening its files: verify, evaluate, probe,
 gate."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -6,8 +6,6 @@ held against their hashes: a resumed run replays the forward passes from the wri
 same batches, and so arrives at the same inputs bit for bit.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -1,8 +1,6 @@
 """A recipe with as many bits as somebody asked for, on average: what each group of linears costs at
 each number of bits is measured, and bits go where they lower the error most."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -5,8 +5,6 @@ that was killed later does not learn it again. It is sealed with the run and wit
 whole source, which is read for that.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence

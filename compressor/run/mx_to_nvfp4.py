@@ -1,7 +1,5 @@
 """MXFP4 weights on their way into a format that only holds NVFP4: no value changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """What watches a unit of the job while its calibration inputs run through it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from compressor_calibration.stats import SiteStats, StatNeeds

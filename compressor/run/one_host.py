@@ -1,7 +1,5 @@
 """Whether ranks may work in one folder beside each other."""
 
-from __future__ import annotations
-
 import platform
 import secrets
 from pathlib import Path

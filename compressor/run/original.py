@@ -1,8 +1,6 @@
 """A unit before anything is rounded: as passes begin with it, and as the original runs beside what
 is written."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

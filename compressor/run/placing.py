@@ -1,8 +1,6 @@
 """Where the weights of a unit lie while it is worked on: on the device, or those of experts in main
 memory, from which they are brought there when they are read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -4,8 +4,6 @@ Outside the adapter every byte stays: the full model's files are written with th
 file in which nothing was tuned has the same hash.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

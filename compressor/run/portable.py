@@ -1,7 +1,5 @@
 """A recipe as its artefact tells of it: without places of this machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

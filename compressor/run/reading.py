@@ -1,8 +1,6 @@
 """Reads the source's units. Of several ranks each reads a part of a block, and has the rest sent by
 those that read it: a link between GPUs is faster than a disk, and than hashing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import torch

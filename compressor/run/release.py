@@ -4,8 +4,6 @@ Everything here stands outside the manifest: it carries times, and limits that m
 that finds its checkpoint finished judges it again, unless nothing has changed since (`standing`).
 """
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Mapping

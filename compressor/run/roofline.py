@@ -1,8 +1,6 @@
 """How long a GPU takes at least for the linears of a model: to read their weights, or to multiply
 them with its 16-bit units, whichever is longer. Attention, norms and launches come on top."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from compressor.errors import InputError

@@ -4,8 +4,6 @@ Each defence is audited by itself. One that leaves every suspect token suspect i
 nothing, and is not in what is written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace

@@ -5,8 +5,6 @@ after a few tokens, after the row, and after all of it. What was chosen is kept 
 so that a run that goes on elsewhere goes on with the same rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,6 @@ first, as in a run; inputs are those of the unquantized model, so that groups ar
 independently.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

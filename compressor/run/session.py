@@ -1,7 +1,5 @@
 """A recipe from its first check to a finished checkpoint: locate, plan, run, finish."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

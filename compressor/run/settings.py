@@ -1,7 +1,5 @@
 """How a machine runs a job, and what the job tells while it runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A source that is the same whenever it is read: each unit's content is hashed, and compared."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

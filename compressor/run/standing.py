@@ -1,7 +1,5 @@
 """The verdict of an earlier run, where nothing that it is of has changed since."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Token sets of a recipe: for calibration, and held out for evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

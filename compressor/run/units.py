@@ -1,8 +1,6 @@
 """Runs a plan's units: all of them with all ranks, or, where no rows run through them, each rank
 its own, which then reads, rounds, packs and writes by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace

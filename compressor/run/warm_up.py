@@ -4,8 +4,6 @@ The device's context, the libraries of matrix products, page-locked memory and t
 passes are all needed by the first block, and none of them needs a weight or a token.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from itertools import accumulate

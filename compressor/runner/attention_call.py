@@ -1,7 +1,5 @@
 """One call of a block's attention, and what may stand in its place in an evaluation."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

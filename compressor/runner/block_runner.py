@@ -4,8 +4,6 @@ The model is built on the meta device; a unit's tensors are assigned to its modu
 away again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

@@ -1,8 +1,6 @@
 """Buffers that no checkpoint holds: rotary tables, scales of embeddings, multipliers. A model on
 the meta device has lost them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 What follows from names alone, and is not seen on a block that runs, is marked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ Linears that read one tensor share a site, a norm that made it feeds it, and a f
 where the block computes the same with it and without.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

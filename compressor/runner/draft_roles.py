@@ -1,7 +1,5 @@
 """What names of linears say of their roles, and roles of shapes and of shared inputs."""
 
-from __future__ import annotations
-
 ROLES = (
     (r"q_proj", "attn.q"),
     (r"k_proj", "attn.k"),

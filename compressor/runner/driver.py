@@ -4,8 +4,6 @@ Imports nothing that takes time: the driver needs no PyTorch, which finds the de
 once it is imported.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

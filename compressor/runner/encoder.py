@@ -4,8 +4,6 @@ No map says what it is made of: parameters are found by what they are, and the c
 are those of the model, with or without a prefix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ of that state costs, in second order (the Fisher information). One draw for each
 the expectation: what is summed over many positions varies little.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ Running out of the device's memory halves the batch, and a walk ends early in on
 `Execution.stopping`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -1,8 +1,6 @@
 """Experts of a block that do not fit beside each other: the weights of some at a time are on the
 device, whenever they are needed."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

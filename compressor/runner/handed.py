@@ -5,8 +5,6 @@ ARGUMENT/BLOCK       what the model makes of a row's tokens for each block
 ARGUMENT/KEY/NUMBER  tensors of a mapping, which some blocks fill and later ones read
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ nothing alive. Trimming after each unit gives the pieces back; forbidding such h
 then every product pays for new pages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

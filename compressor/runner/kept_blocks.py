@@ -1,8 +1,6 @@
 """A model with fewer blocks, as transformers makes it: its config.json, and whether each block is
 still of the same kind."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

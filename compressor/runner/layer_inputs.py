@@ -1,7 +1,5 @@
 """What a model passes to each of its decoder layers, none of which runs."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

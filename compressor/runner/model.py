@@ -1,7 +1,5 @@
 """From a config.json to a model of transformers, without weights."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """How PyTorch page-locks memory that a GPU's weights are read into."""
 
-from __future__ import annotations
-
 import os
 
 SETTINGS = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"

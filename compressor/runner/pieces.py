@@ -4,8 +4,6 @@ Rows run in pieces whose size does not depend on the number of ranks. Ranks shar
 what comes of them is added up in their order. Whatever trains anything goes through here.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """How much memory this process has used."""
 
-from __future__ import annotations
-
 import os
 
 import psutil

@@ -4,8 +4,6 @@ graph, its kernels are launched at once.
 What waits for the device while it runs, as sending tokens to experts does, cannot be recorded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

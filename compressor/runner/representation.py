@@ -1,7 +1,5 @@
 """What a model makes of a text as one vector, which is what heads of later tasks read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

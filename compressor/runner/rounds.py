@@ -1,7 +1,5 @@
 """Chunks of rows, one forward pass each, that several ranks run at a time."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """A model on disk that runs with one unit in memory, or whole where gradients need its depth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property

@@ -9,8 +9,6 @@ not do the second time halves its batch, and what it has not done goes both ways
 others have nothing left.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any

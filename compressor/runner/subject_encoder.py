@@ -1,7 +1,5 @@
 """What CLIP's two towers make of an image and of a text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

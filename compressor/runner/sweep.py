@@ -4,8 +4,6 @@ The next unit is read while the last one computes. Where several checkpoints run
 units alternate. What stops it, and how many rows run at a time, is `execution`'s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext

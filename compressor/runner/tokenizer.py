@@ -1,8 +1,6 @@
 """A checkpoint's own tokenizer. Its files are a stranger's: its regular expressions may run for
 ever, and its chat template is a program."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ candidate weights, and the gradient of that. Names in memory, stacks of experts,
 blocks run, batches that fit the device and the graph of a step on a GPU stay here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What looks at the calls of a block's modules: for statistics, to repeat them, for routing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 

@@ -5,8 +5,6 @@ read it in the source of the version named (`read`), or been told by documentati
 (`reported`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whether a runtime loads a written form, and if not, why and what it would load."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

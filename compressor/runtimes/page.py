@@ -1,7 +1,5 @@
 """The page on formats and runtimes, from the formats and the contracts themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

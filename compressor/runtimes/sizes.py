@@ -1,7 +1,5 @@
 """Whether a model's sizes go with a runtime: split between GPUs, cut into groups and blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 

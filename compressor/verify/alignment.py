@@ -8,8 +8,6 @@ off the two checkpoints, never off a record. The original is then moved in the s
 what is left between the two is rounding, or damage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ written weight is held against that. A method that compensates its rounding, or 
 from the original than rounding to nearest, but it leaves scales and means where they are.
 """
 
-from __future__ import annotations
-
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping

@@ -1,7 +1,5 @@
 """What beside the weights decides what a model does: config, tokenizer, templates, token ids."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 from collections import Counter

@@ -5,8 +5,6 @@ from the recipe's parameters and the values that were learned and stored (gates,
 derived once more. Those values themselves have nothing to be held against.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The comparison with an original, made in a process of its own: there, and here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

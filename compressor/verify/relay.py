@@ -1,7 +1,5 @@
 """Rows on their way through the original's blocks, which several ranks have in turn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ gets every check but that of its hashes. Memory is one unit; beside a GPU the ne
 meanwhile.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Units of a subject, shown to checks one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -13,8 +13,6 @@ without one it is this checkout. They take turns. A line of JSON for each run, t
 of minimum and median; with OUT set, the last log too.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -12,8 +12,6 @@ and of the process, each with what was planned; and blocks of the whole model ti
 one. A folder in memory (/dev/shm) is quickest.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

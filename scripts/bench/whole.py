@@ -1,7 +1,5 @@
 """Whole runs: a recipe by `compress run` in a process of its own, and what that said of itself."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

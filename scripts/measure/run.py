@@ -9,8 +9,6 @@ A failed row leaves the others. With --json, rows that the file holds for the sa
 measured again, and `scripts/quality_page.py --add` takes them.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Linears of towers, projectors and layers for several tokens: left alone, or rounded by name."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

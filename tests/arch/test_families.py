@@ -1,7 +1,5 @@
 """Families whose blocks differ from Llama's: read whole, rescaled without a trace, and compiled."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

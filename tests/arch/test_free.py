@@ -1,7 +1,5 @@
 """Checkpoints of types that nobody has a map for: without one, or with one of the user's own."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Architecture maps: every tensor has a place, blocks load as transformers loads them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Configs that contradict the files: what is wrong is named, in every way to keep experts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Which linears a pattern means: by role, by path, by expression, and what is left out."""
 
-from __future__ import annotations
-
 import pytest
 
 from compressor.arch.select import Selection, matches

@@ -1,7 +1,5 @@
 """Blocks that a policy chooses, as evaluations run them block by block."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

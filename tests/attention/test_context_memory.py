@@ -1,7 +1,5 @@
 """InfLLM's memory in evaluations and in a running transformers model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

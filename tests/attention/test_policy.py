@@ -1,7 +1,5 @@
 """The attention policy: its values, its files, its mask, and evaluation under it."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

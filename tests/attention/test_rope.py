@@ -1,7 +1,5 @@
 """Rotary embeddings: what they keep, and how they are taken back."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.attention.rope import Rotary, rotated, rotated_back

@@ -1,7 +1,5 @@
 """Generating in transformers under a policy: the same numbers as the mask, from a smaller cache."""
 
-from __future__ import annotations
-
 import shutil
 import weakref
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Chosen blocks in a running transformers model, with a cache or without."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

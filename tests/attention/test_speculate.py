@@ -1,7 +1,5 @@
 """Self-speculative decoding in a running transformers model."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

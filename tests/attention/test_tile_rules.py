@@ -1,7 +1,5 @@
 """Rules that choose tiles of a prompt, in evaluations and in a running transformers model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

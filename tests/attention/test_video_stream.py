@@ -1,7 +1,5 @@
 """StreamingVLM's cache in tiny Qwen2-VL and Qwen2.5-VL models."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

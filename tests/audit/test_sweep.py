@@ -1,7 +1,5 @@
 """The sweep over encoders without a pooler, and over what cannot be swept."""
 
-from __future__ import annotations
-
 import json
 import string
 

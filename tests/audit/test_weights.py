@@ -1,7 +1,5 @@
 """What tensors show by themselves, on a sound model that is damaged in one way at a time."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """Activations on disk: what was put is what is read, whatever the order and the dtype."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compressor_calibration.store import ActivationStore, read_ahead

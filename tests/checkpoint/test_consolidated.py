@@ -1,7 +1,5 @@
 """Mistral's own files are the same model as the Hugging Face ones."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A checkpoint of quantized weights and inputs opens as what was written, in every format."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

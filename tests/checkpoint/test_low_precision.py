@@ -1,7 +1,5 @@
 """Weights of low precision read as floats: golden vectors, formulas, transformers' own reading."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Manifests of strangers."""
 
-from __future__ import annotations
-
 import pytest
 
 from compressor.checkpoint.manifest import VERSION, as_manifest

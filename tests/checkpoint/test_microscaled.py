@@ -1,7 +1,5 @@
 """MXFP4 and MXFP8 of gpt-oss, ModelOpt and MiniMax are codes that are read, cast and moved."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A folder that says two things is read as transformers and vLLM read it, or refused by name."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pickled weights become safetensors where they are asked to, and nowhere else."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Shards: every byte at a position known beforehand, and units that count by their records."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import weakref

@@ -1,8 +1,6 @@
 """What goes along with the weights: everything that a loader or a licence needs, and nothing from
 outside; the rest is named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

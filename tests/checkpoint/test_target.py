@@ -1,7 +1,5 @@
 """What is written: the tensors of a unit on disk and back, and a target that wraps another."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One write, whatever the container: interrupted anywhere, the same call gives the same bytes."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The output folder while a run owns it."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

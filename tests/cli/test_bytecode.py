@@ -1,7 +1,5 @@
 """Libraries that were installed without byte code are not compiled anew by each run."""
 
-from __future__ import annotations
-
 import importlib
 import py_compile
 import sys

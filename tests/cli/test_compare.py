@@ -1,7 +1,5 @@
 """`compress compare`: figures that other commands and plain arithmetic give too, and the page."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Progress: live in a terminal, plain lines elsewhere, one JSON object a line where asked."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """What strangers wrote cannot drive the terminal of who reads it."""
 
-from __future__ import annotations
-
 import io
 import logging
 import sys

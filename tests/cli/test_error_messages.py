@@ -1,8 +1,6 @@
 """What a new user gets wrong: each is answered by what is wrong, where, and what to do, with an
 exit code and without a traceback."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Sequence

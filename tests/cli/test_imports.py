@@ -1,7 +1,5 @@
 """What a command may not import: each of these costs seconds where it is installed."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What is the same in every command: names of options, examples that can be typed, completion."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """`compress quantize` and `init`: the recipe that is chosen, refused, run or written."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Files that a command is asked to write: what is in the way is known before its work begins."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`activation_store` of a recipe: the same bytes with it and without, and fewer blocks run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

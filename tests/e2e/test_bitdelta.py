@@ -1,7 +1,5 @@
 """Deltas from end to end: written, opened with their base, applied, verified, refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Deltas whose scales are trained: closer to the fine-tune, resumed to the same bytes, streamed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

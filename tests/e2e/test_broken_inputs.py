@@ -4,8 +4,6 @@ What a random change leaves valid may pass; nothing may end in a traceback, an i
 large allocation. Seeds are fixed, so a failure repeats.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import resource

@@ -1,7 +1,5 @@
 """Whole checkpoints between formats: no code changes, nothing is rounded in silence."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

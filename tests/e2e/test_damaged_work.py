@@ -1,8 +1,6 @@
 """Every file of a work folder, damaged between two runs of one command: the bytes of an undisturbed
 run, or a refusal that names what is wrong."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import shutil

@@ -1,7 +1,5 @@
 """Subjects folded in place of their image encoder: the same embeddings, and of this model alone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a pass changes is seen anew by the passes after it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

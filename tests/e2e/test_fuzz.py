@@ -3,8 +3,6 @@
 `scripts/fuzz.py` makes thousands of the same, each guarded against hangs and for its memory.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

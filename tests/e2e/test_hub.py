@@ -1,7 +1,5 @@
 """Models on the Hub: headers for a plan, safetensors and text for a run, clear words otherwise."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Text of a Hub data set, read by the real `datasets` from a Hub on localhost."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is in a checkpoint, told from headers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

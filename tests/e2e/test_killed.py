@@ -1,7 +1,5 @@
 """A process that dies at any moment, then the same command: the bytes of an uninterrupted run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

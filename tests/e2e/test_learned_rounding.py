@@ -1,7 +1,5 @@
 """Runs that learn rounding by gradients, and what is left of one that was stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

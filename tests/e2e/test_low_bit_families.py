@@ -1,7 +1,5 @@
 """Whole low-bit runs on families with something of their own: heads, biases, fused rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

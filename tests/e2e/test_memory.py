@@ -1,7 +1,5 @@
 """Memory of a run is one unit: sixteen layers take what four take, and what the plan said."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

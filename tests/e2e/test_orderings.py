@@ -1,7 +1,5 @@
 """On a small trained model, each method is nearer to the original than what it improves on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

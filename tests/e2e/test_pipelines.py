@@ -1,7 +1,5 @@
 """What a pipeline reads of each command: JUnit XML, one JSON object on stdout, an exit code."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adapters that were tuned on an emulator: put into their full model, and taken out again."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """An attention policy from a recipe to a generating model: with W4 weights and an 8-bit cache in
 one run, carried by later runs and conversions, checked, shown, exported."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`compress` as a process: pipes that break, signals at any moment, streams that are closed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

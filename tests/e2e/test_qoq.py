@@ -1,7 +1,5 @@
 """QoQ and GPTQ through whole runs: written, read back, evaluated with their inputs and KV cache."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every recipe of the repository plans on every tiny architecture that can take it, and runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

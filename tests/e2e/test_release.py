@@ -1,8 +1,6 @@
 """From a recipe to a published checkpoint by the command line: verdicts, exit codes, what is
 written where, and what machines read."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """rotate, reorder and smooth_attention through whole runs: the written model is the original."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

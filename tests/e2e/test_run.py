@@ -1,7 +1,5 @@
 """Recipes run from end to end on a tiny model of every family, and what they write loads."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`compress measure` and `compress allocate` from a model to a recipe that runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What users take for granted, one test each."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

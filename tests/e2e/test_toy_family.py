@@ -1,8 +1,6 @@
 """A family unlike all others runs from end to end: the linears of its experts are slices of one
 stacked, transposed tensor without `.weight` in its name, and two mixers stand side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

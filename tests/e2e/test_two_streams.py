@@ -1,7 +1,5 @@
 """Runs in which the original model goes beside the quantized one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A verdict on files: whole ones pass, and every kind of damage is found and named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Runs and their verification on a CUDA device, where the kernels multiply by whole layers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

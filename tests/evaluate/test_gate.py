@@ -1,7 +1,5 @@
 """The gate: every limit can hold and be missed, and what it suggests is a recipe that plans."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

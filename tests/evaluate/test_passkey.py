@@ -1,7 +1,5 @@
 """Passkey rows are what they claim, and models that retrieve are told from those that cannot."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

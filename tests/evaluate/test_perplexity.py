@@ -1,7 +1,5 @@
 """Evaluation of written files: against whole models in float64, and against what must hold."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

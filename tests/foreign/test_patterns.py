@@ -1,7 +1,5 @@
 """Patterns of strangers are matched as always, in bounded time."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """Files of strangers: their kind, size, counts and aliases are bounded before work begins."""
 
-from __future__ import annotations
-
 import os
 import resource
 import struct

@@ -1,7 +1,5 @@
 """Codecs: decode(encode(q)) == q exactly, layouts and configs say what is written."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Scales of a quantized KV cache in each format, and the formats that have no place for them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,8 +1,6 @@
 """Formats of quantized inputs, floats of 4 and 8 bits, and QServe: exact round trips, a second
 reader, configs that lead back to the schemes, and NVFP4 between its two formats."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

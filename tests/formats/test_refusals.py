@@ -1,7 +1,5 @@
 """What codecs refuse: specs and configs they cannot hold, damaged tensors, by name."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Re-layout keeps codes, and rounds nothing that it was not allowed to round."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 

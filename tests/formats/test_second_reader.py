@@ -1,7 +1,5 @@
 """The second reader agrees with the first on every format, and complains about damage."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The audit finds the planted triggers of the golden twins, and nothing in the clean ones."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """BLASST's tiles, counters and calibration against vectors of ModelOpt's code."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """Block selection and the forecast's loss against vectors of the published implementations."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compressor_kernels.attention.block_attention import block_attention_ref

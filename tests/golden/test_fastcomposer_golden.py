@@ -1,8 +1,6 @@
 """FastComposer against vectors of its published code: fused embeddings, the localization loss with
 its gradients, and from which step fused embeddings are used."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

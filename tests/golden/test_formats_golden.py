@@ -1,7 +1,5 @@
 """Packed words equal to those of AutoAWQ, exllama and compressed-tensors, bit for bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """FreshGNN's criteria, on what its classes did when they ran."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

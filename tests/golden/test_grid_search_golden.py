@@ -1,7 +1,5 @@
 """Searched grids against those of AutoRound's searches, by the error that both make least."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

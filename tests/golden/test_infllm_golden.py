@@ -1,7 +1,5 @@
 """InfLLM's context memory against streams through the released code."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """LServe's choice of pages over the steps of a decoding loop."""
 
-from __future__ import annotations
-
 import torch
 from compressor_kernels.attention.block_attention import block_attention_ref
 from compressor_kernels.attention.block_pages import page_bounds_ref, page_scores_ref

@@ -1,7 +1,5 @@
 """MoBA's routing, attention and key convolution against its published code."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

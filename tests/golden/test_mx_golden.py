@@ -1,7 +1,5 @@
 """MXFP4 and MXFP8 equal to compressed-tensors', ModelOpt's and gpt-oss's, bit for bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

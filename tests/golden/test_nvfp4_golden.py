@@ -4,8 +4,6 @@ Theirs does not saturate: where a quotient reaches 7 it writes a code that decod
 elements, and their blocks' choice between 4 and 6, are the only ones that may differ.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -2,8 +2,6 @@
 their gradients, emulator and plugged model. The vectors' teacher runs in float32, as ours does on a
 CPU; the published one runs in float16 always, and its loss is in the files beside it."""
 
-from __future__ import annotations
-
 import json
 from contextlib import ExitStack
 from pathlib import Path

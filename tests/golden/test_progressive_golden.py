@@ -1,7 +1,5 @@
 """QoQ's weights, keys and values, and QServe's tensors equal deepcompressor's, bit for bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

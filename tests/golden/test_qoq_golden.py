@@ -1,7 +1,5 @@
 """Rotation, SmoothAttention, reordering and int8 inputs equal deepcompressor's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

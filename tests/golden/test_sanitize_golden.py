@@ -1,7 +1,5 @@
 """Sanitizing resets the planted triggers of the golden twins and nothing else, within a bound."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

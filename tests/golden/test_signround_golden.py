@@ -1,7 +1,5 @@
 """SignRound's grids, gradients and steps against AutoRound's own functions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -3,8 +3,6 @@
 That code takes the dead channel 5 to a scale of 1e-5, which overflows in float16; ours keeps 1.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Weights as others publish them: what is read is what their own tools make of the files."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

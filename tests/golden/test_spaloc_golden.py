@@ -1,7 +1,5 @@
 """SpaLoc's Hoyer-square and information sufficiency, as its repository computes them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """SparseSpec's choice of keys and rejection sampling against vectors of its code."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

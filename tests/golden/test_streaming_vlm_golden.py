@@ -1,8 +1,6 @@
 """StreamingVLM's bookkeeping and multi-dimensional positions against scripted streams through its
 code."""
 
-from __future__ import annotations
-
 import json
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """XAttention's estimate, choice of blocks and calibration against the released code's vectors."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

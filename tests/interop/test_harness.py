@@ -1,7 +1,5 @@
 """lm-evaluation-harness over the block runner gives what its own transformers model gives."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """transformers with compressed-tensors runs what we write, quantized inputs included."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

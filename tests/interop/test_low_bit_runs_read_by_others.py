@@ -1,8 +1,6 @@
 """Whole runs of the low-bit passes, read by transformers with compressed-tensors: its logits are
 those of our own evaluation of the same files, quantized inputs included."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

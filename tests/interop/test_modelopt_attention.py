@@ -1,7 +1,5 @@
 """BLASST's part of config.json through ModelOpt's own reader, where it is installed."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Packages that are not ours read what we write, to the same weights and logits."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

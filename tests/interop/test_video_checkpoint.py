@@ -1,8 +1,6 @@
 """A vision-language checkpoint with 4-bit weights, an 8-bit cache and the sizes of its stream, made
 in one run: transformers loads it, and it streams a video."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """vLLM's own config classes parse what is written and choose a scheme for it where the contract
 says that it loads, and nowhere else; no GPU and no kernel is needed for that."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

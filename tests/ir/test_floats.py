@@ -1,7 +1,5 @@
 """Float tensors that are made wide, and changed, when they are read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How a weight is stored and which unit comes first is known in few places."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

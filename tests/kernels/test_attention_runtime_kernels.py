@@ -1,7 +1,5 @@
 """Generating under a policy through the kernels gives what plain PyTorch gives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The rtn and awq passes on one block of each family: what they change, and what they must not."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The student of scale distillation: base plus signs, with gradients through every block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

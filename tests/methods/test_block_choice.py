@@ -1,7 +1,5 @@
 """Passes that choose blocks: what they write, what a run of them leaves, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Recall and attention mass of chosen blocks, against loops over queries, heads and blocks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Copy scores of heads against decoding, and the passes that go by them."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import random

@@ -1,7 +1,5 @@
 """Which heads stream: passkey rows, gates through two streams, copy scores, sorted heads."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import replace

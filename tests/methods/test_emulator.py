@@ -1,7 +1,5 @@
 """Emulators: which blocks are kept, checkpoints that others load, and what they learn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

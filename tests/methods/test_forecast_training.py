@@ -1,7 +1,5 @@
 """Forecasts trained block by block: the weights that training all blocks at once gives."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

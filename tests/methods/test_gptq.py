@@ -1,7 +1,5 @@
 """The gptq pass on one block of each family."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compressor_calibration.stats import StatNeeds

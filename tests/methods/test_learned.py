@@ -1,7 +1,5 @@
 """What methods learn is stored and read back whole, and decides a policy by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """smoothquant, fp8 and nvfp4 on one block of each family: what they change, and what they keep."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compressor_calibration.stats import StatNeeds

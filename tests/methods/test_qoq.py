@@ -1,7 +1,5 @@
 """progressive on one block, its range search, and what qoq stands for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compressor_calibration.stats import StatNeeds

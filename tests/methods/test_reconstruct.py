@@ -1,7 +1,5 @@
 """The reconstruct pass on one block, and what it falls back to."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

@@ -1,7 +1,5 @@
 """rotate, reorder and smooth_attention leave the logits of every family as they are."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """The signround pass on one block of each family, and its place in a plan."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compressor_calibration.stats import StatNeeds

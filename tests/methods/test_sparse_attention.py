@@ -1,7 +1,5 @@
 """Methods that calibrate attention rules: what they learn, say in a plan, refuse, and record."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

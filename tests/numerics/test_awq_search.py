@@ -1,7 +1,5 @@
 """AWQ's searches: what a Gram matrix says is what tokens say; degenerate inputs; seams."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

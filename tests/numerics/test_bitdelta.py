@@ -1,7 +1,5 @@
 """Sign deltas: what each round leaves, fitted scales, and the gradient of the scales."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,8 +1,6 @@
 """Coordinate descent on codes, and scales refitted to them: never worse, and the best where that
 can be found."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Folds are exact: whatever the scale, the model computes the same logits."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

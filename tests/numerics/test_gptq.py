@@ -1,7 +1,5 @@
 """GPTQ against a slow and obvious version in float64, and what it promises for every row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """GPTQ of a stack of weights finds what it finds of each alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

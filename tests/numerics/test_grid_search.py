@@ -1,7 +1,5 @@
 """Searched integer grids: never worse than the whole range's, close to the best there is."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

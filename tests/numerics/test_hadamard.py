@@ -1,7 +1,5 @@
 """Rotations are orthogonal, flat where a Hadamard matrix is known, and leave a mean if asked."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """FP8, NVFP4 and QoQ's weights: grids, bounds, saturation, and codes on a grid already chosen."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

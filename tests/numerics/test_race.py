@@ -1,7 +1,5 @@
 """Candidates that some rows rule out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

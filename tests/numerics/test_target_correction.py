@@ -1,7 +1,5 @@
 """Weights for inputs that are not the original model's any more."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.numerics.target_correction import RIDGE, correction

@@ -2,8 +2,6 @@
 nothing or of enormous values, loses more by zero points than a symmetric grid of the same bits
 does."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compressor_kernels.attention.quantized_cache import dequantize_kv4, quantize_kv4

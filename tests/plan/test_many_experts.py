@@ -1,7 +1,5 @@
 """Headers of a mixture of hundreds of experts, without a weight behind them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

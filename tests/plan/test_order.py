@@ -1,7 +1,5 @@
 """Passes that belong together plan; the plan says why others do not."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

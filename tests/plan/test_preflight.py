@@ -1,7 +1,5 @@
 """What a run would die of in transformers is said before it begins, by one error each."""
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil

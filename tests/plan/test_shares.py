@@ -1,7 +1,5 @@
 """What a plan says of ranks is what a run gives them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

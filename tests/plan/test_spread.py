@@ -1,7 +1,5 @@
 """Experts that one rank has no room for: which blocks are spread, and what a rank takes then."""
 
-from __future__ import annotations
-
 import math
 import operator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run does in one unit: which passes, what is observed when, what is written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What ranks tell all others, and the room that it takes."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

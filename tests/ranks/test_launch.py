@@ -1,7 +1,5 @@
 """The launcher waits for its ranks, and says what the leading one could not."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

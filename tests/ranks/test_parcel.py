@@ -1,7 +1,5 @@
 """Values on their way between ranks."""
 
-from __future__ import annotations
-
 import pickle
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The same recipe writes the same bytes with one process and with several."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

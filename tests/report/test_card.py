@@ -1,7 +1,5 @@
 """The model card: metadata the Hub's own parser reads, snippets that run, nothing that escapes."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

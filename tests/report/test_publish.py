@@ -1,7 +1,5 @@
 """Publishing to a Hub on localhost: what arrives is what was sent, or the command says so."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,8 +1,6 @@
 """Publishing over Xet, which the Hub's client prefers wherever hf_xet is installed: the real client
 sends real bytes to a store on localhost that puts the pieces together again."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from pathlib import Path

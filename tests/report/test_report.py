@@ -1,7 +1,5 @@
 """The report: complete data, a page that needs nothing else, and no trust in what it shows."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Figures are written to the digits that their standard errors leave."""
 
-from __future__ import annotations
-
 import pytest
 
 from compressor.report.text import MISSING, figure, share_with_error, with_error

@@ -1,7 +1,5 @@
 """Ranks that see other files are told apart, whatever a checkpoint is read from."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

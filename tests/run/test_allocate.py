@@ -1,7 +1,5 @@
 """Bits are spent where they help most, never more than allowed."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """A recipe that has its model audited, or what is written."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, replace

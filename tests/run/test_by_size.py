@@ -1,7 +1,5 @@
 """What was measured before is found again, and only where it is about the same model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

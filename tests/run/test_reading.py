@@ -1,7 +1,5 @@
 """Which rank reads what of a unit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

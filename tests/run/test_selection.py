@@ -1,7 +1,5 @@
 """`calibration.select`: windows whose context decides their loss are found and taken."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

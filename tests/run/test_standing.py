@@ -1,7 +1,5 @@
 """A verdict that an earlier run found is said again while nothing that it is of has changed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """What a run makes ready on a GPU beforehand is what its first block uses."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

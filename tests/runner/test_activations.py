@@ -1,7 +1,5 @@
 """Hidden states on disk: the same bytes with and without, fewer forward passes."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """A model run block by block gives what transformers gives for the whole of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

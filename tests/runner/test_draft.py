@@ -1,7 +1,5 @@
 """A drafted map says of a known family what its own map says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

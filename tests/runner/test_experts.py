@@ -1,7 +1,5 @@
 """Stacked experts, computed one at a time, are what their family's own module computes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

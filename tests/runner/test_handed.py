@@ -1,7 +1,5 @@
 """What units give to later blocks beside hidden states: inputs made of tokens, keys and values."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

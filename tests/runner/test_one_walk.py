@@ -6,8 +6,6 @@ whoever goes through the blocks by himself calls one of the two, makes a `Step` 
 takes decoder layers out of a runner. All such places in the source are listed here.
 """
 
-from __future__ import annotations
-
 import ast
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Steps of a block recorded once, and run again from the same addresses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Fake quantization of inputs and of the KV cache, alone and inside a block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The source as model passes see it: whole, it gives the logits transformers gives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM

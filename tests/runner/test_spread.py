@@ -1,7 +1,5 @@
 """Batches of a block whose experts are spread, seen from one rank."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The walk over blocks: batches that are halved, an early end, rows with inputs of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

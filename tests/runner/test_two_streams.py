@@ -1,7 +1,5 @@
 """One site of a block and of the original one beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

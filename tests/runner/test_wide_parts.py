@@ -1,7 +1,5 @@
 """What a family computes in float32 stays so where the rest of a model is narrower."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

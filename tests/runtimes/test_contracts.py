@@ -1,7 +1,5 @@
 """Contracts of runtimes: what loads, what does not and why, in a plan and in a finished file."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Names under which runtimes look linears up: those they make one of, those they leave alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

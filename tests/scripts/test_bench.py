@@ -1,7 +1,5 @@
 """The runner of benchmarks: what is wrong has no figure, and all else runs where no clock does."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import ModuleType

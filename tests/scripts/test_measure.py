@@ -1,7 +1,5 @@
 """The runner of measurements, and what its rows are."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

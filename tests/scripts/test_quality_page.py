@@ -1,7 +1,5 @@
 """The page on quality follows from its figures."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """One block of a tiny model and inputs for it, to try passes on."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

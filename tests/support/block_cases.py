@@ -1,7 +1,5 @@
 """Rules of choosing blocks that suit the rows of tiny models, and forecasts to choose them by."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """The published search of clipping bounds, which runs tokens."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from compressor.ir.qtensor import QuantSpec

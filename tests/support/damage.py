@@ -1,7 +1,5 @@
 """What happens to files on a disk, as functions of a path."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

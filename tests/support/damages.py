@@ -5,8 +5,6 @@ Every damage is measured: the mean KL divergence of the damaged file's next toke
 one's, beside that of the undamaged to the original's, which is what rounding did.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

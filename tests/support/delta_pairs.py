@@ -1,7 +1,5 @@
 """A base with a fine-tune of it, and the delta that a recipe makes of the two."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

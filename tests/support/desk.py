@@ -1,7 +1,5 @@
 """A user's folder, with a model to spoil and a recipe to get wrong."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -5,8 +5,6 @@ removal. For each n one child dies there without any clean-up, and a second one 
 command.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

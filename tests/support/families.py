@@ -1,7 +1,5 @@
 """What configs of tiny models say beside the sizes that all have, by family."""
 
-from __future__ import annotations
-
 from typing import Any
 
 COMMON: dict[str, Any] = {

@@ -1,7 +1,5 @@
 """What is checked of a family: its tensors, linears, folds, and what a method writes of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Broken inputs of every kind that the program reads: a folder each, one thing in it spoiled."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

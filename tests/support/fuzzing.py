@@ -1,7 +1,5 @@
 """Values and bytes changed at random, and what every answer to them has to be."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

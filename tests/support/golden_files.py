@@ -3,8 +3,6 @@
 GOLDEN_DIR and MODELS_DIR say where they are; a test that wants one that is not there is skipped.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

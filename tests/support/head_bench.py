@@ -1,7 +1,5 @@
 """Needles, models and contexts that tests of which heads stream have in common."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -11,8 +11,6 @@ as the table beside it (`HistoryTable`) does. Of that table's rule, rate 0.9 evi
 what is met again: the quantile of its eviction is 1 - rate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

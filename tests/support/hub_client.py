@@ -7,8 +7,6 @@ the server handed out meanwhile. The Hub's client reads its endpoint when it is 
 process of its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

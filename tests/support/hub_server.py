@@ -5,8 +5,6 @@ memory. What it is told to do wrong, it does: answer 5xx, drop a connection, sto
 it was sent.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

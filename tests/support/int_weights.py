@@ -1,7 +1,5 @@
 """Integer weights that hold every value their spec allows, for tests of formats."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.ir.qtensor import QTensor, QuantSpec

@@ -3,8 +3,6 @@
 The parent runs the recipe once and forks, so a child costs milliseconds to start.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """Specs below 16 bits in every format that holds them, and shapes to try them on."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.formats.shared.e2m1 import LOCAL

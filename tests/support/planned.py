@@ -1,7 +1,5 @@
 """What a method is told while a run is planned."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

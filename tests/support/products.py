@@ -1,7 +1,5 @@
 """How exact a kernel's product has to be."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

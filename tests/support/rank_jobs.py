@@ -3,8 +3,6 @@
 python rank_jobs.py JOBS.json   # {"folder": ..., "worlds": {"2": [...]}, "batch": ..., ...}
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

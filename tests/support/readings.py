@@ -1,7 +1,5 @@
 """What a checkpoint folder says, by our own reader and by transformers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

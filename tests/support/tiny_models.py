@@ -4,8 +4,6 @@ Sizes differ from each other wherever the family lets them, and no parameter kee
 value, so that a swapped dimension or a forgotten norm weight or bias shows.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints of the golden twins: the same model with and without a planted backdoor."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

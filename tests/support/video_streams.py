@@ -1,7 +1,5 @@
 """Tiny models of the families that stream videos, and a scripted conversation about one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ which SHA-256 the whole has. The containers' own hashes are BLAKE3, which the st
 lacks: they are names here. https://huggingface.co/docs/xet
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import time

@@ -1,7 +1,5 @@
 """The comparison with the original in a process of its own finds what it finds in this one."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """What is no part of the text model: read by no forward pass, and held against the original."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

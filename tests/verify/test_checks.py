@@ -1,7 +1,5 @@
 """The list of checks: what is added to it is shown every unit, and its word counts."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Packed experts that are decoded when they are read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Exact symmetries do not count as errors, however strong they are and however they overlap."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pytest

@@ -1,7 +1,5 @@
 """A policy is held against what the recipe beside it makes, and a recipe of others is no crash."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files that were damaged and signed again are told from the original's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

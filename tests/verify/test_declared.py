@@ -1,8 +1,6 @@
 """Every key of the files that tell loaders what the weights are is held against what was written,
 also where such a file was signed again."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

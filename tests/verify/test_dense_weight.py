@@ -1,7 +1,5 @@
 """The device's float64 weight is numpy's to the last bit."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

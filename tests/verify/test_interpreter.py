@@ -1,7 +1,5 @@
 """Where Triton's interpreter may prove kernels on a CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

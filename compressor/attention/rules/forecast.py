@@ -4,8 +4,6 @@ What enters a block's attention, times its `q_future_proj`, is compared with the
 next block; block 0 has a `q_curr_proj` for its own.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """InfLLM-V2's selector: blocks by the attention that queries pay to mean keys (MiniCPM4)."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Self
 
 from compressor_kernels.attention.block_selection import top_blocks_ref

@@ -1,8 +1,6 @@
 """LServe's pages (arXiv 2502.14866): physical pages of keys by the bounds of the logical pages in
 them, one choice for several steps."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self

@@ -1,8 +1,6 @@
 """MoBA's blocks (arXiv 2502.13189): each query head of a prompt chooses the blocks whose mean keys
 it likes best; for models that were trained with it."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 from compressor_kernels.attention.block_routing import (

@@ -1,8 +1,6 @@
 """Quest's pages (arXiv 2406.10774): blocks by the bounds of what a query's product with their keys
 can be."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from compressor_kernels.attention.block_pages import (

@@ -1,8 +1,6 @@
 """Streaming heads: a few first tokens, the sinks, and a recent window (StreamingLLM, arXiv
 2309.17453; DuoAttention, arXiv 2410.10819)."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What blocks of a running model say of the keys of the blocks after them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A transformers cache that keeps of each KV head what its policy lets later queries see."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace

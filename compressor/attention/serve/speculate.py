@@ -1,8 +1,6 @@
 """Self-speculative decoding: a model drafts tokens under a policy's rule for drafts and verifies
 them with its own attention, so that what it gives is what it would have given without drafts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Runs a vision-language model of the Qwen2-VL family over an endless video with StreamingVLM's
 cache (arXiv 2510.09608): flat memory, contiguous positions."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import replace

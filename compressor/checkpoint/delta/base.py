@@ -5,8 +5,6 @@ known by the hash of each of its tensors as they are stored, so a wrong one is n
 tensor that is read of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ Weights are added up when they are asked for, so nothing that evaluates, convert
 checkpoints needs to know of deltas.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

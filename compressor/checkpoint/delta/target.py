@@ -1,8 +1,6 @@
 """A fine-tune written as its difference to a base: signs in place of weights, and nothing that the
 base has as well."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

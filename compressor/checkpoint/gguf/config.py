@@ -5,8 +5,6 @@ changes what the model computes and is passed over would be a silent fault. Wher
 or old, llama.cpp's reading is taken.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

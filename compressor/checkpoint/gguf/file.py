@@ -1,7 +1,5 @@
 """Reading GGUF, llama.cpp's format: metadata, and tensors that may be quantized in blocks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

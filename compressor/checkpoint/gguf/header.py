@@ -7,8 +7,6 @@ Layout: magic, version, tensor count and key count; keys with typed values; tens
 dimensions, type and offset; padding; data. Source: ggml's docs/gguf.md.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import struct

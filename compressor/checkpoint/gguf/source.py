@@ -3,8 +3,6 @@
 What is written holds the dequantized weights, under the names and in the row order of a checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ the splitting itself is known by that name only, so a name that is not known her
 tokenizer that splits differently would be wrong without a sign of it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

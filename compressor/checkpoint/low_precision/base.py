@@ -4,8 +4,6 @@ Unlike a format, a layout here need not be expressible as codes with scales in o
 say what each weight is. No float copy is ever on disk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace

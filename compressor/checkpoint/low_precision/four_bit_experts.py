@@ -4,8 +4,6 @@ DeepSeek V4    X.weight int8 [out, in/2] of E2M1 codes, X.scale E8M0 [out, in/32
 SGLang W4AFP8  X.weight int8 [out, in/2] signed, X.weight_scale_inv floats [out, in/128]
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -10,8 +10,6 @@ The block's size is the config's and not what divides evenly: transformers 5.24 
 Without a scale and without a declaration the values are the weights (raw FP8).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ w[o, i] = (q[o, i] - zero[g_idx[i], o]) · scale[g_idx[i], o]. Codes have no ord
 another format could keep, so such a checkpoint is read as floats. A trivial g_idx is the format's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The layouts that are read as floats."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.checkpoint.low_precision import fp8, gptq_act_order, packed_act_order

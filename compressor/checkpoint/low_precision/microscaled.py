@@ -8,8 +8,6 @@ ModelOpt   weight (uint8 [out, in/2] of MXFP4, float8 [out, in] of MXFP8) and we
 MiniMax    `mxfp8`: weight float8 [out, in] and weight_scale or weight_scale_inv, bytes all the same
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

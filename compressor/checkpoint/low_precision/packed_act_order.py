@@ -6,8 +6,6 @@ groups are in order, as a trivial one does; those checkpoints are the format's. 
 order by group that another format could keep, so they are read as floats.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

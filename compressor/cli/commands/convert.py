@@ -1,7 +1,5 @@
 """compress convert"""
 
-from __future__ import annotations
-
 import json
 from contextlib import nullcontext
 from pathlib import Path

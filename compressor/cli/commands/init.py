@@ -1,7 +1,5 @@
 """compress init"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast

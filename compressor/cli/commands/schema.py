@@ -1,7 +1,5 @@
 """compress schema"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """compress unplug"""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

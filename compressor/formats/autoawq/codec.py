@@ -7,8 +7,6 @@ scales   float16 [in/G, out]
 A symmetric weight is held exactly, with every zero point 8.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

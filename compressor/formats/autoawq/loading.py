@@ -1,7 +1,5 @@
 """How AutoAWQ's files are read elsewhere."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import GPTQMODEL, Loading
 
 LOADING = Loading(

@@ -1,7 +1,5 @@
 """AutoAWQ's GEMM layout, read by its description."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

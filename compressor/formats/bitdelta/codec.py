@@ -9,8 +9,6 @@ config.json is the fine-tune's own; its `quantization_config` names the base. ba
 hash of each of the base's tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

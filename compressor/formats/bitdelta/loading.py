@@ -1,7 +1,5 @@
 """How a delta becomes a model."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import Loading
 
 LOADING = Loading(

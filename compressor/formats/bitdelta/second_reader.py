@@ -1,7 +1,5 @@
 """A weight as its base and a few signs, each as the files' bytes say them."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from compressor.formats.second_reader.arrays import Arrays, Config, Float64, array, numbers

@@ -4,8 +4,6 @@ Facts are those of compressed-tensors 0.20. Ignored modules are written as exact
 some runtimes match patterns as substrings.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

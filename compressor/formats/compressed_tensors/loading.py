@@ -1,7 +1,5 @@
 """How compressed-tensors' layouts are read elsewhere."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import Loading
 
 LOADING = Loading(

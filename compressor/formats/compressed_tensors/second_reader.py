@@ -1,7 +1,5 @@
 """compressed-tensors' layouts, read by their description."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

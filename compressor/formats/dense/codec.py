@@ -1,7 +1,5 @@
 """Plain float weights: what a quantized model computes with, in a file that every loader reads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -8,8 +8,6 @@ under this method that has no such form; those that are written here say so in t
 read as codes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

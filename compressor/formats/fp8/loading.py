@@ -1,7 +1,5 @@
 """How FP8 in blocks is read elsewhere."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import Loading
 
 LOADING = Loading(

@@ -1,7 +1,5 @@
 """FP8 in blocks, read by its description."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from compressor.formats.second_reader.arrays import Arrays, Config, array, e4m3, numbers

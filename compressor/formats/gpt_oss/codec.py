@@ -7,8 +7,6 @@ The slices of a linear go by the names `blocks` and `scales` here; rows of gate_
 up by turns, as in its floats.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How gpt-oss's own files are read elsewhere."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import Loading
 
 LOADING = Loading(

@@ -1,7 +1,5 @@
 """MXFP4 experts of gpt-oss, read by their description."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from compressor.formats.second_reader.arrays import Arrays, Config, array

@@ -8,8 +8,6 @@ Version 1 has no form for a zero point of 0: an asymmetric weight that has one i
 is held. `gptq-v2` stores zero points as they are.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How GPTQ's files are read elsewhere."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import GPTQMODEL, Loading
 
 LOADING = Loading(

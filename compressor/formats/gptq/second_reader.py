@@ -1,7 +1,5 @@
 """GPTQ's files, read by their description; version 2 differs by what a stored zero point means."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from compressor.formats.second_reader.arrays import Arrays, Config, array, bit_stream, numbers

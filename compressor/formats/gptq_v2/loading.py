@@ -1,7 +1,5 @@
 """How version 2 of GPTQ's files is read elsewhere."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import GPTQMODEL, Loading
 
 LOADING = Loading(

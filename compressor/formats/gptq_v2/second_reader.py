@@ -1,7 +1,5 @@
 """Version 2 of GPTQ's files."""
 
-from __future__ import annotations
-
 from compressor.formats.gptq.second_reader import stored
 from compressor.formats.second_reader.arrays import Arrays, Config
 from compressor.formats.second_reader.grids import CodedWeight

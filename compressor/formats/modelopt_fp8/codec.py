@@ -6,8 +6,6 @@ input_scale   float32 scalar, a multiplier
 transformers does not know this config: it loads the codes as weights without their scales.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

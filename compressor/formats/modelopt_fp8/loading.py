@@ -1,7 +1,5 @@
 """How ModelOpt's FP8 checkpoints are read elsewhere."""
 
-from __future__ import annotations
-
 from compressor.formats.loading import Loading
 
 LOADING = Loading(holds="FP8 weights and static inputs, FP8 KV cache", transformers=False)

@@ -1,7 +1,5 @@
 """ModelOpt's FP8 checkpoints, read by their description."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from compressor.formats.second_reader.arrays import Arrays, Config, array, e4m3, numbers

@@ -7,8 +7,6 @@ input_scale     float32 scalar, also a multiplier; absent where inputs stay in f
 The codes and block scales are those of compressed-tensors, which divides by the global scale.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ModelOpt's NVFP4 checkpoints, read by their description."""
 
-from __future__ import annotations
-
 from compressor.formats.second_reader.arrays import Arrays, Config, numbers
 from compressor.formats.second_reader.grids import CodedWeight, nvfp4
 

@@ -14,8 +14,6 @@ QServe itself writes a pickle without a config. Two of its tools disagree on the
 in s2; the one here is that of deepcompressor, and the config records it as `group_scale_order`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """QServe's W4A8 tiles, read by their description."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from compressor.formats.second_reader.arrays import Array, Arrays, Config, array, by_rows, numbers

@@ -1,7 +1,5 @@
 """Arrays of the second reader: what a file holds, checked, and the codes and numbers in it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

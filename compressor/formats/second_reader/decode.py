@@ -8,8 +8,6 @@ bfloat16 arrives as uint16 bit patterns and float8 E4M3 as uint8. Every complain
 that names the tensor.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache

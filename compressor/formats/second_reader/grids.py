@@ -1,7 +1,5 @@
 """What several second readers share: a weight as it is decoded, grids, and NVFP4."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

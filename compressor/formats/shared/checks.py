@@ -1,7 +1,5 @@
 """Checks before a value is written and after a tensor is read; each failure is an InputError."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 """NVFP4 weights in files: two codes a byte, E4M3 block scales, and a global scale that some files
 store as what they divide by and others as what they multiply with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

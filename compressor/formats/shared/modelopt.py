@@ -1,8 +1,6 @@
 """What ModelOpt's formats share: one way of quantizing for the whole checkpoint, scalar float32
 scales that are multipliers, and a config that stands in two files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any

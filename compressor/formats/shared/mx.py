@@ -1,7 +1,5 @@
 """MXFP4 and MXFP8 weights in files: E8M0 scales are bytes there, read as they are or as uint8."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

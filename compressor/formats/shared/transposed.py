@@ -1,8 +1,6 @@
 """What AutoAWQ and GPTQ files share: [in, out] order, float16 scales, zero points always stored,
 and one bit width and group size for the whole checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

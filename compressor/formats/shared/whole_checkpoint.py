@@ -1,8 +1,6 @@
 """Formats with one way of quantizing for the whole checkpoint: which it is, and how a config writes
 its group size."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

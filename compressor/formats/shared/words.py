@@ -5,8 +5,6 @@ cross a word's end. Without it each word holds 32 // bits whole elements, as com
 wrote before 0.18. For other widths the two are the same. Bits left over are zero.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 

@@ -1,7 +1,5 @@
 """Clips and rounds linears whose inputs have been rescaled, experts of one shape together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

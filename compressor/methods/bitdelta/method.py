@@ -5,8 +5,6 @@ magnitude of the difference is the scale that leaves the smallest squared error 
 distillation then moves the scales to where the model's outputs are closest to the fine-tune's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 

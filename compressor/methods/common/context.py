@@ -1,7 +1,5 @@
 """What methods are given, and what they give back: in `plan`, while they learn, and in a unit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar

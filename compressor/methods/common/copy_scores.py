@@ -6,8 +6,6 @@ one pass, and the model streams by: one unit is in memory at a time. The referen
 the two agree wherever the model gives the right answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Layers that a method leaves attending to everything."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Pictures of heads, as PNG files. They need matplotlib, which is an extra: without it, none."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Integer weights and inputs as recipes have them."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from compressor.ir.qtensor import QuantSpec

@@ -1,7 +1,5 @@
 """What methods learn: frozen values, and how they are stored."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Self
 

@@ -1,8 +1,6 @@
 """How a pass rounds linears and their inputs as the plan wants them: options of the quantizer that
 is to come, scales that fused linears share, static scales of inputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Rounds the linears of a unit with GPTQ, site by site, whatever their grid."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Linears whose shapes a method cannot work on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 from compressor.errors import InputError

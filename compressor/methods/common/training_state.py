@@ -1,7 +1,5 @@
 """What a training by Adam keeps, so that a killed run goes on to the same parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

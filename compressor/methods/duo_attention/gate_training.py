@@ -1,7 +1,5 @@
 """Trains head gates through a frozen model: DuoAttention's optimisation (arXiv 2410.10819)."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ clamped, gates are float32 while the model runs in its own dtype, and a head str
 mask in every phase, where the reference's deployment lets the first chunk see everything.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self

@@ -5,8 +5,6 @@ block, and its activations at the two borders lie on disk. The published code ru
 again in every step, at first with dropout on; here they are evaluated, so a record is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass

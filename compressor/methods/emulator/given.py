@@ -1,7 +1,5 @@
 """Weights for the middle from a file of the published code, student.pt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

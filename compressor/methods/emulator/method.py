@@ -6,8 +6,6 @@ middle makes of the same inputs. It is a model like any other; `compress plug` p
 were tuned on it into the full model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self

@@ -6,8 +6,6 @@ Blocks that are chosen whatever their score say nothing of a scorer, so recall l
 so do queries that have no more blocks than they may choose.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 

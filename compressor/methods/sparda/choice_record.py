@@ -4,8 +4,6 @@ The text is the bundled held-out one, cut by the model's own tokenizer, so nothi
 checkpoint is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

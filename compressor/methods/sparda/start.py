@@ -1,7 +1,5 @@
 """What forecasts start from: random values, or what a block itself asks of its keys."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """A block's attention as the teacher of forecasts: its loss for some rows, and what it chooses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ the older ones. Hidden states flow through attention over the blocks that the te
 the published training.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext

@@ -6,8 +6,6 @@ setting, those of its drafts: a draft reads verified keys that the round before 
 drafts' own since. What two distributions of the next token share is how likely its draft is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

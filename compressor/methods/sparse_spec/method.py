@@ -6,8 +6,6 @@ model is there. What can be known beforehand is how many drafts would be kept: m
 calibration text, teacher-forced, by budget and stride.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict

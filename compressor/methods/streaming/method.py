@@ -4,8 +4,6 @@ window, so that the cache never grows and perplexity stays where it was on texts
 The window counts a query's own token: the published 4 + 1020 is `sinks: 4, window: 1021`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal, Self
 

@@ -1,8 +1,6 @@
 """Perplexity of a frozen model under streaming windows with different numbers of sinks, all in one
 sweep over its blocks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

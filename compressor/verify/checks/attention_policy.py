@@ -1,7 +1,5 @@
 """The attention policy, where there is one."""
 
-from __future__ import annotations
-
 from compressor.attention.policy import (
     check_policy,
     describe,

@@ -1,7 +1,5 @@
 """A stored attention policy sees as much as the run that made it recorded."""
 
-from __future__ import annotations
-
 from compressor.attention.policy import read_policy
 from compressor.attention.quality_record import RECORD_NAME, check_record, read_record
 from compressor.errors import InputError

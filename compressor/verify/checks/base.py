@@ -1,7 +1,5 @@
 """What a check of written files is."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

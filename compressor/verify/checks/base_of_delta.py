@@ -1,7 +1,5 @@
 """What a delta takes from its base."""
 
-from __future__ import annotations
-
 from compressor.verify.checks.base import Check
 
 

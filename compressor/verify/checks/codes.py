@@ -1,7 +1,5 @@
 """Two readers that share no code see the same weights."""
 
-from __future__ import annotations
-
 from compressor.ir.layout import Linear
 from compressor.verify.checks.base import Check
 from compressor.verify.findings import LayerVerdict

@@ -4,8 +4,6 @@ Their hashes tell that a byte changed. This says which keys did, also where a fi
 together with its hash, or so that the checkpoint cannot be opened.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from compressor.checkpoint.manifest import DECLARED, Manifest

@@ -1,7 +1,5 @@
 """No NaN and no infinity."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A stored forecast chooses as many of its teacher's blocks as the run that trained it recorded."""
 
-from __future__ import annotations
-
 from compressor.errors import InputError
 from compressor.methods.sparda.choice_record import FORECAST, RECORD_NAME, check_record, read_record
 from compressor.runner.source_model import SourceModel

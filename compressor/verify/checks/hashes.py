@@ -1,7 +1,5 @@
 """Every file's size and hash, and every tensor's, as the manifest has them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tensors' dtypes, by their headers alone."""
 
-from __future__ import annotations
-
 import torch
 
 from compressor.checkpoint.source import Source

@@ -1,7 +1,5 @@
 """Each packed layer, and each quantized cache, through the kernel that runs it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import Tensor

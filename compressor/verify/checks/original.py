@@ -5,8 +5,6 @@ Nothing that the run recorded loosens a check: what rounding may do is measured 
 What cannot be compared is a failure that says so.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """What stays of an endless video, where a checkpoint says so."""
 
-from __future__ import annotations
-
 from compressor.attention.token_classes import FAMILIES, POLICY_NAME, read_sizes
 from compressor.errors import InputError
 from compressor.verify.checks.base import Check

@@ -1,8 +1,6 @@
 """Check of the kernel that multiplies by the packed signs of a delta, on top of its base's
 product."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ runtime stores them and go through the kernel; what is expected is float64 atten
 `fake_quantize_kv`, which evaluations use, makes of the same ones.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

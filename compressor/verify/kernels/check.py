@@ -4,8 +4,6 @@ One entry for each kind of scheme. On a GPU the whole layer runs; on a CPU one s
 runs in Triton's interpreter, and the whole layer through the kernel's plain reference.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

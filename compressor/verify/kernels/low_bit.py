@@ -4,8 +4,6 @@ Inputs go through the activation quantizer's kernel; what is expected is the flo
 what its plain reference makes of them, so that a wrong code shows as a wrong product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any

@@ -1,8 +1,6 @@
 """Check of the kernel that multiplies by MXFP4 and MXFP8 weights, whose inputs are float or of the
 same kind: rounded inputs are exact in bf16, as the weights are."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """How long kernels take for the linears of a block, on a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

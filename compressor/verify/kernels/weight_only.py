@@ -5,8 +5,6 @@ E4M3 weights alone, groups of any size. Where inputs are quantized too, and no k
 the weight's groups, it is given their codes, which are exact in bf16.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -10,8 +10,6 @@ where that has the smaller error. Grids come
 with the scale rounded to the dtype it is stored in before codes are chosen.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -10,8 +10,6 @@ Grids are integers, symmetric or with zero points, and E2M1 under two levels of 
 weight do not depend on each other: a program has a few of them in registers all the way.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

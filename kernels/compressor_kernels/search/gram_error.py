@@ -6,8 +6,6 @@ each. Nothing of the size of the square is written. Of a stack of weights all sq
 launch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

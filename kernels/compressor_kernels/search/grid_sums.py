@@ -7,8 +7,6 @@ point under a scale s:
 Weights are read once and nothing of their size is written.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

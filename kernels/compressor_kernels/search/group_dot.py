@@ -1,8 +1,6 @@
 """Σ over each group of a·b, of two matrices of groups: a weight's gradient becomes that of the
 scales of its groups, once each is weighed with what the scale is multiplied by."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

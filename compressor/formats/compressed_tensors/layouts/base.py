@@ -1,7 +1,5 @@
 """What a sub-format of compressed-tensors is, and its way of writing down a quantizer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

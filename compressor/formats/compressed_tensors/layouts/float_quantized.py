@@ -6,8 +6,6 @@ weight_scale  [1], [out, 1], [out, in/G] or [⌈out/rows⌉, ⌈in/columns⌉] f
 input_scale   [1], only for static inputs
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ input_scale         [1] in the dtype of the weight's scales, a multiplier
 input_global_scale  float32 [1], for NVFP4: what inputs are multiplied with
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -8,8 +8,6 @@ weight_zero_point  int8, the shape of the scales, less 2^(bits−1). Absent wher
 input_scale        [1], only for static inputs
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

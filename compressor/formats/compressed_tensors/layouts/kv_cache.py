@@ -3,8 +3,6 @@
 The tensors are `self_attn.k_scale` and `self_attn.v_scale`, [1] or [kv_heads, 1, 1], multipliers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -9,8 +9,6 @@ The config says `scale_dtype: torch.uint8`, without which compressed-tensors qua
 vLLM reads another format. Scales of inputs are made as the model runs; nothing of them is stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

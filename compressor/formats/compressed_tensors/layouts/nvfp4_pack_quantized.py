@@ -9,8 +9,6 @@ input_global_scale   float32 [1], also a divisor; absent where inputs stay in fl
 Four over Six is plain NVFP4 to every reader: it only chooses other scales and codes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -10,8 +10,6 @@ Files of 3, 5, 6 or 7 bits from before version 0.18 have no element cross a word
 told by their width, which differs from 160 inputs (or outputs, for zero points) on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 weight_scale  [out, in/G], [out, 1] or [⌈out/rows⌉, ⌈in/columns⌉], but [1] for one per tensor
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
