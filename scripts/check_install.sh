@@ -16,7 +16,8 @@ resolve() { uv pip compile pyproject.toml --python-version "$1" --resolution "$2
 if [ $# = 0 ]; then
     for python in 3.11 3.12 3.13 3.14; do
         for resolution in highest lowest-direct; do
-            echo "$python, $resolution:" $(resolve $python $resolution | grep -oE "$told\S+")
+            found=$(resolve $python $resolution)
+            echo "$python, $resolution:" $(grep -oE "$told\S+" <<< "$found")
         done
     done
 fi
