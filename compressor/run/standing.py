@@ -6,8 +6,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from compressor.attention.policy import POLICY_NAME
 from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file, read_manifest
+from compressor.checkpoint.reader import POLICY_TENSORS
 from compressor.checkpoint.records import stated_hash
+from compressor.checkpoint.side_files import DECIDING
 from compressor.errors import InputError
 from compressor.plan.recipe import AFTERWARDS
 from compressor.report.data import HTML_NAME, ReportData, read_report
@@ -21,6 +24,8 @@ from compressor.verify.compare_config import deciding_files
 from compressor.verify.findings import Findings
 
 _VERDICT = TypeAdapter(Verdict)
+BESIDE = (*DECIDING, POLICY_NAME, POLICY_TENSORS)
+"""Files of a source beside its weights and config that a verdict looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +76,10 @@ def _seal(data: ReportData, prepared: Prepared, output: Path) -> str:
     del said["seal"]
     recipe = portable(prepared.recipe)
     source = prepared.plan.source.checkpoint.folder
+    beside = sorted(deciding_files(source, BESIDE))
     about: dict[str, Any] = {
         "said": said,
-        "beside": {x: hash_file(source / x).sha256 for x in sorted(deciding_files(source))},
+        "beside": {name: hash_file(source / name).sha256 for name in beside},
         "manifest": hash_file(output / MANIFEST_NAME).sha256,
         "judged": {key: recipe[key] for key in AFTERWARDS if key in recipe},
         "evaluation": prepared.evaluation.sha256 if prepared.evaluation else None,

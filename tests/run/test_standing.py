@@ -98,6 +98,18 @@ def test_what_changed_is_judged_again(change, code, run, tmp_path, request):
     assert again["code"] == code
 
 
+def test_another_attention_policy_of_the_source_is_judged_again(run, tmp_path):
+    source = tmp_path / "streaming"
+    policy = {"streaming": {"sinks": 2, "window": 8}}
+    assert run(output=str(source), passes=[policy], evaluate=None, gate=None)["code"] == 0
+    again = {"model": str(source), "evaluate": None, "gate": None}
+    assert [run(**again)["judged"] for _ in range(2)] == [True, False]
+    stored = source / "attention_policy.json"
+    stored.write_text(stored.read_text().replace('"window": 8', '"window": 9'))
+    changed = run(**again)
+    assert changed["judged"] and changed["code"] == 1
+
+
 def test_other_limits_and_what_failed_are_judged_again(run):
     assert run()["code"] == 0
     for _ in range(2):
