@@ -3,11 +3,9 @@
 Kernels serve half precision on a GPU, their plain references everything else.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from compressor_kernels.attention.block_attention import block_attention, block_mask
@@ -17,10 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.attention.masked import OwnAttention
+from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rule import Rule, RuleCall, Seen
-
-if TYPE_CHECKING:
-    from compressor.attention.policy import AttentionPolicy
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -8,12 +8,10 @@ causal, so that all lengths come from one pass. Rows that are held out say what 
 Written as ModelOpt's `sparse_attention_config` into config.json; no weight changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Self
 
 import torch
 from compressor_kernels.attention.skip_softmax import tile_gaps_ref, visited_tiles
@@ -59,8 +57,6 @@ class Fits(Learned):
 class Blasst(ModelPass[Fits]):
     """Skip tiles of keys whose softmax weights are negligible; changes no weight."""
 
-    version: ClassVar[int] = 1
-
     prefill: float | None = Field(
         0.5, ge=0.1, le=0.9, description="share of tiles to skip in prompts; null: none"
     )
@@ -84,7 +80,7 @@ class Blasst(ModelPass[Fits]):
     )
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> Blasst:
+    def _asks_for_something(self) -> Self:
         if self.prefill is None and self.decode is None:
             raise ValueError("prefill and decode are both null: nothing would be skipped")
         if list(self.lengths) != sorted(set(self.lengths)):

@@ -6,7 +6,7 @@ Formats and their recipes: static scales (arXiv 2209.05433), dynamic ones per to
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
@@ -35,8 +35,6 @@ SCALES: dict[str, tuple[QuantSpec, ActivationSpec | None]] = {
 
 class Fp8(Pass):
     """Round weights and inputs to 8-bit floats (E4M3)."""
-
-    version: ClassVar[int] = 1
 
     scales: Literal["dynamic", "static", "block", "weights"] = Field(
         "dynamic",

@@ -6,8 +6,6 @@ Nothing is learned and no weight changes. Models trained with this attention kee
 dense model loses what its attention spreads over more blocks.
 """
 
-from typing import ClassVar
-
 import torch
 
 from compressor.attention.policy import AttentionPolicy
@@ -20,8 +18,6 @@ from compressor.methods.common.learned import Learned
 
 class InfLLM(ChosenBlocks[Learned]):
     """Let every layer attend to blocks that attention to mean keys chooses; changes no weight."""
-
-    version: ClassVar[int] = 1
 
     def effects(self) -> Effects:
         return Effects(works_on="none", config=self.block_choice.config())

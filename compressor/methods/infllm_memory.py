@@ -7,10 +7,8 @@ holds the sizes. `as_released` keeps the released code's double count of keys th
 in an early query's window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -27,8 +25,6 @@ from compressor.methods.common.learned import Learned
 class InfLLMMemory(ModelPass[Learned]):
     """Let every layer look up blocks of what has left its window; changes no weight."""
 
-    version: ClassVar[int] = 1
-
     init: int = Field(128, ge=0, description="first tokens, always seen")
     local: int = Field(4096, ge=1, description="tokens of the window; at most what was trained")
     block: int = Field(128, ge=1, description="tokens of a block")
@@ -43,7 +39,7 @@ class InfLLMMemory(ModelPass[Learned]):
     as_released: bool = Field(False, description="with the released code's double count")
 
     @model_validator(mode="after")
-    def _fits(self) -> InfLLMMemory:
+    def _fits(self) -> Self:
         _ = self._rule  # raises where sizes do not fit
         return self
 

@@ -6,11 +6,9 @@ scale and a zero for each token and head, made as the model runs (QoQ, arXiv 240
 stores none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from compressor_calibration.stats import KVNeeds
 from pydantic import Field, model_validator
@@ -45,7 +43,7 @@ class KvCache(Pass):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> KvCache:
+    def _consistent(self) -> Self:
         if self.targets != "attn.k" or self.ignore != ["lm_head"]:
             raise ValueError("the cache has one form in the whole model: no targets, no ignore")
         if self.element == "int4" and self.altered("scales"):

@@ -12,10 +12,8 @@ text, with `page: null` a page is the largest that keeps nearly what flat pages 
 would.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -87,7 +85,7 @@ class LServe(ModelPass[Budget]):
     dense_layers: Layers = Field((), description="layers that attend to everything")
 
     @model_validator(mode="after")
-    def _pages_fit(self) -> LServe:
+    def _pages_fit(self) -> Self:
         if (least := LEAST * self._pages[-1]) > self.budget:
             raise ValueError(f"a step reads at least {least} keys, budget is {self.budget}")
         for page in self._pages:

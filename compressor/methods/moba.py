@@ -8,7 +8,6 @@ tensors. Decoding attends to everything, as in the released code.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -36,8 +35,6 @@ class Trained(Learned):
 
 class MoBA(ModelPass[Trained]):
     """Have prompts attend as a model was trained to; changes no weight."""
-
-    version: ClassVar[int] = 1
 
     dense_layers: Layers = Field((), description="layers that were trained with full attention")
 

@@ -20,7 +20,6 @@ from compressor.numerics.mx import BLOCK, Rule
 class Mxfp4(Pass):
     """Round weights, and inputs where asked, to MXFP4."""
 
-    version: ClassVar[int] = 1
     spec: ClassVar[QuantSpec] = MXFP4
 
     rule: Rule = Field(

@@ -12,7 +12,6 @@ from compressor.numerics.mx import Rule
 class Mxfp8(Mxfp4):
     """Round weights, and inputs where asked, to MXFP8."""
 
-    version: ClassVar[int] = 1
     spec: ClassVar[QuantSpec] = MXFP8
 
     rule: Rule = Field("mse", description="as in mxfp4")

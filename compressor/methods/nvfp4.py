@@ -6,7 +6,7 @@ instead where a block's scale is subnormal, and turns its largest value into zer
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from compressor_calibration.stats import StatNeeds
 from pydantic import Field
@@ -31,8 +31,6 @@ INPUTS = {
 
 class Nvfp4(Pass):
     """Round weights, and inputs where asked, to NVFP4, with Four Over Six block scales."""
-
-    version: ClassVar[int] = 1
 
     rule: Rule = Field(
         "mse",

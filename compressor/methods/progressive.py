@@ -6,10 +6,8 @@ group, chosen so that no int8 value overflows. Per channel there is one float16 
 point. Codes are GPTQ's, on ranges that may be shrunk first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
@@ -53,7 +51,7 @@ class Progressive(Pass):
     min_tokens: int = Field(64, ge=1, description="what fewer tokens went through has no data")
 
     @model_validator(mode="after")
-    def _channels_have_one_form(self) -> Progressive:
+    def _channels_have_one_form(self) -> Self:
         if self.group_size is None and self.zero == "subtract":
             raise ValueError("zero: subtract needs a group_size; per channel there is only offset")
         return self

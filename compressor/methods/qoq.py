@@ -9,10 +9,8 @@ It is a sequence of passes, each of which can stand in a recipe by itself:
     kv_cache          keys and values to 4 bits, per token and head
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,8 +26,6 @@ class Qoq(Method):
     Stands for the passes rotate, reorder, smoothquant (down projections only), smooth_attention,
     progressive and kv_cache, in this order.
     """
-
-    version: ClassVar[int] = 1
 
     group_size: int | None = Field(
         128, ge=1, description="neighbouring inputs that share an int8 scale; null for whole rows"
@@ -57,7 +53,7 @@ class Qoq(Method):
     kv_cache: bool = Field(True, description="keys and values in 4 bits")
 
     @model_validator(mode="after")
-    def _channels_have_one_form(self) -> Qoq:
+    def _channels_have_one_form(self) -> Self:
         if self.group_size is None and self.zero == "subtract":
             raise ValueError("zero: subtract needs a group_size; per channel there is only offset")
         if isinstance(self.down_alpha, float) and not 0 <= self.down_alpha <= 1:

@@ -6,10 +6,8 @@ each query head by itself, and the last page always. The whole cache stays in me
 is reading it. Nothing is learned and no weight changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,8 +26,6 @@ from compressor.methods.common.learned import Learned
 class Quest(ModelPass[Learned]):
     """Let layers attend to the pages of keys whose bounds promise most; changes no weight."""
 
-    version: ClassVar[int] = 1
-
     page_size: int = Field(16, ge=1, description="keys of a page")
     token_budget: int = Field(1024, ge=1, description="keys of a query, in whole pages")
     dense_layers: Layers = Field(
@@ -43,7 +39,7 @@ class Quest(ModelPass[Learned]):
     dense_below: int = Field(0, ge=0, description="shorter texts are attended to whole")
 
     @model_validator(mode="after")
-    def _whole_pages(self) -> Quest:
+    def _whole_pages(self) -> Self:
         if self.token_budget < self.page_size:
             raise ValueError(f"a budget of {self.token_budget} does not hold one page")
         return self

@@ -12,11 +12,9 @@ it is commutes with that. A norm's bias β goes into the biases of what reads it
 none, becomes (β/γ) R.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar, Protocol
+from typing import Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -37,8 +35,6 @@ POST_NORMS = ("norm.attn.out", "norm.mlp.out", "norm.embedding")
 class Rotate(Pass):
     """Rotate the hidden states by a Hadamard matrix, so that no channel is an outlier."""
 
-    version: ClassVar[int] = 1
-
     seed: int | None = Field(
         None, ge=0, description="random signs from this seed; null for the plain Hadamard matrix"
     )
@@ -50,7 +46,7 @@ class Rotate(Pass):
     )
 
     @model_validator(mode="after")
-    def _everything_turns(self) -> Rotate:
+    def _everything_turns(self) -> Self:
         if self.altered("targets", "ignore"):
             raise ValueError("rotate turns the whole residual stream; it has no targets or ignore")
         return self

@@ -9,10 +9,8 @@ share a norm, one λ serves all of them.
 error that rounding the keys makes in the attention's output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Self
 
 import torch
 from compressor_calibration.stats import KVNeeds, KVStats
@@ -34,8 +32,6 @@ from compressor.runner.attention_call import AttentionCall
 class SmoothAttention(Pass):
     """Even out the channels of keys, for a KV cache of few bits; queries take the difference."""
 
-    version: ClassVar[int] = 1
-
     targets: str | list[str] = Field(
         default=["attn.k"], description="key projections; the queries that read them change too"
     )
@@ -53,7 +49,7 @@ class SmoothAttention(Pass):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> SmoothAttention:
+    def _consistent(self) -> Self:
         if self.alpha == "search" and self.altered("beta"):
             raise ValueError("beta is searched beside alpha: leave one of them out")
         if self.alpha != "search" and self.altered("grid", "search_tokens"):

@@ -5,10 +5,8 @@ weight's column multiplied by it. So the model computes the same function, and b
 the weight have ranges that 8-bit integers can hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Self
 
 import torch
 from compressor_calibration.stats import StatNeeds
@@ -39,8 +37,6 @@ class Smoothquant(Pass):
     Without `bits` it only changes weights, and a quantizer with `activations` comes after it.
     """
 
-    version: ClassVar[int] = 1
-
     alpha: float | Literal["family", "search"] = Field(
         "family",
         description="how much of an outlier the weight takes, 0 to 1; family: as published for the "
@@ -65,7 +61,7 @@ class Smoothquant(Pass):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Smoothquant:
+    def _consistent(self) -> Self:
         given = self.altered("weights", "activations")
         if self.bits is None and given:
             names = " and ".join(given)

@@ -6,11 +6,9 @@ which `compressor.attention.serve.stream` runs the model. The published model wa
 it is worth on one that was not is not known.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -29,8 +27,6 @@ CLIP_TOKENS, TEXT_TOKENS = 100, 30
 class StreamingVLM(ModelPass[Learned]):
     """Declare which tokens of an endless video stay in the cache; changes no weight."""
 
-    version: ClassVar[int] = 1
-
     sink: int | None = Field(512, ge=0, description="first tokens of the previous text that stay")
     window: int | None = Field(
         512, ge=2, description="its last ones, one less; both null: all of it stays"
@@ -39,7 +35,7 @@ class StreamingVLM(ModelPass[Learned]):
     vision_rounds: int = Field(16, ge=1, description="rounds whose clip stays")
 
     @model_validator(mode="after")
-    def _go_together(self) -> StreamingVLM:
+    def _go_together(self) -> Self:
         try:
             _ = self.sizes
         except InputError as error:

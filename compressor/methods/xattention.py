@@ -8,10 +8,8 @@ search by dynamic programming of the paper is nowhere written down. One block is
 time, and no weight changes. Steps of decoding attend to everything.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal, Self
 
 import torch
 from compressor_kernels.attention.antidiagonal import antidiagonal_sums_ref
@@ -43,8 +41,6 @@ class Thresholds(Learned):
 
 class XAttention(ModelPass[Thresholds]):
     """Let prompts attend to the tiles that an estimate finds worth it; changes no weight."""
-
-    version: ClassVar[int] = 1
 
     coverage: float = Field(
         0.9, gt=0, lt=1, description="share of true attention that thresholds are to keep"
@@ -139,7 +135,7 @@ class XAttention(ModelPass[Thresholds]):
         )
 
     @model_validator(mode="after")
-    def _strides_divide(self) -> XAttention:
+    def _strides_divide(self) -> Self:
         if self.block_size % self.stride:
             raise ValueError(f"stride {self.stride} does not divide blocks of {self.block_size}")
         return self

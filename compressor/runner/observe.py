@@ -5,12 +5,10 @@ seen by a hook; it is computed from the tokens routed to it, for some experts at
 asks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from compressor_calibration.products import bands
@@ -133,7 +131,7 @@ class Observer:
         self._held: dict[Watch, list[Tensor]] = {}
         self._chunk = (0, 0)
 
-    def __enter__(self) -> Observer:
+    def __enter__(self) -> Self:
         unit = self.block.unit
         plain: dict[str, Linear] = {}
         for site in self.needs:

@@ -1,25 +1,21 @@
 """Applies to a loaded block what is stored beside its weights: quantized inputs and KV cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from compressor.checkpoint.source import Source
 from compressor.errors import InputError
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.scheme import ActivationSpec, KVSpec
 from compressor.ir.unit import Unit
 from compressor.numerics.activations import fake_quantize_activation, fake_quantize_kv
 from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.runner.block import Block
 from compressor.runner.experts import Entering
-
-if TYPE_CHECKING:
-    from compressor.checkpoint.source import Source
-    from compressor.runner.block_runner import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +62,8 @@ def quantized_inputs(block: Block, inputs: Mapping[str, StoredInput]) -> Iterato
                 continue
             module = block.module(linear)
             if linear.expert is None:
-                handle = module.register_forward_pre_hook(_Before(inputs[linear.name]))
-                stack.callback(handle.remove)
+                hook = _Before(inputs[linear.name])
+                stack.enter_context(module.register_forward_pre_hook(hook))
             else:
                 part = linear.role.rpartition(".")[2]
                 experts.setdefault(module, {})[linear.expert, part] = inputs[linear.name]

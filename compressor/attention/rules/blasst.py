@@ -1,11 +1,9 @@
 """BLASST (arXiv 2512.12087), TensorRT-LLM's skip softmax: tiles of keys whose softmax weights are
 negligible are skipped, by a threshold that a wanted share of skipped tiles asks for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from compressor_kernels.attention.skip_softmax import (
     SkipTiles,
@@ -20,10 +18,8 @@ from torch import Tensor
 from compressor import __version__
 from compressor.attention.key_blocks import by_kernel
 from compressor.attention.masked import OwnAttention
+from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rule import Rule, RuleCall, Seen, Value, share_of
-
-if TYPE_CHECKING:
-    from compressor.attention.policy import AttentionPolicy
 
 FORMULA = "a * exp(b * target_sparsity)"
 """What ModelOpt calls the scale of thresholds."""

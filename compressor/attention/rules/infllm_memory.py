@@ -1,10 +1,8 @@
 """InfLLM's context memory (arXiv 2402.04617) as a rule: texts past the trained length, without
 training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -12,13 +10,11 @@ from torch import Tensor
 
 from compressor.attention.context_memory import ContextMemory, MemorySizes
 from compressor.attention.masked import OwnAttention
+from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rope import Rotary, rotated_back
 from compressor.attention.rule import Rule, RuleCall, share_of
 from compressor.errors import InputError
 from compressor.runner.attention_call import AttentionCall
-
-if TYPE_CHECKING:
-    from compressor.attention.policy import AttentionPolicy
 
 MEMORY = "infllm_memory"
 
@@ -67,9 +63,6 @@ class InfLLMMemory(Rule):
         """Of the memory."""
         own = self.model_dump(exclude={"heads", "as_released"})
         return MemorySizes(**own, twice=self.as_released)
-
-    def acts(self, length: int) -> bool:
-        return True
 
     def evaluate_by_slot(self, call: AttentionCall) -> Tensor:
         if call.rotary is None:

@@ -1,11 +1,9 @@
 """SparseSpec's PillarAttn (arXiv 2512.01278): drafts of self-speculative decoding read the keys
 that the last verification attended to most."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from compressor_kernels.attention.block_attention import block_attention
@@ -19,10 +17,8 @@ from torch import Tensor
 
 from compressor.attention.key_blocks import by_kernel
 from compressor.attention.masked import OwnAttention
+from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rule import Phase, Rule, RuleCall, Seen, share_of
-
-if TYPE_CHECKING:
-    from compressor.attention.policy import AttentionPolicy
 
 SHARES, BEGUN, KEYS, LENGTH = "pillar.shares", "pillar.begun", "pillar.keys", "pillar.length"
 

@@ -1,10 +1,8 @@
 """XAttention (arXiv 2503.16428): prompts in tiles, those that an estimate along antidiagonals of
 the scores finds worth a share of attention, by query head."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from compressor_kernels.attention.antidiagonal import (
@@ -20,10 +18,8 @@ from torch import Tensor
 
 from compressor.attention.key_blocks import by_kernel
 from compressor.attention.masked import OwnAttention
+from compressor.attention.policy import AttentionPolicy
 from compressor.attention.rule import Phase, Rule, RuleCall, Seen, share_of
-
-if TYPE_CHECKING:
-    from compressor.attention.policy import AttentionPolicy
 
 
 class XAttention(Rule):

@@ -1,11 +1,9 @@
 """Fits the weights of a block to what the original makes of its inputs, step by step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,12 +72,12 @@ class Division:
     owners: Mapping[str, int]
 
     @classmethod
-    def none(cls, ranks: Ranks) -> Division:
+    def none(cls, ranks: Ranks) -> Self:
         """Where all learn the same."""
         return cls(ranks, {})
 
     @classmethod
-    def of(cls, linears: Sequence[Linear], ranks: Ranks) -> Division:
+    def of(cls, linears: Sequence[Linear], ranks: Ranks) -> Self:
         """By size."""
         owned = ranks.owners(linears, lambda x: math.prod(x.shape))
         return cls(ranks, {x.name: rank for x, rank in zip(linears, owned, strict=True)})

@@ -1,9 +1,7 @@
 """What methods share by which layers attend to blocks of keys that a rule chooses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -34,7 +32,7 @@ class ChosenBlocks(ModelPass[L], Generic[L]):
     dense_below: int = Field(8192, ge=0, description="shorter texts are attended to whole")
 
     @model_validator(mode="after")
-    def _fits(self) -> ChosenBlocks[L]:
+    def _fits(self) -> Self:
         if self.kernel_size % self.stride:
             raise ValueError(f"stride {self.stride} does not divide kernel_size {self.kernel_size}")
         _ = self.block_choice  # raises where they do not fit each other

@@ -5,12 +5,10 @@ of any haystack, then a question and its answer for each. Unlike the reference, 
 longer than their nominal length by needles and questions, a row here has exactly its length.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from compressor_calibration.passkeys import (
@@ -71,7 +69,7 @@ class Needles(Strict):
     _ends_with_passkey = field_validator("question")(check_end)
 
     @model_validator(mode="after")
-    def _lengths_ascend(self) -> Needles:
+    def _lengths_ascend(self) -> Self:
         if self.max_length < self.min_length:
             raise ValueError(f"max_length {self.max_length} is less than {self.min_length}")
         return self

@@ -1,9 +1,7 @@
 """Grids that methods which choose codes can round to, as recipes have them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -60,7 +58,7 @@ class OnGrid(Pass):
     _by_channel = model_validator(mode="before")(integers.by_channel_beside_inputs)
 
     @model_validator(mode="after")
-    def _options_of_the_grid(self) -> OnGrid:
+    def _options_of_the_grid(self) -> Self:
         given = [] if self.grid == "int" else self.altered(*self.integers_alone)
         given += [] if self.grid == "nvfp4" else self.altered("rule")
         if given:

@@ -5,12 +5,10 @@ full, where `full` is the *full* stream's attention output of that layer, not re
 reach the gates alone; each layer of the gated stream is recomputed in the backward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +45,7 @@ class TwoStream:
         self._hooked = False
 
     @contextmanager
-    def loaded(self) -> Iterator[TwoStream]:
+    def loaded(self) -> Iterator[Self]:
         """All weights in memory, for the length of a `with`."""
         model = self.model
         units = model.layout.units

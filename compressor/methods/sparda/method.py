@@ -7,12 +7,10 @@ meanwhile, and it needs one head for each group and no softmax. Only these proje
 on the block's own attention; the model stays as it is.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from compressor_kernels.attention.block_windows import WindowRule
@@ -82,7 +80,7 @@ class SparDA(ChosenBlocks[Recall]):
     held_out_rows: int = Field(2, ge=1, description="held-out rows that recall is measured on")
 
     @model_validator(mode="after")
-    def _grids_fit(self) -> SparDA:
+    def _grids_fit(self) -> Self:
         if self.stride % self.teacher_stride or self.teacher_kernel % self.teacher_stride:
             raise ValueError(
                 f"teacher_stride {self.teacher_stride} divides stride {self.stride} and "

@@ -9,7 +9,7 @@ calibration text, teacher-forced, by budget and stride.
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -29,8 +29,6 @@ FILE_NAME = "acceptance.json"
 
 class SparseSpec(ModelPass[Learned]):
     """Let drafts read the keys that verification attended to most; changes no weight."""
-
-    version: ClassVar[int] = 1
 
     stride: int = Field(8, ge=1, le=32, description="tokens that are drafted in a row")
     ratio: float = Field(0.05, gt=0, le=1, description="share of all keys that a draft reads")
