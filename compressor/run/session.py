@@ -95,7 +95,8 @@ class Compiled:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU. Raises InputError for a device that is not there."""
+    """`auto` is the first GPU, or the CPU; a GPU becomes this thread's current one. Raises
+    InputError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -110,6 +111,9 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"there is no {name}", hint=f"GPUs: {torch.cuda.device_count()}")
         lock_pages_in_threads()
+        if device.index:
+            # Triton starts kernels on the current device, wherever their tensors are.
+            torch.cuda.set_device(device)
         return torch.device("cuda", device.index or 0)
     return device
 

@@ -132,6 +132,8 @@ def serve(device: str) -> None:
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
     start_driver(device)
     gc.disable()  # as `cli.importing` does
+    import torch
+
     from compressor.runner.generation_import import import_models
     from compressor.verify.elsewhere import compare
     from compressor.verify.kernels.ahead import CompiledAhead, Wanted
@@ -139,7 +141,12 @@ def serve(device: str) -> None:
     import_models()
     gc.freeze()
     gc.enable()
-    while isinstance(value := pickle.loads(asked.get()), Wanted):
+    while True:
+        value = pickle.loads(asked.get())
+        if value.device.index:
+            torch.cuda.set_device(value.device)  # where Triton starts kernels
+        if not isinstance(value, Wanted):
+            break
         CompiledAhead(value)
     _send(answers, compare(value))
     os._exit(0)
