@@ -60,7 +60,7 @@ PRESETS = {"fast": Preset(0, 40), "good": Preset(2, 100), "best": Preset(2, 400)
 class Reconstruct(OnGrid):
     """Round with GPTQ on searched grids, then refine the scales of each block together."""
 
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     preset: Literal["fast", "good", "best"] = Field(
         "good", description="how much is done: 40, 100 or 400 steps; descent before all but fast"
@@ -80,7 +80,11 @@ class Reconstruct(OnGrid):
         "null: 0, and 0.3 on mxfp4, whose powers of two do not move",
     )
     damping: float = Field(
-        0.1, gt=0, le=1, description="share of the Gram matrix's mean diagonal added to it"
+        0.3,
+        gt=0,
+        le=1,
+        description="share of the Gram matrix's mean diagonal added to it: less follows the "
+        "calibration text more closely",
     )
     correction: float = Field(
         0.5,
