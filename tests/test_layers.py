@@ -14,8 +14,8 @@ HOMES = {
     "compressor_calibration": ROOT / "calibration" / "compressor_calibration",
 }
 LEVELS = {
-    **dict.fromkeys(("compressor_kernels", "compressor_calibration", "errors"), 0),
-    **dict.fromkeys(("ir", "foreign", "ranks"), 1),
+    **dict.fromkeys(("compressor_kernels", "errors"), 0),
+    **dict.fromkeys(("compressor_calibration", "ir", "foreign", "ranks"), 1),
     **dict.fromkeys(("arch", "numerics", "formats"), 2),
     **dict.fromkeys(("checkpoint", "runtimes"), 3),
     "runner": 4,

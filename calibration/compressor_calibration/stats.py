@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressor_kernels.inputs.channel_sums import DTYPES, channel_sums
 from torch import Tensor
 
 from compressor_calibration.products import add_cross, add_gram, mirror
@@ -232,11 +233,37 @@ def _look(
     if 0 in sizes:
         left = iter(_look(needs, x, [n for n in sizes if n], original) if any(sizes) else [])
         return [next(left) if n else [] for n in sizes]
+    vectors = needs.gram or needs.cross or needs.keep_inputs > 0
+    if x.is_cuda and x.dtype in DTYPES:
+        sums = channel_sums(x, sizes, copy=vectors)
+        good, x = sums.good, x if sums.rows is None else sums.rows
+        found = [[count] for count in sums.counts]
+        for wanted, each in ((needs.absmean, sums.magnitudes), (needs.absmax, sums.largest)):
+            if wanted:
+                for seen, part in zip(found, each, strict=True):
+                    seen.append(part)
+    else:
+        good, x, found = _sums(needs, x, sizes)
+    if vectors:
+        for seen, part in zip(found, torch.split(x, list(sizes)), strict=True):
+            seen.append(part)
+        if needs.cross and original is not None:
+            nothing = torch.zeros((), dtype=original.dtype, device=original.device)
+            theirs = torch.where(good, original, nothing)
+            for seen, part in zip(found, torch.split(theirs, list(sizes)), strict=True):
+                seen.append(part)
+    return found
+
+
+def _sums(
+    needs: StatNeeds, x: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+    """Which vectors [tokens, 1] are finite, the vectors without the others, and counts and sums of
+    each site."""
     # A vector is finite where its largest and smallest values are; NaN counts as both. Zeroed
     # vectors add nothing to any sum, and masking costs no wait for the device.
     good = x.amax(dim=1, keepdim=True).isfinite() & x.amin(dim=1, keepdim=True).isfinite()
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    x = torch.where(good, x, zero)
+    x = torch.where(good, x, torch.zeros((), dtype=x.dtype, device=x.device))
     lengths = list(sizes)
     flags = torch.split(torch.cat([good, ~good], dim=1), lengths)
     found = [[part.sum(dim=0)] for part in flags]
@@ -246,14 +273,7 @@ def _look(
                 seen.append(magnitude.sum(dim=0, dtype=torch.float32))
             if needs.absmax:
                 seen.append(magnitude.amax(dim=0).float())
-    if needs.gram or needs.cross or needs.keep_inputs:
-        for seen, part in zip(found, torch.split(x, lengths), strict=True):
-            seen.append(part)
-        if needs.cross and original is not None:
-            theirs = torch.where(good, original, torch.zeros_like(zero, dtype=original.dtype))
-            for seen, part in zip(found, torch.split(theirs, lengths), strict=True):
-                seen.append(part)
-    return found
+    return good, x, found
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ head share its order.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from compressor_calibration.stats import StatNeeds
@@ -29,6 +29,8 @@ from compressor.numerics.channel_order import head_order, salience_order
 
 class Reorder(Pass):
     """Sort the channels between v and o and between up and down projections by their salience."""
+
+    version: ClassVar[int] = 2
 
     targets: str | list[str] = Field(
         default=["attn.o", "*.down"], description="linears whose input channels are sorted"

@@ -163,6 +163,29 @@ def test_the_half_precision_gram_on_a_gpu_is_accumulated_in_fp32(band, dtype, mo
     assert ((stats.gram.cpu().double() - exact).abs() <= 3e-5 * size).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_of_a_gpu_are_those_of_a_cpu(dtype):
+    draw = torch.Generator().manual_seed(8)
+    rounds = [[torch.randn(n, 70, generator=draw).to(dtype) for n in (9, 0, 701)] for _ in range(2)]
+    rounds[1][2][4, 3] = torch.nan
+    there, here = (
+        [SiteStats(70, ALL, device=device) for _ in range(3)] for device in ("cuda", "cpu")
+    )
+    for parts in rounds:
+        update_each(there, [part.cuda() for part in parts])
+        update_each(here, parts)
+    alone = SiteStats(70, ALL, device="cuda")
+    for parts in rounds:
+        alone.update(parts[2])
+    assert torch.equal(alone.absmean, there[2].absmean) and torch.equal(alone.gram, there[2].gram)
+    for found, wanted in zip(there, here, strict=True):
+        assert (found.tokens, found.bad_tokens) == (wanted.tokens, wanted.bad_tokens)
+        torch.testing.assert_close(found.absmean.cpu(), wanted.absmean, rtol=2e-6, atol=0)
+        assert torch.equal(found.absmax.cpu(), wanted.absmax)
+        assert torch.equal(found.inputs.cpu(), wanted.inputs)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
 def test_two_bfloat16_tensors_hold_a_difference(scale):
     draw = torch.Generator().manual_seed(2)

@@ -1,1 +1,1 @@
-"""Quantizers of a linear's inputs."""
+"""Quantizers of a linear's inputs, and sums over them."""
