@@ -9,7 +9,7 @@ from torch import Tensor
 CAST_ROWS = 4096
 # Rows of a Gram matrix that are added to at a time, from the diagonal on: fewer compute less twice,
 # too few make small products.
-BAND, GPU_BAND = 192, 2048
+BAND, GPU_BAND = 192, 1024
 # Rows of the cross product with the original's inputs that are computed at a time.
 CROSS_BAND = 1024
 
