@@ -83,7 +83,7 @@ def last_error(log: str) -> str:
 def ours(model: Path, folder: Path, form: Form, *, windows: int) -> dict[str, Any]:
     """Write and evaluate a checkpoint: loss of the written file and of its source."""
     recipe = {
-        "model": str(model),
+        "model": str(model.resolve()),
         "calibration": {"data": "bundled", "samples": 64, "length": 512},
         "passes": form.passes,
         "format": form.format,
@@ -100,8 +100,8 @@ def ours(model: Path, folder: Path, form: Form, *, windows: int) -> dict[str, An
 
 
 def theirs(folder: Path, tokens: Path, args: Namespace) -> dict[str, Any]:
-    """vLLM's loss on a checkpoint, from a process of its own."""
-    result, log = folder.with_suffix(".vllm.json"), folder.with_suffix(".log")
+    """vLLM's loss on a checkpoint, from a process of its own; what that said stays."""
+    result, log = folder / "vllm.json", folder.with_name(f"{folder.name}.log")
     command = [sys.executable, __file__, "--child", f"{folder}/out", str(tokens), str(result)]
     command += [part for option in args.vllm_option for part in ("--vllm-option", option)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": args.vllm}

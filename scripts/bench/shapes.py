@@ -134,7 +134,7 @@ def main() -> None:
     keys: list[str] = []
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as temporary:
-        scratch = Path(temporary)
+        scratch = Path(temporary).resolve()
         write_text(scratch / "text.txt")
         shape = ""
         for name in options.case:

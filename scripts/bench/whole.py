@@ -42,6 +42,7 @@ def run(
 ) -> Ran:
     """Run a recipe, whose output is `out` in `scratch`; Python is -P where `environment` names
     packages. Raises SystemExit with what it said where it fails."""
+    scratch = scratch.resolve()  # the process runs elsewhere
     output, log = scratch / "out", scratch / "log.jsonl"
     shutil.rmtree(output, ignore_errors=True)
     (scratch / "recipe.yaml").write_text(json.dumps({**recipe, "output": str(output)}))

@@ -139,7 +139,8 @@ class Bench:
 
     def compiled(self, passes: Sequence[Any], output: Path) -> dict[str, Any]:
         """Figures of what passes write."""
-        options, names = self.options, {name for entry in passes for name in entry}
+        options = self.options
+        names = {n for entry in passes for n in ([entry] if isinstance(entry, str) else entry)}
         lengths = {"samples": options.samples, "length": options.length}
         recipe = {
             "model": str(self.source.checkpoint.folder),

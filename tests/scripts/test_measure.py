@@ -16,15 +16,25 @@ def test_rows_are_kept_and_resumed_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept, runner = tmp_path / "rows.json", load("scripts/measure/run.py")
-    options = [str(tiny_model("llama")), "--samples", "2", "--length", "32", "--windows", "2"]
+    options = [
+        str(tiny_model("llama", tie_word_embeddings=True)),
+        "--samples",
+        "2",
+        "--length",
+        "32",
+        "--windows",
+        "2",
+    ]
     options += ["--window", "24", "--device", "cpu", "--json", str(kept)]
     passes = ["rtn: {bits: 4, group_size: 32}", "[smoothquant, rtn: {bits: 9}]"]
+    passes.append("[rotate, rtn: {bits: 4, group_size: 32}]")
     monkeypatch.setattr("sys.argv", ["run.py", *options, "--pass", *passes])
     runner.main()
     said = capsys.readouterr().out
     found = json.loads(kept.read_text())
-    original, row = found["rows"]
+    original, row, rotated = found["rows"]
     assert (original["method"], row["method"]) == ("original", passes[0])
+    assert rotated["method"] == passes[2] and rotated["kl fiction"][0] > 0  # its head is untied
     assert original["kl fiction"] == [0.0, 0.0] and row["kl fiction"][0] > 0
     assert f"{passes[1]}: failed: passes.1.rtn.bits is 9" in said
     assert f"| `{passes[0]}` |" in said and "passes.1" not in said.partition("## ")[2]
