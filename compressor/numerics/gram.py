@@ -4,7 +4,7 @@ A weight that is off by Δ makes a squared output error of tr(Δ G Δᵀ), whate
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from compressor_kernels.search import gram_error as fused
@@ -102,7 +102,12 @@ def error_of_parts(parts: Iterable[tuple[Tensor, Tensor]], gram: Tensor | None) 
         else:
             errors.append(difference_error(new, old, gram))
             powers.append(gram_error(old.to(work_dtype(gram)), gram))
-    return torch.stack(errors).sum(0) / torch.stack(powers).sum(0).clamp(min=1e-30)
+    return share_of(errors, powers)
+
+
+def share_of(errors: Sequence[Tensor], powers: Sequence[Tensor]) -> Tensor:
+    """Σ errors / Σ powers of parts of a weight, or of each of several; 0 for 0/0."""
+    return torch.stack(list(errors)).sum(0) / torch.stack(list(powers)).sum(0).clamp(min=1e-30)
 
 
 def _split(weight: Tensor, quantized: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

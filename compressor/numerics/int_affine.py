@@ -26,6 +26,8 @@ A scale is rounded to the dtype it is stored in before zero and codes are chosen
 from typing import TypedDict, Unpack
 
 import torch
+from compressor_kernels.search.awq_candidate import STORED
+from compressor_kernels.search.int_rounding import LARGEST, round_groups
 from torch import Tensor
 
 from compressor.errors import InputError
@@ -67,8 +69,25 @@ def quantize_int(weight: Tensor, spec: QuantSpec, **options: Unpack[GridOptions]
     options  of the grid, see `GridOptions`
     Raises InputError where the spec is not an int affine one or groups do not divide the columns.
     """
-    scales, zeros = int_grid(weight, spec, **options)
     arithmetic, bounds = options.get("arithmetic", torch.float32), clip_of(options)
+    if (
+        rounded_at_once(weight, spec)
+        and arithmetic == torch.float32
+        and bounds[1] is None
+        and not options.get("narrow")
+    ):
+        made = round_groups(
+            weight,
+            bits=spec.bits,
+            group_size=weight.shape[1] if spec.strategy == "channel" else spec.group_size or 0,
+            symmetric=spec.symmetric,
+            stored=spec.scale_dtype,
+            bounds=bounds[0],
+            signed=options.get("signed"),
+            from_range=options.get("from_range", False),
+        )
+        return QTensor(spec, *made)
+    scales, zeros = int_grid(weight, spec, **options)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(weight):
         groups = _grouped(weight[rows].to(arithmetic, copy=True), spec)
@@ -286,6 +305,14 @@ def is_plain_int(spec: QuantSpec) -> bool:
         and spec.zero != "offset"
         and spec.strategy in ("group", "channel")
     )
+
+
+def rounded_at_once(weight: Tensor, spec: QuantSpec) -> bool:
+    """Whether one kernel rounds a weight to its spec."""
+    size = weight.shape[-1] if spec.strategy == "channel" else spec.group_size or 0
+    fits = 0 < size <= LARGEST and weight.shape[-1] % size == 0
+    floats = weight.dtype in STORED and spec.scale_dtype in STORED
+    return weight.is_cuda and is_plain_int(spec) and floats and fits
 
 
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

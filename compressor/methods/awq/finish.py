@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from compressor_calibration.stats import SiteStats
+from compressor_kernels.search.int_rounding import rounding_errors
 from torch import Tensor
 
 from compressor.ir.layout import Linear
@@ -16,8 +17,8 @@ from compressor.methods.common.context import PassContext
 from compressor.numerics import fake_quantize, quantize
 from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import ScaleResult
-from compressor.numerics.gram import error_of_parts
-from compressor.numerics.int_affine import GridOptions, is_plain_int
+from compressor.numerics.gram import error_of_parts, gram_error, share_of
+from compressor.numerics.int_affine import GridOptions, is_plain_int, rounded_at_once
 
 TILE = 2**25
 """Weights of a linear whose rounded values are in memory at a time."""
@@ -105,7 +106,7 @@ def finished(
             values = fake_quantize(values, spec, **rounding)
         else:
             values = made = quantize(weight, spec, **options)
-        errors = error_of_parts(_parts(stack, values, scales), gram).tolist()
+        errors = _errors(stack, values, scales, gram).tolist()
         rows = []
         for i, error in zip(places, errors, strict=True):
             result = sites[i].found
@@ -149,6 +150,33 @@ def put(
 def _shared(tensors: Sequence[Tensor]) -> Tensor:
     """What all have, or a stack of what each has."""
     return tensors[0] if all(x is tensors[0] for x in tensors) else torch.stack(list(tensors))
+
+
+def _errors(
+    stack: Tensor, values: QTensor | Tensor, scales: Tensor | None, gram: Tensor | None
+) -> Tensor:
+    """Relative output errors [E] of weights [E, O, C] and what they became, or errors of weights
+    where there is no Gram matrix."""
+    if gram is None or not isinstance(values, QTensor) or not rounded_at_once(stack, values.spec):
+        return error_of_parts(_parts(stack, values, scales), gram)
+    errors, powers = [], []
+    count, _, width = stack.shape
+    step = max(1, TILE // width) if count == 1 else stack.shape[1]
+    for first in range(0, stack.shape[1], step):
+        part = stack[:, first : first + step]
+        some = values if part.shape == stack.shape else values.rows(slice(first, first + step))
+        delta, before = rounding_errors(
+            part,
+            some.codes,
+            some.scales,
+            some.zeros,
+            bits=some.spec.bits,
+            group_size=width // some.scales.shape[1],
+            by=scales,
+        )
+        errors.append(gram_error(delta, gram))
+        powers.append(gram_error(before, gram))
+    return share_of(errors, powers)
 
 
 def _parts(
