@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -59,6 +60,15 @@ class MachineError(CompressError):
     """Memory, disk or network failed; the same command resumes (exit code 3)."""
 
     exit_code = 3
+
+
+@contextmanager
+def under(name: str) -> Iterator[None]:
+    """Lets errors say of which tensor, or under which key of a recipe, they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error.message}", hint=error.hint) from error
 
 
 class Problems(InputError):

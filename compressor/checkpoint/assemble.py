@@ -1,26 +1,16 @@
 """A unit from its tensors on disk."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from compressor.errors import InputError
+from compressor.errors import under
 from compressor.formats.base import Format, ModelSchemes
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.unit import Unit
 from compressor.ranks.ranks import ALONE, Ranks
-
-
-@contextmanager
-def naming(linear: Linear) -> Iterator[None]:
-    """Lets errors say of which linear they are."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{linear.name}: {error.message}", hint=error.hint) from error
 
 
 def assembled(
@@ -59,7 +49,7 @@ def assembled(
 
     def decoded(of: tuple[Linear, QuantSpec, dict[str, Tensor]]) -> tuple[QTensor, Tensor | None]:
         linear, spec, local = of
-        with naming(linear):
+        with under(linear.name):
             return format.decode(local, spec), format.input_scale(local)
 
     made = ranks.each(packed, decoded, lambda of: math.prod(of[0].shape)) if packed else []

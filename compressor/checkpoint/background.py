@@ -109,11 +109,7 @@ class CommitQueue:
     def drain(self) -> None:
         """Wait until everything is committed."""
         self._leave(len(self.waiting))
-        self.ranks.led(self._synced)
-
-    def _synced(self) -> None:
-        for sync in self.syncing:
-            sync.result()
+        self.ranks.led(lambda: [sync.result() for sync in self.syncing])
 
 
 def fetched(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:

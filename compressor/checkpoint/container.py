@@ -56,7 +56,6 @@ class Container(Protocol):
     def lay_out(self, groups: Sequence[Mapping[str, TensorShape]]) -> ShardLayout:
         """Files of these tensors in order, those of a group in one file. Raises InputError where
         they cannot be held."""
-        ...
 
 
 def lay_out(container: Container, units: Iterable[Mapping[str, TensorShape]]) -> ShardLayout:

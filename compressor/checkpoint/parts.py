@@ -19,7 +19,6 @@ class Part(Protocol):
 
     def read(self, stored: Tensor) -> Tensor:
         """The tensor, out of that."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

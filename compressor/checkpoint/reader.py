@@ -19,6 +19,7 @@ from compressor.checkpoint.safetensors import Entry, read_header, read_tensor
 from compressor.errors import CompressError, InputError, Problems, several
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.layout import weight_name
+from compressor.ir.tensor import dtype_of_most
 
 POLICY_TENSORS = "attention_policy.safetensors"
 """Gates and scores of an attention policy: no weights of the model, and they go where it goes."""
@@ -77,11 +78,8 @@ class Checkpoint:
         known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         if isinstance(named, str) and named in known:
             return known[named]
-        sizes: dict[torch.dtype, int] = {}
-        for entry in self.entries.values():
-            if entry.spec.dtype in known.values():
-                sizes[entry.spec.dtype] = sizes.get(entry.spec.dtype, 0) + entry.spec.nbytes
-        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.bfloat16
+        specs = (entry.spec for entry in self.entries.values())
+        return dtype_of_most(x for x in specs if x.dtype in known.values()) or torch.bfloat16
 
     def running_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype in which the model runs: its own on a GPU, where it is fast; float32 on a CPU."""

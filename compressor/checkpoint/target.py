@@ -38,34 +38,27 @@ class Target(Protocol):
     @property
     def units(self) -> Sequence[UnitLayout]:
         """Those units of the source that are written, in order."""
-        ...
 
     @property
     def container(self) -> Container:
         """The files that tensors lie in."""
-        ...
 
     def shapes(self, unit: UnitLayout) -> dict[str, TensorShape]:
         """The tensors of a unit on disk, under the names that they have there, in order."""
-        ...
 
     def encode(self, unit: Unit) -> dict[str, Tensor]:
         """Those tensors. Raises InputError where a value has no form."""
-        ...
 
     def decode(
         self, unit: UnitLayout, tensors: Mapping[str, Tensor], *, ranks: Ranks = ALONE
     ) -> Unit:
         """The unit that written tensors stand for; ranks divide the work."""
-        ...
 
     def config(self) -> dict[str, Any]:
         """config.json; empty for what is no model."""
-        ...
 
     def files(self) -> dict[str, Any]:
         """Other JSON files, by name."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

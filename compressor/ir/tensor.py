@@ -1,6 +1,8 @@
 """A tensor as a header has it: its dtype and shape, without its data."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,3 +19,16 @@ class TensorShape:
     def nbytes(self) -> int:
         """Size of the tensor's data in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
+
+
+def dtype_of_most(specs: Iterable[TensorShape]) -> torch.dtype | None:
+    """The dtype of most bytes; None of no tensors."""
+    sizes: Counter[torch.dtype] = Counter()
+    for spec in specs:
+        sizes[spec.dtype] += spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json has it."""
+    return str(dtype).removeprefix("torch.")

@@ -66,11 +66,6 @@ class Option(Strict):
         """Without what it costs."""
         return Way(self.bits, self.group_size, self.form)
 
-    @property
-    def label(self) -> str:
-        """What people call it."""
-        return self.way.label
-
 
 class Group(Strict):
     """Linears that must have one scheme, with what each way of storing them costs."""
@@ -136,8 +131,8 @@ def frontier(sensitivity: Sensitivity) -> list[tuple[float, float]]:
 
 def uniform(sensitivity: Sensitivity) -> dict[str, tuple[float, float]]:
     """What (bits for each weight, sum of errors) is where all groups have the same form."""
-    labels = dict.fromkeys(o.label for g in sensitivity.groups for o in g.options)
-    places = [[o.label for o in g.options] for g in sensitivity.groups]
+    places = [[o.way.label for o in g.options] for g in sensitivity.groups]
+    labels = dict.fromkeys(label for names in places for label in names)
     found = {}
     for label in labels:
         if all(label in names for names in places):

@@ -45,24 +45,19 @@ class Editable(Protocol):
 
     def tables(self) -> list[str]:
         """Tables with a row for each token. Raises InputError where there is none."""
-        ...
 
     def edited(self, checkpoint: Checkpoint) -> Audited:
         """The model with the tensors of an edited checkpoint."""
-        ...
 
     def measure(self, checkpoint: Checkpoint, progress: Progress) -> EvaluationResult:
         """An edited checkpoint on held-out text, beside the original."""
-        ...
 
     def idle(self, share: float, progress: Progress) -> dict[str, tuple[int, ...]]:
         """Weight of each MLP's last linear → the `share` of its inputs that other text uses least.
         Raises InputError where channels cannot be silenced one by one."""
-        ...
 
     def written(self, checkpoint: Checkpoint, max_shard_size: int) -> Written:
         """How an edited checkpoint is written."""
-        ...
 
 
 def editable(model: Audited, held_out: Evaluation, *, device: torch.device) -> Editable:

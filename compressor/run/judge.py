@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -37,19 +36,15 @@ class Watch(Protocol):
 
     def stage(self, name: str, total: int) -> AbstractContextManager[None]:
         """A stage of `total` units begins, and ends with the context."""
-
-    def unit(self, name: str, done: int, total: int) -> None:
-        """One more unit of the stage is finished."""
-
-
-class Unwatched:
-    """A watch that shows nothing."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[None]:
         return nullcontext()
 
     def unit(self, name: str, done: int, total: int) -> None:
+        """One more unit of the stage is finished."""
         return
+
+
+class Unwatched(Watch):
+    """A watch that shows nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +111,10 @@ def judge(
     def run(ranks: Ranks) -> Verdict:
         return _Judge(prepared, compiled, watch or Unwatched(), ranks).run(rows)
 
-    seen = ranks.gather(_stated(compiled.output))
+    manifest = compiled.output / MANIFEST_NAME
+    # Which checkpoint is in the folder, as far as each host sees it.
+    seen = ranks.gather(hash_file(manifest).sha256 if manifest.is_file() else None)
     return run(ranks) if len(set(seen)) == 1 else ranks.led(lambda: run(ALONE))
-
-
-def _stated(folder: Path) -> str | None:
-    """Which checkpoint is in a folder, as far as this host sees it."""
-    manifest = folder / MANIFEST_NAME
-    return hash_file(manifest).sha256 if manifest.is_file() else None
 
 
 @dataclass(slots=True)

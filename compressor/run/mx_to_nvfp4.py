@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-from compressor.errors import InputError
+from compressor.errors import InputError, under
 from compressor.formats.base import Format
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import MXFP4, NVFP4, QTensor, QuantSpec
@@ -46,8 +46,6 @@ def as_nvfp4_where_held(
     for names in groups.values():
         largest = max(largest_exponent(made[name]) for name in names)
         for name in names:
-            try:
+            with under(name):
                 made[name] = nvfp4_of_mxfp4(made[name], largest=largest)
-            except InputError as error:
-                raise InputError(f"{name}: {error.message}", hint=error.hint) from error
     return replace(unit, quantized=made)

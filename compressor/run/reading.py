@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from compressor.checkpoint.reader import hash_of
 from compressor.ir.floats import fill, room_for
 from compressor.ir.same_shape import homes
 from compressor.ir.unit import Unit
@@ -74,7 +75,7 @@ class Reader:
         told = {n: hollow(x) if n in home else x for n, x in own.items()}
         found = {n: x for every in self.ranks.gather(told) for n, x in every.items()} | own
         found = {name: found[name] for name in self._names(index)}
-        self.content.note(index, {name: digest for name, (_, digest) in found.items()})
+        self.content.note(index, hash_of({name: digest for name, (_, digest) in found.items()}))
         layout = self.plan.units[index].layout
         return self.plan.source.assemble(layout, {name: t for name, (t, _) in found.items()})
 

@@ -7,7 +7,7 @@ that finds its checkpoint finished judges it again, unless nothing has changed s
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,13 @@ def conclude(
         write_report(compiled.output, unjudged)
     rows = [row for unit in units for row in unit.rows]
     verdict = judge(prepared, compiled, rows=rows, watch=watch, ranks=ranks)
-    host = host_peak(compiled)
+    released = Released(verdict, units, host_peak(compiled), report=None)
     if not prepared.recipe.report:
-        return Released(verdict=verdict, units=units, host_bytes=host, report=None)
+        return released
     data = report_data(prepared, compiled, verdict, units, started, seconds=seconds)
     _, page = write_report(compiled.output, sealed(data, prepared, compiled.output))
     written = write_card(compiled.output, card_data(prepared, compiled, verdict))
-    return Released(
-        verdict=verdict, units=units, host_bytes=host, report=page, card_kept=not written
-    )
+    return replace(released, report=page, card_kept=not written)
 
 
 def unit_reports(compiled: Compiled) -> tuple[UnitReport, ...]:
@@ -161,9 +159,10 @@ def report_data(
     if any(unit.resumed for unit in units):
         notes.append("the run was interrupted and continued: times of resumed units are of that")
     if len(about.get("environment", ())) > 1:
+        said = [" ".join(f"{k}={v}" for k, v in here.items()) for here in about["environment"]]
         notes.append(
             "the run went on in another environment, which may round otherwise: "
-            + ", then ".join(_said(e) for e in about["environment"])
+            + ", then ".join(said)
         )
     notes += row_notes(row for unit in units for row in unit.rows)
     return ReportData(
@@ -258,7 +257,3 @@ def _machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found["GPU"] = torch.cuda.get_device_name(device)
     return found
-
-
-def _said(environment: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={value}" for name, value in environment.items())

@@ -43,17 +43,12 @@ def timed(sensitivity: Sensitivity, gpu: Gpu, tokens: int) -> Sensitivity:
     """The same where an option is as large as it is slow: fewer bits than take as long to read as
     to multiply save no time. Options keep their places."""
     least = 16 * tokens * gpu.bandwidth / gpu.operations
-    groups = tuple(
-        group.model_copy(
-            update={
-                "options": tuple(
-                    option.model_copy(
-                        update={"bits_per_weight": max(option.bits_per_weight, least)}
-                    )
-                    for option in group.options
-                )
-            }
-        )
-        for group in sensitivity.groups
-    )
-    return sensitivity.model_copy(update={"groups": groups})
+    groups = []
+    for group in sensitivity.groups:
+        sizes = [max(option.bits_per_weight, least) for option in group.options]
+        options = [
+            option.model_copy(update={"bits_per_weight": size})
+            for option, size in zip(group.options, sizes, strict=True)
+        ]
+        groups.append(group.model_copy(update={"options": tuple(options)}))
+    return sensitivity.model_copy(update={"groups": tuple(groups)})

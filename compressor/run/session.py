@@ -211,7 +211,8 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         [name, str(e.spec.dtype), list(e.spec.shape), e.begin]
         for name, e in sorted(entries.items())
     ]
-    config = prepared.located.source.checkpoint.config
+    config, recipe = prepared.located.source.checkpoint.config, prepared.recipe
+    named = None if recipe.map in (None, NO_MAP) else Path(str(recipe.map)).expanduser()
     here = environment(prepared.device) if prepared.recipe.reproducible else None
     return {
         "recipe": {k: v for k, v in portable(prepared.recipe).items() if k not in AFTERWARDS},
@@ -219,7 +220,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             **prepared.located.identity,
             "config": stated_hash(config),
             "headers": stated_hash(shapes),
-            **_map_file(prepared.recipe),
+            **({} if named is None else {"map": hash_file(named).sha256}),
             "tokenizer": stated_hash(_tokenizer(prepared.located.source.checkpoint.folder)),
         },
         **prepared.plan.target.about(),
@@ -254,13 +255,6 @@ def _tokenizer(folder: Path) -> dict[str, str]:
     """Hashes of what turns text into tokens, which passes also do by themselves."""
     files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     return {path.name: hash_file(path).sha256 for path in sorted(files) if path.is_file()}
-
-
-def _map_file(recipe: Recipe) -> dict[str, str]:
-    """The hash of the map file that a recipe names."""
-    if recipe.map in (None, NO_MAP):
-        return {}
-    return {"map": hash_file(Path(str(recipe.map)).expanduser()).sha256}
 
 
 def compile_checkpoint(

@@ -25,7 +25,7 @@ class SourceContent:
         """One unit, on the CPU. Raises InputError where it is not what it was."""
         source, layout = self.plan.source, self.plan.units[index].layout
         raw, digests = source.checkpoint.read_hashed(source.names(layout), pin=pin)
-        self.note(index, digests)
+        self.note(index, hash_of(digests))
         return source.assemble(layout, raw)
 
     def read_part(
@@ -35,15 +35,15 @@ class SourceContent:
         raw, digests = self.plan.source.checkpoint.read_hashed(names, pin=pin)
         return self.plan.source.assemble(self.plan.units[index].layout, raw), digests
 
-    def note(self, index: int, digests: Mapping[str, str]) -> None:
-        """All tensors of a unit have been read, with these digests. Raises InputError where it is
-        not what it was."""
-        self._note(index, hash_of(digests))
-
-    def add(self, hashes: Mapping[int, str]) -> None:
-        """What another process found. Raises InputError where it differs."""
-        for index, digest in hashes.items():
-            self._note(index, digest)
+    def note(self, index: int, digest: str) -> None:
+        """A unit has been read, here or by another process, and has this hash. Raises InputError
+        where it is not what it was."""
+        if self.hashes.setdefault(index, digest) != digest:
+            raise InputError(
+                f"{self.plan.units[index].layout.name} of the source changed while this run read "
+                "it",
+                hint="leave the source alone, and start anew in another folder",
+            )
 
     def look(self, units: Iterable[int], settings: JobSettings) -> dict[int, str]:
         """The hashes of some units; those that are not known yet are read for it.
@@ -56,7 +56,7 @@ class SourceContent:
             settings.check_stop()
             layout = self.plan.units[index].layout
             _, digests = self.plan.source.checkpoint.read_hashed(self.plan.source.names(layout))
-            self.note(index, digests)
+            self.note(index, hash_of(digests))
             settings.on_step(f"source of {layout.name}", done, len(unknown))
         return {index: self.hashes[index] for index in wanted}
 
@@ -76,11 +76,3 @@ class SourceContent:
         """One hash for all units, in order."""
         lines = (self.hashes[index] for index in range(len(self.plan.units)))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def _note(self, index: int, digest: str) -> None:
-        if self.hashes.setdefault(index, digest) != digest:
-            raise InputError(
-                f"{self.plan.units[index].layout.name} of the source changed while this run read "
-                "it",
-                hint="leave the source alone, and start anew in another folder",
-            )

@@ -19,7 +19,7 @@ from compressor_calibration.tokens import (
     written_out,
 )
 
-from compressor.errors import CompressError, InputError, MachineError
+from compressor.errors import CompressError, InputError, MachineError, under
 from compressor.evaluate.passkey import haystack_characters, make_rows
 from compressor.evaluate.settings import Evaluation
 from compressor.evaluate.text import Data, Mixture, Weighted
@@ -105,11 +105,9 @@ def passkey_text(tokenizer: Any, wanted: Evaluation) -> str:
             if sum(map(len, found)) >= characters:
                 break
     text = "".join(found)[:characters]
-    try:
+    with under("evaluate.passkey"):
         for length in task.lengths:
             make_rows(tokenizer, text, task=task, length=length)
-    except InputError as error:
-        raise InputError(f"evaluate.passkey: {error.message}", hint=error.hint) from error
     return text
 
 

@@ -34,8 +34,8 @@ def run_units(
     settings: JobSettings,
     *,
     owner: str,
-    content: SourceContent | None = None,
-    learned: Mapping[int, Outcome] | None = None,
+    content: SourceContent,
+    learned: Mapping[int, Outcome],
 ) -> JobResult:
     """Run the plan's units into `work`, continuing after what is committed there.
 
@@ -45,7 +45,7 @@ def run_units(
     Raises InputError for a source that is not finite or has changed, and while ranks of a run that
     was ended still write; MachineError where memory or disk fail, Interrupted when asked to stop.
     """
-    ranks, content, learned = settings.ranks, content or SourceContent(plan), learned or {}
+    ranks = settings.ranks
     try:
         with disk_errors(f"writing {work}"), ExitStack() as stack:
             one_host = on_one_host(work, ranks)
@@ -107,6 +107,7 @@ def _run_apart(loop: Loop, ranks: Ranks) -> None:
         raise Interrupted
     every = ranks.gather((loop.content.hashes, loop.done))
     for hashes, _ in every:
-        loop.content.add(hashes)
+        for index, digest in hashes.items():
+            loop.content.note(index, digest)
     loop.done = sorted((unit for _, done in every for unit in done), key=lambda unit: unit.index)
     loop.writer.join(ranks)

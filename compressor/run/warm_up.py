@@ -58,7 +58,9 @@ def _warm_up(plan: Plan, device: torch.device) -> None:
     # What fails here fails again where it is needed, and is reported there.
     with contextlib.suppress(Exception), torch.cuda.device(device):
         if plan.calibrated:
-            _multiply(plan.compute_dtype(device), device)
+            for kind in (plan.compute_dtype(device), torch.float32):
+                square = torch.zeros(64, 64, dtype=kind, device=device)
+                torch.mm(square, square)
         _lock_pages(plan)
         for passing in plan.passes:
             specs = {
@@ -69,12 +71,6 @@ def _warm_up(plan: Plan, device: torch.device) -> None:
             }
             if isinstance(passing.step.params, Pass):
                 passing.step.params.compile_kernels(specs, device)
-
-
-def _multiply(dtype: torch.dtype, device: torch.device) -> None:
-    for kind in (dtype, torch.float32):
-        square = torch.zeros(64, 64, dtype=kind, device=device)
-        torch.mm(square, square)
 
 
 def _lock_pages(plan: Plan) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.assemble import naming
 from compressor.checkpoint.source import Source
+from compressor.errors import under
 from compressor.ir.layout import Linear, UnitLayout
 from compressor.ir.qtensor import QTensor
 from compressor.ir.unit import Unit
@@ -42,7 +42,7 @@ class CodedLater:
         """Its codes. Raises InputError where its format cannot read them."""
         spec = self.source.schemes.linears[self.linear.name].weight
         assert spec is not None
-        with naming(self.linear):
+        with under(self.linear.name):
             return self.source.format.decode(self.tensors, spec)
 
     def dequantize(self) -> Tensor:

@@ -119,7 +119,10 @@ class UnitComparison:
 
     def differences(self) -> list[Difference]:
         """Each tensor's, once the original's are moved as the written ones were."""
-        if not self.deltas and self.rotation is None and self._alike():
+        both = ((self.written[name], self.original[name]) for name in self.written)
+        # As where a checkpoint went to another format.
+        same = not self.deltas and self.rotation is None and all(torch.equal(*x) for x in both)
+        if same:
             linears_of = {x.weight_name: x.name for x in self.unit.linears}
             return [Difference(linears_of.get(name, name), 0.0, 0.0) for name in self.written]
         if not self.deltas:  # whose linears are what a fine-tune made of its base
@@ -138,11 +141,6 @@ class UnitComparison:
             elif name in self.original:
                 found.append(self._plain(name, self.written[name], self.original[name]))
         return found
-
-    def _alike(self) -> bool:
-        """Whether nothing changed, as where a checkpoint went to another format."""
-        both = ((self.written[name], self.original[name]) for name in self.written)
-        return all(torch.equal(new, old) for new, old in both)
 
     def nearest(self) -> Floats:
         """The original's tensors, its linears rounded to nearest, which replace them where they are

@@ -2,12 +2,9 @@
 
 import fnmatch
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from compressor.checkpoint.manifest import as_recorded
 from compressor.checkpoint.reader import load_json
@@ -15,6 +12,7 @@ from compressor.checkpoint.side_files import DECIDING
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.checkpoint.target import FLOATS
 from compressor.errors import InputError, several
+from compressor.ir.tensor import dtype_name, dtype_of_most
 from compressor.runner.model import resolved_config
 
 NOT_THE_FUNCTION = (
@@ -68,33 +66,21 @@ def storage_problems(written: Source, original: Source) -> list[str]:
     tensor bears it out."""
     problems = []
     said, before = written.checkpoint.dtype, original.checkpoint.dtype
-    stored = _float_dtype(written)
+    entries = written.checkpoint.entries
+    floats = [entries[n].spec for u in written.layout.units for n in u.tensors if n in entries]
+    stored = dtype_of_most(spec for spec in floats if spec.dtype in FLOATS)
     if said not in (before, stored) and stored is not None:
-        problems.append(f"config.json says dtype {_plain(said)}, most floats are {_plain(stored)}")
+        most = dtype_name(stored)
+        problems.append(f"config.json says dtype {dtype_name(said)}, most floats are {most}")
     scales = [n for n in _added(written) if is_cache_scale(n)]
     if scales and written.schemes.kv is None and not any(map(is_cache_scale, _added(original))):
         problems.append(f"config.json says of no quantized cache, which has {several(scales, 2)}")
     return problems
 
 
-def _float_dtype(source: Source) -> torch.dtype | None:
-    """That of most bytes which are stored as floats."""
-    sizes: Counter[torch.dtype] = Counter()
-    for unit in source.layout.units:
-        for name in unit.tensors:
-            entry = source.checkpoint.entries.get(name)
-            if entry is not None and entry.spec.dtype in FLOATS:
-                sizes[entry.spec.dtype] += entry.spec.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
-
-
 def _added(source: Source) -> Iterator[str]:
     for names in source.added.values():
         yield from names
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def deciding_files(folder: Path, patterns: tuple[str, ...] = DECIDING) -> set[str]:
@@ -122,7 +108,8 @@ def config_problems(
     problems = [
         f"config.json says {key} {here}, the original {before}"
         for key, here, before in _apart(one, other)
-        if one.get(key) != other.get(key) and not _ignored(key)
+        if one.get(key) != other.get(key)
+        and not any(fnmatch.fnmatchcase(key.split(".")[0], p) for p in NOT_THE_FUNCTION)
     ]
     if one.get("tie_word_embeddings") and not other.get("tie_word_embeddings"):
         problems.append("config.json ties the head to the embedding, which the original does not")
@@ -138,10 +125,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def _ignored(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key.split(".")[0], pattern) for pattern in NOT_THE_FUNCTION)
 
 
 def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

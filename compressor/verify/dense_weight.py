@@ -54,18 +54,14 @@ class PlacedWeight:
         for rows in row_chunks(weight):
             out, codes = weight[rows], self.codes[rows]
             out.copy_(codes if self.values is None else self.values.take(codes.long()))
-            if self.zeros is not None:
-                out.sub_(self.zeros[rows].index_select(1, self.across))
-            if self.scales is not None:
-                out.mul_(self.scales[rows].index_select(1, self.across))
-            if self.offsets is not None:
-                out.add_(self.offsets[rows].index_select(1, self.across))
+            steps = ((out.sub_, self.zeros), (out.mul_, self.scales), (out.add_, self.offsets))
+            for step, part in steps:
+                if part is not None:
+                    step(part[rows].index_select(1, self.across))
         return weight
 
 
 def _here(array: NDArray[Any] | None, *, device: torch.device) -> Any:
-    return (
-        None
-        if array is None
-        else torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
-    )
+    if array is None:
+        return None
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)

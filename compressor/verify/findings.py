@@ -111,14 +111,6 @@ class Findings:
             detail = "; ".join(problems[:NAMED]) + more
         self.checks.append(CheckResult(name=name, ok=not problems, detail=detail))
 
-    def add_first(self, name: str, problems: Sequence[str], detail: str) -> None:
-        """One check that stands before those that are there."""
-        checks, damage = self.checks, self.damage
-        self.checks, self.damage = [], []
-        self.add(name, problems, detail)
-        self.checks += checks
-        self.damage += damage
-
     def take(self, others: Findings) -> None:
         """What was found elsewhere; of layers that is the distance to the original's."""
         self.checks += others.checks

@@ -102,20 +102,19 @@ def verify(
     except InputError as error:
         wrong = error
     ranks.agree(2 * len(checks) + (files.manifest is None), f"what {folder} holds")
+    whole = wrong is None
     if wrong is not None:
         problems = wrong.problems if isinstance(wrong, Problems) else [wrong]
         found.add(kind.opened, [p.message for p in problems], "")
-        files.finish()
-        return found.report(folder)
-    try:
-        walk(subject, checks, found, progress)
-        if elsewhere is not None:
-            elsewhere.join(checks)
-    except NothingMore:
-        files.finish()
-        return found.report(folder)
+    else:
+        try:
+            walk(subject, checks, found, progress)
+            if elsewhere is not None:
+                elsewhere.join(checks)
+        except NothingMore:
+            whole = False
     files.finish()
-    return ranks.led(lambda: _concluded(folder, checks, found))
+    return ranks.led(lambda: _concluded(folder, checks, found)) if whole else found.report(folder)
 
 
 def _concluded(folder: Path, checks: list[Check], found: Findings) -> VerifyReport:

@@ -136,7 +136,7 @@ def test_forms_stand_beside_integers(tiny_model: Callable[..., Path], tmp_path: 
         model, [{"gptq": {"group_size": 32, "correction": 0.3}}], bits=(3,), forms=forms
     )
     labels = ["3 bits", *forms, "in float"]
-    assert all([o.label for o in group.options] == labels for group in found.groups)
+    assert all([o.way.label for o in group.options] == labels for group in found.groups)
     assert [o.bits_per_weight for o in found.groups[-1].options][1:3] == pytest.approx(
         [4.5, 4.25], abs=0.02
     )

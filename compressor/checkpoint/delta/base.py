@@ -19,7 +19,7 @@ from compressor.checkpoint.find import locate
 from compressor.checkpoint.hashed_reads import hash_of_bytes
 from compressor.checkpoint.reader import READ_THREADS, Checkpoint, load_json
 from compressor.checkpoint.source import Source
-from compressor.errors import InputError
+from compressor.errors import InputError, under
 from compressor.ir.layout import Linear, weight_name
 from compressor.ir.tensor import TensorShape
 from compressor.numerics.bitdelta import SCALES, SIGNS
@@ -91,10 +91,8 @@ class Base:
 
 def locate_base(model: str, *, fetch: bool) -> Base:
     """Find a base as a recipe names it. Raises InputError for what is not there."""
-    try:
+    with under("base"):
         located = locate(model, fetch=fetch)
-    except InputError as error:
-        raise InputError(f"base: {error.message}", hint=error.hint) from error
     return Base(source=located.source, identity=located.identity)
 
 

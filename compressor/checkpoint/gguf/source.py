@@ -30,7 +30,7 @@ from compressor.checkpoint.reader import NO_TOKENIZER
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.errors import InputError, several
 from compressor.foreign.calls import foreign
-from compressor.ir.tensor import TensorShape
+from compressor.ir.tensor import TensorShape, dtype_of_most
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -182,8 +182,8 @@ def convert_gguf(path: Path, output_dir: Path, *, dtype: torch.dtype | None = No
         names = _names(file, family, config)
         _check_shapes(file, family, config)
         specs = _specs(file, names, config, dtype)
-        config["dtype"] = str(_most(specs)).removeprefix("torch.")
-        notes = _rounded(file, specs)
+        config["dtype"] = str(dtype_of_most(specs.values())).removeprefix("torch.")
+        notes = _rounded(file, config["dtype"])
         files = {
             "config.json": _json(config),
             "generation_config.json": _json(generation_config(config, file.metadata)),
@@ -238,23 +238,13 @@ def _specs(
     return found
 
 
-def _most(specs: Mapping[str, TensorShape]) -> torch.dtype:
-    """The dtype of most bytes."""
-    sizes: dict[torch.dtype, int] = {}
-    for spec in specs.values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _rounded(file: GgufFile, specs: Mapping[str, TensorShape]) -> list[str]:
+def _rounded(file: GgufFile, dtype: str) -> list[str]:
     """A note where weights are rounded as they are dequantized."""
     kinds = sorted({t.kind.name for t in file.tensors.values()} - FLOATS.keys())
-    dtype = _most(specs)
-    if not kinds or dtype == torch.float32:
+    if not kinds or dtype == "float32":
         return []
-    short = str(dtype).removeprefix("torch.")
     return [
-        f"{file.path.name} is stored as {', '.join(kinds)} and read as {short}; "
+        f"{file.path.name} is stored as {', '.join(kinds)} and read as {dtype}; "
         "dtype: float32 rounds nothing"
     ]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.checkpoint.reader import READ_THREADS, Checkpoint
 from compressor.checkpoint.safetensors import Entry, read_tensor
 from compressor.checkpoint.wrapper import Wrapper, wrapped
-from compressor.errors import InputError, several
+from compressor.errors import InputError, several, under
 from compressor.ir.layout import is_weight
 from compressor.ir.tensor import TensorShape
 
@@ -43,17 +43,14 @@ class Layout(Protocol):
 
     def claims(self, declared: Mapping[str, Any] | None, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint with this `quantization_config` is stored so."""
-        ...
 
     def describe(self, declared: Mapping[str, Any] | None) -> str:
         """The layout in a few words; empty where its values are the model's own."""
-        ...
 
     def stored(
         self, declared: Mapping[str, Any] | None, checkpoint: Checkpoint
     ) -> dict[str, Stored]:
         """Every weight that is stored so, by its name. Raises InputError for what is amiss."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +83,8 @@ class DecodedCheckpoint(Wrapper):
         found = self.stored.get(name)
         if found is None:
             return read_tensor(entry, pin=pin)
-        try:
+        with under(name):
             value = found.decode({k: read_tensor(self.files[p]) for k, p in found.parts.items()})
-        except InputError as error:
-            raise InputError(f"{name}: {error.message}", hint=error.hint) from error
         value = value.to(entry.spec.dtype)
         return value.pin_memory() if pin else value
 

@@ -105,7 +105,7 @@ def command(
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
     spent = found.bits_per_weight(choice)
     chosen = [group.options[i] for group, i in zip(found.groups, choice, strict=True)]
-    counts = Counter("as it is" if o.label == "in float" else o.label for o in chosen)
+    counts = Counter("as it is" if o.way.label == "in float" else o.way.label for o in chosen)
     error = error_of(found, choice)
     if picture is not None:
         points = {"mixed": frontier(found), **{k: [v] for k, v in uniform(found).items()}}

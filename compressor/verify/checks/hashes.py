@@ -109,7 +109,10 @@ class FileHashes:
             size = sum(record.size for record in self.manifest.files.values())
             self.detail = f"{len(self.manifest.files)} files, {size} bytes"
         self.pool.shutdown()
-        self.found.add_first("file hashes", self.damage, self.detail)
+        first = Findings()
+        first.add("file hashes", self.damage, self.detail)
+        self.found.checks[:0] = first.checks
+        self.found.damage[:0] = first.damage
 
     def _problems(self, manifest: Manifest, hashes: Mapping[str, str]) -> list[str]:
         """The tensors of a broken shard are named where an index can."""

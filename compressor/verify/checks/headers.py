@@ -3,6 +3,7 @@
 import torch
 
 from compressor.checkpoint.source import Source
+from compressor.ir.tensor import dtype_name
 from compressor.verify.checks.base import Check
 
 
@@ -23,22 +24,14 @@ def _wrong_dtypes(source: Source) -> list[str]:
         if source.schemes.linears[linear.name].weight is not None:
             stored = source.stored(linear)
             expected |= {f"{linear.name}.{leaf}": spec.dtype for leaf, spec in stored.items()}
-    problems = []
-    for name, entry in source.checkpoint.entries.items():
+    problems, entries = [], source.checkpoint.entries
+    for name, entry in entries.items():
         dtype, wanted = entry.spec.dtype, expected.get(name)
         if wanted is not None and dtype != wanted:
-            problems.append(f"{name} is {_plain(dtype)}, its scheme implies {_plain(wanted)}")
-    for unit in source.layout.units:
-        for name in unit.tensors:
-            entry_ = source.checkpoint.entries.get(name)
-            if (
-                entry_ is not None
-                and name not in expected
-                and not entry_.spec.dtype.is_floating_point
-            ):
-                problems.append(f"{name} is {_plain(entry_.spec.dtype)}, not a float tensor")
+            both = dtype_name(dtype), dtype_name(wanted)
+            problems.append(f"{name} is {both[0]}, its scheme implies {both[1]}")
+    for name in (name for unit in source.layout.units for name in unit.tensors):
+        spec = entries[name].spec if name in entries else None
+        if spec is not None and name not in expected and not spec.dtype.is_floating_point:
+            problems.append(f"{name} is {dtype_name(spec.dtype)}, not a float tensor")
     return problems
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -4,11 +4,11 @@ product."""
 from collections.abc import Callable
 
 import torch
+from compressor_kernels.linear.bitdelta import delta_matmul, delta_matmul_ref
 from torch import Tensor
 
 from compressor.numerics.bitdelta import SCALES, SIGNS
-from compressor.verify.kernels.layer import KernelCheck, Layer, Multiply, Product, Tile
-from compressor.verify.kernels.low_bit import SUMS
+from compressor.verify.kernels.layer import SUMS, KernelCheck, Layer, Multiply, Product, Tile
 
 BASE = "base"
 """Under which a delta's layer has the weight of its base."""
@@ -21,16 +21,12 @@ class SignsOnBase(KernelCheck):
     name = "delta_matmul"
 
     def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
-        from compressor_kernels.linear.bitdelta import delta_matmul
-
         return _multiply(layer, tile, device, delta_matmul)
 
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         return _product(layer, x, tile, self.multiply(layer, tile, x.device)(x))
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        from compressor_kernels.linear.bitdelta import delta_matmul_ref
-
         return _product(layer, x, tile, _multiply(layer, tile, x.device, delta_matmul_ref)(x))
 
 

@@ -6,6 +6,7 @@ runtime stores them and go through the kernel; what is expected is float64 atten
 """
 
 import torch
+from compressor_kernels.attention import quantized_cache as kernels
 from torch import Tensor
 
 from compressor.errors import InputError
@@ -38,8 +39,6 @@ def check_cache(
 ) -> KernelResult:
     """Attend once over a cache of the block at `path`, whose stored scales are of [1] or
     [kv_heads] keys and values. Raises InputError where they are missing."""
-    from compressor_kernels.attention import quantized_cache as kernels
-
     name = "kv4_decode" if kv.element == "int4" else "kv8_decode"
     generator = torch.Generator().manual_seed(layer_seed(path, seed))
     size = (1, shape.kv_heads, TOKENS[device.type], shape.head_dim)

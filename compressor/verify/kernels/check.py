@@ -7,11 +7,12 @@ runs in Triton's interpreter, and the whole layer through the kernel's plain ref
 import hashlib
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from compressor_kernels.linear.w4a16 import Int4Weight, w4a16, w4a16_ref
 from torch import Tensor
 
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
@@ -19,6 +20,7 @@ from compressor.ir.scheme import Scheme
 from compressor.numerics.chunks import row_chunks
 from compressor.verify.kernels.layer import (
     EVERYTHING,
+    SUMS,
     KernelCheck,
     Layer,
     Multiply,
@@ -26,7 +28,7 @@ from compressor.verify.kernels.layer import (
     Tile,
     operands,
 )
-from compressor.verify.kernels.low_bit import NVFP4, SUMS, W4A8, W8A8, product
+from compressor.verify.kernels.low_bit import NVFP4, W4A8, W8A8
 from compressor.verify.kernels.mx import MX
 from compressor.verify.kernels.weight_only import WeightOnly
 
@@ -64,41 +66,28 @@ class W4A16(KernelCheck):
         return layer.laid_out(PackQuantized().encode(layer.q, input=None, input_scale=None))
 
     def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
-        from compressor_kernels.linear.w4a16 import w4a16
-
         weight, size = self._operands(layer, tile, device), layer.q.spec.group_size
-        half = _half(layer)
+        half = self.half(layer)
         return lambda x: w4a16(x.to(half), **weight, group_size=size, out_dtype=torch.float32)
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        half = _half(layer)
-        x = x.to(half)
-        found = self.multiply(layer, tile, x.device)(x)
+    def multiply_ref(self, layer: Layer, tile: Tile, seen: Tensor) -> Tensor:
+        weight = self._operands(layer, tile, seen.device)
+        return w4a16_ref(seen, **weight, group_size=layer.q.spec.group_size)
+
+    def half(self, layer: Layer) -> torch.dtype:
+        scales = layer.tensors["weight_scale"]
+        return torch.float16 if scales.dtype == torch.float16 else torch.bfloat16
+
+    def loss(self, layer: Layer, x: Tensor) -> float:
         # The kernel may round a scale, and then its product with a code, to the inputs' dtype.
-        loss = 2 * torch.finfo(half).eps + SUMS
-        return product(found, x.double(), layer.dense(tile, x.device), loss)
-
-    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        from compressor_kernels.linear.w4a16 import w4a16_ref
-
-        x, weight = x.double(), self._operands(layer, tile, x.device)
-        found = w4a16_ref(x, **weight, group_size=layer.q.spec.group_size)
-        return product(found, x, layer.dense(tile, x.device), 1e-11)
+        return 2 * torch.finfo(self.half(layer)).eps + SUMS
 
     def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
-        from compressor_kernels.linear.w4a16 import Int4Weight
-
         tensors, q = layer.tensors, layer.q
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         zeros = tensors.get("weight_zero_point")
         weight = Int4Weight(packed, scales, zeros, q.shape[1], q.spec.group_size)
         return operands(weight, tile, device)
-
-
-def _half(layer: Layer) -> torch.dtype:
-    """The dtype of the inputs: that of the scales, where it is half a float32."""
-    scales = layer.tensors["weight_scale"]
-    return torch.float16 if scales.dtype == torch.float16 else torch.bfloat16
 
 
 CHECKS: tuple[KernelCheck, ...] = (W4A16(), W8A8(), NVFP4(), MX(), W4A8(), WeightOnly())
@@ -157,12 +146,7 @@ def check_kernel(
     products: list[Product] = []
     triton = device.type == "cuda" or interpreter_runs()
     if device.type == "cuda":
-        layer = replace(
-            layer,
-            tensors={name: tensor.to(device) for name, tensor in layer.tensors.items()},
-            codes=None if layer.codes is None else layer.codes.to(device),
-            weight=layer.weight.to(device),
-        )
+        layer = layer.to(device)
     layer = check.prepared(layer)
     if device.type == "cuda":
         for tokens in GPU_TOKENS:

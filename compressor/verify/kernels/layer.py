@@ -37,6 +37,12 @@ class Layer:
         """float64 weight of a tile."""
         return self.weight[tile.rows, tile.columns].to(device)
 
+    def to(self, device: torch.device) -> Layer:
+        """This layer on a device."""
+        codes = None if self.codes is None else self.codes.to(device)
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, codes=codes, weight=self.weight.to(device))
+
     def laid_out(self, tensors: Mapping[str, Tensor]) -> Layer:
         """This layer with other tensors of the same codes and scales."""
         return replace(self, tensors={**self.tensors, **tensors})
@@ -52,6 +58,9 @@ class Tile:
 
 EVERYTHING = Tile(rows=slice(None), columns=slice(None))
 
+SUMS = 1e-5
+"""Of the sum of magnitudes: what fp32 sums may lose."""
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -63,6 +72,12 @@ class Product:
     found: Tensor
     expected: Tensor
     bound: Tensor
+
+    @classmethod
+    def of(cls, found: Tensor, seen: Tensor, weight: Tensor, loss: float) -> Product:
+        """Of float64 inputs and weight; a sum may be off by `loss` of its magnitudes."""
+        bound = loss * (seen.abs() @ weight.abs().mT) + 1e-30
+        return cls(found=found, expected=seen @ weight.mT, bound=bound)
 
 
 Multiply = Callable[[Tensor], Tensor]
@@ -94,10 +109,31 @@ class KernelCheck:
         does not depend on the inputs done."""
         raise NotImplementedError
 
+    def multiply_ref(self, layer: Layer, tile: Tile, seen: Tensor) -> Tensor:
+        """The plain reference's product with float64 inputs."""
+        raise NotImplementedError
+
+    def half(self, layer: Layer) -> torch.dtype:
+        """The dtype that codes and inputs are multiplied in."""
+        return torch.bfloat16
+
+    def rounded(self, layer: Layer, x: Tensor) -> Tensor:
+        """float64 inputs as the plain quantizer makes them, where a scheme has them rounded."""
+        raise NotImplementedError
+
+    def loss(self, layer: Layer, x: Tensor) -> float:
+        """How much of the sum of magnitudes the kernel may be off by."""
+        return SUMS
+
     def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         """The Triton kernel's product with inputs x [tokens, columns] float32 of a tile."""
-        raise NotImplementedError
+        found = self.multiply(layer, tile, x.device)(x)
+        plain = layer.scheme.input is None
+        seen = x.to(self.half(layer)).double() if plain else self.rounded(layer, x)
+        return Product.of(found, seen, layer.dense(tile, x.device), self.loss(layer, x))
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
         """The plain reference's product with inputs x of a tile of whole rows."""
-        raise NotImplementedError
+        seen = x.double() if layer.scheme.input is None else self.rounded(layer, x)
+        found = self.multiply_ref(layer, tile, seen)
+        return Product.of(found, seen, layer.dense(tile, x.device), 1e-11)

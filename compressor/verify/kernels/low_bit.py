@@ -9,24 +9,46 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from compressor_kernels.inputs.activations import quantize_tokens, quantize_tokens_ref
+from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs, quantize_nvfp4_inputs_ref
+from compressor_kernels.linear.nvfp4 import NVFP4Weight, nvfp4_matmul, nvfp4_matmul_ref
+from compressor_kernels.linear.w4a8 import QServeWeight, w4a8, w4a8_ref
+from compressor_kernels.linear.w8a8 import w8a8, w8a8_blocks, w8a8_blocks_ref, w8a8_ref
 from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor
 from compressor.ir.scheme import ActivationSpec, Scheme
-from compressor.verify.kernels.layer import KernelCheck, Layer, Multiply, Product, Tile, operands
+from compressor.verify.kernels.layer import (
+    SUMS,
+    KernelCheck,
+    Layer,
+    Multiply,
+    Product,
+    Tile,
+    operands,
+)
 
 DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
 BLOCK = 128
 Quantize = Callable[..., tuple[Tensor, Tensor]]
-SUMS = 1e-5
-"""Of the sum of magnitudes: what fp32 sums may lose."""
 FP8_SUMS = 2.0**-10
-"""The same for tensor cores, which keep 13 bits below the largest term of a sum of E4M3."""
+"""`SUMS` of tensor cores, which keep 13 bits below the largest term of a sum of E4M3."""
 
 
-class W8A8(KernelCheck):
+class EightBitInputs(KernelCheck):
+    """Inputs in 8 bits, where a scheme has them rounded."""
+
+    def rounded(self, layer: Layer, x: Tensor) -> Tensor:
+        input = input_of(layer.scheme)
+        codes, scales = _input_codes(layer, x, quantize_tokens_ref)
+        if input.mode == "group" and input.group_size is not None:
+            scales = scales.repeat_interleave(input.group_size, dim=-1)
+        return codes.double() * scales.double()
+
+
+class W8A8(EightBitInputs):
     """int8 or E4M3 weights, a byte each, with inputs of the same kind: scales per tensor, channel
     (int8 with zero points, too), 128 inputs or 128 × 128 block; inputs per token, tensor (static or
     not) or 128 inputs."""
@@ -48,25 +70,17 @@ class W8A8(KernelCheck):
         return spec.strategy in ("tensor", "channel") or _blocked(scheme)
 
     def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
-        from compressor_kernels.inputs.activations import quantize_tokens
-        from compressor_kernels.linear.w8a8 import w8a8, w8a8_blocks
-
         by = w8a8_blocks if _blocked(layer.scheme) else w8a8
         return self._multiply(layer, tile, device, quantize_tokens, by)
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
+    def loss(self, layer: Layer, x: Tensor) -> float:
         fp8 = input_of(layer.scheme).element == "fp8_e4m3"
-        loss = FP8_SUMS if fp8 and x.is_cuda else SUMS
-        found = self.multiply(layer, tile, x.device)(x)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), loss)
+        return FP8_SUMS if fp8 and x.is_cuda else SUMS
 
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        from compressor_kernels.inputs.activations import quantize_tokens_ref
-        from compressor_kernels.linear.w8a8 import w8a8_blocks_ref, w8a8_ref
-
         by = w8a8_blocks_ref if _blocked(layer.scheme) else w8a8_ref
         found = self._multiply(layer, tile, x.device, quantize_tokens_ref, by)(x)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
+        return Product.of(found, self.rounded(layer, x), layer.dense(tile, x.device), SUMS)
 
     def _multiply(
         self,
@@ -110,9 +124,6 @@ class NVFP4(KernelCheck):
         return layer.laid_out({"codes": codes[:, 0::2] | (codes[:, 1::2] << 4)})
 
     def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
-        from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs
-        from compressor_kernels.linear.nvfp4 import nvfp4_matmul
-
         weight = self._operands(layer, tile, device)
 
         def multiplied(x: Tensor) -> Tensor:
@@ -124,36 +135,21 @@ class NVFP4(KernelCheck):
 
         return multiplied
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        found = self.multiply(layer, tile, x.device)(x)
-        plain = layer.scheme.input is None
-        seen = x.to(torch.bfloat16).double() if plain else self._seen(layer, x)
-        return product(found, seen, layer.dense(tile, x.device), SUMS)
+    def multiply_ref(self, layer: Layer, tile: Tile, seen: Tensor) -> Tensor:
+        return nvfp4_matmul_ref(seen, **self._operands(layer, tile, seen.device))
 
-    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        from compressor_kernels.linear.nvfp4 import nvfp4_matmul_ref
-
-        weight = self._operands(layer, tile, x.device)
-        seen = x.double() if layer.scheme.input is None else self._seen(layer, x)
-        found = nvfp4_matmul_ref(seen, **weight)
-        return product(found, seen, layer.dense(tile, x.device), 1e-11)
-
-    def _seen(self, layer: Layer, x: Tensor) -> Tensor:
-        from compressor_kernels.inputs.nvfp4_inputs import quantize_nvfp4_inputs_ref
-
+    def rounded(self, layer: Layer, x: Tensor) -> Tensor:
         units, second = _units(quantize_nvfp4_inputs_ref(x, amax=_amax(layer, x)))
         return units.double() * second.double()
 
     def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
-        from compressor_kernels.linear.nvfp4 import NVFP4Weight
-
         q = layer.q
         assert q.second is not None
         weight = NVFP4Weight(layer.tensors["codes"], q.scales, q.second.reshape(1))
         return operands(weight, tile, device)
 
 
-class W4A8(KernelCheck):
+class W4A8(EightBitInputs):
     """QServe's tiles with int8 inputs per token."""
 
     name = "w4a8"
@@ -177,21 +173,11 @@ class W4A8(KernelCheck):
         return layer.laid_out(FORMAT.encode(layer.q, model_dtype=torch.float16, input=INPUT))
 
     def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
-        from compressor_kernels.inputs.activations import quantize_tokens
-        from compressor_kernels.linear.w4a8 import w4a8
-
         return self._multiply(layer, tile, device, quantize_tokens, w4a8)
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        found = self.multiply(layer, tile, x.device)(x)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
-
     def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        from compressor_kernels.inputs.activations import quantize_tokens_ref
-        from compressor_kernels.linear.w4a8 import w4a8_ref
-
         found = self._multiply(layer, tile, x.device, quantize_tokens_ref, w4a8_ref)(x)
-        return product(found, quantized_input(layer, x), layer.dense(tile, x.device), SUMS)
+        return Product.of(found, self.rounded(layer, x), layer.dense(tile, x.device), SUMS)
 
     def _multiply(
         self,
@@ -201,8 +187,6 @@ class W4A8(KernelCheck):
         quantize: Quantize,
         multiply: Callable[..., Tensor],
     ) -> Multiply:
-        from compressor_kernels.linear.w4a8 import QServeWeight
-
         tensors = {
             x.name: layer.tensors[x.name].flatten() if x.name[:2] == "s1" else layer.tensors[x.name]
             for x in fields(QServeWeight)
@@ -282,17 +266,6 @@ def _stored(layer: Layer, name: str) -> Tensor:
     return layer.tensors[name].float().reshape(1)
 
 
-def quantized_input(layer: Layer, x: Tensor) -> Tensor:
-    """float64 [tokens, inputs]: what the plain reference makes of 8-bit inputs."""
-    from compressor_kernels.inputs.activations import quantize_tokens_ref
-
-    input = input_of(layer.scheme)
-    codes, scales = _input_codes(layer, x, quantize_tokens_ref)
-    if input.mode == "group" and input.group_size is not None:
-        scales = scales.repeat_interleave(input.group_size, dim=-1)
-    return codes.double() * scales.double()
-
-
 def _input_codes(layer: Layer, x: Tensor, quantize: Quantize) -> tuple[Tensor, Tensor]:
     """8-bit codes of inputs and their scales, by `quantize_tokens` or its reference."""
     input = input_of(layer.scheme)
@@ -306,12 +279,5 @@ def _input_codes(layer: Layer, x: Tensor, quantize: Quantize) -> tuple[Tensor, T
 
 def _units(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """NVFP4 inputs less their global scale, float32, and that scale."""
-    from compressor_kernels.linear.nvfp4 import NVFP4Weight
-
     codes, scales, second = parts
     return NVFP4Weight(codes, scales, torch.ones_like(second)).dequantize(torch.float32), second
-
-
-def product(found: Tensor, seen: Tensor, weight: Tensor, loss: float) -> Product:
-    magnitudes = seen.abs() @ weight.abs().mT
-    return Product(found=found, expected=seen @ weight.mT, bound=loss * magnitudes + 1e-30)

@@ -1,7 +1,6 @@
 """How long kernels take for the linears of a block, on a GPU."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -37,7 +36,7 @@ def block_times(subject: Subject, unit: UnitLayout, tensors: Mapping[str, Tensor
     for linear, layer in subject.layers(unit, tensors, subject.on_device(tensors)):
         check = subject.kernel(linear)
         if linear.name in wanted and check is not None and isinstance(layer, Layer):
-            layer = check.prepared(_moved(layer, subject.device))
+            layer = check.prepared(layer.to(subject.device))
             multiply = check.multiply(layer, EVERYTHING, subject.device)
             found[linear.role] = _times(multiply, layer.weight)
     return {role: found[role] for role in sorted(found)}
@@ -45,12 +44,6 @@ def block_times(subject: Subject, unit: UnitLayout, tensors: Mapping[str, Tensor
 
 def _plain(weight: Tensor, x: Tensor) -> Tensor:
     return nn.functional.linear(x.to(weight), weight)
-
-
-def _moved(layer: Layer, device: torch.device) -> Layer:
-    codes = None if layer.codes is None else layer.codes.to(device)
-    held = {name: tensor.to(device) for name, tensor in layer.tensors.items()}
-    return replace(layer, tensors=held, codes=codes)
 
 
 def _times(multiply: Multiply, weight: Tensor) -> dict[int, float]:

@@ -5,26 +5,21 @@ E4M3 weights alone, groups of any size. Where inputs are quantized too, and no k
 the weight's groups, it is given their codes, which are exact in bf16.
 """
 
-from functools import partial
+from typing import Any
 
 import torch
+from compressor_kernels.inputs.activations import quantize_tokens
+from compressor_kernels.linear.weight_only import weight_only, weight_only_ref
 from torch import Tensor
 
 from compressor.formats.compressed_tensors.layouts.pack_quantized import PackQuantized
 from compressor.formats.shared.words import WORD, pack_words, word_count
 from compressor.ir.scheme import Scheme
-from compressor.verify.kernels.layer import KernelCheck, Layer, Multiply, Product, Tile
-from compressor.verify.kernels.low_bit import (
-    DTYPES,
-    SUMS,
-    input_of,
-    product,
-    quantized_input,
-    scale_of_inputs,
-)
+from compressor.verify.kernels.layer import SUMS, Layer, Multiply, Tile
+from compressor.verify.kernels.low_bit import DTYPES, EightBitInputs, input_of, scale_of_inputs
 
 
-class WeightOnly(KernelCheck):
+class WeightOnly(EightBitInputs):
     """Integers of 1 to 8 bits or E4M3 weights with one level of scales; inputs in float, or with a
     scale per token or tensor."""
 
@@ -48,53 +43,34 @@ class WeightOnly(KernelCheck):
         return layer.laid_out(PackQuantized().encode(layer.q, input=None, input_scale=None))
 
     def multiply(self, layer: Layer, tile: Tile, device: torch.device) -> Multiply:
-        from compressor_kernels.inputs.activations import quantize_tokens
-        from compressor_kernels.linear.weight_only import weight_only
-
-        codes, scales, zeros, block = self._operands(layer, tile, device)
-        multiply = partial(
-            weight_only,
-            codes=codes,
-            scales=scales,
-            zeros=zeros,
-            bits=layer.q.spec.bits,
-            block=block,
-            out_dtype=torch.float32,
-        )
-        half = _half(layer)
+        weight, half = self._operands(layer, tile, device), self.half(layer)
 
         def multiplied(x: Tensor) -> Tensor:
             if layer.scheme.input is None:
-                return multiply(x.to(half))
+                return weight_only(x.to(half), **weight, out_dtype=torch.float32)
             input = input_of(layer.scheme)
             scale = scale_of_inputs(layer, input, x)
             entered, by = quantize_tokens(x, dtype=DTYPES[input.element], scale=scale)
-            return multiply(entered.to(half)) * by.reshape(-1, 1)
+            found = weight_only(entered.to(half), **weight, out_dtype=torch.float32)
+            return found * by.reshape(-1, 1)
 
         return multiplied
 
-    def kernel(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        found, half = self.multiply(layer, tile, x.device)(x), _half(layer)
-        plain = layer.scheme.input is None
-        seen = x.to(half).double() if plain else quantized_input(layer, x)
+    def half(self, layer: Layer) -> torch.dtype:
+        plain = layer.scheme.input is None and layer.q.scales.dtype == torch.float16
+        return torch.float16 if plain else torch.bfloat16
+
+    def loss(self, layer: Layer, x: Tensor) -> float:
         spec = layer.q.spec
         rounded = spec.strategy not in ("tensor", "channel") and (
             (spec.block or (1, spec.group_size or x.shape[-1]))[1] < x.shape[-1]
         )
-        loss = SUMS + (2 * torch.finfo(half).eps if rounded else 0)
-        return product(found, seen, layer.dense(tile, x.device), loss)
+        return SUMS + (2 * torch.finfo(self.half(layer)).eps if rounded else 0)
 
-    def reference(self, layer: Layer, x: Tensor, tile: Tile) -> Product:
-        from compressor_kernels.linear.weight_only import weight_only_ref
+    def multiply_ref(self, layer: Layer, tile: Tile, seen: Tensor) -> Tensor:
+        return weight_only_ref(seen, **self._operands(layer, tile, seen.device))
 
-        codes, scales, zeros, block = self._operands(layer, tile, x.device)
-        seen = x.double() if layer.scheme.input is None else quantized_input(layer, x)
-        found = weight_only_ref(seen, codes, scales, zeros, bits=layer.q.spec.bits, block=block)
-        return product(found, seen, layer.dense(tile, x.device), 1e-11)
-
-    def _operands(
-        self, layer: Layer, tile: Tile, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int] | None]:
+    def _operands(self, layer: Layer, tile: Tile, device: torch.device) -> dict[str, Any]:
         """Codes, scales, zero points and what shares a scale, of a tile that starts at a whole
         scale and at a whole word of zero points."""
         spec, (outputs, inputs) = layer.q.spec, layer.q.shape
@@ -127,11 +103,10 @@ class WeightOnly(KernelCheck):
             words = slice(top * spec.bits // WORD, word_count(bottom, spec.bits))
             among = slice(left // columns, -(-right // columns))
             zeros = zeros[words, among] if spec.strategy == "group" else zeros[words]
-        zeros = None if zeros is None else zeros.to(device).contiguous()
-        return codes.to(device), scales.contiguous().to(device), zeros, (rows, columns)
-
-
-def _half(layer: Layer) -> torch.dtype:
-    """The dtype that codes and inputs are multiplied in."""
-    plain = layer.scheme.input is None and layer.q.scales.dtype == torch.float16
-    return torch.float16 if plain else torch.bfloat16
+        return {
+            "codes": codes.to(device),
+            "scales": scales.contiguous().to(device),
+            "zeros": None if zeros is None else zeros.to(device).contiguous(),
+            "bits": spec.bits,
+            "block": (rows, columns),
+        }

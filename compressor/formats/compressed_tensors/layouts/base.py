@@ -18,11 +18,9 @@ class CTLayout(Protocol):
 
     def holds(self, scheme: Scheme) -> bool:
         """Whether a scheme of this kind is written in this sub-format."""
-        ...
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Why a scheme it holds cannot be written for a weight [out, in], or None."""
-        ...
 
     def scale_dtype(self, spec: QuantSpec, model_dtype: torch.dtype) -> torch.dtype:
         """Dtype of stored scales: the model's."""
@@ -42,13 +40,11 @@ class CTLayout(Protocol):
 
     def owns(self, tensors: Mapping[str, Any]) -> bool:
         """Whether the tensors of one linear, by local name, are in this sub-format."""
-        ...
 
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QTensor: ...
 
     def scheme(self, group: Mapping[str, Any], tensors: Mapping[str, TensorShape]) -> Scheme:
         """The scheme of one linear from its config group and header entries."""
-        ...
 
 
 def arguments(
