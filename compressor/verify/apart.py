@@ -129,8 +129,7 @@ def serve(device: str) -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
-    start_driver(device)
+    threading.Thread(target=_listen, args=(asked, device), daemon=True).start()
     gc.disable()  # as `cli.importing` does
     import torch
 
@@ -152,9 +151,12 @@ def serve(device: str) -> None:
     os._exit(0)
 
 
-def _listen(asked: queue.SimpleQueue[bytes]) -> None:
+def _listen(asked: queue.SimpleQueue[bytes], device: str) -> None:
     """Pass on what is asked; without whoever asks there is nothing to do."""
     with contextlib.suppress(OSError, EOFError):
+        asked.put(_received(sys.stdin.buffer))
+        # Who asks has the GPU by now: where it is for one process alone, that is not to be this.
+        start_driver(device)
         while True:
             asked.put(_received(sys.stdin.buffer))
     os._exit(0)
