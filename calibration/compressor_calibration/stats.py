@@ -221,7 +221,7 @@ def update_each(sites: Sequence[SiteStats], parts: Sequence[Tensor]) -> None:
 
 def count_each(sites: Sequence[SiteStats]) -> None:
     """Learn how many tokens each of several sites has seen, with one wait for the device."""
-    counts = torch.stack([site._counts for site in sites]).tolist()
+    counts = torch.stack([site._counts for site in sites]).tolist() if sites else []
     for site, (good, bad) in zip(sites, counts, strict=True):
         site._counted = good, bad
 

@@ -10,6 +10,7 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, race
 from compressor.numerics.gram import ROWS, row_errors, work_dtype
 from compressor.numerics.int_affine import is_plain_int, nearest_int
+from compressor.numerics.questions import Asking
 from compressor.ranks.ranks import Ranks
 
 
@@ -20,29 +21,31 @@ def shortlist(
     spec: QuantSpec,
     ranks: Ranks,
     homes: Sequence[int | None],
-) -> list[int]:
+) -> Asking[list[int]]:
     """The candidates [R, C] that rows of weights [1, O_i, C] leave, by number: on a GPU rows here
     and there, on a CPU as many parts of them as it takes, one after the other."""
     left, height = list(range(len(candidates))), sum(weight.shape[1] for weight in stacks)
     looks = None if gram.is_cuda else race.looks(height)
     narrow = gram if looks is None else gram.to(work_dtype(gram))
 
-    def by_row(step: int, first: int) -> race.Losses:
+    def by_row(step: int, first: int) -> Tensor:
         tried = race.chosen(candidates, left)
         return losses_by_row(stacks, narrow, tried, spec, ranks, homes, step, first)
 
     if looks is not None:
         seen = torch.zeros(len(left), 0, dtype=torch.float32, device=gram.device)
         for first in range(looks - 1):
-            seen = torch.cat([seen, by_row(looks, first)(range(len(left)))], dim=1)
-            stay = race.remaining(seen, height)
+            seen = torch.cat([seen, by_row(looks, first)], dim=1)
+            may = yield race.may_be_best(seen, race.careful(seen.shape[1], height))
+            stay = [i for i, stays in enumerate(may) if stays]
             left, seen = [left[i] for i in stay], race.chosen(seen, stay)
             if len(left) == 1:
                 break
         return left
     step = race.stride(height)
     while step is not None:
-        left = [left[i] for i in race.shortlist(by_row(step, step // 2), len(left))]
+        may = yield race.may_be_best(by_row(step, step // 2))
+        left = [number for number, stays in zip(left, may, strict=True) if stays]
         step = race.closer(step, len(left), len(candidates))
     return left
 
@@ -56,8 +59,9 @@ def losses_by_row(
     homes: Sequence[int | None],
     step: int,
     first: int,
-) -> race.Losses:
-    """Losses of candidates [R, C] in one of `step` rows of weights [1, O_i, C], from `first` on."""
+) -> Tensor:
+    """Losses [R, rows] of candidates [R, C] in one of `step` rows of weights [1, O_i, C], from
+    `first` on; NaN and infinity allowed."""
     apart = any(home is not None for home in homes)
     some = [weight[0, first::step] for weight in stacks]
     # In the place of what other ranks have there are zeros.
@@ -68,22 +72,20 @@ def losses_by_row(
         theirs += [(0 if home is None else home) != ranks.rank] * len(weight)
     height, dtype = rows.shape[1], work_dtype(gram)
     room = max(1, min(step, ROWS // height))  # where all rows of one candidate lie later
-
-    def losses(tried: Sequence[int]) -> Tensor:
-        found = torch.zeros(len(tried), height, dtype=torch.float32, device=gram.device)
-        mine = list(range(len(tried)) if apart else ranks.own(len(tried)))
-        for places in (mine[i : i + room] for i in range(0, len(mine), room)):
-            shape = len(places), height, gram.shape[0]
-            delta = torch.empty(shape, dtype=dtype, device=gram.device)
-            scales = race.chosen(candidates, [tried[place] for place in places])
-            write_deltas(rows, scales[:, None], spec, delta[:, None])
-            made = row_errors(delta.flatten(0, 1), gram).view(shape[:2])
-            found.index_copy_(0, race.index_of(places, found.device), made)
-        if apart:
-            found[:, torch.tensor(theirs, device=found.device)] = 0
-        return ranks.sum(found)
-
-    return losses
+    mine = candidates if apart else candidates[ranks.rank :: ranks.world]
+    parts = []
+    for scales in torch.split(mine, room):
+        shape = len(scales), height, gram.shape[0]
+        delta = torch.empty(shape, dtype=dtype, device=gram.device)
+        write_deltas(rows, scales[:, None], spec, delta[:, None])
+        parts.append(row_errors(delta.flatten(0, 1), gram).view(shape[:2]))
+    found = torch.cat(parts) if len(parts) != 1 else parts[0]
+    if apart:
+        found[:, torch.tensor(theirs, device=found.device)] = 0
+    elif ranks.world > 1:
+        own, found = found, found.new_zeros(len(candidates), height)
+        found[ranks.rank :: ranks.world] = own
+    return ranks.sum(found)
 
 
 def write_deltas(weight: Tensor, scales: Tensor, spec: QuantSpec, out: Tensor) -> None:

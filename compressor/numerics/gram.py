@@ -53,8 +53,9 @@ def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     for start in range(0, width, step):
         stop = min(start + step, width)
         part = delta[:, start:stop]
-        products = (delta[:, stop:] @ gram[stop:, start:stop].to(delta.dtype)).mul_(2)
-        products += part @ gram[start:stop, start:stop].to(delta.dtype)
+        products = part @ gram[start:stop, start:stop].to(delta.dtype)
+        if stop < width:
+            products += (delta[:, stop:] @ gram[stop:, start:stop].to(delta.dtype)).mul_(2)
         total += products.mul_(part).sum(1, dtype=torch.float32)
     return total
 

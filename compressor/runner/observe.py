@@ -94,6 +94,7 @@ def observe(
                 for chunk in chunks:
                     observer.add(chunk)
     stats = observer.finish()
+    count_each(list(observer.stats.values()))
     if seen is not None:
         for most in (seen.keys, seen.values, seen.queries):
             ranks.maximum(most)

@@ -144,7 +144,7 @@ def test_what_awq_rounds_is_the_same_through_it(symmetric, monkeypatch):
         for module in (int_affine, finish):
             monkeypatch.setattr(module, "rounded_at_once", lambda *_, fused=fused: fused)
         q = quantize_int(stack.flatten(0, 1), spec, **options)
-        found.append((q, finish._errors(stack, q, by, GRAM.to(DEVICE))))
+        found.append((q, finish.errors_of(stack, q, by, GRAM.to(DEVICE))))
     (q, error), (other, rival) = found
     assert (q.codes != other.codes).float().mean() < 1e-3  # x / 15, and x times 1 / 15
     assert torch.allclose(error, rival, rtol=2e-2)

@@ -106,7 +106,7 @@ def finished(
             values = fake_quantize(values, spec, **rounding)
         else:
             values = made = quantize(weight, spec, **options)
-        errors = _errors(stack, values, scales, gram).tolist()
+        errors = errors_of(stack, values, scales, gram).tolist()
         rows = []
         for i, error in zip(places, errors, strict=True):
             result = sites[i].found
@@ -152,7 +152,7 @@ def _shared(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if all(x is tensors[0] for x in tensors) else torch.stack(list(tensors))
 
 
-def _errors(
+def errors_of(
     stack: Tensor, values: QTensor | Tensor, scales: Tensor | None, gram: Tensor | None
 ) -> Tensor:
     """Relative output errors [E] of weights [E, O, C] and what they became, or errors of weights

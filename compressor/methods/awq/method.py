@@ -7,7 +7,7 @@ scaled weights of each group are clipped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,12 +23,13 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.ir.same_shape import Linears, groups_of_experts, of_one_shape, stacked
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.awq.finish import Finished, Rule, Site, finished, put
+from compressor.methods.awq.finish import Finished, Rule, Site, errors_of, finished, put
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.integers import int_spec
 from compressor.methods.common.rounding import enter_of, quantizer_of
 from compressor.methods.common.shapes import undivided
+from compressor.numerics import quantize
 from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import (
     ScaleResult,
@@ -41,6 +42,7 @@ from compressor.numerics.folding import consumer_scale, fold_changes, rescaled, 
 from compressor.numerics.gram import relative_error
 from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import search_scales_with_inputs
+from compressor.numerics.questions import Asking, answered
 from compressor.ranks.ranks import ALONE, Ranks
 
 
@@ -118,8 +120,13 @@ class Awq(Pass):
                 weight = torch.zeros(32, columns, device=device)
                 gram = torch.eye(columns, device=device)
                 stored = weight.to(torch.bfloat16)  # as nearly every model is
-                search_scales_gram([stored], gram, gram.diagonal(), spec, grid=1)
-                search_clip_gram(weight, gram, spec)
+                search = search_scales_gram([stored], gram, gram.diagonal(), spec, grid=1)
+                answered([search])[0]()
+                options = search_clip_gram(weight, gram, spec).options()
+                if self.bits is not None:
+                    made = quantize(weight, spec, **options)
+                    for scales in (gram.diagonal(), None):
+                        errors_of(weight[None], made, scales, gram)
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         folds = _scalable(unit, context)
@@ -181,10 +188,20 @@ class Awq(Pass):
             if linear.role != "expert.down":
                 by_site.setdefault(linear.site, []).append(linear)
         order = [name for name in reversed(unit.layout.sites) if name in by_site]
+        searched = [
+            name
+            for name in order
+            if name in folds and context.stats[name].tokens >= self.min_tokens
+        ]
+        searches = [self._search(folds[name], unit, context, context.ranks) for name in searched]
+        # Side by side where an answer is a wait; elsewhere that only takes room.
+        waits = any(context.stats[name].device.type == "cuda" for name in searched)
+        aside = [searches] if waits else [[x] for x in searches]
+        rest = dict(zip(searched, (y for some in aside for y in answered(some)), strict=True))
         for name in order:
             sites[name] = site = Site(context.stats[name])
-            if name in folds and site.stats.tokens >= self.min_tokens:
-                chosen = self._search(folds[name], unit, context, context.ranks)
+            if name in rest:
+                chosen = rest.pop(name)()
                 sites[name] = Site(site.stats, chosen)
                 result = _folded(result, {name: chosen}, folds)
             waiting += by_site[name]
@@ -219,7 +236,8 @@ class Awq(Pass):
         plain = is_plain_int(spec) and not context.rounding.get(linears[0].name)
         if not wanted or self.search == "inputs" or not plain or folds[linears[0].site].repeat > 1:
             for i in wanted:
-                found[i] = self._search(folds[linears[i].site], unit, context, ALONE)
+                search = self._search(folds[linears[i].site], unit, context, ALONE)
+                found[i] = answered([search])[0]()
             return found
         made = search_scales_apart(
             stacked([unit.narrow_weight(linears[i]) for i in wanted]),
@@ -235,8 +253,9 @@ class Awq(Pass):
 
     def _search(
         self, site_fold: Fold, unit: Unit, context: PassContext, ranks: Ranks
-    ) -> ScaleResult:
-        """The scales of a site, judged on weights as they were before anything was folded.
+    ) -> Asking[Callable[[], ScaleResult]]:
+        """The scales of a site, judged on weights as they were before anything was folded, as
+        `search_scales_gram` gives them.
 
         ranks  that search them together
         """
@@ -265,24 +284,28 @@ class Awq(Pass):
                 quantizer=quantizer_of(context, readers),
                 enter=enter_of(context.schemes[readers[0].name].input, stats.absmax),
             )
-            return ScaleResult(best.scales, best.ratio or 0.0, best.losses)
+            found = ScaleResult(best.scales, best.ratio or 0.0, best.losses)
+            return lambda: found
         options: dict[str, Any] = {"grid": self.grid, "duo": self.duo, "tie": shared}
         if not is_plain_int(spec) or any(context.rounding.get(x.name) for x in readers):
             options["quantizer"] = quantizer_of(context, readers)
         # Of a single linear both searches have the same loss, and the Gram matrix has all tokens.
         if self.search == "reference" and len(readers) > 1:
-            return search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
+            found = search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
+            return lambda: found
         apart = groups_of_experts(readers)
         number = {expert: i for i, group in enumerate(apart) for expert in group}
-        return search_scales_gram(
-            weights,
-            stats.gram,
-            stats.absmean,
-            spec,
-            ranks=ranks,
-            groups=[-1 if x.expert is None else number.get(x.expert, -1) for x in readers],
-            homes=[context.home([x]) for x in readers],
-            **options,
+        return (
+            yield from search_scales_gram(
+                weights,
+                stats.gram,
+                stats.absmean,
+                spec,
+                ranks=ranks,
+                groups=[-1 if x.expert is None else number.get(x.expert, -1) for x in readers],
+                homes=[context.home([x]) for x in readers],
+                **options,
+            )
         )
 
 
