@@ -1,7 +1,9 @@
 """Clips and rounds linears whose inputs have been rescaled, experts of one shape together."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,12 +55,41 @@ class Finished:
     places  of which of them
     made    the codes of all, one after the other, the clipped weights, or None where they stay as
             they are
-    rows    of the report
+    rows    of the report, but for errors;  errors  one of each: to ask waits for the device
     """
 
     places: Sequence[int]
     made: QTensor | Tensor | None
     rows: Sequence[Mapping[str, Any]]
+    errors: Tensor | Sequence[float]
+
+    def asked(self) -> Finished:
+        """The same with errors as numbers, which no process gets as a shape."""
+        errors = self.errors
+        return replace(self, errors=errors.tolist() if isinstance(errors, Tensor) else errors)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Rows of linears by name, whose errors are asked for all at once.
+
+    errors  of some linears each, in the order in which rows came
+    """
+
+    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    errors: list[Tensor | Sequence[float]] = field(default_factory=list)
+
+    def whole(self) -> dict[str, Mapping[str, Any]]:
+        """The rows with their errors."""
+        waiting = [x for x in self.errors if isinstance(x, Tensor)]
+        told = iter(torch.cat(waiting).tolist() if waiting else [])
+        errors = [
+            error
+            for some in self.errors
+            for error in ([next(told) for _ in some] if isinstance(some, Tensor) else some)
+        ]
+        every = zip(self.rows.items(), errors, strict=True)
+        return {name: {**row, "error": error} for (name, row), error in every}
 
 
 def finished(
@@ -106,14 +137,14 @@ def finished(
             values = fake_quantize(values, spec, **rounding)
         else:
             values = made = quantize(weight, spec, **options)
-        errors = errors_of(stack, values, scales, gram).tolist()
+        errors = errors_of(stack, values, scales, gram)
         rows = []
-        for i, error in zip(places, errors, strict=True):
+        for i in places:
             result = sites[i].found
             row: dict[str, Any] = {
                 "linear": linears[i].name,
                 "bits": spec.bits,
-                "error": error,
+                "error": None,
                 "error_of": "output" if informed else "weight",
                 "ratio": None if result is None else result.ratio,
             }
@@ -121,7 +152,8 @@ def finished(
                 row["note"] = "calibration tokens came here: rounded without data"
                 row["noted"] = tokens[i]
             rows.append(row)
-        found.append(Finished(places, made if made is None else made.to(home or made.device), rows))
+        made = made if made is None else made.to(home or made.device)
+        found.append(Finished(places, made, rows, errors))
     return found
 
 
@@ -129,16 +161,17 @@ def put(
     unit: Unit,
     stacks: Sequence[Linears],
     made: Sequence[Sequence[Finished]],
-    rows: dict[str, Mapping[str, Any]],
+    report: Report,
 ) -> Unit:
     """The unit with what became of linears, whose rows are added."""
     coded: list[tuple[Linear, QTensor]] = []
     clipped: dict[str, Tensor] = {}
     for linears, every in zip(stacks, made, strict=True):
         for done in every:
+            report.errors.append(done.errors)
             for number, (place, row) in enumerate(zip(done.places, done.rows, strict=True)):
                 linear = linears[place]
-                rows[linear.name] = row
+                report.rows[linear.name] = row
                 part = slice(number * linear.out_features, (number + 1) * linear.out_features)
                 if isinstance(done.made, QTensor):
                     coded.append((linear, done.made.rows(part)))

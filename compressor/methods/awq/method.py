@@ -23,7 +23,7 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.ir.same_shape import Linears, groups_of_experts, of_one_shape, stacked
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
-from compressor.methods.awq.finish import Finished, Rule, Site, errors_of, finished, put
+from compressor.methods.awq.finish import Finished, Report, Rule, Site, errors_of, finished, put
 from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.methods.common.integers import int_spec
@@ -132,7 +132,7 @@ class Awq(Pass):
         folds = _scalable(unit, context)
         rule = Rule(self.bits is not None, self.clip, self.min_tokens)
         outputs = [x for x in context.coded if x.role == "expert.down"]
-        rows: dict[str, Mapping[str, Any]] = {}
+        report, alone = Report(), context.ranks.world == 1
         of_expert: dict[int | None, int] = {}
 
         def alike(linear: Linear) -> Hashable:
@@ -157,7 +157,7 @@ class Awq(Pass):
             sites = [Site(seen, y) for seen, y in zip(stats, scales, strict=True)]
             home = home_of(unit.tensors, linears[0].weight_name)
             done = finished(linears, weights, sites, tokens, context, rule, home)
-            return _Outputs(tokens, scales, done)
+            return _Outputs(tokens, scales, done if alone else [x.asked() for x in done])
 
         # Outputs before inputs: a scale is folded into what makes an input before that is rounded,
         # and how many tokens an expert saw is known from its output.
@@ -170,7 +170,7 @@ class Awq(Pass):
                 if scales is not None:
                     found[linear.site] = scales
         result = _folded(unit, found, folds)
-        result = put(result, stacks, [done.finished for done in made], rows)
+        result = put(result, stacks, [done.finished for done in made], report)
         del made
 
         sites: dict[str, Site] = {}
@@ -181,7 +181,9 @@ class Awq(Pass):
             tokens = [of_expert.get(x.expert, site.stats.tokens) for x in linears]
             weights = [result.weight(x) for x in linears]
             home = home_of(result.tensors, linears[0].weight_name)
-            return finished(linears, weights, [site] * len(linears), tokens, context, rule, home)
+            every = [site] * len(linears)
+            done = finished(linears, weights, every, tokens, context, rule, home)
+            return done if alone else [x.asked() for x in done]
 
         by_site: dict[str, list[Linear]] = {}
         for linear in context.coded:
@@ -209,12 +211,13 @@ class Awq(Pass):
                 continue  # until every rank has something to do
             stacks = of_one_shape(waiting, alike)
             ready = context.ranks.each(stacks, finish, _work, context.home)
-            result = put(result, stacks, ready, rows)
+            result = put(result, stacks, ready, report)
             # What was observed is stale after this pass: the largest matrix goes before the next
             # linears need as much.
             for site_name in {linear.site for linear in waiting}:
                 sites[site_name].stats.forget_gram()
             waiting = []
+        rows = report.whole()
         return PassResult(result, [rows[x.name] for x in context.selected if x.name in rows])
 
     def _search_apart(
