@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.formats.base import Format, ModelSchemes
+from compressor.formats.shared.checks import Look, require
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor
 from compressor.ir.same_shape import Linears, groups_of_experts, of_one_shape
@@ -40,7 +41,7 @@ def packed(
         alike = linear.expert is not None and stackable(linear)
         return schemes.linears[linear.name] if alike else linear.name
 
-    def encoded(linears: Linears) -> dict[str, Tensor]:
+    def encoded(linears: Linears, looks: list[Look]) -> dict[str, Tensor]:
         """Tensors of linears of one shape, one above the other where there is one a row. Of codes
         that wait in main memory they wait there, too."""
         first, every = linears[0], [unit.quantized[x.name] for x in linears]
@@ -53,7 +54,9 @@ def packed(
 
         def encode(q: QTensor) -> dict[str, Tensor]:
             scale = unit.input_scales.get(first.name)
-            return format.encode(q, model_dtype=dtype, input=scheme.input, input_scale=scale)
+            return format.encode(
+                q, model_dtype=dtype, input=scheme.input, input_scale=scale, looks=looks
+            )
 
         def there(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             # A shape that is on the CPU goes to a GPU without a wait for it.
@@ -67,15 +70,17 @@ def packed(
         found = {n: one[n] if t.shape == alike[n].shape else t for n, t in together.items()}
         return there(found)
 
-    def made(stacks: Sequence[Linears]) -> dict[str, Tensor]:
+    def made(groups: Iterable[Sequence[Linears]]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for linears in stacks:
+        looks: list[Look] = []
+        for linears in (linears for stacks in groups for linears in stacks):
             alike = leaves(linears[0])
-            for leaf, tensor in encoded(linears).items():
+            for leaf, tensor in encoded(linears, looks).items():
                 parts: Sequence[Tensor] = [tensor] * len(linears)
                 if tensor.shape != alike[leaf].shape:
                     parts = tensor.chunk(len(linears))
                 found |= {f"{x.name}.{leaf}": p for x, p in zip(linears, parts, strict=True)}
+        require(looks)
         return found
 
     def work(stacks: Sequence[Linears]) -> float:
@@ -89,7 +94,7 @@ def packed(
         groups.setdefault(name if expert is None else number[expert], []).append(linears)
     every = list(groups.values())
     if whole:
-        parts = ranks.each(every, made, work)
+        parts = ranks.each(every, lambda stacks: made([stacks]), work)
         return {name: tensor for part in parts for name, tensor in part.items()}
     # What one rank has alone is its own.
     theirs = [unit.quantized[stacks[0][0].name].codes.is_meta for stacks in every]
@@ -97,4 +102,4 @@ def packed(
     mine = ranks.mine([s for s, one in zip(every, alone, strict=True) if not one], work)
     for stacks, one, other in zip(every, alone, theirs, strict=True):
         mine += [stacks] if one and not other else []
-    return {name: tensor for stacks in mine for name, tensor in made(stacks).items()}
+    return made(mine)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError, nearest
+from compressor.formats.shared.checks import Look, int_looks, require
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
@@ -198,12 +199,22 @@ class Format(ABC):
         model_dtype: torch.dtype,
         input: ActivationSpec | None = None,
         input_scale: Tensor | None = None,
+        looks: list[Look] | None = None,
     ) -> dict[str, Tensor]:
         """The tensors on disk; arguments as in `Written`. Raises InputError where a value has no
-        exact form."""
+        exact form.
+
+        looks  takes what is to be asked of integers' values, if that is not asked here
+        """
         refused = self.accepts(Scheme(weight=q.spec, input=input), q.shape) or self.lacks(q)
         if refused:
             raise InputError(f"{self.name}: {refused}")
+        if (q.spec.element, q.spec.second) == ("int", "none") and q.spec.zero != "offset":
+            asked = int_looks(q)
+            if looks is None:
+                require(asked)
+            else:
+                looks += asked
         return self.pack(q, Written(model_dtype, input, input_scale))
 
     def kv_tensors(

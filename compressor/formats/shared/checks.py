@@ -1,7 +1,7 @@
 """Checks before a value is written and after a tensor is read; each failure is an InputError."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,17 @@ def int_reason(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def check_int(q: QTensor) -> None:
-    """Raise InputError where an integer QTensor breaks its own spec or holds NaN or infinity."""
+class Look(NamedTuple):
+    """What is wrong where the largest magnitude of some values is above `most`, or one is NaN."""
+
+    largest: Tensor
+    most: float
+    wrong: str
+
+
+def int_looks(q: QTensor) -> list[Look]:
+    """What is to be asked of an integer QTensor's values; InputError where dtypes and shapes break
+    its own spec."""
     spec = q.spec
     expected = spec.scale_shape(*q.shape)
     top = 2**spec.bits - 1
@@ -52,15 +61,24 @@ def check_int(q: QTensor) -> None:
         raise InputError("zero points do not go with the spec")
     if q.zeros is not None and (tuple(q.zeros.shape) != expected or q.zeros.dtype != torch.uint8):
         raise InputError(f"zero points are {describe(q.zeros)}, not uint8 {list(expected)}")
-    looks = {"scales hold NaN or infinity": ~torch.isfinite(q.scales).all()}
+    looks = []
+    if q.scales.numel():
+        norm = torch.linalg.vector_norm(q.scales, torch.inf)
+        looks.append(Look(norm, torch.finfo(norm.dtype).max, "scales hold NaN or infinity"))
     if q.codes.numel():
-        looks[too_large] = q.codes.max() > top
+        looks.append(Look(q.codes.amax(), top, too_large))
     if q.zeros is not None and q.zeros.numel():
-        looks[f"a zero point is above {top}"] = q.zeros.max() > top
-    # Asked at once: each answer waits for the device.
-    for what, wrong in zip(looks, torch.stack([*looks.values()]).tolist(), strict=True):
-        if wrong:
-            raise InputError(what)
+        looks.append(Look(q.zeros.amax(), top, f"a zero point is above {top}"))
+    return looks
+
+
+def require(looks: Sequence[Look]) -> None:
+    """InputError for the first of them that shows something wrong. Asked at once: each answer waits
+    for the device."""
+    told = torch.stack([look.largest.float() for look in looks]).tolist() if looks else []
+    for look, value in zip(looks, told, strict=True):
+        if not value <= look.most:
+            raise InputError(look.wrong)
 
 
 def check_values(q: QTensor) -> QTensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.formats.base import Format, Headers, ModelSchemes
-from compressor.formats.shared.checks import SCALE_DTYPES, check_int, int_reason, take, take_scales
+from compressor.formats.shared.checks import SCALE_DTYPES, int_reason, take, take_scales
 from compressor.formats.shared.whole_checkpoint import config_number, group_size, read_group_size
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import Scheme
@@ -34,9 +34,8 @@ def weight_reason(scheme: Scheme, shape: tuple[int, int], *, bits: tuple[int, ..
 def stored_zeros(q: QTensor) -> Tensor:
     """Zero points [out, groups] uint8; a symmetric weight's are all at the centre of its codes.
 
-    Raises InputError where the QTensor is malformed or its scales are not float16.
+    Raises InputError where its scales are not float16.
     """
-    check_int(q)
     if q.scales.dtype != torch.float16:
         raise InputError(
             f"scales are {q.scales.dtype}, this format stores float16",

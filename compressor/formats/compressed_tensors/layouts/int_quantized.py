@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.errors import InputError
 from compressor.formats.compressed_tensors.layouts import inputs, weights
 from compressor.formats.compressed_tensors.layouts.base import CTLayout
-from compressor.formats.shared.checks import check_int, int_reason, matrix_shape, take
+from compressor.formats.shared.checks import int_reason, matrix_shape, take
 from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.ir.scheme import ActivationSpec, Scheme
 from compressor.ir.tensor import TensorShape
@@ -60,8 +60,7 @@ class IntQuantized(CTLayout):
     def encode(
         self, q: QTensor, *, input: ActivationSpec | None, input_scale: Tensor | None
     ) -> dict[str, Tensor]:
-        """Centre codes and zero points; InputError where they break the spec."""
-        check_int(q)
+        """Centre codes and zero points."""
         scales = weights.encode_scales(q)
         tensors = {"weight": _centred(q.codes, q.spec), "weight_scale": scales}
         if q.zeros is not None:
