@@ -7,14 +7,31 @@ once that linear is coded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 Change = Callable[[Tensor], Tensor]
 """A tensor in float32 to what it becomes; its argument is left as it is."""
+
+
+@runtime_checkable
+class Joint(Protocol):
+    """A change that may be done to several tensors of one shape at once.
+
+    kind  equal for those that may
+    """
+
+    @property
+    def kind(self) -> Hashable: ...
+
+    def __call__(self, tensor: Tensor, /) -> Tensor: ...
+
+    def of_each(self, every: Sequence[Any], stack: Tensor) -> Tensor:
+        """Each change done to its tensor of a stack, in float32, to the bits of each alone."""
+        ...
 
 
 class Packed(Protocol):
@@ -79,6 +96,41 @@ class Floats(Mapping[str, Tensor]):
         here = self._here(name)
         assert isinstance(here, Tensor)
         return here if here.dtype.itemsize <= torch.float32.itemsize else here.float()
+
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """Tensors of one shape along a new first dimension, as if read one by one: of experts each
+        step for each of them would be a kernel."""
+        alike: dict[Hashable, list[int]] = {}
+        for place, name in enumerate(names):
+            stored, changes = self._stored[name], self._changes.get(name, ())
+            kinds = tuple(x.kind if isinstance(x, Joint) else None for x in changes)
+            kind: Hashable = name
+            if isinstance(stored, Tensor) and None not in kinds:
+                kind = (stored.dtype, *kinds)
+            alike.setdefault(kind, []).append(place)
+        parts = [self._joined([names[i] for i in places]) for places in alike.values()]
+        if len(parts) == 1:
+            return parts[0]
+        out = parts[0].new_empty(len(names), *parts[0].shape[1:])
+        for places, part in zip(alike.values(), parts, strict=True):
+            step = max(1, places[-1] - places[0]) // max(1, len(places) - 1)
+            if places == list(range(places[0], places[-1] + 1, step)):
+                out[places[0] : places[-1] + 1 : step] = part
+            else:
+                for place, one in zip(places, part, strict=True):
+                    out[place] = one
+        return out
+
+    def _joined(self, names: Sequence[str]) -> Tensor:
+        """Those that the same is done to."""
+        if len(names) == 1:
+            return self[names[0]][None]
+        made = torch.stack([here for x in names if isinstance(here := self._here(x), Tensor)])
+        made = made.float()
+        for every in zip(*(self._changes.get(name, ()) for name in names), strict=True):
+            assert isinstance(every[0], Joint)
+            made = every[0].of_each(every, made)
+        return made
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is there in float32, so that nothing is made for who reads it."""

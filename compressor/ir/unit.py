@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from compressor.ir.floats import Change, Floats, elsewhere, home_of, narrow, replaced
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
-from compressor.ir.same_shape import of_one_shape
+from compressor.ir.same_shape import of_one_shape, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,13 @@ class Unit:
     def narrow_weight(self, linear: Linear) -> Tensor:
         """The same values, in a narrower dtype where they are held in one."""
         return narrow(self.tensors, linear.weight_name)
+
+    def weights(self, linears: Sequence[Linear]) -> Tensor:
+        """Those of linears of one shape, [E, out, in]."""
+        names = [linear.weight_name for linear in linears]
+        if isinstance(self.tensors, Floats):
+            return self.tensors.stacked(names)
+        return stacked([self.tensors[name] for name in names])
 
     def bias(self, linear: Linear) -> Tensor | None:
         """The bias [out] of a linear, or None."""

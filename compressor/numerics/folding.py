@@ -5,14 +5,15 @@ Scales are given per source channel. Where several query heads read one value he
 columns take the head's scale once for each of them.
 """
 
-from collections.abc import Callable, Container, Mapping
-from functools import partial
-from typing import Literal
+from collections.abc import Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from compressor.errors import InputError
+from compressor.ir.floats import Change
 from compressor.ir.layout import Fold, Rows, UnitLayout, bias_name, weight_name
 
 
@@ -45,7 +46,7 @@ def fold_changes(
     *,
     dtype: torch.dtype = torch.float32,
     positive: bool = False,
-) -> dict[str, Callable[[Tensor], Tensor]]:
+) -> dict[str, Change]:
     """What `fold` does to each tensor that it changes, to be done when that is needed.
 
     names     of the float tensors that there are
@@ -57,42 +58,87 @@ def fold_changes(
     scale = scale.to(dtype)
     columns = consumer_scale(fold, scale)
 
-    def source(name: str, tensor: Tensor) -> Tensor:
-        value = tensor.to(dtype)
-        rows = fold.rows or Rows("", 0, value.shape[0])
-        if scale.shape[0] != rows.total:
-            raise ValueError(f"{scale.shape[0]} scales for {rows.total} channels of {name}")
-        by = scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
-        offset = fold.norm_offset if name == weight_name(fold.source) else 0.0
-        made = (rows.take(value) + offset).div_(by).sub_(offset)
-        if fold.rows is not None:
-            made = rows.put(value, made)
-        return _cast(name, made, tensor.dtype, scale)
-
-    def reader(name: str, tensor: Tensor) -> Tensor:
-        return rescaled(name, tensor, columns, dtype=dtype)
-
     weight, bias = weight_name(fold.source), bias_name(fold.source)
-    changes = {name: partial(source, name) for name in (weight, bias) if name in names}
+    changes: dict[str, Change] = {
+        name: Divided(name, scale, fold.rows, fold.norm_offset if name == weight else 0.0)
+        for name in (weight, bias)
+        if name in names
+    }
     for linear in unit.site_linears(fold.site):
-        changes[linear.weight_name] = partial(reader, linear.weight_name)
+        changes[linear.weight_name] = Rescaled(linear.weight_name, columns)
     for name in (weight, *changes):
         if name not in names:
             raise ValueError(f"folding into {fold.site} needs {name}, which is not a float tensor")
-    return dict(changes)
+    return changes
 
 
-def rescaled(
-    name: str, weight: Tensor, columns: Tensor, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """A weight [out, in] of a linear that reads the site, with the scales [in] of `consumer_scale`.
+@dataclass(frozen=True, slots=True, eq=False)
+class Divided:
+    """What `fold` does to the tensor that makes the input: rows are divided by the scale.
 
-    Raises as `fold` does.
+    rows    that make it, if not all;  offset  that its reader adds to it
     """
-    value = weight.to(dtype)
-    if columns.shape[0] != value.shape[1]:
-        raise ValueError(f"{columns.shape[0]} scales for {value.shape[1]} inputs of {name}")
-    return _cast(name, value * columns.to(value.device), weight.dtype, columns)
+
+    name: str
+    scale: Tensor
+    rows: Rows | None
+    offset: float
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        value = tensor.to(self.scale.dtype)
+        rows = self.rows or Rows("", 0, value.shape[0])
+        if self.scale.shape[0] != rows.total:
+            raise ValueError(
+                f"{self.scale.shape[0]} scales for {rows.total} channels of {self.name}"
+            )
+        by = self.scale.to(value.device).view(-1, *[1] * (value.dim() - 1))
+        made = (rows.take(value) + self.offset).div_(by).sub_(self.offset)
+        if self.rows is not None:
+            made = rows.put(value, made)
+        return _cast(self.name, made, tensor.dtype, self.scale)
+
+    @property
+    def kind(self) -> Hashable:
+        """As in `Rescaled`."""
+        return self if self.rows is not None else (Divided, self.offset)
+
+    def of_each(self, every: Sequence[Self], stack: Tensor) -> Tensor:
+        """As in `Rescaled`."""
+        by = torch.stack([change.scale for change in every]).unsqueeze(-1).to(stack.device)
+        made = (stack.to(by.dtype) + self.offset).div_(by).sub_(self.offset)
+        return made.to(stack.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rescaled:
+    """What `fold` does to the weight [out, in] of a linear that reads the site, with the scales
+    [in] of `consumer_scale`."""
+
+    name: str
+    columns: Tensor
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Raises as `fold` does."""
+        value = weight.to(self.columns.dtype)
+        if self.columns.shape[0] != value.shape[1]:
+            raise ValueError(
+                f"{self.columns.shape[0]} scales for {value.shape[1]} inputs of {self.name}"
+            )
+        made = value * self.columns.to(value.device)
+        return _cast(self.name, made, weight.dtype, self.columns)
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for changes that `of_each` does together."""
+        return Rescaled
+
+    def of_each(self, every: Sequence[Self], stack: Tensor) -> Tensor:
+        """Every change done to its weight of a stack [E, out, in] in the dtype of the scales: the
+        same bits in fewer steps."""
+        by = self.columns
+        if any(change.columns is not by for change in every):
+            by = torch.stack([change.columns for change in every]).unsqueeze(-2)
+        return (stack * by.to(stack.device)).to(stack.dtype)
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:

@@ -211,3 +211,17 @@ def test_a_fold_that_waits_until_tensors_are_read_gives_the_same_bits(tiny_model
     for name, tensor in now.tensors.items():
         assert torch.equal(later.tensors[name], tensor), name
     assert all(torch.equal(held[name], tensors[name].bfloat16()) for name in held)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_experts_that_are_read_as_a_stack_have_the_bits_of_each(tiny_model, step):
+    layout, tensors = load(tiny_model("mixtral"))
+    unit = layout.blocks[0]
+    later = Unit(layout=unit, tensors=Floats({n: tensors[n].bfloat16() for n in unit.tensors}))
+    for number, how in enumerate(unit.folds[:-1]):  # one expert's output stays as it is
+        scale = random_scale(source_channels(how, later.tensors), seed=number)
+        later = later.with_changes(fold_changes(later.tensors, how, unit, scale))
+    shapes = {x.shape for x in unit.linears if x.expert is not None}
+    for shape in shapes:
+        some = [x for x in unit.linears if x.expert is not None and x.shape == shape][::step]
+        assert torch.equal(later.weights(some), torch.stack([later.weight(x) for x in some]))

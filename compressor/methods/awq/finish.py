@@ -94,7 +94,7 @@ class Report:
 
 def finished(
     linears: Linears,
-    weights: Sequence[Tensor],
+    weights: Tensor,
     sites: Sequence[Site],
     tokens: Sequence[int],
     context: PassContext,
@@ -103,7 +103,7 @@ def finished(
 ) -> list[Finished]:
     """Clip and, if this pass does, round linears of one shape; their report rows.
 
-    weights  [out, in] of each as it is after all that was folded
+    weights  [E, out, in], as they are after all that was folded
     tokens   that each has seen
     home     where what becomes of them waits, if elsewhere
     """
@@ -115,7 +115,8 @@ def finished(
             continue
         first = linears[places[0]]
         spec = context.spec(first)
-        stack = stacked([weights[i] for i in places])
+        whole = len(places) == len(linears)
+        stack = weights if whole else stacked([weights[i] for i in places])
         of_site = [sites[i] for i in places]
         gram = _shared([site.stats.gram for site in of_site]) if informed else None
         scales = None

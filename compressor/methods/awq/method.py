@@ -38,7 +38,7 @@ from compressor.numerics.awq_search import (
     search_scales_gram,
     search_scales_reference,
 )
-from compressor.numerics.folding import consumer_scale, fold_changes, rescaled, source_scale
+from compressor.numerics.folding import Rescaled, consumer_scale, fold_changes, source_scale
 from compressor.numerics.gram import relative_error
 from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import search_scales_with_inputs
@@ -150,10 +150,7 @@ class Awq(Pass):
             stats = context.stats_of(linears)
             tokens = [seen.tokens for seen in stats]
             scales = self._search_apart(linears, stats, tokens, unit, context, folds)
-            weights = [
-                unit.weight(x) if y is None else _rescaled(unit, x, folds[x.site], y)
-                for x, y in zip(linears, scales, strict=True)
-            ]
+            weights = _rescaled(unit.weights(linears), linears, folds, scales)
             sites = [Site(seen, y) for seen, y in zip(stats, scales, strict=True)]
             home = home_of(unit.tensors, linears[0].weight_name)
             done = finished(linears, weights, sites, tokens, context, rule, home)
@@ -179,7 +176,7 @@ class Awq(Pass):
         def finish(linears: Linears) -> list[Finished]:
             site = sites[linears[0].site]
             tokens = [of_expert.get(x.expert, site.stats.tokens) for x in linears]
-            weights = [result.weight(x) for x in linears]
+            weights = result.weights(linears)
             home = home_of(result.tensors, linears[0].weight_name)
             every = [site] * len(linears)
             done = finished(linears, weights, every, tokens, context, rule, home)
@@ -353,10 +350,29 @@ def _folded(unit: Unit, found: Mapping[str, ScaleResult], folds: Mapping[str, Fo
     return unit.with_changes(changes).with_divisors(divisors)
 
 
-def _rescaled(unit: Unit, linear: Linear, fold: Fold, found: ScaleResult) -> Tensor:
-    """The weight of a linear as `_folded` leaves it."""
-    columns = consumer_scale(fold, source_scale(fold, found.scales))
-    return rescaled(linear.name, unit.weight(linear), columns)
+def _rescaled(
+    weights: Tensor,
+    linears: Linears,
+    folds: Mapping[str, Fold],
+    found: Sequence[ScaleResult | None],
+) -> Tensor:
+    """Weights [E, out, in] as `_folded` leaves them, where scales were found."""
+    columns: list[Tensor | None] = []
+    for linear, result in zip(linears, found, strict=True):
+        fold = folds[linear.site] if result is not None else None
+        columns.append(
+            None
+            if result is None or fold is None
+            else consumer_scale(fold, source_scale(fold, result.scales))
+        )
+    known = [x for x in columns if x is not None]
+    if not known:
+        return weights
+    one = torch.ones_like(known[0])
+    every = [
+        Rescaled(x.name, one if y is None else y) for x, y in zip(linears, columns, strict=True)
+    ]
+    return every[0].of_each(every, weights)
 
 
 def _work(linears: Linears) -> float:
