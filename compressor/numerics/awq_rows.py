@@ -10,7 +10,6 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import fake_quantize, race
 from compressor.numerics.gram import ROWS, row_errors, work_dtype
 from compressor.numerics.int_affine import is_plain_int, nearest_int
-from compressor.numerics.questions import Asking
 from compressor.ranks.ranks import Ranks
 
 
@@ -21,32 +20,27 @@ def shortlist(
     spec: QuantSpec,
     ranks: Ranks,
     homes: Sequence[int | None],
-) -> Asking[list[int]]:
+) -> list[int]:
     """The candidates [R, C] that rows of weights [1, O_i, C] leave, by number: on a GPU rows here
     and there, on a CPU as many parts of them as it takes, one after the other."""
     left, height = list(range(len(candidates))), sum(weight.shape[1] for weight in stacks)
-    looks = None if gram.is_cuda else race.looks(height)
-    narrow = gram if looks is None else gram.to(work_dtype(gram))
-
-    def by_row(step: int, first: int) -> Tensor:
-        tried = race.chosen(candidates, left)
-        return losses_by_row(stacks, narrow, tried, spec, ranks, homes, step, first)
-
-    if looks is not None:
-        seen = torch.zeros(len(left), 0, dtype=torch.float32, device=gram.device)
-        for first in range(looks - 1):
-            seen = torch.cat([seen, by_row(looks, first)], dim=1)
-            may = yield race.may_be_best(seen, race.careful(seen.shape[1], height))
-            stay = [i for i, stays in enumerate(may) if stays]
-            left, seen = [left[i] for i in stay], race.chosen(seen, stay)
-            if len(left) == 1:
-                break
-        return left
     step = race.stride(height)
-    while step is not None:
-        may = yield race.may_be_best(by_row(step, step // 2))
-        left = [number for number, stays in zip(left, may, strict=True) if stays]
-        step = race.closer(step, len(left), len(candidates))
+    if step is None:
+        return left
+    if gram.is_cuda:
+        return race.remaining(
+            losses_by_row(stacks, gram, candidates, spec, ranks, homes, step, step // 2)
+        )
+    looks, narrow = race.looks(height), gram.to(work_dtype(gram))
+    seen = torch.zeros(len(left), 0, dtype=torch.float32, device=gram.device)
+    for first in range(looks - 1):
+        tried = race.chosen(candidates, left)
+        made = losses_by_row(stacks, narrow, tried, spec, ranks, homes, looks, first)
+        seen = torch.cat([seen, made], dim=1)
+        stay = race.remaining(seen, race.careful(seen.shape[1], height))
+        left, seen = [left[i] for i in stay], race.chosen(seen, stay)
+        if len(left) == 1:
+            break
     return left
 
 

@@ -20,7 +20,6 @@ from compressor.numerics.awq_rows import shortlist, write_deltas
 from compressor.numerics.gram import ROWS, difference_error, gram_error, work_dtype
 from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import Quantizer
-from compressor.numerics.questions import Asking
 from compressor.ranks.ranks import ALONE, Ranks
 
 SCALE_FLOOR = 1e-4
@@ -128,11 +127,8 @@ def search_scales_gram(
     ranks: Ranks = ALONE,
     groups: Sequence[int] = (),
     homes: Sequence[int | None] = (),
-) -> Asking[Callable[[], ScaleResult]]:
+) -> ScaleResult:
     """Scales with the least Σ_i tr(Δ_i G Δ_iᵀ), Δ_i = Q(W_i·s)/s − W_i.
-
-    Candidates are first told apart by some rows, for several searches side by side (`answered`);
-    what that gives does the rest, which takes the room of a linear.
 
     weights  linears [O_i, C] that share the input
     gram     [C, C] of that input, any positive multiple
@@ -147,11 +143,9 @@ def search_scales_gram(
     candidates = _candidates(weights, x_absmean, ratios[1:], spec, duo=duo, tie=tie)
     candidates = torch.cat([torch.ones_like(candidates[:1]), candidates])
     left = list(range(len(candidates)))
-    stacks = [weight[None] for weight in weights]
     if quantizer is None:
-        left = yield from shortlist(stacks, gram, candidates, spec, ranks, homes)
-
-    def by_groups() -> Tensor:
+        stacks = [weight[None] for weight in weights]
+        left = shortlist(stacks, gram, candidates, spec, ranks, homes)
         parts = []
         for turn, numbers in enumerate(_numbered(groups or [0] * len(stacks))):
             home = homes[numbers[0]] if homes else None
@@ -167,9 +161,7 @@ def search_scales_gram(
         losses = every[0].clone()
         for part in every[1:]:
             losses += part
-        return losses
-
-    def by_quantizer(quantizer: Quantizer) -> Tensor:
+    else:
         losses = torch.zeros(len(candidates), dtype=torch.float32, device=gram.device)
         for i in ranks.own(len(candidates)):
             scales = candidates[i]
@@ -177,15 +169,10 @@ def search_scales_gram(
                 weights, quantizer([w.float() * scales for w in weights]), strict=True
             ):
                 losses[i] += _gram_loss(old, new / scales, gram)
-        return ranks.sum(losses)
-
-    def rest() -> ScaleResult:
-        losses = by_groups() if quantizer is None else by_quantizer(quantizer)
-        found = [x if i in left else math.inf for i, x in enumerate(losses.tolist())]
-        best = _first_minimum(found)
-        return ScaleResult(candidates[best], ratios[best], tuple(found))
-
-    return rest
+        losses = ranks.sum(losses)
+    found = [x if i in left else math.inf for i, x in enumerate(losses.tolist())]
+    best = _first_minimum(found)
+    return ScaleResult(candidates[best], ratios[best], tuple(found))
 
 
 def search_scales_apart(

@@ -35,16 +35,10 @@ def stride(rows: int) -> int | None:
     return step if step >= LEAST else None
 
 
-def closer(step: int, left: int, count: int) -> int | None:
-    """Of how many rows one is looked at next, where one of `step` left so many of `count`
-    candidates; None where that would cost more than it saves."""
-    return step // LEAST if step >= 2 * LEAST and LEAST < left < count else None
-
-
-def looks(rows: int) -> int | None:
+def looks(rows: int) -> int:
     """How many parts of equal size rows have that are looked at one after the other, all but the
-    last; None where there are too few rows for that."""
-    return None if stride(rows) is None else min(rows // LOOK, MOST)
+    last."""
+    return min(rows // LOOK, MOST)
 
 
 def careful(known: int, rows: int) -> float:
@@ -60,10 +54,11 @@ def chosen(values: Tensor, places: Sequence[int]) -> Tensor:
     return values.index_select(0, torch.tensor(places).to(values.device, non_blocking=True))
 
 
-def may_be_best(losses: Tensor, errors: float = ERRORS) -> Tensor:
-    """Which candidates may have the least loss, bool [candidates], by losses [candidates, rows],
-    NaN and infinity allowed: what is not finite is not judged."""
+def remaining(losses: Tensor, errors: float = ERRORS) -> list[int]:
+    """Candidates that may have the least loss, by number, as losses [candidates, rows] tell, NaN
+    and infinity allowed: what is not finite is not judged."""
     means = losses.mean(1).nan_to_num(nan=torch.inf)
     over = losses - losses.index_select(0, means.argmin()[None])  # without asking which
     error = over.std(1) / losses.shape[1] ** 0.5
-    return torch.logical_not(over.mean(1) > errors * error)
+    may = torch.logical_not(over.mean(1) > errors * error)
+    return [number for number, stays in enumerate(may.tolist()) if stays]

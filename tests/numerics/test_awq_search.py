@@ -25,16 +25,10 @@ from compressor.numerics.gram import (
     row_errors,
     work_dtype,
 )
-from compressor.numerics.questions import answered
 from compressor.ranks.ranks import ALONE, Ranks
 from tests.support.clipping import search_clip_reference
 
 SPEC = QuantSpec("int", 3, "group", 16, zero="subtract")
-
-
-def search(*args, **options):
-    (rest,) = answered([search_scales_gram(*args, **options)])
-    return rest()
 
 
 def problem(rows=24, columns=64, tokens=200, seed=0):
@@ -52,7 +46,7 @@ def test_linears_with_inputs_of_their_own_are_searched_as_each_alone(duo):
     found = search_scales_apart(weights, grams, absmean, SPEC, duo=duo)
     clipped = search_clip_gram(weights, grams, SPEC, scales=torch.stack([x.scales for x in found]))
     for i, one in enumerate(found):
-        alone = search([weights[i]], grams[i], absmean[i], SPEC, duo=duo)
+        alone = search_scales_gram([weights[i]], grams[i], absmean[i], SPEC, duo=duo)
         assert torch.equal(one.scales, alone.scales)
         assert (one.ratio, one.losses) == (alone.ratio, alone.losses)
         other = search_clip_gram(weights[i], grams[i], SPEC, scales=one.scales)
@@ -78,7 +72,7 @@ def test_candidates_that_are_worked_out_together_have_the_losses_of_each():
 def test_rows_are_looked_at_once_and_the_best_of_all_of_them_is_found():
     weight, x, gram = problem(rows=640)
     weights, absmean = list(weight.split([512, 128])), x.abs().mean(0)
-    found = search(weights, gram, absmean, SPEC)
+    found = search_scales_gram(weights, gram, absmean, SPEC)
     tried = torch.cat(
         [torch.ones(1, 64), candidate_scales(absmean, ratios=[i / 20 for i in range(1, 21)])]
     )
@@ -199,7 +193,7 @@ def test_both_searches_agree_on_one_linear(rows, monkeypatch):
     ran = search_scales_reference(
         [weight], absmean, lambda w: float((x @ (w[0] - weight).t()).square().sum()), SPEC
     )
-    summed = search([weight], gram, absmean, SPEC)
+    summed = search_scales_gram([weight], gram, absmean, SPEC)
     torch.testing.assert_close(
         torch.tensor(ran.losses), torch.tensor(summed.losses[:20]), rtol=1e-3, atol=0
     )
@@ -210,8 +204,8 @@ def test_several_weights_add_up(monkeypatch):
     monkeypatch.setattr(gram_module, "multiplies_bfloat16", lambda: False)
     weight, x, gram = problem(rows=40)
     absmean = x.abs().mean(0)
-    whole = search([weight], gram, absmean, SPEC, duo=True)
-    parts = search(list(weight.split([8, 20, 12])), gram, absmean, SPEC, duo=True)
+    whole = search_scales_gram([weight], gram, absmean, SPEC, duo=True)
+    parts = search_scales_gram(list(weight.split([8, 20, 12])), gram, absmean, SPEC, duo=True)
     torch.testing.assert_close(whole.scales, parts.scales)
     torch.testing.assert_close(torch.tensor(whole.losses), torch.tensor(parts.losses))
 
@@ -235,7 +229,7 @@ def test_tied_channels_get_one_scale():
     def tie(scales):
         return scales.view(2, 32).mean(0).repeat(2)
 
-    result = search([weight], gram, x.abs().mean(0), SPEC, tie=tie)
+    result = search_scales_gram([weight], gram, x.abs().mean(0), SPEC, tie=tie)
     assert torch.equal(result.scales[:32], result.scales[32:]) and result.ratio > 0
 
 
@@ -248,7 +242,7 @@ def test_zero_groups_have_a_magnitude():
 def test_no_finite_loss_is_an_error():
     weight, x, gram = problem()
     with pytest.raises(InputError, match="no scale candidate"):
-        search([weight], gram * torch.nan, x.abs().mean(0), SPEC)
+        search_scales_gram([weight], gram * torch.nan, x.abs().mean(0), SPEC)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

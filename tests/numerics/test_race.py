@@ -2,14 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from compressor.numerics import race
-
-
-def left_of(losses: Tensor) -> list[int]:
-    """The candidates with these losses by row that may be the best."""
-    return race.may_be_best(losses).nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("best", [0, 3, 7, 20])
@@ -18,24 +12,24 @@ def test_the_best_stays_and_what_is_far_from_it_goes(best: int) -> None:
     rows = torch.rand(256, generator=generator)
     distance = (torch.arange(21) - best).abs()[:, None]
     noise = 0.01 * torch.randn(21, 256, generator=generator)
-    assert left_of(rows * (1 + 0.1 * distance) + noise) == [best]
+    assert race.remaining(rows * (1 + 0.1 * distance) + noise) == [best]
 
 
 def test_where_nothing_can_be_told_all_stay() -> None:
     losses = torch.randn(21, 256, generator=torch.Generator().manual_seed(0))
-    assert left_of(losses) == list(range(21))
+    assert race.remaining(losses) == list(range(21))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_candidates(count: int) -> None:
-    assert left_of(torch.arange(1.0, count + 1)[:, None] * torch.ones(1, 256)) == [0]
+    assert race.remaining(torch.arange(1.0, count + 1)[:, None] * torch.ones(1, 256)) == [0]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_not_judged(value: float) -> None:
     losses = torch.arange(1.0, 6.0)[:, None] * torch.ones(1, 256)
     losses[3, 5] = value
-    assert left_of(losses) == [0, 3]
+    assert race.remaining(losses) == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -45,16 +39,8 @@ def test_rows_that_are_looked_at(rows: int, step: int | None) -> None:
     assert race.stride(rows) == step
 
 
-@pytest.mark.parametrize(
-    "left, step, then",
-    [(12, 16, 4), (12, 4, None), (12, 7, None), (4, 16, None), (21, 16, None)],
-)
-def test_a_second_look_where_it_pays(left: int, step: int, then: int | None) -> None:
-    assert race.closer(step, left, 21) == then
-
-
-@pytest.mark.parametrize("rows, parts", [(100, None), (511, None), (512, 8), (960, 15), (4096, 16)])
-def test_parts_that_rows_are_looked_at_in(rows: int, parts: int | None) -> None:
+@pytest.mark.parametrize("rows, parts", [(512, 8), (960, 15), (4096, 16)])
+def test_parts_that_rows_are_looked_at_in(rows: int, parts: int) -> None:
     assert race.looks(rows) == parts
 
 
@@ -65,10 +51,8 @@ def test_the_more_rows_are_known_the_fewer_candidates_may_be_the_best() -> None:
     losses += 0.2 * torch.randn(21, 512, generator=generator)
     best = int(losses.mean(1).argmin())
     known = {step: losses[:, ::step] for step in (8, 4, 2, 1)}
-    errors = {step: race.careful(some.shape[1], 512) for step, some in known.items()}
-    may = [race.may_be_best(some, errors[step]) for step, some in known.items()]
-    left = [some.nonzero()[:, 0].tolist() for some in may]
+    left = [race.remaining(some, race.careful(some.shape[1], 512)) for some in known.values()]
     assert all(best in some for some in left)
     assert len(left[0]) > len(left[1]) >= len(left[2]) and left[3] == [best]
     losses[5, 0] = torch.nan
-    assert 5 in left_of(losses[:, :256])
+    assert 5 in race.remaining(losses[:, :256])

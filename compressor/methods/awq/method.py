@@ -7,7 +7,7 @@ scaled weights of each group are clipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,7 +42,6 @@ from compressor.numerics.folding import Rescaled, consumer_scale, fold_changes, 
 from compressor.numerics.gram import relative_error
 from compressor.numerics.int_affine import is_plain_int
 from compressor.numerics.migration import search_scales_with_inputs
-from compressor.numerics.questions import Asking, answered
 from compressor.ranks.ranks import ALONE, Ranks
 
 
@@ -120,8 +119,7 @@ class Awq(Pass):
                 weight = torch.zeros(32, columns, device=device)
                 gram = torch.eye(columns, device=device)
                 stored = weight.to(torch.bfloat16)  # as nearly every model is
-                search = search_scales_gram([stored], gram, gram.diagonal(), spec, grid=1)
-                answered([search])[0]()
+                search_scales_gram([stored], gram, gram.diagonal(), spec, grid=1)
                 options = search_clip_gram(weight, gram, spec).options()
                 if self.bits is not None:
                     made = quantize(weight, spec, **options)
@@ -187,20 +185,10 @@ class Awq(Pass):
             if linear.role != "expert.down":
                 by_site.setdefault(linear.site, []).append(linear)
         order = [name for name in reversed(unit.layout.sites) if name in by_site]
-        searched = [
-            name
-            for name in order
-            if name in folds and context.stats[name].tokens >= self.min_tokens
-        ]
-        searches = [self._search(folds[name], unit, context, context.ranks) for name in searched]
-        # Side by side where an answer is a wait; elsewhere that only takes room.
-        waits = any(context.stats[name].device.type == "cuda" for name in searched)
-        aside = [searches] if waits else [[x] for x in searches]
-        rest = dict(zip(searched, (y for some in aside for y in answered(some)), strict=True))
         for name in order:
             sites[name] = site = Site(context.stats[name])
-            if name in rest:
-                chosen = rest.pop(name)()
+            if name in folds and site.stats.tokens >= self.min_tokens:
+                chosen = self._search(folds[name], unit, context, context.ranks)
                 sites[name] = Site(site.stats, chosen)
                 result = _folded(result, {name: chosen}, folds)
             waiting += by_site[name]
@@ -236,8 +224,7 @@ class Awq(Pass):
         plain = is_plain_int(spec) and not context.rounding.get(linears[0].name)
         if not wanted or self.search == "inputs" or not plain or folds[linears[0].site].repeat > 1:
             for i in wanted:
-                search = self._search(folds[linears[i].site], unit, context, ALONE)
-                found[i] = answered([search])[0]()
+                found[i] = self._search(folds[linears[i].site], unit, context, ALONE)
             return found
         made = search_scales_apart(
             stacked([unit.narrow_weight(linears[i]) for i in wanted]),
@@ -253,9 +240,8 @@ class Awq(Pass):
 
     def _search(
         self, site_fold: Fold, unit: Unit, context: PassContext, ranks: Ranks
-    ) -> Asking[Callable[[], ScaleResult]]:
-        """The scales of a site, judged on weights as they were before anything was folded, as
-        `search_scales_gram` gives them.
+    ) -> ScaleResult:
+        """The scales of a site, judged on weights as they were before anything was folded.
 
         ranks  that search them together
         """
@@ -284,28 +270,24 @@ class Awq(Pass):
                 quantizer=quantizer_of(context, readers),
                 enter=enter_of(context.schemes[readers[0].name].input, stats.absmax),
             )
-            found = ScaleResult(best.scales, best.ratio or 0.0, best.losses)
-            return lambda: found
+            return ScaleResult(best.scales, best.ratio or 0.0, best.losses)
         options: dict[str, Any] = {"grid": self.grid, "duo": self.duo, "tie": shared}
         if not is_plain_int(spec) or any(context.rounding.get(x.name) for x in readers):
             options["quantizer"] = quantizer_of(context, readers)
         # Of a single linear both searches have the same loss, and the Gram matrix has all tokens.
         if self.search == "reference" and len(readers) > 1:
-            found = search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
-            return lambda: found
+            return search_scales_reference(weights, stats.absmean, loss_of, spec, **options)
         apart = groups_of_experts(readers)
         number = {expert: i for i, group in enumerate(apart) for expert in group}
-        return (
-            yield from search_scales_gram(
-                weights,
-                stats.gram,
-                stats.absmean,
-                spec,
-                ranks=ranks,
-                groups=[-1 if x.expert is None else number.get(x.expert, -1) for x in readers],
-                homes=[context.home([x]) for x in readers],
-                **options,
-            )
+        return search_scales_gram(
+            weights,
+            stats.gram,
+            stats.absmean,
+            spec,
+            ranks=ranks,
+            groups=[-1 if x.expert is None else number.get(x.expert, -1) for x in readers],
+            homes=[context.home([x]) for x in readers],
+            **options,
         )
 
 
