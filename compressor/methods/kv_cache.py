@@ -74,8 +74,7 @@ class KvCache(Pass):
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         if self.element == "int4" or unit.layout.attention is None:
             return PassResult(unit)
-        output = next(x for x in unit.layout.linears if x.role == "attn.o")
-        path = output.name.rpartition(".")[0]
+        path = unit.layout.attention_path
         scales = (
             static_kv_scale(context.keys_and_values.keys, self.spec),
             static_kv_scale(context.keys_and_values.values, self.spec),

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from compressor_calibration.stats import SiteStats, StatNeeds
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.layout import Linear
@@ -77,10 +78,9 @@ class Progressive(Pass):
             found = {}
             for linear in linears:
                 weight, spec = unit.weight(linear), context.spec(linear)
-                options = {}
+                options: dict[str, Tensor] = {}
                 if self.clips and stats is not None and stats.tokens >= self.min_tokens:
-                    ranges = search_ranges(weight, stats.gram, spec, steps=self.clip_steps)
-                    options = ranges.options
+                    options = search_ranges(weight, stats.gram, spec, steps=self.clip_steps)
                 found[linear.name] = quantize(weight, spec, **options)
             return found
 

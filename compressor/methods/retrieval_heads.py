@@ -23,7 +23,7 @@ from compressor.methods.common.context import LearnContext, LearnResult, PlanCon
 from compressor.methods.common.copy_scores import CopyScores, copy_scores, of_kv_heads
 from compressor.methods.common.head_plots import heat_map
 from compressor.methods.common.learned import Learned, of_shape
-from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
+from compressor.methods.common.needles import Needles, make_row, too_long
 from compressor.numerics.head_gates import keep_full
 from compressor.runner.source_model import SourceModel
 
@@ -69,7 +69,7 @@ class RetrievalHeads(ModelPass[Scores]):
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Scores]:
         """Score all heads at every length."""
-        haystack = haystack_of(context.ids)
+        haystack = context.ids.flatten().tolist()
         encode = model.tokenizer()
         found: list[CopyScores] = []
         for length in self.data.row_lengths:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, QuantSpec, spread
+from compressor.numerics.int_affine import storable
 
 E4M3_MAX = 448.0
 
@@ -33,7 +34,7 @@ def quantize_fp8(
         raise InputError("the weight holds NaN or infinity")
     if clip_max is not None:
         absmax = torch.minimum(absmax, clip_max.float())
-    scales = _storable(absmax / E4M3_MAX, spec.scale_dtype)
+    scales = storable_or_one(absmax / E4M3_MAX, spec.scale_dtype)
     codes = fp8_codes(weight, spread(scales, spec, (weight.shape[0], weight.shape[1])))
     return QTensor(spec=spec, codes=codes, scales=scales)
 
@@ -60,8 +61,6 @@ def fp8_absmax(weight: Tensor, spec: QuantSpec) -> Tensor:
     return tiles.amax((1, 3)).float()
 
 
-def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def storable_or_one(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in their storage dtype, kept positive and finite; 1 for nothing but zeros."""
-    info = torch.finfo(dtype)
-    stored = scales.clamp(max=info.max).to(dtype).clamp_(min=info.smallest_normal * info.eps)
-    return torch.where(scales == 0, torch.ones_like(stored), stored)
+    return torch.where(scales == 0, 1, storable(scales, dtype))

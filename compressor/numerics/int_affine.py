@@ -230,8 +230,8 @@ def symmetric_scales(low: Tensor, high: Tensor, spec: QuantSpec, *, narrow: bool
     extreme is positive, unless `narrow`."""
     absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)
     if narrow:
-        return _storable(absmax / (2 ** (spec.bits - 1) - 1), spec.scale_dtype)
-    scales = _storable(absmax / 2 ** (spec.bits - 1), spec.scale_dtype)
+        return storable(absmax / (2 ** (spec.bits - 1) - 1), spec.scale_dtype)
+    scales = storable(absmax / 2 ** (spec.bits - 1), spec.scale_dtype)
     return torch.where(high > -low, -scales, scales)
 
 
@@ -245,7 +245,7 @@ def asymmetric_grid(
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = high - low
     step = span.clamp(min=RANGE_FLOOR) / levels
-    scales = _storable(step, spec.scale_dtype)
+    scales = storable(step, spec.scale_dtype)
     zeros = torch.round(low / scales.to(low.dtype)).neg_().clamp_(0, levels)
     tiny = (span < USUAL_RANGE[0]) | (step < torch.finfo(spec.scale_dtype).smallest_normal)
     huge = span > USUAL_RANGE[1]
@@ -315,7 +315,7 @@ def rounded_at_once(weight: Tensor, spec: QuantSpec) -> bool:
     return weight.is_cuda and is_plain_int(spec) and floats and fits
 
 
-def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales rounded to their storage dtype, kept positive and finite."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps

@@ -88,8 +88,11 @@ def _rounded(
     """Some rows at a time: which, their elements, and their blocks' scales."""
     tile_rows = options.get("tile_rows", 1)
     for rows in row_chunks(weight, multiple=tile_rows):
-        clipped = _clipped(weight, rows, options.get("clip_max"))
-        yield rows, *_round(clipped, amax, rule, tile_rows)
+        part = weight[rows].float()
+        if (clip_max := options.get("clip_max")) is not None:
+            bound = clip_max[rows].float().repeat_interleave(BLOCK, dim=1)
+            part = torch.minimum(torch.maximum(part, -bound), bound)
+        yield rows, *_round(part, amax, rule, tile_rows)
 
 
 def fake_quantize_nvfp4(
@@ -138,25 +141,21 @@ def _global(
     amax = shared_absmax([weight]) if amax is None else amax.float().reshape(1, 1)
     if not bool(torch.isfinite(amax)):
         raise InputError("the weight holds NaN or infinity")
-    return amax, _divisor(amax, rule)
-
-
-def _divisor(amax: Tensor, rule: Rule) -> Tensor:
-    # A number over a tensor would be its reciprocal times the number, which rounds twice.
-    divisor = torch.full_like(amax, full_range(rule)) / amax
-    return torch.where(amax == 0, 1.0, divisor.clamp(max=DIVISOR_MAX))
+    return amax, global_divisor(amax, rule)
 
 
 def global_divisor(amax: Tensor, rule: Rule = "static_6") -> Tensor:
-    """One over the global scale [1, 1] that follows from the absmax [1, 1] of a matrix."""
-    return _divisor(amax.float().reshape(1, 1), rule)
+    """One over the global scale [1, 1] that follows from the absmax [1, 1] float32 of a matrix."""
+    # A number over a tensor would be its reciprocal times the number, which rounds twice.
+    divisor = torch.full_like(amax, full_range(rule)) / amax
+    return torch.where(amax == 0, 1.0, divisor.clamp(max=DIVISOR_MAX))
 
 
 def _round(weight: Tensor, amax: Tensor, rule: Rule, tile_rows: int) -> tuple[Tensor, Tensor]:
     """E2M1 values [rows, in] in float32 and E4M3 scales [rows, in/16] of some rows."""
     rows, columns = weight.shape
     blocks = _blocks(weight, tile_rows)
-    divisor = _divisor(amax, rule)
+    divisor = global_divisor(amax, rule)
     top = 4.0 if rule == "static_4" else 6.0
     steps = blocks.abs().amax(-1, keepdim=True) / top * divisor
     scales = _e4m3(steps)
@@ -172,7 +171,8 @@ def _round(weight: Tensor, amax: Tensor, rule: Rule, tile_rows: int) -> tuple[Te
         values = torch.where(better, other, values)
         scales = torch.where(better, other_scales.float(), scales.float()).to(scales.dtype)
     per_row = scales.squeeze(-1).repeat_interleave(tile_rows, dim=0)[:rows]
-    return _unblocked(values, tile_rows, columns)[:rows], per_row
+    tiles = values.view(*values.shape[:2], tile_rows, BLOCK).transpose(1, 2)
+    return tiles.reshape(-1, columns)[:rows], per_row
 
 
 def _error(difference: Tensor, rule: Rule) -> Tensor:
@@ -201,17 +201,3 @@ def _blocks(weight: Tensor, tile_rows: int) -> Tensor:
         weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
     tiles = weight.reshape(-1, tile_rows, weight.shape[1] // BLOCK, BLOCK).transpose(1, 2)
     return tiles.reshape(tiles.shape[0], tiles.shape[1], -1)
-
-
-def _unblocked(blocks: Tensor, tile_rows: int, columns: int) -> Tensor:
-    tiles = blocks.view(blocks.shape[0], blocks.shape[1], tile_rows, BLOCK)
-    return tiles.transpose(1, 2).reshape(-1, columns)
-
-
-def _clipped(weight: Tensor, rows: slice, clip_max: Tensor | None) -> Tensor:
-    """Some rows in float32, clamped to their bounds."""
-    part = weight[rows].float()
-    if clip_max is None:
-        return part
-    bound = clip_max[rows].float().repeat_interleave(BLOCK, dim=1)
-    return torch.minimum(torch.maximum(part, -bound), bound)

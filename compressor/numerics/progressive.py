@@ -25,10 +25,10 @@ from torch import Tensor
 
 from compressor.errors import InputError
 from compressor.ir.qtensor import QTensor, QuantSpec
+from compressor.numerics.fp8 import storable_or_one
 from compressor.numerics.int_affine import RANGE_FLOOR
 
 PROTECTIVE_RANGE = {"offset": 120.0, "subtract": 119.0}
-SMALLEST_HALF = 2.0**-24
 SMALLEST_NORMAL_HALF = 2.0**-14
 SMALL_HALF = 2.0**-16
 """Below it float16 steps are so coarse that rounding a scale shortens its range."""
@@ -51,7 +51,8 @@ def quantize_progressive(
     _check(spec, weight, scale_dtype=torch.int8)
     bound = PROTECTIVE_RANGE[spec.zero]
     exact = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
-    second = _half_scales(exact.abs().amax((1, 2)) / bound).float().view(-1, 1)
+    largest = exact.abs().amax((1, 2))
+    second = storable_or_one(largest / bound, torch.float16).float().view(-1, 1)
     groups = (exact / second.unsqueeze(-1)).clamp_(-bound, bound)
     low, high = groups.amin(-1), groups.amax(-1)
     degenerate = _one_sign(low, high) | (second < SMALLEST_NORMAL_HALF)
@@ -98,9 +99,9 @@ def quantize_offset(
     _check(spec, weight, scale_dtype=torch.float16)
     groups = _grouped(weight, spec, clip_max=clip_max, clip_min=clip_min)
     low, high = groups.amin(-1), groups.amax(-1)
-    scales = _half_scales((high - low) / _levels(spec)).float()
+    scales = storable_or_one((high - low) / _levels(spec), torch.float16).float()
     absmax = torch.maximum(-low, high).clamp(min=RANGE_FLOOR)  # as symmetric weights have it
-    symmetric = _half_scales(absmax / SYMMETRIC_LEVELS).float()
+    symmetric = storable_or_one(absmax / SYMMETRIC_LEVELS, torch.float16).float()
     grids = ((scales, _half(-low)), (symmetric, _half(_symmetric_centre(low, high) * symmetric)))
     degenerate = _one_sign(low, high) | (scales < SMALL_HALF)
     scales, zeros = _prefer_symmetric(
@@ -200,12 +201,6 @@ def _group_scales(steps: Tensor) -> Tensor:
 def _half(values: Tensor) -> Tensor:
     """Values rounded to a finite float16."""
     return values.clamp(-65504, 65504).to(torch.float16).float()
-
-
-def _half_scales(scales: Tensor) -> Tensor:
-    """float16 scales, kept finite and positive; 1 where there is nothing to scale."""
-    stored = scales.clamp(max=65504).to(torch.float16).clamp_(min=SMALLEST_HALF)
-    return torch.where(scales == 0, torch.ones_like(stored), stored)
 
 
 def _levels(spec: QuantSpec) -> int:

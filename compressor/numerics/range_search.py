@@ -4,8 +4,6 @@ Both ends of a range shrink by one ratio r, tried from 1 downwards; a group take
 least error of its part of the output, Δ_g G_gg Δ_gᵀ, from the Gram matrix of the inputs.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -13,30 +11,17 @@ from compressor.ir.qtensor import QuantSpec
 from compressor.numerics import quantize
 from compressor.numerics.gptq import row_errors
 
-
-@dataclass(frozen=True, slots=True)
-class Ranges:
-    """Bounds [O, groups] float32 that a weight is clamped to, the options of `quantize`."""
-
-    clip_min: Tensor
-    clip_max: Tensor
-
-    @property
-    def options(self) -> dict[str, Tensor]:
-        return {"clip_min": self.clip_min, "clip_max": self.clip_max}
+LEAST = 0.2
+"""No range is shrunk to less of itself."""
 
 
 def search_ranges(
-    weight: Tensor,
-    gram: Tensor,
-    spec: QuantSpec,
-    *,
-    steps: int = 80,
-    least: float = 0.2,
-) -> Ranges:
-    """Ranges of a weight [O, C] with an integer spec per group or channel.
+    weight: Tensor, gram: Tensor, spec: QuantSpec, *, steps: int = 80
+) -> dict[str, Tensor]:
+    """Options `clip_min` and `clip_max` of `quantize`, float32 [O, groups], for a weight [O, C]
+    with an integer spec per group or channel.
 
-    steps  ratios tried below 1, evenly spaced above `least`
+    steps  ratios tried below 1, evenly spaced above `LEAST`
     A row whose whole error tr(δ G δᵀ) does not get smaller keeps its full ranges: groups are judged
     one by one, but share the output, and on two levels of scale a common scale too.
     """
@@ -46,21 +31,22 @@ def search_ranges(
     blocks = blocks.permute(2, 0, 1)
     rows = max(1, (2**24 if weight.is_cuda else 2**18) // weight.shape[1])
     found = [
-        _search(chunk.float(), gram.float(), blocks, spec, steps=steps, least=least)
+        _search(chunk.float(), gram.float(), blocks, spec, steps=steps)
         for chunk in torch.split(weight, rows)
     ]
-    return Ranges(*(torch.cat(ends) for ends in zip(*found, strict=True)))
+    low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+    return {"clip_min": low, "clip_max": high}
 
 
 def _search(
-    weight: Tensor, gram: Tensor, blocks: Tensor, spec: QuantSpec, *, steps: int, least: float
+    weight: Tensor, gram: Tensor, blocks: Tensor, spec: QuantSpec, *, steps: int
 ) -> tuple[Tensor, Tensor]:
     groups = weight.view(weight.shape[0], blocks.shape[0], -1)
     low, high = groups.amin(-1), groups.amax(-1)
     best = torch.ones_like(low)
     smallest = torch.full_like(low, torch.inf)
     for i in range(steps):
-        ratio = 1 - (1 - least) * i / steps
+        ratio = 1 - (1 - LEAST) * i / steps
         made = quantize(weight, spec, clip_min=low * ratio, clip_max=high * ratio).dequantize()
         delta = (made - weight).view(groups.shape).transpose(0, 1)
         error = ((delta @ blocks) * delta).sum(-1).t()

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,11 +107,11 @@ def hooked(runner: Hookable, hook: AttentionHook) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS[name] = attend
     config._attn_implementation = name
     modules = [m for layer in runner.layers for m in layer.modules() if hasattr(m, "layer_idx")]
-    watched = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
     try:
-        yield
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            yield
     finally:
-        for handle in watched:
-            handle.remove()
         config._attn_implementation = usual
         del ALL_ATTENTION_FUNCTIONS[name]

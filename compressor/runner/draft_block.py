@@ -7,7 +7,7 @@ where the block computes the same with it and without.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,19 +77,17 @@ class DraftBlock:
 
     @torch.no_grad()
     def _watch(self) -> None:
-        hooks = []
-        for path, module in self.layer.named_modules():
+        with ExitStack() as hooks:
+            for path, module in self.layer.named_modules():
 
-            def hook(module: nn.Module, args: Any, out: Any, path: str = path) -> None:
-                if args and isinstance(args[0], Tensor):
-                    self.read[path] = args[0]
-                if isinstance(out, Tensor):
-                    self.made[path] = out
+                def hook(module: nn.Module, args: Any, out: Any, path: str = path) -> None:
+                    if args and isinstance(args[0], Tensor):
+                        self.read[path] = args[0]
+                    if isinstance(out, Tensor):
+                        self.made[path] = out
 
-            hooks.append(module.register_forward_hook(hook))
-        self.expected = self._run()
-        for each in hooks:
-            each.remove()
+                hooks.enter_context(module.register_forward_hook(hook))
+            self.expected = self._run()
 
     @torch.no_grad()
     def _run(self) -> Tensor:

@@ -5,7 +5,7 @@ are those of the model, with or without a prefix.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,6 @@ def mean_inputs(encoder: Encoder, ids: Tensor) -> dict[str, Tensor]:
     """Mean size of what enters each `narrowing` linear over rows of tokens [rows, length]: the name
     of its weight → float64 [inputs]."""
     sums: dict[str, Tensor] = {}
-    hooks = []
 
     def seen(name: str) -> Any:
         def hook(module: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -135,13 +134,10 @@ def mean_inputs(encoder: Encoder, ids: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    for name, module in encoder.narrowing():
-        hooks.append(module.register_forward_pre_hook(seen(name)))
-    try:
+    with ExitStack() as hooks:
+        for name, module in encoder.narrowing():
+            hooks.enter_context(module.register_forward_pre_hook(seen(name)))
         for part in torch.split(ids, BATCH):
             with foreign("the model does not run"):
                 encoder.model(input_ids=part.to(encoder.model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: total / ids.numel() for name, total in sums.items()}

@@ -7,6 +7,7 @@ the expectation: what is summed over many positions varies little.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -36,16 +37,11 @@ def end_gradients(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     for row in range(ids.shape[0]):
         left: dict[int, Tensor] = {}
-        handles = [
-            layer.register_forward_hook(partial(_keep, left, number))
-            for number, layer in enumerate(layers)
-        ]
         with torch.enable_grad():
-            try:
+            with ExitStack() as hooks:
+                for number, layer in enumerate(layers):
+                    hooks.enter_context(layer.register_forward_hook(partial(_keep, left, number)))
                 logits = whole(ids[row : row + 1].to(model.device), use_cache=False).logits[0]
-            finally:
-                for handle in handles:
-                    handle.remove()
             shares = logits.detach().float().softmax(-1).cpu()
             drawn = torch.multinomial(shares, 1, generator=generator)[:, 0].to(logits.device)
             loss = nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")

@@ -260,8 +260,7 @@ class Observer:
                 self._held[hook] = found
             seen()
 
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        self._hooks.callback(handle.remove)
+        self._hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def _watch_experts(self, linear: Linear) -> None:
         if self.experts is None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +38,7 @@ def of_decoder(
     source: Source, *, device: torch.device, dtype: torch.dtype, batch: int
 ) -> Representation:
     """The state after the last norm, at the last position."""
-    model = SourceModel(source, device=device, dtype=dtype).whole()
-    return _last_state(model, device, batch)
-
-
-def _last_state(model: Any, device: torch.device, batch: int) -> Representation:
-    decoder = model.get_decoder()
+    decoder = SourceModel(source, device=device, dtype=dtype).whole().get_decoder()
 
     def apply(ids: Tensor) -> Tensor:
         with foreign("the model does not run"):

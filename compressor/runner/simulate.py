@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def quantized_inputs(block: Block, inputs: Mapping[str, StoredInput]) -> Iterato
                 continue
             module = block.module(linear)
             if linear.expert is None:
-                hook = _Before(inputs[linear.name])
+                hook = partial(_quantize_first, inputs[linear.name])
                 stack.enter_context(module.register_forward_pre_hook(hook))
             else:
                 part = linear.role.rpartition(".")[2]
@@ -70,25 +71,15 @@ def quantized_inputs(block: Block, inputs: Mapping[str, StoredInput]) -> Iterato
         for module, by_part in experts.items():
             before = vars(module).get("forward")
             module.forward = block.experts(module).forward(_entering(by_part))
-            stack.callback(_restore, module, before)
+            if before is None:
+                stack.callback(delattr, module, "forward")
+            else:
+                stack.callback(setattr, module, "forward", before)
         yield
 
 
-def _restore(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
-
-
-class _Before:
-    """A pre-hook that quantizes a linear's input."""
-
-    def __init__(self, stored: StoredInput) -> None:
-        self.stored = stored
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.stored(args[0]), *args[1:])
+def _quantize_first(stored: StoredInput, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    return (stored(args[0]), *args[1:])
 
 
 def _entering(inputs: Mapping[tuple[int, str], StoredInput]) -> Entering:

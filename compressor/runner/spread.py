@@ -27,11 +27,6 @@ class _Reached(Exception):
     """Ends a forward pass that has come to the experts."""
 
 
-def is_spread(block: Block) -> bool:
-    """Whether other ranks have some of a loaded block's experts."""
-    return any(len(groups.experts) < block.unit.experts for groups in block.groups.values())
-
-
 @contextmanager
 def _answering(block: Block, answer: Callable[..., Tensor]) -> Iterator[None]:
     """Let something else answer in place of the experts' module, for the length of a `with`."""
@@ -58,7 +53,7 @@ def batches_of(
 
     attempt  runs the block for the rows of a batch
     """
-    if not is_spread(block):
+    if all(len(groups.experts) == block.unit.experts for groups in block.groups.values()):
         yield from execution.batches(rows, attempt, recorded)
         return
     ranks, done = execution.ranks, 0

@@ -119,7 +119,9 @@ class TunableBlock:
         self._execution.check_stop()
 
         def attempt(batch: int) -> float:
-            (loss,) = self._running.losses(pieces_of(rows, batch), partial(self._error_of, weights))
+            (loss,) = self._running.losses(
+                pieces_of(rows, batch), lambda piece: self._error(weights, *self._rows(piece))
+            )
             return loss
 
         return self._execution.halving(attempt) / self._size(rows)
@@ -271,9 +273,6 @@ class TunableBlock:
             for stream in (self._inputs, self._targets)
         )
         return hidden.to(device, dtype), target.to(device), side
-
-    def _error_of(self, weights: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
-        return self._error(weights, *self._rows(rows))
 
     def _error(
         self,

@@ -1,9 +1,7 @@
 """A block of the quantized model and the original one beside it, each on its own activations."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -47,7 +45,7 @@ def observe_beside(
         cross_bands=None if ranks.world == 1 else set(ranks.own(cross_bands(channels))),
     )
     try:
-        with _Caught(block.module(linear)) as caught:
+        with _caught(block.module(linear)) as caught:
 
             def forward(start: int, stop: int) -> list[Tensor]:
                 seen = []
@@ -55,7 +53,7 @@ def observe_beside(
                     block.load(weights)
                     with suppress(Seen):
                         block.forward(stream.read(start, stop), stream.beside(start, stop))
-                    seen.append(caught.take())
+                    seen.append(caught.pop())
                 return stats.look(seen[1], seen[0])
 
             for chunks in rounds(ranks, sides[0][1].rows, batch, forward):
@@ -73,26 +71,15 @@ def _mine(costs: Sequence[float], ranks: Ranks) -> set[int]:
     return set(ranks.mine(range(len(costs)), lambda number: costs[number]))
 
 
-class _Caught:
-    """Catches a module's input and ends the forward pass there, for the length of a `with`."""
+@contextmanager
+def _caught(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A module's input, put here by each forward pass, which ends there, for the length of a
+    `with`."""
+    found: list[Tensor] = []
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.found: Tensor | None = None
-
-    def __enter__(self) -> _Caught:
-        self._handle = self.module.register_forward_pre_hook(self._catch, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def take(self) -> Tensor:
-        """What the last pass brought."""
-        assert self.found is not None
-        found, self.found = self.found, None
-        return found
-
-    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.found = args[0] if args else next(iter(kwargs.values()))
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else next(iter(kwargs.values())))
         raise Seen
+
+    with module.register_forward_pre_hook(catch, with_kwargs=True):
+        yield found

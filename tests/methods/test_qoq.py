@@ -35,11 +35,11 @@ def test_shrunk_ranges_lose_less_in_every_row(spec):
     weight, gram = heavy()
     ranges = search_ranges(weight, gram, spec, steps=20)
     plain = quantize(weight, spec).dequantize() - weight
-    ours = quantize(weight, spec, **ranges.options).dequantize() - weight
+    ours = quantize(weight, spec, **ranges).dequantize() - weight
     before, after = row_errors(plain, gram), row_errors(ours, gram)
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < 0.95 * before.sum()
-    low, high = ranges.clip_min, ranges.clip_max
+    low, high = ranges["clip_min"], ranges["clip_max"]
     groups = weight.view(40, low.shape[1], -1)
     ratio = high / groups.amax(-1)
     assert torch.allclose(ratio, low / groups.amin(-1), rtol=1e-5)
@@ -50,9 +50,9 @@ def test_a_range_that_is_right_stays():
     """Two values per group need no shrinking: both lie on the grid."""
     weight = torch.tensor([-1.0, 1.0]).repeat(8, 16)
     ranges = search_ranges(weight, torch.eye(32), QuantSpec("int", 4, "group", 8, zero="subtract"))
-    made = quantize(weight, QuantSpec("int", 4, "group", 8, zero="subtract"), **ranges.options)
+    made = quantize(weight, QuantSpec("int", 4, "group", 8, zero="subtract"), **ranges)
     assert torch.allclose(made.dequantize(), weight, atol=0.08)
-    assert ranges.clip_max.min() > 0.9
+    assert ranges["clip_max"].min() > 0.9
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "opt", "mixtral"])

@@ -43,13 +43,10 @@ class CopyScores:
         """Mean scores [layers, heads]."""
         return self.per_answer.mean(1)
 
-    def kv_heads(self, kv_heads: int) -> Tensor:
-        """Scores [layers, kv_heads]: of a KV head, the highest of the query heads that read it."""
-        return of_kv_heads(self.scores, kv_heads)
-
 
 def of_kv_heads(scores: Tensor, kv_heads: int) -> Tensor:
-    """Scores [layers, kv_heads] for scores [layers, heads] of query heads."""
+    """Scores [layers, kv_heads]: of a KV head, the highest of the query heads [layers, heads] that
+    read it."""
     return scores.reshape(scores.shape[0], kv_heads, -1).amax(-1)
 
 

@@ -148,11 +148,6 @@ def make_row(
     return Row(ids=torch.tensor(ids), scored=scored, answers=answers)
 
 
-def haystack_of(tokens: Tensor) -> list[int]:
-    """Calibration rows [rows, length] as one text."""
-    return tokens.flatten().tolist()
-
-
 def _needle(
     tokenizer: Encoder, data: Needles, ordinal: str, key: str
 ) -> tuple[list[int], tuple[int, int]]:

@@ -61,7 +61,6 @@ def train_gates(
     steps: int,
     rate: float,
     batch: int,
-    name: str,
 ) -> Trained:
     """Train gates from `start` [layers, kv_heads].
 
@@ -112,7 +111,7 @@ def train_gates(
             losses[step] = torch.tensor([distilled, float(pushed.detach())])
             if (step + 1) % SAVE_EVERY == 0:
                 keep_state(scratch, optimiser, trained, step + 1, losses=losses)
-            context.progress(name, step + 1, steps)
+            context.progress("duo_attention", step + 1, steps)
     return Trained(gates=gates.detach().clamp(0, 1).cpu(), losses=losses)
 
 

@@ -26,10 +26,10 @@ from compressor.methods.common.context import (
     PassResult,
     PlanContext,
 )
-from compressor.methods.common.copy_scores import copy_scores
+from compressor.methods.common.copy_scores import copy_scores, of_kv_heads
 from compressor.methods.common.head_plots import curves, heat_map
 from compressor.methods.common.learned import Learned, of_shape
-from compressor.methods.common.needles import Needles, haystack_of, make_row, too_long
+from compressor.methods.common.needles import Needles, make_row, too_long
 from compressor.methods.duo_attention.gate_training import Penalty, start_gates, train_gates
 from compressor.numerics.head_gates import (
     full_first,
@@ -134,7 +134,7 @@ class DuoAttention(ModelPass[Gates]):
 
     def learn(self, model: SourceModel, context: LearnContext) -> LearnResult[Gates]:
         """Train the gates, and choose heads by them."""
-        haystack = haystack_of(context.ids)
+        haystack = context.ids.flatten().tolist()
         encode = model.tokenizer()
         for length in (self.data.row_lengths[0], self.data.row_lengths[-1]):
             make_row(encode, haystack, data=self.data, length=length, draw=random.Random(0))
@@ -160,7 +160,6 @@ class DuoAttention(ModelPass[Gates]):
             steps=self.num_steps,
             rate=self.lr,
             batch=self.batch,
-            name="duo_attention",
         )
         # One rank keeps what is learned: it alone draws.
         plots = _plots(trained.gates, trained.losses) if context.ranks.leads else {}
@@ -174,7 +173,7 @@ class DuoAttention(ModelPass[Gates]):
             make_row(encode, haystack, data=self.data, length=length, draw=draw) for _ in range(8)
         ]
         found = copy_scores(model, rows, batch=context.batch, stopping=context.stopping)
-        return found.kv_heads(attention_shape(model.layout).kv_heads)
+        return of_kv_heads(found.scores, attention_shape(model.layout).kv_heads)
 
     def _choose(self, gates: Tensor) -> tuple[Tensor, float]:
         """Which heads stay full, and the gate that parts them from the others."""

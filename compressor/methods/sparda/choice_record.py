@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from compressor_calibration.tokens import TokenSet
 from compressor_kernels.attention.block_windows import WindowRule
 from torch import Tensor
@@ -23,7 +22,6 @@ from compressor.errors import InputError
 from compressor.foreign.untrusted import parse_json, read_file
 from compressor.methods.sparda.choice_quality import RECENT, LayerQuality, means, measure_choices
 from compressor.methods.sparda.teacher import Teacher
-from compressor.numerics.forecast_loss import Pooling
 from compressor.runner.source_model import SourceModel
 
 RECORD_NAME = "forecast_recall.json"
@@ -38,28 +36,22 @@ what attention sees."""
 class ChoiceRecord:
     """Recall and attention mass of scorers by layer, and what they were measured on.
 
-    sha256  of the tokens
+    teacher  what chooses the blocks that recall is of
+    sha256   of the tokens
     """
 
-    selection: KeyBlocks
-    fine: WindowRule
-    pooling: Pooling
+    teacher: Teacher
     rows: int
     length: int
     sha256: str
     layers: tuple[LayerQuality, ...]
 
-    @property
-    def teacher(self) -> Teacher:
-        """What chooses the blocks that recall is of."""
-        return Teacher(selection=self.selection, fine=self.fine, pooling=self.pooling)
-
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "version": 1,
-            "selection": self.selection.to_json(),
-            "teacher": {**asdict(self.fine), "pooling": self.pooling},
+            "selection": self.teacher.selection.to_json(),
+            "teacher": {**asdict(self.teacher.fine), "pooling": self.teacher.pooling},
             "text": "bundled novel, consecutive rows",
             "rows": self.rows,
             "length": self.length,
@@ -92,9 +84,7 @@ def record_choices(
         model, tokens.ids, teacher, scorers(teacher.selection), forecasts=forecasts
     )
     return ChoiceRecord(
-        selection=teacher.selection,
-        fine=teacher.fine,
-        pooling=teacher.pooling,
+        teacher=teacher,
         rows=tokens.ids.shape[0],
         length=tokens.ids.shape[1],
         sha256=tokens.sha256,
@@ -112,10 +102,9 @@ def read_record(folder: Path) -> ChoiceRecord | None:
         teacher, selection = data["teacher"], make_rule(KeyBlocks.part, data["selection"])
         if not isinstance(selection, KeyBlocks):
             raise TypeError(f"{selection.kind} chooses no blocks of keys")
+        fine = WindowRule(kernel_size=teacher["kernel_size"], stride=teacher["stride"])
         return ChoiceRecord(
-            selection=selection,
-            fine=WindowRule(kernel_size=teacher["kernel_size"], stride=teacher["stride"]),
-            pooling=teacher["pooling"],
+            teacher=Teacher(selection=selection, fine=fine, pooling=teacher["pooling"]),
             rows=int(data["rows"]),
             length=int(data["length"]),
             sha256=str(data["sha256"]),
@@ -133,7 +122,7 @@ def check_record(model: SourceModel, record: ChoiceRecord, *, quantized: bool) -
     tokens = held_out(model.tokenizer(), rows=record.rows, length=record.length)
     if tokens.sha256 != record.sha256:
         return ["the held-out text gives other tokens than when recall was recorded"]
-    found = measure_choices(model, tokens.ids, record.teacher, {FORECAST: record.selection})
+    found = measure_choices(model, tokens.ids, record.teacher, {FORECAST: record.teacher.selection})
     of_mean, of_layer = QUANTIZED_TOLERANCE if quantized else TOLERANCE
     now, then = _recalls(found), _recalls(record.layers)
     if now.keys() != then.keys():
@@ -152,8 +141,3 @@ def check_record(model: SourceModel, record: ChoiceRecord, *, quantized: bool) -
 
 def _recalls(qualities: Sequence[LayerQuality]) -> dict[int, float]:
     return {q.layer: q.recall for q in qualities if q.scorer == FORECAST}
-
-
-def model_dtype(model: SourceModel) -> torch.dtype:
-    """The dtype that the source stores its weights in."""
-    return next(iter(model.read_unit(0).tensors.values())).dtype

@@ -27,9 +27,9 @@ from compressor.methods.base import Cost, Effects, Needs
 from compressor.methods.common.chosen_blocks import ChosenBlocks, reads
 from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.learned import Learned
-from compressor.methods.sparda.choice_record import RECORD_NAME, model_dtype, record_choices
+from compressor.methods.sparda.choice_record import RECORD_NAME, record_choices
 from compressor.methods.sparda.teacher import Teacher
-from compressor.methods.sparda.training import Trainer, Training, store_bytes
+from compressor.methods.sparda.training import Trainer, Training
 from compressor.runner.source_model import SourceModel
 
 
@@ -130,7 +130,7 @@ class SparDA(ChosenBlocks[Recall]):
         tensors = self.adds(layout, context.dtype).values()
         added = sum(math.prod(tensor.shape) for unit in tensors for tensor in unit.values())
         width = max(linear.in_features for linear in layout.head.linears)
-        kept = store_bytes(rows, length, width, context.dtype)
+        kept = 2 * rows * length * width * context.dtype.itemsize  # two buffers of hidden states
         seen = self.steps * self.rows_per_step / rows
         # A teacher for each row of each step; for each row as it goes on, one more and the
         # attention that its choice is for.
@@ -155,7 +155,7 @@ class SparDA(ChosenBlocks[Recall]):
                 rows = unit.attention.kv_heads * unit.attention.head_dim
                 tensor = TensorShape(dtype, (rows, _entering(unit)))
                 names = [FUTURE] if unit.index else [FUTURE, CURRENT]
-                found[unit.name] = {f"{_attention(unit)}.{name}": tensor for name in names}
+                found[unit.name] = {f"{unit.attention_path}.{name}": tensor for name in names}
         return found
 
     def divides(self, *, one_host: bool) -> bool:
@@ -179,9 +179,9 @@ class SparDA(ChosenBlocks[Recall]):
         length = min(context.ids.shape[1], 2 * self.top_k * self.block_size)
         text = held_out(model.tokenizer(), rows=self.held_out_rows, length=length)
         trained = trainer.run()
-        blocks = [unit for unit in model.layout.units if unit.kind == "block"]
-        dtype = model_dtype(model)
-        named = trained.named([_attention(unit) for unit in blocks])
+        blocks = model.layout.blocks
+        dtype = next(iter(model.read_unit(0).tensors.values())).dtype  # as it is stored
+        named = trained.named([unit.attention_path for unit in blocks])
         forecasts = {name: tensor.to(dtype) for name, tensor in named.items()}
         record = context.ranks.led(
             lambda: record_choices(model, self.training.teacher, forecasts, text)
@@ -203,10 +203,6 @@ class SparDA(ChosenBlocks[Recall]):
     def policy(self, layout: ModelLayout, learned: Recall | None) -> AttentionPolicy:
         found = {} if learned is None else learned.figures()
         return self.everywhere(layout, {"sparda": {**self.parameters, **found}})
-
-
-def _attention(unit: UnitLayout) -> str:
-    return next(x.name.rpartition(".")[0] for x in unit.linears if x.role == "attn.o")
 
 
 def _entering(unit: UnitLayout) -> int:

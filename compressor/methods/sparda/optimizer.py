@@ -32,11 +32,9 @@ class ForecastOptimizer:
     def step(self, gradient: Tensor) -> None:
         """Move the weight by its gradient."""
         self._step += 1
-        if self._step <= self.training.warmup:
-            rate = self.training.learning_rate * self._step / self.training.warmup
-            self._adamw.param_groups[0]["lr"] = rate
-        else:
-            self._adamw.param_groups[0]["lr"] = self.training.learning_rate
+        rate, rising = self.training.learning_rate, self.training.warmup
+        rate = rate * self._step / rising if self._step <= rising else rate
+        self._adamw.param_groups[0]["lr"] = rate
         self.weight.grad = gradient
         torch.nn.utils.clip_grad_norm_([self.weight], self.training.clip)
         self._adamw.step()

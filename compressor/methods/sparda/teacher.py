@@ -1,8 +1,9 @@
 """A block's attention as the teacher of forecasts: its loss for some rows, and what it chooses."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from compressor.numerics.forecast_loss import (
 )
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.block_runner import Block, BlockRunner
+from compressor.runner.observe import Seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,7 @@ class Teacher:
     @torch.no_grad()
     def blocks(self, call: AttentionCall) -> Tensor:
         """Blocks that the teacher chooses, int32 [rows, kv_heads, length, K]."""
-
-        def choose(part: Tensor, behind: int) -> Tensor:
-            return self.part_blocks(call, part, behind)
-
-        return in_pieces(choose, call.query, self._row_elements(call))
+        return in_pieces(partial(self.part_blocks, call), call.query, self._row_elements(call))
 
     @torch.no_grad()
     def part_blocks(self, call: AttentionCall, part: Tensor, behind: int) -> Tensor:
@@ -105,10 +103,6 @@ class Teacher:
         yield from found
 
 
-class _Seen(Exception):
-    """Ends a forward pass of which everything wanted has been seen."""
-
-
 @torch.no_grad()
 def attention_call(block: Block, hidden: Tensor) -> tuple[AttentionCall, Tensor]:
     """The call of a block's attention for hidden states [rows, length, hidden], and what enters it;
@@ -118,12 +112,12 @@ def attention_call(block: Block, hidden: Tensor) -> tuple[AttentionCall, Tensor]
     def hook(call: AttentionCall) -> Tensor:
         if call.hidden is not None:
             found.append((call, call.hidden))
-        raise _Seen
+        raise Seen
 
     with block.runner.attention(hook):
         try:
             block.forward(hidden)
-        except _Seen:
+        except Seen:
             if found:
                 return found[0]
     raise RuntimeError(f"{block.unit.name} did not attend")
@@ -148,7 +142,7 @@ def attention_inputs(
 
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
-        raise _Seen
+        raise Seen
 
     @torch.no_grad()
     def inputs(hidden: Tensor) -> Tensor:
@@ -157,18 +151,16 @@ def attention_inputs(
                 hidden.to(runner.device, runner.dtype),
                 **runner.arguments(unit.index, hidden.shape[1]),
             )
-        except _Seen:
+        except Seen:
             return found.pop()
         raise RuntimeError(f"{unit.name} did not attend")
 
     attention = [m for m in layer.modules() if hasattr(m, "layer_idx") and m is not layer]
-    hooks = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in attention]
-    try:
+    with ExitStack() as stack:
+        stack.callback(layer.to, "meta")
+        for module in attention:
+            stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-        layer.to("meta")
 
 
 def norms(unit: UnitLayout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -88,11 +88,6 @@ class Training:
         return [drawn[i * size : (i + 1) * size] for i in range(self.steps)]
 
 
-def store_bytes(rows: int, length: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes that training keeps on disk: two buffers of hidden states."""
-    return 2 * rows * length * width * dtype.itemsize
-
-
 @dataclass(frozen=True, slots=True)
 class TrainedForecasts:
     """Forecasts in float32 on the CPU, and each block's mean loss over its first and its last tenth
