@@ -1,6 +1,6 @@
 """What an attention rule is: which keys the queries of some KV heads see, and what it needs for it.
 
-A rule is a file of `rules/`, called as the rule is, whose `RULE` is its class. The mask is the
+A rule is a file of `rules/`, called as the rule is, with its class. The mask is the
 definition: evaluations and running models attend under it, unless the rule brings a faster way.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.attention.masked import OwnAttention, in_pieces, softmax_attention
 from compressor.attention.rope import Rotary
 from compressor.errors import InputError
-from compressor.ir.frozen import messages
+from compressor.ir.frozen import class_of, messages
 from compressor.ir.layout import UnitLayout
 
 if TYPE_CHECKING:
@@ -258,12 +258,17 @@ def rule_module(name: str) -> Any:
     return importlib.import_module(f"compressor.attention.rules.{name}")
 
 
+def rule_class(name: str) -> type[Rule]:
+    """The class of the rule called `name`."""
+    return class_of(rule_module(name), Rule)
+
+
 def make_rule(part: str, data: Mapping[str, Any]) -> Rule:
     """A rule from an entry of a layer. A part that several rules may decide names its rule as
     `scorer`. Raises InputError with everything that is wrong."""
     values = dict(data)
     name = values.pop("scorer", part)
-    rule: type[Rule] = rule_module(str(name)).RULE
+    rule = rule_class(str(name))
     if (rule.part or name) != part:
         raise InputError(f"the rule {name} stands under {rule.part or name!r}")
     try:

@@ -22,7 +22,7 @@ from compressor.arch.select import Selection
 from compressor.attention.policy import AttentionPolicy
 from compressor.checkpoint.source import Source
 from compressor.errors import InputError
-from compressor.ir.frozen import Strict
+from compressor.ir.frozen import Strict, class_of
 from compressor.ir.layout import ModelLayout
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import KVSpec, Scheme
@@ -288,5 +288,4 @@ def get_pass(name: str) -> type[Method]:
     module = importlib.import_module(f"compressor.methods.{name}")
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"compressor.methods.{name}.method")
-    found: type[Method] = module.PASS
-    return found
+    return class_of(module, Method)

@@ -222,7 +222,6 @@ class Blasst(ModelPass[Fits]):
         return rule_policy(layout, rule, made_by=made_by)
 
 
-PASS = Blasst
 _UNKNOWN = {"a": 1.0, "b": 1.0, "lengths": (1, 1)}
 """What stands for a fit before there is one."""
 

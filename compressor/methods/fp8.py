@@ -55,6 +55,3 @@ class Fp8(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         return round_to_nearest(unit, context)
-
-
-PASS = Fp8

@@ -72,6 +72,3 @@ class Gptq(OnGrid):
         options = GptqOptions(**{name: getattr(self, name) for name in GptqOptions._fields})
         search = self.scales == "search"
         return PassResult(*round_unit(unit, context, options, search=search))
-
-
-PASS = Gptq

@@ -27,6 +27,3 @@ class InfLLM(ChosenBlocks[Learned]):
 
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
         return self.everywhere(layout, {"infllm": self.parameters})
-
-
-PASS = InfLLM

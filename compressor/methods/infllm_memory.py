@@ -67,6 +67,3 @@ class InfLLMMemory(ModelPass[Learned]):
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
         made_by = {"infllm_memory": self.model_dump(mode="json", exclude={"targets", "ignore"})}
         return rule_policy(layout, self._rule, made_by=made_by, positions="slot")
-
-
-PASS = InfLLMMemory

@@ -86,6 +86,3 @@ class KvCache(Pass):
             "v_scale": scales[1].tolist(),
         }
         return PassResult(made, [row])
-
-
-PASS = KvCache

@@ -216,6 +216,3 @@ class LServe(ModelPass[Budget]):
             made_by={"lserve": {**about, **chosen.figures()}},
             dense=self.dense_layers,
         )
-
-
-PASS = LServe

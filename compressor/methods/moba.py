@@ -68,6 +68,3 @@ class MoBA(ModelPass[Trained]):
         found = learned.figures()
         made_by, rule = {"moba": found}, MoBABlocks(**found)
         return rule_policy(layout, rule, made_by=made_by, dense=self.dense_layers)
-
-
-PASS = MoBA

@@ -46,6 +46,3 @@ class Mxfp4(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         return round_to_nearest(unit, context)
-
-
-PASS = Mxfp4

@@ -15,6 +15,3 @@ class Mxfp8(Mxfp4):
     spec: ClassVar[QuantSpec] = MXFP8
 
     rule: Rule = Field("mse", description="as in mxfp4")
-
-
-PASS = Mxfp8

@@ -71,6 +71,3 @@ def _saturated(weight: Tensor, q: QTensor) -> dict[str, Any]:
     count = int((weight.float().abs() >= 7 * scales).logical_and(scales > 0).sum())
     note = "values saturate at 6 (their scale is subnormal)"
     return {"note": note, "noted": count} if count else {}
-
-
-PASS = Nvfp4

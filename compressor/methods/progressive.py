@@ -96,6 +96,3 @@ class Progressive(Pass):
                 rows[linear.name] = weight_row(linear, unit.weight(linear), q, stats=stats)
                 made = made.with_quantized(linear, q)
         return PassResult(made, [rows[x.name] for x in context.selected if x.name in rows])
-
-
-PASS = Progressive

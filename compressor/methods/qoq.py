@@ -82,6 +82,3 @@ class Qoq(Method):
         if self.kv_cache:
             found.append(("kv_cache", {"element": "int4"}))
         return found
-
-
-PASS = Qoq

@@ -68,6 +68,3 @@ class Quest(ModelPass[Learned]):
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
         made_by = {"quest": self.model_dump(mode="json", exclude={"targets", "ignore"})}
         return rule_policy(layout, self.block_choice, made_by=made_by, dense=self.dense_layers)
-
-
-PASS = Quest

@@ -122,6 +122,3 @@ def _sources(
 
     found = parts_of(layout, *roles)
     return [(x, part, change) for x, part in found if x.expert == linear.expert]
-
-
-PASS = Reorder

@@ -137,6 +137,3 @@ def _as_published(per_answer: Tensor) -> bytes:
         for head in range(per_answer.shape[2])
     }
     return (json.dumps(data) + "\n").encode()
-
-
-PASS = RetrievalHeads

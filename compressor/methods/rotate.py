@@ -205,6 +205,3 @@ def _turned_heads(unit: Unit, turn: Rotation) -> dict[str, Tensor]:
             heads = weight.view(weight.shape[0], -1, turn.size)
             changed[linear.weight_name] = turn.right(heads).view(weight.shape)
     return changed
-
-
-PASS = Rotate

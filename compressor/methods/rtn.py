@@ -52,6 +52,3 @@ class Rtn(Pass):
 
     def apply(self, unit: Unit, context: PassContext) -> PassResult:
         return round_to_nearest(unit, context)
-
-
-PASS = Rtn

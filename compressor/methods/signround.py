@@ -209,6 +209,3 @@ def sign_rounding(
 def _descend(roundings: dict[str, SignRounding], length: float) -> None:
     for rounding in roundings.values():
         rounding.descend(length)
-
-
-PASS = Signround

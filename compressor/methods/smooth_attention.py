@@ -202,6 +202,3 @@ def _spread(keys: Tensor) -> float:
     """The largest channel over the mean one, averaged over heads; what a shared scale wastes."""
     mean = keys.mean(1).clamp(min=1e-30)
     return float((keys.amax(1) / mean).mean())
-
-
-PASS = SmoothAttention

@@ -152,6 +152,3 @@ class Smoothquant(Pass):
     ) -> dict[str, Any]:
         alpha, rescaled = exponents.get(linear.site), linear.site in divided
         return {"linear": linear.name, "alpha": alpha, "rescaled": rescaled}
-
-
-PASS = Smoothquant

@@ -69,6 +69,3 @@ class StreamingVLM(ModelPass[Learned]):
         return LearnResult(
             Learned(), files={POLICY_NAME: (json.dumps(data, indent=1) + "\n").encode()}
         )
-
-
-PASS = StreamingVLM

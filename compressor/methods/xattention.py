@@ -139,6 +139,3 @@ class XAttention(ModelPass[Thresholds]):
         if self.block_size % self.stride:
             raise ValueError(f"stride {self.stride} does not divide blocks of {self.block_size}")
         return self
-
-
-PASS = XAttention

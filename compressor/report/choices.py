@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from compressor.attention.rule import rule_module, rule_names
+from compressor.attention.rule import rule_class, rule_names
 from compressor.report.svg import Point, lines
 from compressor.report.text import share
 
@@ -41,4 +41,4 @@ def _title(scorer: str) -> str:
     """A rule's title, or what a scorer that is no rule says of itself."""
     if scorer not in rule_names():
         return f"most {scorer} blocks"
-    return rule_module(scorer).RULE.title or scorer
+    return rule_class(scorer).title or scorer

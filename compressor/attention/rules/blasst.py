@@ -149,6 +149,3 @@ class Blasst(Rule):
             f"{share_of(rules, policy)} skip tiles of {rule.rows} x {rule.keys} by "
             f"BLASST's threshold for {' and '.join(wanted)}"
         ]
-
-
-RULE = Blasst

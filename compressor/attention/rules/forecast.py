@@ -57,6 +57,3 @@ def forecast_of(hidden: Tensor, weight: Tensor, *, kv_heads: int, rotary: Rotary
     flat = torch.nn.functional.linear(hidden.to(weight.dtype), weight)
     heads = flat.view(*flat.shape[:2], kv_heads, -1).transpose(1, 2)
     return heads if rotary is None else rotated(heads, rotary)
-
-
-RULE = ForecastBlocks

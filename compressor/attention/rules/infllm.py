@@ -82,6 +82,3 @@ class InfLLMBlocks(KeyBlocks):
                 "use_nope": False,
             }
         }
-
-
-RULE = InfLLMBlocks

@@ -105,9 +105,6 @@ class InfLLMMemory(Rule):
         ]
 
 
-RULE = InfLLMMemory
-
-
 def _hides(entry: Tensor) -> bool:
     """Whether an entry of a mask, boolean or additive, hides a key."""
     return not bool(entry) if entry.dtype == torch.bool else float(entry) < 0

@@ -118,9 +118,6 @@ def with_own(pages: Tensor, own: Tensor) -> Tensor:
     return pages.masked_fill(pages == last, -1)
 
 
-RULE = LServePages
-
-
 def lserve_files(
     policy: AttentionPolicy, tensors: Mapping[str, Tensor], *, model: str
 ) -> dict[str, bytes]:

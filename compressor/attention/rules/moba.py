@@ -72,6 +72,3 @@ class MoBABlocks(KeyBlocks):
             return super().attend(call, value, own)
         q, k, blocks = call.query, call.key, self.choose(call)
         return routed_attention(q, k, value, blocks, block_size=self.block_size, scale=own.scaling)
-
-
-RULE = MoBABlocks

@@ -105,6 +105,3 @@ class Pillar(Rule):
             f"{share_of(rules, policy)} draft {rule.stride} tokens over {rule.ratio:.0%} "
             f"of the keys, at least {rule.min_budget}: those that verifying attended to most"
         ]
-
-
-RULE = Pillar

@@ -38,6 +38,3 @@ class QuestPages(KeyBlocks):
             return top(scores, rule, tokens=tokens, behind=behind)
 
         return in_pieces(choose, query, query.shape[1] * rule.blocks(tokens))
-
-
-RULE = QuestPages

@@ -149,9 +149,6 @@ class StreamingHeads(Rule):
         ]
 
 
-RULE = StreamingHeads
-
-
 def token_mask(queries: Tensor, keys: Tensor, *, sinks: int, window: int) -> Tensor:
     """Which key a streaming head lets a query see: (j < S or i - j < W) and j <= i.
 

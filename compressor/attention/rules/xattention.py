@@ -115,6 +115,3 @@ def released_chunk(tokens: int) -> int:
     """Tokens of a chunk in the released code, which estimates a prompt chunk by chunk."""
     longest = pow2(tokens)
     return int(max(2048, min(longest, 128 * 1024 * 2048 // longest)))
-
-
-RULE = XAttention

@@ -147,6 +147,3 @@ def _row(
         "error": output_error(weight, merged, gram),
         "error_of": "output" if known else "weight",
     }
-
-
-PASS = Bitdelta

@@ -288,9 +288,6 @@ def _rows(unit: Unit, linear: Linear, order: Tensor) -> dict[str, Tensor]:
     return found
 
 
-PASS = DuoAttention
-
-
 def _plots(gates: Tensor, losses: Tensor) -> dict[str, bytes]:
     """Pictures of the gates and of their training, where they can be drawn."""
     steps = range(1, len(losses) + 1)

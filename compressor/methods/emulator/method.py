@@ -219,6 +219,3 @@ def evenly(blocks: int, keep: int) -> list[int]:
     if keep == 1:
         return [(blocks - 1) // 2]
     return [round(i * (blocks - 1) / (keep - 1)) for i in range(keep)]
-
-
-PASS = Emulator

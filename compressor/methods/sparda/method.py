@@ -207,6 +207,3 @@ class SparDA(ChosenBlocks[Recall]):
 
 def _entering(unit: UnitLayout) -> int:
     return next(x.in_features for x in unit.linears if x.role in ("attn.q", "attn.qkv"))
-
-
-PASS = SparDA

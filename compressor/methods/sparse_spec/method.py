@@ -88,6 +88,3 @@ class SparseSpec(ModelPass[Learned]):
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
         made_by = {"sparse_spec": self.model_dump(mode="json", exclude={"targets", "ignore"})}
         return rule_policy(layout, self._rule(self.ratio, self.stride), made_by=made_by)
-
-
-PASS = SparseSpec

@@ -132,6 +132,3 @@ class Streaming(ModelPass[Measured]):
         if set(tried) != set(self.candidates):
             raise InputError("the policy does not say what was measured with each number of sinks")
         return fewest_sinks(tried, tolerance=self.tolerance)
-
-
-PASS = Streaming
