@@ -47,7 +47,7 @@ def encode_key(tokenizer: Encoder, before: str, key: str) -> tuple[list[int], li
 
 
 def encode(tokenizer: Encoder, text: str) -> list[int]:
-    """Tokens of a text, with no special ones."""
+    """Tokens of a text, with no special ones; no warning is wanted of its length."""
     if not text:
         return []
     found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

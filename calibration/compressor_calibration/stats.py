@@ -7,7 +7,7 @@ one, and there is never a second copy of it.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -36,13 +36,7 @@ class StatNeeds:
 
     def __or__(self, other: StatNeeds) -> StatNeeds:
         """What serves both."""
-        return StatNeeds(
-            absmean=self.absmean or other.absmean,
-            absmax=self.absmax or other.absmax,
-            gram=self.gram or other.gram,
-            keep_inputs=max(self.keep_inputs, other.keep_inputs),
-            cross=self.cross or other.cross,
-        )
+        return StatNeeds(*map(max, astuple(self), astuple(other)))
 
 
 class SiteStats:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor_calibration.documents import BadRows, DataError, Document
+from compressor_calibration.passkeys import encode
 from compressor_calibration.text_windows import text_windows
 
 Sampling = Literal["random", "consecutive"]
@@ -116,7 +117,7 @@ def _random_rows(
     text = reader.text(characters)
     if text is not None:
         rows = text_windows(
-            lambda part: _encode(reader.tokenizer, part),
+            lambda part: encode(reader.tokenizer, part),
             text,
             samples=samples,
             length=length,
@@ -283,25 +284,17 @@ def _tokenize(
     texts: list[str] = []
     for piece in pieces:
         if piece.begins or piece.ids:
-            ids += _encode(tokenizer, "".join(texts))
+            ids += encode(tokenizer, "".join(texts))
             texts.clear()
         if piece.begins:
             starts.append(len(ids))
-            ids += _encode(tokenizer, piece.text)
+            ids += encode(tokenizer, piece.text)
         elif piece.ids:
             ids += piece.ids
         else:
             texts.append(piece.text)
     rest = "".join(texts)
-    return ids + _encode(tokenizer, rest[: max(len(rest) - drop, 0)]), starts
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    if not text:
-        return []
-    # verbose=False: a long text is cut into rows afterwards and needs no warning about its length.
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
+    return ids + encode(tokenizer, rest[: max(len(rest) - drop, 0)]), starts
 
 
 def written_out(tokenizer: Any, document: Document) -> str:
@@ -331,7 +324,7 @@ def _automatic_bos(tokenizer: Tokenizer) -> int | None:
     bos = tokenizer.bos_token_id
     if bos is None:
         return None
-    plain = _encode(tokenizer, "a")
+    plain = encode(tokenizer, "a")
     return bos if tokenizer("a")["input_ids"][:1] == [bos] != plain[:1] else None
 
 

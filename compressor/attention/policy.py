@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compressor.attention.rule import Phase, Rule, Value, make_rule
+from compressor.checkpoint.reader import load_json
 from compressor.errors import InputError
-from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.frozen import messages
 from compressor.ir.layout import AttentionShape, ModelLayout
 
@@ -266,13 +266,7 @@ def read_policy(folder: Path) -> AttentionPolicy | None:
     path = folder / POLICY_NAME
     if not path.is_file():
         return None
-    try:
-        data = parse_json(read_file(path, what="policy"))
-    except ValueError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a mapping")
-    return make_policy(data, where=str(path))
+    return make_policy(load_json(path, what="policy"), where=str(path))
 
 
 def read_policy_tensors(folder: Path) -> dict[str, Tensor]:

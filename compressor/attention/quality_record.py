@@ -14,8 +14,8 @@ from torch import Tensor
 from compressor.attention.policy import AttentionPolicy
 from compressor.attention.quality import measure_policies
 from compressor.attention.rule import Value
+from compressor.checkpoint.reader import load_json
 from compressor.errors import InputError
-from compressor.foreign.untrusted import parse_json, read_file
 from compressor.ir.frozen import messages
 from compressor.runner.source_model import SourceModel
 from compressor.runner.sweep import Progress
@@ -113,11 +113,9 @@ def read_record(folder: Path) -> QualityRecord | None:
     if not path.is_file():
         return None
     try:
-        return QualityRecord.model_validate(parse_json(read_file(path, what="record")))
+        return QualityRecord.model_validate(load_json(path, what="record"))
     except ValidationError as error:
         raise InputError(f"{path}: {'; '.join(messages(error))}") from error
-    except ValueError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def check_record(

@@ -125,8 +125,12 @@ def rotated_stream(
         if readers:
             changed |= _into_readers(replaced(tensors, changed), norm, readers, turn)
     for linear in layout.linears:
-        if _adds(linear):
-            changed |= _turned_output(replaced(tensors, changed), linear, turn)
+        # Its output is added to the stream.
+        if linear.role in ("attn.o", "linear.out") or linear.role.endswith(".down"):
+            now, name, bias = replaced(tensors, changed), linear.weight_name, linear.bias_name
+            changed[name] = turn.left(now[name])
+            if bias in now:
+                changed[bias] = turn.right(now[bias])
     return changed
 
 
@@ -138,11 +142,6 @@ def _stream(unit: Unit) -> int:
     return next(
         x.in_features for x in layout.linears if x.site in ("attn.in", "block.in", "head.in")
     )
-
-
-def _adds(linear: Linear) -> bool:
-    """Whether a linear's output is added to the stream."""
-    return linear.role in ("attn.o", "linear.out") or linear.role.endswith(".down")
 
 
 def _readers(layout: UnitLayout, norm: Norm) -> tuple[Linear, ...]:
@@ -178,14 +177,6 @@ def _into_readers(
             added = old.double() @ bias.double()
             changed[linear.bias_name] = (own.double() + added).to(own.dtype)
         changed[name] = turn.right(old.double() * weight).to(old.dtype)
-    return changed
-
-
-def _turned_output(tensors: Mapping[str, Tensor], linear: Linear, turn: Turn) -> dict[str, Tensor]:
-    name, bias = linear.weight_name, linear.bias_name
-    changed = {name: turn.left(tensors[name])}
-    if bias in tensors:
-        changed[bias] = turn.right(tensors[bias])
     return changed
 
 

@@ -5,7 +5,6 @@ weight's column multiplied by it. So the model computes the same function, and b
 the weight have ranges that 8-bit integers can hold.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -13,7 +12,7 @@ from compressor_calibration.stats import StatNeeds
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.ir.layout import Fold, Linear
+from compressor.ir.layout import Fold
 from compressor.ir.qtensor import QuantSpec
 from compressor.ir.scheme import Scheme
 from compressor.ir.unit import Unit
@@ -100,7 +99,14 @@ class Smoothquant(Pass):
             changes = fold_changes(unit.tensors, folds[site], unit.layout, found.scales)
             unit = unit.with_changes(changes)
             divided[site], exponents[site] = found.scales, found.ratio
-        rows = {x.name: self._row(x, divided, exponents) for x in context.selected}
+        rows: dict[str, dict[str, Any]] = {
+            x.name: {
+                "linear": x.name,
+                "alpha": exponents.get(x.site),
+                "rescaled": x.site in divided,
+            }
+            for x in context.selected
+        }
         if self.bits is not None:
             made = round_to_nearest(unit, context, divided=divided)
             unit = made.unit
@@ -143,12 +149,3 @@ class Smoothquant(Pass):
             quantizer=quantizer_of(context, judged),
             enter=enter_of(context.schemes[judged[0].name].input, stats.absmax),
         )
-
-    def _row(
-        self,
-        linear: Linear,
-        divided: Mapping[str, Tensor],
-        exponents: Mapping[str, float | None],
-    ) -> dict[str, Any]:
-        alpha, rescaled = exponents.get(linear.site), linear.site in divided
-        return {"linear": linear.name, "alpha": alpha, "rescaled": rescaled}

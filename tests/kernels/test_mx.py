@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compressor_kernels.linear.mx import (
-    MXTiles,
+    DecodedTiles,
     mx_matmul,
     mx_matmul_ref,
     mx_values,
@@ -56,7 +56,7 @@ def test_products(element, shape):
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_other_tiles_and_batches(element):
     (x, codes, exponents), weight = problem(24, 48, 192, element)
-    tiles = MXTiles(block_m=32, block_n=16, block_k=64)
+    tiles = DecodedTiles(block_m=32, block_n=16, block_k=64)
     y = mx_matmul(x.view(2, 12, 192), codes, exponents, out_dtype=torch.float32, tiles=tiles)
     assert_close(y.view(24, 48), x, weight)
     assert mx_matmul(x[:0], codes, exponents).shape == (0, 48)

@@ -15,7 +15,6 @@ from compressor_kernels.attention.head_attention import (
     head_decode_ref,
 )
 from compressor_kernels.attention.quantized_cache import (
-    CacheTiles,
     kv4_decode,
     kv4_decode_ref,
     kv8_decode,
@@ -66,7 +65,7 @@ def test_pages_of_quantized_caches():
     scale = torch.tensor([0.04])
     codes = [quantize_kv8(x, scale, dtype=torch.int8) for x in (k, v)]
     scales = {"k_scale": scale, "v_scale": scale}
-    out = kv8_decode(q, *codes, **scales, **where, tiles=CacheTiles(block_n=16))
+    out = kv8_decode(q, *codes, **scales, **where, tiles=DecodeTiles(block_n=16))
     want = kv8_decode_ref(q, *codes, **scales, **where)
     torch.testing.assert_close(out, want, atol=4e-3, rtol=4e-3)
     (k4, k_params), (v4, v_params) = quantize_kv4(k), quantize_kv4(v)

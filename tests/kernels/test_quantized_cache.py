@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compressor_kernels.attention.quantized_cache import (
-    CacheTiles,
+    DecodeTiles,
     dequantize_kv4,
     kv4_decode,
     kv4_decode_ref,
@@ -95,7 +95,7 @@ def test_tokens_past_the_length_are_not_read(bits):
     assert_close(out, exact)
 
 
-@pytest.mark.parametrize("tiles", [CacheTiles(64, 4, 2, 1), CacheTiles(128, 4, 2, 64)])
+@pytest.mark.parametrize("tiles", [DecodeTiles(64, 4, 2, 1), DecodeTiles(128, 4, 2, 64)])
 def test_splits_agree(tiles):
     arguments, params = kv4(*problem(1, 4, 2, 500, 64, torch.float16))
     out = kv4_decode(*arguments, **params, tiles=tiles)

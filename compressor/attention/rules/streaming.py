@@ -181,6 +181,13 @@ def evaluated_by_slot(call: AttentionCall, *, sinks: int, window: int) -> Tensor
     return call.plain(query, key, value, both_masks(own, mask[None, None]))
 
 
+def evaluated_by_text(call: AttentionCall, *, sinks: int, window: int) -> Tensor:
+    """A whole text with every head streaming, positions by place in the text."""
+    place = torch.arange(call.key.shape[2], device=call.key.device)
+    mask = token_mask(place, place, sinks=sinks, window=window)[None, None]
+    return call.plain(call.query, call.key, call.value, both_masks(call.mask, mask))
+
+
 def streaming_policy(
     layout: ModelLayout, streaming: Tensor, *, sinks: int, window: int, **options: Any
 ) -> AttentionPolicy:

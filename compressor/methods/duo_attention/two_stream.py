@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compressor.attention.masked import both_masks
-from compressor.attention.rules.streaming import token_mask
+from compressor.attention.rules.streaming import evaluated_by_text
 from compressor.runner.attention_call import AttentionCall
 from compressor.runner.source_model import SourceModel
 
@@ -138,9 +137,7 @@ class _Mix:
         if self.gates is None:
             self.full = call.plain(call.query, call.key, call.value)
             return self.full
-        place = torch.arange(call.key.shape[2], device=call.key.device)
-        mask = token_mask(place, place, sinks=self.sinks, window=self.window)[None, None]
-        near = call.plain(call.query, call.key, call.value, both_masks(call.mask, mask))
+        near = evaluated_by_text(call, sinks=self.sinks, window=self.window)
         group = call.query.shape[1] // call.key.shape[1]
         gates = self.gates.to(near.dtype).repeat_interleave(group)[:, None]
         return (1 - gates) * near + gates * self.full

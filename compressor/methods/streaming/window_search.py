@@ -8,9 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compressor.attention.masked import both_masks
-from compressor.attention.rules.streaming import evaluated_by_slot, token_mask
-from compressor.runner.attention_call import AttentionCall, AttentionHook
+from compressor.attention.rules.streaming import evaluated_by_slot, evaluated_by_text
 from compressor.runner.source_model import SourceModel
 from compressor.runner.stream import Stream
 from compressor.runner.sweep import Execution, Progress, sweep
@@ -36,30 +34,19 @@ def sink_perplexities(
     """
     execution = Execution(batch, stopping=stopping, progress=progress)
     streams: dict[int | None, Stream] = {}
+    evaluated = evaluated_by_slot if slots else evaluated_by_text
     for step in sweep(model, ids, execution=execution):
         if not streams:
             streams = {None: step.stream, **{sinks: step.stream.copy() for sinks in candidates}}
         with step.loaded():
             for sinks, stream in streams.items():
-                hook = None if sinks is None else _hook(sinks, window, slots=slots)
+                hook = None if sinks is None else partial(evaluated, sinks=sinks, window=window)
                 step.run(stream, hook=hook)
     with model.logits() as logits:
         return {
             sinks: _perplexity(logits, stream.hidden, ids, first=window)
             for sinks, stream in streams.items()
         }
-
-
-def _hook(sinks: int, window: int, *, slots: bool) -> AttentionHook:
-    if slots:
-        return partial(evaluated_by_slot, sinks=sinks, window=window)
-
-    def hook(call: AttentionCall) -> Tensor:
-        place = torch.arange(call.key.shape[2], device=call.key.device)
-        mask = token_mask(place, place, sinks=sinks, window=window)[None, None]
-        return call.plain(call.query, call.key, call.value, both_masks(call.mask, mask))
-
-    return hook
 
 
 def _perplexity(

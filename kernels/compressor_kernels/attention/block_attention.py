@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels.attention.block_selection import positions
+from compressor_kernels.attention.head_attention import softmax_attention_ref
 from compressor_kernels.triton.launch import (
     LOG2_E,
     dense,
@@ -74,7 +75,10 @@ def block_attention(
     (batch, heads, q_len, dim), groups = q.shape, k.shape[1]
     sets, chosen = blocks.shape[1], blocks.shape[3]
     group = heads // sets
-    splits = _splits(blocks, block_size, tiles) if q_len == 1 else 1
+    splits, most = 1, chosen * block_size // (2 * tiles.block_n)
+    if q_len == 1:
+        lanes, each = batch * sets, tiles.programs_per_sm
+        splits = ranges(blocks, lanes=lanes, most=most, programs_per_sm=each)
     out = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
@@ -231,13 +235,11 @@ def block_attention_ref(
 ) -> Tensor:
     """`block_attention` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
     _check(q, k, v, blocks)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     seen = block_mask(blocks, k.shape[2], block_size=block_size, lengths=lengths, tokens=tokens)
     seen = seen.repeat_interleave(q.shape[1] // blocks.shape[1], dim=1)
-    k, v = (x.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    logits = q.to(wide) @ k.transpose(-1, -2) * score_scale(scale, q.shape[-1])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     used = seen.any(2)[..., None]  # tokens that no query sees may hold anything
-    return (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ torch.where(used, v, 0)).to(q.dtype)
+    return softmax_attention_ref(q, k, torch.where(used, v, 0), seen, scale)
 
 
 def block_mask(
@@ -262,13 +264,6 @@ def block_mask(
         blocks, tokens=capacity if tokens is None else tokens, lengths=lengths, behind=behind
     )[1]
     return by_token & (torch.arange(capacity, device=blocks.device) <= position)
-
-
-def _splits(blocks: Tensor, block_size: int, tiles: BlockTiles) -> int:
-    """Ranges that the blocks of one set are cut into."""
-    batch, sets, _, chosen = blocks.shape
-    most = chosen * block_size // (2 * tiles.block_n)
-    return ranges(blocks, lanes=batch * sets, most=most, programs_per_sm=tiles.programs_per_sm)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> None:

@@ -131,7 +131,7 @@ def head_prefill_ref(
     recent = (key < sink) | (row - key < window)
     per_head = streaming.to(q.device).repeat_interleave(heads // k.shape[1])[:, None, None]
     visible = (key <= row) & (recent | ~per_head)
-    return _softmax_attention(q, k, v, visible, scale)
+    return softmax_attention_ref(q, k, v, visible, scale)
 
 
 def head_decode(
@@ -247,7 +247,7 @@ def full_decode_ref(
         used = (token[None, :] < lengths[:, None].to(q.device))[:, None, None, :]
         v = torch.where(used.transpose(-1, -2), v, 0)  # unused slots may hold anything
         visible = visible & used
-    return _softmax_attention(q, k, v, visible, scale)
+    return softmax_attention_ref(q, k, v, visible, scale)
 
 
 def _decode(
@@ -273,7 +273,8 @@ def _decode(
     group = heads // (full_rows + stream_rows)
     chosen = 1 if blocks is None else blocks.shape[2]
     read = full_k.shape[2] if blocks is None else min(full_k.shape[2], chosen * block_size)
-    splits = _splits(full_k, read, tiles)
+    lanes, most = batch * full_rows, read // (4 * tiles.block_n)
+    splits = ranges(full_k, lanes=lanes, most=most, programs_per_sm=tiles.programs_per_sm)
     out = torch.empty((batch, heads, 1, dim), dtype=q.dtype, device=q.device)
     part = torch.empty((batch, heads, splits, dim + 1), dtype=torch.float32, device=q.device)
     part, lse = part.view(-1)[: -batch * heads * splits], part.view(-1)[-batch * heads * splits :]
@@ -331,15 +332,10 @@ def _decode(
     return out
 
 
-def _splits(full_k: Tensor, read: int, tiles: DecodeTiles) -> int:
-    """Ranges that the `read` keys of one full row are cut into."""
-    lanes, most = full_k.shape[0] * full_k.shape[1], read // (4 * tiles.block_n)
-    return ranges(full_k, lanes=lanes, most=most, programs_per_sm=tiles.programs_per_sm)
-
-
-def _softmax_attention(
+def softmax_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None
 ) -> Tensor:
+    """Attention under a mask, computed in fp32 (fp64 for fp64 inputs)."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     repeat = q.shape[1] // k.shape[1]
     k, v = (x.to(wide).repeat_interleave(repeat, dim=1) for x in (k, v))

@@ -11,26 +11,16 @@ q · (code · step − zero) = step · (q · code) − zero · Σ q, and a value
 split among programs and merged in a fixed order.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from compressor_kernels.attention.head_attention import full_decode_ref, listed_keys
+from compressor_kernels.attention.head_attention import DecodeTiles, full_decode_ref, listed_keys
 from compressor_kernels.triton.launch import LOG2_E, pow2, ranges, score_scale
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-@dataclass(frozen=True, slots=True)
-class CacheTiles:
-    """Keys of a step; `programs_per_sm` sets the number of splits."""
-
-    block_n: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-    programs_per_sm: int = 4
 
 
 def quantize_kv4(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +67,7 @@ def kv8_decode(
     blocks: Tensor | None = None,
     block_size: int = 64,
     scale: float | None = None,
-    tiles: CacheTiles | None = None,
+    tiles: DecodeTiles | None = None,
 ) -> Tensor:
     """q [B, H, 1, D] in fp16 or bf16 over 8-bit k and v [B, G, T, D]: [B, H, 1, D] in q's dtype.
 
@@ -124,7 +114,7 @@ def kv4_decode(
     blocks: Tensor | None = None,
     block_size: int = 64,
     scale: float | None = None,
-    tiles: CacheTiles | None = None,
+    tiles: DecodeTiles | None = None,
 ) -> Tensor:
     """`kv8_decode` over packed 4-bit k and v [B, G, T, D/2], params [B, G, T, 2]."""
     _check_kv4(q, k, v, k_params, v_params)
@@ -162,7 +152,7 @@ def _launch(
     blocks: Tensor | None,
     block_size: int,
     scale: float | None,
-    tiles: CacheTiles | None,
+    tiles: DecodeTiles | None,
     *,
     packed: bool,
 ) -> Tensor:
@@ -170,8 +160,8 @@ def _launch(
 
     fp8 = k.dtype == torch.float8_e4m3fn
     if tiles is None:
-        tiles = CacheTiles(num_stages=4, programs_per_sm=8) if fp8 else CacheTiles()
-        tiles = CacheTiles(block_n=128) if packed else tiles
+        tiles = DecodeTiles(num_stages=4, programs_per_sm=8) if fp8 else DecodeTiles()
+        tiles = DecodeTiles(block_n=128) if packed else tiles
         if blocks is not None and block_size < tiles.block_n:
             tiles = replace(tiles, block_n=block_size)
     if blocks is not None and block_size % tiles.block_n:
@@ -185,7 +175,8 @@ def _launch(
     k, v = (x.view(torch.uint8) if fp8 else x for x in (k, v))
     chosen = 1 if blocks is None else blocks.shape[2]
     read = tokens if blocks is None else min(tokens, chosen * block_size)
-    splits = _splits(q, groups, read, tiles)
+    most = read // (2 * tiles.block_n)
+    splits = ranges(q, lanes=batch * groups, most=most, programs_per_sm=tiles.programs_per_sm)
     rows = batch * heads * splits
     parts = torch.empty((rows, dim), dtype=torch.float32, device=q.device)
     weights = torch.empty((rows,), dtype=torch.float32, device=q.device)
@@ -229,12 +220,6 @@ def _launch(
         num_warps=4,
     )
     return out
-
-
-def _splits(q: Tensor, groups: int, tokens: int, tiles: CacheTiles) -> int:
-    """Ranges that the keys of one head are cut into."""
-    lanes, most = q.shape[0] * groups, tokens // (2 * tiles.block_n)
-    return ranges(q, lanes=lanes, most=most, programs_per_sm=tiles.programs_per_sm)
 
 
 def _check_kv8(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.attention.head_attention import softmax_attention_ref
 from compressor_kernels.triton.launch import LOG2_E, dense, pow2, ranges, score_scale
 
 
@@ -238,15 +239,13 @@ def skip_softmax_ref(
     """`skip_prefill` and, packed, `skip_decode` in plain PyTorch, by the definition."""
     gaps = tile_gaps_ref(q, k, rows=rows, keys=keys, packed=packed, splits=splits, scale=scale)
     skipped = gaps < math.log(threshold)
-    (heads, q_len, dim), (groups, k_len) = q.shape[1:], k.shape[1:3]
+    heads, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
     size = 1 if packed else rows
     seen = kept_mask(skipped, q_len, k_len, rows=size, keys=keys)
     seen = seen.repeat_interleave(heads // seen.shape[1], dim=1)
-    k, v = (x.to(gaps.dtype).repeat_interleave(heads // groups, dim=1) for x in (k, v))
-    scores = q.to(gaps.dtype) @ k.transpose(-1, -2) * score_scale(scale, dim)
-    out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    out = softmax_attention_ref(q, k, v, seen, scale)
     visited = visited_tiles(q_len, k_len, rows=size, keys=keys).to(q.device)
-    return Skipped(out.to(q.dtype), torch.where(visited, skipped.to(torch.int8), -1), splits)
+    return Skipped(out, torch.where(visited, skipped.to(torch.int8), -1), splits)
 
 
 def kept_mask(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.attention.head_attention import softmax_attention_ref
 from compressor_kernels.triton.launch import LOG2_E, copyable, dense, pow2, score_scale
 
 
@@ -92,11 +93,8 @@ def tile_attention_ref(
 ) -> Tensor:
     """`tile_attention` in plain PyTorch, computed in fp32 (fp64 for fp64 inputs)."""
     _check(q, k, v, chosen, block_size)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     seen = tile_mask(chosen, q.shape[2], k.shape[2], block_size=block_size)
-    k, v = (x.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = q.to(wide) @ k.transpose(-1, -2) * score_scale(scale, q.shape[-1])
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).to(q.dtype)
+    return softmax_attention_ref(q, k, v, seen, scale)
 
 
 def tile_mask(

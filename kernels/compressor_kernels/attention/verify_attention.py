@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor_kernels.attention.head_attention import DecodeTiles
 from compressor_kernels.triton.launch import (
     LOG2_E,
     dense,
@@ -28,15 +29,7 @@ from compressor_kernels.triton.launch import (
     score_scale,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class VerifyTiles:
-    """Tiles of keys that the queries read, and how many programs share the keys."""
-
-    block_n: int = 32
-    num_warps: int = 4
-    num_stages: int = 3
-    programs_per_sm: int = 6
+VERIFY = DecodeTiles(block_n=32, programs_per_sm=6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +68,7 @@ def verify_attention(
     *,
     scale: float | None = None,
     kept: torch.dtype | None = None,
-    tiles: VerifyTiles | None = None,
+    tiles: DecodeTiles = VERIFY,
 ) -> Verified:
     """Causal attention of a few queries; H / G * Tq is 128 at most. scale: 1/sqrt(D) if None; kept:
     what weights are left in, E4M3 (if None, where the device has it) or fp16."""
@@ -89,7 +82,6 @@ def verify_attention(
         raise ValueError(
             f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}, or has over 128 rows"
         )
-    tiles = tiles or VerifyTiles()
     block_n = tiles.block_n
     splits = ranges(
         k,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_kernels.linear.weight_only import DecodedTiles
+
 BLOCK = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,16 +25,6 @@ LARGEST_BYTE = {"fp4_e2m1": 252, "fp8_e4m3": 246}
 """The largest exponent at which all codes are finite."""
 ROUND_UP = 0x600000  # the mantissa of 1.75
 ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class MXTiles:
-    """Tokens, outputs and inputs of a program's step."""
-
-    block_m: int = 16
-    block_n: int = 64
-    block_k: int = 128
-    num_warps: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +60,7 @@ def mx_matmul(
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    tiles: MXTiles | None = None,
+    tiles: DecodedTiles | None = None,
 ) -> Tensor:
     """x [..., I] in bf16 times such weights: [..., O] in `out_dtype`, bf16 if not given.
 
@@ -85,7 +77,7 @@ def mx_matmul(
     if y.numel():
         from compressor_kernels.linear import mx_jit as jit
 
-        tiles = tiles or MXTiles(block_m=16 if len(flat) <= 16 else 64)
+        tiles = tiles or DecodedTiles(block_m=16 if len(flat) <= 16 else 64)
         grid = (-(-outputs // tiles.block_n), -(-len(flat) // tiles.block_m))
         jit.product_kernel[grid](
             flat,
