@@ -61,23 +61,18 @@ def search_clip_gram(
     if scales is not None:
         per_group = scales.view(*scales.shape[:-1], groups, size)
         blocks = blocks / (per_group[..., :, None] * per_group[..., None, :])
-    specs = [spec] if spec.symmetric else [spec, replace(spec, zero="none")]
-    found = [_searched(weight, blocks, each) for each in specs]
-    bounds, errors = (x.view(*shape, groups) for x in found[0])
-    if spec.symmetric:
-        return Clipping(bounds)
-    others, rivals = (x.view(*shape, groups) for x in found[1])
-    signed = rivals < errors
-    return Clipping(torch.where(signed, others, bounds), signed)
+    bounds, signed = _searched(weight, blocks, spec)
+    bounds = bounds.view(*shape, groups)
+    return Clipping(bounds, None if signed is None else signed.view(bounds.shape))
 
 
-def _searched(weight: Tensor, blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Bounds and errors of groups on one kind of grid, [O, groups] or [E, O, groups].
+def _searched(weight: Tensor, blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """The parts of `Clipping`, [O, groups] or [E, O, groups].
 
     blocks  [groups, g, g] or [E, groups, g, g], the diagonal of the Gram matrix
     """
     if weight.is_cuda and blocks.shape[-1] in CLIP_SIZES:
-        return clip_bounds(
+        bounds, _, signed = clip_bounds(
             weight.contiguous(),
             blocks.contiguous(),
             bits=spec.bits,
@@ -86,17 +81,23 @@ def _searched(weight: Tensor, blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, 
             grid=CLIP_GRID,
             steps=CLIP_STEPS,
         )
+        return bounds, signed
     if weight.dim() == 3:
         parts = [_searched(w, b, spec) for w, b in zip(weight, blocks, strict=True)]
-        bounds, errors = zip(*parts, strict=True)
-        return torch.stack(bounds), torch.stack(errors)
+        signs = [signed for _, signed in parts if signed is not None]
+        return torch.stack([bounds for bounds, _ in parts]), torch.stack(signs) if signs else None
 
     def error(delta: Tensor) -> Tensor:
         by_group = delta.transpose(0, 1)
         errors: Tensor = (by_group @ blocks).mul_(by_group).sum(-1)
         return errors.t()
 
-    return search_clip(weight.float(), error, spec)
+    bounds, errors = search_clip(weight.float(), error, spec)
+    if spec.symmetric:
+        return bounds, None
+    others, rivals = search_clip(weight.float(), error, replace(spec, zero="none"))
+    better = rivals < errors
+    return torch.where(better, others, bounds), better
 
 
 def search_clip(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compressor_kernels.search.awq_candidate import (
+    CLIP_SIZES,
     candidate_delta,
     candidate_delta_ref,
     clip_bounds,
@@ -102,6 +103,18 @@ def test_candidate_delta_writes_where_it_is_told():
     assert torch.equal(store[4:12], candidate_delta(weight, scales, **options))
 
 
+def errors_at(weight, gram, options, found, signed):
+    """What the quantizer makes of bounds that were found, in float64."""
+    rows, size = len(weight), gram.shape[-1]
+    zero = "none" if options["symmetric"] else "subtract"
+    spec = QuantSpec(
+        "int", options["bits"], "group", size, zero=zero, scale_dtype=options["stored"]
+    )
+    rounded = fake_quantize(weight, spec, clip_max=found, from_range=True, signed=signed)
+    groups = (rounded - weight).double().view(rows, -1, size)
+    return torch.einsum("rgi,gij,rgj->rg", groups, gram.double(), groups).float()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("size", "stored"), [(32, torch.float32), (128, torch.bfloat16)])
 def test_clip_bounds(size, symmetric, stored):
@@ -109,18 +122,49 @@ def test_clip_bounds(size, symmetric, stored):
     weight[:, 3] *= 6
     gram = gram_blocks(2 * size, size)
     options = {"bits": 3, "symmetric": symmetric, "stored": stored}
-    zero = "none" if symmetric else "subtract"
-    spec = QuantSpec("int", 3, "group", size, zero=zero, scale_dtype=stored)
-    found, errors = clip_bounds(weight, gram, **options)
-    want, least = clip_bounds_ref(weight, gram, **options)
+    found, errors, signed = clip_bounds(weight, gram, **options)
+    want, least, _ = clip_bounds_ref(weight, gram, **options)
     largest = weight.view(37, 2, size).abs().amax(-1)
     assert (want < 0.96 * largest).float().mean() > 0.3, "nothing to clip here"
     # Between bounds that are as good rounding decides: tensor cores keep 10 bits of each factor.
-    delta = (fake_quantize(weight, spec, clip_max=found, from_range=True) - weight).double()
-    groups = delta.view(37, 2, size)
-    at_found = torch.einsum("rgi,gij,rgj->rg", groups, gram.double(), groups)
-    torch.testing.assert_close(at_found.float(), least, rtol=2e-3, atol=0)
+    at_found = errors_at(weight, gram, options, found, signed)
+    torch.testing.assert_close(at_found, least, rtol=2e-3, atol=0)
     assert (found <= largest * 1.0001).all() and (found >= 0.54 * largest).all()
+    torch.testing.assert_close(errors, least, rtol=5e-3, atol=0)
+    if symmetric:
+        assert signed is None
+    else:
+        assert 0.2 < signed.float().mean() < 0.95, "one kind of grid alone"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_search_takes_the_codes_that_the_quantizer_takes(stored):
+    """Of weights many of which lie half-way between two codes, or beyond what is usual."""
+    size = 32
+    weight, _ = matrix(24, 2 * size, dtype=torch.bfloat16)
+    weight = weight.float()
+    steps = torch.arange(size, device=DEVICE) - 7
+    weight[:8, :size] = (steps * 0.5) * weight[:8, :1].abs() * 2  # halves of the grid's step
+    weight[8:12] = 0.2 + weight[8:12].abs()
+    weight[12] = 0
+    weight[13] *= 1e-6
+    weight[14] *= 1e7
+    gram = torch.eye(size, device=DEVICE).expand(2, -1, -1).contiguous()
+    options = {"bits": 4, "symmetric": False, "stored": stored}
+    found, errors, signed = clip_bounds(weight, gram, **options)
+    at_found = errors_at(weight, gram, options, found, signed)
+    torch.testing.assert_close(errors, at_found, rtol=2e-3, atol=0)
+    _, least, _ = clip_bounds_ref(weight, gram, **options)
+    torch.testing.assert_close(errors, least, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("size", CLIP_SIZES)
+def test_groups_of_every_size(size):
+    weight, _ = matrix(21, size)
+    gram = gram_blocks(size, size)
+    options = {"bits": 4, "symmetric": False, "stored": torch.bfloat16}
+    _, errors, _ = clip_bounds(weight, gram, **options)
+    _, least, _ = clip_bounds_ref(weight, gram, **options)
     torch.testing.assert_close(errors, least, rtol=5e-3, atol=0)
 
 
@@ -138,7 +182,7 @@ def test_a_stack_is_its_parts(rows):
         for of_all, of_one in zip(found, clip_bounds(weight, grams[i], **options), strict=True):
             assert torch.equal(of_all[i], of_one)
     assert_same_codes(deltas, candidate_delta_ref(weights, scales, group_size=size, **options))
-    want, _ = clip_bounds_ref(weights, grams, **options)
+    want, _, _ = clip_bounds_ref(weights, grams, **options)
     assert torch.isclose(found[0], want).float().mean() > 0.95
 
 

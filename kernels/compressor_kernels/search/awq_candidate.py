@@ -1,7 +1,8 @@
 """The elementwise part of AWQ's searches (arXiv 2306.00978) in one pass over the weight.
 
 `candidate_delta` gives the error of one candidate scale as the next matrix product wants it;
-`clip_bounds` tries every clipping bound of a group while the group stays in registers. Grids are
+`clip_bounds` tries every clipping bound of a group, on both grids where zero points write both,
+while the group stays in registers. Grids are
     asymmetric  scale = (high − low)/(2^b − 1), zero = clamp(−round(low/scale), 0, 2^b − 1)
                 over a range that is widened to hold zero
     symmetric   scale = −extreme/2^(b−1), codes −2^(b−1) … 2^(b−1) − 1
@@ -20,8 +21,9 @@ USUAL_RANGE = (2.0**-14, 65504.0)
 """Of a group: narrower or wider ones are tiny or huge."""
 TILE, WARPS = 4096, 4
 """Weights that one program of `candidate_delta` works on, and its warps."""
-CLIP_TILE, CLIP_WARPS = 4096, 8
-"""The same of `clip_bounds`."""
+CLIP_TILE, CLIP_WARPS = 8192, 8
+"""The same of `clip_bounds`: 64 rows of 128, the fewest that tensor cores read from shared memory
+without a copy in registers."""
 CLIP_SIZES = (16, 32, 64, 128, 256)
 """Group sizes of `clip_bounds`: a group is one side of a tensor-core tile."""
 
@@ -61,23 +63,26 @@ def candidate_delta(
         out = torch.empty(shape, dtype=torch.bfloat16, device=weight.device)
     if out.shape != shape or out.dtype != torch.bfloat16 or not out.is_contiguous():
         raise ValueError("out is not a contiguous bfloat16 tensor of the result's shape")
-    groups, width = out.numel() // size, triton.next_power_of_2(size)
-    rows = max(1, TILE // width)
-    delta_kernel[(triton.cdiv(groups, rows),)](
+    height, width = weight.shape[-2], triton.next_power_of_2(size)
+    rows = min(max(1, TILE // width), triton.next_power_of_2(height))
+    tiles, count = triton.cdiv(height, rows), math.prod(shape[:-2])
+    delta_kernel[(count * tiles * (shape[-1] // size),)](
         weight,
         scales.contiguous(),
         out,
-        groups,
-        weight.shape[-1] // size,
-        weight.shape[-2] * weight.shape[-1] // size,
-        weight.numel() // size,
+        height,
+        shape[-1],
+        tiles,
+        math.prod(weight.shape[:-2]),
         SIZE=size,
         BITS=bits,
         SYMMETRIC=symmetric,
         STORED=STORED[stored],
+        TIMES=weight.is_cuda,
         ROWS=rows,
         WIDTH=width,
         num_warps=WARPS if rows * width <= TILE else 8,
+        enable_fp_fusion=False,  # a weight on its code is off by nothing
     )
     return out
 
@@ -109,15 +114,15 @@ def clip_bounds(
     stored: torch.dtype,
     grid: int = 20,
     steps: int = 10,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bounds absmax·(1 − i/grid), i < steps, with the least Δ_g G_gg Δ_gᵀ in each group of a row,
-    and that error.
+    and that error; of asymmetric grids also which groups do better on the symmetric one.
 
     weight  [O, C] float32, float16 or bfloat16, contiguous; or a stack of weights [E, O, C]
     gram    [C / g, g, g] float32, the diagonal blocks of the inputs' Gram matrix; g in
             `CLIP_SIZES`; of a stack one for each weight, [E, C / g, g, g]
-    Returns two of [O, C / g] float32, or [E, O, C / g]. Raises ValueError for shapes and dtypes
-    that do not fit.
+    Returns two of [O, C / g] float32, or [E, O, C / g], and bool or None. Raises ValueError for
+    shapes and dtypes that do not fit.
     """
     import triton
 
@@ -129,14 +134,16 @@ def clip_bounds(
     if size not in CLIP_SIZES or gram.shape != (*weight.shape[:-2], groups, size, size):
         raise ValueError(f"gram {list(gram.shape)} for a weight {list(weight.shape)}")
     rows = max(16, CLIP_TILE // size)
-    shape = (2, *weight.shape[:-1], groups)
-    bounds, errors = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    shape = (*weight.shape[:-1], groups)
+    bounds, errors = torch.empty((2, *shape), dtype=torch.float32, device=weight.device)
+    signed = None if symmetric else torch.empty(shape, dtype=torch.bool, device=weight.device)
     tiles, weights = triton.cdiv(weight.shape[-2], rows), math.prod(weight.shape[:-2])
     clip_kernel[(weights * tiles, groups)](
         weight,
         gram.float().contiguous(),
         bounds,
         errors,
+        bounds if signed is None else signed,
         weight.shape[-2],
         weight.shape[-1],
         tiles,
@@ -146,10 +153,11 @@ def clip_bounds(
         BITS=bits,
         SYMMETRIC=symmetric,
         STORED=STORED[stored],
+        TIMES=weight.is_cuda,
         ROWS=rows,
         num_warps=CLIP_WARPS,
     )
-    return bounds, errors
+    return bounds, errors, signed
 
 
 def clip_bounds_ref(
@@ -161,30 +169,36 @@ def clip_bounds_ref(
     stored: torch.dtype,
     grid: int = 20,
     steps: int = 10,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The plain reference of `clip_bounds`."""
-    size = gram.shape[-1]
-    groups = weight.float().view(*weight.shape[:-1], -1, size)
+    groups = weight.float().unflatten(-1, (-1, gram.shape[-1]))
     low, high = groups.aminmax(dim=-1)
     largest = torch.maximum(-low, high)
-    best, least = largest.clone(), torch.full_like(largest, torch.inf)
-    for i in range(steps):
-        bound = largest * (1 - i / grid)
-        clipped = groups.clamp(-bound[..., None], bound[..., None])
-        values = _rounded_ref(
-            clipped,
-            low.clamp(min=-bound),
-            high.clamp(max=bound),
-            bits=bits,
-            symmetric=symmetric,
-            stored=stored,
-        )
-        delta = values - groups
-        error = torch.einsum("...rgi,...gij,...rgj->...rg", delta, gram.float(), delta)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, bound, best)
-    return best, least
+
+    def searched(symmetric: bool) -> tuple[Tensor, Tensor]:
+        best, least = largest.clone(), torch.full_like(largest, torch.inf)
+        for i in range(steps):
+            bound = largest * (1 - i / grid)
+            values = _rounded_ref(
+                groups.clamp(-bound[..., None], bound[..., None]),
+                low.clamp(min=-bound),
+                high.clamp(max=bound),
+                bits=bits,
+                symmetric=symmetric,
+                stored=stored,
+            )
+            delta = values - groups
+            error = torch.einsum("...rgi,...gij,...rgj->...rg", delta, gram.float(), delta)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, bound, best)
+        return best, least
+
+    (best, least), (other, rival) = searched(symmetric), searched(True)
+    signed = rival < least
+    if symmetric:
+        return best, least, None
+    return torch.where(signed, other, best), torch.where(signed, rival, least), signed
 
 
 def _rounded_ref(
