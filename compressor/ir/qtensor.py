@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from compressor_kernels.search.awq_candidate import STORED
+from compressor_kernels.search.int_rounding import LARGEST, group_values
 from torch import Tensor
 
 Element = Literal["int", "fp4_e2m1", "fp8_e4m3"]
@@ -129,6 +131,9 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight this stands for, [out, in], computed in float32, or float64 if asked."""
+        if self._in_one_pass(dtype):
+            codes, scales, zeros = self.codes, self.scales, self.zeros
+            return group_values(codes, scales, zeros, bits=self.spec.bits, dtype=dtype)
         work = torch.float64 if dtype == torch.float64 else torch.float32
         # In place, on a view of the groups: of a large weight each copy would be felt.
         out = decode_elements(self.codes, self.spec, work)
@@ -144,6 +149,14 @@ class QTensor:
         if self.second is not None:
             out.mul_(self.second.to(work))
         return out.to(dtype)
+
+    def _in_one_pass(self, dtype: torch.dtype) -> bool:
+        """Whether a kernel makes the same bits: of integers in groups or rows, on a GPU."""
+        spec = self.spec
+        width = spec.group_size if spec.strategy == "group" else self.shape[1]
+        plain = spec.element == "int" and spec.rows_apart and spec.zero != "offset"
+        floats = dtype in STORED and self.scales.dtype in STORED
+        return self.codes.is_cuda and plain and floats and 0 < (width or 0) <= LARGEST
 
     def _broadcast(self, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A view of a contiguous weight [out, in], and per-group values that broadcast to it."""

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from compressor_kernels.search.int_rounding import (
+    group_values,
     round_groups,
     round_groups_ref,
     rounding_errors,
     rounding_errors_ref,
 )
 
-from compressor.ir.qtensor import QuantSpec
+from compressor.ir.qtensor import QTensor, QuantSpec
 from compressor.methods.awq import finish
 from compressor.numerics import int_affine
 from compressor.numerics.awq_clip import search_clip_gram
@@ -121,6 +122,25 @@ def test_errors(symmetric, each):
         assert torch.allclose(a.float(), b.float(), rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("size", [1, 20, 32, 96])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_codes_stand_for(symmetric, size, stored, dtype, monkeypatch):
+    zero = "none" if symmetric else "subtract"
+    spec = QuantSpec("int", 5, "group", size, zero=zero, scale_dtype=stored)
+    q = quantize_int(torch.randn(7, 480 if size == 20 else 96).to(DEVICE), spec)
+    found = group_values(q.codes, q.scales, q.zeros, bits=5, dtype=dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(QTensor, "_in_one_pass", lambda *_: False)
+        wanted = q.dequantize(dtype)
+    assert found.dtype == dtype
+    if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts bits off
+        assert torch.allclose(found.float(), wanted.float(), rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(found, wanted) and torch.equal(q.dequantize(dtype), wanted)
+
+
 def test_what_does_not_fit_is_refused():
     form = {"bits": 4, "symmetric": True, "stored": torch.float16}
     with pytest.raises(ValueError, match="do not divide"):
@@ -130,6 +150,8 @@ def test_what_does_not_fit_is_refused():
     q = round_groups(torch.zeros(2, 64), group_size=32, **form)
     with pytest.raises(ValueError, match="do not fit"):
         rounding_errors(torch.zeros(1, 4, 64), *q, bits=4, group_size=32)
+    with pytest.raises(ValueError, match="do not fit"):
+        group_values(q[0][:1], *q[1:], bits=4, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

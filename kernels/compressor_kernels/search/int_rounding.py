@@ -6,8 +6,8 @@
     symmetric   scale = −extreme/2^(b−1), codes −2^(b−1) … 2^(b−1) − 1
 of which an asymmetric group takes the one with the smaller squared error; with `from_range` only if
 it is of one sign, or its range or scale is tiny or huge. `rounding_errors` gives what products with
-a Gram matrix are made of. Both give the bits that the same steps in PyTorch give on a GPU, where a
-division by a number is a product with its reciprocal.
+a Gram matrix are made of, `group_values` what codes stand for. All give the bits that the same
+steps in PyTorch give on a GPU, where a division by a number is a product with its reciprocal.
 """
 
 import torch
@@ -205,6 +205,42 @@ def rounding_errors_ref(
     if by is not None:
         new, old = new / by[..., None, :], old / by[..., None, :]
     return (new - old).to(torch.bfloat16), old.to(torch.bfloat16)
+
+
+def group_values(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """What codes stand for, [O, C] in `dtype`, computed in float32.
+
+    codes  uint8 [O, C];  scales, zeros  [O, groups], as `round_groups` gives them
+    Raises ValueError for shapes and dtypes that do not fit.
+    """
+    import triton
+
+    from compressor_kernels.search.int_rounding_jit import values_kernel
+
+    size = codes.shape[1] // max(scales.shape[1], 1)
+    fits = scales.shape == (len(codes), codes.shape[1] // max(size, 1))
+    if not fits or (zeros is not None and zeros.shape != scales.shape):
+        raise ValueError(f"scales or zero points that do not fit {list(codes.shape)}")
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    _check(out, bits, size, scales.dtype)
+    width = triton.next_power_of_2(size)
+    rows = max(1, TILE // width)
+    values_kernel[(triton.cdiv(scales.numel(), rows),)](
+        codes.contiguous(),
+        scales.contiguous(),
+        codes if zeros is None else zeros.contiguous(),
+        out,
+        scales.numel(),
+        SIZE=size,
+        CENTRE=2 ** (bits - 1),
+        ZEROS=zeros is not None,
+        ROWS=rows,
+        WIDTH=width,
+        num_warps=WARPS,
+    )
+    return out
 
 
 def _check(weight: Tensor, bits: int, group_size: int, stored: torch.dtype) -> None:

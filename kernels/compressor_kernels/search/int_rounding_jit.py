@@ -152,3 +152,31 @@ def errors_kernel(
         new = tl.div_rn(new, by)
     tl.store(delta_ptr + at, (new - old).to(tl.bfloat16), mask=inside)
     tl.store(before_ptr + at, old.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def values_kernel(
+    code_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    groups,
+    SIZE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program: ROWS groups of SIZE codes, one after the other in memory."""
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = group < groups
+    j = tl.arange(0, WIDTH)
+    inside = live[:, None] & (j[None, :] < SIZE)
+    at = group[:, None] * SIZE + j[None, :]
+    code = tl.load(code_ptr + at, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(scale_ptr + group, mask=live, other=1.0).to(tl.float32)
+    zero = tl.full((ROWS,), CENTRE, tl.float32)
+    if ZEROS:
+        zero = tl.load(zero_ptr + group, mask=live, other=0).to(tl.float32)
+    values = (code - zero[:, None]) * scale[:, None]
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)
