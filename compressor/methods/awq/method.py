@@ -51,7 +51,7 @@ class Awq(Pass):
     Without `bits` it only changes weights, and searches with the quantizer that comes after it.
     """
 
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
 
     bits: int | None = Field(
         None, ge=2, le=8, description="bits of one weight; null leaves rounding to a later pass"

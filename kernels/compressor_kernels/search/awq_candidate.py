@@ -24,8 +24,9 @@ TILE, WARPS = 4096, 4
 CLIP_TILE, CLIP_WARPS = 8192, 8
 """The same of `clip_bounds`: 64 rows of 128, the fewest that tensor cores read from shared memory
 without a copy in registers."""
-CLIP_SIZES = (16, 32, 64, 128, 256)
-"""Group sizes of `clip_bounds`: a group is one side of a tensor-core tile."""
+CLIP_SIZES = (16, 32, 64, 128)
+"""Group sizes of `clip_bounds`: a group is one side of a tensor-core tile, and its Gram matrix has
+to fit into shared memory."""
 
 
 def candidate_delta(
