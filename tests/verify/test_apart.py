@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from compressor.checkpoint.find import locate
+from compressor.checkpoint.source import Source, open_source
 from compressor.plan.recipe import make_recipe
 from compressor.run.convert import convert
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from compressor.runner.kept_blocks import with_blocks
 from compressor.verify import apart as apart_module
 from compressor.verify import verify as verifying
 from compressor.verify.apart import Apart, beside_gpu
@@ -27,6 +31,8 @@ from compressor.verify.findings import VerifyReport
 from compressor.verify.kernels import check as kernel_checks
 from compressor.verify.subject import Subject
 from compressor.verify.verify import verify
+from tests.checkpoint import test_low_precision
+from tests.support import gguf_files
 from tests.support.damages import in_tensors, scaled, sign
 from tests.support.delta_pairs import pairs
 from tests.support.delta_pairs import run as run_delta
@@ -111,8 +117,6 @@ def test_a_delta(tiny_model: Callable[..., Path], tmp_path: Path, apart: Apart) 
 
 def test_a_conversion(made: tuple[Path, Path], tmp_path: Path, apart: Apart) -> None:
     """The process also takes which kernels to compile, which are none for a CPU."""
-    from compressor.checkpoint.find import locate
-
     located = locate(str(made[1]), fetch=False)
     asked: dict[str, Any] = {"format": "dense", "verifying": True}
     done = convert(located, tmp_path / "there", apart=apart, **asked).verified
@@ -222,3 +226,42 @@ def test_kernels_and_comparison_on_a_gpu(made: tuple[Path, Path]) -> None:
     here = verify(made[1], against=made[0], device=torch.device("cuda", 0))
     assert there.ok and there.damage == here.damage
     assert [c.name for c in there.checks] == [c.name for c in here.checks]
+
+
+def gguf(tiny_model: Callable[..., Path], folder: Path) -> Source:
+    tokenizer = gguf_files.byte_level_tokenizer()
+    model = gguf_files.tiny_model("llama")
+    file = gguf_files.write_gguf(folder / "model.gguf", model, tokenizer, kind="Q8_0")
+    return locate(str(file), fetch=False).source
+
+
+def in_activation_order(tiny_model: Callable[..., Path], folder: Path) -> Source:
+    model = Path(shutil.copytree(tiny_model("llama"), folder / "model"))
+    stored, _ = test_low_precision.packed(load_file(model / "model.safetensors"))
+    declared = test_low_precision.in_groups(symmetric=False, actorder="group")
+    test_low_precision.rewrite(model, lambda tensors: stored, declared)
+    return open_source(model)
+
+
+def stacked(tiny_model: Callable[..., Path], folder: Path) -> Source:
+    return open_source(tiny_model("gpt_oss"))
+
+
+def some_blocks(tiny_model: Callable[..., Path], folder: Path) -> Source:
+    return with_blocks(open_source(tiny_model("llama")), [1])
+
+
+@pytest.mark.parametrize("kind", [gguf, in_activation_order, stacked, some_blocks])
+def test_an_original_of_every_kind_can_be_handed_over(
+    kind: Callable[..., Source], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = kind(tiny_model, tmp_path)
+    sent = Subject(
+        folder=tmp_path, source=source, manifest=None, original=source, device=CPU, seed=0
+    )
+    received = pickle.loads(pickle.dumps(sent)).original
+    assert received.layout == source.layout and received.schemes == source.schemes
+    for unit in source.layout.units:
+        one, other = source.read_unit(unit).tensors, received.read_unit(unit).tensors
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
