@@ -46,7 +46,7 @@ def test_an_equal_weight_has_a_scale_of_zero_and_merges_to_itself() -> None:
 
 @pytest.mark.parametrize("bits", [1, 3])
 def test_fitted_scales_are_the_least_squares_ones(bits: int) -> None:
-    delta, x = difference(24, 50), torch.randn(300, 50) * torch.linspace(0.1, 8, 50)
+    delta, x = difference(24, 50), difference(300, 50, seed=1) * torch.linspace(100, 8000, 50)
     plain = sign_delta(delta, bits=bits)
     fitted = fit_scales(plain, delta, x.T @ x)
     columns = [
@@ -56,7 +56,7 @@ def test_fitted_scales_are_the_least_squares_ones(bits: int) -> None:
     wanted = (x.double() @ delta.double().T).flatten()
     expected = torch.linalg.lstsq(torch.stack(columns, 1), wanted[:, None]).solution[:, 0]
     torch.testing.assert_close(fitted.scales, expected.float(), rtol=1e-3, atol=1e-7)
-    error = [(x @ (delta - d.dense()).T).square().sum() for d in (fitted, plain)]
+    error = [(x.double() @ (delta - d.dense()).double().T).square().sum() for d in (fitted, plain)]
     assert error[0] < error[1]
 
 
