@@ -64,12 +64,12 @@ class _Layout:
             raise Problems(problems)
         blocks = range(self.read.size("layers"))
         units = (self._embedding(), *(self._block(i) for i in blocks), self._head())
-        carried = tuple(
-            name for name in self.headers.keys() - self.taken.keys() if self._is_carried(name)
-        )
+        left = self.headers.keys() - self.taken.keys()
+        kinds = [p.replace("{layers}", str(len(blocks))) for p in self.arch.carried]
+        carried = tuple(name for name in left if any(fnmatchcase(name, kind) for kind in kinds))
         experts = self.read.known.get("experts")
         problems += wrong_experts(self.arch, experts, self.headers, self.config)
-        unassigned = sorted(self.headers.keys() - self.taken.keys() - set(carried))
+        unassigned = sorted(left - set(carried))
         for what, names, hint in (
             ("the map has no place for", unassigned, way_out(unassigned, self.config)),
             ("the checkpoint lacks", self.missing, headless(self.missing, self.arch)),
@@ -88,10 +88,6 @@ class _Layout:
             unannounced=tuple(self.unannounced),
             unread=tuple(self.unread),
         )
-
-    def _is_carried(self, name: str) -> bool:
-        patterns = (p.replace("{layers}", str(self.read.size("layers"))) for p in self.arch.carried)
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def _model_sizes(self) -> Sizes:
         positions = self.read.value("max_position_embeddings")

@@ -50,8 +50,9 @@ def kept_config(
     nested = arch.config is not None and isinstance(config.get(arch.config), dict)
     inner: Mapping[str, Any] = config[str(arch.config)] if nested else config
     whole = filled.get(str(arch.config)) if nested else filled
+    said = {key: value for key, value in inner.items() if value is not None}
     ours = _kept_section(
-        {**(whole if isinstance(whole, dict) else {}), **_said(inner)},
+        {**(whole if isinstance(whole, dict) else {}), **said},
         kept,
         count=read_sizes(arch, config).size("layers"),
         sizes=arch.sizes["layers"],
@@ -63,10 +64,6 @@ def kept_config(
             "mlp_only_layers": [i for i, block in enumerate(kept) if block in dense],
         }
     return {**config, str(arch.config): made} if nested else made
-
-
-def _said(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if value is not None}
 
 
 def _kept_section(

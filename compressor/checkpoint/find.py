@@ -9,9 +9,10 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,13 @@ def locate(
     chosen   the map: none, or a file; None: that of the model's type
     Raises InputError for what is not there or may not be read, MachineError for a failing network.
     """
-    path = Path(model).expanduser()
+    path, read = Path(model).expanduser(), partial(as_source, dtype=dtype, chosen=chosen)
     if chosen == NO_MAP and not (path / "config.json").is_file():
         path = component_of(path) or path
     if path.is_dir():
         checkpoint = open_any(path, to_plan=to_plan)
         try:
-            found = as_source(checkpoint, dtype=dtype, chosen=chosen)
+            found = read(checkpoint)
         except InputError as error:
             if not checkpoint.problems:
                 raise
@@ -126,7 +127,7 @@ def locate(
             hint="a model is a checkpoint folder, a GGUF file or a Hub id: org/name@revision",
         )
     repo, _, revision = model.partition("@")
-    return _hub(repo, revision or None, fetch=fetch, to_plan=to_plan, dtype=dtype, chosen=chosen)
+    return _hub(repo, revision or None, read, fetch=fetch, to_plan=to_plan)
 
 
 def _gguf(path: Path, dtype: torch.dtype | None, chosen: str | None) -> Located:
@@ -145,9 +146,7 @@ def _gguf(path: Path, dtype: torch.dtype | None, chosen: str | None) -> Located:
     return Located(as_source(replace(checkpoint, notes=notes), chosen=chosen), identity)
 
 
-def _cached(
-    repo: str, revision: str | None, dtype: torch.dtype | None, chosen: str | None
-) -> Located:
+def _cached(repo: str, revision: str | None, read: Callable[[Checkpoint], Source]) -> Located:
     """A repository from the Hub's cache, where HF_HUB_OFFLINE keeps from the network."""
     from huggingface_hub import errors, snapshot_download
 
@@ -164,24 +163,21 @@ def _cached(
             hint=f"download it where there is a network: hf download {repo}",
         ) from error
     identity = {"name": repo, "revision": folder.name}
-    return Located(
-        as_source(found, dtype=dtype, chosen=chosen), identity, beside=side_files(folder)
-    )
+    return Located(read(found), identity, beside=side_files(folder))
 
 
 def _hub(
     repo: str,
     revision: str | None,
+    read: Callable[[Checkpoint], Source],
     *,
     fetch: bool,
     to_plan: bool,
-    dtype: torch.dtype | None,
-    chosen: str | None,
 ) -> Located:
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        return _cached(repo, revision, dtype, chosen)
+        return _cached(repo, revision, read)
     api = HfApi()
     with _hub_errors(repo, revision):
         info = api.model_info(repo, revision=revision)
@@ -190,8 +186,7 @@ def _hub(
         identity = {"name": repo, "revision": commit}
         if fetch:
             folder, beside = _fetch(repo, commit, names)
-            source = as_source(open_checkpoint(folder), dtype=dtype, chosen=chosen)
-            return Located(source, identity, beside=beside)
+            return Located(read(open_checkpoint(folder)), identity, beside=beside)
         folder = Path(api.hf_hub_download(repo, "config.json", revision=commit)).parent
         known = {"config.json": read_file(folder / "config.json", what=f"config of {repo}")}
         beside = select(names, read=known.get)
@@ -211,9 +206,7 @@ def _hub(
         for name, tensor in metadata.tensors.items():
             entries[name] = _entry(file, name, tensor)
     checkpoint = Checkpoint(folder=folder, config=config, entries=entries)
-    return Located(
-        as_source(checkpoint, dtype=dtype, chosen=chosen), identity, local=False, beside=beside
-    )
+    return Located(read(checkpoint), identity, local=False, beside=beside)
 
 
 def _fetch(

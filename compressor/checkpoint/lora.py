@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compressor.checkpoint.reader import ADAPTER_NAME, load_json
 from compressor.checkpoint.safetensors import read_header, read_tensor
+from compressor.checkpoint.source import not_finite
 from compressor.errors import InputError
 from compressor.ir.layout import is_weight, weight_name
 
@@ -37,9 +37,8 @@ def lora_deltas(folder: Path) -> dict[str, Tensor]:
             raise InputError(f"{folder}: the LoRA of {path} is not whole")
         delta = _scale(config, path, pair["A"].shape[0]) * (pair["B"] @ pair["A"])
         deltas[weight_name(path)] = delta.T.contiguous() if config.get("fan_in_fan_out") else delta
-    if any(not bool(torch.isfinite(delta).all()) for delta in deltas.values()):
-        bad = next(n for n, delta in deltas.items() if not bool(torch.isfinite(delta).all()))
-        raise InputError(f"{folder}: the LoRA of {bad} holds NaN or infinity after tuning")
+    if bad := not_finite(deltas):
+        raise InputError(f"{folder}: the LoRA of {bad[0]} holds NaN or infinity after tuning")
     return deltas
 
 

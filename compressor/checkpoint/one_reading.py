@@ -21,10 +21,6 @@ from compressor.ir.tensor import TensorShape
 CHUNK = 64 << 20
 
 
-def _gptq(file: Mapping[str, Any]) -> dict[str, Any]:
-    return _awq(file) if "w_bit" in file else {"quant_method": "gptq", **file}
-
-
 def _awq(file: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "quant_method": "awq",
@@ -51,7 +47,7 @@ def _modelopt(file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BESIDE: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "quantize_config.json": _gptq,
+    "quantize_config.json": lambda x: _awq(x) if "w_bit" in x else {"quant_method": "gptq", **x},
     "quant_config.json": _awq,
     "hf_quant_config.json": _modelopt,
 }

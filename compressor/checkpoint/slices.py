@@ -1,6 +1,5 @@
 """A checkpoint in which stacked experts are seen one by one, under the names of their linears."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from compressor.checkpoint.parts import PartsCheckpoint
@@ -18,7 +17,8 @@ class SlicedCheckpoint(PartsCheckpoint):
 
 def sliced(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
     """The checkpoint under the names that units go by; itself where nothing is stacked."""
-    slices = dict(_slices(layout))
+    both = (((x.weight_name, x.tensor), (x.bias_name, x.bias_tensor)) for x in layout.linears)
+    slices = {n: ref for pair in both for n, ref in pair if ref is not None and not ref.whole}
     if not slices:
         return checkpoint
     stacks = {ref.name for ref in slices.values()}
@@ -31,16 +31,6 @@ def sliced(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
 def unsliced(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as files have it: a stack of experts is one tensor."""
     return checkpoint.inner if isinstance(checkpoint, SlicedCheckpoint) else checkpoint
-
-
-def _slices(layout: ModelLayout) -> Iterator[tuple[str, TensorRef]]:
-    for linear in layout.linears:
-        for name, ref in (
-            (linear.weight_name, linear.tensor),
-            (linear.bias_name, linear.bias_tensor),
-        ):
-            if ref is not None and not ref.whole:
-                yield name, ref
 
 
 def _entry(stack: Entry, ref: TensorRef) -> Entry:

@@ -138,7 +138,7 @@ def writing(
     config = target.config()
     json_files = {**({"config.json": config} if config else {}), **target.files()}
     documents = {**shards.index, **{name: json_bytes(value) for name, value in json_files.items()}}
-    with owned(output, manifest=MANIFEST_NAME) as work:
+    with owned(output) as work:
         finished = _take_up(work, output, layout=shards, about=about, judged_later=judged_later)
         yield Transaction(output, work, shards, documents, about, finished)
 
@@ -178,7 +178,7 @@ def write(
     shards = lay_out(target.container, map(target.shapes, target.units))
     along = 0 if beside is None else side_files(beside).size(beside)
     for refused in (
-        refusal(output, manifest=MANIFEST_NAME, models=[*models, *filter(None, [beside])]),
+        refusal(output, models=[*models, *filter(None, [beside])]),
         lacking_room(output, shards.size + along),
     ):
         if refused is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.durable import in_the_way, make_folder, own_folder
+from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.records import Records
 from compressor.errors import InputError, MachineError
 
@@ -21,7 +22,7 @@ WORK_NAME = ".compress-work"
 JOB_NAME = "job.json"
 
 
-def refusal(output: Path, *, manifest: str, models: Iterable[Path] = ()) -> InputError | None:
+def refusal(output: Path, *, models: Iterable[Path] = ()) -> InputError | None:
     """Why a run may not write into a folder: it is a file, holds what no run of ours wrote, cannot
     be written into, or lies in the folder of one of the models that are read, where it would be
     taken for files of that."""
@@ -38,7 +39,7 @@ def refusal(output: Path, *, manifest: str, models: Iterable[Path] = ()) -> Inpu
         names = {path.name for path in output.iterdir()} if output.exists() else set()
     except OSError as error:
         return InputError(f"cannot read {output}: {error.strerror or error}")
-    if names and WORK_NAME not in names and manifest not in names:
+    if names and WORK_NAME not in names and MANIFEST_NAME not in names:
         return InputError(
             f"{output} is not empty and holds no run of this program ({min(names)} is there)",
             hint="name a new folder with --output; nothing is ever overwritten",
@@ -76,12 +77,12 @@ def _size(count: int) -> str:
 
 
 @contextmanager
-def owned(output: Path, *, manifest: str) -> Iterator[Path]:
+def owned(output: Path) -> Iterator[Path]:
     """The work folder of `output`, locked against a second run for the length of a `with`.
 
     Raises InputError where the folder holds something that no run of ours wrote.
     """
-    if (refused := refusal(output, manifest=manifest)) is not None:
+    if (refused := refusal(output)) is not None:
         raise refused
     try:
         make_folder(output)
@@ -103,7 +104,7 @@ def owned(output: Path, *, manifest: str) -> Iterator[Path]:
                 hint="its file system has no locks, which keep two runs apart: write to another "
                 "disk with --output",
             ) from error
-        if (refused := refusal(output, manifest=manifest)) is not None:
+        if (refused := refusal(output)) is not None:
             raise refused
         yield output / WORK_NAME
     finally:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ class PasskeyRows:
     ids: Tensor
     answers: tuple[int, ...]
     depths: tuple[float, ...]
+
+
+SCORES = ("accuracy", "exact", "original_accuracy", "original_exact")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +168,7 @@ def passkey(
     ]
     return PasskeyResult(
         cells=tuple(cells),
-        accuracy=means[0][0],
-        exact=means[0][1],
-        original_accuracy=means[1][0] if against else None,
-        original_exact=means[1][1] if against else None,
+        **dict(zip(SCORES, chain(*means), strict=False)),
         tokens=sum(sum(rows.answers) for rows, _ in found),
     )
 
@@ -223,10 +224,7 @@ def _cell(length: int, depth: float, rows: PasskeyRows, scores: Sequence[Tensor]
         length=length,
         depth=depth,
         rows=int(mine.sum()),
-        accuracy=values[0][0],
-        exact=values[0][1],
-        original_accuracy=values[1][0] if len(values) > 1 else None,
-        original_exact=values[1][1] if len(values) > 1 else None,
+        **dict(zip(SCORES, chain(*values), strict=False)),
     )
 
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -139,28 +139,11 @@ def evaluate(
         )
     assert ours is not None and kl is not None and same is not None
     every = {name: ranks.join_rows(part, batch) for name, part in differences.items()}
-    nll = _mean(ours, counted)
-    result: dict[str, Any] = {}
+    found = replace(compared(ours, original, counted=counted), length=tokens.shape[1])
     if original is not None:
-        difference = _mean(ours - original, counted)
-        original_nll = _mean(original, counted)
-        result = {
-            "original_nll": original_nll,
-            "original_perplexity": _exp(original_nll),
-            "perplexity_ratio": _exp(difference),
-            "kl": _mean(kl, counted),
-            "top1": _mean(same, counted),
-            "blocks": tuple(BlockError(n, _relative_error(part)) for n, part in every.items()),
-        }
-    return EvaluationResult(
-        windows=tokens.shape[0],
-        length=tokens.shape[1],
-        tokens=int(counted.sum()),
-        nll=nll,
-        perplexity=_exp(nll),
-        seconds=time.perf_counter() - start,
-        **result,
-    )
+        blocks = tuple(BlockError(n, _relative_error(part)) for n, part in every.items())
+        found = replace(found, kl=_mean(kl, counted), top1=_mean(same, counted), blocks=blocks)
+    return replace(found, seconds=time.perf_counter() - start)
 
 
 def _products(
@@ -173,9 +156,10 @@ def _products(
     return products_of_bfloat16(quick=narrow and multiplies_bfloat16())
 
 
-def compared(ours: Tensor, original: Tensor, *, counted: Tensor) -> EvaluationResult:
+def compared(ours: Tensor, original: Tensor | None, *, counted: Tensor) -> EvaluationResult:
     """What losses of a checkpoint and of its original [windows, length] say, where they count."""
-    nll, before = _mean(ours, counted), _mean(original, counted)
+    nll, before = _mean(ours, counted), None if original is None else _mean(original, counted)
+    ratio = None if original is None else _exp(_mean(ours - original, counted))
     return EvaluationResult(
         windows=ours.shape[0],
         length=ours.shape[1],
@@ -183,8 +167,8 @@ def compared(ours: Tensor, original: Tensor, *, counted: Tensor) -> EvaluationRe
         nll=nll,
         perplexity=_exp(nll),
         original_nll=before,
-        original_perplexity=_exp(before),
-        perplexity_ratio=_exp(_mean(ours - original, counted)),
+        original_perplexity=None if before is None else _exp(before),
+        perplexity_ratio=ratio,
     )
 
 

@@ -113,15 +113,11 @@ def bounded(
     ):
         thread.join(0.1)
     if thread.is_alive():
-        _end(thread)
+        # SystemExit, at its next step in Python.
+        number = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(SystemExit))
         raise InputError(f"{what}: no end after {seconds:.0f} s", hint=hint)
     with foreign(what, hint=hint):
         if errors:
             raise errors[0]
     return results[0]
-
-
-def _end(thread: threading.Thread) -> None:
-    """Raise SystemExit in a thread, at its next step in Python."""
-    number = ctypes.c_ulong(thread.ident or 0)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(SystemExit))

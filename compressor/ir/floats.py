@@ -48,7 +48,22 @@ class Packed(Protocol):
     def to(self, device: torch.device) -> Packed: ...
 
 
-class Floats(Mapping[str, Tensor]):
+class MadeWhenRead(Mapping[str, Tensor]):
+    """Tensors that are made when they are read, and not for who asks which there are."""
+
+    names: Collection[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Floats(MadeWhenRead):
     """Tensors by name, in float32 as often as they are asked for.
 
     stored   in any float dtype, or packed; left as they are
@@ -64,6 +79,7 @@ class Floats(Mapping[str, Tensor]):
         device: torch.device | None = None,
     ) -> None:
         self._stored, self._changes, self.device = stored, changes or {}, device
+        self.names = stored
 
     def __getitem__(self, name: str) -> Tensor:
         here = self._here(name)
@@ -79,15 +95,6 @@ class Floats(Mapping[str, Tensor]):
         if isinstance(stored, Tensor):
             return stored.to(self.device, non_blocking=True)
         return stored.to(self.device)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
     def narrow(self, name: str) -> Tensor:
         """A tensor of the same values in the dtype that it is held in, where nothing changed it."""
@@ -181,7 +188,7 @@ class Floats(Mapping[str, Tensor]):
         return Floats(rest, left, device=self.device)
 
 
-class Moved(Mapping[str, Tensor]):
+class Moved(MadeWhenRead):
     """Tensors that are brought to a device when they are read, each time.
 
     dtype  that they get there, if another
@@ -194,6 +201,7 @@ class Moved(Mapping[str, Tensor]):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.tensors, self.device, self.dtype = tensors, device, dtype
+        self.names = tensors
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device, self.dtype, non_blocking=True)
@@ -201,15 +209,6 @@ class Moved(Mapping[str, Tensor]):
     def elsewhere(self, name: str) -> bool:
         """As in `Floats`."""
         return elsewhere(self.tensors, name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 def replaced(tensors: Mapping[str, Tensor], by: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

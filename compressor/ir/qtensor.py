@@ -164,13 +164,6 @@ class QTensor:
             return weight, spread(values, self.spec, self.shape)
         return weight.view(*values.shape, -1), values[..., None]
 
-    def elsewhere(self) -> QTensor:
-        """The same on the meta device."""
-        parts = (self.codes, self.scales, self.zeros, self.second)
-        codes, scales, zeros, second = (None if x is None else x.to("meta") for x in parts)
-        assert codes is not None and scales is not None
-        return QTensor(self.spec, codes, scales, zeros, second)
-
     def rows(self, some: slice) -> QTensor:
         """Some outputs of it, where scales are of rows or of groups in them."""
         assert self.spec.strategy in ("channel", "group")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from compressor.ir.floats import Change, Floats, elsewhere, home_of, narrow, replaced
+from compressor.ir.floats import Change, Floats, MadeWhenRead, elsewhere, home_of, narrow, replaced
 from compressor.ir.layout import Linear, UnitLayout, weight_name
 from compressor.ir.qtensor import QTensor
 from compressor.ir.same_shape import of_one_shape, stacked
@@ -99,7 +99,7 @@ class Unit:
 
     def without(self, linears: Iterable[Linear]) -> Unit:
         """This unit with some coded linears as another rank has them: on the meta device here."""
-        theirs = {x.name: self.quantized[x.name].elsewhere() for x in linears}
+        theirs = {x.name: self.quantized[x.name].to("meta") for x in linears}
         return replace(self, quantized={**self.quantized, **theirs})
 
     def with_input_scale(self, linear: Linear, scale: Tensor) -> Unit:
@@ -128,7 +128,7 @@ class Unit:
         return replaced(self.tensors, weights)
 
 
-class Dequantized(Mapping[str, Tensor]):
+class Dequantized(MadeWhenRead):
     """`Unit.dequantized`, each tensor of which is made when it is read; of experts of one shape
     several are made at a time, and held until they are read.
 
@@ -140,6 +140,7 @@ class Dequantized(Mapping[str, Tensor]):
     ) -> None:
         self._unit, self._dtype, self._device = unit, dtype, device
         self._coded = {weight_name(name): name for name in unit.quantized}
+        self.names = dict.fromkeys([*unit.tensors, *self._coded])
         coded = [x for x in unit.layout.linears if x.name in unit.quantized]
         stacks = of_one_shape(coded, self._kind)
         self._stacks = {x.weight_name: stack for stack in stacks if len(stack) > 1 for x in stack}
@@ -173,12 +174,3 @@ class Dequantized(Mapping[str, Tensor]):
         if coded is None:
             return elsewhere(self._unit.tensors, name)
         return self._unit.quantized[coded].codes.is_meta
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._coded or name in self._unit.tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self._unit.tensors, *self._coded])
-
-    def __len__(self) -> int:
-        return len(self._unit.tensors) + len(self._coded)

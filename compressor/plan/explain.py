@@ -52,7 +52,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list
 def _explained(item: ErrorDetails, model: type[BaseModel], prefix: str) -> WrongKey:
     path = [str(part) for part in item["loc"]]
     where = (prefix + ".".join(path)).rstrip(".")
-    kind, value, meaning = item["type"], item.get("input"), _meaning(model, path)
+    kind, value = item["type"], item.get("input")
+    field = _group_at(model, path[:-1]).get(path[-1]) if path else None
+    meaning = f"{path[-1]}: {field.description}" if field and field.description else None
     if kind == "extra_forbidden":
         keys = list(_group_at(model, path[:-1]))
         hint = nearest(path[-1], keys) if keys else None
@@ -82,12 +84,6 @@ def _form(kind: str, value: Any, model: type[BaseModel], path: Sequence[str]) ->
     if WORDS[kind] == "not a group of keys" and (keys := list(_group_at(model, path))):
         return f"{key}: {{{keys[0]}: …}}; its keys are {', '.join(sorted(keys))}"
     return None
-
-
-def _meaning(model: type[BaseModel], path: Sequence[str]) -> str | None:
-    """What a key stands for."""
-    field = _group_at(model, path[:-1]).get(path[-1]) if path else None
-    return f"{path[-1]}: {field.description}" if field and field.description else None
 
 
 def _group_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, FieldInfo]:

@@ -16,7 +16,6 @@ from compressor.arch.free import EMBEDDING
 from compressor.attention.policy import check_policy, combine, read_policy
 from compressor.checkpoint.container import Safetensors, ShardLayout, lay_out
 from compressor.checkpoint.delta.base import Base
-from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.secrets import leaks
 from compressor.checkpoint.side_files import SideFiles
 from compressor.checkpoint.source import Source, is_cache_scale
@@ -156,7 +155,7 @@ def make_plan(
     notes += [f"{name}: {note}" for name, cost in costs for note in cost.notes]
     if output is not None:
         read = [s.checkpoint.folder for s in (source, *([base.source] if base else ()))]
-        refused = [refusal(output, manifest=MANIFEST_NAME, models=read), store_problem(recipe)]
+        refused = [refusal(output, models=read), store_problem(recipe)]
         problems += filter(None, refused)
     if not problems:
         try:

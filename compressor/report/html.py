@@ -34,10 +34,11 @@ Data = Mapping[str, Any]
 def render(data: Data, *, attention: str = "") -> str:
     """The page for a report's plain data (`ReportData.to_json`); `attention` is HTML about the
     checkpoint's policy."""
+    warnings = "".join(f"<p>{escape(text)}</p>" for text in data["warnings"])
     parts = [
         _header(data),
         _tiles(data),
-        _warnings(data),
+        section("Warnings", warnings) if data["warnings"] else "",
         _gate(data),
         _evaluation(data),
         _passkey(data),
@@ -109,12 +110,6 @@ def _tiles(data: Data) -> str:
         for big, note in tiles
     )
     return f'<div class="tiles">{cells}</div>'
-
-
-def _warnings(data: Data) -> str:
-    if not data["warnings"]:
-        return ""
-    return section("Warnings", "".join(f"<p>{escape(text)}</p>" for text in data["warnings"]))
 
 
 def _gate(data: Data) -> str:

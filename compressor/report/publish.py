@@ -345,10 +345,6 @@ def _holds(entry: Any, path: Path) -> bool:
         return False
     if entry.lfs is not None:
         return bool(entry.lfs.sha256 == hash_file(path).sha256)
-    return bool(entry.blob_id == _git_hash(path))
-
-
-def _git_hash(path: Path) -> str:
-    """What git calls a file's content: SHA-1 of a header and the bytes."""
+    # Git's name of a file's content: SHA-1 of a header and the bytes.
     data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compressor.checkpoint.container import Container, Safetensors
 from compressor.checkpoint.find import Located
-from compressor.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest
+from compressor.checkpoint.manifest import RECIPE_NAME, read_manifest
 from compressor.checkpoint.source import Source, is_cache_scale
 from compressor.checkpoint.target import ModelTarget
 from compressor.checkpoint.transaction import Progress, write
@@ -118,7 +118,7 @@ def convert(
     """
     source, target = located.source, get_format(format)
     folder, units = source.checkpoint.folder, len(source.layout.units)
-    if (refused := refusal(output, manifest=MANIFEST_NAME, models=[folder])) is not None:
+    if (refused := refusal(output, models=[folder])) is not None:
         raise refused
     if target.name != "dense" and not source.quantized:
         low = source.low_precision

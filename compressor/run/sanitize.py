@@ -16,7 +16,7 @@ from compressor.audit.findings import Audit, TokenScore
 from compressor.audit.prune import pruned_checkpoint
 from compressor.audit.reset import reset_checkpoint
 from compressor.audit.weights import large_rows, row_norms
-from compressor.checkpoint.manifest import MANIFEST_NAME, hash_file
+from compressor.checkpoint.manifest import hash_file
 from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.transaction import write
 from compressor.checkpoint.workspace import lacking_room, refusal
@@ -140,7 +140,7 @@ def sanitize(
     """
     checkpoint = model.checkpoint
     for error in (
-        refusal(output, manifest=MANIFEST_NAME, models=[checkpoint.folder]),
+        refusal(output, models=[checkpoint.folder]),
         lacking_room(output, checkpoint.nbytes),
     ):
         if error is not None:

@@ -21,14 +21,14 @@ MANIFEST = "manifest.json"
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    with owned(tmp_path / "out", manifest=MANIFEST) as work:
+    with owned(tmp_path / "out") as work:
         assert work == tmp_path / "out" / WORK_NAME
         with (
             pytest.raises(InputError, match="another run is writing"),
-            owned(tmp_path / "out", manifest=MANIFEST),
+            owned(tmp_path / "out"),
         ):
             pass
-    with owned(tmp_path / "out", manifest=MANIFEST):
+    with owned(tmp_path / "out"):
         pass
 
 
@@ -37,19 +37,19 @@ def test_what_no_run_of_ours_wrote_is_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     for name, why in (("file", "is a file"), ("full", "holds no run of this program")):
-        with pytest.raises(InputError, match=why), owned(tmp_path / name, manifest=MANIFEST):
+        with pytest.raises(InputError, match=why), owned(tmp_path / name):
             pass
     (tmp_path / "full" / MANIFEST).write_text("{}")
-    with owned(tmp_path / "full", manifest=MANIFEST):
+    with owned(tmp_path / "full"):
         pass
 
 
 def test_a_folder_of_the_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "model")
     for model in (tmp_path / "model", tmp_path / "link"):
-        refused = refusal(tmp_path / "model" / "out", manifest=MANIFEST, models=[model])
+        refused = refusal(tmp_path / "model" / "out", models=[model])
         assert refused is not None and "in the folder of the model" in refused.message
-    assert refusal(tmp_path / "model-w4", manifest=MANIFEST, models=[tmp_path / "model"]) is None
+    assert refusal(tmp_path / "model-w4", models=[tmp_path / "model"]) is None
 
 
 def test_another_run_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ def in_the_way(folder: Path) -> dict[Path, str]:
 
 def test_what_is_in_the_way_is_said(tmp_path: Path) -> None:
     for path, why in in_the_way(tmp_path).items():
-        refused = refusal(path, manifest="manifest.json")
+        refused = refusal(path)
         assert refused is not None and why in refused.message
         if "link" not in path.parts:  # what a link leads to is written
             assert why in (obstacle(path) or "")
     for new in (tmp_path / "new", tmp_path / "far" / "new", tmp_path / "link"):
         assert obstacle(new) is None
-    assert refusal(tmp_path / "new" / "folder", manifest="manifest.json") is None
+    assert refusal(tmp_path / "new" / "folder") is None
     assert obstacle(tmp_path) == "it is a folder"
 
 
@@ -40,7 +40,7 @@ def test_permission_is_asked_for(
     may: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: may or Path(path) != tmp_path)
-    refused = refusal(tmp_path / "a" / "b", manifest="manifest.json")
+    refused = refusal(tmp_path / "a" / "b")
     assert (refused is None) is (obstacle(tmp_path / "file") is None) is may
     if refused is not None:
         assert f"nothing can be written into {tmp_path}: Permission denied" in refused.message

@@ -261,7 +261,7 @@ def test_a_dead_run_leaves_no_lock(tiny_model: Callable[..., Path], tmp_path: Pa
     script = (
         "import os, sys, time; from pathlib import Path\n"
         "from compressor.checkpoint.workspace import owned\n"
-        f"with owned(Path({str(output)!r}), manifest='manifest.json') as work:\n"
+        f"with owned(Path({str(output)!r})) as work:\n"
         "    work.mkdir(); print('locked', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

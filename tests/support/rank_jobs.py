@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
-from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.shards import ShardWriter
 from compressor.checkpoint.workspace import owned
 from compressor.errors import CompressError
@@ -345,7 +344,7 @@ def main() -> None:
         found |= {f.__name__: start(f, jobs, 3) for f in (short_second_time, short_for_one_row)}
         found["seconds of disks"] = time.monotonic() - began
         found["rest"] = start(rest, jobs, 2)
-        with owned(Path(jobs["output"]), manifest=MANIFEST_NAME):
+        with owned(Path(jobs["output"])):
             found["second"] = start(finish, jobs, 2)
         # Another number of ranks continues.
         continued = start(finish, jobs, 2)

@@ -81,7 +81,7 @@ class FP8Weights:
             shape = entries[name].spec.shape
             if not scales:
                 bare.append(name)
-                found[name] = Stored({"weight": name}, shape, _plain)
+                found[name] = Stored({"weight": name}, shape, lambda parts: parts["weight"].float())
                 continue
             if entries[scales[0]].spec.dtype in FP8:
                 raise InputError(f"{scales[0]} is itself float8: it is not known as a scale")
@@ -121,10 +121,6 @@ def multiplier(scale: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         raise InputError("its scale is not finite", hint="the checkpoint is damaged")
     return value
-
-
-def _plain(parts: Mapping[str, Tensor]) -> Tensor:
-    return parts["weight"].float()
 
 
 def _stated_block(declared: Mapping[str, Any]) -> tuple[int, int] | None:

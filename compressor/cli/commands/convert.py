@@ -1,6 +1,5 @@
 """compress convert"""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import click
 
 from compressor.cli.commands.verify import lines
 from compressor.cli.display import size
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.importing import uncollected
 from compressor.cli.junit import Case, verify_cases
 from compressor.cli.options import (
@@ -87,10 +86,8 @@ def command(
         folder = Path(source).expanduser()
         with display.stage("unpickle", max(1, len(list(folder.glob("pytorch_model*.bin"))))):
             written = convert_pickles(folder, output.expanduser(), progress=display.unit)
-        if told.as_json:
-            echo(json.dumps({"ok": True, "files": [str(path) for path in written]}, indent=2))
-        else:
-            echo(f"{output}: {len(written)} files of safetensors")
+        made = {"ok": True, "files": [str(path) for path in written]}
+        say(made, [f"{output}: {len(written)} files of safetensors"], as_json=told.as_json)
         return
     start_driver(device)
     beside = beside_gpu(device) if verifying else nullcontext()
@@ -122,21 +119,16 @@ def command(
     add_cases([Case("convert", f"{done.source_format} to {done.target_format}", output=rounded)])
     if done.verified is not None:
         add_cases(verify_cases(done.verified))
-    if told.as_json:
-        echo(json.dumps({"ok": done.ok, **done.to_json()}, indent=2))
-        click.get_current_context().exit(0 if done.ok else 1)
-    echo(f"{done.output}: {done.source_format} to {done.target_format}, {size(done.nbytes)}")
+    shown = [f"{done.output}: {done.source_format} to {done.target_format}, {size(done.nbytes)}"]
     if done.already:
-        echo("  it was finished before and is left as it is")
-    for note in done.notes:
-        echo(f"  note: {note}")
+        shown.append("  it was finished before and is left as it is")
+    shown += [f"  note: {note}" for note in done.notes]
     if not done.rounded:
-        echo("  nothing was rounded" if target != "dense" else "  dequantized")
-    for report in sorted(done.rounded, key=lambda r: -r.max_relative_error)[:SHOWN]:
-        echo(f"  rounded {report}")
+        shown.append("  nothing was rounded" if target != "dense" else "  dequantized")
+    worst = sorted(done.rounded, key=lambda r: -r.max_relative_error)[:SHOWN]
+    shown += [f"  rounded {report}" for report in worst]
     if len(done.rounded) > SHOWN:
-        echo(f"  and {len(done.rounded) - SHOWN} more tensors, rounded by less")
-    if done.verified is not None:
-        for line in lines(done.verified):
-            echo(line)
+        shown.append(f"  and {len(done.rounded) - SHOWN} more tensors, rounded by less")
+    shown += [] if done.verified is None else lines(done.verified)
+    say({"ok": done.ok, **done.to_json()}, shown, as_json=told.as_json)
     click.get_current_context().exit(0 if done.ok else 1)

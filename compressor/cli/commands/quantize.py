@@ -130,7 +130,6 @@ def command(
         start_ranks(gpus)
     start_driver(device)
     with uncollected():
-        from compressor.checkpoint.manifest import MANIFEST_NAME
         from compressor.checkpoint.workspace import refusal
         from compressor.plan.choose import choose
         from compressor.plan.recipe import make_recipe
@@ -145,7 +144,7 @@ def command(
             device=device,
         )
         where, own = target.expanduser(), source.checkpoint.folder
-        if (refused := refusal(where, manifest=MANIFEST_NAME, models=[own])) is not None:
+        if (refused := refusal(where, models=[own])) is not None:
             raise refused
         if bits_per_weight is None:
             choice = choose(wish, source)

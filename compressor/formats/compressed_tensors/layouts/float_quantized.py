@@ -47,12 +47,10 @@ class FloatQuantized(CTLayout):
             return "it has one level of scales and no zero points"
         if scheme.input is not None and scheme.input.mode in ("local", "mx"):
             return "its inputs have a scale per token, tensor or group"
-        for spec in (scheme.weight, scheme.input):
-            grouped = isinstance(spec, QuantSpec) and spec.strategy == "group"
-            grouped = grouped or (isinstance(spec, ActivationSpec) and spec.mode == "group")
-            if spec is not None and grouped and shape[1] % (spec.group_size or 1):
-                return f"{shape[1]} inputs do not divide into groups of {spec.group_size}"
-        return None
+        size = scheme.weight.group_size if scheme.weight.strategy == "group" else None
+        if shape[1] % (size or 1):
+            return f"{shape[1]} inputs do not divide into groups of {size}"
+        return inputs.uneven_inputs(scheme.input, shape)
 
     def layout(
         self, spec: QuantSpec, shape: tuple[int, int], *, input: ActivationSpec | None

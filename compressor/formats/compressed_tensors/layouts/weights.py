@@ -42,7 +42,11 @@ def read_int_weight(
     args: Mapping[str, Any], tensors: Mapping[str, TensorShape], *, format: str
 ) -> QuantSpec:
     """The spec of an integer weight; InputError for what no sub-format of integers holds."""
-    refuse_reordering(args)
+    if args.get("actorder") in (True, "group", "dynamic"):
+        raise InputError(
+            f"weights.actorder {args['actorder']!r} spreads a group over distant inputs",
+            hint="supported: null, 'weight' and 'static'",
+        )
     strategy = strategy_of(args)
     if args.get("type", "int") != "int" or strategy == "block":
         raise InputError(f"weights {args.get('type')!r} by {strategy!r} in {format}")
@@ -78,15 +82,6 @@ def whole_number(args: Mapping[str, Any], key: str, *, low: int, high: int) -> i
     if type(value) is not int or not low <= value <= high:
         raise InputError(f"weights.{key} is {value!r}, not a whole number of {low} to {high}")
     return value
-
-
-def refuse_reordering(args: Mapping[str, Any]) -> None:
-    """InputError for activation orders that change which group an input belongs to."""
-    if args.get("actorder") in (True, "group", "dynamic"):
-        raise InputError(
-            f"weights.actorder {args['actorder']!r} spreads a group over distant inputs",
-            hint="supported: null, 'weight' and 'static'",
-        )
 
 
 def stored_dtype(tensors: Mapping[str, TensorShape]) -> torch.dtype:
