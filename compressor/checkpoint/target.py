@@ -6,7 +6,7 @@ by a recipe or converted.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -276,10 +276,7 @@ class ModelTarget:
         return not self._is_float(linear) and scheme.input is None
 
     def _leaves(self, linear: Linear) -> dict[str, TensorShape]:
-        return self._shapes_of(self.schemes.linears[linear.name], linear.shape)
-
-    def _shapes_of(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorShape]:
-        return _shapes_of(self.format, scheme, shape, self.dtype)
+        return _shapes_of(self.format, self.schemes.linears[linear.name], linear.shape, self.dtype)
 
     def _stackable(self, linear: Linear) -> bool:
         """Whether linears of this shape may be packed one above the other."""
@@ -290,7 +287,8 @@ class ModelTarget:
         if not (spec.rows_apart and self.format.rows_apart):
             return False
         rows, columns = linear.shape
-        one, two = (self._shapes_of(scheme, (n * rows, columns)) for n in (1, 2))
+        shapes = partial(_shapes_of, self.format, scheme, dtype=self.dtype)
+        one, two = (shapes(shape=(n * rows, columns)) for n in (1, 2))
         return all(
             two[leaf].shape in (spec.shape, (2 * spec.shape[0], *spec.shape[1:]))
             for leaf, spec in one.items()

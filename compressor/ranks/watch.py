@@ -50,7 +50,12 @@ class Watch:
 
     def failed(self, error: BaseException) -> None:
         """Tell the others why this rank ends."""
-        self._say("failed", {"code": _code(error), "text": _text(error)})
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        code = 130 if stopped else int(getattr(error, "exit_code", LOST))
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, CompressError):
+            text = error.message
+        self._say("failed", {"code": code, "text": text})
 
     def ended(self) -> None:
         """Tell them that it has done its work."""
@@ -118,16 +123,6 @@ class Watch:
             hint = "\n  hint: the same command continues" if code == LOST else ""
             os.write(2, printable(f"error: {why}{hint}\n").encode())
         os._exit(code)
-
-
-def _code(error: BaseException) -> int:
-    if isinstance(error, Interrupted | KeyboardInterrupt):
-        return 130
-    return int(getattr(error, "exit_code", LOST))
-
-
-def _text(error: BaseException) -> str:
-    return error.message if isinstance(error, CompressError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

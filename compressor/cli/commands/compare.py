@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressor.cli.echo import echo
+from compressor.cli.echo import say
 from compressor.cli.options import MODEL, Told, device_option, telling_options
 from compressor.cli.written import WRITTEN, write_file
 
@@ -84,14 +83,10 @@ def command(
     over = "Nothing was evaluated." if tokens is None else f"Over {windows} x {length} tokens."
     if page is not None:
         write_file(page, page_of(found, text=over).encode())
-    if told.as_json:
-        name = None if reference is None else sides[reference].name
-        about = {"reference": name, "windows": windows, "length": length, "text": text}
-        echo(json.dumps({"ok": True, **about, "checkpoints": found}, indent=2))
-        return
-    for line in lines(found):
-        echo(line)
-    if reference is None:
+    name = None if reference is None else sides[reference].name
+    about = {"ok": True, "reference": name, "windows": windows, "length": length, "text": text}
+    say({**about, "checkpoints": found}, lines(found), as_json=told.as_json)
+    if reference is None and not told.as_json:
         hint = "none of them is unquantized: --against ORIGINAL adds KL and errors"
         display.event("note", text=hint)
 
