@@ -7,6 +7,8 @@ may be undone by a crash, whatever was synced before it.
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,13 +30,20 @@ def move(source: Path, target: Path) -> None:
         sync_folder(source.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames into a folder durable."""
+@contextmanager
+def opened(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        yield handle
     finally:
         os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames into a folder durable."""
+    with opened(folder) as handle:
+        os.fsync(handle)
 
 
 def in_the_way(path: Path) -> str | None:

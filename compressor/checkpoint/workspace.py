@@ -6,14 +6,13 @@ Until the run has finished, everything it wrote lies in a hidden folder inside t
 import errno
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.durable import in_the_way, make_folder, own_folder
+from compressor.checkpoint.durable import in_the_way, make_folder, opened, own_folder
 from compressor.checkpoint.manifest import MANIFEST_NAME
 from compressor.checkpoint.records import Records
 from compressor.errors import InputError, MachineError
@@ -90,8 +89,7 @@ def owned(output: Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         raise InputError(f"cannot create {output}: {error.strerror or error}") from error
-    handle = os.open(output, os.O_RDONLY)
-    try:
+    with opened(output) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -107,35 +105,28 @@ def owned(output: Path) -> Iterator[Path]:
         if (refused := refusal(output)) is not None:
             raise refused
         yield output / WORK_NAME
-    finally:
-        os.close(handle)
 
 
 def require_no_writer(work: Path) -> None:
     """Raises InputError while ranks of a run whose leading one has ended may still write."""
     own_folder(work)
-    handle = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with opened(work) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
             f"ranks of a run that was ended still write into {work.parent}",
             hint="they end within a minute; then the same command continues",
         ) from None
-    finally:
-        os.close(handle)
 
 
 @contextmanager
 def writing_beside(work: Path) -> Iterator[None]:
     """Keeps another run from writing for the length of a `with`, though the leading rank, which has
     locked the output, may have ended."""
-    handle = os.open(work, os.O_RDONLY)
-    try:
+    with opened(work) as handle:
         fcntl.flock(handle, fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(handle)
 
 
 def claim(work: Path, fingerprint: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from compressor.cli.display import Display, LogFormat
 from compressor.cli.junit import Case, junit
-from compressor.cli.written import WRITTEN
+from compressor.cli.written import WRITTEN, OnDisk
 from compressor.plan.byte_sizes import parse_size
 
 if TYPE_CHECKING:
@@ -23,46 +23,31 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Size(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
-    """Bytes, as a number or such as 5GB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes. A usage error where there are none."""
-        try:
-            size = int(parse_size(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if size < 1:
-            self.fail(f"{value!r} is no size", param, ctx)
-        return size
+def size(value: Any) -> int:
+    """Bytes, as a number or such as 5GB. A usage error where there are none."""
+    try:
+        count = int(parse_size(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    if count < 1:
+        raise click.BadParameter(f"{value!r} is no size")
+    return count
 
 
-class Device(click.ParamType):  # type: ignore[type-arg]
-    """A device by name, whether it is there or not."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name. A usage error for what is none."""
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
-            self.fail(f"{value!r} is not a device; cpu, cuda or cuda:1 are", param, ctx)
-        return str(value)
+def device(value: str) -> str:
+    """A device by name, whether it is there or not. A usage error for what is none."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
+        raise click.BadParameter(f"{value!r} is not a device; cpu, cuda or cuda:1 are")
+    return value
 
 
-class Model(click.ParamType):  # type: ignore[type-arg]
+class Model(OnDisk):
     """A folder, a GGUF file or a Hub id: a shell completes what lies on the disk."""
 
     name = "text"
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
 
-
-class KnownName(click.ParamType):  # type: ignore[type-arg]
+class KnownName(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
     """A name, of which the shell completes those that `names` gives, asked only then."""
 
     def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
@@ -87,26 +72,16 @@ def known_formats() -> Iterable[str]:
     return format_names()
 
 
-class Pads(click.ParamType):  # type: ignore[type-arg]
-    """How many of the first and of the last blocks, as 2,2."""
-
-    name = "pads"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        """Both counts. A usage error for what is none."""
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"([0-9]{1,4}),([0-9]{1,4})", value)
-        if found is None:
-            self.fail(f"{value!r} does not say two numbers of blocks, such as 2,2", param, ctx)
-        return int(found[1]), int(found[2])
+def pads(value: str) -> tuple[int, int]:
+    """How many of the first and of the last blocks, as 2,2. A usage error for what is none."""
+    found = re.fullmatch(r"([0-9]{1,4}),([0-9]{1,4})", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} does not say two numbers of blocks, such as 2,2")
+    return int(found[1]), int(found[2])
 
 
-SIZE, DEVICE, MODEL, PADS = Size(), Device(), Model(), Pads()
+MODEL, PADS = Model(), pads
 
-RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)
 
 REPLACED = ("overrides", "model", "output", "max_shard_size", "runtime")
@@ -161,7 +136,7 @@ def recipe_options(function: Command) -> Command:
             help="Replace a key: calibration.samples=64, passes.awq.bits=3. Repeatable.",
         ),
         click.option(
-            "--max-shard-size", type=SIZE, metavar="SIZE", help="Largest output file, such as 5GB."
+            "--max-shard-size", type=size, metavar="SIZE", help="Largest output file, such as 5GB."
         ),
         runtime_option,
         click.option(
@@ -173,7 +148,7 @@ def recipe_options(function: Command) -> Command:
             type=MODEL,
             help="Folder, GGUF file or Hub id, in place of the recipe's.",
         ),
-        click.argument("recipe", type=RECIPE),
+        click.argument("recipe", type=FOLDER),
     ):
         found = decorate(found)
     return found
@@ -199,7 +174,7 @@ def folder_argument(name: str) -> Callable[[Command], Command]:
 
 
 shard_option = click.option(
-    "--max-shard-size", type=SIZE, metavar="SIZE", default="5GB", help="Largest output file."
+    "--max-shard-size", type=size, metavar="SIZE", default="5GB", help="Largest output file."
 )
 
 
@@ -215,7 +190,7 @@ def checkpoint_options(function: Command) -> Command:
 
 
 device_option = click.option(
-    "--device", type=DEVICE, metavar="TEXT", default="auto", help="cpu, cuda or cuda:1."
+    "--device", type=device, metavar="TEXT", default="auto", help="cpu, cuda or cuda:1."
 )
 
 
@@ -223,7 +198,7 @@ def device_options(function: Command) -> Command:
     """Where to compute, and how much memory may be taken there."""
     memory = click.option(
         "--device-memory",
-        type=SIZE,
+        type=size,
         metavar="SIZE",
         help="Bound on device memory, such as 5GB: smaller batches, then inputs in main memory, "
         "and experts, of which some at a time are brought from there.",

@@ -12,7 +12,16 @@ from compressor.cli.echo import echo
 from compressor.errors import InputError, MachineError
 
 
-class WrittenFile(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
+class OnDisk(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
+    """What a shell completes by the files that are there."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class WrittenFile(OnDisk):
     """A file to write, in folders that may not be there yet. A device or a pipe is one, too."""
 
     name = "file"
@@ -23,11 +32,6 @@ class WrittenFile(click.ParamType):  # type: ignore[type-arg]  # no generic befo
         if (why := obstacle(path)) is not None:
             self.fail(f"cannot write {path}: {why}", param, ctx)
         return path
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
 
 
 WRITTEN = WrittenFile()

@@ -12,6 +12,7 @@ from typing import Any
 
 import lm_eval
 import torch
+from compressor_calibration.passkeys import encode
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import Tensor
@@ -71,7 +72,7 @@ class StreamedLM(LM):  # type: ignore[misc]
         bos = tokenizer.bos_token_id
         alone = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         # What the tokenizer puts before every text by itself.
-        self._begin = [int(bos)] if alone and self._encode("a")[:1] != [bos] else []
+        self._begin = [int(bos)] if alone and encode(self.tokenizer, "a")[:1] != [bos] else []
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For (context, continuation): log-probability of the continuation, and whether greedy
@@ -91,7 +92,7 @@ class StreamedLM(LM):  # type: ignore[misc]
         rows: list[_Row] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            ids = [self._first(), *self._encode(request.args[0])]
+            ids = [self._first(), *encode(self.tokenizer, request.args[0])]
             for start in range(0, len(ids) - 1, self.length):
                 window = ids[start : start + self.length + 1]
                 rows.append(_Row(len(rows), tuple(window), len(window) - 1))
@@ -108,19 +109,13 @@ class StreamedLM(LM):  # type: ignore[misc]
             hint="choose multiple-choice tasks such as arc_easy, hellaswag or piqa",
         )
 
-    def _encode(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        return found
-
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both texts, cut where the context ends; spaces go with what follows them."""
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         if not bare:
-            return [self._first()], self._encode(continuation)
-        before, whole = self._encode(bare), self._encode(bare + continuation)
+            return [self._first()], encode(self.tokenizer, continuation)
+        before, whole = encode(self.tokenizer, bare), encode(self.tokenizer, bare + continuation)
         return [*self._begin, *whole[: len(before)]], whole[len(before) :]
 
     def _first(self) -> int:

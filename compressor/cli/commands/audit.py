@@ -1,20 +1,16 @@
 """compress audit"""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from compressor.audit.findings import Audit, TokenSweep
 from compressor.audit.pace import paced
 from compressor.cli.echo import say
 from compressor.cli.junit import Case
 from compressor.cli.options import MODEL, Told, add_cases, device_option, telling_options
 from compressor.cli.written import WRITTEN, write_file
-
-if TYPE_CHECKING:
-    from compressor.audit.findings import Audit, TokenSweep
 
 LISTED = 10
 

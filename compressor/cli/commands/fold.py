@@ -32,7 +32,7 @@ from compressor.cli.options import FOLDER, Told, folder_argument, telling_option
 @click.option("--start", type=click.IntRange(0), help="Last step with the plain text.")
 @click.option("--encoder", default="image_encoder", help="Prefix of names.")
 @click.option("--fuse", default="postfuse_module", help="Prefix of names.")
-@click.option("--text-encoder", default="text_encoder", help="Prefix of names.")
+@click.option("--text-encoder", "text", default="text_encoder", help="Prefix of names.")
 @telling_options
 def command(
     model: Path,
@@ -44,10 +44,8 @@ def command(
     steps: int,
     alpha: float | None,
     start: int | None,
-    encoder: str,
-    fuse: str,
-    text_encoder: str,
     told: Told,
+    **parts: str,
 ) -> None:
     """Put vectors of subjects in place of the image encoder of a FastComposer model.
 
@@ -89,7 +87,7 @@ def command(
             texts=texts,
             placeholder=placeholder,
             schedule=schedule,
-            parts=Parts(encoder, fuse, text_encoder),
+            parts=Parts(**parts),
             known=None if known is None else read_conditions(known),
             progress=display.unit,
         )

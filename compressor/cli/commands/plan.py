@@ -41,13 +41,7 @@ if TYPE_CHECKING:
 @gpus_option
 @junit_option
 @json_option
-def command(
-    asked: Callable[[], Recipe],
-    device: str,
-    device_memory: int | None,
-    gpus: str | None,
-    as_json: bool,
-) -> None:
+def command(**options: Any) -> None:
     """Show what a run would do and cost, and everything that is wrong with it.
 
     Reads config.json, tensor headers and the first rows of the data (from the Hub over the
@@ -61,7 +55,7 @@ def command(
     """
     # What is made of tens of thousands of experts' headers stays until the end.
     with uncollected():
-        show_plan(asked, device=device, device_memory=device_memory, gpus=gpus, as_json=as_json)
+        show_plan(**options)
 
 
 def show_plan(

@@ -1,10 +1,7 @@
 """compress verify"""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -22,9 +19,7 @@ from compressor.cli.several import gpus_option, joined_ranks, start_ranks
 from compressor.ranks.place import place_of
 from compressor.runner.driver import start_driver
 from compressor.verify.apart import beside_gpu
-
-if TYPE_CHECKING:
-    from compressor.verify.findings import VerifyReport
+from compressor.verify.findings import VerifyReport
 
 
 @click.command()
