@@ -6,7 +6,7 @@ one, and there is never a second copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class SiteStats:
     bands        of the Gram matrix that are summed here, by number, where others sum the rest:
                  whoever has all of them adds up `partial` before anything is read
     cross_bands  the same of the cross product
+    sums         zeros to add to, where they are not made here
     """
 
     def __init__(
@@ -58,16 +59,17 @@ class SiteStats:
         device: torch.device | str,
         bands: Collection[int] | None = None,
         cross_bands: Collection[int] | None = None,
+        sums: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.channels = channels
         self.needs = needs
         self.device = torch.device(device)
         self._bands, self._cross_bands = bands, cross_bands
-        self._counts = self._zeros((2,), torch.int64)  # vectors that are finite, and that are not
+        own = sums or {n: x[0] for n, x in _zero_sums(channels, needs, self.device, 1).items()}
+        self._counts = own["counts"]  # vectors that are finite, and that are not
         self._counted: tuple[int, int] | None = None  # the same, once asked for
-        self._abssum = self._zeros((channels,)) if needs.absmean else None
-        self._absmax = self._zeros((channels,)) if needs.absmax else None
-        self._gram = self._zeros((channels, channels)) if needs.gram else None
+        self._abssum, self._absmax = own.get("abssum"), own.get("absmax")
+        self._gram = own.get("gram")
         self._one_sided = False
         self._cross: Tensor | None = None  # there once a vector of the original is
         self._kept: list[Tensor] = []
@@ -201,6 +203,30 @@ class SiteStats:
         if value is None:
             raise ValueError(f"{name} was not collected at this site")
         return value
+
+
+def alike(
+    channels: int, needs: StatNeeds, count: int, *, device: torch.device | str
+) -> list[SiteStats]:
+    """Accumulators of several sites that are alike, whose sums are made at once."""
+    sums = _zero_sums(channels, needs, torch.device(device), count)
+    return [
+        SiteStats(channels, needs, device=device, sums={n: x[i] for n, x in sums.items()})
+        for i in range(count)
+    ]
+
+
+def _zero_sums(
+    channels: int, needs: StatNeeds, device: torch.device, count: int
+) -> dict[str, Tensor]:
+    """Zeros for the sums of each of several sites."""
+    sides = {"abssum": (needs.absmean, 1), "absmax": (needs.absmax, 1), "gram": (needs.gram, 2)}
+    found = {"counts": torch.zeros(count, 2, dtype=torch.int64, device=device)}
+    for name, (wanted, dimensions) in sides.items():
+        if wanted:
+            shape = count, *[channels] * dimensions
+            found[name] = torch.zeros(shape, dtype=torch.float32, device=device)
+    return found
 
 
 @torch.no_grad()

@@ -16,6 +16,9 @@ Handing = Mapping[str, int | Literal["tokens", "filled"]]
 of its rows, of which the model makes a value for each block; a mapping that blocks fill and read.
 """
 
+TOGETHER = 2**24
+"""Values of experts that are put into a stack at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -162,12 +165,13 @@ class Stack:
         if (placed := _placed(first[0], names, tensors, rows)) is not None:
             return placed
         out = first[0].new_empty(len(names), rows, *first[0].shape[1:])
-        for e, expert in enumerate(names):
-            parts = [tensors[n] for n in expert]  # one expert at a time: they may be made for it
+        step = max(1, TOGETHER * len(names) // max(1, out.numel()))
+        for e in range(0, len(names), step):  # some experts at a time: they may be made for it
+            parts = [tensors[n] for expert in names[e : e + step] for n in expert]
             if any(part.requires_grad for part in parts):
                 out = torch.stack([torch.cat([tensors[n] for n in expert]) for expert in names])
                 break
-            torch.cat(parts, out=out[e])
+            torch.cat(parts, out=out[e : e + step].flatten(0, 1))
         if self.interleaved:
             apart = out.view(len(names), len(self.sources), -1, *out.shape[2:])
             out = apart.transpose(1, 2).reshape(out.shape)

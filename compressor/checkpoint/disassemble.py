@@ -37,6 +37,9 @@ def packed(
                another in a file
     """
 
+    # What has no row for each of a weight's follows from its shape.
+    of_shape: dict[Hashable, dict[str, Tensor]] = {}
+
     def kind(linear: Linear) -> Hashable:
         alike = linear.expert is not None and stackable(linear)
         return schemes.linears[linear.name] if alike else linear.name
@@ -65,9 +68,14 @@ def packed(
 
         if len(linears) == 1:
             return there(encode(every[0]))
-        together, one = encode(QTensor.above(every)), encode(every[0])
-        alike = leaves(first)
-        found = {n: one[n] if t.shape == alike[n].shape else t for n, t in together.items()}
+        together, alike = encode(QTensor.above(every)), leaves(first)
+        apart = {n for n, tensor in together.items() if tensor.shape != alike[n].shape}
+        found, kind = {n: t for n, t in together.items() if n in apart}, (scheme, first.shape)
+        if found.keys() != together.keys():
+            if kind not in of_shape:
+                one = encode(every[0])
+                of_shape[kind] = {n: t for n, t in one.items() if n not in apart}
+            found |= of_shape[kind]
         return there(found)
 
     def made(groups: Iterable[Sequence[Linears]]) -> dict[str, Tensor]:

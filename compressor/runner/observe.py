@@ -17,6 +17,7 @@ from compressor_calibration.stats import (
     KVStats,
     SiteStats,
     StatNeeds,
+    alike,
     count_each,
     update_each,
 )
@@ -319,7 +320,7 @@ class _LazyStats(Mapping[str, SiteStats]):
             raise KeyError(sites)
         downs = [self._block.unit.site_linears(site)[0] for site in sites]
         device, needs = self._block.runner.device, self._needs[sites[0]]
-        stats = [SiteStats(down.in_features, needs, device=device) for down in downs]
+        stats = alike(downs[0].in_features, needs, len(downs), device=device)
         experts = [down.expert for down in downs if down.expert is not None]
         for places, inputs in self._experts.entering_down(experts):
             update_each([stats[place] for place in places], inputs)
