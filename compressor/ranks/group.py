@@ -371,11 +371,8 @@ def _framed(mine: bytes, tell: Callable[[bytes, int], list[bytes]]) -> list[byte
 
 def _space(data: bytes, room: int) -> Tensor:
     """Bytes in a tensor that has room for as many or more."""
-    space = torch.zeros(room, dtype=torch.uint8)
-    if data and room:
-        some = data[:room]
-        space[: len(some)] = torch.frombuffer(bytearray(some), dtype=torch.uint8)
-    return space
+    padded = bytearray(data[:room].ljust(room, b"\0"))
+    return torch.frombuffer(padded, dtype=torch.uint8) if room else torch.empty(0).byte()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
