@@ -104,26 +104,16 @@ class SiteStats:
             original = original.detach().to(self.device).reshape(x.shape)
         return _look(self.needs, x, [len(x)], original)[0]
 
-    @torch.no_grad()
     def add(self, seen: Sequence[Tensor]) -> None:
         """Add what `look` gave, here or elsewhere: the same sums in the same order have the same
         bits."""
-        if not seen:
-            return
-        parts = iter(seen)
-        self._counts += next(parts)
-        self._counted = None
-        if self._abssum is not None:
-            self._abssum += next(parts)
-        if self._absmax is not None:
-            torch.maximum(self._absmax, next(parts), out=self._absmax)
-        x = next(parts, None)
-        if x is None:
-            return
+        _add_each([self], [seen])
+
+    def _add_vectors(self, x: Tensor, theirs: Tensor | None = None) -> None:
+        """Add products, and keep what is to be kept."""
         if self._gram is not None:
             add_gram(self._gram, x, self._bands)
             self._one_sided = True
-        theirs = next(parts, None)
         if theirs is not None:
             if self._cross is None:
                 self._cross = self._zeros((self.channels, self.channels))
@@ -235,8 +225,27 @@ def update_each(sites: Sequence[SiteStats], parts: Sequence[Tensor]) -> None:
     what is done to values one by one is done to those of all at once, to the same bits."""
     together = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     every = _look(sites[0].needs, together.detach(), [len(part) for part in parts], None)
-    for site, seen in zip(sites, every, strict=True):
-        site.add(seen)
+    _add_each(sites, every)
+
+
+@torch.no_grad()
+def _add_each(sites: Sequence[SiteStats], every: Sequence[Sequence[Tensor]]) -> None:
+    """`SiteStats.add` of sites that are alike: sums of all in one step."""
+    given = [(site, iter(seen)) for site, seen in zip(sites, every, strict=True) if seen]
+    if not given:
+        return
+    torch._foreach_add_([x._counts for x, _ in given], [next(seen) for _, seen in given])
+    sums = [x._abssum for x, _ in given if x._abssum is not None]
+    if sums:
+        torch._foreach_add_(sums, [next(seen) for _, seen in given])
+    largest = [x._absmax for x, _ in given if x._absmax is not None]
+    if largest:
+        torch._foreach_maximum_(largest, [next(seen) for _, seen in given])
+    for site, seen in given:
+        site._counted = None
+        vectors = list(seen)
+        if vectors:
+            site._add_vectors(*vectors)
 
 
 def count_each(sites: Sequence[SiteStats]) -> None:

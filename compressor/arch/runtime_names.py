@@ -10,14 +10,12 @@ from torch import Tensor
 
 from compressor.ir.floats import elsewhere, room_for
 from compressor.ir.layout import Linear, Rows, TensorRef, UnitLayout, bias_name, weight_name
+from compressor.ir.same_shape import STACKS
 
 Handing = Mapping[str, int | Literal["tokens", "filled"]]
 """Argument of a block → where it comes from: a place in the outputs of the block before; the tokens
 of its rows, of which the model makes a value for each block; a mapping that blocks fill and read.
 """
-
-TOGETHER = 2**24
-"""Values of experts that are put into a stack at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +163,8 @@ class Stack:
         if (placed := _placed(first[0], names, tensors, rows)) is not None:
             return placed
         out = first[0].new_empty(len(names), rows, *first[0].shape[1:])
-        step = max(1, TOGETHER * len(names) // max(1, out.numel()))
-        for e in range(0, len(names), step):  # some experts at a time: they may be made for it
+        step = max(1, len(names) // STACKS)  # so many are made for it at a time, where they are
+        for e in range(0, len(names), step):
             parts = [tensors[n] for expert in names[e : e + step] for n in expert]
             if any(part.requires_grad for part in parts):
                 out = torch.stack([torch.cat([tensors[n] for n in expert]) for expert in names])

@@ -66,7 +66,8 @@ def gram_error(delta: Tensor, gram: Tensor, *, tiles: GramTiles | None = None) -
     from compressor_kernels.search.gram_error_jit import gram_kernel
 
     work, most = _work(count, rows, columns, tiles, delta.device)
-    parts = torch.zeros(count, most, dtype=torch.float32, device=delta.device)  # some have fewer
+    make = torch.empty if len(work) == count * most else torch.zeros  # where some have fewer
+    parts = make(count, most, dtype=torch.float32, device=delta.device)
     delta, gram = _copyable(delta[0] if count == 1 else delta.flatten(0, 1)), dense(gram)
     gram_kernel[(len(work),)](
         TensorDescriptor.from_tensor(delta, [tiles.block_k, tiles.block_m]),
