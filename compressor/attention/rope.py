@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine [positions, channels] of an embedding, halves paired as in Llama."""
+from compressor.runner.attention_call import Rotary as Rotary
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """x [rows, heads, length, head_dim] rotated by tables [length, channels]; channels beyond the
-    tables stay. Computed in float32."""
+    """x [rows, heads, length, head_dim] rotated by tables [length, channels], halves paired as in
+    Llama; channels beyond the tables stay. Computed in float32."""
     cos, sin = (table.to(x.device, torch.float32) for table in rotary)
     turning, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
     a, b = turning.chunk(2, dim=-1)

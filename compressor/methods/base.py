@@ -40,6 +40,9 @@ from compressor.runner.source_model import SourceModel
 
 L = TypeVar("L", bound=Learned)
 
+OF_METHODS = {"targets", "ignore"}
+"""Parameters of every method, of which a rule knows nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effects:
@@ -159,6 +162,11 @@ class Method(Strict):
         """The linears this method is for."""
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         return Selection(targets=tuple(targets), ignore=tuple(self.ignore))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of its own, as a policy names them."""
+        return self.model_dump(mode="json", exclude=OF_METHODS)
 
     def altered(self, *names: str) -> list[str]:
         """Those of the parameters that have another value than by default. What a recipe spells

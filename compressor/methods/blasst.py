@@ -217,8 +217,7 @@ class Blasst(ModelPass[Fits]):
             if (fit := getattr(found, phase)) is not None
         }
         rule = Skipping(**phases, rows=self.rows, keys=self.keys, targets=tuple(found.targets))
-        parameters = self.model_dump(mode="json", exclude={"targets", "ignore"})
-        made_by = {"blasst": {"parameters": parameters, **found.figures()}}
+        made_by = {"blasst": {"parameters": self.parameters, **found.figures()}}
         return rule_policy(layout, rule, made_by=made_by)
 
 

@@ -17,7 +17,7 @@ from compressor.attention.policy import AttentionPolicy, rule_policy
 from compressor.attention.rules.infllm_memory import InfLLMMemory as Memory
 from compressor.errors import InputError
 from compressor.ir.layout import ModelLayout
-from compressor.methods.base import Cost, ModelPass
+from compressor.methods.base import OF_METHODS, Cost, ModelPass
 from compressor.methods.common.context import PlanContext
 from compressor.methods.common.learned import Learned
 
@@ -45,7 +45,7 @@ class InfLLMMemory(ModelPass[Learned]):
 
     @property
     def _rule(self) -> Memory:
-        return Memory(**self.model_dump(exclude={"targets", "ignore"}))
+        return Memory(**self.model_dump(exclude=OF_METHODS))
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
         trained = context.layout.sizes.positions
@@ -65,5 +65,5 @@ class InfLLMMemory(ModelPass[Learned]):
         )
 
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
-        made_by = {"infllm_memory": self.model_dump(mode="json", exclude={"targets", "ignore"})}
+        made_by = {"infllm_memory": self.parameters}
         return rule_policy(layout, self._rule, made_by=made_by, positions="slot")

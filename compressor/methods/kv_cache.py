@@ -20,12 +20,6 @@ from compressor.methods.base import Effects, Needs, Pass
 from compressor.methods.common.context import PassContext, PassResult, PlanContext
 from compressor.numerics.activations import static_kv_scale
 
-ELEMENTS: dict[str, Literal["fp8_e4m3", "int8", "int4"]] = {
-    "fp8": "fp8_e4m3",
-    "int8": "int8",
-    "int4": "int4",
-}
-
 
 class KvCache(Pass):
     """Have keys and values of the whole model quantized in the cache."""
@@ -53,8 +47,9 @@ class KvCache(Pass):
     @property
     def spec(self) -> KVSpec:
         """How keys and values are stored."""
-        per: Literal["tensor", "head", "token_head"] = self.scales
-        return KVSpec(ELEMENTS[self.element], "token_head" if self.element == "int4" else per)
+        if self.element == "int4":
+            return KVSpec("int4", "token_head")
+        return KVSpec("fp8_e4m3" if self.element == "fp8" else "int8", self.scales)
 
     def effects(self) -> Effects:
         return Effects(kv=self.spec)

@@ -204,7 +204,6 @@ class LServe(ModelPass[Budget]):
             weigh=self.weigh or "max",
             first=self.first or 0,
         )
-        about = self.model_dump(mode="json", exclude={"targets", "ignore"})
         return rule_policy(
             layout,
             self._rule(
@@ -213,6 +212,6 @@ class LServe(ModelPass[Budget]):
                 weigh=chosen.weigh,
                 init_blocks=chosen.first,
             ),
-            made_by={"lserve": {**about, **chosen.figures()}},
+            made_by={"lserve": {**self.parameters, **chosen.figures()}},
             dense=self.dense_layers,
         )

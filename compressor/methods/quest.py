@@ -66,5 +66,5 @@ class Quest(ModelPass[Learned]):
         return Cost(notes=(reads(self.block_choice) + whole,))
 
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
-        made_by = {"quest": self.model_dump(mode="json", exclude={"targets", "ignore"})}
+        made_by = {"quest": self.parameters}
         return rule_policy(layout, self.block_choice, made_by=made_by, dense=self.dense_layers)

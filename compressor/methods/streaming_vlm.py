@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from compressor.attention.token_classes import FAMILIES, POLICY_NAME, StreamSizes
 from compressor.errors import InputError
-from compressor.methods.base import Cost, ModelPass
+from compressor.methods.base import OF_METHODS, Cost, ModelPass
 from compressor.methods.common.context import LearnContext, LearnResult, PlanContext
 from compressor.methods.common.learned import Learned
 from compressor.runner.source_model import SourceModel
@@ -45,7 +45,7 @@ class StreamingVLM(ModelPass[Learned]):
     @property
     def sizes(self) -> StreamSizes:
         """What stays."""
-        return StreamSizes(**self.model_dump(exclude={"targets", "ignore"}))
+        return StreamSizes(**self.model_dump(exclude=OF_METHODS))
 
     def check(self, context: PlanContext) -> Iterator[InputError]:
         family = context.config.get("model_type")

@@ -121,7 +121,7 @@ class XAttention(ModelPass[Thresholds]):
             LayerPolicy(rules=() if number in self.dense_layers else (rule,))
             for number, rule in enumerate(rules)
         ]
-        about = self.model_dump(mode="json", exclude={"targets", "ignore"})
+        about = self.parameters
         about |= {} if calibrated is None else {"calibrated": calibrated}
         return policy_of(layout, layers, made_by={"xattention": about})
 

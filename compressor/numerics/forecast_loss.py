@@ -80,14 +80,6 @@ def chosen_by(
     return blocks
 
 
-def free_blocks(blocks: Tensor, rule: BlockRule, *, tokens: int, behind: int) -> Tensor:
-    """Which of the chosen blocks no rule forces: bool [B, S, Tq, K]."""
-    q_len = blocks.shape[2]
-    position = torch.arange(tokens - behind - q_len, tokens - behind, device=blocks.device)
-    own = (position // rule.block_size)[:, None]
-    return (blocks >= rule.init_blocks) & (blocks < own - rule.local_blocks)
-
-
 def bucketed_kl(
     teacher: Tensor,
     student: Tensor,
@@ -103,7 +95,10 @@ def bucketed_kl(
     blocks: what the teacher chooses; only those that no rule forces have buckets of their own.
     """
     n, ratio = teacher.shape[-1], deployed.ratio(rule)
-    free = free_blocks(blocks, rule, tokens=tokens, behind=behind)
+    stop = tokens - behind
+    position = torch.arange(stop - blocks.shape[2], stop, device=blocks.device)
+    own = (position // rule.block_size)[:, None]
+    free = (blocks >= rule.init_blocks) & (blocks < own - rule.local_blocks)
     inner = torch.arange(ratio, device=blocks.device)
     window = (blocks.long().clamp(min=0)[..., None] * ratio + inner).clamp(max=n - 1).flatten(-2)
     used = free[..., None].expand(*free.shape, ratio).flatten(-2)

@@ -59,11 +59,6 @@ def keep_full(gates: Tensor, share: float) -> Tensor:
     return full.reshape(gates.shape)
 
 
-def threshold_full(gates: Tensor, threshold: float) -> Tensor:
-    """Which heads stay full: those whose gate reaches the threshold."""
-    return (gates >= threshold).cpu()
-
-
 def gap_at(gates: Tensor, threshold: float) -> float:
     """Width of the gap between the gates on both sides of a threshold; 0 where all are on one."""
     values = gates.flatten()

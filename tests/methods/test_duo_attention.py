@@ -32,7 +32,6 @@ from compressor.numerics.head_gates import (
     hoyer_threshold,
     keep_full,
     schedule,
-    threshold_full,
 )
 from compressor.ranks.ranks import Ranks
 from compressor.runner.source_model import SourceModel
@@ -100,7 +99,6 @@ def test_heads_are_chosen_by_share_or_threshold() -> None:
     assert keep_full(gates, 0).all() and not keep_full(gates, 1).any()
     # Of equal heads the later one stays.
     assert keep_full(gates, 0.5).tolist() == [[True, False], [False, True]]
-    assert threshold_full(gates, 0.4).tolist() == [[True, False], [True, True]]
     assert gap_at(gates, 0.4) == pytest.approx(0.3)
 
 

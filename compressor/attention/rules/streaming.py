@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from compressor.attention.key_blocks import HALF
 from compressor.attention.masked import OwnAttention, both_masks, softmax_attention
-from compressor.attention.policy import AttentionPolicy, LayerPolicy, attention_shape
+from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_of
 from compressor.attention.rope import Rotary, rotated, rotated_back
 from compressor.attention.rule import Held, Rule, RuleCall, Seen
 from compressor.errors import InputError
@@ -195,13 +195,7 @@ def streaming_policy(
 
     options  further fields of the policy
     """
-    shape = attention_shape(layout)
-    return AttentionPolicy(
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        layers=head_layers(streaming, sinks=sinks, window=window),
-        **options,
-    )
+    return policy_of(layout, head_layers(streaming, sinks=sinks, window=window), **options)
 
 
 def head_layers(

@@ -1,7 +1,7 @@
 """What methods share by which layers attend to blocks of keys that a rule chooses."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self
 
 from pydantic import Field, model_validator
 
@@ -9,13 +9,7 @@ from compressor.attention.key_blocks import KeyBlocks
 from compressor.attention.policy import AttentionPolicy, rule_policy
 from compressor.attention.rules.infllm import InfLLMBlocks
 from compressor.ir.layout import ModelLayout
-from compressor.methods.base import ModelPass
-from compressor.methods.common.learned import Learned
-
-L = TypeVar("L", bound=Learned)
-
-OF_METHODS = {"targets", "ignore"}
-"""Parameters of every method, of which a rule knows nothing."""
+from compressor.methods.base import OF_METHODS, L, ModelPass
 
 
 class ChosenBlocks(ModelPass[L], Generic[L]):
@@ -42,11 +36,6 @@ class ChosenBlocks(ModelPass[L], Generic[L]):
     def block_choice(self) -> InfLLMBlocks:
         """What layers do."""
         return self.rule(**self.model_dump(include=set(ChosenBlocks.model_fields) - OF_METHODS))
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The recipe's, as the policy names them."""
-        return self.model_dump(mode="json", exclude={"targets", "ignore"})
 
     def everywhere(self, layout: ModelLayout, made_by: Mapping[str, Any]) -> AttentionPolicy:
         """The policy by which every layer chooses so. Raises InputError where none can."""

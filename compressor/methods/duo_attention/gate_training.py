@@ -40,14 +40,6 @@ class Penalty:
         return self.weight * (active + over)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Trained:
-    """Gates float32 [layers, kv_heads] in [0, 1]; both losses of every step [steps, 2]."""
-
-    gates: Tensor
-    losses: Tensor
-
-
 def train_gates(
     model: SourceModel,
     context: LearnContext,
@@ -61,8 +53,9 @@ def train_gates(
     steps: int,
     rate: float,
     batch: int,
-) -> Trained:
-    """Train gates from `start` [layers, kv_heads].
+) -> tuple[Tensor, Tensor]:
+    """Train gates from `start` [layers, kv_heads]: gates float32 in [0, 1], and both losses of
+    every step [steps, 2].
 
     Each step draws its rows from its own seed, and the state is kept in the scratch folder, so that
     a run that was killed goes on to the same gates. Ranks hold the whole model each, and share the
@@ -112,7 +105,7 @@ def train_gates(
             if (step + 1) % SAVE_EVERY == 0:
                 keep_state(scratch, optimiser, trained, step + 1, losses=losses)
             context.progress("duo_attention", step + 1, steps)
-    return Trained(gates=gates.detach().clamp(0, 1).cpu(), losses=losses)
+    return gates.detach().clamp(0, 1).cpu(), losses
 
 
 def start_gates(

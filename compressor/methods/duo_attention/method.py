@@ -38,7 +38,6 @@ from compressor.numerics.head_gates import (
     hoyer_threshold,
     keep_full,
     reorder_rows,
-    threshold_full,
 )
 from compressor.runner.source_model import SourceModel
 
@@ -142,7 +141,7 @@ class DuoAttention(ModelPass[Gates]):
         scores = None
         if self.init == "retrieval":
             scores = context.ranks.led(lambda: self._scores(model, context, haystack))
-        trained = train_gates(
+        gates, losses = train_gates(
             model,
             context,
             # At equal gates Hoyer's gradient is zero: a little spread breaks the tie.
@@ -162,8 +161,8 @@ class DuoAttention(ModelPass[Gates]):
             batch=self.batch,
         )
         # One rank keeps what is learned: it alone draws.
-        plots = _plots(trained.gates, trained.losses) if context.ranks.leads else {}
-        return self._result(trained.gates, trained.losses, plots)
+        plots = _plots(gates, losses) if context.ranks.leads else {}
+        return self._result(gates, losses, plots)
 
     def _scores(self, model: SourceModel, context: LearnContext, haystack: list[int]) -> Tensor:
         draw = random.Random(f"{context.seed} scores")
@@ -184,7 +183,7 @@ class DuoAttention(ModelPass[Gates]):
         threshold = self.threshold
         if threshold is None:
             threshold = hoyer_threshold(gates) if self.regularizer == "hoyer2" else 0.5
-        return threshold_full(gates, threshold), threshold
+        return (gates >= threshold).cpu(), threshold
 
     def policy(self, layout: ModelLayout, learned: Gates | None) -> AttentionPolicy:
         heads = len(layout.blocks), attention_shape(layout).kv_heads

@@ -91,7 +91,7 @@ class Teacher:
     def _row_elements(self, call: AttentionCall) -> int:
         return call.query.shape[1] * max(1, self.fine.windows(call.key.shape[2]))
 
-    def parts(self, call: AttentionCall) -> Iterator[tuple[Tensor, int]]:
+    def parts(self, call: AttentionCall) -> list[tuple[Tensor, int]]:
         """The call's queries in parts that memory holds, with how many tokens follow each."""
         found: list[tuple[Tensor, int]] = []
 
@@ -100,7 +100,7 @@ class Teacher:
             return part
 
         in_pieces(note, call.query, self._row_elements(call))
-        yield from found
+        return found
 
 
 @torch.no_grad()

@@ -86,5 +86,5 @@ class SparseSpec(ModelPass[Learned]):
         return LearnResult(Learned(), rows=rows, files={FILE_NAME: content})
 
     def policy(self, layout: ModelLayout, learned: Learned | None) -> AttentionPolicy:
-        made_by = {"sparse_spec": self.model_dump(mode="json", exclude={"targets", "ignore"})}
+        made_by = {"sparse_spec": self.parameters}
         return rule_policy(layout, self._rule(self.ratio, self.stride), made_by=made_by)

@@ -85,8 +85,7 @@ def page_scores(
     from compressor_kernels.attention import block_pages_jit as jit
 
     q, low, high = (dense(x) for x in (q, low, high))
-    _check(q, low, high)
-    _check_soft(soft)
+    _check(q, low, high, soft)
     if q.shape[2] != 1:
         raise ValueError(f"pages are scored for one query a row, not {q.shape[2]}")
     (batch, heads, _, dim), (groups, pages) = q.shape, low.shape[1:3]
@@ -131,8 +130,7 @@ def page_scores_ref(
 
     The larger of q*min and q*max is q*max where q is positive and q*min elsewhere: two products.
     """
-    _check(q, low, high)
-    _check_soft(soft)
+    _check(q, low, high, soft)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     (batch, heads, q_len, dim), groups = q.shape, low.shape[1]
     query = q.to(wide).view(batch, groups, heads // groups, q_len, dim)
@@ -147,12 +145,9 @@ def page_scores_ref(
     return scores.amax(-1) if soft is None else (soft * scores).logsumexp(-1) / soft
 
 
-def _check_soft(soft: float | None) -> None:
+def _check(q: Tensor, low: Tensor, high: Tensor, soft: float | None) -> None:
     if soft is not None and soft <= 0:
         raise ValueError(f"soft must be positive, not {soft}")
-
-
-def _check(q: Tensor, low: Tensor, high: Tensor) -> None:
     fits = low.shape == high.shape and (q.shape[0], q.shape[3]) == (low.shape[0], low.shape[3])
     if not fits or q.shape[1] % low.shape[1]:
         raise ValueError(

@@ -27,11 +27,6 @@ def full_range(rule: Rule) -> float:
     return 6.0 * 448.0 if rule == "static_6" else 6.0 * 256.0
 
 
-def rows_of_program(rule: Rule) -> int:
-    """Blocks that one program rounds."""
-    return 256 if rule == "static_6" else 128
-
-
 def quantize_nvfp4_inputs(
     x: Tensor, *, rule: Rule = "static_6", amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +47,7 @@ def quantize_nvfp4_inputs(
     scales = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK), dtype=torch.uint8, device=x.device)
     second = torch.empty(1, dtype=torch.float32, device=x.device)
     blocks = scales.numel()
-    rows = rows_of_program(rule)
+    rows = 256 if rule == "static_6" else 128  # blocks that one program rounds
     # An empty input still has a global scale.
     jit.inputs_kernel[(max(1, -(-blocks // rows)),)](
         flat,
@@ -87,11 +82,10 @@ def quantize_nvfp4_inputs_ref(
     values, scales = _rounded(blocks, steps, second)
     if rule != "static_6":
         other, other_scales = _rounded(blocks, steps * 1.5, second)
-        errors = (
+        four, six = (
             _error(v * (s.float() * second) - blocks, rule)
             for v, s in ((other, other_scales), (values, scales))
         )
-        four, six = errors
         values = torch.where(four < six, other, values)
         scales = torch.where(four < six, other_scales.float(), scales.float()).to(scales.dtype)
     magnitude = values.abs()

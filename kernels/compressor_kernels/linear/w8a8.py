@@ -116,7 +116,8 @@ def w8a8_blocks(
     if y.numel():
         from compressor_kernels.linear import w8a8_jit as jit
 
-        tiles = tiles or _block_tiles(count)
+        side = 64 if count <= 64 else 128
+        tiles = tiles or ProductTiles(side, side, BLOCK)
         rows, weight = _copyable(rows), _copyable(weight)
         jit.blocks_kernel[(-(-count // tiles.block_m) * -(-outputs // tiles.block_n),)](
             *_described(rows, weight, tiles),
@@ -234,10 +235,6 @@ def _tiles(count: int, outputs: int, dtype: torch.dtype, fast: bool) -> ProductT
     if exact or count <= 256 or outputs <= 1024:
         return ProductTiles(128, 128, 128, num_warps=8, num_stages=4)
     return ProductTiles(256, 128, 128) if dtype == torch.int8 else ProductTiles()
-
-
-def _block_tiles(count: int) -> ProductTiles:
-    return ProductTiles(64 if count <= 64 else 128, 64 if count <= 64 else 128, BLOCK)
 
 
 def _copyable(x: Tensor) -> Tensor:
