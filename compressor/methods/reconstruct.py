@@ -335,6 +335,3 @@ def refined_rounding(weight: Tensor, q: QTensor, *, moving: bool) -> RefinedRoun
     """What is refined of a weight [out, in], given codes and scales on its grid."""
     kind = RefinedRounding if q.spec.element == "int" else RefinedFloats
     return kind(weight, q, moving=moving)
-
-
-PASS = Reconstruct

@@ -360,6 +360,3 @@ def _rescaled(
 def _work(linears: Linears) -> float:
     """How much work linears are: the products of their errors with a Gram matrix."""
     return float(sum(x.out_features * x.in_features**2 for x in linears))
-
-
-PASS = Awq
