@@ -80,24 +80,21 @@ class _Layout:
         if problems:
             raise Problems(problems)
         token = weight_name(self.arch.embedding.token)
+        positions = self.read.value("max_position_embeddings")
         return ModelLayout(
             model_type=self.arch.model_type,
             units=(*units, *units_beside(carried, self.headers)),
-            sizes=self._model_sizes(),
+            sizes=Sizes(
+                hidden=self.read.size("hidden"),
+                vocabulary=self.read.size("vocab"),
+                positions=positions if isinstance(positions, int) else None,
+                given=self.read.size("layers * layer_ff") if self._handed("tokens") else 0,
+                published=sum(self.published.values()),
+                chosen=self.read.chosen_experts,
+            ),
             tied=token if self._tied else None,
             unannounced=tuple(self.unannounced),
             unread=tuple(self.unread),
-        )
-
-    def _model_sizes(self) -> Sizes:
-        positions = self.read.value("max_position_embeddings")
-        return Sizes(
-            hidden=self.read.size("hidden"),
-            vocabulary=self.read.size("vocab"),
-            positions=positions if isinstance(positions, int) else None,
-            given=self.read.size("layers * layer_ff") if self._handed("tokens") else 0,
-            published=sum(self.published.values()),
-            chosen=self.read.chosen_experts,
         )
 
     def _handed(self, by: str) -> bool:

@@ -55,10 +55,8 @@ def canonical(checkpoint: Checkpoint, arch: MapFile) -> Checkpoint:
 
 def _with_prefix(name: str, prefixes: Mapping[str, str]) -> str:
     """A name with the map's own prefix in place of another one."""
-    for other, ours in prefixes.items():
-        if name.startswith(other):
-            return ours + name.removeprefix(other)
-    return name
+    other = next(filter(name.startswith, prefixes), "")
+    return prefixes.get(other, "") + name.removeprefix(other)
 
 
 def _without_skipped(entries: Mapping[str, Entry], notes: list[str]) -> dict[str, Entry]:

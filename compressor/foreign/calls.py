@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -95,14 +96,13 @@ def bounded(
     Templates, regular expressions and tokenizers of a stranger may run for ever. A thread that runs
     Python is ended; one in code that nothing interrupts is left behind, and ends with the process.
     """
-    results: list[Result] = []
-    errors: list[BaseException] = []
+    future: Future[Result] = Future()
 
     def work() -> None:
         try:
-            results.append(function())
+            future.set_result(function())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
     thread = threading.Thread(target=work, daemon=True)
     began, started = time.process_time(), time.monotonic()
@@ -118,6 +118,4 @@ def bounded(
         ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(SystemExit))
         raise InputError(f"{what}: no end after {seconds:.0f} s", hint=hint)
     with foreign(what, hint=hint):
-        if errors:
-            raise errors[0]
-    return results[0]
+        return future.result()

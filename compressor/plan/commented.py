@@ -47,21 +47,15 @@ def _key(
             default = default.model_dump(mode="json", exclude_defaults=True)
         yield f"{indent}# {name}: {_flow(default)}{says}"
         return
-    inner = _model_of(field.annotation)
+    kinds = (field.annotation, *typing.get_args(field.annotation))  # of Evaluation | None, say
+    models = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    inner = next(models, None)
     if inner is None or not isinstance(data[name], dict):
         yield f"{indent}{name}: {_flow(data[name])}{says}"
         return
     yield f"{indent}{name}:{says}"
     for key in inner.model_fields:
         yield from _key(inner, key, data[name], f"{indent}  ")
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation such as Evaluation | None."""
-    for kind in (annotation, *typing.get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def _flow(value: Any) -> str:

@@ -14,7 +14,7 @@ from compressor.checkpoint.manifest import read_manifest
 from compressor.checkpoint.source import Source
 from compressor.ir.layout import Linear
 from compressor.ir.qtensor import QuantSpec
-from compressor.ir.scheme import ActivationSpec, KVSpec, Scheme
+from compressor.ir.scheme import Scheme
 from compressor.runtimes.loads import Written, written_form
 
 
@@ -142,7 +142,7 @@ def inspect(located: Located) -> CheckpointInfo:
         tensors=len(checkpoint.entries),
         shards=len({entry.file for entry in checkpoint.entries.values()}),
         tied=layout.tied,
-        kv=None if source.schemes.kv is None else describe_kv(source.schemes.kv),
+        kv=f"{kv.element} by {kv.per.replace('_', ' and ')}" if (kv := source.schemes.kv) else None,
         added=tuple(sorted(name for names in source.added.values() for name in names)),
         layers=layers,
         about=None if manifest is None else manifest.about,
@@ -200,7 +200,10 @@ def describe(scheme: Scheme) -> str:
     if scheme.weight is None:
         return "float"
     text = describe_weight(scheme.weight)
-    return f"{text}; inputs {describe_input(scheme.input)}" if scheme.input else text
+    if (spec := scheme.input) is None:
+        return text
+    group = f" of {spec.group_size}" if spec.group_size else ""
+    return f"{text}; inputs {spec.element} by {spec.mode}{group}"
 
 
 def describe_weight(spec: QuantSpec) -> str:
@@ -219,14 +222,3 @@ def describe_weight(spec: QuantSpec) -> str:
     if spec.second != "none":
         parts.append(f"second scale by {spec.second}")
     return ", ".join(parts)
-
-
-def describe_input(spec: ActivationSpec) -> str:
-    """An input's spec in a few words."""
-    group = f" of {spec.group_size}" if spec.group_size else ""
-    return f"{spec.element} by {spec.mode}{group}"
-
-
-def describe_kv(spec: KVSpec) -> str:
-    """A KV cache's spec in a few words."""
-    return f"{spec.element} by {spec.per.replace('_', ' and ')}"

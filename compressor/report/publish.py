@@ -222,10 +222,11 @@ def push(
         return _compare(api, listing, to, replace_card=replace_card)
 
     first = changes = patiently(to.repo, compare)
-    additions = {
-        name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(listing.folder / name))
-        for name in changes.sent
-    }
+
+    def addition(name: str) -> CommitOperationAdd:
+        return CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(listing.folder / name))
+
+    additions = {name: addition(name) for name in changes.sent}
     for number, (name, sent) in enumerate(additions.items(), 1):
         send = partial(api.preupload_lfs_files, to.repo, [sent], revision=to.revision)
         patiently(name, send)
@@ -233,14 +234,10 @@ def push(
             progress(name, number, len(additions))
     title = to.message or f"Upload {listing.folder.resolve().name}"
 
-    def addition(name: str) -> CommitOperationAdd:
-        path = str(listing.folder / name)
-        return additions.get(name) or CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
-
     def commit() -> None:
         # Somebody may have committed meanwhile, or the answer to this commit may have been lost.
         now = compare()
-        operations: list[CommitOperation] = [addition(name) for name in now.sent]
+        operations: list[CommitOperation] = [additions.get(n) or addition(n) for n in now.sent]
         operations += [CommitOperationDelete(path_in_repo=name) for name in now.delete]
         if operations:
             api.create_commit(

@@ -273,7 +273,10 @@ class _Conversion:
                     problems.append(InputError(f"{linear.name}: its scales hold NaN or infinity"))
                     continue
                 plain = as_symmetric(q)
-                centred = centred and plain is not None and self._takes(plain, linear)
+                if plain is None or fmt.accepts(
+                    Scheme(plain.spec, self._input(linear)), linear.shape
+                ):
+                    centred = False
                 try:
                     moved, report = self._relaid(linear, q)
                 except InputError as error:
@@ -343,9 +346,6 @@ class _Conversion:
             self.notes.append("the KV cache's scales are left out: a dense checkpoint has none")
         if any(scheme.input is not None for scheme in self.source.schemes.linears.values()):
             self.notes.append("inputs are no longer quantized: a dense checkpoint cannot say so")
-
-    def _takes(self, q: QTensor, linear: Linear) -> bool:
-        return self.format.accepts(Scheme(q.spec, self._input(linear)), linear.shape) is None
 
     def _input(self, linear: Linear) -> ActivationSpec | None:
         return None if self.dense else self.source.schemes.linears[linear.name].input

@@ -10,6 +10,7 @@ what is left between the two is rounding, or damage.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,7 +84,9 @@ def align(
                 agrees(x, moved) for x in readers
             ):
                 original = moved
-    for move in (_head_order, *(_channel_order(x) for x in unit.linears)):
+    moves: list[Callable[[UnitLayout, Weights, Weights], Moved]] = [_head_order]
+    moves += [partial(_channel_order, x) for x in unit.linears if x.role.endswith(".down")]
+    for move in moves:
         touched, changed = move(unit, written, original)
         # By angle, since scales come later.
         if touched and _cosine(touched, written, changed) > _cosine(touched, written, original):
@@ -187,19 +190,13 @@ def _distance(linears: Sequence[Linear], after: Weights, before: Weights) -> flo
 Moved = tuple[list[Linear], Tensors]
 
 
-def _rows(unit: UnitLayout, tensors: Weights, role: str) -> Tensor | None:
-    """Rows of the weight with this role, [rows, in]."""
-    for linear, part in parts_of(unit, role):
-        return part.take(tensors[linear.weight_name])
-    return None
-
-
 def _rows_of_both(
     unit: UnitLayout, written: Weights, original: Weights, role: str
 ) -> tuple[Tensor, Tensor] | None:
-    """Those rows as they are and as they were."""
-    new, old = _rows(unit, written, role), _rows(unit, original, role)
-    return None if new is None or old is None else (new, old)
+    """Rows of the weight with this role, [rows, in], as they are and as they were."""
+    for linear, part in parts_of(unit, role):
+        return part.take(written[linear.weight_name]), part.take(original[linear.weight_name])
+    return None
 
 
 def _head_order(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
@@ -263,32 +260,24 @@ def _norm_scales(unit: UnitLayout, written: Weights, original: Weights) -> Moved
     return [], moved
 
 
-def _channel_order(
-    down: Linear,
-) -> Callable[[UnitLayout, Weights, Weights], Moved]:
+def _channel_order(down: Linear, unit: UnitLayout, written: Weights, original: Weights) -> Moved:
     """The inputs of a down projection in another order, with what makes them."""
-
-    def find(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
-        if not down.role.endswith(".down"):
-            return [], {}
-        kind = down.role.removesuffix("down")
-        sources = [
-            (x, part)
-            for x, part in parts_of(unit, f"{kind}up", f"{kind}gate")
-            if x.expert == down.expert and part.total == down.in_features
-        ]
-        linear, part = sources[-1]
-        name = linear.weight_name
-        order = _matching(part.take(written[name]), part.take(original[name]))
-        if order is None:
-            return [], {}
-        moved: Tensors = {}
-        for linear, part in sources:
-            moved |= change_rows(replaced(original, moved), linear, part, lambda r: r[order])
-        moved[down.weight_name] = original[down.weight_name][:, order]
-        return [*dict.fromkeys(x for x, _ in sources), down], moved
-
-    return find
+    kind = down.role.removesuffix("down")
+    sources = [
+        (x, part)
+        for x, part in parts_of(unit, f"{kind}up", f"{kind}gate")
+        if x.expert == down.expert and part.total == down.in_features
+    ]
+    linear, part = sources[-1]
+    name = linear.weight_name
+    order = _matching(part.take(written[name]), part.take(original[name]))
+    if order is None:
+        return [], {}
+    moved: Tensors = {}
+    for linear, part in sources:
+        moved |= change_rows(replaced(original, moved), linear, part, lambda r: r[order])
+    moved[down.weight_name] = original[down.weight_name][:, order]
+    return [*dict.fromkeys(x for x, _ in sources), down], moved
 
 
 def _value_maps(unit: UnitLayout, written: Weights, original: Weights) -> Moved:
