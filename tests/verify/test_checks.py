@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressor_kernels.linear import bitdelta
 
 from compressor.plan.recipe import make_recipe
 from compressor.run.session import compile_checkpoint, prepare
 from compressor.verify import verify as verifying
 from compressor.verify.checks.base import Check
+from compressor.verify.kernels import bitdelta
 from compressor.verify.kernels import check as kernel_checks
 from compressor.verify.verify import CHECKS, verify
 from tests.support.tiny_models import build
