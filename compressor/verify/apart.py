@@ -16,16 +16,17 @@ import json
 import os
 import pickle
 import queue
-import struct
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from compressor.runner.driver import has_gpu, start_driver
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from compressor.verify.findings import Findings
     from compressor.verify.kernels.ahead import Wanted
     from compressor.verify.subject import Subject
@@ -34,11 +35,8 @@ PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from compressor.verify.apart import serve
-serve(sys.argv[2])
+serve(sys.argv[2], int(sys.argv[3]))
 """
-
-LENGTH = struct.Struct("<Q")
-"""Bytes of a value, in front of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +58,27 @@ class Apart:
 
     def __init__(self, device: str) -> None:
         """device  as the command was told"""
+        from multiprocessing.connection import Pipe  # with sockets, which `--help` has no use for
+
+        self._pipe, theirs = Pipe()
         environment = dict(os.environ)
         if sys.pycache_prefix is not None:
             environment["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
         if not sys.dont_write_bytecode:
             environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), device],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # Its failures are no failures of the command.
-            stderr=None if "COMPRESS_DEBUG" in os.environ else subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for its starter
-        )
+        # Its failures are no failures of the command, and what libraries print is no answer.
+        said = 2 if "COMPRESS_DEBUG" in os.environ else subprocess.DEVNULL
+        told = (json.dumps(sys.path), device, str(theirs.fileno()))
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", PROGRAM, *told],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for its starter
+            )
 
     def compile(self, wanted: Wanted) -> None:
         """Have kernels compiled, which verification will find."""
@@ -86,17 +91,15 @@ class Apart:
     def compared(self) -> Compared | None:
         """What it found, once it has; None where the process did not get there."""
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
-            assert self._process.stdout is not None
-            found = pickle.loads(_received(self._process.stdout))
+            found = pickle.loads(self._pipe.recv_bytes())
             if isinstance(found, Compared):
                 return found
         return None
 
     def _send(self, value: Any) -> None:
-        assert self._process.stdin is not None
         # Who cannot be told will have found nothing.
         try:
-            _send(self._process.stdin, value)
+            self._pipe.send_bytes(pickle.dumps(value))
         except OSError:
             pass
         except (pickle.PicklingError, AttributeError, TypeError):  # as pickle says it of a lambda
@@ -112,10 +115,7 @@ class Apart:
         """Take it away, whatever it does."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        self._pipe.close()
 
 
 def beside_gpu(device: str) -> contextlib.AbstractContextManager[Apart | None]:
@@ -124,12 +124,13 @@ def beside_gpu(device: str) -> contextlib.AbstractContextManager[Apart | None]:
     return Apart(device) if has_gpu(device) else contextlib.nullcontext()
 
 
-def serve(device: str) -> None:
+def serve(device: str, handle: int) -> None:
     """The process: import what is needed, then do what comes, the comparison last."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    from multiprocessing.connection import Connection
+
+    pipe = Connection(handle)
     asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(asked, device), daemon=True).start()
+    threading.Thread(target=_listen, args=(pipe, asked, device), daemon=True).start()
     gc.disable()  # as `cli.importing` does
     import torch
 
@@ -147,35 +148,16 @@ def serve(device: str) -> None:
         if not isinstance(value, Wanted):
             break
         CompiledAhead(value)
-    _send(answers, compare(value))
+    pipe.send_bytes(pickle.dumps(compare(value)))
     os._exit(0)
 
 
-def _listen(asked: queue.SimpleQueue[bytes], device: str) -> None:
+def _listen(pipe: Connection, asked: queue.SimpleQueue[bytes], device: str) -> None:
     """Pass on what is asked; without whoever asks there is nothing to do."""
     with contextlib.suppress(OSError, EOFError):
-        asked.put(_received(sys.stdin.buffer))
+        asked.put(pipe.recv_bytes())
         # Who asks has the GPU by now: where it is for one process alone, that is not to be this.
         start_driver(device)
         while True:
-            asked.put(_received(sys.stdin.buffer))
+            asked.put(pipe.recv_bytes())
     os._exit(0)
-
-
-def _send(pipe: BinaryIO | Any, value: Any) -> None:
-    data = pickle.dumps(value)
-    pipe.write(LENGTH.pack(len(data)) + data)
-    pipe.flush()
-
-
-def _received(pipe: BinaryIO | Any) -> bytes:
-    """The bytes of one value. Raises EOFError where there is none."""
-    (length,) = LENGTH.unpack(_exactly(pipe, LENGTH.size))
-    return _exactly(pipe, length)
-
-
-def _exactly(pipe: BinaryIO | Any, count: int) -> bytes:
-    data: bytes = pipe.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data

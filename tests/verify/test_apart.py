@@ -1,6 +1,5 @@
 """The comparison with the original in a process of its own finds what it finds in this one."""
 
-import io
 import pickle
 import queue
 import shutil
@@ -9,8 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Pipe
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,14 +171,13 @@ def test_what_cannot_be_handed_over_is_done_here(apart: Apart) -> None:
 
 
 def test_the_gpu_is_its_starter_s_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent, said = io.BytesIO(), queue.SimpleQueue[Any]()
-    for value in ("kernels", "subject"):
-        apart_module._send(sent, value)
-    sent.seek(0)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=sent))
+    (sender, pipe), said = Pipe(), queue.SimpleQueue[Any]()
+    with sender:
+        for value in ("kernels", "subject"):
+            sender.send(value)
     monkeypatch.setattr(apart_module, "start_driver", said.put)
     monkeypatch.setattr(apart_module.os, "_exit", said.put)
-    apart_module._listen(said, "cuda")
+    apart_module._listen(pipe, said, "cuda")
     heard = [said.get() for _ in range(said.qsize())]
     assert [pickle.loads(x) if isinstance(x, bytes) else x for x in heard] == [
         *("kernels", "cuda", "subject"),
