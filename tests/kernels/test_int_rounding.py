@@ -147,9 +147,9 @@ def test_what_does_not_fit_is_refused():
         round_groups(torch.zeros(2, 48), group_size=32, **form)
     with pytest.raises(ValueError, match="bounds"):
         round_groups(torch.zeros(2, 64), group_size=32, bounds=torch.zeros(2, 1), **form)
-    q = round_groups(torch.zeros(2, 64), group_size=32, **form)
+    q = round_groups(torch.zeros(2, 64, device=DEVICE), group_size=32, **form)
     with pytest.raises(ValueError, match="do not fit"):
-        rounding_errors(torch.zeros(1, 4, 64), *q, bits=4, group_size=32)
+        rounding_errors(torch.zeros(1, 4, 64, device=DEVICE), *q, bits=4, group_size=32)
     with pytest.raises(ValueError, match="do not fit"):
         group_values(q[0][:1], *q[1:], bits=4, dtype=torch.float32)
 
