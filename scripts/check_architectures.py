@@ -1,9 +1,8 @@
 """Goes through every family with a tiny seeded model and writes what was seen to
 docs/architectures.md.
 
-python scripts/check_architectures.py                   all families, about ten minutes
-python scripts/check_architectures.py llama lfm2        some of them, to the terminal alone
-python scripts/check_architectures.py --write llama     their rows anew, the others as they are
+python scripts/check_architectures.py               all families, about ten minutes
+python scripts/check_architectures.py llama lfm2    their rows anew, the others as they are
 """
 
 import sys
@@ -68,9 +67,8 @@ def seen(family: str, folder: Path) -> dict[str, str]:
         except Exception as error:  # a table of what was seen has failures too
             print(f"{family}: {column}: {type(error).__name__}: {error}", file=sys.stderr)
             found[column] = "no"
-    held = checks.holds_no_packed_weights(source)
-    found["loaded in transformers"] = "its floats" if held else "packed"
-    return found | {"draft": drafted(folder / "model")}
+    loaded = "its floats" if checks.holds_no_packed_weights(source) else "packed"
+    return found | {"loaded in transformers": loaded, "draft": drafted(folder / "model")}
 
 
 def drafted(model: Path) -> str:
@@ -79,9 +77,7 @@ def drafted(model: Path) -> str:
         marks = checks.marks_of_an_equal_draft(open_checkpoint(model))
     except Exception:  # whatever a draft that is no map meets
         marks = None
-    if marks is None:
-        return "by hand"
-    return f"equal, {marks} marked" if marks else "equal"
+    return "by hand" if marks is None else f"equal, {marks} marked" if marks else "equal"
 
 
 def page(rows: dict[str, dict[str, str]]) -> str:
@@ -128,22 +124,16 @@ def written() -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    """Run."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*")
-    parser.add_argument("--write", action="store_true", help="what was seen of some, to the page")
-    args = parser.parse_args()
-    families = args.families
+    families = parser.parse_args().families
     transformers.logging.set_verbosity_error()
-    rows = written() if args.write and families else {}
+    rows = written() if families else {}
     for family in families or (*TYPES, *MORE_TYPES):
         with tempfile.TemporaryDirectory() as folder:
             rows[family] = seen(family, Path(folder))
         print(family, rows[family], flush=True)
-        if args.write:
-            PAGE.write_text(page(rows), encoding="utf-8")
-    if not families:
-        PAGE.write_text(page(rows), encoding="utf-8")
+    PAGE.write_text(page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write checkpoints in every form that vLLM is said to load, and hold vLLM's losses against ours.
 
     python scripts/check_vllm.py OUT MODEL [MODEL ...] --vllm SITE_PACKAGES [--forms NAME ...]
-        [--windows 8] [--parallel 6] [--vllm-option attention_backend=TRITON_ATTN] [--json FILE]
+        [--parallel 6] [--vllm-option attention_backend=TRITON_ATTN]
 
 For each MODEL and each form of check_vllm.yaml that its shapes allow, `compress run` writes and
 evaluates a file of OUT; vLLM, from the folder of packages SITE_PACKAGES and in a process of its
@@ -29,7 +29,7 @@ from tables import markdown
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from whole import run
 
-LENGTH = 512
+LENGTH, WINDOWS = 512, 8
 TOLERANCE = 0.03
 """Nats a token by which two correct programs in bfloat16 differ at most."""
 
@@ -80,7 +80,7 @@ def last_error(log: str) -> str:
     return str(lines[-1])[:300]
 
 
-def ours(model: Path, folder: Path, form: Form, *, windows: int) -> dict[str, Any]:
+def ours(model: Path, folder: Path, form: Form) -> dict[str, Any]:
     """Write and evaluate a checkpoint: loss of the written file and of its source."""
     recipe = {
         "model": str(model.resolve()),
@@ -89,7 +89,7 @@ def ours(model: Path, folder: Path, form: Form, *, windows: int) -> dict[str, An
         "format": form.format,
         "untie": form.untie,
         "dtype": "bfloat16",
-        "evaluate": {"data": "bundled", "windows": windows, "length": LENGTH},
+        "evaluate": {"data": "bundled", "windows": WINDOWS, "length": LENGTH},
     }
     try:
         found = run(recipe, folder, device="auto").result["evaluate"]
@@ -101,8 +101,8 @@ def ours(model: Path, folder: Path, form: Form, *, windows: int) -> dict[str, An
 
 def theirs(folder: Path, tokens: Path, args: Namespace) -> dict[str, Any]:
     """vLLM's loss on a checkpoint, from a process of its own; what that said stays."""
-    result, log = folder / "vllm.json", folder.with_name(f"{folder.name}.log")
-    command = [sys.executable, __file__, "--child", f"{folder}/out", str(tokens), str(result)]
+    log = folder.with_name(f"{folder.name}.log")
+    command = [sys.executable, __file__, "--child", f"{folder}/out", str(tokens)]
     command += [part for option in args.vllm_option for part in ("--vllm-option", option)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": args.vllm}
     with log.open("w") as handle:
@@ -112,15 +112,14 @@ def theirs(folder: Path, tokens: Path, args: Namespace) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired:
             return {"error": f"no answer in {TIMEOUT} s"}
-    if not result.is_file():
-        return {"error": last_error(log.read_text(errors="replace"))}
-    kernels = re.findall(
-        r"(?:Using|Selected) '?(\w*(?:Kernel|Experts)\w*)'?", log.read_text(errors="replace")
-    )
-    return {**json.loads(result.read_text()), "kernels": sorted(set(kernels))}
+    said = log.read_text(errors="replace")
+    if not (found := re.search(r'^\{"vllm": .*\}$', said, re.M)):
+        return {"error": last_error(said)}
+    kernels = re.findall(r"(?:Using|Selected) '?(\w*(?:Kernel|Experts)\w*)'?", said)
+    return {**json.loads(found[0]), "kernels": sorted(set(kernels))}
 
 
-def child(checkpoint: str, tokens: str, result: str, options: list[str]) -> None:
+def child(checkpoint: str, tokens: str, options: list[str]) -> None:
     """In vLLM's environment: the mean loss of the windows."""
     from vllm import LLM, SamplingParams, __version__
 
@@ -146,7 +145,7 @@ def child(checkpoint: str, tokens: str, result: str, options: list[str]) -> None
     ]
     method = model.llm_engine.vllm_config.model_config.quantization
     found = {"vllm": sum(losses) / len(losses), "method": method, "version": __version__}
-    Path(result).write_text(json.dumps(found))
+    print(f"\n{json.dumps(found)}", flush=True)
 
 
 HEAD = ("model", "form", "vLLM's method, kernels", "vLLM", "ours", "difference", "source")
@@ -167,11 +166,9 @@ def main() -> int:
     parser.add_argument("models", type=Path, nargs="*")
     parser.add_argument("--vllm", help="folder of packages with vLLM")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--windows", type=int, default=8, help="rows of 512 tokens")
     parser.add_argument("--parallel", type=int, default=6)
     parser.add_argument("--vllm-option", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=3, help=SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child, args.vllm_option)
@@ -181,7 +178,7 @@ def main() -> int:
     from compressor.runner.tokenizer import load_tokenizer
 
     args.output.mkdir(parents=True, exist_ok=True)
-    wanted = Evaluation(data="bundled", windows=args.windows, length=LENGTH)
+    wanted = Evaluation(data="bundled", windows=WINDOWS, length=LENGTH)
     for model in args.models:
         rows = evaluation_tokens(load_tokenizer(model), wanted, calibration=None).ids.tolist()
         (args.output / f"{model.name}.tokens.json").write_text(json.dumps(rows))
@@ -189,7 +186,7 @@ def main() -> int:
     def judge(model: Path, name: str) -> dict[str, Any]:
         folder = args.output / f"{model.name}-{name}"
         folder.mkdir(exist_ok=True)
-        written = ours(model, folder, FORMS[name], windows=args.windows)
+        written = ours(model, folder, FORMS[name])
         row: dict[str, Any] = {"model": model.name, "form": name, **written}
         if "error" not in row and args.vllm:
             row |= theirs(folder, args.output / f"{model.name}.tokens.json", args)
@@ -207,8 +204,6 @@ def main() -> int:
         ]
         rows = [future.result() for future in asked]
     print(markdown(HEAD, cells(rows)))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
     bad = [row for row in rows if "error" in row]
     apart = [row for row in rows if "vllm" in row and abs(row["vllm"] - row["ours"]) > TOLERANCE]
     print(f"{len(rows)} files: {len(bad)} failed, {len(apart)} with another loss")

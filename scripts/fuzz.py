@@ -57,15 +57,15 @@ def judged(root: Path, kind: str, seed: int, loud: bool) -> tuple[int, str, floa
     return code, fault and fault + command, seconds
 
 
-def run(root: Path, kind: str, seeds: range, *, loud: bool) -> tuple[Counter[str], float]:
-    """Cases of one kind; counts, and the longest time of one."""
+def run(root: Path, kind: str, seeds: range) -> tuple[Counter[str], float]:
+    """Cases of one kind; counts, and the longest time of one. One alone is shown with its words."""
     found: Counter[str] = Counter()
     longest = 0.0
     spawn = multiprocessing.get_context("spawn")
     pool = spawn.Pool(1, begin)
     for seed in seeds:
         try:
-            asked = pool.apply_async(judged, (root, kind, seed, loud))
+            asked = pool.apply_async(judged, (root, kind, seed, len(seeds) == 1))
             code, fault, seconds = asked.get(6 * HANG_SECONDS)
             longest = max(longest, seconds)
             found[f"exit {code}"] += 1
@@ -86,7 +86,6 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=5000, help="cases of all kinds together")
     parser.add_argument("--kind", choices=KINDS, help="one kind only")
     parser.add_argument("--seed", type=int, default=0, help="of the first case of each kind")
-    parser.add_argument("--loud", action="store_true", help="print what each case says")
     asked = parser.parse_args()
     kinds = [asked.kind] if asked.kind else list(KINDS)
     count = -(-asked.count // len(kinds))
@@ -96,7 +95,7 @@ def main() -> int:
         Corpus(Path(root))  # made once
         for kind in kinds:
             seeds = range(asked.seed, asked.seed + count)
-            found, longest = run(Path(root), kind, seeds, loud=asked.loud)
+            found, longest = run(Path(root), kind, seeds)
             total += found
             shown = ", ".join(f"{name}: {n}" for name, n in sorted(found.items()))
             print(f"{kind:14} {count:5}  {shown}; longest {longest:.1f} s", flush=True)

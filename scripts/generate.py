@@ -3,7 +3,6 @@
 python scripts/generate.py FOLDER "The capital of France is"
 
 A checkpoint that carries an attention policy attends by it, with a cache as small as it allows.
-`--context 4000` puts as many tokens of the bundled novel before the prompt.
 """
 
 import json
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_calibration.bundled import bundled_text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from compressor.attention.policy import read_policy
 from compressor.attention.serve import attach
@@ -25,8 +23,6 @@ def load(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     packed = config.get("quantization_config", {}).get("quant_method") == "compressed-tensors"
     if packed and not torch.cuda.is_available():
-        from transformers import CompressedTensorsConfig
-
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
@@ -36,37 +32,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--context", type=int, default=0, help="tokens before the prompt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    before = tokenizer(bundled_text("held_out", "fiction")[: 8 * args.context], verbose=False)[
-        "input_ids"
-    ]
-    ids = before[: args.context] + tokenizer(args.prompt)["input_ids"]
-    inputs = torch.tensor([ids], device=args.device)
-    model = load(args.folder).to(args.device)
-    policy = read_policy(args.folder)
-    options = (
-        {} if policy is None else attach(model, policy, length=len(ids) + args.tokens).options()
+    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(
+        args.device
     )
-    written = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=args.tokens,
-        do_sample=False,
-        **options,
-    )[0]
-    print(tokenizer.decode(written[args.context :], skip_special_tokens=True))
-    for cache in options.values():
-        config = model.config.get_text_config()
-        size = getattr(config, "head_dim", None) or config.hidden_size // policy.heads
-        each = 2 * policy.kv_heads * size * cache.layers[0].dtype.itemsize * len(policy.layers)
-        whole = each * cache.get_seq_length()
-        print(
-            f"KV cache of {cache.get_seq_length()} tokens: {cache.nbytes / 1e6:.2f} MB, "
-            f"{whole / 1e6:.2f} MB if every head kept all of them"
-        )
+    model, policy = load(args.folder).to(args.device), read_policy(args.folder)
+    length = inputs["input_ids"].shape[1] + args.tokens
+    options = attach(model, policy, length=length).options() if policy else {}
+    written = model.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, **options)[0]
+    print(tokenizer.decode(written, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ import json
 import os
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compressor.checkpoint.container import Safetensors, Shard
+from compressor.checkpoint.container import Safetensors
 from compressor.checkpoint.safetensors import tensor_bytes
 from compressor.ir.tensor import TensorShape
 
@@ -158,66 +156,41 @@ STOCK, ROW = 2**26 + 1, 8192
 
 
 def write(
-    folder: Path, config: Config, *, layers: int, seed: int = 0, uneven: bool = False
+    folder: Path,
+    config: Config,
+    *,
+    layers: int,
+    seed: int = 0,
+    uneven: bool = False,
+    sparse: bool = False,
 ) -> None:
-    """Write config, tokenizer, index and shards of random bfloat16 tensors, which are pieces of
-    what is drawn one after the other, many files at a time: as fast as the disk.
+    """A new folder with config, tokenizer, index and shards of random bfloat16 tensors, many files
+    at a time: as fast as the disk.
 
     uneven  rows of weights, and norms' values, differ in size by factors of e^(0.7·N(0, 1)), so
             that channels are unlike as those of trained models are
+    sparse  shards have holes for the data, so that headers alone take room
     """
-    size = sum(torch.Size(dims).numel() for dims in shapes_of(config, layers).values())
-    generator = torch.Generator().manual_seed(seed)
-    count = min(STOCK, size)
-    noise = torch.randn(count, generator=generator)
-    norms = (0.7 * noise[:ROW]).exp() if uneven else 1 + 0.1 * noise[:ROW]
-    weights = 0.02 * noise
-    if uneven:
-        scales = (0.7 * torch.randn(-(-count // ROW), generator=generator)).exp()
-        weights *= scales.repeat_interleave(ROW)[:count]
-    stocks = [tensor_bytes(values.to(torch.bfloat16)) for values in (weights, norms)]
-
-    def fill(handle: RawIOBase, number: int, shard: Shard) -> None:
-        place = 2 * 1009 * number
-        for spec in shard.tensors.values():
-            stock, left = stocks[len(spec.shape) == 1], spec.nbytes
-            while left:
-                place %= len(stock)
-                written = handle.write(stock[place : place + left])
-                left, place = left - written, place + written
-
-    write_files(folder, config, layers, fill, largest=2**30)
-
-
-def write_sparse(folder: Path, config: Config, *, layers: int) -> None:
-    """The same with holes for the data, so that headers alone take room."""
-
-    def leave_out(handle: RawIOBase, number: int, shard: Shard) -> None:
-        handle.truncate(shard.size)
-
-    write_files(folder, config, layers, leave_out, largest=5 * 10**9)
-
-
-def write_files(
-    folder: Path,
-    config: Config,
-    layers: int,
-    fill: Callable[[RawIOBase, int, Shard], None],
-    *,
-    largest: int,
-) -> None:
-    """A new folder with config, tokenizer, index, and shards of at most so many bytes, which `fill`
-    writes behind a header."""
     folder.mkdir(parents=True)
-    shapes = shapes_of(config, layers).items()
-    units = [{name: TensorShape(torch.bfloat16, shape)} for name, shape in shapes]
-    plan = Safetensors(largest).lay_out(units)
+    shapes = shapes_of(config, layers)
+    units = [{name: TensorShape(torch.bfloat16, dims)} for name, dims in shapes.items()]
+    plan = Safetensors(5 * 10**9 if sparse else 2**30).lay_out(units)
+    size = sum(torch.Size(dims).numel() for dims in shapes.values())
+    stocks = () if sparse else drawn(min(STOCK, size), seed=seed, uneven=uneven)
 
     def shard(number: int) -> None:
-        written = plan.shards[number]
+        written, place = plan.shards[number], 2 * 1009 * number
         with (folder / written.file).open("wb", buffering=0) as handle:
             handle.write(written.fixed[0])
-            fill(handle, number, written)
+            if sparse:
+                handle.truncate(written.size)
+                return
+            for spec in written.tensors.values():
+                stock, left = stocks[len(spec.shape) == 1], spec.nbytes
+                while left:
+                    place %= len(stock)
+                    put = handle.write(stock[place : place + left])
+                    left, place = left - put, place + put
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(shard, range(len(plan.shards))))
@@ -226,6 +199,18 @@ def write_files(
     whole = {**config, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(whole, indent=2))
     save_tokenizer(folder)
+
+
+def drawn(count: int, *, seed: int, uneven: bool) -> list[memoryview]:
+    """Bytes of weights and of norms, of which tensors are pieces, one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, generator=generator)
+    norms = (0.7 * noise[:ROW]).exp() if uneven else 1 + 0.1 * noise[:ROW]
+    weights = 0.02 * noise
+    if uneven:
+        scales = (0.7 * torch.randn(-(-count // ROW), generator=generator)).exp()
+        weights *= scales.repeat_interleave(ROW)[:count]
+    return [tensor_bytes(values.to(torch.bfloat16)) for values in (weights, norms)]
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -251,10 +236,9 @@ def main() -> None:
     args = parser.parse_args()
     config = SHAPES[args.shape]
     layers = args.layers or config["num_hidden_layers"]
-    if args.sparse:
-        write_sparse(args.folder, config, layers=layers)
-    else:
-        write(args.folder, config, layers=layers, seed=args.seed, uneven=args.uneven)
+    write(
+        args.folder, config, layers=layers, seed=args.seed, uneven=args.uneven, sparse=args.sparse
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from compressor_kernels.attention.head_attention import full_decode
+from compressor_kernels.attention.head_attention import full_decode, head_prefill
 from torch import Tensor
 
 Choice = TypeVar("Choice")
@@ -110,6 +110,12 @@ class Heads:
     def full(self) -> Call:
         """A decoding step over all of it."""
         return Call(full_decode, [self.all])
+
+    @cached_property
+    def prefill(self) -> Call:
+        """The last queries of a prompt over all of it."""
+        none = torch.zeros(self.k.shape[1], dtype=torch.bool, device=self.k.device)
+        return Call(head_prefill, [self.all], {"streaming": none, "sink": 0, "window": 1})
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@
         --group-size 64
 
 A whole process counts, imports and kernel compilation included; Triton's cache is a fresh folder
-for each run. Without --cold the model's files are read once before the clock starts. Verification
-and evaluation (8 x 512 tokens, beside the original) are on with --judged alone. Each --package is a
-folder that holds `compressor` (an unpacked wheel, or a checkout with `kernels` and `calibration`);
-without one it is this checkout. They take turns. A line of JSON for each run, then a Markdown table
-of minimum and median; with OUT set, the last log too.
+for each run. The model's files are read once before the clock starts. Verification and evaluation
+(8 x 512 tokens, beside the original) are on with --judged alone. Each --package is a folder that
+holds `compressor` (an unpacked wheel, or a checkout with `kernels` and `calibration`); without one
+it is this checkout. They take turns. A line of JSON for each run, then a Markdown table of minimum
+and median.
 """
 
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -28,16 +27,13 @@ from tables import markdown
 from whole import ROOT, run
 
 
-def settle(model: Path, *, cold: bool) -> None:
-    """Bring the model's files into the page cache, or out of it, with nothing left to write."""
+def settle(model: Path) -> None:
+    """Bring the model's files into the page cache, with nothing left to write."""
     os.sync()
     for path in model.glob("*.safetensors"):
         with path.open("rb") as handle:
-            if cold:
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                while handle.read(1 << 24):
-                    pass
+            while handle.read(1 << 24):
+                pass
 
 
 def timed(package: Path, options: Namespace, scratch: Path) -> dict[str, Any]:
@@ -60,7 +56,7 @@ def timed(package: Path, options: Namespace, scratch: Path) -> dict[str, Any]:
     }
     if options.threads:
         environment["OMP_NUM_THREADS"] = str(options.threads)
-    settle(options.model, cold=options.cold)
+    settle(options.model)
     settings = [part for value in options.set for part in ("--set", value)]
     ran = run(recipe, scratch, *settings, device=options.device, environment=environment)
     first, second, *_, last = ran.units.values()
@@ -89,7 +85,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--judged", action="store_true", help="with verification and evaluation")
-    parser.add_argument("--cold", action="store_true", help="files not in the page cache")
     parser.add_argument("--runs", type=int, default=1, help="of each")
     parser.add_argument("--set", action="append", default=[], help="as for compress run")
     parser.add_argument("--scratch", type=Path, help="folder for the output; default: temporary")
@@ -101,21 +96,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         for package in packages * options.runs:
             rows[package].append(row := timed(package, options, Path(folder)))
-            print(json.dumps({"what": str(package), **row, "cold": options.cold}), flush=True)
-        if os.environ.get("OUT"):
-            shutil.copy(Path(folder) / "log.jsonl", Path(os.environ["OUT"]) / "job-log.jsonl")
-    keys = list(rows[packages[0]][0])
-    print()
-    print(
-        markdown(
-            [f"minimum, median of {options.runs}", *keys],
-            (
-                [package, *(f"{min(v)}, {statistics.median(v):g}" for v in columns)]
-                for package, found in rows.items()
-                for columns in [[[row[key] for row in found] for key in keys]]
-            ),
-        )
+            print(json.dumps({"what": str(package), **row}), flush=True)
+    columns = {name: zip(*map(dict.values, found), strict=True) for name, found in rows.items()}
+    table = (
+        [package, *(f"{min(values)}, {statistics.median(values):g}" for values in found)]
+        for package, found in columns.items()
     )
+    head = [f"minimum, median of {options.runs}", *rows[packages[0]][0]]
+    print(f"\n{markdown(head, table)}")
 
 
 if __name__ == "__main__":

@@ -157,8 +157,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 keys = list(row)
                 rows.append(list(row.values()))
-    print()
-    print(markdown(keys, rows))
+    print(f"\n{markdown(keys, rows)}")
 
 
 if __name__ == "__main__":

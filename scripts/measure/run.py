@@ -86,7 +86,6 @@ def parser() -> ArgumentParser:
     parser.add_argument("--windows", type=int, default=24, help="held-out rows of each kind")
     parser.add_argument("--window", type=int, default=512, help="tokens of each")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch", type=int, default=8, help="rows of tokens at a time")
     parser.add_argument("--json", type=Path, help="rows are kept here, and resumed from")
     return parser
 
@@ -124,7 +123,7 @@ class Bench:
             self.tokens,
             device=self.device,
             dtype=torch.float32,
-            batch=self.options.batch,
+            batch=8,  # rows of tokens at a time
         )[0]
 
     def figures(self, states: FinalStates) -> dict[str, Any]:
@@ -159,7 +158,7 @@ class Bench:
 
 def main() -> None:
     options = parser().parse_args()
-    unlike = {"json", "grids", "methods", "passes", "batch", "device"}
+    unlike = {"json", "grids", "methods", "passes", "device"}
     settings = {key: value for key, value in vars(options).items() if key not in unlike}
     kept = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     rows: list[Row] = kept.get("rows", []) if kept.get("settings") == settings else []

@@ -23,7 +23,7 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts") / "model"
     models = load("scripts/make_random_model.py")
     config = models.smaller(models.SHAPES["qwen3-235b-a22b"]) | {"num_experts": EXPERTS}
-    models.write_sparse(folder, config, layers=2)
+    models.write(folder, config, layers=2, sparse=True)
     return folder
 
 

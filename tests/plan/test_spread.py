@@ -28,7 +28,7 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("spread") / "model"
     models = load("scripts/make_random_model.py")
     config = models.smaller(models.SHAPES["30b-a3b"]) | {"num_experts": 128}
-    models.write_sparse(folder, config, layers=2)
+    models.write(folder, config, layers=2, sparse=True)
     return folder
 
 

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
-from case import EXACT, Call, Case, Setup, first
+from case import EXACT, Case, Setup, first
 from compressor_kernels.attention import block_windows as windows
 from compressor_kernels.attention.block_attention import block_attention, block_attention_ref
 from compressor_kernels.attention.block_pages import page_bounds, page_scores
 from compressor_kernels.attention.block_selection import BlockRule, top_blocks, top_blocks_ref
 from compressor_kernels.attention.block_windows import WindowRule
-from compressor_kernels.attention.head_attention import full_decode, full_decode_ref, head_prefill
+from compressor_kernels.attention.head_attention import full_decode, full_decode_ref
 from torch import Tensor
 
 FULL = (
@@ -104,8 +103,6 @@ def prefill(setup: Setup) -> Iterator[Case]:
     (_, heads, groups, tokens, dim), rule, window, _ = setup.pick(FULL, TINY)
     queries = min(4096, tokens // 2)
     piece = setup.heads(1, heads, groups, tokens, dim, queries=queries)
-    none = torch.zeros(groups, dtype=torch.bool, device=setup.device)
-    full = Call(head_prefill, [piece.all], {"streaming": none, "sink": 0, "window": 1})
     compressed = windows.compress_keys(piece.k, window)
     forecast = setup.randn(1, groups, queries, dim)
     scores = windows.forecast_scores(forecast, compressed, rule, window, tokens=tokens)
@@ -120,5 +117,5 @@ def prefill(setup: Setup) -> Iterator[Case]:
         shape=f"{piece.shape}, {queries} queries",
         limit=6e-3,
         moved=0,
-        peers={"full": full},
+        peers={"full": piece.prefill},
     )

@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from case import EXACT, Call, Case, Setup, first, nbytes
+from case import EXACT, Call, Case, Heads, Setup, first, nbytes
 from compressor_kernels.attention import antidiagonal, block_routing
-from compressor_kernels.attention import quantized_cache as cache
 from compressor_kernels.attention import verify_attention as kernel
 from compressor_kernels.attention.block_attention import block_attention, block_attention_ref
 from compressor_kernels.attention.block_pages import page_bounds, page_scores
@@ -23,10 +22,10 @@ from compressor_kernels.attention.head_attention import (
     head_decode,
     head_decode_ref,
     head_order,
-    head_prefill,
 )
 from compressor_kernels.attention.skip_softmax import Skipped, SkipTiles, skip_decode, skip_prefill
 from compressor_kernels.attention.tile_attention import density, tile_attention, tile_attention_ref
+from families.cache import over_caches
 from families.head_attention import dense
 from torch import Tensor
 
@@ -37,12 +36,6 @@ def cases(setup: Setup) -> Iterator[Case]:
     yield from pages(setup)
     yield from quantized_pages(setup)
     yield from drafts(setup)
-
-
-def prefill(setup: Setup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of all heads in full."""
-    none = torch.zeros(k.shape[1], dtype=torch.bool, device=setup.device)
-    return head_prefill(q, k, v, streaming=none, sink=0, window=1)
 
 
 def prompts(setup: Setup) -> Iterator[Case]:
@@ -63,15 +56,12 @@ def prompts(setup: Setup) -> Iterator[Case]:
     diagonal = (row == row.T) | (row.T == 0)
     chosen = ((wanted | diagonal) & (row >= row.T)).repeat_interleave(heads // groups, dim=1)
     for stride in (8, 16):
-        estimate = partial(
-            antidiagonal.antidiagonal_sums, q, k, **size, stride=setup.pick(stride, 4)
-        )
+        how = {**size, "stride": setup.pick(stride, 4)}
+        estimate = partial(antidiagonal.antidiagonal_sums, q, k, **how)
         yield attends(
             estimate,
             name=f"XAttention's estimate, stride {stride}",
-            reference=partial(
-                antidiagonal.antidiagonal_sums_ref, q[:, :2], k[:, :1], **estimate.keywords
-            ),
+            reference=partial(antidiagonal.antidiagonal_sums_ref, q[:, :2], k[:, :1], **how),
             targets={"PyTorch cuDNN": 1 / 0.15},
         )
 
@@ -101,14 +91,13 @@ def prompts(setup: Setup) -> Iterator[Case]:
         targets={"PyTorch cuDNN": 5.0},
     )
     hot_keys(q, k, block)
-    full = Call(partial(prefill, setup), [prompt.all])
     tiles = SkipTiles(rows=block, keys=block)
     skipping = partial(skip_prefill, q, k, v, threshold=1e-3, tiles=tiles)
     yield attends(
         lambda: skipping().out,
         name="BLASST, prefill",
-        reference=lambda: full()[:, :, -last:],
-        peers={"our dense": full, **peers},
+        reference=lambda: prompt.prefill()[:, :, -last:],
+        peers={"our dense": prompt.prefill, **peers},
         targets={"our dense": 1.3},
         note=skipped(skipping(), groups),
     )
@@ -167,52 +156,42 @@ def pages(setup: Setup) -> Iterator[Case]:
         parts = (step.q[:, : paged * heads // groups], *(side[:, :paged] for side in bounds))
         return top_blocks(page_scores(*parts, **best), rule, tokens=tokens)[:, :, 0].contiguous()
 
+    def attend(decode: Callable[..., Tensor], *parts: Tensor, paged: int, **how: Any) -> Tensor:
+        return decode(*parts, blocks=choose(paged), **how)
+
+    ours = partial(head_decode, tiles=DecodeTiles(block_n=min(64, page)))
     for paged, target in ((groups, 7.0), (groups // 2, 12.0)):
         near = [setup.randn(batch, groups - paged, 8 * page, dim) for _ in range(2)]
         order = head_order(torch.arange(groups, device=setup.device) >= paged)
-        tiles = DecodeTiles(block_n=min(64, page))
         name = "all heads paged" if paged == groups else "half of the heads streaming"
         yield case(
-            lambda *parts, n=paged, tiles=tiles, **how: head_decode(
-                *parts, blocks=choose(n), tiles=tiles, **how
-            ),
+            partial(attend, ours),
             [(step.q, step.k[:, :paged], step.v[:, :paged], *near)],
-            {"block_size": page, "order": order},
+            {"block_size": page, "order": order, "paged": paged},
             name=f"LServe, choice and step, {name}",
-            reference=lambda *parts, n=paged, **how: first(head_decode_ref)(
-                *parts, blocks=choose(n), **how
-            ),
+            reference=partial(attend, first(head_decode_ref)),
             limit=6e-3,
             targets={"our full decode": target},
         )
 
 
 def quantized_pages(setup: Setup) -> Iterator[Case]:
-    """The same pages out of 8-bit and 4-bit caches."""
+    """The same pages out of quantized caches."""
     sides, page, _, budget = setup.pick(FULL, TINY)
     step = setup.heads(*sides)
     room = torch.rand(sides[0], sides[2], sides[3] // page, device=setup.device)
     blocks = room.topk(budget // page).indices.sort(-1).values.int()
-    scale = torch.tensor([0.04], device=setup.device)
-    codes = [cache.quantize_kv8(x, scale, dtype=torch.int8) for x in (step.k, step.v)]
-    (k4, k_params), (v4, v_params) = (cache.quantize_kv4(x) for x in (step.k, step.v))
-    scales = {"k_scale": scale, "v_scale": scale}
-    params = {"k_params": k_params, "v_params": v_params}
-    for bits, decode, reference, kept, how in (
-        (8, cache.kv8_decode, cache.kv8_decode_ref, codes, scales),
-        (4, cache.kv4_decode, cache.kv4_decode_ref, [k4, v4], params),
-    ):
-        sets = [(step.q, *kept)]
+    for name, call, reference in over_caches(step):
         yield Case(
-            decode,
-            sets,
-            {**how, "blocks": blocks, "block_size": page},
-            name=f"{bits}-bit cache, chosen pages",
-            reference=first(reference),
+            call.function,
+            call.sets,
+            {**call.how, "blocks": blocks, "block_size": page},
+            name=f"{name}, chosen pages",
+            reference=reference,
             shape=step.shape,
             limit=1e-2,
             moved=0,
-            peers={f"our {bits}-bit full decode": Call(decode, sets, how)},
+            peers={f"our full decode of {name}": call},
         )
 
 
@@ -267,7 +246,7 @@ def drafts(setup: Setup) -> Iterator[Case]:
     yield case(
         lambda: kernel.verify_attention(q, step.k, step.v).out,
         name=f"SparseSpec, verification of {stride + 1} tokens, which leaves its weights",
-        reference=partial(prefill, setup, q, step.k, step.v),
+        reference=Heads(q, step.k, step.v).prefill,
         moved=nbytes(step.k, step.v, done.kept, done.tops),
         peers={"our full decode": step.full},
     )
