@@ -7,16 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressor.attention.evaluation import policy_attention
 from compressor.attention.policy import AttentionPolicy, LayerPolicy, policy_files
 from compressor.attention.rule import Rule
 from compressor.attention.rules.lserve import LServePages
 from compressor.attention.rules.streaming import StreamingHeads
 from compressor.attention.serve.attach import attach
-from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
-from compressor.runner.sweep import StreamedModel, run_blocks
 from tests.support.block_cases import SELECTIONS, with_forecasts
+from tests.support.evaluated import evaluated_logits
 from tests.support.tiny_models import build
 
 
@@ -54,14 +52,7 @@ def test_a_running_model_attends_as_an_evaluation_does(
 ) -> None:
     rules = policy(SELECTIONS[name])
     model, _ = attached(folder, tmp_path, rules)
-    (stream,) = run_blocks(
-        [StreamedModel(open_source(folder), policy_attention(rules))],
-        ids(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    with stream.logits() as logits:
-        want = torch.stack([logits(hidden) for hidden in stream.hidden])
+    want = evaluated_logits(folder, rules, ids())
     whole = model(ids(), use_cache=False).logits
     torch.testing.assert_close(whole, want, atol=2e-4, rtol=1e-3)
     assert not torch.allclose(whole, load(folder)(ids()).logits, atol=1e-2)
@@ -89,14 +80,7 @@ def test_choices_that_last_for_steps(folder: Path, tmp_path: Path, per: Any) -> 
     )
     rules = policy(pages, StreamingHeads(heads=(0,), sinks=1, window=9))
     model, runtime = attached(folder, tmp_path, rules)
-    (stream,) = run_blocks(
-        [StreamedModel(open_source(folder), policy_attention(rules))],
-        ids(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    with stream.logits() as logits:
-        want = torch.stack([logits(hidden) for hidden in stream.hidden])
+    want = evaluated_logits(folder, rules, ids())
     options = runtime.options()
     steps = [model(part, **options).logits for part in ids().split(1, dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), want, atol=2e-4, rtol=1e-3)

@@ -28,7 +28,7 @@ from compressor.attention.serve.attach import attach
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError
 from compressor.evaluate.perplexity import evaluate
-from compressor.runner.sweep import StreamedModel, run_blocks
+from tests.support.evaluated import evaluated_logits
 from tests.support.tiny_models import build
 
 RULES = {
@@ -71,14 +71,7 @@ def test_a_running_model_attends_as_an_evaluation_does(folder: Path, name: str) 
     model = load(folder)
     plain = model(ids()).logits
     attach(model, rules)
-    (stream,) = run_blocks(
-        [StreamedModel(open_source(folder), policy_attention(rules))],
-        ids(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    with stream.logits() as logits:
-        want = torch.stack([logits(hidden) for hidden in stream.hidden])
+    want = evaluated_logits(folder, rules, ids())
     whole = model(ids(), use_cache=False).logits
     torch.testing.assert_close(whole, want, atol=2e-4, rtol=1e-3)
     assert not torch.allclose(whole, plain, atol=1e-2)
@@ -127,14 +120,7 @@ def test_convolved_keys_in_every_phase(folder: Path, tmp_path: Path) -> None:
     rules = policy(whole_blocks)
     for name, content in policy_files(rules).items():
         (tmp_path / name).write_bytes(content)
-    (stream,) = run_blocks(
-        [StreamedModel(open_source(tmp_path), policy_attention(rules))],
-        ids(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    with stream.logits() as logits:
-        want = torch.stack([logits(hidden) for hidden in stream.hidden])
+    want = evaluated_logits(tmp_path, rules, ids())
     model = load(tmp_path)
     plain = model(ids()).logits
     options = attach(model).options()

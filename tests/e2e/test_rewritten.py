@@ -9,25 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor.errors import Interrupted, Problems
-from compressor.plan.recipe import Recipe, make_recipe
+from compressor.plan.recipe import Recipe
 from compressor.run.judge import judge
 from compressor.run.session import choose_device, compile_checkpoint, prepare
+from tests.support.recipes import short_recipe
 
 CPU = choose_device("cpu")
 IDS = torch.arange(2, 42)[None]
 
 
 def recipe(model: Path, output: Path, passes: list[Any], **top: Any) -> Recipe:
-    return make_recipe(
-        {
-            "model": str(model),
-            "output": str(output),
-            "calibration": {"samples": 8, "length": 32},
-            "passes": passes,
-            "format": "dense",
-            **top,
-        }
-    )
+    return short_recipe(model, output, passes, **{"format": "dense", **top})
 
 
 def run(model: Path, output: Path, passes: list[Any], **top: Any) -> Path:

@@ -11,10 +11,10 @@ from compressor.checkpoint.find import locate
 from compressor.checkpoint.source import open_source
 from compressor.ir.scheme import ActivationSpec
 from compressor.numerics.nvfp4 import fake_quantize_nvfp4, full_range
-from compressor.plan.recipe import make_recipe
 from compressor.run.convert import convert
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.runner.sweep import StreamedModel, run_blocks
+from tests.support.recipes import short_recipe
 
 pytestmark = pytest.mark.interop
 
@@ -57,15 +57,7 @@ CASES: dict[str, list[Any]] = {
 
 
 def run(model: Path, output: Path, passes: list[Any], **top: Any) -> Path:
-    recipe = make_recipe(
-        {
-            "model": str(model),
-            "output": str(output),
-            "calibration": {"samples": 8, "length": 32},
-            "passes": passes,
-            **top,
-        }
-    )
+    recipe = short_recipe(model, output, passes, **top)
     return compile_checkpoint(prepare(recipe, device=CPU)).output
 
 

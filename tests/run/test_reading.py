@@ -11,11 +11,11 @@ from torch import Tensor
 
 from compressor.checkpoint.source import open_source
 from compressor.plan.plan import make_plan
-from compressor.plan.recipe import make_recipe
 from compressor.ranks.ranks import ALONE, Ranks
 from compressor.run.ahead import Ahead, Brought
 from compressor.run.reading import Reader
 from compressor.run.source_content import SourceContent
+from tests.support.recipes import short_recipe
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -23,13 +23,7 @@ def test_a_block_whose_experts_wait_in_main_memory_is_read_by_each_rank(
     apart: bool, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("mixtral")
-    recipe = make_recipe(
-        {
-            "model": str(model),
-            "output": str(tmp_path / "out"),
-            "passes": [{"rtn": {"bits": 4, "group_size": 32}}],
-        }
-    )
+    recipe = short_recipe(model, tmp_path / "out", [{"rtn": {"bits": 4, "group_size": 32}}])
     plan, two = make_plan(recipe, open_source(model)), Ranks(rank=1, world=2)
     content = SourceContent(plan)
     reader = Reader(plan, content, torch.device("cpu"), two, apart=apart)
@@ -64,13 +58,7 @@ def test_blocks_are_brought_once_they_are_read_and_used_once_they_are_there(
     room_left: bool, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    recipe = make_recipe(
-        {
-            "model": str(model),
-            "output": str(tmp_path / "out"),
-            "passes": [{"rtn": {"bits": 4, "group_size": 32}}],
-        }
-    )
+    recipe = short_recipe(model, tmp_path / "out", [{"rtn": {"bits": 4, "group_size": 32}}])
     plan, beside = make_plan(recipe, open_source(model)), Beside(room_left)
     plain = Reader(plan, SourceContent(plan), torch.device("cpu"), ALONE)
     ahead: Any = beside
@@ -92,13 +80,7 @@ def test_a_block_that_is_brought_ahead_is_the_one_that_was_read(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("mixtral")
-    recipe = make_recipe(
-        {
-            "model": str(model),
-            "output": str(tmp_path / "out"),
-            "passes": [{"awq": {"bits": 4, "group_size": 32}}],
-        }
-    )
+    recipe = short_recipe(model, tmp_path / "out", [{"awq": {"bits": 4, "group_size": 32}}])
     plan, device = make_plan(recipe, open_source(model)), torch.device("cuda", 0)
     reader = Reader(plan, SourceContent(plan), device, ALONE, ahead=Ahead(device))
     for index in (1, 2, 1):

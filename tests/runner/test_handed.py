@@ -12,26 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint.source import open_source
 from compressor.errors import InputError, Interrupted
-from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.runner.source_model import SourceModel
 from compressor.runner.sweep import Execution, sweep
+from tests.support.recipes import short_recipe
 
 CPU = choose_device("cpu")
 SHARED = "gemma4_text shared"
 
 TinyModel = Callable[..., Path]
-
-
-def recipe(model: Path, output: Path, passes: list[Any]) -> Any:
-    return make_recipe(
-        {
-            "model": str(model),
-            "output": str(output),
-            "calibration": {"samples": 8, "length": 32},
-            "passes": passes,
-        }
-    )
 
 
 @torch.no_grad()
@@ -73,14 +62,14 @@ def test_rows_carry_what_later_blocks_read_and_the_plan_counts_it(tiny_model: Ti
 def test_a_run_goes_on_to_the_same_bytes(tiny_model: TinyModel, tmp_path: Path) -> None:
     model, done = tiny_model(SHARED), []
     passes = [{"gptq": {"bits": 4, "group_size": 8}}]
-    compile_checkpoint(prepare(recipe(model, tmp_path / "whole", passes), device=CPU))
+    compile_checkpoint(prepare(short_recipe(model, tmp_path / "whole", passes), device=CPU))
     with pytest.raises(Interrupted):
         compile_checkpoint(
-            prepare(recipe(model, tmp_path / "out", passes), device=CPU),
+            prepare(short_recipe(model, tmp_path / "out", passes), device=CPU),
             on_unit=lambda unit: done.append(unit.name),
             stopping=lambda: len(done) >= 4,
         )
-    compile_checkpoint(prepare(recipe(model, tmp_path / "out", passes), device=CPU))
+    compile_checkpoint(prepare(short_recipe(model, tmp_path / "out", passes), device=CPU))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert len(done) == 4 and one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -91,7 +80,7 @@ def test_blocks_tuned_against_the_original_have_its_keys(
 ) -> None:
     passes = [{"signround": {"bits": 4, "group_size": 8, "steps": 2}}]
     report = compile_checkpoint(
-        prepare(recipe(tiny_model(SHARED), tmp_path / "out", passes), device=CPU)
+        prepare(short_recipe(tiny_model(SHARED), tmp_path / "out", passes), device=CPU)
     )
     assert open_source(report.output).schemes.linears["model.layers.3.self_attn.q_proj"].weight
 
@@ -130,4 +119,4 @@ def test_what_would_part_blocks_that_share_is_refused(
     family: str, passes: list[Any], message: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        prepare(recipe(tiny_model(family), tmp_path / "out", passes), device=CPU)
+        prepare(short_recipe(tiny_model(family), tmp_path / "out", passes), device=CPU)

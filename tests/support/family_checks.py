@@ -18,10 +18,10 @@ from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.source import Source, open_source
 from compressor.ir.layout import ModelLayout
 from compressor.numerics.folding import fold
-from compressor.plan.recipe import make_recipe
 from compressor.run.session import choose_device, compile_checkpoint, prepare
 from compressor.runner.draft import draft
 from compressor.runner.sweep import FinalStates, StreamedModel, run_blocks
+from tests.support.recipes import short_recipe
 
 CPU = choose_device("cpu")
 IDS = torch.randint(2, 256, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -54,14 +54,7 @@ def logits_of_transformers(folder: Path) -> Tensor:
 
 
 def compiled(model: Path, output: Path, passes: list[Any]) -> Source:
-    recipe = make_recipe(
-        {
-            "model": str(model),
-            "output": str(output),
-            "calibration": {"samples": 8, "length": 32},
-            "passes": passes,
-        }
-    )
+    recipe = short_recipe(model, output, passes)
     return open_source(compile_checkpoint(prepare(recipe, device=CPU)).output)
 
 
