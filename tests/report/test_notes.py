@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,26 +42,30 @@ def test_rows_that_keep_the_nearest_codes_are_counted_for_each_pass():
     assert second.startswith("progressive: 32 of 32 outputs keep")
 
 
+def run_and_report(recipe: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+    """What a run into `out` of the folder prints, and its report."""
+    whole = {**recipe, "output": str(folder / "out"), "verify": False}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(whole))
+    result = CliRunner().invoke(cli, ["run", str(folder / "recipe.yaml"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    return result.stdout, json.loads((folder / "out" / "report.json").read_text())
+
+
 def test_a_run_says_them(tiny_model, tmp_path):
     recipe = {
         "model": str(tiny_model("mixtral")),
-        "output": str(tmp_path / "out"),
         "calibration": {"samples": 4, "length": 16},
         "passes": [
             {"streaming": {"sinks": 2, "window": 8}},
             {"gptq": {"bits": 4, "group_size": 32}},
         ],
-        "verify": False,
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = CliRunner().invoke(cli, ["run", str(tmp_path / "recipe.yaml"), "--device", "cpu"])
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    said, report = run_and_report(recipe, tmp_path)
     rows = [row for unit in report["units"] for row in unit["rows"]]
     kept = sum(row.get("rows_kept_nearest", 0) for row in rows)
-    assert f"  noted       gptq: {kept:,} of " in result.stdout
+    assert f"  noted       gptq: {kept:,} of " in said
     few = [line for line in row_notes(rows) if "came here: rounded to nearest" in line]
-    assert few and all(f"  noted       {line}" in result.stdout for line in few)
+    assert few and all(f"  noted       {line}" in said for line in few)
     assert set(few) <= set(report["warnings"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "came here: rounded to nearest" in page
@@ -75,15 +81,10 @@ def test_experts_without_tokens_have_scales_and_a_line_that_says_so(
     tokens = 8
     recipe = {
         "model": str(tiny_model(family)),
-        "output": str(tmp_path / "out"),
         "calibration": {"samples": 1, "length": tokens, "all_experts": everything},
         "passes": [{"gptq": {"bits": 8, "activations": "static", "min_tokens": tokens}}],
-        "verify": False,
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = CliRunner().invoke(cli, ["run", str(tmp_path / "recipe.yaml"), "--device", "cpu"])
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    _, report = run_and_report(recipe, tmp_path)
     rows = [row for unit in report["units"] for row in unit["rows"] if "routed" in row]
     downs = [row for row in rows if "down_proj" in row["linear"] or row["linear"].endswith("w2")]
     source = open_source(tmp_path / "out")
@@ -107,18 +108,11 @@ def test_inputs_that_overflow_are_counted(tiny_model, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     recipe = {
         "model": str(tmp_path / "model"),
-        "output": str(tmp_path / "out"),
         "calibration": {"samples": 4, "length": 16},
         "passes": [{"gptq": {"bits": 4, "group_size": 32}}],
-        "verify": False,
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = CliRunner().invoke(cli, ["run", str(tmp_path / "recipe.yaml"), "--device", "cpu"])
-    assert result.exit_code == 0, result.output
-    (told,) = (x for x in result.stdout.splitlines() if "not finite and are left out" in x)
+    said, report = run_and_report(recipe, tmp_path)
+    (told,) = (x for x in said.splitlines() if "not finite and are left out" in x)
     count = int(told.split("gptq: ")[1].split()[0])
     assert 0 < count <= 64 and told.endswith("in 1 layer")
-    assert any(
-        "left out of all statistics" in x
-        for x in json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
-    )
+    assert any("left out of all statistics" in x for x in report["warnings"])
