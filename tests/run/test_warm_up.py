@@ -41,16 +41,19 @@ from compressor.numerics.awq_clip import search_clip_gram
 from compressor.numerics.awq_search import search_scales_gram
 from compressor.numerics.gram import relative_error
 from compressor.methods.awq.method import Awq
+from compressor_calibration.stats import SiteStats
 from tests_spec import SPEC
 
 def kernels():
     return set(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
 
 device = torch.device("cuda")
-Awq(bits=4, group_size=32, symmetric=False).compile_kernels({(SPEC, 96)}, device)
+awq = Awq(bits=4, group_size=32, symmetric=False)
+awq.compile_kernels({(SPEC, 96)}, device)
 before = kernels()
 for outputs, inputs in ((96, 96), (512, 1376), (64, 4096), (192, 576), (576, 1536)):
     weight, gram = torch.randn(outputs, inputs, device=device), torch.eye(inputs, device=device)
+    SiteStats(inputs, awq.needs().stats, device=device).update(weight.bfloat16())
     search_scales_gram([weight.bfloat16()] * 2, gram, weight[0].abs(), SPEC)
     search_clip_gram(weight, gram, SPEC)
     relative_error(weight, 0.9 * weight, gram)

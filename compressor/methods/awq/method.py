@@ -119,6 +119,8 @@ class Awq(Pass):
                 weight = torch.zeros(32, columns, device=device)
                 gram = torch.eye(columns, device=device)
                 stored = weight.to(torch.bfloat16)  # as nearly every model is
+                stats = SiteStats(columns, self.needs().stats, device=device)
+                stats.update(stored)
                 search_scales_gram([stored], gram, gram.diagonal(), spec, grid=1)
                 options = search_clip_gram(weight, gram, spec).options()
                 if self.bits is not None:

@@ -65,7 +65,7 @@ def candidate_delta(
     if out.shape != shape or out.dtype != torch.bfloat16 or not out.is_contiguous():
         raise ValueError("out is not a contiguous bfloat16 tensor of the result's shape")
     height, width = weight.shape[-2], triton.next_power_of_2(size)
-    rows = min(max(1, TILE // width), triton.next_power_of_2(height))
+    rows = max(1, TILE // width)
     tiles, count = triton.cdiv(height, rows), math.prod(shape[:-2])
     delta_kernel[(count * tiles * (shape[-1] // size),)](
         weight,
