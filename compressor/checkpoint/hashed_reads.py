@@ -35,6 +35,11 @@ def read_hashed(
     return {n: found[n][0] for n in entries}, {n: found[n][1] for n in entries}
 
 
+def pieces(entries: Mapping[str, Entry]) -> list[int]:
+    """Bytes of each piece of memory that `read_hashed` takes."""
+    return [sum(entries[name].spec.nbytes for name in run) for run in _runs(entries)]
+
+
 def hash_of_bytes(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes as they are stored."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()

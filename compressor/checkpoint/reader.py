@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.hashed_reads import hash_of_bytes, read_hashed
+from compressor.checkpoint.hashed_reads import hash_of_bytes, pieces, read_hashed
 from compressor.checkpoint.lfs import is_pointer, lost_link, pointer_error
 from compressor.checkpoint.safetensors import Entry, read_header, read_tensor
 from compressor.errors import CompressError, InputError, Problems, several
@@ -100,6 +100,10 @@ class Checkpoint:
         """`read`, and the SHA-256 of each tensor's bytes: of what files hold, while it is read."""
         entries = {name: self.entry(name) for name in names}
         return read_hashed(entries, pin=pin, threads=READ_THREADS)
+
+    def pieces(self, names: Iterable[str]) -> list[int]:
+        """Bytes of each piece of memory that `read_hashed` takes for the named tensors."""
+        return pieces({name: self.entry(name) for name in names})
 
     def in_files(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
         """What files hold of the named tensors, as they hold it and under the names there."""

@@ -22,6 +22,10 @@ class Wrapper(Checkpoint):
         raw = self.read(names, pin=pin)
         return raw, digests_of(raw)
 
+    def pieces(self, names: Iterable[str]) -> list[int]:
+        """As in `Checkpoint`: one for each tensor."""
+        return [self.entry(name).spec.nbytes for name in names]
+
 
 def wrapped(kind: type[Wrapped], checkpoint: Checkpoint, **own: Any) -> Wrapped:
     """A checkpoint of another kind which but for what is given has what this one has."""

@@ -16,9 +16,11 @@ def streamed_bytes(plan: Plan) -> int:
 def page_locked_bytes(plan: Plan, *, ahead: bool) -> int:
     """What a GPU's units are read into and written from: two units as they were read, or one where
     blocks are on the GPU by the time the next is read (`ahead`), and the outputs of two that wait
-    to be written. PyTorch takes page-locked memory in powers of two for every tensor, and keeps
-    what is given back for later tensors of the same power."""
-    raw = [Counter(map(_power_of_two, source_bytes(plan, unit.layout))) for unit in plan.units]
+    to be written. PyTorch takes page-locked memory in powers of two for every piece, and keeps what
+    is given back for later pieces of the same power."""
+    pieces = plan.source.checkpoint.pieces
+    read = (pieces(plan.source.names(unit.layout)) for unit in plan.units)
+    raw = [Counter(map(_power_of_two, sizes)) for sizes in read]
     out = [Counter(_power_of_two(x.nbytes) for x in unit.outputs.values()) for unit in plan.units]
     most: Counter[int] = Counter()
     for i, unit in enumerate(plan.units):

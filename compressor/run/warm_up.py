@@ -75,9 +75,8 @@ def _warm_up(plan: Plan, device: torch.device) -> None:
 
 def _lock_pages(plan: Plan) -> None:
     """Have blocks of page-locked memory ready: PyTorch keeps those that are given back."""
-    entries = plan.source.checkpoint.entries
-    units = plan.units[:UNITS_AHEAD]
-    sizes = [entries[n].spec.nbytes for unit in units for n in plan.source.names(unit.layout)]
+    source, units = plan.source, plan.units[:UNITS_AHEAD]
+    sizes = [x for unit in units for x in source.checkpoint.pieces(source.names(unit.layout))]
     before = accumulate(sizes, initial=0)
     held = [
         torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -95,6 +95,10 @@ def test_what_is_hashed_while_it_is_read_is_what_is_read(
         expected = source.checkpoint.read(names)
         assert list(found) == list(expected) and digests == digests_of(expected)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        taken = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found.values()
+        }
+        assert sorted(source.checkpoint.pieces(names)) == sorted(taken.values())
     assert runs and max(runs) <= 100_000
 
 

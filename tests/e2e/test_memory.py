@@ -75,7 +75,6 @@ def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
     )
     plan, device = make_plan(recipe, open_source(Path(recipe.model))), torch.device("cuda")
     alone = estimate(plan, device=device, resident=1000)
-    entries = plan.source.checkpoint.entries
     free: Counter[int] = Counter()
     pool = 0
 
@@ -86,7 +85,8 @@ def test_page_locked_memory_is_planned_as_pytorch_keeps_it(
         free.subtract(taken & free)
         return taken
 
-    reads = ([entries[n].spec.nbytes for n in plan.source.names(u.layout)] for u in plan.units)
+    source_of = plan.source
+    reads = (source_of.checkpoint.pieces(source_of.names(u.layout)) for u in plan.units)
     source, written = take(next(reads)), Counter[int]()
     for unit in plan.units:
         if ahead and unit.layout.kind == "block":  # it is on the device by now
