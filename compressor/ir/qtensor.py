@@ -62,6 +62,10 @@ class QuantSpec:
         lie one above the other (`QTensor.above`)."""
         return self.strategy in ("channel", "group") and self.second == "none"
 
+    def group_in(self, width: int) -> int:
+        """How many of a row's `width` inputs share a scale: all, unless groups are set."""
+        return (self.group_size if self.strategy == "group" else None) or width
+
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of `scales` for a weight [out, in]."""
         if self.strategy == "tensor":
@@ -153,10 +157,11 @@ class QTensor:
     def _in_one_pass(self, dtype: torch.dtype) -> bool:
         """Whether a kernel makes the same bits: of integers in groups or rows, on a GPU."""
         spec = self.spec
-        width = spec.group_size if spec.strategy == "group" else self.shape[1]
         plain = spec.element == "int" and spec.rows_apart and spec.zero != "offset"
         floats = dtype in STORED and self.scales.dtype in STORED
-        return self.codes.is_cuda and plain and floats and 0 < (width or 0) <= LARGEST
+        return (
+            self.codes.is_cuda and plain and floats and 0 < spec.group_in(self.shape[1]) <= LARGEST
+        )
 
     def _broadcast(self, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A view of a contiguous weight [out, in], and per-group values that broadcast to it."""

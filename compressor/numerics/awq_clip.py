@@ -133,4 +133,4 @@ def clip_group_size(weight: Tensor, spec: QuantSpec) -> int:
             f"clipping bounds need an integer grid per group or channel, not {spec}",
             hint="turn clipping off for this target",
         )
-    return (spec.group_size if spec.strategy == "group" else None) or weight.shape[-1]
+    return spec.group_in(weight.shape[-1])

@@ -49,7 +49,7 @@ def weight_magnitude(weights: Sequence[Tensor], spec: QuantSpec) -> Tensor:
     """Mean over all rows of |W| / (its group's absmax), [C] float32, for `duo` scaling."""
     total = torch.zeros(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     for weight in weights:
-        size = (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]
+        size = spec.group_in(weight.shape[1])
         groups = weight.float().abs().view(weight.shape[0], -1, size)
         share = groups / (groups.amax(-1, keepdim=True) + 1e-6)
         total += share.view(weight.shape).sum(0)

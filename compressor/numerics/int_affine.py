@@ -69,6 +69,7 @@ def quantize_int(weight: Tensor, spec: QuantSpec, **options: Unpack[GridOptions]
     options  of the grid, see `GridOptions`
     Raises InputError where the spec is not an int affine one or groups do not divide the columns.
     """
+    check_int_spec(spec, (weight.shape[0], weight.shape[1]))
     arithmetic, bounds = options.get("arithmetic", torch.float32), clip_of(options)
     if (
         rounded_at_once(weight, spec)
@@ -79,7 +80,7 @@ def quantize_int(weight: Tensor, spec: QuantSpec, **options: Unpack[GridOptions]
         made = round_groups(
             weight,
             bits=spec.bits,
-            group_size=weight.shape[1] if spec.strategy == "channel" else spec.group_size or 0,
+            group_size=spec.group_in(weight.shape[1]),
             symmetric=spec.symmetric,
             stored=spec.scale_dtype,
             bounds=bounds[0],
@@ -115,6 +116,7 @@ def fake_quantize_int(
     overwrite  the result may take the place of the weight
     """
     scales, zeros = int_grid(weight, spec, span=span, **options)
+    check_int_spec(spec, (weight.shape[0], weight.shape[1]))
     arithmetic, bounds = options.get("arithmetic", torch.float32), clip_of(options)
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     kept = overwrite and weight.is_contiguous()
@@ -309,8 +311,7 @@ def is_plain_int(spec: QuantSpec) -> bool:
 
 def rounded_at_once(weight: Tensor, spec: QuantSpec) -> bool:
     """Whether one kernel rounds a weight to its spec."""
-    size = weight.shape[-1] if spec.strategy == "channel" else spec.group_size or 0
-    fits = 0 < size <= LARGEST and weight.shape[-1] % size == 0
+    fits = 0 < spec.group_in(weight.shape[-1]) <= LARGEST
     floats = weight.dtype in STORED and spec.scale_dtype in STORED
     return weight.is_cuda and is_plain_int(spec) and floats and fits
 
@@ -349,7 +350,7 @@ def _clamped(
 
 def _grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
     """A view [rows, n, g] with what shares a scale last; one group a row unless groups are set."""
-    size = (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]
+    size = spec.group_in(weight.shape[1])
     return weight.reshape(weight.shape[0], -1, size)
 
 

@@ -183,7 +183,7 @@ def _grouped(
     weight: Tensor, spec: QuantSpec, *, clip_max: Tensor | None, clip_min: Tensor | None
 ) -> Tensor:
     """[out, groups, size] in float32, clamped to its bounds."""
-    size = (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]
+    size = spec.group_in(weight.shape[1])
     groups = weight.float().reshape(weight.shape[0], -1, size)
     if clip_max is None:
         return groups

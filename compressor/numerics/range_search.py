@@ -25,7 +25,7 @@ def search_ranges(
     A row whose whole error tr(δ G δᵀ) does not get smaller keeps its full ranges: groups are judged
     one by one, but share the output, and on two levels of scale a common scale too.
     """
-    size = (spec.group_size if spec.strategy == "group" else None) or weight.shape[1]
+    size = spec.group_in(weight.shape[1])
     groups = weight.shape[1] // size
     blocks = gram.float().view(groups, size, groups, size).diagonal(dim1=0, dim2=2)
     blocks = blocks.permute(2, 0, 1)

@@ -341,21 +341,15 @@ def _rescaled(
     found: Sequence[ScaleResult | None],
 ) -> Tensor:
     """Weights [E, out, in] as `_folded` leaves them, where scales were found."""
-    columns: list[Tensor | None] = []
-    for linear, result in zip(linears, found, strict=True):
-        fold = folds[linear.site] if result is not None else None
-        columns.append(
-            None
-            if result is None or fold is None
-            else consumer_scale(fold, source_scale(fold, result.scales))
-        )
-    known = [x for x in columns if x is not None]
-    if not known:
+    columns: dict[int, Tensor] = {}
+    for place, (linear, result) in enumerate(zip(linears, found, strict=True)):
+        if result is not None:
+            fold = folds[linear.site]
+            columns[place] = consumer_scale(fold, source_scale(fold, result.scales))
+    if not columns:
         return weights
-    one = torch.ones_like(known[0])
-    every = [
-        Rescaled(x.name, one if y is None else y) for x, y in zip(linears, columns, strict=True)
-    ]
+    one = torch.ones_like(next(iter(columns.values())))
+    every = [Rescaled(x.name, columns.get(place, one)) for place, x in enumerate(linears)]
     return every[0].of_each(every, weights)
 
 
